@@ -1,0 +1,63 @@
+# From a fresh clone: `make demo` draws pictures, `make test` runs every check. Both set themselves up in .venv first.
+
+PYTHON ?= python3
+JOBS ?= 2
+TORCH_BACKEND ?= auto
+BIN := .venv/bin
+
+# Without this, two processes that share cores spend most of their time waiting for each other in busy loops.
+export GOMP_SPINCOUNT := 0
+
+# uv does not read pip's settings, so a local folder of wheels (pip's find-links) has to be handed over. Where one
+# holds a torch wheel, that wheel is the build for this machine; otherwise uv picks CPU or CUDA by itself.
+FIND_LINKS = $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+WHEELS = $(if $(FIND_LINKS),UV_FIND_LINKS='$(subst $(space),$(comma),$(strip $(FIND_LINKS)))')
+BACKEND = $(if $(wildcard $(addsuffix /torch-*.whl,$(FIND_LINKS))),,--torch-backend=$(TORCH_BACKEND))
+comma := ,
+empty :=
+space := $(empty) $(empty)
+
+# Nothing here may pull torchvision in: one that does not match torch breaks transformers.
+PACKAGES := -c constraints.txt -e '.[dev]' tensorboard
+
+.PHONY: help setup demo test check slow golden bench docs nano
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+setup: .venv/.stamp ## .venv with exact versions, about 20 seconds
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt uv \
+	  && $(WHEELS) $(BIN)/uv pip install --python $(BIN)/python -q --compile-bytecode $(BACKEND) $(PACKAGES) \
+	  || $(BIN)/python -m pip install -q $(PACKAGES)
+	@touch $@
+
+demo: setup ## draw pictures from words with the shipped weights, into out/demo
+	$(BIN)/starflow2 demo
+
+test: check ## lint, types and the tests that need neither time nor an accelerator
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not gpu"
+
+check: setup ## lint, format and types only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+slow: setup ## the tests that take their time
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "slow and not gpu"
+
+golden: setup ## write the stored curves and drawings again; look at the difference before you commit it
+	$(BIN)/python -m pytest -q -m golden --renew-golden
+
+bench: setup ## measure this machine
+	$(BIN)/starflow2 bench
+
+docs: setup ## write docs/api.md from the source
+	$(BIN)/python docs/generate.py
+
+nano: setup ## train the shipped weights from scratch; the recipe's docstring says what it costs
+	$(BIN)/starflow2 train nano

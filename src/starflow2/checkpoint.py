@@ -1,0 +1,157 @@
+"""A model folder: config.json, our weights, and the backbones in transformers' own layout beside them.
+
+    config.json          format number, sizes, stages done
+    model.safetensors    FAE and flow
+    vlm/  features/      config.json + model.safetensors as transformers writes them
+    tokenizer.json       byte-level BPE;  lexicon.txt: the words that training used
+
+Backbones keep their upstream file layout because in-memory names change between releases.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from starflow2.backbones import ChatTokenizer
+from starflow2.config import from_dict, to_dict
+from starflow2.errors import CheckpointError, nearest
+from starflow2.flow import Flow
+from starflow2.parts import ModelConfig, Parts
+
+__all__ = ["FORMAT", "load_parts", "load_tensors", "read_config", "save_parts"]
+
+FORMAT = 1
+
+
+def save_parts(parts: Parts, folder: str | Path) -> Path:
+    """Write a model folder; an older one at the same place is replaced only when all is written."""
+    if parts.tokenizer is None:
+        raise CheckpointError("parts.tokenizer is None; a model is saved together with its tokenizer.")
+    folder = Path(folder)
+    temp = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temp, ignore_errors=True)
+    try:
+        temp.mkdir(parents=True)
+        _write_folder(parts, temp)
+        _swap(temp, folder)
+    except OSError as error:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot save to {folder}: {error}. What was there before is untouched."
+        ) from error
+    return folder
+
+
+def _write_folder(parts: Parts, folder: Path) -> None:
+    assert parts.tokenizer is not None
+    parts.vlm.model.save_pretrained(folder / "vlm")
+    parts.features.model.save_pretrained(folder / "features")
+    own = {k: v for k, v in parts.state_dict().items() if k.startswith(("fae.", "flow."))}
+    save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / "model.safetensors")
+    parts.tokenizer.save(folder / "tokenizer.json")
+    (folder / "lexicon.txt").write_text("\n".join(sorted(parts.lexicon)) + "\n")
+    config = {"format": FORMAT, "stages": list(parts.stages), "model": to_dict(parts.cfg)}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _swap(new: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_parts(folder: str | Path, device: str | torch.device = "cpu") -> Parts:
+    """Parts from a model folder. Raises CheckpointError for what is missing, foreign or truncated."""
+    folder = Path(folder)
+    config = read_config(folder)
+    cfg = from_dict(ModelConfig, config["model"])
+    for name in ("model.safetensors", "tokenizer.json", "vlm/model.safetensors"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} has no {name}; it is no complete starflow2 model.")
+    with torch.device("meta"):
+        parts = Parts(cfg)
+    parts.to_empty(device="cpu")
+    tensors = load_tensors(folder / "model.safetensors")
+    state = {k: v for k, v in parts.state_dict().items() if k.startswith(("fae.", "flow."))}
+    _fill(state, tensors, folder / "model.safetensors")
+    parts.vlm = _from_transformers(parts.vlm, folder / "vlm")
+    parts.features = _from_transformers(parts.features, folder / "features")
+    _rebuild_buffers(parts, cfg)
+    parts.tokenizer = ChatTokenizer.load(folder / "tokenizer.json")
+    lexicon = folder / "lexicon.txt"
+    parts.lexicon = frozenset(lexicon.read_text().split()) if lexicon.is_file() else frozenset()
+    parts.stages = tuple(config["stages"])
+    return parts.to(device).eval()
+
+
+def _rebuild_buffers(parts: Parts, cfg: ModelConfig) -> None:
+    """Give back the buffers that are derived from the config and never saved."""
+    fresh = dict(Flow(cfg.flow).named_buffers())
+    for name, buffer in parts.flow.named_buffers():
+        buffer.copy_(fresh[name])
+
+
+def _from_transformers(module: Any, folder: Path) -> Any:
+    try:
+        module.model = type(module.model).from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        )
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"cannot load {folder}: {error}") from error
+    return module
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, its format checked."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json; expected a starflow2 model folder.")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or {"format", "model", "stages"} - set(config):
+        raise CheckpointError(f"{path} is not of a starflow2 model (no format, model, stages).")
+    if config["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {config['format']}; this version reads {FORMAT}.")
+    return config
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; anything else, truncated or pickled, is refused by name."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); only safetensors are read, "
+            "never pickle."
+        ) from error
+    return tensors
+
+
+def _fill(state: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+    missing, extra = sorted(set(state) - set(tensors)), sorted(set(tensors) - set(state))
+    if missing or extra:
+        hint = nearest(missing[0], extra) if missing else ""
+        raise CheckpointError(
+            f"{path} does not fit its config: {len(missing)} tensors missing {missing[:3]}, "
+            f"{len(extra)} unknown {extra[:3]}.{hint}"
+        )
+    for name, target in state.items():
+        if target.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, "
+                f"expected {tuple(target.shape)}."
+            )
+        target.copy_(tensors[name])

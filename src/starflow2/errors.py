@@ -1,0 +1,82 @@
+"""Every exception that users of this package can meet.
+
+    Exception
+    └── StarFlowError            catch this one to catch them all
+        ├── ShapeError           (ValueError)  a tensor of another shape than the function takes
+        ├── ConfigError          (ValueError)  a config key, value or command-line option that cannot be used
+        ├── PromptError          (ValueError)  a prompt or question the model cannot take
+        ├── CheckpointError                    weights missing, truncated, foreign or in another format
+        ├── DeviceError                        the device asked for is not there
+        ├── OutputError          (OSError)     a file could not be written; what was there before is untouched
+        ├── DataError                          training or evaluation data that cannot be read or does not fit
+        └── TrainingError                      a run that cannot start, go on or resume
+
+A message names the argument, its value, what was expected and, where one is known, the remedy, on one line.
+The second bases let callers keep the `except ValueError` and `except OSError` that they already have.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DeviceError",
+    "OutputError",
+    "PromptError",
+    "ShapeError",
+    "StarFlowError",
+    "TrainingError",
+    "nearest",
+]
+
+
+class StarFlowError(Exception):
+    """The root of the tree: everything this package raises for its users."""
+
+
+class ShapeError(StarFlowError, ValueError):
+    """A tensor of another shape than the function takes."""
+
+
+class ConfigError(StarFlowError, ValueError):
+    """A config key, a config value or a command-line option that cannot be used."""
+
+
+class PromptError(StarFlowError, ValueError):
+    """A prompt or question that the model cannot take: empty, too long, unknown words."""
+
+
+class CheckpointError(StarFlowError):
+    """Weights that are missing, truncated, foreign, or in a format that this version cannot read."""
+
+
+class DeviceError(StarFlowError):
+    """The device asked for is not there."""
+
+
+class OutputError(StarFlowError, OSError):
+    """A file could not be written. What was there before is untouched."""
+
+
+class DataError(StarFlowError):
+    """Training or evaluation data that cannot be read or does not fit the model."""
+
+
+class TrainingError(StarFlowError):
+    """A training run that cannot start, go on or resume."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint to append to a message: ' Did you mean "lr"?', or '' where nothing is near.
+
+    >>> nearest("widht", ["width", "depth"])
+    ' Did you mean "width"?'
+    >>> nearest("zebra", ["width", "depth"])
+    ''
+    """
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f' Did you mean "{found[0]}"?' if found else ""

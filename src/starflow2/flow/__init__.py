@@ -1,0 +1,30 @@
+"""Standalone normalizing flows: autoregressive affine blocks, deep-shallow stacks, exact likelihoods.
+
+Needs torch only. See docs/flows.md for a twelve-line example on one's own vectors.
+"""
+
+from starflow2.flow.affine import Affine, standard_normal_log_prob
+from starflow2.flow.block import AffineBlock, BlockConfig, Context
+from starflow2.flow.model import Flow, FlowConfig, SampleConfig, ShallowFlow
+from starflow2.flow.noise import NoiseConfig, NoiseEmbedding
+from starflow2.flow.solve import BlockJacobi, Jacobi, Sequential, Solution, Solver, solve
+
+__all__ = [
+    "Affine",
+    "AffineBlock",
+    "BlockConfig",
+    "BlockJacobi",
+    "Context",
+    "Flow",
+    "FlowConfig",
+    "Jacobi",
+    "NoiseConfig",
+    "NoiseEmbedding",
+    "SampleConfig",
+    "Sequential",
+    "ShallowFlow",
+    "Solution",
+    "Solver",
+    "solve",
+    "standard_normal_log_prob",
+]

@@ -1,0 +1,91 @@
+"""The affine step: the only home of its sign, its exponential and its guidance formulas.
+
+z = (u - mu) * exp(-log_scale) and back (paper eq. 2.2). Letters: B batch, N latents, D latent dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from starflow2.errors import ConfigError
+from starflow2.nn import at_least_fp32
+
+__all__ = ["Affine", "Guidance", "Scale", "soft_clip", "standard_normal_log_prob"]
+
+Scale = Literal["exp", "softplus"]
+Guidance = Literal["starflow", "tarflow"]
+SOFTPLUS_SHIFT = 0.541324854612918  # softplus(shift) = 1, so a raw output of 0 is the identity
+
+
+def soft_clip(x: Tensor, bound: float) -> Tensor:
+    """x squashed smoothly into (-bound, bound); bound 0 leaves it alone (STARFlow 3.2)."""
+    return bound * torch.tanh(x / bound) if bound else x
+
+
+def standard_normal_log_prob(z: Tensor) -> Tensor:
+    """log N(z; 0, I) summed over all but the first axis: (B, ...) -> (B,) nats."""
+    z = at_least_fp32(z)
+    return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """A predicted Gaussian per latent: mean `mu` and `log_scale`, both (B, N, D) float32 or better."""
+
+    mu: Tensor
+    log_scale: Tensor
+
+    @classmethod
+    def from_raw(cls, raw: Tensor, scale: Scale = "exp") -> Affine:
+        """From head outputs (B, N, 2D), scale rows first, already clipped, in any precision."""
+        raw_scale, mu = at_least_fp32(raw).chunk(2, dim=-1)
+        if scale == "exp":
+            return cls(mu, raw_scale)
+        return cls(mu, F.softplus(raw_scale + SOFTPLUS_SHIFT).log())
+
+    @property
+    def scale(self) -> Tensor:
+        return self.log_scale.exp()
+
+    def normalize(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u -> (z, logdet): data to prior; logdet (B,) nats = log|dz/du|."""
+        z = (at_least_fp32(u) - self.mu) * torch.exp(-self.log_scale)
+        return z, -self.log_scale.flatten(1).sum(1)
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """z -> u, the inverse of `normalize` (paper eq. 3.5)."""
+        return self.mu + torch.exp(self.log_scale) * z
+
+    def log_prob(self, u: Tensor) -> Tensor:
+        """log N(u; mu, scale^2) per latent: (B, N) nats, constant included."""
+        z = (at_least_fp32(u) - self.mu) * torch.exp(-self.log_scale)
+        return -(0.5 * z.square() + self.log_scale + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def guide(
+        self, unconditional: Affine, guidance: float, rule: Guidance = "starflow"
+    ) -> Affine:
+        """The Gaussian of classifier-free guidance; guidance 0 returns `self` unchanged.
+
+        "starflow": p_c^(1+g) / p_u^g with the variance ratio clipped to at most 1, so that
+        guidance never widens (STARFlow prop. 2). "tarflow": both parameters extrapolated.
+        """
+        if guidance < 0:
+            raise ConfigError(f"guidance is {guidance}; expected 0 (off) or more.")
+        if guidance == 0:
+            return self
+        if rule == "tarflow":
+            extrapolate = lambda c, u: c + guidance * (c - u)  # noqa: E731
+            return Affine(
+                extrapolate(self.mu, unconditional.mu),
+                extrapolate(self.log_scale, unconditional.log_scale),
+            )
+        ratio = torch.exp(2 * (self.log_scale - unconditional.log_scale)).clamp(max=1.0)
+        precision = 1 + guidance - guidance * ratio
+        mu = ((1 + guidance) * self.mu - guidance * ratio * unconditional.mu) / precision
+        return Affine(mu, self.log_scale - 0.5 * precision.log())

@@ -1,0 +1,298 @@
+"""One autoregressive affine flow block: a causal transformer that predicts each latent's Gaussian.
+
+A *slot* is a position of the body whose output predicts one *target* latent. With a start token or
+without context, slot k holds latent k - 1; with a context its last position is the slot of target 0.
+Letters: B batch, N latents, D latent dim, C width, T context positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from starflow2.errors import ConfigError, ShapeError
+from starflow2.flow.affine import Affine, Scale, soft_clip
+from starflow2.flow.noise import NoiseEmbedding
+from starflow2.nn import Cache, CausalStack, StackConfig, at_least_fp32, check, zero_linear
+
+__all__ = ["AffineBlock", "BlockConfig", "Context", "Direction", "Run", "scan"]
+
+Direction = Literal["l2r", "r2l"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """Shape and conventions of one block; defaults are ours, `start` and `scale` cover the family."""
+
+    dim: int  # D, channels of a latent
+    grid: tuple[int, int]  # rows and columns; N = rows * columns in raster order
+    stack: StackConfig
+    direction: Direction = "l2r"
+    # what predicts target 0: "auto" a learned start unless there is a context, "always" a learned
+    # start behind any context (STARFlow), "none" nothing: target 0 passes unchanged (TARFlow)
+    start: Literal["auto", "always", "none"] = "auto"
+    scale: Scale = "exp"
+    clip: float = 4.0  # soft bound of the raw scale, 0 = none
+    clips_mean: bool = False  # squash the mean by the same bound (STARFlow)
+    context_dim: int = 0  # width of context states, 0 = takes none
+    learned_positions: bool = False  # add a learned table over the N latents
+    stencil: bool = False  # feed the three latents above the target too (our choice)
+    noise: bool = False  # add an embedding of the noise level to every slot
+
+    @property
+    def num_latents(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """States in front of the latents. states: (B, T, E); the rest has defaults.
+
+    positions: (B, T, 3), default (0, 0, index). attend: (B, T) bool, False at padding; the last
+    position must be real. step: (B,) third coordinate of the latents, default that of the last state.
+    """
+
+    states: Tensor
+    positions: Tensor | None = None
+    attend: Tensor | None = None
+    step: Tensor | None = None
+
+    def resolved_positions(self) -> Tensor:
+        if self.positions is not None:
+            return self.positions
+        batch, length, _ = self.states.shape
+        index = torch.arange(length, device=self.states.device).float()
+        zeros = torch.zeros_like(index)
+        return torch.stack([zeros, zeros, index], dim=-1).expand(batch, -1, -1)
+
+    def resolved_step(self) -> Tensor:
+        return self.resolved_positions()[:, -1, 2] if self.step is None else self.step
+
+    def joined(self, other: Context) -> Context:
+        """Both contexts as one doubled batch, `self` first; lengths must be equal."""
+        check(self.states, "B T E", "context.states")
+        batch, length, width = self.states.shape
+        check(other.states, "B T E", "unconditional.states", B=batch, T=length, E=width)
+        pairs = (
+            (self.states, other.states),
+            (self.resolved_positions(), other.resolved_positions()),
+            (self._attend(), other._attend()),
+            (self.resolved_step(), other.resolved_step()),
+        )
+        return Context(*(torch.cat(pair) for pair in pairs))
+
+    def _attend(self) -> Tensor:
+        if self.attend is not None:
+            return self.attend
+        return torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device)
+
+
+def scan(x: Tensor, direction: Direction) -> Tensor:
+    """x in scan order; its own inverse. (B, N, D)."""
+    return x.flip(1) if direction == "r2l" else x
+
+
+@dataclass(slots=True)
+class Run:
+    """What stays fixed while one batch of latents is predicted, and the cache if there is one."""
+
+    prefix: Tensor  # (B, P, C) embedded context and start; the last one is the slot of target 0
+    prefix_positions: Tensor  # (B, P, 3)
+    step: Tensor  # (B,)
+    attend: Tensor | None  # (B, P) bool
+    noise: Tensor | None  # (B, 1, C)
+    shift: int  # 1: slots carry their own latent's place; 0: a start token moved them to the target's
+    cache: Cache | None = None
+
+
+class AffineBlock(nn.Module):
+    """One autoregressive flow block, x <-> z, in either scan direction (paper eq. 2.2).
+
+    x, z: (B, N, D). logdet: (B,) nats, log|dz/dx|. The inverse lives in `flow.solve`.
+    """
+
+    def __init__(self, cfg: BlockConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        width = cfg.stack.width
+        self.proj_in = nn.Linear(cfg.dim * (4 if cfg.stencil else 1), width)
+        if cfg.start != "none":
+            self.start = nn.Parameter(0.02 * torch.randn(1, 1, cfg.dim))
+        if cfg.context_dim:
+            self.context_in = nn.Linear(cfg.context_dim, width)
+        if cfg.learned_positions:
+            self.position_table = nn.Parameter(0.01 * torch.randn(cfg.num_latents, width))
+        if cfg.noise:
+            self.noise_embedding = NoiseEmbedding(width)
+        self.body = CausalStack(cfg.stack)
+        self.head = zero_linear(width, 2 * cfg.dim)  # identity map at initialisation
+        self.register_buffer("above", _above(cfg.grid), persistent=False)
+
+    # -- data to prior, one parallel pass --------------------------------------------------------
+
+    def forward(
+        self, x: Tensor, context: Context | None = None, noise_level: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x: (B, N, D) -> z: (B, N, D), logdet: (B,) nats. Raises ShapeError."""
+        check(x, "B N D", N=self.cfg.num_latents, D=self.cfg.dim)
+        x = scan(x, self.cfg.direction)
+        run = self.begin(len(x), context, noise_level)
+        affine = self.predict(F.pad(x, (0, 0, 0, 1)), (0, self.cfg.num_latents), run)
+        z, logdet = affine.normalize(x)
+        return scan(z, self.cfg.direction), logdet
+
+    # -- prediction --------------------------------------------------------------------------------
+
+    def begin(self, batch: int, context: Context | None, noise_level: Tensor | None) -> Run:
+        """Embed what stands in front of the latents and the noise level."""
+        self._check_conditions(batch, context, noise_level)
+        like = self.proj_in.weight
+        prefix, positions = [like.new_empty(batch, 0, self.cfg.stack.width)], []
+        step = like.new_zeros(batch)
+        attend = None
+        if context is not None:
+            prefix.append(self.context_in(context.states))
+            positions.append(context.resolved_positions())
+            step, attend = context.resolved_step(), context.attend
+        if self._starts(context):
+            prefix.append(self._project(self.start.expand(batch, 1, -1), None))
+            positions.append(self._positions(step, 0, 1))
+            attend = None if attend is None else F.pad(attend, (0, 1), value=True)
+        noise = None if noise_level is None else self.noise_embedding(noise_level).unsqueeze(1)
+        where = torch.cat(positions, 1) if positions else like.new_zeros(batch, 0, 3)
+        shift = 0 if self._starts(context) else 1
+        return Run(torch.cat(prefix, 1), where, step, attend, noise, shift)
+
+    def predict(self, buffer: Tensor, targets: tuple[int, int], run: Run) -> Affine:
+        """Gaussians of targets [first, last), from the latents before them.
+
+        buffer: (B, N + 1, D) in scan order, its last row zero; rows at and behind `last` - 1 are
+        never read. With a cache in `run`, everything before `first` must already be in it.
+        """
+        first, last = targets
+        slots, positions = self.slots(buffer, targets, run)
+        if run.cache is None or run.cache.length == 0:
+            slots = torch.cat([run.prefix[:, :-1].to(slots.dtype), slots], dim=1)
+            positions = torch.cat([run.prefix_positions[:, :-1], positions], dim=1)
+        count = last - max(first, 0 if run.prefix.shape[1] else 1)
+        past = 0 if run.cache is None else run.cache.length
+        attend = self._attend(run, past + slots.shape[1])
+        h = self.body(slots, positions, attend, run.cache) if slots.shape[1] else slots
+        affine = self.affine(h[:, slots.shape[1] - count :])
+        return affine if count == last - first else _with_identity_first(affine)
+
+    def slots(
+        self, buffer: Tensor, targets: tuple[int, int], run: Run
+    ) -> tuple[Tensor, Tensor]:
+        """Embedded slots of the targets, (B, n, C), and their positions, (B, n, 3)."""
+        first, last = targets
+        parts, where = [], []
+        if first == 0 and run.prefix.shape[1]:
+            parts.append(run.prefix[:, -1:])
+            where.append(run.prefix_positions[:, -1:])
+        low = max(first, 1)
+        if low < last:
+            parts.append(self.embed(buffer, low, last, run.shift))
+            where.append(self._positions(run.step, low - run.shift, last - run.shift))
+        if not parts:
+            return buffer.new_empty(len(buffer), 0, self.cfg.stack.width), run.prefix_positions
+        slots = torch.cat([p.to(parts[0].dtype) for p in parts], dim=1)
+        slots = slots if run.noise is None else slots + run.noise
+        return slots, torch.cat(where, dim=1)
+
+    def embed(self, buffer: Tensor, first: int, last: int, shift: int = 1) -> Tensor:
+        """Latents in front of targets [first, last), first >= 1, embedded: (B, n, C).
+
+        `shift` 1: a slot carries its own latent's place; 0: that of its target.
+        """
+        x = buffer[:, first - 1 : last - 1]
+        above = None
+        if self.cfg.stencil:
+            above = buffer[:, self.above[first:last].flatten()].view(*x.shape[:2], -1)
+        h = self._project(x, above)
+        if self.cfg.learned_positions:
+            h = h + self.position_table[first - shift : last - shift]
+        return h
+
+    def affine(self, h: Tensor) -> Affine:
+        """Body outputs (B, n, C) -> Gaussians, in float32 or better under any autocast."""
+        with torch.autocast(h.device.type, enabled=False):
+            raw = self.head(at_least_fp32(h).to(self.head.weight.dtype))
+            if self.cfg.clips_mean:
+                return Affine.from_raw(soft_clip(raw, self.cfg.clip), self.cfg.scale)
+            raw_scale, mu = raw.chunk(2, dim=-1)
+            raw = torch.cat([soft_clip(raw_scale, self.cfg.clip), mu], dim=-1)
+            return Affine.from_raw(raw, self.cfg.scale)
+
+    # -- details -------------------------------------------------------------------------------------
+
+    def _project(self, x: Tensor, above: Tensor | None) -> Tensor:
+        if self.cfg.stencil:
+            if above is None:
+                above = x.new_zeros(*x.shape[:2], 3 * self.cfg.dim)
+            x = torch.cat([x, above], dim=-1)
+        h: Tensor = self.proj_in(x.to(self.proj_in.weight.dtype))
+        return h
+
+    def _starts(self, context: Context | None) -> bool:
+        return self.cfg.start == "always" or (self.cfg.start == "auto" and context is None)
+
+    def _positions(self, step: Tensor, first: int, last: int) -> Tensor:
+        """(row, column, step) of the latents [first, last): (B, n, 3)."""
+        index = torch.arange(first, last, device=step.device)
+        row = (index // self.cfg.grid[1]).to(step.dtype)
+        col = (index % self.cfg.grid[1]).to(step.dtype)
+        batch = len(step)
+        return torch.stack(
+            [
+                row.expand(batch, -1),
+                col.expand(batch, -1),
+                step[:, None].expand(-1, len(index)),
+            ],
+            dim=-1,
+        )
+
+    def _attend(self, run: Run, keys: int) -> Tensor | None:
+        if run.attend is None:
+            return None
+        return F.pad(run.attend, (0, keys - run.attend.shape[1]), value=True)
+
+    def _check_conditions(
+        self, batch: int, context: Context | None, noise_level: Tensor | None
+    ) -> None:
+        if (context is not None) and not self.cfg.context_dim:
+            raise ShapeError("context was given, but this block has context_dim 0 and takes none.")
+        if context is None and self.cfg.start == "none" and self.cfg.context_dim:
+            raise ShapeError("context is None; a block with start='none' needs its context.")
+        if (noise_level is not None) != self.cfg.noise:
+            raise ShapeError(
+                f"noise_level is {'given' if noise_level is not None else 'None'}, but the block's "
+                f"config says noise={self.cfg.noise}; give levels (B,) exactly when it is True."
+            )
+        if context is not None:
+            check(context.states, "B T E", "context.states", B=batch, E=self.cfg.context_dim)
+        if noise_level is not None:
+            check(noise_level, "B", "noise_level", B=batch)
+
+
+def _above(grid: tuple[int, int]) -> Tensor:
+    """Indices (N, 3) of the latents above-left, above and above-right of each; N where none."""
+    rows, cols = grid
+    if rows < 1 or cols < 1:
+        raise ConfigError(f"grid is {grid}; expected at least one row and one column.")
+    index = torch.arange(rows * cols)
+    row, col = index // cols, index % cols
+    out = []
+    for offset in (-1, 0, 1):
+        inside = (row > 0) & (col + offset >= 0) & (col + offset < cols)
+        out.append(torch.where(inside, index - cols + offset, rows * cols))
+    return torch.stack(out, dim=-1)
+
+
+def _with_identity_first(affine: Affine) -> Affine:
+    """The same Gaussians with mu 0 and log_scale 0 put in front."""
+    return Affine(F.pad(affine.mu, (0, 0, 1, 0)), F.pad(affine.log_scale, (0, 0, 1, 0)))

@@ -1,0 +1,169 @@
+"""Flows made of blocks: the shallow stack (x <-> u) and the deep-shallow flow (x <-> z).
+
+Letters: B batch, N latents, D latent dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from starflow2.errors import ConfigError
+from starflow2.flow.affine import Guidance, standard_normal_log_prob
+from starflow2.flow.block import AffineBlock, BlockConfig, Context
+from starflow2.flow.noise import NoiseConfig
+from starflow2.flow.solve import Guide, Sequential, Solver, solve
+
+__all__ = ["Flow", "FlowConfig", "SampleConfig", "ShallowFlow"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """Shallow blocks in data order, then the deep block; directions must alternate and deep is l2r."""
+
+    deep: BlockConfig
+    shallow: tuple[BlockConfig, ...] = ()
+    noise: NoiseConfig | None = None  # levels of multi-noise training; None = no level input
+
+    def __post_init__(self) -> None:
+        blocks = (*self.shallow, self.deep)
+        for a, b in zip(blocks, blocks[1:], strict=False):
+            if a.direction == b.direction:
+                raise ConfigError("neighbouring blocks scan in one direction; they must alternate.")
+        if any(b.noise != (self.noise is not None) for b in blocks):
+            raise ConfigError("noise must be set in all blocks and in the flow, or in none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Knobs of sampling that are not data. guidance 0 = off; prior_scale 1 = exact sampling."""
+
+    guidance: float = 0.0
+    rule: Guidance = "starflow"
+    prior_scale: float = 1.0
+    deep_solver: Solver = Sequential()
+    shallow_solver: Solver = Sequential()
+
+
+class ShallowFlow(nn.Module):
+    """f_S, the blocks between latents x and intermediate latents u; knows no context."""
+
+    def __init__(self, blocks: tuple[BlockConfig, ...]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(AffineBlock(b) for b in blocks)
+
+    def forward(self, x: Tensor, noise_level: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x: (B, N, D) -> u: (B, N, D) and log|du/dx|: (B,) nats."""
+        logdet = x.new_zeros(len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+        for block in self.blocks:
+            x, term = block(x, None, noise_level)
+            logdet = logdet + term
+        return x, logdet
+
+    def inverse(
+        self, u: Tensor, noise_level: Tensor | None = None, solver: Solver | None = None
+    ) -> Tensor:
+        """u -> x, blocks in reverse order."""
+        for block in reversed(self.blocks):
+            assert isinstance(block, AffineBlock)
+            u = solve(block, u, None, noise_level, solver=solver).x
+        return u
+
+
+class Flow(nn.Module):
+    """A deep-shallow normalizing flow with an optional context prefix (STARFlow; paper eq. 3.3).
+
+    >>> from starflow2.nn import StackConfig
+    >>> block = BlockConfig(dim=2, grid=(1, 1), stack=StackConfig(width=64, depth=1))
+    >>> Flow(FlowConfig(deep=block)).log_prob(torch.zeros(3, 1, 2)).shape
+    torch.Size([3])
+    """
+
+    def __init__(self, cfg: FlowConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.shallow = ShallowFlow(cfg.shallow)
+        self.deep = AffineBlock(cfg.deep)
+
+    def forward(
+        self, x: Tensor, context: Context | None = None, noise_level: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x: (B, N, D) -> z: (B, N, D) and log|dz/dx|: (B,) nats."""
+        u, shallow_logdet = self.shallow(x, noise_level)
+        z, deep_logdet = self.deep(u, context, noise_level)
+        return z, shallow_logdet + deep_logdet
+
+    def inverse(
+        self, z: Tensor, context: Context | None = None, noise_level: Tensor | None = None
+    ) -> Tensor:
+        """z -> x, one latent after the other, exact up to rounding."""
+        u = solve(self.deep, z, context, noise_level).x
+        return self.shallow.inverse(u, noise_level)
+
+    def log_prob(
+        self, x: Tensor, context: Context | None = None, noise_level: Tensor | None = None
+    ) -> Tensor:
+        """Exact log density of x at its noise level, (B,) nats, constant included (eq. 2.1, 3.3)."""
+        z, logdet = self(x, context, noise_level)
+        return standard_normal_log_prob(z) + logdet
+
+    def nats_per_dim(
+        self, x: Tensor, context: Context | None = None, noise_level: Tensor | None = None
+    ) -> Tensor:
+        """Negative log-likelihood per latent channel: (B,) nats, constant included."""
+        return -self.log_prob(x, context, noise_level) / math.prod(x.shape[1:])
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z: Tensor,
+        context: Context | None = None,
+        unconditional: Context | None = None,
+        noise_level: Tensor | None = None,
+        *,
+        config: SampleConfig | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """Latents from prior draws z: (B, N, D), see `prior`. Guidance acts in the deep block only.
+
+        Raises ConfigError when guidance is asked for without `unconditional`.
+        """
+        config = config or SampleConfig()
+        guide = None
+        if config.guidance:
+            if unconditional is None:
+                raise ConfigError(
+                    f"guidance is {config.guidance} but unconditional is None; pass the context "
+                    "of the empty prompt, or guidance 0."
+                )
+            guide = Guide(unconditional, config.guidance, config.rule)
+        u = solve(
+            self.deep,
+            z * config.prior_scale,
+            context,
+            noise_level,
+            solver=config.deep_solver,
+            guide=guide,
+            progress=progress,
+        ).x
+        return self.shallow.inverse(u, noise_level, config.shallow_solver)
+
+    def prior(self, seeds: list[int]) -> Tensor:
+        """z: (B, N, D), row i drawn from seeds[i] alone, on CPU, so that batches do not matter."""
+        shape = (self.cfg.deep.num_latents, self.cfg.deep.dim)
+        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return torch.stack(rows).to(self.deep.head.weight.device)
+
+    def denoise(
+        self, x: Tensor, noise_level: Tensor, context: Context | None = None
+    ) -> Tensor:
+        """Tweedie's estimate of the clean latents, x + t^2 grad log p(x; t) (TARFlow)."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            level = noise_level if self.cfg.noise is not None else None
+            (grad,) = torch.autograd.grad(self.log_prob(x, context, level).sum(), x)
+        return (x + noise_level.to(x)[:, None, None] ** 2 * grad).detach()

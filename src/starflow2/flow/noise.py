@@ -1,0 +1,85 @@
+"""Multi-noise training: levels, loss weight, embedding of a level (iTARFlow 3; paper section 3.3).
+
+A noise level is the standard deviation of Gaussian noise on standardised latents.
+Letters: B batch, C width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from starflow2.errors import ConfigError
+
+__all__ = ["NoiseConfig", "NoiseEmbedding", "add_noise"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """Noise levels of training: uniform on [noise_min, noise_max], a share of them at the top.
+
+    Pictures are sampled at noise_max, so a small model gains from seeing that level more often
+    (our choice: docs/choices.md#noise-levels); max_share 0 is the plain uniform draw.
+    """
+
+    noise_min: float = 0.01
+    noise_max: float = 0.5
+    max_share: float = 0.0  # probability of drawing exactly noise_max
+    weight: Literal["level", "one"] = "level"  # loss weight: the level itself, or 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.noise_min <= self.noise_max:
+            raise ConfigError(
+                f"noise_min {self.noise_min} and noise_max {self.noise_max}: "
+                "expected 0 < noise_min <= noise_max."
+            )
+
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """(count,) float32 levels."""
+        uniform = torch.rand(2, count, generator=generator)
+        level = self.noise_min + (self.noise_max - self.noise_min) * uniform[0]
+        return torch.where(uniform[1] < self.max_share, self.noise_max, level)
+
+    def loss_weight(self, noise_level: Tensor) -> Tensor:
+        """Weight of each sample's NLL; "level" equalises gradients, which scale like 1 / level."""
+        return noise_level if self.weight == "level" else torch.ones_like(noise_level)
+
+    @property
+    def mean_log_level(self) -> float:
+        """E[ln level]; 1.419 plus this bounds the held-out NLL in nats per dimension from below."""
+        low, high = self.noise_min, self.noise_max
+        if low == high:
+            return math.log(high)
+        uniform = (high * math.log(high) - low * math.log(low)) / (high - low) - 1
+        return self.max_share * math.log(high) + (1 - self.max_share) * uniform
+
+
+def add_noise(x: Tensor, noise_level: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """x + noise_level * eps; x: (B, N, D), noise_level: (B,)."""
+    eps = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return x + noise_level.to(x)[:, None, None] * eps.to(x.device)
+
+
+class NoiseEmbedding(nn.Module):
+    """Level -> vector: sines and cosines of log level, then a two-layer MLP. (B,) -> (B, C)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        half = self.width // 2
+        dtype = self.mlp[0].weight.dtype
+        freqs = torch.exp(
+            -math.log(10000.0) * torch.arange(half, dtype=dtype, device=noise_level.device) / half
+        )
+        angles = noise_level.to(dtype).log()[:, None] * freqs  # (B, C / 2)
+        out: Tensor = self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
+        return out

@@ -1,0 +1,169 @@
+"""Pictures from prompts: one cached left-to-right pass, all rows and both guidance branches at once.
+
+Row i of a batch depends on its own prompt and seed alone. Not here: files, prompts checking, names.
+Letters: B batch, N latents, D latent dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from starflow2.errors import ConfigError, DataError
+from starflow2.flow import Context, SampleConfig
+from starflow2.flow.affine import Guidance
+from starflow2.flow.solve import Sequential, Solver
+from starflow2.parts import Parts
+from starflow2.sequence import pad_rows, text_mrope
+
+__all__ = ["DrawConfig", "Drawn", "draw", "drawing_context", "sample_latents"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawConfig:
+    """How a picture is sampled. Defaults of a model come from its own config, see `for_model`."""
+
+    guidance: float = 2.0  # 0 = off
+    prior_scale: float = 0.8  # 1 = exact sampling
+    rule: Guidance = "starflow"
+    # none: the pixel decoder takes latents at their sampling noise; tweedie: one self-denoising step
+    cleanup: Literal["none", "tweedie"] = "none"
+    batch: int = 32  # pictures at once
+    shallow_solver: Solver = Sequential()
+
+    def __post_init__(self) -> None:
+        if self.guidance < 0:
+            raise ConfigError(f"guidance is {self.guidance}; expected 0 (off) or more.")
+        if self.prior_scale <= 0:
+            raise ConfigError(f"prior_scale is {self.prior_scale}; expected more than 0.")
+        if self.batch < 1:
+            raise ConfigError(f"batch is {self.batch}; expected at least 1.")
+
+    @classmethod
+    def for_model(cls, parts: Parts, **changes: object) -> DrawConfig:
+        """The model's own defaults with `changes`; None keeps a default."""
+        base = cls(guidance=parts.cfg.guidance, prior_scale=parts.cfg.prior_scale)
+        given = {k: v for k, v in changes.items() if v is not None}
+        return replace(base, **given)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """images: (B, 3, height, width) in [-1, 1]; latents: (B, N, D) as sampled, at noise_level."""
+
+    images: Tensor
+    latents: Tensor
+    noise_level: float
+
+
+@torch.no_grad()
+def drawing_context(parts: Parts, rows: Sequence[Sequence[int]]) -> Context:
+    """The frozen VLM's states of prompt rows, left-padded, as the flow's context.
+
+    rows: token ids that end with the begin-of-image token, the slot of the first latent.
+    """
+    text = pad_rows(rows, parts.cfg.vlm.special.pad)
+    ids = text.ids.to(parts.device)
+    h = parts.vlm.states(parts.vlm.embed(ids), text_mrope(*ids.shape).to(ids.device))
+    h = text.left_padded(h.float().cpu()).to(parts.device)
+    return Context(h, text.left_positions.to(h.device), text.left_attend.to(h.device))
+
+
+@torch.no_grad()
+def draw(
+    parts: Parts,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    config: DrawConfig,
+    progress: Progress | None = None,
+) -> Drawn:
+    """One picture per (prompt, seed). `progress` is called with (latents done, latents in all).
+
+    Raises ConfigError if the model has no trained flow or lengths differ, DataError if a sampled
+    latent is not finite.
+    """
+    if len(prompts) != len(seeds) or not prompts:
+        raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds; expected equally many.")
+    if "t2i" not in parts.stages:
+        raise ConfigError(
+            f"this model has finished stages {list(parts.stages)}; drawing needs t2i."
+        )
+    done: list[Tensor] = []
+    total = len(prompts) * parts.cfg.flow.deep.num_latents
+    for first in range(0, len(prompts), config.batch):
+        chunk = slice(first, first + config.batch)
+        rows = len(prompts[chunk])
+        before = first * parts.cfg.flow.deep.num_latents
+
+        def step(count: int, _: int, rows: int = rows, before: int = before) -> None:
+            if progress is not None:
+                progress(before + count * rows, total)
+
+        done.append(sample_latents(parts, prompts[chunk], seeds[chunk], config, step))
+    latents = torch.cat(done)
+    return Drawn(_decode(parts, latents), latents, _level(parts))
+
+
+@torch.no_grad()
+def sample_latents(
+    parts: Parts,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    config: DrawConfig,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Latents (B, N, D) of one batch, cleaned up if asked. The affine maths runs in float32."""
+    tokenizer = parts.tokenizer
+    assert tokenizer is not None
+    rows = [tokenizer.drawing_prompt(p) for p in prompts]
+    empty = [tokenizer.drawing_prompt("")] * len(rows)
+    both = drawing_context(parts, rows + empty if config.guidance else rows)
+    context, unconditional = _halves(both, len(rows))
+    level = torch.full((len(rows),), _level(parts), device=parts.device)
+    latents = parts.flow.sample(
+        parts.flow.prior(list(seeds)),
+        context,
+        unconditional if config.guidance else None,
+        level,
+        config=SampleConfig(
+            guidance=config.guidance,
+            rule=config.rule,
+            prior_scale=config.prior_scale,
+            shallow_solver=config.shallow_solver,
+        ),
+        progress=progress,
+    )
+    if config.cleanup == "tweedie":
+        latents = parts.flow.denoise(latents, level, context)
+    finite = torch.isfinite(latents).flatten(1).all(1)
+    if not bool(finite.all()):
+        bad = [seeds[i] for i in (~finite).nonzero().flatten().tolist()]
+        raise DataError(f"latents of seeds {bad} are not finite; try a lower guidance.")
+    return latents
+
+
+def _level(parts: Parts) -> float:
+    assert parts.cfg.flow.noise is not None
+    return parts.cfg.flow.noise.noise_max
+
+
+def _halves(both: Context, rows: int) -> tuple[Context, Context]:
+    """The first `rows` rows and the rest."""
+    assert both.positions is not None and both.attend is not None
+    parts = ((both.states[s], both.positions[s], both.attend[s]) for s in _split(rows))
+    first, second = (Context(*p) for p in parts)
+    return first, second
+
+
+def _split(rows: int) -> tuple[slice, slice]:
+    return slice(None, rows), slice(rows, None)
+
+
+def _decode(parts: Parts, latents: Tensor, batch: int = 64) -> Tensor:
+    return torch.cat([parts.fae.decode(chunk) for chunk in latents.split(batch)])

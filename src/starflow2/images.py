@@ -1,0 +1,149 @@
+"""Pictures in and out: PIL images, byte arrays and tensors, contact sheets, PNG files that say how they were made.
+
+With data, the only importer of PIL. A picture is `height` x `width` pixels; as a tensor it is (3, height, width)
+float32 in [-1, 1], which is how images enter and leave the codec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from torch import Tensor
+
+from starflow2.errors import DataError, OutputError, ShapeError
+from starflow2.files import replacing
+
+__all__ = ["Picture", "contact_sheet", "read_metadata", "save_png", "to_pil", "to_tensor"]
+
+Picture = Image.Image  # for annotations elsewhere, without importing PIL there
+
+INK, PAPER, FRAME = (32, 32, 36), (255, 255, 255), (214, 214, 220)
+MARGIN, FONT_SIZE, LABEL_LINES = 12, 15, 6  # pixels, pixels, lines
+
+
+def to_tensor(image: Picture | np.ndarray) -> Tensor:
+    """(3, height, width) float32 in [-1, 1] from a PIL image of any mode or a (height, width, 3) uint8 array.
+
+    Transparent pixels become white, as on a page. Raises ShapeError for an array of another shape or dtype.
+
+    >>> to_tensor(np.full((2, 2, 3), 255, dtype=np.uint8)).unique()
+    tensor([1.])
+    """
+    pixels = np.asarray(_rgb(image)) if isinstance(image, Image.Image) else image  # (height, width, 3)
+    if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
+        raise ShapeError(f"image: expected (height, width, 3) uint8, got {pixels.shape} {pixels.dtype}.")
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1  # (3, height, width)
+
+
+def to_pil(image: Tensor) -> Picture:
+    """A PIL image from (3, height, width) floats; what lies outside [-1, 1] is clipped.
+
+    Undoes to_tensor exactly. Raises ShapeError for another shape and DataError where a pixel is not a finite number.
+    """
+    if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+        raise ShapeError(f"image: expected (3, height, width) float, got {tuple(image.shape)} {image.dtype}.")
+    pixels = image.detach().float().cpu().permute(1, 2, 0)  # (height, width, 3)
+    if not pixels.isfinite().all():
+        raise DataError("image: expected finite numbers, got NaN or infinity; the model that drew it has diverged.")
+    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
+
+
+def contact_sheet(images: Sequence[Picture], labels: Sequence[str], columns: int = 8, scale: int = 3) -> Picture:
+    """One picture of all `images` in rows of `columns`, each enlarged `scale` times with its label beneath.
+
+    A label is wrapped to the width of its picture and ends in an ellipsis after six lines.
+    Raises ShapeError where there is no image, not one label for each, or no column.
+
+    >>> contact_sheet([Image.new("RGB", (64, 64))] * 3, ["one", "two", "three"], columns=2).size
+    (420, 468)
+    """
+    if not images or len(images) != len(labels) or columns < 1 or scale < 1:
+        raise ShapeError(
+            f"contact_sheet: expected one label for each of one or more images, columns and scale of at least 1; "
+            f"got {len(images)} images, {len(labels)} labels, columns={columns}, scale={scale}."
+        )
+    font = ImageFont.load_default(FONT_SIZE)
+    width, height = max(i.width for i in images) * scale, max(i.height for i in images) * scale
+    texts = [_wrap(label, width, font) for label in labels]
+    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
+    drops = [height + _text_height(max((texts[i] for i in row), key=lambda t: t.count("\n")), font) for row in rows]
+    sheet = Image.new(
+        "RGB",
+        (MARGIN + min(columns, len(images)) * (width + MARGIN), MARGIN + sum(drop + MARGIN for drop in drops)),
+        PAPER,
+    )
+    draw, top = ImageDraw.Draw(sheet), MARGIN
+    for row, drop in zip(rows, drops, strict=True):
+        for column, i in enumerate(row):
+            left = MARGIN + column * (width + MARGIN)
+            tile = _rgb(images[i])
+            tile = tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (left, top))
+            draw.rectangle((left - 1, top - 1, left + tile.width, top + tile.height), outline=FRAME)
+            draw.multiline_text((left, top + height + MARGIN // 2), texts[i], fill=INK, font=font, spacing=2)
+        top += drop + MARGIN
+    return sheet
+
+
+def save_png(image: Picture, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a PNG with `metadata` as its text chunks, in one step: no half-written file, folders on the way are made.
+
+    Raises OutputError where the name does not end in .png or the file cannot be written (folder read-only, disk full).
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise OutputError(f"cannot write {path}: pictures are PNG files, expected a name that ends in .png.")
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in (metadata or {}).items():
+        chunks.add_text(key, text)  # tEXt, or iTXt where the text is not Latin-1
+    with replacing(path) as temp:
+        image.save(temp, format="PNG", pnginfo=chunks)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The text chunks of a PNG as `save_png` wrote them; empty for a picture that carries none.
+
+    Raises DataError for a file that is not there or is not a picture.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()  # text may stand after the pixels
+            return {key: str(text) for key, text in getattr(image, "text", {}).items()}
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all from PIL
+        raise DataError(f"cannot read {path} as a picture: {error}.") from error
+
+
+def _rgb(image: Picture) -> Picture:
+    if image.has_transparency_data:
+        page = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(page, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    """`text` in at most LABEL_LINES lines of at most `width` pixels; a word wider than that is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        while font.getlength(word) > width:
+            word = word[:-1]
+        lines.append(word)
+    lines = [line for line in lines if line]
+    if len(lines) > LABEL_LINES:
+        lines = [*lines[: LABEL_LINES - 1], lines[LABEL_LINES - 1] + " …"]
+        while font.getlength(lines[-1]) > width and len(lines[-1]) > 2:
+            lines[-1] = lines[-1][:-3].rstrip() + " …"
+    return "\n".join(lines)
+
+
+def _text_height(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> int:
+    """Pixels that `text` needs beneath a picture, measured on a line with ascenders and descenders."""
+    tall = "\n".join("Ag" for _ in range(text.count("\n") + 1))
+    box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), tall, font=font, spacing=2)
+    return int(box[3]) + MARGIN // 2

@@ -1,0 +1,349 @@
+"""Neural parts shared by every model here: norms, rotary positions, causal attention, the stack, its cache.
+
+Not here: anything that knows what a latent, a token or a picture is.
+Letters: B batch, T positions, C width, H heads, K head dim, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from starflow2.errors import ConfigError, ShapeError
+
+__all__ = [
+    "Cache",
+    "CausalStack",
+    "FiLM",
+    "FinalNorm",
+    "StackConfig",
+    "at_least_fp32",
+    "attention",
+    "axial_angles",
+    "check",
+    "rotate",
+    "zero_linear",
+]
+
+TEXT_PAIRS = 8  # rotation pairs of the third (text or time) axis, STARFlow's split
+ROPE_BASE = 10000.0
+
+
+def check(x: Tensor, shape: str, name: str = "x", **sizes: int) -> None:
+    """Raise ShapeError unless `x` has the axes named in `shape` and the given `sizes`.
+
+    >>> check(torch.zeros(2, 4, 3), "B N D", D=3)
+    """
+    axes = shape.split()
+    wanted = " ".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes)
+    if x.ndim != len(axes) or any(
+        sizes.get(a, n) != n for a, n in zip(axes, x.shape, strict=False)
+    ):
+        raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected ({wanted}).")
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in float32 if it was half precision; float32 and float64 pass unchanged."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def zero_linear(width_in: int, width_out: int, *, bias: bool = True) -> nn.Linear:
+    """A linear layer whose output is zero at initialisation, whatever its input."""
+    layer = nn.Linear(width_in, width_out, bias=bias)
+    nn.init.zeros_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class FinalNorm(nn.Module):
+    """RMS norm with gain (1 + weight), weight zero at start, eps 1e-6 (STARFlow's final norm)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = at_least_fp32(x)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+class FiLM(nn.Module):
+    """Scale and shift of a normed stream, both predicted from an embedding; identity at start."""
+
+    def __init__(self, width: int, condition_width: int) -> None:
+        super().__init__()
+        self.to_film = zero_linear(condition_width, 2 * width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        gamma, beta = self.to_film(F.silu(condition)).chunk(2, dim=-1)
+        return x * (1 + gamma) + beta
+
+
+# -- rotary positions ---------------------------------------------------------------------------
+
+
+def axial_angles(positions: Tensor, head_dim: int) -> Tensor:
+    """Rotation angles of three axes, row, column and text: (B, T, 3) -> (B, T, head_dim / 2).
+
+    The third axis gets 8 pairs, the two picture axes share the rest; base 10000 (STARFlow).
+    """
+    spatial = head_dim - 2 * TEXT_PAIRS  # twice the pairs of both picture axes together / 2
+    if spatial < 4 or spatial % 4:
+        raise ConfigError(
+            f"head_dim is {head_dim}; rotary positions on three axes need "
+            f"a multiple of 4 that is at least {2 * TEXT_PAIRS + 4}."
+        )
+    dtype = torch.promote_types(positions.dtype, torch.float32)
+    half = torch.arange(spatial // 4, dtype=dtype, device=positions.device)
+    freqs = ROPE_BASE ** (-2 * half / (spatial // 2))
+    text = torch.arange(TEXT_PAIRS, dtype=dtype, device=positions.device)
+    text_freqs = ROPE_BASE ** (-text / TEXT_PAIRS)
+    row, col, step = positions.to(dtype).unsqueeze(-1).unbind(-2)  # 3 x (B, T, 1)
+    return torch.cat([row * freqs, col * freqs, step * text_freqs], dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate interleaved pairs (2i, 2i+1) of x: (B, H, T, K) by cos, sin: (B, 1, T, K / 2)."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+# -- attention and cache ------------------------------------------------------------------------
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None) -> Tensor:
+    """Softmax attention; q, k, v: (B, H, T, K), attend: (B, 1, Tq, Tk) bool, True = may, or None.
+
+    Written out on CPU, where it trains about three times faster than the fused kernel
+    (docs/LOG.md#attention); the fused kernel elsewhere.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, Tq, Tk)
+    if attend is not None:
+        scores = scores.masked_fill(~attend, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1) @ v
+
+
+class Cache:
+    """Keys and values of a stack, one growing buffer per layer and side.
+
+    `append` writes behind `length`; `advance` moves `length` once all layers have written;
+    `truncate` rewinds; `fork` copies rows so that branches never share memory.
+    """
+
+    def __init__(self, depth: int, capacity: int = 64) -> None:
+        self.length = 0
+        self._capacity = capacity
+        self._buffers: list[tuple[Tensor, Tensor] | None] = [None] * depth
+
+    @property
+    def depth(self) -> int:
+        return len(self._buffers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, spare capacity included."""
+        return sum(t.nbytes for pair in self._buffers if pair is not None for t in pair)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v: (B, H, T, K) of `layer` behind the cached ones; return all so far."""
+        end = self.length + k.shape[2]
+        buffers = self._reserve(layer, k, end)
+        for buffer, new in zip(buffers, (k, v), strict=True):
+            buffer[:, :, self.length : end] = new
+        return buffers[0][:, :, :end], buffers[1][:, :, :end]
+
+    def _reserve(self, layer: int, like: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        old = self._buffers[layer]
+        if old is not None and old[0].shape[2] >= end:
+            return old
+        self._capacity = max(self._capacity, end if old is None else 2 * end)
+        batch, heads, _, dim = like.shape
+        new = (
+            like.new_empty(batch, heads, self._capacity, dim),
+            like.new_empty(batch, heads, self._capacity, dim),
+        )
+        if old is not None:
+            for target, source in zip(new, old, strict=True):
+                target[:, :, : self.length] = source[:, :, : self.length]
+        self._buffers[layer] = new
+        return new
+
+    def advance(self, count: int) -> None:
+        self.length += count
+
+    def truncate(self, length: int) -> None:
+        """Forget everything behind `length`; the kept part stays bit-equal."""
+        if not 0 <= length <= self.length:
+            raise ShapeError(f"truncate got {length}; expected 0 to {self.length} positions.")
+        self.length = length
+
+    def fork(self, copies: int = 1) -> Cache:
+        """A cache of its own with each row repeated `copies` times."""
+        twin = Cache(self.depth, self._capacity)
+        twin.length = self.length
+        twin._buffers = [
+            None
+            if pair is None
+            else (pair[0].repeat_interleave(copies, 0), pair[1].repeat_interleave(copies, 0))
+            for pair in self._buffers
+        ]
+        return twin
+
+
+# -- the stack ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """A pre-norm causal transformer. Heads of `head_dim`, an MLP of `mlp_ratio` x width."""
+
+    width: int
+    depth: int
+    head_dim: int = 64
+    mlp_ratio: int = 4
+    activation: Literal["gelu", "relu2"] = "gelu"
+    rope: bool = True  # three-axis rotary positions on queries and keys
+    final_norm: bool = True  # RMS norm in front of the head
+    causal: bool = True  # False: every position sees every other (the FAE's decoders)
+
+    def __post_init__(self) -> None:
+        if self.width % self.head_dim:
+            raise ConfigError(f"width {self.width} is no multiple of head_dim {self.head_dim}.")
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_dim
+
+
+class _Attention(nn.Module):
+    def __init__(self, cfg: StackConfig) -> None:
+        super().__init__()
+        self.heads, self.head_dim = cfg.heads, cfg.head_dim
+        self.norm = nn.LayerNorm(cfg.width)
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width)
+        self.proj = nn.Linear(cfg.width, cfg.width)
+
+    def forward(self, x: Tensor, ctx: _StackContext, layer: int) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.qkv(self.norm(x)).view(batch, length, 3, self.heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, K)
+        if ctx.rotation is not None:
+            cos, sin = (r.to(q.dtype) for r in ctx.rotation)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if ctx.cache is not None:
+            k, v = ctx.cache.append(layer, k, v)
+        out = attention(q, k, v, ctx.attend)  # (B, H, T, K)
+        return self.proj(out.transpose(1, 2).reshape(batch, length, width))
+
+
+class _SquaredRelu(torch.autograd.Function):
+    """relu(x)^2 in two passes over memory each way instead of three and four (docs/LOG.md#relu2)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.clamp_min(0)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (grad * positive).mul_(2)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, cfg: StackConfig) -> None:
+        super().__init__()
+        self.is_gelu = cfg.activation == "gelu"
+        self.norm = nn.LayerNorm(cfg.width)
+        self.up = nn.Linear(cfg.width, cfg.mlp_ratio * cfg.width)
+        self.down = nn.Linear(cfg.mlp_ratio * cfg.width, cfg.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(self.norm(x))
+        h = F.gelu(h) if self.is_gelu else _SquaredRelu.apply(h)
+        return self.down(h)
+
+
+class _Layer(nn.Module):
+    def __init__(self, cfg: StackConfig) -> None:
+        super().__init__()
+        self.attention, self.mlp = _Attention(cfg), _Mlp(cfg)
+
+    def forward(self, x: Tensor, ctx: _StackContext, layer: int) -> Tensor:
+        x = x + self.attention(x, ctx, layer)
+        return x + self.mlp(x)
+
+
+@dataclass(slots=True)
+class _StackContext:
+    rotation: tuple[Tensor, Tensor] | None
+    attend: Tensor | None
+    cache: Cache | None
+
+
+class CausalStack(nn.Module):
+    """Transformer body, causal unless its config says otherwise: (B, T, C) -> (B, T, C).
+
+    Runs as one full pass or continues from a cache.
+    """
+
+    def __init__(self, cfg: StackConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.layers = nn.ModuleList(_Layer(cfg) for _ in range(cfg.depth))
+        self.final_norm = FinalNorm(cfg.width) if cfg.final_norm else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor | None = None,
+        attend: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """x: (B, T, C); positions: (B, T, 3), needed with rope; returns (B, T, C).
+
+        attend: (B, Tk) bool marks usable keys (padding), or (B, Tq, Tk) bool says all;
+        None means plainly causal. Tk counts cached positions too.
+        """
+        past = 0 if cache is None else cache.length
+        rotation = self._rotation(positions, x)
+        mask = _mask(x, past, attend, self.cfg.causal)
+        ctx = _StackContext(rotation, mask, cache)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, ctx, i)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.final_norm(x)
+
+    def _rotation(self, positions: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not self.cfg.rope:
+            return None
+        if positions is None:
+            raise ShapeError("positions is None; a stack with rope needs (B, T, 3) positions.")
+        angles = axial_angles(positions, self.cfg.head_dim).unsqueeze(1)  # (B, 1, T, K / 2)
+        dtype = at_least_fp32(x).dtype
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _mask(x: Tensor, past: int, attend: Tensor | None, is_causal: bool) -> Tensor | None:
+    """The boolean mask (B or 1, 1, Tq, Tk), or None where nothing is hidden."""
+    length = x.shape[1]
+    if attend is not None and attend.ndim == 3:
+        return attend.unsqueeze(1)
+    if attend is None and (length == 1 or not is_causal):
+        return None
+    mask = torch.ones(length, past + length, dtype=torch.bool, device=x.device)
+    mask = (mask.tril(past) if is_causal else mask)[None, None]  # (1, 1, Tq, Tk)
+    if attend is None:
+        return mask
+    own = torch.eye(length, dtype=torch.bool, device=x.device)
+    own = F.pad(own, (past, 0))[None, None]  # a padded query still sees itself: no empty softmax
+    return mask & (attend[:, None, None, :] | own)

@@ -1,0 +1,65 @@
+"""The parts of a model side by side: features, language model, FAE, flow, tokenizer. No files here.
+
+What each part is lives in its own module; this one only knows which belong together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from starflow2.backbones import (
+    ChatTokenizer,
+    DinoConfig,
+    DinoFeatures,
+    LanguageConfig,
+    QwenStream,
+)
+from starflow2.fae import Fae, FaeCodec, FaeConfig
+from starflow2.flow import Flow, FlowConfig
+
+__all__ = ["ModelConfig", "Parts", "build"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Every size of a model, and the sampling defaults it was tuned for."""
+
+    name: str
+    features: DinoConfig
+    vlm: LanguageConfig
+    fae: FaeConfig
+    flow: FlowConfig
+    guidance: float = 2.0  # 0 = off
+    prior_scale: float = 0.8  # 1 = exact sampling
+    max_prompt_tokens: int = 256
+
+
+class Parts(nn.Module):
+    """The modules of a model and its tokenizer; which of them are trained is `stages`."""
+
+    def __init__(self, cfg: ModelConfig, tokenizer: ChatTokenizer | None = None) -> None:
+        super().__init__()
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.lexicon: frozenset[str] = frozenset()
+        self.stages: tuple[str, ...] = ()
+        self.features = DinoFeatures(cfg.features)
+        self.vlm = QwenStream(cfg.vlm)
+        self.fae = Fae(cfg.fae)
+        self.flow = Flow(cfg.flow)
+
+    @property
+    def codec(self) -> FaeCodec:
+        return FaeCodec(self.fae, self.features)
+
+    @property
+    def device(self) -> torch.device:
+        return self.flow.deep.head.weight.device
+
+
+def build(cfg: ModelConfig, device: str | torch.device = "cpu") -> Parts:
+    """Parts with fresh weights (or none, on the meta device)."""
+    with torch.device(device):
+        return Parts(cfg)

@@ -1,0 +1,98 @@
+"""Recipes: a run as data. `nano()` is the embedded default; any function that returns RunConfig is one.
+
+`smoke(recipe)` shrinks any of them to seconds on two cores, on the same code path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from starflow2.backbones import DinoConfig, LanguageConfig, SpecialIds
+from starflow2.fae import FaeConfig
+from starflow2.flow import BlockConfig, FlowConfig, NoiseConfig
+from starflow2.nn import StackConfig
+from starflow2.parts import ModelConfig
+from starflow2.train import OptimConfig, RunConfig, StageConfig
+
+__all__ = ["nano", "smoke"]
+
+
+def nano_model() -> ModelConfig:
+    """The sizes of nano: 64 px pictures, 8x8 latents of 16 channels."""
+    bidirectional = StackConfig(
+        width=192, depth=2, head_dim=64, activation="relu2", rope=False, causal=False
+    )
+    shallow = StackConfig(width=128, depth=2, head_dim=64, activation="relu2")
+    deep = StackConfig(width=192, depth=6, head_dim=64, activation="relu2")
+
+    def block(stack: StackConfig, direction: str, context_dim: int = 0) -> BlockConfig:
+        return BlockConfig(
+            dim=16,
+            grid=(8, 8),
+            stack=stack,
+            direction=direction,  # type: ignore[arg-type]
+            context_dim=context_dim,
+            learned_positions=True,
+            stencil=True,
+            noise=True,
+        )
+
+    return ModelConfig(
+        name="nano",
+        features=DinoConfig(image_size=64, patch_size=8, width=192, depth=3, heads=3),
+        vlm=LanguageConfig(
+            vocab=512,
+            width=192,
+            depth=4,
+            heads=4,
+            kv_heads=2,
+            mlp_width=512,
+            mrope_section=(8, 8, 8),
+            special=SpecialIds(
+                pad=0, user=1, assistant=2, end=3, vision_start=4, vision_end=5, image_pad=6
+            ),
+            vision_width=128,
+            vision_depth=2,
+            vision_heads=4,
+            vision_mlp_width=256,
+            vision_patch=4,
+            image_size=64,
+        ),
+        fae=FaeConfig(
+            feature_dim=192,
+            latent_dim=16,
+            grid=(8, 8),
+            image_size=64,
+            encoder_width=384,
+            encoder_heads=6,
+            feature_decoder=replace(bidirectional, depth=1),
+            pixel_decoder=bidirectional,
+        ),
+        flow=FlowConfig(
+            deep=block(deep, "l2r", context_dim=192),
+            shallow=(block(shallow, "l2r"), block(shallow, "r2l")),
+            noise=NoiseConfig(noise_min=0.01, noise_max=0.5, max_share=0.7),
+        ),
+    )
+
+
+def nano() -> RunConfig:
+    """The embedded default, trained on two CPU cores: see docs/training.md for hours and scores."""
+    return RunConfig(
+        model=nano_model(),
+        stages=(
+            StageConfig(name="features", steps=400, batch=64),
+            StageConfig(name="fae", steps=1000, batch=64),
+            StageConfig(name="vlm", steps=500, batch=48),
+            StageConfig(name="t2i", steps=8000, batch=64),
+        ),
+    )
+
+
+def smoke(run: RunConfig) -> RunConfig:
+    """The same run in a few steps of tiny batches."""
+    stages = tuple(
+        replace(s, steps=4, batch=4, optim=replace(s.optim, warmup_steps=1), save_every=2)
+        for s in run.stages
+    )
+    return replace(run, stages=stages)

@@ -1,0 +1,611 @@
+"""Training: one loop for every stage. A stage is data; what it trains and its loss is a `Task`.
+
+Every random choice is a pure function of (seed, stage, step), so that a run killed at any moment and
+resumed from its last checkpoint repeats the uninterrupted run bit for bit. Not here: scoring (a
+callable is passed in) and the sizes of recipes.
+Letters: B batch, T positions, N latents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from starflow2.backbones import train_tokenizer
+from starflow2.checkpoint import load_parts, load_tensors, save_parts
+from starflow2.config import to_dict
+from starflow2.data.tasks import draw_task, lexicon, understanding_task
+from starflow2.data.world import Scene, render
+from starflow2.errors import ConfigError, TrainingError, nearest
+from starflow2.files import replacing
+from starflow2.generate import drawing_context
+from starflow2.losses import masked_picture_loss, ngp_loss, ntp_loss
+from starflow2.parts import ModelConfig, Parts
+from starflow2.sequence import IGNORE, image_mrope, length_groups, pad_rows, text_mrope
+
+__all__ = ["OptimConfig", "RunConfig", "StageConfig", "StepReport", "fit"]
+
+StageName = Literal["features", "fae", "vlm", "t2i"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Muon on hidden matrices, AdamW elsewhere; linear warm-up, constant, linear decay to zero."""
+
+    lr: float = 2e-3  # AdamW
+    matrix_lr: float = 4e-3  # Muon with AdamW's update size; 0 = AdamW everywhere
+    weight_decay: float = 0.01
+    warmup_steps: int = 60
+    decay_share: float = 0.6  # share of all steps at the end over which the rate falls
+    clip: float = 1.0  # global gradient norm
+    ema: float = 0.995  # decay of the averaged weights that are kept; 0 = none
+
+    def rate(self, step: int, steps: int) -> float:
+        """Factor on both learning rates at `step` of `steps`."""
+        up = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        left = (steps - step) / max(1.0, self.decay_share * steps)
+        return up * min(1.0, left)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage: how long, how much, how fast."""
+
+    name: StageName
+    steps: int
+    batch: int  # pictures per step
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    save_every: int = 200  # steps between checkpoints
+    log_every: int = 10  # steps between metric lines
+    caption_drop: float = 0.1  # share of empty prompts (t2i)
+    hidden_share: float = 0.4  # largest share of hidden patches (features)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A recipe: the model, its stages in order, the seed of everything."""
+
+    model: ModelConfig
+    stages: tuple[StageConfig, ...]
+    seed: int = 0
+    precision: Precision = "auto"  # autocast type; "auto" times both on this machine
+
+    def stage(self, name: str) -> StageConfig:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        known = [s.name for s in self.stages]
+        raise ConfigError(f"stage is {name!r}; expected one of {known}.{nearest(name, known)}")
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step told: for progress bars and metric files."""
+
+    stage: str
+    step: int
+    steps: int
+    metrics: dict[str, float]
+    images_per_s: float
+    eta_s: float
+
+
+# -- tasks --------------------------------------------------------------------------------------------
+
+
+class Task(Protocol):
+    """What a stage trains, what it draws and how it scores it."""
+
+    trained: nn.ModuleDict
+
+    def draw(self, indices: range) -> Any: ...
+
+    def loss(self, data: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+def to_images(scenes: list[Scene]) -> Tensor:
+    """Rendered scenes (B, 3, 64, 64) in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([render(s) for s in scenes]))
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+class FeaturesTask:
+    """Masked-picture training of the DINOv2 that nano freezes afterwards."""
+
+    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
+        self.parts, self.stage, self.seed = parts, stage, seed
+        cfg = parts.cfg.features
+        self.head = nn.Linear(cfg.width, 3 * cfg.patch_size**2)
+        self.trained = nn.ModuleDict({"features": parts.features, "pixel_head": self.head})
+
+    def draw(self, indices: range) -> Tensor:
+        return to_images([draw_task(self.seed, i).scene for i in indices])
+
+    def loss(
+        self, images: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        images = images.to(self.parts.device)
+        rows, cols = self.parts.features.grid
+        share = self.stage.hidden_share * torch.rand(len(images), 1, generator=generator)
+        hidden = torch.rand(len(images), rows * cols, generator=generator) < share
+        feats = self.parts.features.features(images, hidden.to(images.device))
+        loss = masked_picture_loss(feats, self.head, images, self.parts.cfg.features.patch_size)
+        return loss, {}
+
+
+class FaeTask:
+    """Latents and decoders on frozen features."""
+
+    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
+        self.parts, self.seed = parts, seed
+        self.trained = nn.ModuleDict({"fae": parts.fae})
+
+    def draw(self, indices: range) -> Tensor:
+        return to_images([draw_task(self.seed, i).scene for i in indices])
+
+    def loss(
+        self, images: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        images = images.to(self.parts.device)
+        with torch.no_grad():
+            feats = self.parts.features.features(images)
+        losses = self.parts.fae.losses(images, feats.float(), generator)
+        names = ("feature", "kl", "pixel", "edge")
+        return losses.total, {name: getattr(losses, name) for name in names}
+
+
+class VlmTask:
+    """Captions and questions about drawn pictures, seen through the model's own vision tower."""
+
+    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
+        self.parts, self.seed = parts, seed
+        self.trained = nn.ModuleDict({"vlm": parts.vlm})
+
+    def draw(self, indices: range) -> tuple[Tensor, Tensor, Tensor]:
+        scenes, ids, labels = [], [], []
+        for index in indices:
+            scene, turns = understanding_task(self.seed, index)
+            row, label = self._document(turns)
+            scenes.append(scene)
+            ids.append(row)
+            labels.append(label)
+        pad = self.parts.cfg.vlm.special.pad
+        return to_images(scenes), pad_rows(ids, pad).ids, pad_rows(labels, IGNORE).ids
+
+    def _document(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+        tokenizer = self.parts.tokenizer
+        assert tokenizer is not None
+        s, (rows, cols) = tokenizer.special, self.parts.cfg.vlm.image_grid
+        picture = [s.vision_start, *[s.image_pad] * (rows * cols), s.vision_end]
+        ids: list[int] = []
+        labels: list[int] = []
+        for question, answer in turns:
+            asked = [s.user, *picture, *tokenizer.encode(question), s.assistant]
+            told = [*tokenizer.encode(answer), s.end]
+            ids += [*asked, *told]
+            labels += [*[IGNORE] * len(asked), *told]
+            picture = []
+        return ids, labels
+
+    def loss(
+        self, data: tuple[Tensor, Tensor, Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        images, ids, labels = (t.to(self.parts.device) for t in data)
+        vlm, grid = self.parts.vlm, self.parts.cfg.vlm.image_grid
+        seen = vlm.see(images)
+        embeds = vlm.embed(ids)
+        first, count = 2, grid[0] * grid[1]  # behind user, vision_start
+        embeds = torch.cat([embeds[:, :first], seen.to(embeds), embeds[:, first + count :]], 1)
+        picture, after = image_mrope(grid, first)
+        behind = text_mrope(1, ids.shape[1] - first - count, after)[:, 0]
+        positions = torch.cat([text_mrope(1, first)[:, 0], picture, behind], 1)  # (3, T)
+        h = vlm.states(embeds, positions[:, None].expand(-1, len(ids), -1).to(ids.device))
+        target = labels[:, 1:] != IGNORE
+        loss = ntp_loss(vlm.logits(h[:, :-1][target]), labels[:, 1:][target])
+        return loss, {}
+
+
+class T2iTask:
+    """Paper stage 1: the flow's exact NLL given the frozen VLM's states of the caption."""
+
+    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
+        self.parts, self.stage, self.seed = parts, stage, seed
+        self.trained = nn.ModuleDict({"flow": parts.flow})
+
+    def draw(self, indices: range) -> tuple[Tensor, list[list[int]]]:
+        tokenizer = self.parts.tokenizer
+        assert tokenizer is not None
+        drawings = [draw_task(self.seed, i) for i in indices]
+        drops = np.random.default_rng([self.seed, indices.start]).random(len(indices))
+        drop = drops < self.stage.caption_drop
+        prompts = ["" if gone else d.prompt for d, gone in zip(drawings, drop, strict=True)]
+        rows = [tokenizer.drawing_prompt(p) for p in prompts]
+        return to_images([d.scene for d in drawings]), rows
+
+    def loss(
+        self, data: tuple[Tensor, list[list[int]]], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        images, rows = data
+        with torch.no_grad():
+            latents = self.parts.codec.encode(images.to(self.parts.device)).float()
+        loss, nats = latents.new_zeros(()), latents.new_zeros(())
+        picture = self.parts.cfg.flow.deep.num_latents
+        for group in length_groups([len(r) for r in rows], picture):
+            context = drawing_context(self.parts, [rows[i] for i in group])
+            terms = ngp_loss(self.parts.flow, latents[group], context, generator)
+            share = len(group) / len(rows)
+            loss, nats = loss + share * terms[0], nats + share * terms[1]
+        return loss, {"nats_per_dim": nats}
+
+
+TASKS: dict[str, Callable[[Parts, StageConfig, int], Task]] = {
+    "features": FeaturesTask,
+    "fae": FaeTask,
+    "vlm": VlmTask,
+    "t2i": T2iTask,
+}
+
+
+# -- the loop -----------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _State:
+    """Everything that a checkpoint holds: trained weights, their average, optimisers, the step."""
+
+    trained: nn.ModuleDict
+    ema: dict[str, Tensor]
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0
+
+
+def fit(
+    run: RunConfig,
+    stage_name: str,
+    folder: str | Path,
+    *,
+    resume: bool = True,
+    device: str = "cpu",
+    report: Callable[[StepReport], None] | None = None,
+    evaluate: Callable[[Parts, int], dict[str, float]] | None = None,
+) -> Path:
+    """Train one stage in `folder` and return the model folder it wrote, folder/model.
+
+    Earlier stages must be in folder/model. With `resume`, goes on from the last checkpoint there.
+    `evaluate` is called with (parts holding averaged weights, step) whenever a checkpoint is written.
+    """
+    stage, folder = run.stage(stage_name), Path(folder)
+    parts = _start_parts(run, stage_name, folder, device)
+    task = TASKS[stage_name](parts, stage, run.seed)
+    task.trained.to(device)
+    state = _new_state(task, stage)
+    precision = _restore(state, folder, stage, resume) or _pick_precision(run.precision, device)
+    metrics = _Metrics(folder, stage_name, state.step)
+    with _Terminated() as stop, _Prefetch(task, stage, state.step) as batches:
+        for data in batches:
+            started = time.perf_counter()
+            values = _step(state, task, stage, data, _Step(run.seed, precision, device))
+            done = state.step == stage.steps
+            if state.step % stage.log_every == 0 or done:
+                line = metrics.write(state.step, values, stage, time.perf_counter() - started)
+                if report is not None:
+                    report(line)
+            if state.step % stage.save_every == 0 or done or stop.asked:
+                _save_state(state, folder, stage, precision)
+                if evaluate is not None:
+                    with _averaged(state):
+                        metrics.extra(state.step, evaluate(parts, state.step))
+            if stop.asked and not done:
+                raise TrainingError(
+                    f"stopped by a signal at step {state.step}; its checkpoint is written, "
+                    "go on with --resume auto."
+                )
+    with _averaged(state):
+        parts.stages = (*(s for s in parts.stages if s != stage_name), stage_name)
+        return save_parts(parts, folder / "model")
+
+
+def _start_parts(run: RunConfig, stage: str, folder: Path, device: str) -> Parts:
+    """The parts that earlier stages left, or fresh ones with a new tokenizer at the first stage."""
+    if (folder / "model" / "config.json").is_file():
+        parts = load_parts(folder / "model", device)
+        _check_same(parts.cfg, run.model)
+        return parts
+    names = [s.name for s in run.stages]
+    if stage != names[0]:
+        raise TrainingError(
+            f"stage {stage} starts from the stage before it, but {folder}/model is not there; "
+            f"run --stage {names[0]} first."
+        )
+    torch.manual_seed(run.seed)
+    parts = Parts(run.model).to(device)
+    corpus = (turn for i in range(4000) for turn in _text_of(run.seed, i))
+    parts.tokenizer = train_tokenizer(corpus, run.model.vlm.vocab)
+    if parts.tokenizer.special != run.model.vlm.special:
+        raise ConfigError("vlm.special does not fit the tokenizer's special tokens.")
+    parts.lexicon = lexicon()
+    return parts
+
+
+def _text_of(seed: int, index: int) -> Iterator[str]:
+    yield draw_task(seed, index).prompt
+    for question, answer in understanding_task(seed, index)[1]:
+        yield question
+        yield answer
+
+
+def _check_same(saved: ModelConfig, wanted: ModelConfig) -> None:
+    old, new = to_dict(saved), to_dict(wanted)
+    differ = [k for k in old if old[k] != new.get(k) and k not in ("guidance", "prior_scale")]
+    if differ:
+        raise TrainingError(
+            f"the model in the run folder has another {', '.join(differ)} than the recipe; "
+            "use another --output, or the recipe it was made with."
+        )
+
+
+def _new_state(task: Task, stage: StageConfig) -> _State:
+    named = {k: p for k, p in task.trained.named_parameters() if p.requires_grad}
+    o = stage.optim
+    matrices = {k: p for k, p in named.items() if o.matrix_lr and _is_hidden_matrix(k, p)}
+    rest = [p for k, p in named.items() if k not in matrices]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            rest, lr=o.lr, betas=(0.9, 0.95), weight_decay=o.weight_decay, fused=True
+        )
+    ]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                list(matrices.values()),
+                lr=o.matrix_lr,
+                weight_decay=o.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    ema = {k: v.detach().clone() for k, v in task.trained.state_dict().items()} if o.ema else {}
+    task.trained.train()
+    return _State(task.trained, ema, optimizers)
+
+
+def _is_hidden_matrix(name: str, p: Tensor) -> bool:
+    outside = ("embed", "head", "proj_in", "position", "context_in", "noise", "patch")
+    return p.ndim == 2 and not any(word in name for word in outside)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    seed: int
+    precision: str
+    device: str
+
+
+def _step(
+    state: _State, task: Task, stage: StageConfig, data: Any, how: _Step
+) -> dict[str, float]:
+    """One optimiser step; a non-finite loss or gradient skips the update and is counted."""
+    generator = torch.Generator().manual_seed(_seed(how.seed, stage.name, state.step))
+    rate = stage.optim.rate(state.step, stage.steps)
+    with torch.autocast(
+        how.device, dtype=torch.bfloat16, enabled=how.precision == "bfloat16"
+    ):
+        loss, extra = task.loss(data, generator)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(task.trained.parameters(), stage.optim.clip)
+    finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss.detach()))
+    for optimizer, lr in zip(
+        state.optimizers, (stage.optim.lr, stage.optim.matrix_lr), strict=False
+    ):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * rate
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if finite:
+        _update_ema(state, stage.optim.ema)
+    state.step += 1
+    values = {k: float(v.detach()) for k, v in extra.items()}
+    skipped = {} if finite else {"skipped": 1.0}
+    return {"loss": float(loss.detach()), **values, "grad_norm": float(norm), "rate": rate, **skipped}
+
+
+@torch.no_grad()
+def _update_ema(state: _State, decay: float) -> None:
+    if not state.ema:
+        return
+    decay = min(decay, (1 + state.step) / (10 + state.step))
+    for name, value in state.trained.state_dict().items():
+        if value.is_floating_point():
+            state.ema[name].lerp_(value, 1 - decay)
+        else:
+            state.ema[name].copy_(value)
+
+
+@contextlib.contextmanager
+def _averaged(state: _State) -> Iterator[None]:
+    """Inside the block the trained modules hold their averaged weights and are in eval mode."""
+    kept = {k: v.detach().clone() for k, v in state.trained.state_dict().items()}
+    state.trained.load_state_dict(state.ema or kept)
+    state.trained.eval()
+    try:
+        yield
+    finally:
+        state.trained.load_state_dict(kept)
+        state.trained.train()
+
+
+def _seed(seed: int, stage: str, step: int) -> int:
+    return zlib.crc32(f"{seed}/{stage}/{step}".encode())
+
+
+def _pick_precision(asked: Precision, device: str) -> str:
+    """bfloat16 where this machine multiplies it faster than float32; some CPUs do not."""
+    if asked != "auto":
+        return asked
+    if device != "cpu":
+        return "bfloat16"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(2048, 512, dtype=dtype), torch.randn(512, 512, dtype=dtype)
+        runs = []
+        for _ in range(10):
+            started = time.perf_counter()
+            a @ b
+            runs.append(time.perf_counter() - started)
+        seconds[dtype] = min(runs)
+    return "bfloat16" if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else "float32"
+
+
+# -- checkpoints, metrics, data ahead of time -----------------------------------------------------------
+
+
+def _state_path(folder: Path, stage: StageConfig) -> Path:
+    return folder / f"state-{stage.name}.safetensors"
+
+
+def _save_state(state: _State, folder: Path, stage: StageConfig, precision: str) -> None:
+    tensors = {f"weights/{k}": v for k, v in state.trained.state_dict().items()}
+    tensors |= {f"ema/{k}": v for k, v in state.ema.items()}
+    for i, optimizer in enumerate(state.optimizers):
+        for j, values in optimizer.state_dict()["state"].items():
+            tensors |= {f"optim/{i}/{j}/{k}": torch.as_tensor(v) for k, v in values.items()}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    meta = {
+        "step": str(state.step),
+        "stage": json.dumps(to_dict(stage)),
+        "precision": precision,
+    }
+    with replacing(_state_path(folder, stage)) as temp:
+        save_file(tensors, temp, metadata=meta)
+
+
+def _restore(state: _State, folder: Path, stage: StageConfig, resume: bool) -> str | None:
+    """Load the last checkpoint of this stage into `state`; returns its precision, None if none."""
+    path = _state_path(folder, stage)
+    if not resume or not path.is_file():
+        return None
+    tensors = load_tensors(path)
+    with safe_open(path, framework="pt") as file:
+        meta = file.metadata()
+    saved, wanted = json.loads(meta["stage"]), to_dict(stage)
+    free = ("steps", "save_every", "log_every")  # a longer or shorter schedule is a choice, too
+    differ = [k for k in wanted if saved.get(k) != wanted[k] and k not in free]
+    if differ:
+        raise TrainingError(
+            f"{path} was made with another {', '.join(differ)}; resume with the same settings, "
+            "or start anew with --resume none."
+        )
+    state.trained.load_state_dict(_under(tensors, "weights/"))
+    state.ema = _under(tensors, "ema/")
+    for i, optimizer in enumerate(state.optimizers):
+        packed = optimizer.state_dict()
+        values: dict[int, dict[str, Tensor]] = {}
+        for key, value in _under(tensors, f"optim/{i}/").items():
+            j, name = key.split("/")
+            values.setdefault(int(j), {})[name] = value
+        optimizer.load_state_dict({**packed, "state": values})
+    state.step = int(meta["step"])
+    return meta["precision"]
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+class _Metrics:
+    """metrics-STAGE.jsonl, the truth; TensorBoard beside it where it is installed."""
+
+    def __init__(self, folder: Path, stage: str, step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.stage, self.started = folder / f"metrics-{stage}.jsonl", stage, step
+        self.clock = time.perf_counter()
+        kept = []
+        if self.path.is_file() and step:
+            lines = self.path.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.board = _tensorboard(folder / "tensorboard" / stage)
+
+    def write(
+        self, step: int, values: dict[str, float], stage: StageConfig, seconds: float
+    ) -> StepReport:
+        per_step = (time.perf_counter() - self.clock) / max(1, step - self.started)
+        rate, eta = stage.batch / per_step, per_step * (stage.steps - step)
+        self.extra(step, {**values, "seconds": seconds, "images_per_s": rate})
+        return StepReport(self.stage, step, stage.steps, values, rate, eta)
+
+    def extra(self, step: int, values: dict[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(f"{self.stage}/{name}", value, step)
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))
+
+
+class _Prefetch:
+    """Draws the next batch in a thread while the current one trains."""
+
+    def __init__(self, task: Task, stage: StageConfig, step: int) -> None:
+        self.task, self.stage, self.step = task, stage, step
+        self.pool = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Iterator[Any]:
+        return self._batches()
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def _ask(self, step: int) -> Future[Any]:
+        batch = self.stage.batch
+        return self.pool.submit(self.task.draw, range(step * batch, (step + 1) * batch))
+
+    def _batches(self) -> Iterator[Any]:
+        if self.step >= self.stage.steps:
+            return
+        coming = self._ask(self.step)
+        for step in range(self.step, self.stage.steps):
+            data = coming.result()
+            coming = self._ask(step + 1)
+            yield data
+
+
+class _Terminated:
+    """Turns SIGTERM into a flag, so that a run ends with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _Terminated:
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            self.previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ValueError, AttributeError):
+            signal.signal(signal.SIGTERM, self.previous)

@@ -1,0 +1,93 @@
+"""Fixtures for every test: fixed seeds, one thread per worker, no network, a device, stored values, shared material."""
+
+from __future__ import annotations
+
+import json
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # read once, when torch loads its thread library
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import random
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import wake
+
+__all__ = ["wake"]
+
+LOCAL = ("127.", "::1", "localhost")
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tests that take the device fixture run: cpu, cuda, mps")
+    parser.addoption("--renew-golden", action="store_true", help="write stored values instead of comparing with them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has its core; more threads only fight over them
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "cpu":
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an accelerator: pytest -m gpu --device cuda"))
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def guarded(connect: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: socket.socket, address: Any) -> Any:
+            if self.family != getattr(socket, "AF_UNIX", None) and not str(address[0]).startswith(LOCAL):
+                raise RuntimeError(f"a test tried to reach {address}: tests run without a network.")
+            return connect(self, address)
+
+        return call
+
+    monkeypatch.setattr(socket.socket, "connect", guarded(socket.socket.connect))
+    monkeypatch.setattr(socket.socket, "connect_ex", guarded(socket.socket.connect_ex))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def shared_dir() -> Path:
+    """Reference numbers and prompts that do not travel with this repository; tests that want them skip without."""
+    path = ROOT / os.environ.get("STARFLOW2_SHARED", "../shared")
+    if not path.is_dir():
+        pytest.skip(f"no reference material at {path}: set STARFLOW2_SHARED to its folder")
+    return path
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, list[float], float], None]:
+    """Compare a list of numbers with the one stored as tests/golden/NAME.json, within a relative tolerance."""
+
+    def compare(name: str, values: list[float], rel: float) -> None:
+        path = GOLDEN / f"{name}.json"
+        if request.config.getoption("--renew-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(values, indent=1) + "\n")
+        assert values == pytest.approx(json.loads(path.read_text()), rel=rel)
+
+    return compare

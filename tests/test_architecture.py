@@ -1,0 +1,172 @@
+"""Who may import whom. Reads the source as a syntax tree, so that imports inside functions count too."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parent.parent / "src" / "starflow2"
+
+# Each layer imports only from layers below it, never sideways. A name covers a module, or a package with all its
+# submodules, which may import each other.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("files",),
+    ("config", "protocols", "nn", "images"),
+    ("flow",),  # the standalone library ends here
+    ("sequence", "fae"),
+    ("pretzel", "mot", "backbones", "data"),
+    ("parts",),
+    ("losses", "generate", "checkpoint"),
+    ("model", "train", "evals", "analysis"),
+    ("recipes",),
+    ("selfcheck", "info", "demo"),
+    ("server", "ui"),
+    ("cli",),
+    ("__main__",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+# What only some modules may import.
+HOMES = {
+    "transformers": {"backbones", "evals"},
+    "PIL": {"images", "data"},
+    "torch.distributed": {"train", "checkpoint"},
+    "tyro": {"cli"},
+    "fastapi": {"server", "ui"},
+    "torchvision": set(),
+}
+
+# The standalone flow library: these and the standard library, nothing else.
+FLOW_MAY = {"torch", "numpy", "starflow2.flow", "starflow2.nn", "starflow2.config", "starflow2.errors"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported dotted name and where it stands."""
+
+    home: str  # "flow" for src/starflow2/flow/block.py
+    name: str  # "starflow2.nn.Cache" or "torch"
+    where: str
+
+    @property
+    def target(self) -> str:
+        """The part of this package it comes from: "nn" for starflow2.nn.Cache, "" for other packages."""
+        parts = self.name.split(".")
+        return parts[1] if parts[0] == "starflow2" and len(parts) > 1 else ""
+
+
+def sources() -> list[Path]:
+    return sorted(path for path in SRC.rglob("*.py") if "assets" not in path.parts)
+
+
+def home_of(path: Path) -> str:
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
+
+
+def imports_in(tree: ast.AST, path: Path) -> Iterator[Import]:
+    package = ("starflow2", *path.relative_to(SRC).parts[:-1])
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            base = ".".join(filter(None, (base, node.module)))
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):  # torch.distributed.init_process_group() needs no import of its own
+            names = [name for name in HOMES if "." in name and ast.unparse(node) == name]
+        for name in names:
+            yield Import(home_of(path), name, f"{path.relative_to(SRC)}:{node.lineno} imports {name}")
+
+
+def all_imports() -> list[Import]:
+    return [found for path in sources() for found in imports_in(ast.parse(path.read_text("utf-8")), path)]
+
+
+def wrong_direction(found: Import) -> bool:
+    if not found.target or found.home in ("__init__", found.target):  # the package's face is lazy, tested elsewhere
+        return False
+    if found.target in ("__version__", "__init__"):
+        return False
+    return LEVEL.get(found.target, len(LAYERS)) >= LEVEL.get(found.home, -1)
+
+
+def away_from_home(found: Import) -> bool:
+    return any((found.name + ".").startswith(name + ".") and found.home not in homes for name, homes in HOMES.items())
+
+
+def beyond_the_flow(found: Import) -> bool:
+    if found.home != "flow" or found.name.split(".")[0] in sys.stdlib_module_names:
+        return False
+    return not any((found.name + ".").startswith(name + ".") for name in FLOW_MAY)
+
+
+def test_every_module_has_a_layer():
+    homes = {home_of(path) for path in sources()} - {"__init__"}
+    assert not homes - set(LEVEL), "give it a layer in the table above"
+
+
+def test_imports_go_down_never_up_or_sideways():
+    assert not [found.where for found in all_imports() if wrong_direction(found)]
+
+
+def test_big_dependencies_are_imported_at_home_only():
+    assert not [found.where for found in all_imports() if away_from_home(found)]
+
+
+def test_the_flow_library_stands_alone():
+    assert not [found.where for found in all_imports() if beyond_the_flow(found)]
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "rule"),
+    [
+        ("nn.py", "from starflow2.flow import Flow", wrong_direction),
+        ("nn.py", "from starflow2 import flow", wrong_direction),
+        ("nn.py", "from .images import to_pil", wrong_direction),
+        ("flow/block.py", "def f():\n    from ..fae import Fae", wrong_direction),
+        ("losses.py", "import starflow2.checkpoint", wrong_direction),
+        ("flow/model.py", "from transformers import AutoModel", away_from_home),
+        ("cli.py", "from PIL import Image", away_from_home),
+        ("nn.py", "from torch import distributed as dist", away_from_home),
+        ("nn.py", "import torch\ntorch.distributed.barrier()", away_from_home),
+        ("flow/solve.py", "import einops", beyond_the_flow),
+        ("flow/solve.py", "from starflow2.images import to_pil", beyond_the_flow),
+    ],
+)
+def test_the_rules_above_catch_what_they_are_for(path, code, rule):
+    assert any(rule(found) for found in imports_in(ast.parse(code), SRC / path))
+
+
+def test_the_rules_above_let_the_right_ones_pass():
+    code = "import math\nimport torch\nfrom starflow2 import nn\nfrom .affine import Affine\nfrom ..errors import X"
+    for found in imports_in(ast.parse(code), SRC / "flow" / "block.py"):
+        assert not wrong_direction(found) and not away_from_home(found) and not beyond_the_flow(found)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(SRC)))
+def test_every_public_module_says_what_it_is_and_what_it_exports(path):
+    tree = ast.parse(path.read_text("utf-8"))
+    assert ast.get_docstring(tree), "no module docstring"
+    names = [
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    ]
+    assert path.stem.startswith("_") or "__all__" in names, "no __all__"
+
+
+def test_torchvision_is_absent_or_works():
+    """One that does not match torch makes transformers fail at import, with a message about something else."""
+    if importlib.util.find_spec("torchvision") is not None:
+        importlib.import_module("torchvision")

@@ -1,0 +1,123 @@
+"""W-GenEval: true pictures score 1, others near 0; the suite is the frozen one; tables own up to what is missing."""
+
+import json
+
+import numpy as np
+import pytest
+
+from starflow2.data.tasks import FAMILIES
+from starflow2.data.world import render
+from starflow2.errors import ConfigError, DataError
+from starflow2.evals import drawing
+from starflow2.evals.drawing import codec_ceiling, evaluate_geneval, verify_lock
+from starflow2.evals.report import append_ledger, ledger_record, markdown, table, write_json
+
+
+class Drawer:
+    """Draws the truth, but for every `wrong_every`-th prompt an empty picture; remembers what it was asked."""
+
+    def __init__(self, wrong_every=0):
+        self.truth = {d.prompt: render(d.scene) for part in ("id", "cg") for d in drawing._suite("dev", part)}
+        self.wrong = set(sorted(self.truth)[::wrong_every]) if wrong_every else set()
+        self.asked = []
+
+    def __call__(self, prompts, seeds):
+        self.asked += zip(prompts, seeds, strict=True)
+        blank = np.full((64, 64, 3), 250, np.uint8)
+        return np.stack([blank if prompt in self.wrong else self.truth[prompt] for prompt in prompts])
+
+
+@pytest.fixture(scope="module")
+def report():
+    return evaluate_geneval(Drawer(wrong_every=3), "dev", quick=True)
+
+
+def test_a_drawer_of_the_truth_is_always_right_and_the_identity_codec_loses_nothing():
+    whole = evaluate_geneval(Drawer(), "dev", samples=1)
+    assert (whole["n"], whole["parts"]["id"]["n"], whole["parts"]["cg"]["n"]) == (704, 384, 320)
+    for scores in (*whole["parts"].values(), codec_ceiling(lambda images: images, "dev")):
+        assert scores["overall"]["lenient"] == scores["overall"]["strict"] == {"score": 1.0, "low": 1.0, "high": 1.0}
+        assert scores["template_iou"] > 0.94 and scores["unknown_share"] == scores["empty_share"] == 0
+    assert whole["gap"]["overall"]["strict"]["score"] == 0
+
+
+def test_the_scores_are_the_shares_of_right_pictures_with_an_interval_over_prompts():
+    drawer = Drawer(wrong_every=3)
+    scores = evaluate_geneval(drawer, "dev", quick=True, parts=["cg"])["parts"]["cg"]
+    right = 1 - np.mean([prompt in drawer.wrong for prompt, _ in drawer.asked])
+    overall = scores["overall"]["lenient"]
+    assert overall["score"] == pytest.approx(right) == 1 - scores["empty_share"]
+    assert overall["low"] < overall["score"] < overall["high"]
+    by_prompt = np.sqrt(right * (1 - right) / 40)  # 40 prompts; over the 160 pictures it would be half of that
+    assert overall["high"] - overall["low"] == pytest.approx(2 * 1.96 * by_prompt, rel=0.35)
+
+
+def test_who_never_reads_the_caption_scores_little():
+    floor = evaluate_geneval(Drawer(), "dev", samples=1, parts=["id"])["parts"]["id"]["floor"]
+    assert list(floor["by_category"]) == list(FAMILIES)
+    assert 0.1 < floor["by_category"]["single_object"]["lenient"] < 0.25
+    assert all(floor["by_category"][name]["lenient"] < 0.06 for name in FAMILIES[1:])
+    assert floor["strict"] < floor["lenient"]
+
+
+def test_a_quick_run_draws_a_share_of_the_same_pictures_from_the_same_seeds():
+    quick, full = Drawer(), Drawer()
+    done = []
+    evaluate_geneval(quick, "dev", quick=True, parts=["id"], progress=lambda n, total: done.append((n, total)))
+    evaluate_geneval(full, "dev", parts=["id"])
+    assert len(quick.asked) == 6 * 8 * 4 and len(set(full.asked)) == 6 * 64 * 4
+    assert set(quick.asked) < set(full.asked)
+    assert len({seed for _, seed in full.asked}) == len(full.asked)
+    assert done[-1] == (192, 192)
+
+
+@pytest.mark.parametrize(
+    ("generate", "options", "error"),
+    [
+        (lambda prompts, seeds: np.zeros((len(prompts), 64, 64, 3)), {}, DataError),
+        (lambda prompts, seeds: np.zeros((1, 64, 64, 3), np.uint8), {}, DataError),
+        (None, {"samples": 5}, ConfigError),
+        (None, {"parts": ["ood"]}, ConfigError),
+        (None, {"split": "train"}, ConfigError),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(generate, options, error):
+    with pytest.raises(error):
+        evaluate_geneval(generate, **{"split": "dev", "quick": True} | options)
+
+
+def test_the_benchmark_is_the_frozen_one():
+    verify_lock()
+
+
+def test_one_changed_prompt_breaks_the_lock(monkeypatch):
+    frozen = json.loads(drawing._lock_text())
+    frozen["geneval"]["items"]["dev/cg"]["blake2b"] = "0" * 32
+    monkeypatch.setattr(drawing, "_lock_text", lambda: json.dumps(frozen))
+    with pytest.raises(DataError, match=r"changed: geneval\.items\.dev/cg\.blake2b"):
+        verify_lock()
+
+
+def test_a_table_without_ceiling_says_so_and_one_with_it_shows_it(report):
+    assert "No codec ceiling was measured" in markdown(report) and "– / –" in markdown(report)
+    ceiling = codec_ceiling(lambda images: images, "dev", quick=True)
+    whole = report | {"ceiling": {"clean": ceiling, "noise": ceiling}}
+    assert "No codec ceiling" not in markdown(whole) and "1.000 / 1.000" in markdown(whole)
+    assert "Quick run" in markdown(whole)
+    assert table(whole).row_count == 7
+    headings = "category | ID | CG | gap | floor | ceiling | ID strict | CG strict"
+    assert f"| {headings} |" in markdown(whole)
+
+
+def test_reports_are_json_and_only_full_test_runs_enter_the_ledger(report, tmp_path):
+    write_json(report, tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    for kind in ({"split": "test"}, {"quick": False}):
+        with pytest.raises(ConfigError, match="only full test runs"):
+            ledger_record(report | kind)
+    record = ledger_record(report | {"split": "test", "quick": False})
+    for _ in range(2):
+        append_ledger(tmp_path / "results" / "ledger.jsonl", record)
+    lines = (tmp_path / "results" / "ledger.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [record, record]
+    assert {"date", "commit", "id", "cg"} <= record.keys()

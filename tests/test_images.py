@@ -1,0 +1,137 @@
+"""images.py: bytes survive both ways, sheets keep their places, PNG files carry their story, none is half-written."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from starflow2.errors import DataError, OutputError, ShapeError
+from starflow2.images import contact_sheet, read_metadata, save_png, to_pil, to_tensor
+
+
+def every_byte() -> np.ndarray:
+    return np.arange(256 * 3, dtype=np.int64).reshape(16, 16, 3).astype(np.uint8)
+
+
+def test_every_byte_survives_the_way_to_a_tensor_and_back():
+    image = to_tensor(every_byte())
+    assert image.shape == (3, 16, 16) and image.dtype == torch.float32
+    assert image.min() == -1 and image.max() == 1
+    assert np.array_equal(np.asarray(to_pil(image)), every_byte())
+    assert torch.equal(to_tensor(Image.fromarray(every_byte())), image)
+
+
+def test_rows_stay_rows_and_red_stays_red():
+    pixels = np.zeros((2, 4, 3), dtype=np.uint8)
+    pixels[0, 3] = (255, 0, 0)
+    image = to_tensor(pixels)
+    assert image.shape == (3, 2, 4)
+    assert image[:, 0, 3].tolist() == [1, -1, -1]
+    assert to_pil(image).size == (4, 2) and to_pil(image).getpixel((3, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "RGB"])
+def test_a_picture_of_any_mode_becomes_three_channels(mode):
+    assert to_tensor(Image.new("RGB", (5, 3), "white").convert(mode)).eq(1).all()
+
+
+def test_what_is_transparent_becomes_paper_not_ink():
+    assert to_tensor(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).eq(1).all()
+
+
+def test_values_outside_the_range_are_clipped_and_bf16_is_taken():
+    image = torch.tensor([-9.0, 0.0, 9.0]).view(3, 1, 1).bfloat16()
+    assert to_pil(image).getpixel((0, 0)) == (0, 128, 255)
+
+
+def test_wrong_shapes_and_numbers_that_are_none_are_refused():
+    with pytest.raises(ShapeError, match=r"\(2, 2\) uint8"):
+        to_tensor(np.zeros((2, 2), dtype=np.uint8))
+    with pytest.raises(ShapeError, match="float32"):
+        to_tensor(np.zeros((2, 2, 3), dtype=np.float32))
+    with pytest.raises(ShapeError, match=r"\(1, 3, 2, 2\)"):
+        to_pil(torch.zeros(1, 3, 2, 2))
+    with pytest.raises(DataError, match="NaN"):
+        to_pil(torch.full((3, 2, 2), torch.nan))
+
+
+def test_a_sheet_shows_each_picture_in_its_place_above_its_label():
+    colours = ["red", "lime", "blue"]
+    sheet = contact_sheet([Image.new("RGB", (64, 64), c) for c in colours], ["one", "", "three"], columns=2)
+    assert sheet.width == 12 + 2 * (3 * 64 + 12)
+    drop = (sheet.height - 12) // 2
+    centres = [(12 + 96, 12 + 96), (12 + 192 + 12 + 96, 12 + 96), (12 + 96, 12 + drop + 96)]
+    assert [sheet.getpixel(c) for c in centres] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    beneath = np.asarray(sheet)[12 + 192 + 2 : 12 + drop]
+    assert (beneath[:, 12:204] < 100).any() and not (beneath[:, 216:408] < 100).any()  # ink under "one", none under ""
+
+
+def test_a_label_stays_within_the_width_of_its_picture_however_long():
+    label = "x" * 400 + " two red hearts left of a blue square" * 40
+    sheet = np.asarray(contact_sheet([Image.new("RGB", (64, 64), "white")] * 2, [label, ""], columns=2))
+    assert sheet.shape[0] < 12 + 192 + 6 * 20 + 24
+    assert not (sheet[12 + 192 + 2 :, 206:] < 100).any()
+
+
+def test_a_sheet_of_nothing_or_without_all_labels_is_refused():
+    picture = Image.new("RGB", (8, 8))
+    for images, labels, columns in (([], [], 2), ([picture], [], 2), ([picture], ["a"], 0)):
+        with pytest.raises(ShapeError, match="contact_sheet"):
+            contact_sheet(images, labels, columns=columns)
+
+
+def test_a_png_keeps_its_pixels_and_says_how_it_was_made(tmp_path):
+    story = {"prompt": "two red hearts", "seed": "7", "note": "größer × α\nsecond line", "long": "word " * 5000}
+    save_png(Image.fromarray(every_byte()), tmp_path / "new" / "hearts.png", story)
+    assert read_metadata(tmp_path / "new" / "hearts.png") == story
+    with Image.open(tmp_path / "new" / "hearts.png") as image:
+        assert np.array_equal(np.asarray(image), every_byte())
+    assert os.listdir(tmp_path / "new") == ["hearts.png"]
+
+
+def test_a_picture_without_a_story_has_an_empty_one(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
+    save_png(Image.new("RGB", (4, 4)), tmp_path / "a.png")
+    assert read_metadata(tmp_path / "a.jpg") == read_metadata(tmp_path / "a.png") == {}
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_what_is_not_a_picture_gives_one_line_naming_it(tmp_path, content):
+    if content is not None:
+        (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.png as a picture") as caught:
+        read_metadata(tmp_path / "a.png")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cut_png_is_refused(tmp_path):
+    save_png(Image.effect_noise((64, 64), 80).convert("RGB"), tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"a\.png"):
+        read_metadata(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_full_disk_or_a_read_only_folder_leaves_the_old_picture_alone(tmp_path, monkeypatch, code):
+    path = tmp_path / "a.png"
+    save_png(Image.new("RGB", (4, 4), "red"), path)
+    old = path.read_bytes()
+
+    def refuse(file: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OutputError, match=f"a.png: {os.strerror(code)}"):
+        save_png(Image.new("RGB", (4, 4), "blue"), path)
+    assert path.read_bytes() == old and os.listdir(tmp_path) == ["a.png"]
+
+
+def test_a_name_that_promises_another_format_is_refused(tmp_path):
+    with pytest.raises(OutputError, match=r"\.png"):
+        save_png(Image.new("RGB", (4, 4)), tmp_path / "a.jpg")

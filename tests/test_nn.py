@@ -1,0 +1,289 @@
+"""nn.py: the parts do what their formulas say, and the cache is bit-equal whatever is done to it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flow_cases import gap
+from helpers import wake
+from starflow2.errors import ConfigError, ShapeError
+from starflow2.nn import (
+    Cache,
+    CausalStack,
+    FiLM,
+    FinalNorm,
+    StackConfig,
+    at_least_fp32,
+    attention,
+    axial_angles,
+    check,
+    rotate,
+    zero_linear,
+)
+
+CFG = StackConfig(width=48, depth=3, head_dim=24)
+PLAIN = StackConfig(width=48, depth=1, head_dim=16, rope=False, activation="relu2", final_norm=False)
+
+
+def stack(cfg: StackConfig = CFG) -> CausalStack:
+    torch.manual_seed(3)
+    return wake(CausalStack(cfg)).eval()
+
+
+def places(batch: int, length: int) -> Tensor:
+    """Some three-axis positions: (B, T, 3)."""
+    index = torch.arange(length)
+    return torch.stack([index // 3, index % 3, index], dim=-1).float().expand(batch, -1, -1)
+
+
+# -- small parts --------------------------------------------------------------------------------------
+
+
+def test_check_passes_what_fits_and_names_what_does_not() -> None:
+    check(torch.zeros(2, 4, 3), "B N D", D=3)
+    for shape in ((2, 4), (2, 4, 5), (2, 4, 3, 1)):
+        with pytest.raises(ShapeError, match=r"latents has shape .*; expected \(B N D=3\)\."):
+            check(torch.zeros(shape), "B N D", "latents", D=3)
+
+
+def test_half_precision_is_promoted_and_double_is_left_alone() -> None:
+    for dtype, wanted in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ):
+        assert at_least_fp32(torch.zeros(1, dtype=dtype)).dtype == wanted
+
+
+def test_a_zero_linear_answers_zero_to_anything() -> None:
+    assert not zero_linear(3, 5)(torch.randn(2, 3)).any()
+    assert zero_linear(3, 5, bias=False).bias is None
+
+
+def test_the_final_norm_is_an_rms_norm_with_gain_one_plus_weight() -> None:
+    norm = wake(FinalNorm(6))
+    x = torch.randn(2, 4, 6)
+    wanted = F.rms_norm(x, (6,), eps=1e-6) * (1 + norm.weight)
+    assert gap(norm(x), wanted) <= 1e-6
+    assert norm(x.bfloat16()).dtype == torch.float32
+
+
+def test_film_is_the_identity_until_it_is_woken() -> None:
+    film, x, condition = FiLM(6, 4), torch.randn(2, 3, 6), torch.randn(2, 1, 4)
+    assert torch.equal(film(x, condition), x)
+    wake(film)
+    gamma, beta = film.to_film(condition * condition.sigmoid()).chunk(2, -1)
+    assert gap(film(x, condition), x * (1 + gamma) + beta) <= 1e-6
+    assert gap(film(x, condition), film(x, condition + 1)) > 1e-3
+
+
+# -- rotary positions ---------------------------------------------------------------------------------
+
+
+def test_angles_are_position_times_frequency_on_three_axes() -> None:
+    angles = axial_angles(torch.tensor([[[2.0, 3.0, 5.0]]], dtype=torch.float64), 32)[0, 0]
+    spatial = [10000 ** (-2 * i / 8) for i in range(4)]
+    third = [10000 ** (-i / 8) for i in range(8)]
+    wanted = [2 * f for f in spatial] + [3 * f for f in spatial] + [5 * f for f in third]
+    assert gap(angles, torch.tensor(wanted, dtype=torch.float64)) <= 1e-12
+
+
+@pytest.mark.parametrize("head_dim", [16, 18, 22, 8])
+def test_head_dims_that_three_axes_cannot_share_are_refused(head_dim: int) -> None:
+    with pytest.raises(ConfigError, match=f"head_dim is {head_dim}"):
+        axial_angles(torch.zeros(1, 1, 3), head_dim)
+
+
+def test_rotation_turns_interleaved_pairs_as_complex_numbers() -> None:
+    x, angles = torch.randn(2, 1, 5, 8, dtype=torch.float64), torch.randn(2, 1, 5, 4, dtype=torch.float64)
+    turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.exp(1j * angles)
+    assert gap(rotate(x, angles.cos(), angles.sin()), torch.view_as_real(turned).flatten(-2)) <= 1e-12
+
+
+def test_scores_of_rotated_queries_and_keys_depend_on_distances_only() -> None:
+    q, k = torch.randn(2, 1, 1, 6, 32, dtype=torch.float64).unbind()
+    where = torch.rand(1, 6, 3, dtype=torch.float64) * 8
+
+    def scores(positions: Tensor) -> Tensor:
+        angles = axial_angles(positions, 32).unsqueeze(1)
+        return rotate(q, angles.cos(), angles.sin()) @ rotate(k, angles.cos(), angles.sin()).transpose(-1, -2)
+
+    moved = where + torch.tensor([3.0, -2.0, 11.0])
+    assert gap(scores(where), scores(moved)) <= 1e-10
+    assert gap(scores(where), scores(where * 2)) > 1e-2
+
+
+# -- attention and the stack --------------------------------------------------------------------------
+
+
+def test_written_out_attention_equals_the_fused_kernel() -> None:
+    q, k, v = torch.randn(3, 2, 4, 7, 8).unbind()
+    mask = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
+    assert gap(attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask)) <= 1e-6
+    assert gap(attention(q, k, v, None), F.scaled_dot_product_attention(q, k, v)) <= 1e-6
+
+
+@pytest.mark.parametrize("cfg", [CFG, PLAIN], ids=["rope", "no rope"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_stack_continued_from_its_cache_equals_one_full_pass(cfg: StackConfig, padded: bool) -> None:
+    body, x, where = stack(cfg), torch.randn(2, 11, 48), places(2, 11)
+    attend = torch.ones(2, 11, dtype=torch.bool)
+    attend[0, :3] = not padded
+    with torch.no_grad():
+        whole = body(x, where, attend if padded else None)
+        for cuts in ((11,), (4, 1, 1, 5), (1,) * 11):
+            cache, parts, start = Cache(cfg.depth, capacity=1), [], 0
+            for cut in cuts:
+                end = start + cut
+                parts.append(body(x[:, start:end], where[:, start:end], attend[:, :end] if padded else None, cache))
+                start = end
+            assert cache.length == 11
+            assert gap(torch.cat(parts, 1), whole) <= 1e-5
+
+
+def test_a_stack_is_causal_to_the_last_bit() -> None:
+    body, x = stack().double(), torch.randn(1, 6, 48, dtype=torch.float64)
+    jac = torch.autograd.functional.jacobian(lambda v: body(v, places(1, 6)).sum(-1), x, vectorize=True)
+    for t in range(6):
+        assert not jac[0, t, 0, t + 1 :].any()
+        assert jac[0, t, 0, : t + 1].abs().amax(-1).min() > 0
+
+
+def test_a_mask_over_all_pairs_replaces_the_causal_one() -> None:
+    body, x, where = stack(), torch.randn(2, 5, 48), places(2, 5)
+    causal = torch.ones(2, 5, 5, dtype=torch.bool).tril()
+    assert gap(body(x, where, causal), body(x, where)) <= 1e-6
+    assert gap(body(x, where, torch.ones_like(causal)), body(x, where)) > 1e-3
+
+
+def test_a_padded_position_sees_itself_so_that_nothing_is_undefined() -> None:
+    body, x, where = stack(), torch.randn(2, 5, 48), places(2, 5)
+    attend = torch.tensor([[False] * 4 + [True], [True] * 5])
+    out = body(x, where, attend)
+    assert out.isfinite().all()
+    assert gap(out[0, 4:], body(x[:1, 4:], where[:1, 4:])[0]) <= 1e-5
+
+
+def test_a_stack_that_is_not_causal_sees_everything_but_padding() -> None:
+    body, x, where = stack(replace(CFG, causal=False)), torch.randn(2, 5, 48), places(2, 5)
+    out = body(x, where)
+    assert gap(out, body(x, where, torch.ones(2, 5, 5, dtype=torch.bool))) <= 1e-6
+    assert gap(out[:, 0], body(x[:, :1], where[:, :1])[:, 0]) > 1e-3
+    attend = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    padded = body(x, where, attend)
+    assert gap(padded[0, :3], body(x[:1, :3], where[:1, :3])[0]) <= 1e-5
+    assert gap(padded[1], out[1]) <= 1e-5
+
+
+def test_rope_without_positions_and_widths_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ShapeError, match="positions is None"):
+        stack()(torch.randn(1, 2, 48))
+    with pytest.raises(ConfigError, match="width 50"):
+        StackConfig(width=50, depth=1, head_dim=24)
+
+
+def test_mlp_activations_are_exact_gelu_and_squared_relu() -> None:
+    for activation in ("gelu", "relu2"):
+        mlp = stack(StackConfig(width=48, depth=1, head_dim=24, activation=activation)).layers[0].mlp
+        x = torch.randn(1, 2, 48)
+        h = mlp.up(mlp.norm(x))
+        h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2))) if activation == "gelu" else h.clamp(min=0) ** 2
+        assert gap(mlp(x), mlp.down(h)) <= 1e-5
+
+
+# -- the cache ----------------------------------------------------------------------------------------
+
+
+def filled(length: int = 5, capacity: int = 2) -> tuple[Cache, Tensor, Tensor]:
+    """A two-layer cache that grew one position at a time, and what went into it: (2, B, H, T, K)."""
+    cache, keys, values = Cache(2, capacity), torch.randn(2, 3, 2, length, 4), torch.randn(2, 3, 2, length, 4)
+    for t in range(length):
+        for layer in range(2):
+            k, v = cache.append(layer, keys[layer, :, :, t : t + 1], values[layer, :, :, t : t + 1])
+            assert torch.equal(k, keys[layer, :, :, : t + 1]) and torch.equal(v, values[layer, :, :, : t + 1])
+        cache.advance(1)
+    return cache, keys, values
+
+
+def held(cache: Cache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer up to `length`, as the next append would hand them out."""
+    empty = torch.zeros(3, 2, 0, 4)
+    return [tuple(t.clone() for t in cache.append(layer, empty, empty)) for layer in range(cache.depth)]  # type: ignore[misc]
+
+
+def test_appending_past_the_capacity_keeps_every_bit() -> None:
+    cache, keys, values = filled(length=33)
+    assert cache.length == 33 and cache.depth == 2
+    for layer, (k, v) in enumerate(held(cache)):
+        assert torch.equal(k, keys[layer]) and torch.equal(v, values[layer])
+    assert cache.nbytes >= keys.nbytes + values.nbytes
+
+
+def test_truncating_and_appending_again_keeps_the_front_and_replaces_the_rest() -> None:
+    cache, keys, values = filled()
+    cache.truncate(2)
+    assert cache.length == 2
+    k, v = torch.randn(2, 3, 2, 3, 4)
+    out_k, out_v = cache.append(1, k, v)
+    assert torch.equal(out_k, torch.cat([keys[1, :, :, :2], k], 2))
+    assert torch.equal(out_v, torch.cat([values[1, :, :, :2], v], 2))
+    cache.truncate(0)
+    assert cache.length == 0
+
+
+@pytest.mark.parametrize("length", [-1, 6])
+def test_truncating_to_a_length_that_is_not_there_is_refused(length: int) -> None:
+    cache, *_ = filled()
+    with pytest.raises(ShapeError, match=f"truncate got {length}"):
+        cache.truncate(length)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_fork_repeats_rows_bit_for_bit_and_shares_no_memory(copies: int) -> None:
+    cache, keys, values = filled()
+    twin = cache.fork(copies)
+    assert twin.length == cache.length == 5
+    empty = torch.zeros(3 * copies, 2, 0, 4)
+    for layer in range(2):
+        k, v = twin.append(layer, empty, empty)
+        assert torch.equal(k, keys[layer].repeat_interleave(copies, 0))
+        assert torch.equal(v, values[layer].repeat_interleave(copies, 0))
+        k.fill_(9)
+        v.fill_(9)
+    twin.truncate(1)
+    assert cache.length == 5
+    for layer, (k, v) in enumerate(held(cache)):
+        assert torch.equal(k, keys[layer]) and torch.equal(v, values[layer])
+
+
+def test_an_empty_cache_holds_nothing_and_forks_into_one() -> None:
+    cache = Cache(2)
+    assert cache.length == cache.nbytes == 0
+    assert cache.fork(2).nbytes == 0
+
+
+def test_branches_of_a_fork_continue_as_if_they_had_been_alone() -> None:
+    body, x, where = stack(), torch.randn(1, 8, 48), places(1, 8)
+    tails = torch.randn(2, 3, 48)
+    with torch.no_grad():
+        cache = Cache(CFG.depth)
+        body(x[:, :5], where[:, :5], None, cache)
+        both = body(tails, where[:, 5:].expand(2, -1, -1), None, cache.fork(2))
+        assert cache.length == 5
+        for row in range(2):
+            alone = body(torch.cat([x[:, :5], tails[row : row + 1]], 1), where)
+            assert gap(both[row], alone[0, 5:]) <= 1e-5
+        before = cache.fork()
+        first = body(x[:, 5:], where[:, 5:], None, cache)
+        cache.truncate(5)
+        body(tails[:1], where[:, 5:], None, cache)
+        cache.truncate(5)
+        assert torch.equal(body(x[:, 5:], where[:, 5:], None, cache), first)  # a rewind leaves no trace
+        assert torch.equal(body(x[:, 5:], where[:, 5:], None, before), first)

@@ -1,0 +1,41 @@
+"""What the package shows to the outside, and what looking at it costs."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import starflow2
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "transformers", "numpy", "PIL", "tyro", "rich")
+LOOK = f"import sys, starflow2; print([name for name in {HEAVY} if name in sys.modules])"
+
+
+def test_the_export_list_is_what_we_promised():
+    assert starflow2.__all__ == ["StarFlow2", "StarFlowError", "__version__"]
+    assert starflow2.__version__ == "0.1.0"
+    assert set(starflow2.__all__) <= set(dir(starflow2))
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="StarFlow3"):
+        _ = starflow2.StarFlow3
+
+
+def test_what_is_installed_never_asks_for_torchvision():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    pinned = (ROOT / "constraints.txt").read_text().split()
+    assert not [name for name in (*wanted, *pinned) if name.startswith(("torchvision", "timm", "lpips", "torch-fid"))]
+    assert not [line for line in pinned if "+" in line], "a local build number would bind everybody to this machine"
