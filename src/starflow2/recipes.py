@@ -5,23 +5,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 
 from starflow2.backbones import DinoConfig, LanguageConfig, SpecialIds
+from starflow2.errors import ConfigError, nearest
 from starflow2.fae import FaeConfig
 from starflow2.flow import BlockConfig, FlowConfig, NoiseConfig
 from starflow2.nn import StackConfig
 from starflow2.parts import ModelConfig
 from starflow2.train import OptimConfig, RunConfig, StageConfig
 
-__all__ = ["nano", "smoke"]
+__all__ = ["find", "nano", "smoke"]
 
 
 def nano_model() -> ModelConfig:
     """The sizes of nano: 64 px pictures, 8x8 latents of 16 channels."""
-    bidirectional = StackConfig(
-        width=192, depth=2, head_dim=64, activation="relu2", rope=False, causal=False
-    )
+    bidirectional = StackConfig(width=192, depth=2, head_dim=64, activation="relu2", rope=False, causal=False)
     shallow = StackConfig(width=128, depth=2, head_dim=64, activation="relu2")
     deep = StackConfig(width=192, depth=6, head_dim=64, activation="relu2")
 
@@ -48,9 +49,7 @@ def nano_model() -> ModelConfig:
             kv_heads=2,
             mlp_width=512,
             mrope_section=(8, 8, 8),
-            special=SpecialIds(
-                pad=0, user=1, assistant=2, end=3, vision_start=4, vision_end=5, image_pad=6
-            ),
+            special=SpecialIds(pad=0, user=1, assistant=2, end=3, vision_start=4, vision_end=5, image_pad=6),
             vision_width=128,
             vision_depth=2,
             vision_heads=4,
@@ -71,7 +70,7 @@ def nano_model() -> ModelConfig:
         flow=FlowConfig(
             deep=block(deep, "l2r", context_dim=192),
             shallow=(block(shallow, "l2r"), block(shallow, "r2l")),
-            noise=NoiseConfig(noise_min=0.01, noise_max=0.5, max_share=0.7),
+            noise=NoiseConfig(noise_min=0.01, noise_max=0.5, max_share=0.8),
         ),
     )
 
@@ -83,8 +82,8 @@ def nano() -> RunConfig:
         stages=(
             StageConfig(name="features", steps=400, batch=64),
             StageConfig(name="fae", steps=1000, batch=64),
-            StageConfig(name="vlm", steps=500, batch=48),
-            StageConfig(name="t2i", steps=8000, batch=64),
+            StageConfig(name="vlm", steps=250, batch=48),
+            StageConfig(name="t2i", steps=4200, batch=64, optim=OptimConfig(lr=3e-3)),
         ),
     )
 
@@ -92,7 +91,33 @@ def nano() -> RunConfig:
 def smoke(run: RunConfig) -> RunConfig:
     """The same run in a few steps of tiny batches."""
     stages = tuple(
-        replace(s, steps=4, batch=4, optim=replace(s.optim, warmup_steps=1), save_every=2)
-        for s in run.stages
+        replace(s, steps=4, batch=4, optim=replace(s.optim, warmup_steps=1), save_every=2) for s in run.stages
     )
     return replace(run, stages=stages)
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {"nano": nano}
+
+
+def find(name: str) -> RunConfig:
+    """The recipe of that name, or what the function `module:function` returns.
+
+    Raises ConfigError for an unknown name (with the nearest one), a function that cannot be imported or is no recipe.
+
+    >>> find("nano").model.name
+    'nano'
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    module, _, function = name.partition(":")
+    if not module or not function:
+        known = ", ".join(RECIPES)
+        raise ConfigError(f"there is no recipe {name!r}; expected {known} or module:function.{nearest(name, RECIPES)}")
+    try:
+        recipe = getattr(import_module(module), function)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"cannot import recipe {name!r}: {error}.") from error
+    run = recipe() if callable(recipe) else recipe
+    if not isinstance(run, RunConfig):
+        raise ConfigError(f"recipe {name!r} gave {type(run).__name__}; expected a function that returns RunConfig.")
+    return run

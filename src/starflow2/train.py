@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import time
 import zlib
@@ -21,9 +22,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from starflow2.backbones import train_tokenizer
 from starflow2.checkpoint import load_parts, load_tensors, save_parts
@@ -136,9 +139,7 @@ class FeaturesTask:
     def draw(self, indices: range) -> Tensor:
         return to_images([draw_task(self.seed, i).scene for i in indices])
 
-    def loss(
-        self, images: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images = images.to(self.parts.device)
         rows, cols = self.parts.features.grid
         share = self.stage.hidden_share * torch.rand(len(images), 1, generator=generator)
@@ -158,9 +159,7 @@ class FaeTask:
     def draw(self, indices: range) -> Tensor:
         return to_images([draw_task(self.seed, i).scene for i in indices])
 
-    def loss(
-        self, images: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images = images.to(self.parts.device)
         with torch.no_grad():
             feats = self.parts.features.features(images)
@@ -202,9 +201,7 @@ class VlmTask:
             picture = []
         return ids, labels
 
-    def loss(
-        self, data: tuple[Tensor, Tensor, Tensor], generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, data: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, ids, labels = (t.to(self.parts.device) for t in data)
         vlm, grid = self.parts.vlm, self.parts.cfg.vlm.image_grid
         seen = vlm.see(images)
@@ -261,6 +258,57 @@ TASKS: dict[str, Callable[[Parts, StageConfig, int], Task]] = {
 }
 
 
+# -- processes ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The processes of a run, one or those that torchrun started; each takes its share of a batch."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def from_environment(cls, device: str) -> _Group:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world == 1:
+            return cls()
+        if not dist.is_initialized():
+            dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        return cls(dist.get_rank(), world)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    @torch.no_grad()
+    def average(self, trained: nn.Module, asked: bool) -> bool:
+        """Average gradients and running statistics over processes; True if any was asked to stop."""
+        if self.world == 1:
+            return asked
+        values = [p.grad for p in trained.parameters() if p.grad is not None]
+        values += [b for b in trained.buffers() if b.is_floating_point()]
+        flags = values[0].new_tensor([float(asked)])
+        flat = torch.cat([v.flatten() for v in values] + [flags]) / self.world
+        dist.all_reduce(flat)
+        parts = flat.split([v.numel() for v in values] + [1])
+        for value, part in zip(values, parts, strict=False):
+            value.copy_(part.view_as(value))
+        return bool(parts[-1] > 0)
+
+    def shared(
+        self, kind: type[torch.optim.Optimizer], params: list[nn.Parameter], settings: dict[str, Any]
+    ) -> torch.optim.Optimizer:
+        """An optimiser whose work and state the processes divide among themselves."""
+        if self.world == 1:
+            return kind(params, **settings)
+        return ZeroRedundancyOptimizer(params, optimizer_class=kind, **settings)
+
+
 # -- the loop -----------------------------------------------------------------------------------------
 
 
@@ -289,35 +337,40 @@ def fit(
     Earlier stages must be in folder/model. With `resume`, goes on from the last checkpoint there.
     `evaluate` is called with (parts holding averaged weights, step) whenever a checkpoint is written.
     """
-    stage, folder = run.stage(stage_name), Path(folder)
+    stage, folder, group = run.stage(stage_name), Path(folder), _Group.from_environment(device)
     parts = _start_parts(run, stage_name, folder, device)
     task = TASKS[stage_name](parts, stage, run.seed)
     task.trained.to(device)
-    state = _new_state(task, stage)
+    state = _new_state(task, stage, group)
     precision = _restore(state, folder, stage, resume) or _pick_precision(run.precision, device)
-    metrics = _Metrics(folder, stage_name, state.step)
-    with _Terminated() as stop, _Prefetch(task, stage, state.step) as batches:
+    metrics = _Metrics(folder, stage_name, state.step) if group.is_first else None
+    how = _Step(run.seed, precision, device, group)
+    with _Terminated() as stop, _Prefetch(task, stage, state.step, group) as batches:
         for data in batches:
             started = time.perf_counter()
-            values = _step(state, task, stage, data, _Step(run.seed, precision, device))
+            values, stopping = _step(state, task, stage, data, how, stop)
             done = state.step == stage.steps
-            if state.step % stage.log_every == 0 or done:
+            if metrics is not None and (state.step % stage.log_every == 0 or done):
                 line = metrics.write(state.step, values, stage, time.perf_counter() - started)
                 if report is not None:
                     report(line)
-            if state.step % stage.save_every == 0 or done or stop.asked:
-                _save_state(state, folder, stage, precision)
-                if evaluate is not None:
+            if state.step % stage.save_every == 0 or done or stopping:
+                _gather(state)
+                if metrics is not None:
+                    _save_state(state, folder, stage, precision)
+                if metrics is not None and evaluate is not None:
                     with _averaged(state):
                         metrics.extra(state.step, evaluate(parts, state.step))
-            if stop.asked and not done:
+            if stopping and not done:
                 raise TrainingError(
-                    f"stopped by a signal at step {state.step}; its checkpoint is written, "
-                    "go on with --resume auto."
+                    f"stopped by a signal at step {state.step}; its checkpoint is written, go on with --resume auto."
                 )
-    with _averaged(state):
-        parts.stages = (*(s for s in parts.stages if s != stage_name), stage_name)
-        return save_parts(parts, folder / "model")
+    if group.is_first:
+        with _averaged(state):
+            parts.stages = (*(s for s in parts.stages if s != stage_name), stage_name)
+            save_parts(parts, folder / "model")
+    group.wait()
+    return folder / "model"
 
 
 def _start_parts(run: RunConfig, stage: str, folder: Path, device: str) -> Parts:
@@ -334,7 +387,7 @@ def _start_parts(run: RunConfig, stage: str, folder: Path, device: str) -> Parts
         )
     torch.manual_seed(run.seed)
     parts = Parts(run.model).to(device)
-    corpus = (turn for i in range(4000) for turn in _text_of(run.seed, i))
+    corpus = (turn for i in range(2000) for turn in _text_of(run.seed, i))
     parts.tokenizer = train_tokenizer(corpus, run.model.vlm.vocab)
     if parts.tokenizer.special != run.model.vlm.special:
         raise ConfigError("vlm.special does not fit the tokenizer's special tokens.")
@@ -359,25 +412,17 @@ def _check_same(saved: ModelConfig, wanted: ModelConfig) -> None:
         )
 
 
-def _new_state(task: Task, stage: StageConfig) -> _State:
+def _new_state(task: Task, stage: StageConfig, group: _Group) -> _State:
     named = {k: p for k, p in task.trained.named_parameters() if p.requires_grad}
     o = stage.optim
     matrices = {k: p for k, p in named.items() if o.matrix_lr and _is_hidden_matrix(k, p)}
     rest = [p for k, p in named.items() if k not in matrices]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(
-            rest, lr=o.lr, betas=(0.9, 0.95), weight_decay=o.weight_decay, fused=True
-        )
+        torch.optim.AdamW(rest, lr=o.lr, betas=(0.9, 0.95), weight_decay=o.weight_decay, fused=True)
     ]
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                list(matrices.values()),
-                lr=o.matrix_lr,
-                weight_decay=o.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        muon = {"lr": o.matrix_lr, "weight_decay": o.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(group.shared(torch.optim.Muon, list(matrices.values()), muon))
     ema = {k: v.detach().clone() for k, v in task.trained.state_dict().items()} if o.ema else {}
     task.trained.train()
     return _State(task.trained, ema, optimizers)
@@ -393,24 +438,25 @@ class _Step:
     seed: int
     precision: str
     device: str
+    group: _Group
 
 
 def _step(
-    state: _State, task: Task, stage: StageConfig, data: Any, how: _Step
-) -> dict[str, float]:
-    """One optimiser step; a non-finite loss or gradient skips the update and is counted."""
-    generator = torch.Generator().manual_seed(_seed(how.seed, stage.name, state.step))
+    state: _State, task: Task, stage: StageConfig, data: Any, how: _Step, stop: _Terminated
+) -> tuple[dict[str, float], bool]:
+    """One optimiser step: its metrics, and whether any process was asked to stop.
+
+    A non-finite loss or gradient skips the update and is counted.
+    """
+    generator = torch.Generator().manual_seed(_seed(how.seed, f"{stage.name}/{how.group.rank}", state.step))
     rate = stage.optim.rate(state.step, stage.steps)
-    with torch.autocast(
-        how.device, dtype=torch.bfloat16, enabled=how.precision == "bfloat16"
-    ):
+    with torch.autocast(how.device, dtype=torch.bfloat16, enabled=how.precision == "bfloat16"):
         loss, extra = task.loss(data, generator)
     loss.backward()
+    stopping = how.group.average(task.trained, stop.asked)
     norm = nn.utils.clip_grad_norm_(task.trained.parameters(), stage.optim.clip)
     finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss.detach()))
-    for optimizer, lr in zip(
-        state.optimizers, (stage.optim.lr, stage.optim.matrix_lr), strict=False
-    ):
+    for optimizer, lr in zip(state.optimizers, (stage.optim.lr, stage.optim.matrix_lr), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
         if finite:
@@ -421,7 +467,8 @@ def _step(
     state.step += 1
     values = {k: float(v.detach()) for k, v in extra.items()}
     skipped = {} if finite else {"skipped": 1.0}
-    return {"loss": float(loss.detach()), **values, "grad_norm": float(norm), "rate": rate, **skipped}
+    told = {"loss": float(loss.detach()), **values, "grad_norm": float(norm), "rate": rate, **skipped}
+    return told, stopping
 
 
 @torch.no_grad()
@@ -474,6 +521,13 @@ def _pick_precision(asked: Precision, device: str) -> str:
 # -- checkpoints, metrics, data ahead of time -----------------------------------------------------------
 
 
+def _gather(state: _State) -> None:
+    """Bring sharded optimiser states to the process that writes the checkpoint."""
+    for optimizer in state.optimizers:
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            optimizer.consolidate_state_dict(to=0)
+
+
 def _state_path(folder: Path, stage: StageConfig) -> Path:
     return folder / f"state-{stage.name}.safetensors"
 
@@ -513,12 +567,13 @@ def _restore(state: _State, folder: Path, stage: StageConfig, resume: bool) -> s
     state.trained.load_state_dict(_under(tensors, "weights/"))
     state.ema = _under(tensors, "ema/")
     for i, optimizer in enumerate(state.optimizers):
-        packed = optimizer.state_dict()
         values: dict[int, dict[str, Tensor]] = {}
         for key, value in _under(tensors, f"optim/{i}/").items():
             j, name = key.split("/")
             values.setdefault(int(j), {})[name] = value
-        optimizer.load_state_dict({**packed, "state": values})
+        (group,) = optimizer.param_groups
+        settings = {**group, "params": list(range(len(group["params"])))}
+        optimizer.load_state_dict({"state": values, "param_groups": [settings]})
     state.step = int(meta["step"])
     return meta["precision"]
 
@@ -541,9 +596,7 @@ class _Metrics:
         self.path.write_text("".join(line + "\n" for line in kept))
         self.board = _tensorboard(folder / "tensorboard" / stage)
 
-    def write(
-        self, step: int, values: dict[str, float], stage: StageConfig, seconds: float
-    ) -> StepReport:
+    def write(self, step: int, values: dict[str, float], stage: StageConfig, seconds: float) -> StepReport:
         per_step = (time.perf_counter() - self.clock) / max(1, step - self.started)
         rate, eta = stage.batch / per_step, per_step * (stage.steps - step)
         self.extra(step, {**values, "seconds": seconds, "images_per_s": rate})
@@ -568,8 +621,8 @@ def _tensorboard(folder: Path) -> Any:
 class _Prefetch:
     """Draws the next batch in a thread while the current one trains."""
 
-    def __init__(self, task: Task, stage: StageConfig, step: int) -> None:
-        self.task, self.stage, self.step = task, stage, step
+    def __init__(self, task: Task, stage: StageConfig, step: int, group: _Group) -> None:
+        self.task, self.stage, self.step, self.group = task, stage, step, group
         self.pool = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Iterator[Any]:
@@ -579,8 +632,9 @@ class _Prefetch:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
     def _ask(self, step: int) -> Future[Any]:
-        batch = self.stage.batch
-        return self.pool.submit(self.task.draw, range(step * batch, (step + 1) * batch))
+        share = self.stage.batch // self.group.world
+        first = step * self.stage.batch + self.group.rank * share
+        return self.pool.submit(self.task.draw, range(first, first + share))
 
     def _batches(self) -> Iterator[Any]:
         if self.step >= self.stage.steps:
