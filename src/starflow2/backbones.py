@@ -7,7 +7,8 @@ Letters: B batch, T positions, E language width, V vocabulary, N patches, F feat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, DynamicCache
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging as hf_logging
 
+from starflow2.errors import CheckpointError
 from starflow2.nn import check
 
 __all__ = [
@@ -31,6 +34,48 @@ __all__ = [
     "SpecialIds",
     "train_tokenizer",
 ]
+
+
+# written-out attention: on CPU it is faster than the fused kernel, and masks of any form are allowed
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
+
+
+class _Backbone(nn.Module):
+    """A transformers model behind one of our seams, read and written in transformers' own layout."""
+
+    model: Any  # a transformers model; its own types do not check
+
+    def save(self, folder: Path) -> None:
+        """Write config.json and model.safetensors."""
+        with _no_bars():
+            self.model.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read them back, strictly: every weight must be there and fit."""
+        with _no_bars():
+            model, told = type(self.model).from_pretrained(
+                folder,
+                dtype=torch.float32,
+                **EAGER,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        wrong = {k: sorted(v) for k, v in told.items() if v and k != "error_msgs"}
+        if wrong:
+            raise ValueError(f"weights do not fit the model: {wrong}")
+        self.model = model
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers without its progress bars, which would break into our own."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 # -- DINOv2 -----------------------------------------------------------------------------------------
@@ -48,7 +93,7 @@ class DinoConfig:
     swiglu: bool = False
 
 
-class DinoFeatures(nn.Module):
+class DinoFeatures(_Backbone):
     """Patch features of a DINOv2 without its class token; pictures in [-1, 1]."""
 
     def __init__(self, cfg: DinoConfig) -> None:
@@ -64,7 +109,7 @@ class DinoFeatures(nn.Module):
                 num_hidden_layers=cfg.depth,
                 num_attention_heads=cfg.heads,
                 use_swiglu_ffn=cfg.swiglu,
-                attn_implementation="eager",
+                **EAGER,
             )
         )
 
@@ -107,9 +152,11 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        ids = (tokenizer.token_to_id(t) for t in SPECIAL_TOKENS)
+        ids = [tokenizer.token_to_id(t) for t in SPECIAL_TOKENS]
         names = ("pad", "user", "assistant", "end", "vision_start", "vision_end", "image_pad")
-        self.special = SpecialIds(**dict(zip(names, ids, strict=True)))
+        if None in ids:
+            raise CheckpointError(f"the tokenizer lacks a special token; expected {SPECIAL_TOKENS}.")
+        self.special = SpecialIds(**{n: int(i) for n, i in zip(names, ids, strict=True) if i is not None})
 
     @classmethod
     def load(cls, path: str | Path) -> ChatTokenizer:
@@ -220,11 +267,11 @@ class LanguageConfig:
             vision_start_token_id=self.special.vision_start,
             vision_end_token_id=self.special.vision_end,
             tie_word_embeddings=self.ties_embeddings,
-            attn_implementation="eager",
+            **EAGER,
         )
 
 
-class QwenStream(nn.Module):
+class QwenStream(_Backbone):
     """Qwen2.5-VL seen as embed -> states -> logits, with its own vision tower beside it."""
 
     def __init__(self, cfg: LanguageConfig) -> None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from starflow2.backbones import ChatTokenizer
+from starflow2.backbones import ChatTokenizer, DinoFeatures, QwenStream
 from starflow2.config import from_dict, to_dict
 from starflow2.errors import CheckpointError, nearest
 from starflow2.flow import Flow
@@ -44,16 +44,14 @@ def save_parts(parts: Parts, folder: str | Path) -> Path:
         _swap(temp, folder)
     except OSError as error:
         shutil.rmtree(temp, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot save to {folder}: {error}. What was there before is untouched."
-        ) from error
+        raise CheckpointError(f"cannot save to {folder}: {error}. What was there before is untouched.") from error
     return folder
 
 
 def _write_folder(parts: Parts, folder: Path) -> None:
     assert parts.tokenizer is not None
-    parts.vlm.model.save_pretrained(folder / "vlm")
-    parts.features.model.save_pretrained(folder / "features")
+    parts.vlm.save(folder / "vlm")
+    parts.features.save(folder / "features")
     own = {k: v for k, v in parts.state_dict().items() if k.startswith(("fae.", "flow."))}
     save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / "model.safetensors")
     parts.tokenizer.save(folder / "tokenizer.json")
@@ -85,8 +83,8 @@ def load_parts(folder: str | Path, device: str | torch.device = "cpu") -> Parts:
     tensors = load_tensors(folder / "model.safetensors")
     state = {k: v for k, v in parts.state_dict().items() if k.startswith(("fae.", "flow."))}
     _fill(state, tensors, folder / "model.safetensors")
-    parts.vlm = _from_transformers(parts.vlm, folder / "vlm")
-    parts.features = _from_transformers(parts.features, folder / "features")
+    _load_backbone(parts.vlm, folder / "vlm")
+    _load_backbone(parts.features, folder / "features")
     _rebuild_buffers(parts, cfg)
     parts.tokenizer = ChatTokenizer.load(folder / "tokenizer.json")
     lexicon = folder / "lexicon.txt"
@@ -102,14 +100,11 @@ def _rebuild_buffers(parts: Parts, cfg: ModelConfig) -> None:
         buffer.copy_(fresh[name])
 
 
-def _from_transformers(module: Any, folder: Path) -> Any:
+def _load_backbone(backbone: DinoFeatures | QwenStream, folder: Path) -> None:
     try:
-        module.model = type(module.model).from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-        )
+        backbone.load(folder)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"cannot load {folder}: {error}") from error
-    return module
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -118,14 +113,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; expected a starflow2 model folder.")
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config: Any = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict) or {"format", "model", "stages"} - set(config):
         raise CheckpointError(f"{path} is not of a starflow2 model (no format, model, stages).")
     if config["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {config['format']}; this version reads {FORMAT}.")
-    return config
+    return dict(config)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -134,8 +129,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}); only safetensors are read, "
-            "never pickle."
+            f"{path} is not a whole safetensors file ({error}); only safetensors are read, never pickle."
         ) from error
     return tensors
 
@@ -151,7 +145,6 @@ def _fill(state: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> N
     for name, target in state.items():
         if target.shape != tensors[name].shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensors[name].shape)}, "
-                f"expected {tuple(target.shape)}."
+                f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}."
             )
         target.copy_(tensors[name])

@@ -157,9 +157,7 @@ class Fae(nn.Module):
         check(latents, "B N D", "latents", D=self.dim)
         return at_least_fp32(self.pixel_decoder(self.feature_decoder(latents))).clamp(-1, 1)
 
-    def losses(
-        self, images: Tensor, feats: Tensor, generator: torch.Generator | None = None
-    ) -> FaeLosses:
+    def losses(self, images: Tensor, feats: Tensor, generator: torch.Generator | None = None) -> FaeLosses:
         """Training losses of one batch; images (B, 3, h, w), feats (B, N, F) from the extractor."""
         mean, log_var = self.encoder(feats)
         draw = torch.randn(2, *mean.shape, generator=generator).to(mean.device)
@@ -173,9 +171,7 @@ class Fae(nn.Module):
         pixel = F.l1_loss(drawn, images)
         edge = _pyramid_l1(drawn, images)
         cfg = self.cfg
-        total = (
-            pixel + cfg.edge_weight * edge + cfg.feature_weight * feature + cfg.kl_weight * kl
-        )
+        total = pixel + cfg.edge_weight * edge + cfg.feature_weight * feature + cfg.kl_weight * kl
         return FaeLosses(total, feature, kl, pixel, edge)
 
     def _standardized(self, x: Tensor) -> Tensor:

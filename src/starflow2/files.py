@@ -7,13 +7,14 @@ own below them.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from starflow2.errors import OutputError
 
-__all__ = ["replacing"]
+__all__ = ["check_writable", "replacing"]
 
 
 @contextmanager
@@ -43,6 +44,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.replace(temp, target)
         finally:
             temp.unlink(missing_ok=True)
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}.") from error
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise now the OutputError that `replacing` would raise after minutes of work: folder read-only, name taken.
+
+    Nothing is made: folders that `replacing` would make are looked for at their nearest existing parent.
+
+    >>> check_writable(Path(tempfile.gettempdir()) / "new" / "note.txt")
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        if target.exists() and not target.is_file():
+            raise OutputError(f"cannot write {path}: it is there already and is not a regular file.")
+        folder = next(parent for parent in target.parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OutputError:
         raise
     except OSError as error:

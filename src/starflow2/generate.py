@@ -16,7 +16,7 @@ from torch import Tensor
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow import Context, SampleConfig
 from starflow2.flow.affine import Guidance
-from starflow2.flow.solve import Sequential, Solver
+from starflow2.flow.solve import SEQUENTIAL, Solver
 from starflow2.parts import Parts
 from starflow2.sequence import pad_rows, text_mrope
 
@@ -35,7 +35,7 @@ class DrawConfig:
     # none: the pixel decoder takes latents at their sampling noise; tweedie: one self-denoising step
     cleanup: Literal["none", "tweedie"] = "none"
     batch: int = 32  # pictures at once
-    shallow_solver: Solver = Sequential()
+    shallow_solver: Solver = SEQUENTIAL
 
     def __post_init__(self) -> None:
         if self.guidance < 0:
@@ -91,9 +91,7 @@ def draw(
     if len(prompts) != len(seeds) or not prompts:
         raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds; expected equally many.")
     if "t2i" not in parts.stages:
-        raise ConfigError(
-            f"this model has finished stages {list(parts.stages)}; drawing needs t2i."
-        )
+        raise ConfigError(f"this model has finished stages {list(parts.stages)}; drawing needs t2i.")
     done: list[Tensor] = []
     total = len(prompts) * parts.cfg.flow.deep.num_latents
     for first in range(0, len(prompts), config.batch):

@@ -19,9 +19,7 @@ from starflow2.sequence import IGNORE
 __all__ = ["masked_picture_loss", "ngp_loss", "ntp_loss"]
 
 
-def ngp_loss(
-    flow: Flow, latents: Tensor, context: Context, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def ngp_loss(flow: Flow, latents: Tensor, context: Context, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Next-Gaussian prediction: the flow's exact NLL under multi-noise (paper eq. 3.4).
 
     latents: (B, N, D) clean. Returns the weighted loss, nats per dim without the constant, and the
@@ -38,9 +36,7 @@ def ngp_loss(
 
 def ntp_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean next-token loss in nats over labels that are not IGNORE; logits (..., V)."""
-    return F.cross_entropy(
-        at_least_fp32(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORE
-    )
+    return F.cross_entropy(at_least_fp32(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORE)
 
 
 def masked_picture_loss(feats: Tensor, head: nn.Linear, images: Tensor, patch: int) -> Tensor:

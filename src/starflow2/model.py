@@ -39,7 +39,7 @@ class Picture:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """"auto", "cpu", "cuda[:i]" or "mps" as a device. Raises DeviceError if it is not there."""
+    """ "auto", "cpu", "cuda[:i]" or "mps" as a device. Raises DeviceError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind = name.split(":")[0]
@@ -102,10 +102,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             "cleanup": config.cleanup,
             "model": self.parts.cfg.name,
         }
-        return [
-            Picture(to_pil(image), prompt, s, settings)
-            for image, (prompt, s) in zip(images, asked, strict=True)
-        ]
+        return [Picture(to_pil(image), prompt, s, settings) for image, (prompt, s) in zip(images, asked, strict=True)]
 
     def draw(
         self,
@@ -154,7 +151,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         save_parts(self.parts, save_directory)
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls, name: str | Path = "nano", *, device: str = "auto", **hub: Any
     ) -> StarFlow2:
         """A model by name ("nano"), folder or Hub id; `hub` goes to huggingface_hub's download.
@@ -176,7 +173,8 @@ def _locate(name: str | Path, hub: dict[str, Any]) -> Path:
         return Path(name)
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise CheckpointError(
-            f"there is no model {str(name)!r}: no such folder, and no Hub id (owner/name).{nearest(str(name), ['nano'])}"
+            f"there is no model {str(name)!r}: no such folder, and no Hub id (owner/name)."
+            f"{nearest(str(name), ['nano'])}"
         )
     try:
         return Path(snapshot_download(str(name), **hub))

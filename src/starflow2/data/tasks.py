@@ -692,7 +692,7 @@ class _Asker:
 
     def _names(self, thing: Thing) -> list[tuple[tuple[str, ...], str]]:
         """Every (attributes, words such as "the red star") that fits this object alone."""
-        clear = []
+        clear: list[tuple[tuple[str, ...], str]] = []
         for attributes in _NAMES:
             values = [_value(thing, k) for k in attributes]
             if sum([_value(t, k) for k in attributes] == values for t in self.things) == 1:

@@ -67,9 +67,7 @@ class Affine:
         z = (at_least_fp32(u) - self.mu) * torch.exp(-self.log_scale)
         return -(0.5 * z.square() + self.log_scale + 0.5 * math.log(2 * math.pi)).sum(-1)
 
-    def guide(
-        self, unconditional: Affine, guidance: float, rule: Guidance = "starflow"
-    ) -> Affine:
+    def guide(self, unconditional: Affine, guidance: float, rule: Guidance = "starflow") -> Affine:
         """The Gaussian of classifier-free guidance; guidance 0 returns `self` unchanged.
 
         "starflow": p_c^(1+g) / p_u^g with the variance ratio clipped to at most 1, so that
@@ -80,11 +78,9 @@ class Affine:
         if guidance == 0:
             return self
         if rule == "tarflow":
-            extrapolate = lambda c, u: c + guidance * (c - u)  # noqa: E731
-            return Affine(
-                extrapolate(self.mu, unconditional.mu),
-                extrapolate(self.log_scale, unconditional.log_scale),
-            )
+            mu = self.mu + guidance * (self.mu - unconditional.mu)
+            log_scale = self.log_scale + guidance * (self.log_scale - unconditional.log_scale)
+            return Affine(mu, log_scale)
         ratio = torch.exp(2 * (self.log_scale - unconditional.log_scale)).clamp(max=1.0)
         precision = 1 + guidance - guidance * ratio
         mu = ((1 + guidance) * self.mu - guidance * ratio * unconditional.mu) / precision

@@ -130,6 +130,7 @@ class AffineBlock(nn.Module):
             self.noise_embedding = NoiseEmbedding(width)
         self.body = CausalStack(cfg.stack)
         self.head = zero_linear(width, 2 * cfg.dim)  # identity map at initialisation
+        self.above: Tensor
         self.register_buffer("above", _above(cfg.grid), persistent=False)
 
     # -- data to prior, one parallel pass --------------------------------------------------------
@@ -185,9 +186,7 @@ class AffineBlock(nn.Module):
         affine = self.affine(h[:, slots.shape[1] - count :])
         return affine if count == last - first else _with_identity_first(affine)
 
-    def slots(
-        self, buffer: Tensor, targets: tuple[int, int], run: Run
-    ) -> tuple[Tensor, Tensor]:
+    def slots(self, buffer: Tensor, targets: tuple[int, int], run: Run) -> tuple[Tensor, Tensor]:
         """Embedded slots of the targets, (B, n, C), and their positions, (B, n, 3)."""
         first, last = targets
         parts, where = [], []
@@ -261,9 +260,7 @@ class AffineBlock(nn.Module):
             return None
         return F.pad(run.attend, (0, keys - run.attend.shape[1]), value=True)
 
-    def _check_conditions(
-        self, batch: int, context: Context | None, noise_level: Tensor | None
-    ) -> None:
+    def _check_conditions(self, batch: int, context: Context | None, noise_level: Tensor | None) -> None:
         if (context is not None) and not self.cfg.context_dim:
             raise ShapeError("context was given, but this block has context_dim 0 and takes none.")
         if context is None and self.cfg.start == "none" and self.cfg.context_dim:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from starflow2.errors import ConfigError
 from starflow2.flow.affine import Guidance, standard_normal_log_prob
 from starflow2.flow.block import AffineBlock, BlockConfig, Context
 from starflow2.flow.noise import NoiseConfig
-from starflow2.flow.solve import Guide, Sequential, Solver, solve
+from starflow2.flow.solve import SEQUENTIAL, Guide, Solver, solve
 
 __all__ = ["Flow", "FlowConfig", "SampleConfig", "ShallowFlow"]
 
@@ -31,7 +32,7 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         blocks = (*self.shallow, self.deep)
-        for a, b in zip(blocks, blocks[1:], strict=False):
+        for a, b in pairwise(blocks):
             if a.direction == b.direction:
                 raise ConfigError("neighbouring blocks scan in one direction; they must alternate.")
         if any(b.noise != (self.noise is not None) for b in blocks):
@@ -45,8 +46,8 @@ class SampleConfig:
     guidance: float = 0.0
     rule: Guidance = "starflow"
     prior_scale: float = 1.0
-    deep_solver: Solver = Sequential()
-    shallow_solver: Solver = Sequential()
+    deep_solver: Solver = SEQUENTIAL
+    shallow_solver: Solver = SEQUENTIAL
 
 
 class ShallowFlow(nn.Module):
@@ -64,9 +65,7 @@ class ShallowFlow(nn.Module):
             logdet = logdet + term
         return x, logdet
 
-    def inverse(
-        self, u: Tensor, noise_level: Tensor | None = None, solver: Solver | None = None
-    ) -> Tensor:
+    def inverse(self, u: Tensor, noise_level: Tensor | None = None, solver: Solver | None = None) -> Tensor:
         """u -> x, blocks in reverse order."""
         for block in reversed(self.blocks):
             assert isinstance(block, AffineBlock)
@@ -97,23 +96,17 @@ class Flow(nn.Module):
         z, deep_logdet = self.deep(u, context, noise_level)
         return z, shallow_logdet + deep_logdet
 
-    def inverse(
-        self, z: Tensor, context: Context | None = None, noise_level: Tensor | None = None
-    ) -> Tensor:
+    def inverse(self, z: Tensor, context: Context | None = None, noise_level: Tensor | None = None) -> Tensor:
         """z -> x, one latent after the other, exact up to rounding."""
         u = solve(self.deep, z, context, noise_level).x
         return self.shallow.inverse(u, noise_level)
 
-    def log_prob(
-        self, x: Tensor, context: Context | None = None, noise_level: Tensor | None = None
-    ) -> Tensor:
+    def log_prob(self, x: Tensor, context: Context | None = None, noise_level: Tensor | None = None) -> Tensor:
         """Exact log density of x at its noise level, (B,) nats, constant included (eq. 2.1, 3.3)."""
         z, logdet = self(x, context, noise_level)
         return standard_normal_log_prob(z) + logdet
 
-    def nats_per_dim(
-        self, x: Tensor, context: Context | None = None, noise_level: Tensor | None = None
-    ) -> Tensor:
+    def nats_per_dim(self, x: Tensor, context: Context | None = None, noise_level: Tensor | None = None) -> Tensor:
         """Negative log-likelihood per latent channel: (B,) nats, constant included."""
         return -self.log_prob(x, context, noise_level) / math.prod(x.shape[1:])
 
@@ -158,9 +151,7 @@ class Flow(nn.Module):
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(rows).to(self.deep.head.weight.device)
 
-    def denoise(
-        self, x: Tensor, noise_level: Tensor, context: Context | None = None
-    ) -> Tensor:
+    def denoise(self, x: Tensor, noise_level: Tensor, context: Context | None = None) -> Tensor:
         """Tweedie's estimate of the clean latents, x + t^2 grad log p(x; t) (TARFlow)."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()

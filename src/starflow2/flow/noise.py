@@ -34,8 +34,7 @@ class NoiseConfig:
     def __post_init__(self) -> None:
         if not 0 < self.noise_min <= self.noise_max:
             raise ConfigError(
-                f"noise_min {self.noise_min} and noise_max {self.noise_max}: "
-                "expected 0 < noise_min <= noise_max."
+                f"noise_min {self.noise_min} and noise_max {self.noise_max}: expected 0 < noise_min <= noise_max."
             )
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -70,16 +69,12 @@ class NoiseEmbedding(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, noise_level: Tensor) -> Tensor:
         half = self.width // 2
-        dtype = self.mlp[0].weight.dtype
-        freqs = torch.exp(
-            -math.log(10000.0) * torch.arange(half, dtype=dtype, device=noise_level.device) / half
-        )
+        dtype = next(self.mlp.parameters()).dtype
+        freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=dtype, device=noise_level.device) / half)
         angles = noise_level.to(dtype).log()[:, None] * freqs  # (B, C / 2)
         out: Tensor = self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
         return out

@@ -18,7 +18,7 @@ from starflow2.flow.affine import Affine, Guidance
 from starflow2.flow.block import AffineBlock, Context, scan
 from starflow2.nn import Cache, at_least_fp32, check
 
-__all__ = ["BlockJacobi", "Guide", "Jacobi", "Sequential", "Solution", "Solver", "solve"]
+__all__ = ["SEQUENTIAL", "BlockJacobi", "Guide", "Jacobi", "Sequential", "Solution", "Solver", "solve"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +38,18 @@ class BlockJacobi:
             raise ConfigError(f"{self}: expected chunk, tolerance and max_iterations >= 0.")
 
 
-def Sequential() -> BlockJacobi:  # noqa: N802  (reads as the class it configures)
+def Sequential() -> BlockJacobi:
     """One latent after the other through the cache: exact, N evaluations of one slot."""
     return BlockJacobi(chunk=1)
 
 
-def Jacobi(tolerance: float = 1e-5, max_iterations: int = 0) -> BlockJacobi:  # noqa: N802
+def Jacobi(tolerance: float = 1e-5, max_iterations: int = 0) -> BlockJacobi:
     """All latents at once, iterated to the fixed point."""
     return BlockJacobi(chunk=0, tolerance=tolerance, max_iterations=max_iterations)
 
 
 Solver = BlockJacobi
+SEQUENTIAL = Sequential()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def solve(
     `progress` is called with (latents done, N).
     """
     check(z, "B N D", "z", N=block.cfg.num_latents, D=block.cfg.dim)
-    solver = solver or Sequential()
+    solver = solver or SEQUENTIAL
     z = scan(at_least_fp32(z), block.cfg.direction)
     doubled = 1
     if guide is not None:
@@ -124,18 +125,19 @@ def _fixed_point(
     cache, solver = state
     first, last = targets
     mark, limit = cache.length, solver.max_iterations or last - first
-    moved = 0.0
-    for iteration in range(1, limit + 1):
+    moved, evaluations = 0.0, 0
+    while evaluations < limit:
+        evaluations += 1
         cache.truncate(mark)
         new = gaussians(targets).denormalize(z[:, first:last])
         if last - first == 1:
             buffer[:, first:last] = _doubled(new, buffer)
-            return 1, 0.0
+            return evaluations, 0.0
         moved = float((new - buffer[: len(z), first:last]).abs().max())
         buffer[:, first:last] = _doubled(new, buffer)
         if moved <= solver.tolerance:
             break
-    return iteration, moved
+    return evaluations, moved
 
 
 def _doubled(x: Tensor, buffer: Tensor) -> Tensor:

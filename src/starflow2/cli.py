@@ -1,0 +1,615 @@
+"""The command line: every command is a dataclass of its options and a call into the library.
+
+Importing this file imports neither torch nor transformers: what a command needs, it imports when it runs, so that
+`starflow2 --help` is quick. Exit status: 0 done, 1 a check failed, 2 bad input or an error of ours, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+
+import tyro
+from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
+
+import starflow2
+from starflow2.errors import ConfigError, DataError, OutputError, PromptError, StarFlowError, nearest
+from starflow2.files import check_writable, replacing
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from starflow2.model import Picture
+    from starflow2.train import RunConfig, StageConfig, StepReport
+
+__all__ = ["main"]
+
+PROGRAM = "starflow2"
+LEDGER = Path("docs") / "results" / "ledger.jsonl"
+MAX_SEED = 2**63 - 1
+
+
+def _own(metavar: str, text: str, default: str = "the model's own") -> Any:
+    """An option that is None by default, with what that means in its help."""
+    return arg(metavar=metavar, help=text, help_behavior_hint=f"(default: {default})" if default else "")
+
+
+Model = Annotated[str, arg(metavar="NAME", help="nano, a model folder, or a Hub id (owner/name)")]
+Device = Annotated[str, arg(metavar="{auto,cpu,cuda,mps}", help="where to compute")]
+JsonFile = Annotated[Path | None, _own("FILE", "also write the outcome to this file as JSON", "")]
+
+
+class Command(Protocol):
+    """What every command offers; its class docstring is its help."""
+
+    verb: ClassVar[str]
+
+    def run(self, unknown: Sequence[str]) -> int:
+        """Do it and return the exit status. `unknown`: arguments that are no options of the command itself."""
+        ...
+
+
+# -- generate ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Draw pictures from words.
+
+    One picture is written to --output. Several become a contact sheet there; where --output is a folder, one file each
+    beside the sheet. Every PNG carries prompt, seed and settings.
+    """
+
+    verb: ClassVar[str] = "generate"
+
+    prompt: Positional[Annotated[tuple[str, ...], arg(metavar="PROMPT", help="what to draw, in quotes")]] = ()
+    n: Annotated[int, arg(aliases=("-n",), help="pictures of each prompt, seeds counting on")] = 1
+    seed: Annotated[int, arg(help="seed of the first picture of each prompt")] = 0
+    guidance: Annotated[float | None, _own("FLOAT", "how hard to follow the words, 0 = off")] = None
+    prior_scale: Annotated[float | None, _own("FLOAT", "spread of the prior, 1 = exact sampling")] = None
+    cleanup: Annotated[Literal["none", "tweedie"], arg(help="denoise the sampled latents")] = "none"
+    batch: Annotated[int | None, _own("INT", "pictures at once", "32")] = None
+    prompts: Annotated[Path | None, _own("FILE", "more prompts, one on each line", "")] = None
+    output: Annotated[str, arg(aliases=("-o",), metavar="PATH", help="a .png file, or a folder")] = "out.png"
+    json: Annotated[bool, arg(help="tell what was made as a JSON list on standard output")] = False
+    model: Model = "nano"
+    device: Device = "auto"
+
+    def run(self, unknown: Sequence[str]) -> int:
+        _refuse(unknown, type(self))
+        prompts = [*self.prompt, *_lines(self.prompts)]
+        if not prompts:
+            raise PromptError('there is nothing to draw: give a prompt, for instance "two red hearts".')
+        if self.n < 1:
+            raise ConfigError(f"-n is {self.n}; expected at least 1 picture per prompt.")
+        if not 0 <= self.seed <= MAX_SEED - self.n:
+            raise ConfigError(f"--seed is {self.seed}; expected 0 to 2^63 - 1.")
+        files = _plan(self.output, prompts, range(self.seed, self.seed + self.n))
+        pictures, seconds = self._draw(prompts)
+        written = _save(pictures, files)
+        if self.json:
+            pace = seconds / len(pictures)
+            rows = [_row(picture, path, pace) for picture, path in zip(pictures, written, strict=True)]
+            print(json.dumps(rows, indent=1, ensure_ascii=False))
+        else:
+            for path in dict.fromkeys([*written, *([files.sheet] if files.sheet else [])]):
+                print(path)
+        return 0
+
+    def _draw(self, prompts: list[str]) -> tuple[list[Picture], float]:
+        from starflow2.generate import DrawConfig
+        from starflow2.model import StarFlow2
+
+        with _progress("drawing", "latents") as step:
+            model = StarFlow2.from_pretrained(self.model, device=self.device)
+            config = DrawConfig.for_model(
+                model.parts,
+                guidance=self.guidance,
+                prior_scale=self.prior_scale,
+                cleanup=self.cleanup,
+                batch=self.batch,
+            )
+            started = time.perf_counter()
+            pictures = model.generate(prompts, n=self.n, seed=self.seed, config=config, progress=step)
+            return pictures, time.perf_counter() - started
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Where pictures go: a file for each, or none, and a sheet of all, or none."""
+
+    each: list[Path] | None
+    sheet: Path | None
+
+
+def _plan(output: str, prompts: Sequence[str], seeds: range) -> _Files:
+    """Names of what will be written, all of it checked to be writable before anything is drawn."""
+    count, path = len(prompts) * len(seeds), Path(output)
+    if output.endswith(("/", "\\")) or path.is_dir():
+        names = [f"{_slug(prompt)}-{seed}" for prompt in prompts for seed in seeds]
+        taken: dict[str, int] = {"sheet": 1}
+        each = [path / f"{_unique(name, taken)}.png" for name in names]
+        files = _Files(each, path / "sheet.png" if count > 1 else None)
+    elif path.suffix.lower() != ".png":
+        raise OutputError(f"--output is {output}; expected a name that ends in .png, or a folder with / at its end.")
+    else:
+        files = _Files([path], None) if count == 1 else _Files(None, path)
+    for file in [*(files.each or []), *([files.sheet] if files.sheet else [])]:
+        check_writable(file)
+    return files
+
+
+def _slug(prompt: str) -> str:
+    """A prompt as a file name: "two red hearts" -> two-red-hearts."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "picture"
+
+
+def _unique(name: str, taken: dict[str, int]) -> str:
+    taken[name] = taken.get(name, 0) + 1
+    return name if taken[name] == 1 else f"{name}-{taken[name]}"
+
+
+def _save(pictures: Sequence[Picture], files: _Files) -> list[Path]:
+    """Write them and say which file each picture is in."""
+    from starflow2.images import contact_sheet, save_png
+
+    first = pictures[0]
+    about = {"settings": json.dumps(first.settings), "model": first.settings["model"], "version": starflow2.__version__}
+    if files.sheet is not None:
+        labels = [picture.prompt for picture in pictures]
+        columns = min(8, max(4, round(len(pictures) ** 0.5)))
+        made_of = {
+            "prompt": "\n".join(dict.fromkeys(labels)),
+            "seed": str(first.seed),
+            "pictures": json.dumps([{"prompt": p.prompt, "seed": p.seed} for p in pictures], ensure_ascii=False),
+        }
+        save_png(contact_sheet([p.image for p in pictures], labels, columns), files.sheet, {**made_of, **about})
+    if files.each is None:
+        assert files.sheet is not None
+        return [files.sheet] * len(pictures)
+    for picture, path in zip(pictures, files.each, strict=True):
+        save_png(picture.image, path, {"prompt": picture.prompt, "seed": str(picture.seed), **about})
+    return files.each
+
+
+def _row(picture: Picture, path: Path, seconds: float) -> dict[str, Any]:
+    made_of = {"prompt": picture.prompt, "seed": picture.seed, "settings": picture.settings}
+    return {"file": str(path), **made_of, "seconds": round(seconds, 4)}
+
+
+def _lines(path: Path | None) -> list[str]:
+    """Prompts of a file, one on each line; blank lines are skipped."""
+    if path is None:
+        return []
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise DataError(f"cannot read prompts from {path}: {reason}.") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+# -- train ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a stage of a recipe, or all of them in order.
+
+    With --stage, every setting of that stage is an option too (--steps 100, --optim.lr 3e-4):
+    `starflow2 train RECIPE --stage STAGE --help` lists them. Metrics go to metrics-STAGE.jsonl in the output folder.
+    """
+
+    verb: ClassVar[str] = "train"
+
+    recipe: Positional[Annotated[str, arg(metavar="RECIPE", help="nano, or module:function of your own")]]
+    stage: Annotated[str, arg(metavar="STAGE", help="a stage of the recipe, or all")] = "all"
+    resume: Annotated[Literal["auto", "none"], arg(help="auto goes on from the last checkpoint there is")] = "auto"
+    device: Device = "auto"
+    output: Annotated[
+        Path | None,
+        arg(aliases=("-o",), metavar="FOLDER", help="the run's folder", help_behavior_hint="(default: runs/RECIPE)"),
+    ] = None
+    dry_run: Annotated[bool, arg(help="print the settings as JSON and train nothing")] = False
+    smoke: Annotated[bool, arg(help="a few tiny steps on the same code path")] = False
+
+    def run(self, unknown: Sequence[str]) -> int:
+        run, stages, folder = self._resolved(unknown)
+        if self.dry_run:
+            from starflow2.config import to_dict
+
+            config = {"recipe": self.recipe, "output": str(folder), "seed": run.seed, "precision": run.precision}
+            print(json.dumps(config | {"stages": [to_dict(run.stage(name)) for name in stages]}, indent=1))
+            return 0
+        check_writable(folder / "config.json")
+        for name in stages:
+            model = self._fit(run, name, folder)
+        print(model)
+        return 0
+
+    def stage_help(self) -> None:
+        """Print the options that --stage adds."""
+        run = self._recipe()
+        if self.stage == "all":
+            names = ", ".join(stage.name for stage in run.stages)
+            print(f"\n--stage NAME ({names}) makes the settings of that stage options, too.")
+            return
+        with contextlib.suppress(SystemExit):
+            _tyro(*_overrides(run.stage(self.stage)), ["--help"], f"{PROGRAM} train {self.recipe} --stage {self.stage}")
+
+    def _recipe(self) -> RunConfig:
+        from starflow2.recipes import find, smoke
+
+        sys.path.insert(0, "")  # recipes of the user's own stand in the folder they are in
+        run = find(self.recipe)
+        return smoke(run) if self.smoke else run
+
+    def _resolved(self, unknown: Sequence[str]) -> tuple[RunConfig, list[str], Path]:
+        """The run with overrides in it, the stages to train, and the folder."""
+        run = self._recipe()
+        folder = self.output or Path("runs") / (self.recipe.split(":")[-1] + "-smoke" * self.smoke)
+        if self.stage == "all":
+            _refuse(unknown, type(self), "; settings of a stage need --stage to say which")
+            return run, [stage.name for stage in run.stages], folder
+        changed = _overridden(run.stage(self.stage), unknown)
+        stages = tuple(changed if stage.name == changed.name else stage for stage in run.stages)
+        return dataclasses.replace(run, stages=stages), [self.stage], folder
+
+    def _fit(self, run: RunConfig, stage: str, folder: Path) -> Path:
+        from starflow2.model import pick_device
+        from starflow2.train import fit
+
+        latents = run.model.flow.deep.num_latents
+        device = pick_device(self.device).type
+        with _training_bar(run.stage(stage), latents) as report:
+            return fit(run, stage, folder, resume=self.resume == "auto", device=device, report=report)
+
+
+def _overrides(stage: StageConfig) -> tuple[type[StageConfig], StageConfig]:
+    """A config class whose stage name cannot be set, and `stage` as an instance of it, for tyro."""
+    fixed = [("name", Annotated[str, Suppress, Fixed], dataclasses.field(default=stage.name))]
+    settings = dataclasses.make_dataclass("Settings", fixed, bases=(type(stage),), frozen=True, kw_only=True)
+    settings.__doc__ = f"Settings of stage {stage.name}."
+    return settings, settings(**_fields(stage))
+
+
+def _overridden(stage: StageConfig, arguments: Sequence[str]) -> StageConfig:
+    """`stage` with the settings that `arguments` change."""
+    settings, default = _overrides(stage)
+    changed, unknown = _tyro(settings, default, arguments, f"{PROGRAM} train --stage {stage.name}")
+    _refuse(unknown, Train, known=_flags(settings))
+    for name in ("steps", "batch", "save_every", "log_every"):
+        if getattr(changed, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {getattr(changed, name)}; expected at least 1.")
+    return type(stage)(**_fields(changed))
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+# -- eval -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Score a model on a benchmark, with floor and ceiling beside every number.
+
+    A full test run adds a line to docs/results/ledger.jsonl where it runs from a checkout.
+    """
+
+    verb: ClassVar[str] = "eval"
+
+    benchmark: Positional[Annotated[Literal["world"], arg(metavar="SUITE", help="world: the drawn world")]]
+    suite: Annotated[Literal["geneval"], arg(help="geneval: are prompts drawn as asked?")] = "geneval"
+    split: Annotated[Literal["dev", "test"], arg(help="dev for every choice, test to report")] = "dev"
+    quick: Annotated[bool, arg(help="one prompt in eight: noisy")] = False
+    part: Annotated[
+        tuple[Literal["id", "cg", "paraphrase"], ...],
+        arg(help="seen combinations, new ones, other wording"),
+    ] = ("id", "cg")
+    samples: Annotated[int, arg(help="pictures of each prompt, 1 to 4")] = 4
+    json: JsonFile = None
+    model: Model = "nano"
+    device: Device = "auto"
+
+    def run(self, unknown: Sequence[str]) -> int:
+        _refuse(unknown, type(self))
+        from starflow2.evals.report import append_ledger, ledger_record, table, write_json
+        from starflow2.evals.world import score_geneval
+        from starflow2.model import StarFlow2
+
+        _check_json(self.json)
+        if not self.part:
+            raise ConfigError("--part names no part; expected one or more of id, cg, paraphrase.")
+        ledger = _ledger() if self.split == "test" and not self.quick else None
+        with _progress("drawing", "pictures") as step:
+            model = StarFlow2.from_pretrained(self.model, device=self.device)
+            report = score_geneval(
+                model, self.split, quick=self.quick, samples=self.samples, parts=self.part, progress=step
+            )
+        report["model"] = model.parts.cfg.name
+        _console().print(table(report))
+        if self.json is not None:
+            write_json(report, self.json)
+        if ledger is not None:
+            append_ledger(ledger, {**ledger_record(report), "model": report["model"]})
+        return 0
+
+
+def _ledger() -> Path | None:
+    """The ledger of the checkout that this package runs from, None where it is installed."""
+    root = Path(__file__).parents[2]
+    return root / LEDGER if (root / "pyproject.toml").is_file() else None
+
+
+# -- info, check, demo ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Count the parameters, bytes and cache of a recipe or a model folder."""
+
+    verb: ClassVar[str] = "info"
+
+    name: Positional[Annotated[str, arg(metavar="RECIPE", help="name, module:function, or a model folder")]] = "nano"
+    json: JsonFile = None
+
+    def run(self, unknown: Sequence[str]) -> int:
+        _refuse(unknown, type(self))
+        _check_json(self.json)
+        sys.path.insert(0, "")
+        from starflow2.info import describe, find_config, table
+
+        facts = describe(find_config(self.name))
+        _console().print(table(facts))
+        _write_json(facts, self.json)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Test on this machine that a model is exact: inverse, log-determinant, cache, batches.
+
+    Exit status 1 if anything fails.
+    """
+
+    verb: ClassVar[str] = "check"
+
+    model: Model = "nano"
+    device: Device = "auto"
+    json: JsonFile = None
+
+    def run(self, unknown: Sequence[str]) -> int:
+        _refuse(unknown, type(self))
+        _check_json(self.json)
+        from starflow2.model import StarFlow2
+        from starflow2.selfcheck import check_model, report, table
+
+        with _console(stderr=True).status("loading") as status:
+            model = StarFlow2.from_pretrained(self.model, device=self.device)
+            checks = check_model(model, status.update)
+        _console().print(table(checks))
+        found = report(checks, model)
+        _write_json(found, self.json)
+        return 0 if found["ok"] else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Draw and score pictures of the test suite, and make a page of them."""
+
+    verb: ClassVar[str] = "demo"
+
+    output: Annotated[Path, arg(aliases=("-o",), metavar="FOLDER", help="where the page goes")] = Path("out") / "demo"
+    json: JsonFile = None
+    model: Model = "nano"
+    device: Device = "auto"
+
+    def run(self, unknown: Sequence[str]) -> int:
+        _refuse(unknown, type(self))
+        _check_json(self.json)
+        with _progress("drawing", "pictures") as step:
+            from starflow2.demo import make_demo
+
+            made = make_demo(self.model, self.output, device=self.device, progress=step)
+        from starflow2.evals.report import table
+
+        _console().print(table(made.scores))
+        right = sum(shown.verdict.correct for shown in made.shown)
+        pace = made.report["seconds_per_image"]
+        print(f"{right} of {len(made.shown)} pictures show what was asked, {pace:.2f} s each. The page: {made.page}")
+        _write_json(made.report, self.json)
+        return 0
+
+
+# -- the program ------------------------------------------------------------------------------------------------------
+
+COMMANDS: tuple[type[Command], ...] = (Generate, Demo, Train, Eval, Info, Check)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status; `argv` is sys.argv without the program by default."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except StarFlowError as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if verb == "--version":
+        print(f"{PROGRAM} {starflow2.__version__}")
+        return 0
+    for command in COMMANDS:
+        if command.verb == verb:
+            return _run(command, arguments[1:])
+    verbs = [command.verb for command in COMMANDS]
+    raise ConfigError(f"there is no command {verb!r}; expected one of {', '.join(verbs)}.{nearest(verb, verbs)}")
+
+
+def _run(command: type[Command], arguments: list[str]) -> int:
+    program = f"{PROGRAM} {command.verb}"
+    if {"-h", "--help"} & set(arguments):
+        with contextlib.suppress(SystemExit):
+            _tyro(command, None, ["--help"], program)
+        rest = [a for a in arguments if a not in ("-h", "--help")]
+        if command is Train and rest:
+            parsed, _ = _tyro(Train, None, rest, program)
+            parsed.stage_help()
+        return 0
+    parsed, unknown = _tyro(command, None, arguments, program)
+    return parsed.run(unknown)
+
+
+def _overview() -> str:
+    width = max(len(command.verb) for command in COMMANDS)
+    lines = [f"  {c.verb:<{width}}  {(c.__doc__ or '').splitlines()[0]}" for c in COMMANDS]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} [-h] [--version] COMMAND ...",
+            "",
+            "Words and pictures as one causal sequence, drawn by a normalizing flow.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            f'`{PROGRAM} COMMAND --help` lists the options of one. To begin: {PROGRAM} generate "two red hearts" -n 4',
+        ]
+    )
+
+
+def _tyro(kind: type[Any], default: Any, arguments: Sequence[str], program: str) -> tuple[Any, list[str]]:
+    """An instance of the dataclass `kind` from arguments, and those that belong to no field.
+
+    What tyro says about a bad value comes in a box of several lines; it is raised as ConfigError on one.
+    """
+    given = {} if default is None else {"default": default}
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                kind,
+                prog=program,
+                args=list(arguments),
+                return_unknown_args=True,
+                config=(FlagCreatePairsOff,),
+                **given,
+            )
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise ConfigError(f"{_unboxed(said.getvalue())} See {program} --help.") from None
+
+
+def _unboxed(text: str) -> str:
+    """The message inside tyro's box, on one line, without title and footer."""
+    lines = [line.strip(" │|") for line in text.splitlines()]
+    rules = [i for i, line in enumerate(lines) if (line and not line.strip("─-╭╮╰╯")) or line.startswith("╭")]
+    if not rules:
+        return " ".join(text.split())
+    inside = lines[rules[0] + 1 : rules[1] if len(rules) > 1 else None]
+    return " ".join(line for line in inside if line)
+
+
+def _flags(kind: type[Any], prefix: str = "") -> list[str]:
+    """Long options of a dataclass: --steps, --optim.lr."""
+    flags = []
+    for field in dataclasses.fields(kind):
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        if dataclasses.is_dataclass(default) and not isinstance(default, type):
+            flags += _flags(type(default), f"{prefix}{field.name}.")
+        else:
+            flags.append(f"--{prefix}{field.name}".replace("_", "-"))
+    return flags
+
+
+def _refuse(unknown: Sequence[str], command: type[Command], hint: str = "", known: Sequence[str] = ()) -> None:
+    """Raise ConfigError for the first argument that nothing takes, with the nearest option there is."""
+    if not unknown:
+        return
+    flags = [*_flags(command), *known]
+    name = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+    kind = "option" if name.startswith("-") else "argument"
+    raise ConfigError(
+        f"{command.verb} has no {kind} {name}{hint}.{nearest(name, flags)} See {PROGRAM} {command.verb} --help."
+    )
+
+
+# -- the terminal -----------------------------------------------------------------------------------------------------
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+@contextlib.contextmanager
+def _progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error and the function (done, in all) that moves it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    with Progress(*columns, TimeRemainingColumn(), console=_console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def step(done: int, total: int) -> None:
+            bar.update(task, description=title, completed=done, total=total)
+
+        yield step
+
+
+@contextlib.contextmanager
+def _training_bar(stage: StageConfig, latents: int) -> Iterator[Callable[[StepReport], None]]:
+    """A bar for one stage; where standard error is no terminal, a line per report instead, for log files."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = _console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(stage.name, total=stage.steps, said="starting")
+
+        def report(line: StepReport) -> None:
+            said = _told(line, latents)
+            bar.update(task, completed=line.step, said=said)
+            if not console.is_terminal:
+                console.print(f"{line.stage} {line.step}/{line.steps} {said}", soft_wrap=True, highlight=False)
+
+        yield report
+
+
+def _told(line: StepReport, latents: int) -> str:
+    """loss 0.123 · 71 images/s · 4,569 latents/s · 12 min left"""
+    minutes = line.eta_s / 60
+    left = f"{minutes:.0f} min" if minutes >= 2 else f"{line.eta_s:.0f} s"
+    rate = line.images_per_s
+    return f"loss {line.metrics['loss']:.4f} · {rate:,.0f} images/s · {rate * latents:,.0f} latents/s · {left} left"
+
+
+def _check_json(path: Path | None) -> None:
+    if path is not None:
+        check_writable(path)
+
+
+def _write_json(data: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        with replacing(path) as temp:
+            temp.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
