@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from helpers import wake
 
@@ -91,3 +92,23 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, list[float], float]
         assert values == pytest.approx(json.loads(path.read_text()), rel=rel)
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def smoke_model(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The folder of a nano model that went through every stage for a few steps: whole, loadable, and untrained.
+
+    Made once for all workers; its run folder is the parent. Copy it before changing anything in it.
+    """
+    from starflow2.recipes import nano, smoke  # only here: most tests do without the seconds that this import takes
+    from starflow2.train import fit
+
+    base = tmp_path_factory.getbasetemp()
+    run = (base if worker_id == "master" else base.parent) / "smoke-run"
+    with FileLock(f"{run}.lock"):
+        if not (run / "done").is_file():
+            recipe = smoke(nano())
+            for stage in recipe.stages:
+                fit(recipe, stage.name, run)
+            (run / "done").touch()
+    return run / "model"

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sequence", "fae"),
     ("pretzel", "mot", "backbones", "data"),
     ("parts",),
-    ("losses", "generate", "checkpoint"),
+    ("losses", "generate", "understand", "checkpoint"),
     ("model", "train", "evals", "analysis"),
     ("recipes",),
     ("selfcheck", "info", "demo"),

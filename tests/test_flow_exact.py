@@ -177,6 +177,50 @@ def test_what_is_predicted_from_the_context_depends_on_the_context_alone_at_targ
     assert gap(moved.forward()[0][:, at], z[:, at]) > 1e-3
 
 
+# -- what a slot carries ----------------------------------------------------------------------------
+
+
+RASTER = torch.tensor([[r, c] for r in range(2) for c in range(3)], dtype=torch.float32)  # (N, 2)
+
+
+@pytest.mark.parametrize("direction", ["l2r", "r2l"])
+def test_a_start_token_moves_slots_to_the_place_of_their_target(direction: str) -> None:
+    block = wake(AffineBlock(block_config(direction=direction, learned_positions=True)))
+    buffer = F.pad(torch.randn(2, 6, 3), (0, 0, 0, 1))
+    slots, positions = block.slots(buffer, (0, 6), block.begin(2, None, None))
+    wanted = F.pad(RASTER, (0, 1)).expand(2, -1, -1)  # in scan order, so the same both ways, as STARFlow has it
+    assert torch.equal(positions, wanted)
+    assert gap(slots[:, 1:], block.proj_in(buffer[:, :5]) + block.position_table[1:]) <= 1e-6
+    assert gap(slots[:, 0], block.proj_in(block.start)[0].expand(2, -1)) <= 1e-6
+
+
+@pytest.mark.parametrize("start", ["auto", "none"])
+def test_behind_a_context_a_slot_carries_the_place_of_its_own_latent_and_the_last_state_that_of_none(
+    start: str,
+) -> None:
+    block = wake(AffineBlock(block_config(start=start, context_dim=WIDE, learned_positions=True)))
+    context, buffer = contexts("plain"), F.pad(torch.randn(2, 6, 3), (0, 0, 0, 1))
+    run = block.begin(2, context, None)
+    slots, positions = block.slots(buffer, (0, 6), run)
+    last = STATES - 1  # the latents take the step of the last state
+    assert torch.equal(positions[:, 0], torch.tensor([[0.0, 0.0, last]] * 2))
+    assert torch.equal(positions[:, 1:], F.pad(RASTER[:5], (0, 1), value=last).expand(2, -1, -1))
+    assert gap(slots[:, 0], block.context_in(context.states[:, -1])) <= 1e-6
+    assert gap(slots[:, 1:], block.proj_in(buffer[:, :5]) + block.position_table[:5]) <= 1e-6
+    moved = block.begin(2, replace(context, step=torch.tensor([0.5, 7.0])), None)
+    assert torch.equal(block.slots(buffer, (0, 6), moved)[1][:, 1:, 2], torch.tensor([[0.5] * 5, [7.0] * 5]))
+
+
+def test_the_stencil_feeds_the_three_latents_above_the_target_and_zeros_outside() -> None:
+    block = AffineBlock(block_config(stencil=True, dim=1))
+    buffer = F.pad(torch.arange(1.0, 7.0).view(1, 6, 1), (0, 0, 0, 1))  # 1 2 3 over 4 5 6
+    seen: list[Tensor] = []
+    block.proj_in.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    block.embed(buffer, 1, 6)
+    previous_and_above = [[1, 0, 0, 0], [2, 0, 0, 0], [3, 0, 1, 2], [4, 1, 2, 3], [5, 2, 3, 0]]
+    assert torch.equal(seen[0][0], torch.tensor(previous_and_above, dtype=torch.float32))
+
+
 # -- padding and batches --------------------------------------------------------------------------
 
 
@@ -377,10 +421,10 @@ def toy_flow(columns: int) -> Flow:
     return Flow(FlowConfig(deep=configs[2], shallow=tuple(configs[:2])))
 
 
-def fit(flow: Flow, data: Callable[[int], Tensor], steps: int = 80) -> float:
+def fit(flow: Flow, data: Callable[[int], Tensor], steps: int = 60) -> float:
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-2)
     for _ in range(steps):
-        loss = flow.nats_per_dim(data(128)).mean()
+        loss = flow.nats_per_dim(data(64)).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -391,20 +435,20 @@ def test_a_learned_one_dimensional_density_integrates_to_one() -> None:
     flow = toy_flow(1)
     before = float(flow.nats_per_dim(2 + 0.3 * torch.randn(128, 1, 1)).mean().detach())
     assert fit(flow, lambda n: 2 + 0.3 * torch.randn(n, 1, 1)) < before - 1
-    grid = torch.linspace(-6, 10, 20001)
+    grid = torch.linspace(-6, 10, 4001)
     with torch.no_grad():
         density = flow.log_prob(grid[:, None, None]).double().exp()
     assert float(torch.trapezoid(density, grid.double())) == pytest.approx(1, abs=1e-4)
-    assert float(torch.trapezoid(density * grid, grid.double())) == pytest.approx(2, abs=0.1)
+    assert float(torch.trapezoid(density * grid, grid.double())) == pytest.approx(2, abs=0.3)
 
 
 def test_a_learned_density_over_two_moons_integrates_to_one() -> None:
     flow = toy_flow(2)
     fit(flow, moons)
-    axis = torch.linspace(-4, 4, 201)
+    axis = torch.linspace(-4, 4, 141)
     points = torch.cartesian_prod(axis, axis).unsqueeze(-1)
     with torch.no_grad():
-        density = flow.log_prob(points).double().exp().view(201, 201)
+        density = flow.log_prob(points).double().exp().view(141, 141)
     assert float(torch.trapezoid(torch.trapezoid(density, axis.double()), axis.double())) == pytest.approx(1, abs=2e-3)
     inside = flow.log_prob(moons(500)).mean().detach()
     assert float(inside) > float(standard_normal_log_prob(moons(500)).mean()) + 0.3  # it learned something

@@ -150,7 +150,9 @@ def test_the_whole_starflow_agrees(starflow: tuple[dict[str, Tensor], Flow]) -> 
 
 
 @pytest.mark.parametrize(
-    "solver", [Sequential(), Jacobi(), BlockJacobi(chunk=5)], ids=["sequential", "jacobi", "chunks"]
+    "solver",
+    [Sequential(), Jacobi(tolerance=1e-6), BlockJacobi(chunk=5, tolerance=1e-6)],
+    ids=["sequential", "jacobi", "chunks"],
 )
 def test_starflow_samples_agree_with_and_without_guidance(
     starflow: tuple[dict[str, Tensor], Flow], solver: Solver

@@ -101,10 +101,18 @@ def test_head_dims_that_three_axes_cannot_share_are_refused(head_dim: int) -> No
         axial_angles(torch.zeros(1, 1, 3), head_dim)
 
 
-def test_rotation_turns_interleaved_pairs_as_complex_numbers() -> None:
-    x, angles = torch.randn(2, 1, 5, 8, dtype=torch.float64), torch.randn(2, 1, 5, 4, dtype=torch.float64)
-    turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * torch.exp(1j * angles)
-    assert gap(rotate(x, angles.cos(), angles.sin()), torch.view_as_real(turned).flatten(-2)) <= 1e-12
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=str
+)
+def test_rotation_turns_interleaved_pairs_as_a_matrix_does(dtype: torch.dtype, bound: float) -> None:
+    x, angles = torch.randn(2, 3, 5, 8, dtype=torch.float64), torch.randn(2, 1, 5, 4, dtype=torch.float64)
+    cos, sin = angles.cos(), angles.sin()
+    matrix = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)  # (B, 1, T, K / 2, 2, 2)
+    wanted = (matrix @ x.unflatten(-1, (4, 2, 1))).squeeze(-1).flatten(-2)
+    got = rotate(x.to(dtype), cos.to(dtype), sin.to(dtype))
+    assert got.dtype == dtype and gap(got, wanted) <= bound
+    strided = x.transpose(1, 2).contiguous().transpose(1, 2).to(dtype)  # as attention hands it over
+    assert gap(rotate(strided, cos.to(dtype), sin.to(dtype)), got) <= bound
 
 
 def test_scores_of_rotated_queries_and_keys_depend_on_distances_only() -> None:
@@ -196,6 +204,16 @@ def test_mlp_activations_are_exact_gelu_and_squared_relu() -> None:
         h = mlp.up(mlp.norm(x))
         h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2))) if activation == "gelu" else h.clamp(min=0) ** 2
         assert gap(mlp(x), mlp.down(h)) <= 1e-5
+
+
+def test_squared_relu_has_the_right_gradient_and_refuses_a_second_one() -> None:
+    mlp = stack(StackConfig(width=48, depth=1, head_dim=24, activation="relu2")).double().layers[0].mlp
+    x = torch.randn(1, 2, 48, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(mlp(x).sum(), x)
+    plain = mlp.down(F.relu(mlp.up(mlp.norm(x))).square())
+    assert gap(grad, torch.autograd.grad(plain.sum(), x)[0]) <= 1e-12
+    with pytest.raises(NotImplementedError, match="once only"):
+        torch.autograd.grad(mlp(x).sum(), x, create_graph=True)
 
 
 # -- the cache ----------------------------------------------------------------------------------------

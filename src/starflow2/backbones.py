@@ -47,33 +47,38 @@ class _Backbone(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors."""
-        with _no_bars():
+        with _quiet():
             self.model.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
         """Read them back, strictly: every weight must be there and fit."""
-        with _no_bars():
+        with _quiet():
             model, told = type(self.model).from_pretrained(
                 folder,
+                config=self.model.config,  # our sizes rule, not those of whatever stands in the folder
                 dtype=torch.float32,
                 **EAGER,
                 local_files_only=True,
+                use_safetensors=True,
                 output_loading_info=True,
             )
         wrong = {k: sorted(v) for k, v in told.items() if v and k != "error_msgs"}
         if wrong:
-            raise ValueError(f"weights do not fit the model: {wrong}")
+            listed = ", ".join(f"{len(v)} {k.replace('_', ' ')} {v[:3]}" for k, v in wrong.items())
+            raise ValueError(f"weights do not fit the model: {listed}")
         self.model = model
 
 
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """transformers without its progress bars, which would break into our own."""
-    shown = hf_logging.is_progress_bar_enabled()
+def _quiet() -> Iterator[None]:
+    """transformers without progress bars, which would break into our own, and pages of warnings: what is wrong raises."""
+    shown, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
     try:
         yield
     finally:
+        hf_logging.set_verbosity(verbosity)
         if shown:
             hf_logging.enable_progress_bar()
 
@@ -152,6 +157,7 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # what a user types is text: it never opens or ends a turn
         ids = [tokenizer.token_to_id(t) for t in SPECIAL_TOKENS]
         names = ("pad", "user", "assistant", "end", "vision_start", "vision_end", "image_pad")
         if None in ids:
@@ -300,6 +306,8 @@ class QwenStream(_Backbone):
         embeds: (B, T, E); positions: (3, B, T) M-RoPE ids; attend: (B, 1, T, Tk) bool, None = causal.
         """
         check(positions, "A B T", "positions", A=3)
+        if attend is not None:  # eager attention adds its mask, and would add True as 1
+            attend = torch.zeros_like(attend, dtype=embeds.dtype).masked_fill(~attend, torch.finfo(embeds.dtype).min)
         out = self.model.model.language_model(
             inputs_embeds=embeds,
             position_ids=positions,
@@ -309,6 +317,10 @@ class QwenStream(_Backbone):
         )
         h: Tensor = out.last_hidden_state
         return h
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache for `states`."""
+        return DynamicCache(config=self.model.config.text_config)
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., E) -> (..., V)."""

@@ -22,30 +22,66 @@ from torch import Tensor
 
 from starflow2.backbones import ChatTokenizer, DinoFeatures, QwenStream
 from starflow2.config import from_dict, to_dict
-from starflow2.errors import CheckpointError, nearest
+from starflow2.errors import CheckpointError, OutputError, nearest
+from starflow2.files import replacing
 from starflow2.flow import Flow
 from starflow2.parts import ModelConfig, Parts
 
-__all__ = ["FORMAT", "load_parts", "load_tensors", "read_config", "save_parts"]
+__all__ = [
+    "FORMAT",
+    "load_parts",
+    "load_tensors",
+    "read_config",
+    "save_parts",
+    "save_tensors",
+    "write_config",
+]
 
 FORMAT = 1
+WEIGHTS = ("model.safetensors", "vlm/model.safetensors", "features/model.safetensors")
 
 
 def save_parts(parts: Parts, folder: str | Path) -> Path:
-    """Write a model folder; an older one at the same place is replaced only when all is written."""
+    """Write a model folder; an older one at the same place is replaced only when all is written.
+
+    Files of others in it (a model card) are kept. Raises CheckpointError where the folder cannot be
+    written or holds something that is not a model.
+    """
     if parts.tokenizer is None:
         raise CheckpointError("parts.tokenizer is None; a model is saved together with its tokenizer.")
-    folder = Path(folder)
+    folder = Path(folder).resolve()
+    _check_replaceable(folder)
     temp = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temp, ignore_errors=True)
     try:
         temp.mkdir(parents=True)
         _write_folder(parts, temp)
+        _keep_others(folder, temp)
         _swap(temp, folder)
-    except OSError as error:
+    except (OSError, SafetensorError, shutil.Error) as error:  # safetensors has its own for a full disk
         shutil.rmtree(temp, ignore_errors=True)
         raise CheckpointError(f"cannot save to {folder}: {error}. What was there before is untouched.") from error
     return folder
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to put a model where it would take the place of something else."""
+    there = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()
+    if there or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(
+            f"cannot save to {folder}: it is there already and is no model folder; give another name."
+        )
+
+
+def _keep_others(folder: Path, new: Path) -> None:
+    """Copy what stands beside our files in the old folder, such as a model card, into the new one."""
+    for other in folder.iterdir() if folder.is_dir() else ():
+        if (new / other.name).exists():
+            continue
+        if other.is_dir():
+            shutil.copytree(other, new / other.name)
+        else:
+            shutil.copy2(other, new / other.name)
 
 
 def _write_folder(parts: Parts, folder: Path) -> None:
@@ -56,8 +92,14 @@ def _write_folder(parts: Parts, folder: Path) -> None:
     save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / "model.safetensors")
     parts.tokenizer.save(folder / "tokenizer.json")
     (folder / "lexicon.txt").write_text("\n".join(sorted(parts.lexicon)) + "\n")
+    write_config(parts, folder)
+
+
+def write_config(parts: Parts, folder: Path) -> None:
+    """config.json of a model folder: format number, stages done, every size."""
     config = {"format": FORMAT, "stages": list(parts.stages), "model": to_dict(parts.cfg)}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    with replacing(folder / "config.json") as temp:
+        temp.write_text(json.dumps(config, indent=1) + "\n")
 
 
 def _swap(new: Path, folder: Path) -> None:
@@ -65,7 +107,12 @@ def _swap(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    new.rename(folder)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -74,7 +121,7 @@ def load_parts(folder: str | Path, device: str | torch.device = "cpu") -> Parts:
     folder = Path(folder)
     config = read_config(folder)
     cfg = from_dict(ModelConfig, config["model"])
-    for name in ("model.safetensors", "tokenizer.json", "vlm/model.safetensors"):
+    for name in (*WEIGHTS, "tokenizer.json"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}; it is no complete starflow2 model.")
     with torch.device("meta"):
@@ -86,7 +133,7 @@ def load_parts(folder: str | Path, device: str | torch.device = "cpu") -> Parts:
     _load_backbone(parts.vlm, folder / "vlm")
     _load_backbone(parts.features, folder / "features")
     _rebuild_buffers(parts, cfg)
-    parts.tokenizer = ChatTokenizer.load(folder / "tokenizer.json")
+    parts.tokenizer = _tokenizer(folder / "tokenizer.json", cfg)
     lexicon = folder / "lexicon.txt"
     parts.lexicon = frozenset(lexicon.read_text().split()) if lexicon.is_file() else frozenset()
     parts.stages = tuple(config["stages"])
@@ -104,7 +151,21 @@ def _load_backbone(backbone: DinoFeatures | QwenStream, folder: Path) -> None:
     try:
         backbone.load(folder)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"cannot load {folder}: {error}") from error
+        raise CheckpointError(f"cannot load {folder}: {_first_line(error)}") from error
+
+
+def _tokenizer(path: Path, cfg: ModelConfig) -> ChatTokenizer:
+    try:
+        tokenizer = ChatTokenizer.load(path)
+    except Exception as error:  # tokenizers raises nothing more special than this
+        raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from error
+    if tokenizer.special != cfg.vlm.special or tokenizer.vocab > cfg.vlm.vocab:
+        raise CheckpointError(f"{path} is the tokenizer of another model: its tokens do not fit config.json.")
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -118,6 +179,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict) or {"format", "model", "stages"} - set(config):
         raise CheckpointError(f"{path} is not of a starflow2 model (no format, model, stages).")
+    if not isinstance(config["stages"], list) or not all(type(s) is str for s in config["stages"]):
+        raise CheckpointError(f"{path} is not of a starflow2 model (stages is no list of names).")
     if config["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {config['format']}; this version reads {FORMAT}.")
     return dict(config)
@@ -132,6 +195,15 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is not a whole safetensors file ({error}); only safetensors are read, never pickle."
         ) from error
     return tensors
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file in one step. Raises OutputError; what was there before then survives."""
+    try:
+        with replacing(path) as temp:
+            save_file(tensors, temp, metadata=metadata)
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {path}: {error}.") from error
 
 
 def _fill(state: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:

@@ -6,14 +6,15 @@ Letters: B batch, N latents, D latent dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from starflow2.errors import ConfigError, DataError
+from starflow2.errors import ConfigError, DataError, nearest
 from starflow2.flow import Context, SampleConfig
 from starflow2.flow.affine import Guidance
 from starflow2.flow.solve import SEQUENTIAL, Solver
@@ -23,6 +24,7 @@ from starflow2.sequence import pad_rows, text_mrope
 __all__ = ["DrawConfig", "Drawn", "draw", "drawing_context", "sample_latents"]
 
 Progress = Callable[[int, int], None]
+Cleanup = Literal["none", "tweedie"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +35,29 @@ class DrawConfig:
     prior_scale: float = 0.8  # 1 = exact sampling
     rule: Guidance = "starflow"
     # none: the pixel decoder takes latents at their sampling noise; tweedie: one self-denoising step
-    cleanup: Literal["none", "tweedie"] = "none"
+    cleanup: Cleanup = "none"
     batch: int = 32  # pictures at once
     shallow_solver: Solver = SEQUENTIAL
 
     def __post_init__(self) -> None:
-        if self.guidance < 0:
+        if not 0 <= self.guidance < math.inf:
             raise ConfigError(f"guidance is {self.guidance}; expected 0 (off) or more.")
-        if self.prior_scale <= 0:
+        if not 0 < self.prior_scale < math.inf:
             raise ConfigError(f"prior_scale is {self.prior_scale}; expected more than 0.")
+        for name, known in (("rule", get_args(Guidance)), ("cleanup", get_args(Cleanup))):
+            if (value := getattr(self, name)) not in known:
+                hint = nearest(str(value), known)
+                raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(known)}.{hint}")
         if self.batch < 1:
             raise ConfigError(f"batch is {self.batch}; expected at least 1.")
 
     @classmethod
     def for_model(cls, parts: Parts, **changes: object) -> DrawConfig:
         """The model's own defaults with `changes`; None keeps a default."""
+        known = [f.name for f in fields(cls)]
+        for name in changes:
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r}; expected {', '.join(known)}.{nearest(name, known)}")
         base = cls(guidance=parts.cfg.guidance, prior_scale=parts.cfg.prior_scale)
         given = {k: v for k, v in changes.items() if v is not None}
         return replace(base, **given)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ Everything it does is a call into generate and checkpoint. Not here: training an
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from starflow2.checkpoint import load_parts, save_parts
+from starflow2.checkpoint import load_parts, save_parts, write_config
 from starflow2.errors import CheckpointError, ConfigError, DeviceError, PromptError, nearest
 from starflow2.generate import DrawConfig, draw
 from starflow2.images import Picture as Image
@@ -91,6 +92,8 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if n < 1:
             raise ConfigError(f"n is {n}; expected at least 1 picture per prompt.")
+        if not -(2**63) <= seed <= 2**63 - n:
+            raise ConfigError(f"seed is {seed}; expected a 64-bit integer.")
         for prompt in prompts:
             self.check_prompt(prompt)
         config = config or DrawConfig.for_model(self.parts)
@@ -113,7 +116,8 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
     ) -> Tensor:
         """One image per (prompt, seed) as a tensor (B, 3, height, width) in [-1, 1], unchecked."""
         config = config or DrawConfig.for_model(self.parts)
-        return draw(self.parts, prompts, seeds, config, progress).images.cpu()
+        heard = [self._as_learnt(p) for p in prompts]
+        return draw(self.parts, heard, seeds, config, progress).images.cpu()
 
     def roundtrip(self, images: Tensor, noise_level: float = 0.0, seed: int = 0) -> Tensor:
         """images (B, 3, h, w) through the FAE and back, with noise on the latents if asked."""
@@ -130,10 +134,10 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
     def check_prompt(self, prompt: str) -> None:
         """Raise PromptError for what this model cannot draw: nothing, too much, unknown words."""
-        if not prompt.strip():
+        if not _words(prompt):
             raise PromptError("the prompt is empty; say what to draw, for instance 'two red hearts'.")
         assert self.parts.tokenizer is not None
-        count = len(self.parts.tokenizer.drawing_prompt(prompt))
+        count = len(self.parts.tokenizer.drawing_prompt(self._as_learnt(prompt)))
         limit = self.parts.cfg.max_prompt_tokens
         if count > limit:
             raise PromptError(f"the prompt has {count} tokens; this model reads up to {limit}.")
@@ -145,10 +149,20 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
                 f"It knows {len(self.parts.lexicon)} words: shapes, colours, sizes, places, counts."
             )
 
+    def _as_learnt(self, prompt: str) -> str:
+        """A model with a lexicon has seen lower case and single spaces only: other text is other tokens."""
+        return " ".join(prompt.lower().split()) if self.parts.lexicon else prompt
+
     # -- files and Hub --------------------------------------------------------------------------------
 
+    def save_pretrained(self, save_directory: str | Path, **hub: Any) -> str | None:
+        """Write the model folder, whole or not at all, and a model card; `hub` goes to huggingface_hub."""
+        save_parts(self.parts, save_directory)  # first: the mixin begins by deleting config.json
+        url: str | None = super().save_pretrained(save_directory, **hub)
+        return url
+
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_parts(self.parts, save_directory)
+        write_config(self.parts, save_directory)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -158,6 +172,10 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
         Raises CheckpointError for anything that is no whole starflow2 model, DeviceError.
         """
+        known = ["device", *inspect.signature(snapshot_download).parameters]
+        for option in hub:
+            if option not in known:
+                raise ConfigError(f"unknown option {option!r} of from_pretrained.{nearest(option, known)}")
         where = pick_device(device)
         return cls(load_parts(_locate(name, hub), where))
 
@@ -169,8 +187,11 @@ def _words(prompt: str) -> list[str]:
 def _locate(name: str | Path, hub: dict[str, Any]) -> Path:
     if str(name) == "nano":
         return NANO
-    if Path(name).exists():
-        return Path(name)
+    try:
+        if Path(name).exists():
+            return Path(name)
+    except OSError as error:
+        raise CheckpointError(f"there is no model {str(name)[:40]!r}...: {error.strerror}.") from error
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise CheckpointError(
             f"there is no model {str(name)!r}: no such folder, and no Hub id (owner/name)."

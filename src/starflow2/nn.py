@@ -253,6 +253,8 @@ class _SquaredRelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # create_graph: `positive` has no graph, the answer would be silently wrong
+            raise NotImplementedError("relu2 can be differentiated once only; use activation gelu for more.")
         (positive,) = ctx.saved_tensors
         return (grad * positive).mul_(2)
 

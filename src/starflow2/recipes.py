@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
+from inspect import signature
 
 from starflow2.backbones import DinoConfig, LanguageConfig, SpecialIds
 from starflow2.errors import ConfigError, nearest
@@ -83,7 +84,7 @@ def nano() -> RunConfig:
             StageConfig(name="features", steps=400, batch=64),
             StageConfig(name="fae", steps=1000, batch=64),
             StageConfig(name="vlm", steps=250, batch=48),
-            StageConfig(name="t2i", steps=4200, batch=64, optim=OptimConfig(lr=3e-3)),
+            StageConfig(name="t2i", steps=4100, batch=64, optim=OptimConfig(lr=3e-3, decay_share=0.4)),
         ),
     )
 
@@ -115,9 +116,10 @@ def find(name: str) -> RunConfig:
         raise ConfigError(f"there is no recipe {name!r}; expected {known} or module:function.{nearest(name, RECIPES)}")
     try:
         recipe = getattr(import_module(module), function)
+        signature(recipe).bind()  # a function that needs arguments is no recipe
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"cannot import recipe {name!r}: {error}.") from error
-    run = recipe() if callable(recipe) else recipe
+        raise ConfigError(f"cannot use {name!r} as a recipe: {error}.") from error
+    run = recipe()
     if not isinstance(run, RunConfig):
         raise ConfigError(f"recipe {name!r} gave {type(run).__name__}; expected a function that returns RunConfig.")
     return run

@@ -31,7 +31,7 @@ from starflow2.train import to_images
 
 __all__ = ["Check", "check_model", "report", "table"]
 
-ROWS = 4  # prompts of different length
+ROWS = 3  # prompts of different length
 SCENES = 16  # pictures for the codec
 TWIN_GRID = (2, 2)  # latents of the twin whose whole Jacobian is computed
 FLOAT32 = 1e-4

@@ -223,6 +223,16 @@ class T2iTask:
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
         self.parts, self.stage, self.seed = parts, stage, seed
         self.trained = nn.ModuleDict({"flow": parts.flow})
+        if "t2i" not in parts.stages:
+            self._whiten()
+
+    def _whiten(self, prompts: int = 2048, batch: int = 128) -> None:
+        """Fresh flows start from whitened text states; see `AffineBlock.whiten_context`."""
+        tokenizer = self.parts.tokenizer
+        assert tokenizer is not None
+        rows = [tokenizer.drawing_prompt(draw_task(self.seed, i).prompt) for i in range(prompts)]
+        contexts = [drawing_context(self.parts, rows[i : i + batch]) for i in range(0, prompts, batch)]
+        self.parts.flow.deep.whiten_context(torch.cat([c.states[c.attend] for c in contexts]))
 
     def draw(self, indices: range) -> tuple[Tensor, list[list[int]]]:
         tokenizer = self.parts.tokenizer

@@ -14,10 +14,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from hashlib import blake2b
-from importlib.resources import files
 from math import hypot
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +23,18 @@ from numpy.typing import NDArray
 from starflow2.data.tasks import FAMILIES, Drawing, paraphrase_drawings, suite_drawings
 from starflow2.data.world import COLORS, IMAGE_SIZE, SHAPES, Split, render, scene_key
 from starflow2.errors import ConfigError, DataError
+from starflow2.evals._shared import (
+    QUICK_SHARE,
+    Grades,
+    Report,
+    bootstrap,
+    check_lock,
+    chunks,
+    digest,
+    interval,
+    quick_share,
+)
+from starflow2.evals._shared import lock_text as _lock_text
 from starflow2.evals.judge import Scan, detect
 
 __all__ = [
@@ -45,17 +55,13 @@ RULES = ("lenient", "strict")  # order of the columns of Grades
 PER_CATEGORY = 64  # prompts
 SAMPLES = 4  # pictures of each prompt, GenEval's number
 SEED_BASE = 1_000_000  # picture j of prompt i starts from seed SEED_BASE + 4 i + j
-QUICK_SHARE = 8  # a quick run takes one prompt in eight
 FLOOR_SHIFTS = 32  # mismatched pictures graded per prompt
-RESAMPLES = 1000
 DRAW_CHUNK = 64  # pictures asked of `generate` at a time
 
 Images = NDArray[np.uint8]
 Generate = Callable[[list[str], list[int]], Images]  # prompts, seeds -> (n, 64, 64, 3)
 Progress = Callable[[int, int], None]  # pictures done, pictures in all
-Report = dict[str, Any]
 Box = tuple[float, float, float, float]
-_Row = TypeVar("_Row")
 
 
 # ------------------------------------------------------------------------------------------------------ GenEval's rules
@@ -208,7 +214,7 @@ def codec_ceiling(
     """
     items = _items(split, part, quick)
     scans: list[Scan] = []
-    for chunk in _chunks(items):
+    for chunk in chunks(items, DRAW_CHUNK):
         truth = np.stack([render(item.drawing.scene) for item in chunk])
         scans += detect(_checked(roundtrip(truth), len(chunk)))
     return _summary(items, scans, np.random.default_rng(0))[0]
@@ -223,8 +229,7 @@ def _items(split: Split, part: Part, quick: bool) -> list[_Item]:
     chosen: list[_Item] = []
     for category in _categories(items):
         rows = [item for item in items if _category(item) == category]
-        picks = rng.choice(len(rows), -(-len(rows) // QUICK_SHARE), replace=False)
-        chosen += [rows[i] for i in sorted(picks)]
+        chosen += quick_share(rows, rng)
     return chosen
 
 
@@ -250,13 +255,9 @@ def _categories(items: list[_Item]) -> list[str]:
 def _draw(generate: Generate, items: list[_Item], samples: int) -> Iterator[list[Scan]]:
     """One scan per picture, a prompt's samples together, a chunk at a time."""
     jobs = [(item.drawing.prompt, SEED_BASE + SAMPLES * item.index + j) for item in items for j in range(samples)]
-    for chunk in _chunks(jobs):
+    for chunk in chunks(jobs, DRAW_CHUNK):
         images = generate([prompt for prompt, _ in chunk], [seed for _, seed in chunk])
         yield detect(_checked(images, len(chunk)))
-
-
-def _chunks(rows: Sequence[_Row]) -> Iterator[Sequence[_Row]]:
-    yield from (rows[at : at + DRAW_CHUNK] for at in range(0, len(rows), DRAW_CHUNK))
 
 
 def _checked(images: Images, count: int) -> Images:
@@ -268,8 +269,7 @@ def _checked(images: Images, count: int) -> Images:
 
 # -------------------------------------------------------------------------------------------- scores, intervals, floors
 
-Grades = NDArray[np.float64]  # (pictures, 2), see RULES
-_Resamples = dict[str, Grades]  # by category, (RESAMPLES, 2)
+_Resamples = dict[str, Grades]  # by category, (RESAMPLES, 2); the columns are RULES
 
 
 def _grade_all(pairs: Iterable[tuple[_Item, list[Found]]]) -> Grades:
@@ -289,7 +289,7 @@ def _summary(items: list[_Item], scans: list[Scan], rng: np.random.Generator) ->
         rows = [i for i, item in enumerate(owners) if _category(item) == category]
         prompts = [owners[i].drawing.prompt for i in rows]
         scores[category] = grades[rows].mean(axis=0)
-        resamples[category] = _bootstrap(prompts, grades[rows], rng)
+        resamples[category] = bootstrap(prompts, grades[rows], rng)
         report["by_category"][category] = _score(scores[category], resamples[category])
         report["by_category"][category] |= {"n": len(rows), "prompts": len(set(prompts))}
     report["overall"] = _score(_mean(scores), _mean(resamples))
@@ -300,21 +300,8 @@ def _mean(by_category: Mapping[str, Grades]) -> Grades:
     return np.asarray(np.mean(list(by_category.values()), axis=0))
 
 
-def _bootstrap(prompts: list[str], grades: Grades, rng: np.random.Generator) -> Grades:
-    """(RESAMPLES, 2) means after resampling distinct prompts: pictures of one prompt are correlated."""
-    _, group = np.unique(prompts, return_inverse=True)
-    amount = np.bincount(group)  # (G,)
-    sums = np.stack([np.bincount(group, column) for column in grades.T], axis=1)  # (G, 2)
-    draws = rng.integers(len(amount), size=(RESAMPLES, len(amount)))
-    means: Grades = sums[draws].sum(axis=1) / amount[draws].sum(axis=1)[:, None]
-    return means
-
-
 def _score(score: Grades, resamples: Grades) -> Report:
-    low, high = np.percentile(resamples, (2.5, 97.5), axis=0)  # 2 x (2,)
-    return {
-        name: {"score": float(score[i]), "low": float(low[i]), "high": float(high[i])} for i, name in enumerate(RULES)
-    }
+    return {name: interval(score[i], resamples[:, i]) for i, name in enumerate(RULES)}
 
 
 def _judge_means(scans: list[Scan]) -> Report:
@@ -378,26 +365,9 @@ def lock_spec() -> Report:
 
 
 def _digest(drawings: Iterable[Drawing]) -> Report:
-    rows = [(drawing.prompt, drawing.scene.background, *scene_key(drawing.scene)) for drawing in drawings]
-    return {"count": len(rows), "blake2b": blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()}
+    return digest((drawing.prompt, drawing.scene.background, *scene_key(drawing.scene)) for drawing in drawings)
 
 
 def verify_lock() -> None:
     """Raises DataError if the suite made by this code is not the frozen one that scores are published for."""
-    frozen, made = json.loads(_lock_text()), lock_spec()
-    if frozen == made:
-        return
-    flat, fresh = _flatten(frozen), _flatten(made)
-    changed = sorted(key for key in flat | fresh if flat.get(key) != fresh.get(key))
-    raise DataError(f"worldbench.lock: the benchmark is no longer the frozen one; changed: {', '.join(changed)}")
-
-
-def _lock_text() -> str:
-    return (files("starflow2") / "assets" / "worldbench.lock").read_text()
-
-
-def _flatten(tree: Report, above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
-    return flat
+    check_lock(json.loads(_lock_text()), lock_spec())

@@ -146,6 +146,25 @@ class AffineBlock(nn.Module):
         z, logdet = affine.normalize(x)
         return scan(z, self.cfg.direction), logdet
 
+    @torch.no_grad()
+    def whiten_context(self, states: Tensor, smallest: float = 1e-3) -> None:
+        """Set the context projection so that states like these enter with zero mean and unit variance.
+
+        states: (n, E), more than E of them. Directions with less than `smallest` of the largest variance
+        are amplified no further. Language models keep most of their variance in a few directions that say
+        little about the word (our choice: docs/choices.md#whitened-context).
+        """
+        x = states.double()
+        mean = x.mean(0)
+        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+        scales = values.clamp(min=smallest * float(values[-1])).rsqrt()
+        whitening = (vectors * scales).T  # (E, E), rows in order of rising variance
+        width, dim = self.context_in.weight.shape
+        if width != dim:  # an isometry or a selection of the strongest directions keeps unit variance
+            whitening = torch.nn.init.orthogonal_(torch.empty(width, dim)).to(whitening) @ whitening
+        self.context_in.weight.copy_(whitening)
+        self.context_in.bias.copy_(-(whitening @ mean))
+
     # -- prediction --------------------------------------------------------------------------------
 
     def begin(self, batch: int, context: Context | None, noise_level: Tensor | None) -> Run:

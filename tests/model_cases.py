@@ -1,0 +1,104 @@
+"""A whole model small enough for one core: nano's recipe shrunk, with a tokenizer of its own, woken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from helpers import wake
+from starflow2.backbones import ChatTokenizer, train_tokenizer
+from starflow2.checkpoint import save_parts
+from starflow2.data.tasks import draw_task, lexicon, understanding_task
+from starflow2.flow import NoiseConfig
+from starflow2.nn import StackConfig
+from starflow2.parts import ModelConfig, Parts
+from starflow2.recipes import nano_model, smoke
+from starflow2.train import OptimConfig, RunConfig, StageConfig
+
+WIDTH, LATENT = 40, 4  # of every stream; channels of a latent
+
+
+def tiny_model() -> ModelConfig:
+    """nano with streams of width 40, one layer each, and latents of 4 channels on the same 8 x 8 grid."""
+    nano = nano_model()
+    stack = StackConfig(width=WIDTH, depth=1, head_dim=20, activation="relu2")
+    both_ways = replace(stack, rope=False, causal=False)
+    blocks = [replace(b, dim=LATENT, stack=stack) for b in (nano.flow.deep, *nano.flow.shallow)]
+    return replace(
+        nano,
+        name="tiny",
+        features=replace(nano.features, width=WIDTH, depth=1, heads=2),
+        vlm=replace(
+            nano.vlm,
+            vocab=320,
+            width=WIDTH,
+            depth=2,
+            heads=2,
+            kv_heads=1,
+            mlp_width=64,
+            mrope_section=(4, 3, 3),
+            vision_width=32,
+            vision_heads=2,
+            vision_mlp_width=48,
+            vision_patch=8,
+        ),
+        fae=replace(
+            nano.fae,
+            feature_dim=WIDTH,
+            latent_dim=LATENT,
+            encoder_width=32,
+            encoder_heads=2,
+            feature_decoder=both_ways,
+            pixel_decoder=both_ways,
+            pixel_channels=(12, 8, 6),
+        ),
+        flow=replace(
+            nano.flow,
+            deep=replace(blocks[0], context_dim=WIDTH),
+            shallow=tuple(blocks[1:]),
+            noise=NoiseConfig(noise_min=0.01, noise_max=0.5, max_share=0.5),
+        ),
+        guidance=1.0,
+        max_prompt_tokens=160,
+    )
+
+
+def texts(count: int) -> Iterable[str]:
+    """Captions, questions and answers of the first training items."""
+    for index in range(count):
+        yield draw_task(0, index).prompt
+        for question, answer in understanding_task(0, index)[1]:
+            yield question
+            yield answer
+
+
+@cache
+def tiny_tokenizer() -> ChatTokenizer:
+    return train_tokenizer(texts(60), tiny_model().vlm.vocab)
+
+
+def tiny_parts(stages: tuple[str, ...] = ("features", "fae", "vlm", "t2i"), scale: float = 0.05) -> Parts:
+    """Woken parts that claim to have finished `stages`; the same weights at every call."""
+    torch.manual_seed(3)
+    parts = wake(Parts(tiny_model(), tiny_tokenizer()), scale)
+    parts.lexicon, parts.stages = lexicon(), stages
+    return parts.eval()
+
+
+def tiny_run(steps: int = 4, save_every: int = 2, precision: str = "float32") -> RunConfig:
+    """All four stages of the tiny model, `steps` steps of four pictures each, every step logged."""
+    names = ("features", "fae", "vlm", "t2i")
+    stages = tuple(StageConfig(name=name, steps=steps, batch=4, optim=OptimConfig()) for name in names)
+    run = smoke(RunConfig(model=tiny_model(), stages=stages, precision=precision))
+    long = tuple(replace(s, steps=steps, save_every=save_every, log_every=1) for s in run.stages)
+    return replace(run, stages=long)
+
+
+def tiny_folder(folder: Path, stages: tuple[str, ...] = ("features", "fae", "vlm")) -> Path:
+    """`folder` with a model in it that is ready for the stage behind `stages`."""
+    save_parts(tiny_parts(stages), folder / "model")
+    return folder

@@ -1,0 +1,237 @@
+"""W-MME-p and W-GQA: the truth scores all, who never looks scores the floor; and how the language model answers."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from model_cases import tiny_parts, tiny_run
+from starflow2.data.tasks import HELD_OUT_CHAINS, SUBTASKS, YES_NO, chain, draw_task
+from starflow2.data.world import bucket, held_out, render, scene_key
+from starflow2.errors import ConfigError, DataError, ShapeError
+from starflow2.evals import answering
+from starflow2.evals.answering import evaluate_gqa, evaluate_mme, parse_yes_no, question_prior, score_mme, verify_lock
+from starflow2.sequence import IGNORE
+from starflow2.train import VlmTask, to_images
+from starflow2.understand import answer
+
+SUITES = {"mme": (evaluate_mme, answering._mme_items), "gqa": (evaluate_gqa, answering._gqa_items)}
+
+
+class Knower:
+    """Looks the right answer up by picture and words; remembers what it was asked."""
+
+    def __init__(self, items):
+        self.truth = {(render(i.scene).tobytes(), i.question.text): i.question.answer for i in items}
+        self.asked = []
+
+    def __call__(self, images, texts):
+        self.asked += [(image.tobytes(), text) for image, text in zip(images, texts, strict=True)]
+        return [self.truth[key].capitalize() + "." for key in self.asked[-len(texts) :]]
+
+
+# --------------------------------------------------------------------------------------- MME's official scoring
+
+
+def test_parser_and_arithmetic_agree_exactly_with_the_official_ones(shared_dir):
+    told = json.loads((shared_dir / "fixtures" / "mme_scoring.json").read_text())
+    assert {text: parse_yes_no(text) for text in told["parse"]} == told["parse"]
+    assert score_mme(told["records"])["total"] == pytest.approx(told["total"], abs=1e-9)
+
+
+def test_an_image_counts_twice_only_if_both_its_answers_are_right():
+    rows = [("a", "yes", "yes"), ("a", "no", "no"), ("b", "yes", "Yes, it is"), ("b", "no", "yes")]
+    records = [{"category": "color", "question_id": q, "answer": a, "pred": p} for q, a, p in rows]
+    assert score_mme(records) == {"total": 125.0, "by_category": {"color": 125.0}}  # 3 of 4 answers, 1 of 2 images
+
+
+# ----------------------------------------------------------------------------------------------------- reports
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_who_knows_the_truth_scores_all_of_it_and_the_report_is_json(suite):
+    evaluate, items = SUITES[suite]
+    report = evaluate(Knower(items("dev")), "dev")
+    assert json.loads(json.dumps(report)) == report
+    for part in report["parts"].values():
+        if suite == "mme":
+            assert part["total"] == {"score": 1200.0, "low": 1200.0, "high": 1200.0}
+            assert part["of_2000"]["score"] == 2000.0 and part["parse_rate"] == 1.0
+        else:
+            assert part["accuracy"] == {"score": 1.0, "low": 1.0, "high": 1.0} and part["valid"] == 1.0
+    counts = {name: part["n"] for name, part in report["parts"].items()}
+    assert counts == ({"id": 384, "cg": 384, "all": 768} if suite == "mme" else {"id": 768, "cg": 256, "all": 1024})
+    gap = report["gap"] if suite == "mme" else report["gap"]["overall"]
+    assert gap["score"] == 0
+
+
+def test_who_always_says_yes_and_who_throws_a_coin_score_the_floors_of_mme():
+    coin = np.random.default_rng(0)
+    always = evaluate_mme(lambda images, texts: ["yes"] * len(texts), "dev", quick=True)["parts"]["all"]
+    assert always["total"] == {"score": 300.0, "low": 300.0, "high": 300.0}
+    assert always["floor"] == {"always_yes": 300.0, "coin": 450.0} and always["yes_share"] == 1
+    tossed = evaluate_mme(lambda images, texts: coin.choice(["yes", "no"], len(texts)).tolist(), "dev")["parts"]["all"]
+    assert tossed["total"]["low"] < 450 < tossed["total"]["high"]
+    assert 30 < tossed["total"]["high"] - tossed["total"]["low"] < 150
+
+
+def test_what_cannot_be_parsed_is_wrong_and_told_apart():
+    mute = evaluate_mme(lambda images, texts: ["perhaps"] * len(texts), "dev", quick=True)["parts"]["all"]
+    assert mute["total"]["score"] == mute["parse_rate"] == mute["yes_share"] == 0
+    wrong = evaluate_gqa(lambda images, texts: ["a red star"] * len(texts), "dev", quick=True)["parts"]["all"]
+    assert wrong["accuracy"]["score"] == wrong["valid"] == 0
+
+
+def test_the_prior_printed_beside_gqa_is_what_its_answers_score_and_near_chance():
+    report = evaluate_gqa(lambda images, texts: [question_prior(text) for text in texts], "dev")
+    for part in report["parts"].values():
+        assert part["accuracy"]["score"] == part["prior"]
+    id_part = report["parts"]["id"]
+    assert 0.25 < id_part["prior"] < 0.42
+    for kind, chance in {"choose": 1 / 2, "compare": 1 / 2, "logical": 1 / 2, "count": 1 / 4, "query": 1 / 4}.items():
+        assert id_part["by_kind"][kind]["prior"] < chance + 0.12, kind
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_quick_run_asks_about_an_eighth_of_the_same_images(suite):
+    evaluate, items = SUITES[suite]
+    knower, done = Knower(items("dev")), []
+    report = evaluate(knower, "dev", quick=True, progress=lambda n, total: done.append((n, total)))
+    count = {"mme": 96, "gqa": 128}[suite]
+    assert report["n"] == len(knower.asked) == count and done[-1] == (count, count)
+    if suite == "mme":
+        assert {row["images"] for row in report["parts"]["cg"]["by_subtask"].values()} == {4}
+
+
+@pytest.mark.parametrize("evaluate", [evaluate_mme, evaluate_gqa])
+def test_what_cannot_be_scored_is_refused(evaluate):
+    with pytest.raises(ConfigError, match="split"):
+        evaluate(lambda images, texts: texts, "train")
+    for bad in (lambda images, texts: texts[1:], lambda images, texts: [None] * len(texts)):
+        with pytest.raises(DataError, match=r"expected (96|128) texts"):
+            evaluate(bad, "dev", quick=True)
+
+
+# ------------------------------------------------------------------------------------------------------- items
+
+
+def test_mme_asks_a_yes_and_a_no_about_each_of_64_images_half_of_them_with_a_held_out_pair():
+    items = answering._mme_items("dev")
+    assert Counter((i.kind, i.part) for i in items) == {(s, p): 64 for s in SUBTASKS for p in ("id", "cg")}
+    for yes, no in zip(items[::2], items[1::2], strict=True):
+        assert (yes.question.answer, no.question.answer) == ("yes", "no")
+        assert yes.scene == no.scene and yes.image == no.image and yes.question.text.endswith(YES_NO)
+        assert bucket(yes.scene) == "dev" and not held_out(yes.scene, "test")
+        assert held_out(yes.scene, "dev") == ({"pair"} if yes.part == "cg" else set())
+
+
+def test_gqa_asks_seen_chains_about_seen_things_and_in_cg_only_held_out_chains():
+    items = answering._gqa_items("dev")
+    asked = Counter((i.image, i.part) for i in items)
+    assert set(asked.values()) == {4} and len(asked) == 256 and len({scene_key(i.scene) for i in items}) == 256
+    for item in items:
+        assert bucket(item.scene) == "dev" and not held_out(item.scene, "test") and not held_out(item.scene, "dev")
+        is_held_out = any(chain(item.question.program)[-len(c) :] == c for c in HELD_OUT_CHAINS["dev"])
+        assert is_held_out == (item.part == "cg")
+
+
+def test_gqa_answers_are_balanced_within_each_kind_and_sort():
+    answers = Counter((i.part, i.kind, i.question.answer) for i in answering._gqa_items("dev"))
+    for (part, kind, word), count in answers.items():
+        same = [answers[part, kind, other] for other in answering._SORT[word]]
+        assert count < 1.5 * np.mean(same) + 2, (part, kind, word)
+
+
+def test_the_suites_are_the_frozen_ones():
+    verify_lock()
+
+
+def test_one_changed_question_breaks_the_lock(monkeypatch):
+    first, *rest = answering._gqa_items("dev")
+    changed = (replace(first, question=replace(first.question, text="is there a star?")), *rest)
+    items = {"dev": changed, "test": answering._gqa_items("test")}
+    monkeypatch.setattr(answering, "_gqa_items", items.get)
+    with pytest.raises(DataError, match=r"changed: gqa\.items\.dev\.blake2b$"):
+        verify_lock()
+
+
+# ----------------------------------------------------------------------------------- the language model answers
+
+QUESTIONS = ["what color is the star?", "describe the picture.", "is it small?", "list every object.", "is it red?"]
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Woken parts, pictures and questions of unequal length, and the answers of at most six tokens to all at once."""
+    parts = tiny_parts(scale=0.25)
+    images = to_images([draw_task(0, i).scene for i in range(len(QUESTIONS))])
+    return parts, images, answer(parts, images, QUESTIONS, max_tokens=6)
+
+
+def test_an_answer_is_the_same_alone_and_in_a_batch(asked):
+    parts, images, answers = asked
+    alone = [answer(parts, images[i : i + 1], [text], max_tokens=6)[0] for i, text in enumerate(QUESTIONS)]
+    assert alone == answers and len(set(answers)) > 1
+    assert answer(parts, images.flip(0), QUESTIONS[::-1], max_tokens=6) == answers[::-1]
+
+
+@torch.no_grad()
+def test_answers_are_those_of_transformers_own_greedy_search(asked):
+    parts, _, answers = asked
+    size = parts.cfg.vlm.vision_patch
+    processor = Qwen2VLImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3, patch_size=size)
+    special, task = parts.cfg.vlm.special, VlmTask(parts, tiny_run().stage("vlm"), 0)
+    for i, text in enumerate(QUESTIONS):
+        document, labels = task._document([(text, "none")])  # training's own layout
+        ids = torch.tensor([[token for token, label in zip(document, labels, strict=True) if label == IGNORE]])
+        seen = processor([np.asarray(render(draw_task(0, i).scene))], return_tensors="pt")
+        out = parts.vlm.model.generate(
+            input_ids=ids,
+            pixel_values=seen["pixel_values"],
+            image_grid_thw=seen["image_grid_thw"],
+            mm_token_type_ids=(ids == special.image_pad).int(),
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=6,
+            eos_token_id=special.end,
+            pad_token_id=special.pad,
+        )
+        assert parts.tokenizer.decode(out[0, ids.shape[1] :].tolist()) == answers[i]
+
+
+def test_an_answer_ends_at_the_end_token_or_at_the_limit(asked, monkeypatch):
+    parts, images, _ = asked
+    end = parts.cfg.vlm.special.end
+    word = parts.tokenizer.encode("star")[0]
+    told = []
+
+    def scripted(h):
+        """The first row ends at once, the second after three tokens, the third never."""
+        told.append(len(h))
+        out = torch.zeros(len(h), parts.cfg.vlm.vocab)
+        out[:, word] = 1
+        if len(told) in (1, 4):
+            out[0, end] = 2
+        return out
+
+    monkeypatch.setattr(parts.vlm, "logits", scripted)
+    found = answer(parts, images[:3], ["is it red?"] * 3, max_tokens=5)
+    assert [text.count("star") for text in found] == [0, 3, 5] and told == [3, 2, 2, 2, 1]
+
+
+def test_questions_that_cannot_be_asked_are_refused(asked):
+    parts, images, _ = asked
+    with pytest.raises(ConfigError, match="5 images and 1 questions"):
+        answer(parts, images, ["is it red?"])
+    with pytest.raises(ConfigError, match="max_tokens"):
+        answer(parts, images[:1], ["is it red?"], max_tokens=0)
+    with pytest.raises(ShapeError, match="images"):
+        answer(parts, images[:1, :, :32], ["is it red?"])
+    with pytest.raises(ConfigError, match="needs vlm"):
+        answer(tiny_parts(stages=("features",)), images[:1], ["is it red?"])

@@ -1,0 +1,316 @@
+"""Model folders: bit-equal on the way back, refused in one line when they are not whole, never half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from model_cases import tiny_model, tiny_parts
+from starflow2 import checkpoint
+from starflow2.checkpoint import FORMAT, load_parts, read_config, save_parts
+from starflow2.data.tasks import draw_task
+from starflow2.errors import CheckpointError, ConfigError, StarFlowError
+from starflow2.generate import DrawConfig, draw
+from starflow2.parts import Parts
+from starflow2.train import to_images
+
+FILES = ("model.safetensors", "vlm/model.safetensors", "features/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_parts(tiny_parts(), tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    shutil.copytree(saved, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refusal(folder: Path, error: type[Exception] = CheckpointError) -> str:
+    """The message with which a folder is refused: one line, and of ours."""
+    with pytest.raises(error) as caught:
+        load_parts(folder)
+    assert isinstance(caught.value, StarFlowError)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 1200
+    return message
+
+
+# -- there and back
+
+
+def test_a_model_comes_back_bit_for_bit_with_everything_beside_its_weights(saved):
+    before, after = tiny_parts(), load_parts(saved)
+    old, new = before.state_dict(), after.state_dict()
+    assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+    assert (after.cfg, after.stages, after.lexicon) == (before.cfg, before.stages, before.lexicon)
+    assert after.tokenizer.encode("two red hearts") == before.tokenizer.encode("two red hearts")
+    buffers = dict(before.named_buffers())
+    assert all(torch.equal(b, buffers[k]) for k, b in after.named_buffers())
+    assert not any(module.training for module in after.modules())
+
+
+def test_a_loaded_model_draws_and_encodes_the_same_bits(saved):
+    before, after = tiny_parts(), load_parts(saved)
+    ask = (["two red hearts", "a blue star"], [0, 1], DrawConfig(guidance=1.0))
+    assert torch.equal(draw(before, *ask).images, draw(after, *ask).images)
+    images = to_images([draw_task(0, 0).scene])
+    assert torch.equal(before.codec.encode(images), after.codec.encode(images))
+
+
+def test_saving_what_was_loaded_writes_the_same_bytes_but_for_transformers_own_notes(saved, tmp_path):
+    again, first = content(save_parts(load_parts(saved), tmp_path / "again")), content(saved)
+    assert again.keys() == first.keys()
+    assert [name for name in first if again[name] != first[name]] in ([], ["vlm/config.json"])
+
+
+def test_loading_leaves_the_weights_of_a_file_that_no_later_save_can_reach(saved, folder):
+    parts = load_parts(folder)
+    before = {k: v.clone() for k, v in parts.state_dict().items()}
+    save_parts(tiny_parts(scale=0.2), folder)
+    assert all(torch.equal(v, before[k]) for k, v in parts.state_dict().items())
+
+
+# -- what is refused
+
+
+def test_a_folder_that_is_not_there_or_is_something_else_is_refused(tmp_path):
+    assert "no config.json" in refusal(tmp_path / "nothing")
+    (tmp_path / "file").write_text("hello")
+    assert "no config.json" in refusal(tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", [*FILES, "tokenizer.json"])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    assert name in refusal(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("keep", [0.6, 0.001, 0.0])
+def test_truncated_weights_are_refused(folder, name, keep):
+    path = folder / name
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data))])
+    assert name.split("/")[0] in refusal(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pickle_under_the_name_of_safetensors_is_never_opened(folder, name):
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (folder / "exploded",))
+
+    (folder / name).write_bytes(pickle.dumps(Bomb()))
+    assert name.split("/")[0] in refusal(folder)
+    torch.save({"weights": torch.zeros(3)}, folder / name)
+    refusal(folder)
+    assert not (folder / "exploded").exists()
+
+
+def test_a_pickle_beside_missing_safetensors_is_not_used_in_their_place(folder):
+    for name in ("vlm", "features"):
+        tensors = load_file(folder / name / "model.safetensors")
+        torch.save(tensors, folder / name / "pytorch_model.bin")
+        (folder / name / "model.safetensors").unlink()
+        assert "model.safetensors" in refusal(folder)
+        save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
+    load_parts(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_foreign_safetensors_are_refused_with_the_names_that_do_not_fit(folder, name):
+    save_file({"some.weight": torch.zeros(3, 3)}, folder / name, metadata={"format": "pt"})
+    message = refusal(folder)
+    assert "some.weight" in message and name.split("/")[0] in message
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_missing_tensor_is_an_error_and_never_random_weights(folder, name):
+    tensors = load_file(folder / name)
+    gone = sorted(tensors)[0]
+    del tensors[gone]
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    assert gone.split(".")[-2] in refusal(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_tensor_of_another_shape_is_an_error(folder, name):
+    tensors = load_file(folder / name)
+    gone = next(k for k in sorted(tensors) if tensors[k].ndim == 2)
+    tensors[gone] = tensors[gone][:-1].contiguous()
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    assert name.split("/")[0] in refusal(folder)
+
+
+def test_a_backbone_of_another_size_is_refused_although_its_own_config_fits_its_weights(folder, tmp_path):
+    from dataclasses import replace
+
+    from starflow2.backbones import DinoFeatures
+
+    DinoFeatures(replace(tiny_model().features, width=60, heads=3)).save(tmp_path / "other")
+    shutil.rmtree(folder / "features")
+    shutil.copytree(tmp_path / "other", folder / "features")
+    assert "features" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"architectures": ["LlamaForCausalLM"], "hidden_size": 64}', "[1, 2]", "not json", "", "\x00\x01\ufffd"],
+    ids=["transformers", "list", "text", "empty", "binary"],
+)
+def test_a_foreign_config_is_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    assert "config.json" in refusal(folder)
+
+
+def test_a_config_of_another_encoding_is_refused(folder):
+    (folder / "config.json").write_bytes(b"\xff\xfe\x00\x9d")
+    assert "config.json" in refusal(folder)
+
+
+def test_a_newer_format_is_refused_with_both_numbers(folder):
+    edit(folder, format=FORMAT + 1)
+    message = refusal(folder)
+    assert str(FORMAT + 1) in message and str(FORMAT) in message
+
+
+@pytest.mark.parametrize("stages", ["t2i", None, [1], {"t2i": True}])
+def test_stages_that_are_no_list_of_names_are_refused(folder, stages):
+    edit(folder, stages=stages)
+    assert "stages" in refusal(folder)
+
+
+def test_an_unknown_config_key_is_refused_with_the_nearest_name(folder):
+    model = read_config(folder)["model"]
+    edit(folder, model={**model, "guidence": model.pop("guidance")})
+    message = refusal(folder, ConfigError)
+    assert "guidence" in message and 'Did you mean "guidance"?' in message
+
+
+def test_a_config_that_leaves_a_key_out_is_refused(folder):
+    model = read_config(folder)["model"]
+    del model["flow"]["deep"]["clip"]
+    edit(folder, model=model)
+    assert "flow.deep.clip: missing" in refusal(folder, ConfigError)
+
+
+def test_a_config_that_does_not_fit_the_weights_is_refused(folder):
+    model = read_config(folder)["model"]
+    model["fae"]["pixel_channels"] = [12, 8, 8]
+    edit(folder, model=model)
+    assert "pixel_decoder" in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["{", '{"version": "1.0"}', ""])
+def test_a_broken_tokenizer_is_refused(folder, text):
+    (folder / "tokenizer.json").write_text(text)
+    assert "tokenizer.json" in refusal(folder)
+
+
+def test_a_tokenizer_whose_special_tokens_are_missing_is_refused(folder):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE()).save(str(folder / "tokenizer.json"))
+    assert "tokenizer.json" in refusal(folder)
+
+
+# -- saving
+
+
+def test_saving_replaces_an_older_model_and_keeps_what_others_put_beside_it(folder):
+    (folder / "README.md").write_text("a card")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "a.txt").write_text("kept")
+    save_parts(tiny_parts(scale=0.2), folder)
+    assert torch.equal(load_parts(folder).flow.deep.head.weight, tiny_parts(scale=0.2).flow.deep.head.weight)
+    assert (folder / "README.md").read_text() == "a card" and (folder / "notes" / "a.txt").read_text() == "kept"
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_saving_never_takes_the_place_of_a_folder_or_file_that_is_no_model(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    (tmp_path / "file").write_text("hello")
+    for name in ("thesis", "file"):
+        with pytest.raises(CheckpointError, match=name):
+            save_parts(tiny_parts(), tmp_path / name)
+    assert content(tmp_path) == {"file": b"hello", "thesis/chapter.tex": b"years of work"}
+
+
+def test_an_empty_folder_and_missing_parents_are_fine(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "a/b/model"):
+        load_parts(save_parts(tiny_parts(), tmp_path / name))
+
+
+FAILURES = {
+    "safetensors' own": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "the system's": OSError(errno.ENOSPC, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("failure", FILES)
+@pytest.mark.parametrize("error", FAILURES.values(), ids=list(FAILURES))
+def test_a_disk_that_fills_up_while_saving_leaves_the_old_model_and_no_rubbish(folder, monkeypatch, failure, error):
+    before = content(folder)
+
+    def full(tensors: object, path: object, *args: object, **kwargs: object) -> None:
+        if str(path).endswith(f"{failure.split('/')[0]}") or failure.split("/")[0] in str(path):
+            Path(path).write_bytes(b"half of it")
+            raise error
+        save_file(tensors, path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(CheckpointError, match=r"cannot save to .*No space left.*untouched"):
+        save_parts(tiny_parts(scale=0.2), folder)
+    assert content(folder) == before
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_last_step_that_fails_puts_the_old_model_back(folder, monkeypatch):
+    before, rename = content(folder), Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".new"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(CheckpointError, match="untouched"):
+        save_parts(tiny_parts(scale=0.2), folder)
+    assert content(folder) == before
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_place_that_cannot_be_written_is_a_checkpoint_error(tmp_path):
+    (tmp_path / "file").write_text("hello")
+    with pytest.raises(CheckpointError, match="cannot save to"):
+        save_parts(tiny_parts(), tmp_path / "file" / "model")
+
+
+def test_parts_without_a_tokenizer_are_not_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        save_parts(Parts(tiny_model()), tmp_path / "model")
+    assert not (tmp_path / "model").exists()

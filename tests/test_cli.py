@@ -1,0 +1,361 @@
+"""The command line: what it makes, and that bad input costs one clear line and leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args, get_type_hints
+
+import pytest
+
+from model_cases import tiny_folder, tiny_parts
+from starflow2 import __version__, cli
+from starflow2.evals.drawing import PARTS
+from starflow2.generate import DrawConfig
+from starflow2.images import read_metadata
+from starflow2.model import StarFlow2
+
+ROOT = Path(__file__).resolve().parent.parent
+VERBS = [command.verb for command in cli.COMMANDS]
+HEAVY = ("torch", "transformers", "numpy", "PIL", "rich")
+HELP = f"""
+import sys
+from starflow2.cli import COMMANDS, main
+codes = [main(["--help"]), *(main([command.verb, "--help"]) for command in COMMANDS)]
+print(codes, [name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny() -> StarFlow2:
+    return StarFlow2(tiny_parts())
+
+
+@pytest.fixture
+def model(tiny, monkeypatch) -> StarFlow2:
+    """The tiny model, which every command now loads whatever name it is given."""
+    monkeypatch.setattr(StarFlow2, "from_pretrained", lambda *_, **__: tiny)
+    return tiny
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # commands add the folder they run in
+
+
+def refused(capsys, *argv: str) -> str:
+    """The one line that a command line is refused with; nothing may be written or said beside it."""
+    before = sorted(Path.cwd().rglob("*"))
+    assert cli.main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("starflow2: error: ") and err.count("\n") == 1
+    assert sorted(Path.cwd().rglob("*")) == before
+    return err
+
+
+# -- help, and words that are no commands or options ------------------------------------------------------------------
+
+
+def test_help_of_everything_imports_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == f"{[0] * (len(VERBS) + 1)} []"
+    assert all(f"\n  {verb} " in done.stdout for verb in VERBS)
+
+
+def test_the_package_can_be_run_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "starflow2", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"starflow2 {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["genrate"], 'Did you mean "generate"?'),
+        (["generate", "x", "--sede", "3"], 'no option --sede. Did you mean "--seed"?'),
+        (["eval", "world", "--qick"], 'Did you mean "--quick"?'),
+        (["info", "nano", "mini"], "no argument mini"),
+        (["check", "--josn=f"], 'no option --josn. Did you mean "--json"?'),
+        (["generate", "x", "--seed", "three"], "--seed: invalid literal for int() with base 10: 'three'"),
+        (["generate", "x", "--cleanup", "twedie"], "Expected one of ('none', 'tweedie')"),
+        (["generate", "x", "-n"], "Missing value for argument '-n/--n'"),
+        (["eval"], "SUITE"),
+        (["train"], "RECIPE"),
+    ],
+)
+def test_a_word_that_nothing_takes_is_refused_with_the_nearest_one(argv, says, capsys):
+    assert says in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        "╭─ Error ───────╮\n│ Error parsing │\n│ --seed: bad   │\n│ ───────────── │\n│ For help │\n╰──────────╯",
+        " Error          \n -------------- \n  Error parsing \n  --seed: bad   \n  ------------- \n  For help      \n",
+    ],
+    ids=["utf-8", "ascii"],
+)
+def test_what_the_parser_says_in_a_box_is_said_on_one_line(box):
+    assert cli._unboxed(box) == "Error parsing --seed: bad"
+
+
+def test_choices_on_the_command_line_are_those_of_the_library():
+    parts, *_ = get_args(get_type_hints(cli.Eval)["part"])
+    assert set(get_args(parts)) == set(PARTS)
+    assert get_type_hints(cli.Generate)["cleanup"] == get_type_hints(DrawConfig)["cleanup"]
+
+
+def test_the_page_of_commands_names_every_option_and_no_other():
+    page = (ROOT / "docs" / "cli.md").read_text("utf-8")
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    for command in cli.COMMANDS:
+        told = set(re.findall(r"^\| [^|]*?`(--[a-z-]+)", sections[command.verb], re.MULTILINE))
+        there = {
+            f"--{f.name}".replace("_", "-") for f in dataclasses.fields(command) if "Positional" not in str(f.type)
+        }
+        assert told == there, command.verb
+
+
+# -- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_picture_goes_to_its_file_and_says_how_it_was_made(model, capsys):
+    argv = ["generate", "two red hearts", "--seed", "3", "--guidance", "0", "-o", "hearts.png", "--json"]
+    assert cli.main(argv) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert set(row) == {"file", "prompt", "seed", "settings", "seconds"}
+    assert (row["file"], row["prompt"], row["seed"]) == ("hearts.png", "two red hearts", 3)
+    assert row["settings"]["guidance"] == 0 and row["seconds"] > 0
+    said = read_metadata("hearts.png")
+    assert (said["prompt"], said["seed"], said["version"]) == ("two red hearts", "3", __version__)
+    assert json.loads(said["settings"]) == row["settings"] and said["model"] == row["settings"]["model"]
+    assert [path.name for path in Path.cwd().iterdir()] == ["hearts.png"]
+
+
+def test_several_pictures_go_to_one_contact_sheet(model, capsys):
+    assert cli.main(["generate", "two red hearts", "-n", "2", "-o", "hearts.png"]) == 0
+    assert capsys.readouterr().out == "hearts.png\n"
+    said = read_metadata("hearts.png")
+    assert (said["prompt"], said["seed"]) == ("two red hearts", "0")
+    assert [picture["seed"] for picture in json.loads(said["pictures"])] == [0, 1]
+
+
+def test_a_folder_gets_one_file_for_each_picture_and_a_sheet(model, capsys):
+    Path("prompts.txt").write_text("a blue star\n\n  two red hearts \n")
+    assert cli.main(["generate", "two red hearts", "--prompts", "prompts.txt", "-o", "new/", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    names = ["two-red-hearts-0", "a-blue-star-0", "two-red-hearts-0-2"]
+    assert [row["file"] for row in rows] == [f"new/{name}.png" for name in names]
+    assert sorted(path.stem for path in Path("new").iterdir()) == sorted([*names, "sheet"])
+    assert read_metadata("new/a-blue-star-0.png")["prompt"] == "a blue star"
+    same = [Path(rows[i]["file"]).read_bytes() for i in (0, 2)]
+    assert same[0] == same[1], "a prompt and a seed are a picture"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([""], "the prompt is empty"),
+        ([" ".join(["red"] * 10_000)], "tokens; this model reads up to"),
+        (["a zebra above a unicorn"], "never learnt 'zebra', 'unicorn'"),
+        ([], "nothing to draw"),
+        (["x", "-n", "0"], "-n is 0"),
+        (["x", "-n", "-3"], "-n is -3"),
+        (["x", "--seed", "-1"], "--seed is -1"),
+        (["x", "--seed", str(2**64)], "expected 0 to 2^63 - 1"),
+        (["a star", "--guidance", "-1"], "guidance is -1"),
+        (["a star", "--prior-scale", "0"], "prior_scale is 0"),
+        (["a star", "--batch", "0"], "batch is 0"),
+        (["x", "-o", "x.jpg"], "expected a name that ends in .png"),
+        (["--prompts", "none.txt"], "cannot read prompts from none.txt: No such file"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(argv, says, model, capsys):
+    assert says in refused(capsys, "generate", *argv)
+
+
+@pytest.mark.parametrize("output", ["file.txt/x.png", "file.txt/", "/proc/nowhere/x.png", "folder.png"])
+def test_a_place_that_cannot_be_written_is_found_before_drawing(output, monkeypatch, capsys):
+    monkeypatch.setattr(StarFlow2, "from_pretrained", lambda *_, **__: pytest.fail("it began to draw"))
+    Path("file.txt").write_text("")
+    Path("folder.png", "sheet.png").mkdir(parents=True)
+    Path("folder.png", "x-0.png").mkdir()
+    assert "cannot write" in refused(capsys, "generate", "x", "-o", output)
+
+
+def test_a_full_disk_leaves_the_picture_that_was_there(model, monkeypatch, capsys):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Path("old.png").write_bytes(b"old")
+    monkeypatch.setattr("starflow2.files.os.fsync", full)
+    assert "cannot write old.png: No space left on device" in refused(capsys, "generate", "a star", "-o", "old.png")
+    assert Path("old.png").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--model", "nanno"], 'Did you mean "nano"?'),
+        (["--model", "folder"], "folder has no config.json"),
+        (["--device", "cuad"], 'Did you mean "cuda"?'),
+        (["--device", "mps"], "this machine has none"),
+    ],
+)
+def test_a_model_or_device_that_is_not_there_is_refused(argv, says, capsys):
+    Path("folder").mkdir()
+    assert says in refused(capsys, "generate", "a star", *argv)
+
+
+def test_control_c_ends_with_130_and_no_traceback(monkeypatch, capsys):
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StarFlow2, "from_pretrained", stopped)
+    assert cli.main(["generate", "a star"]) == 130
+    assert capsys.readouterr().err.endswith("starflow2: interrupted\n")
+
+
+# -- train ------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_a_stage_are_typed_options(capsys):
+    argv = ["train", "nano", "--stage", "t2i", "--optim.lr", "3e-4", "--save-every", "7", "--smoke", "--dry-run"]
+    assert cli.main(argv) == 0
+    plan = json.loads(capsys.readouterr().out)
+    (stage,) = plan["stages"]
+    assert (stage["name"], stage["optim"]["lr"], stage["save_every"], stage["steps"]) == ("t2i", 3e-4, 7, 4)
+    assert plan["output"] == "runs/nano-smoke" and not list(Path.cwd().iterdir())
+
+
+def test_all_stages_are_the_default(capsys):
+    assert cli.main(["train", "nano", "--dry-run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [stage["name"] for stage in plan["stages"]] == ["features", "fae", "vlm", "t2i"]
+    assert plan["output"] == "runs/nano"
+
+
+def test_help_of_a_stage_lists_its_settings(capsys):
+    assert cli.main(["train", "nano", "--stage", "vlm", "--help"]) == 0
+    told = capsys.readouterr().out
+    assert "--optim.matrix-lr" in told and "--resume" in told and "--name" not in told
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["nanno"], "no recipe 'nanno'; expected nano or module:function. Did you mean \"nano\"?"),
+        (["no_such_module:recipe"], "cannot use 'no_such_module:recipe' as a recipe: No module named"),
+        (["json:dumps"], "as a recipe: missing a required argument"),
+        (["os:getcwd"], "gave str; expected a function that returns RunConfig"),
+        (["nano", "--stage", "t2j"], 'Did you mean "t2i"?'),
+        (["nano", "--stage", "t2i", "--optim.lrr", "1"], 'no option --optim.lrr. Did you mean "--optim.lr"?'),
+        (["nano", "--stage", "t2i", "--optim.lr", "fast"], "--optim.lr"),
+        (["nano", "--stage", "t2i", "--steps", "0"], "--steps is 0"),
+        (["nano", "--stage", "t2i", "--name", "fae"], "--name"),
+        (["nano", "--steps", "5"], "need --stage to say which"),
+        (["nano", "--stage", "t2i", "-o", "file.txt"], "cannot write"),
+        (["nano", "--stage", "t2i", "--device", "cuad"], 'Did you mean "cuda"?'),
+        (["nano", "--stage", "t2i"], "run --stage features first"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused(argv, says, capsys):
+    Path("file.txt").write_text("")
+    assert says in refused(capsys, "train", *argv)
+
+
+def test_a_recipe_of_ones_own_trains_resumes_and_reports(capsys):
+    tiny_folder(Path("run"))
+    Path("my_recipes.py").write_text("from model_cases import tiny_run\n\ndef mine():\n    return tiny_run(steps=2)\n")
+    argv = ["train", "my_recipes:mine", "--stage", "t2i", "-o", "run", "--device", "cpu"]
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert out == "run/model\n"
+    assert re.search(r"t2i 2/2 loss -?\d+\.\d+ · [\d,]+ images/s · [\d,]+ latents/s · 0 s left", err)
+    assert cli.main([*argv, "--steps", "3"]) == 0
+    steps = [json.loads(line)["step"] for line in Path("run", "metrics-t2i.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3]
+
+
+# -- eval, info, check ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored(model, monkeypatch) -> list[dict[str, object]]:
+    """Calls of score_geneval, which is not run: it returns a report with every score one half."""
+    calls: list[dict[str, object]] = []
+    half = {rule: {"score": 0.5, "low": 0.4, "high": 0.6} for rule in ("lenient", "strict")}
+    part = {"n": 2, "prompts": 2, "by_category": {"colors": half | {"n": 2, "prompts": 2}}, "overall": half}
+    part |= {"template_iou": 0.9, "unknown_share": 0.0, "empty_share": 0.0}
+
+    def score(_: object, split: str, **options: object) -> dict[str, object]:
+        calls.append({"split": split, **options})
+        report = {"suite": "geneval", "split": split, "quick": options["quick"], "samples": options["samples"], "n": 2}
+        return report | {"parts": {name: dict(part) for name in options["parts"]}, "ceiling": {"clean": part}}
+
+    monkeypatch.setattr("starflow2.evals.world.score_geneval", score)
+    return calls
+
+
+def test_eval_prints_a_table_and_writes_the_report(scored, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_ledger", lambda: pytest.fail("only full test runs go to the ledger"))
+    assert (
+        cli.main(["eval", "world", "--quick", "--part", "id", "paraphrase", "--samples", "1", "--json", "r.json"]) == 0
+    )
+    assert "W-GenEval" in capsys.readouterr().out
+    report = json.loads(Path("r.json").read_text())
+    assert list(report["parts"]) == ["id", "paraphrase"] and report["model"] == "tiny"
+    (call,) = scored
+    assert (call["split"], call["quick"], call["samples"]) == ("dev", True, 1)
+
+
+def test_a_full_test_run_adds_a_line_to_the_ledger(scored, monkeypatch):
+    assert cli._ledger() == ROOT / "docs" / "results" / "ledger.jsonl"
+    monkeypatch.setattr(cli, "_ledger", lambda: Path("ledger.jsonl"))
+    for _ in range(2):
+        assert cli.main(["eval", "world", "--split", "test"]) == 0
+    lines = [json.loads(line) for line in Path("ledger.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and lines[0]["model"] == "tiny" and lines[0]["id"]["lenient"] == 0.5
+
+
+def test_info_writes_what_it_prints(capsys):
+    assert cli.main(["info", "nano", "--json", "info.json"]) == 0
+    facts = json.loads(Path("info.json").read_text())
+    assert f"{facts['parameters']['total']:,}" in capsys.readouterr().out
+
+
+def test_info_of_nothing_is_refused(capsys):
+    Path("empty").mkdir()
+    assert "has no config.json" in refused(capsys, "info", "empty")
+    assert 'Did you mean "nano"?' in refused(capsys, "info", "nani")
+
+
+@pytest.mark.parametrize("is_well", [True, False])
+def test_check_writes_its_checks_and_says_by_its_status_whether_all_hold(is_well, model, monkeypatch, capsys):
+    from starflow2.selfcheck import Check
+
+    checks = [Check("a", 0.0, 1.0), Check("b", 0.0 if is_well else float("nan"), 1.0)]
+    monkeypatch.setattr("starflow2.selfcheck.check_model", lambda *_: checks)
+    assert cli.main(["check", "--json", "check.json"]) == (0 if is_well else 1)
+    rows = json.loads(Path("check.json").read_text())["checks"]
+    assert [set(row) for row in rows] == [{"name", "value", "bound", "ok"}] * 2
+    assert rows[1]["ok"] is is_well and ("FAILS" in capsys.readouterr().out) is not is_well
+
+
+def test_demo_says_where_its_page_is(monkeypatch, scored, capsys):
+    from starflow2.evals.world import score_geneval
+
+    report = score_geneval(None, "test", quick=True, samples=1, parts=("id", "cg"))
+    shown = (SimpleNamespace(verdict=SimpleNamespace(correct=True)),)
+    made = SimpleNamespace(
+        scores=report, shown=shown, report={"seconds_per_image": 0.25}, page=Path("out/demo/index.html")
+    )
+    monkeypatch.setattr("starflow2.demo.make_demo", lambda *_, **__: made)
+    assert cli.main(["demo"]) == 0
+    assert "1 of 1 pictures show what was asked, 0.25 s each. The page: out/demo/index.html" in capsys.readouterr().out

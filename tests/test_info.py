@@ -1,0 +1,56 @@
+"""Counts of `starflow2 info` against the real things: modules, files and caches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from model_cases import tiny_folder, tiny_model
+from starflow2.errors import CheckpointError, ConfigError
+from starflow2.info import describe, find_config
+from starflow2.nn import Cache
+from starflow2.parts import build
+from starflow2.sequence import text_mrope
+
+
+def test_every_parameter_is_counted_once_and_in_one_component():
+    facts = describe(tiny_model())["parameters"]
+    parts = build(tiny_model())
+    assert facts["total"] == sum(p.numel() for p in parts.parameters()) == sum(facts["by_component"].values())
+    assert facts["trainable"] == sum(p.numel() for p in parts.flow.parameters())
+    assert facts["by_component"]["features"] == sum(p.numel() for p in parts.features.parameters())
+
+
+def test_bytes_follow_from_the_number_format():
+    facts = describe(tiny_model())
+    assert facts["bytes"] == {"float32": 4 * facts["parameters"]["total"], "bfloat16": 2 * facts["parameters"]["total"]}
+
+
+def test_a_position_costs_what_the_real_caches_grow_by():
+    cfg = tiny_model()
+    parts, count = build(cfg), 5
+    cost = describe(cfg)["kv_bytes_per_token"]
+
+    cache = Cache(cfg.flow.deep.stack.depth, capacity=count)
+    slots, places = torch.zeros(1, count, cfg.flow.deep.stack.width), torch.zeros(1, count, 3)
+    parts.flow.deep.body(slots, places, cache=cache)
+    assert cache.nbytes == count * cost["flow"]["float32"]
+
+    theirs = DynamicCache(config=parts.vlm.model.config)
+    parts.vlm.states(parts.vlm.embed(torch.zeros(1, count, dtype=torch.long)), text_mrope(1, count), cache=theirs)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in theirs.layers)
+    assert held == count * cost["language"]["float32"]
+
+
+def test_a_recipe_a_function_and_a_folder_name_the_same_model(tmp_path):
+    folder = tiny_folder(tmp_path) / "model"
+    assert find_config(str(folder)) == find_config("model_cases:tiny_run") == tiny_model()
+    assert find_config("nano").name == "nano"
+
+
+def test_what_is_neither_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match='Did you mean "nano"'):
+        find_config("nanoo")
+    with pytest.raises(CheckpointError, match="no config"):
+        find_config(str(tmp_path))

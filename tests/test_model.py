@@ -1,0 +1,359 @@
+"""The public face: rows keep to themselves, seeds mean what they say, what cannot be drawn is refused by name."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model_cases import tiny_parts
+from starflow2 import StarFlow2, checkpoint
+from starflow2.errors import CheckpointError, ConfigError, DataError, DeviceError, PromptError
+from starflow2.generate import DrawConfig, draw, drawing_context, sample_latents
+from starflow2.model import pick_device
+
+PROMPTS = [
+    "two red hearts",
+    "a small black diamond",
+    "a photo of a large blue star left of a small green ring on a gray background",
+]
+OFF, ON = DrawConfig(guidance=0.0), DrawConfig(guidance=1.5)
+
+
+@pytest.fixture(scope="module")
+def model() -> StarFlow2:
+    return StarFlow2(tiny_parts())
+
+
+def gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a - b).abs().max())
+
+
+# -- rows and seeds
+
+
+@pytest.mark.parametrize("config", [OFF, ON, DrawConfig(guidance=1.5, rule="tarflow")], ids=["off", "on", "tarflow"])
+def test_row_i_of_a_mixed_batch_is_the_picture_of_its_prompt_alone(model, config):
+    seeds = [5, 6, 7]
+    lengths = {len(model.parts.tokenizer.drawing_prompt(p)) for p in PROMPTS}
+    assert len(lengths) == 3, "prompts of one length would need no padding"
+    together = sample_latents(model.parts, PROMPTS, seeds, config)
+    alone = torch.cat([sample_latents(model.parts, [p], [s], config) for p, s in zip(PROMPTS, seeds, strict=True)])
+    assert gap(together, alone) <= 1e-4
+    images = draw(model.parts, PROMPTS, seeds, config).images
+    assert gap(images[1:2], draw(model.parts, PROMPTS[1:2], seeds[1:2], config).images) <= 1e-4
+    assert gap(together[0], together[1]) > 0.1, "rows that are all alike would show nothing"
+
+
+def test_pictures_drawn_in_chunks_are_those_of_one_batch(model):
+    prompts, seeds = [PROMPTS[i % 3] for i in range(5)], list(range(5))
+    whole = model.draw(prompts, seeds, ON)
+    assert gap(whole, model.draw(prompts, seeds, DrawConfig(guidance=1.5, batch=2))) <= 1e-4
+
+
+def test_the_same_seed_gives_the_same_picture_and_another_seed_another(model):
+    torch.manual_seed(1)
+    first = model.draw(PROMPTS[:1], [3], ON)
+    torch.manual_seed(2)
+    assert torch.equal(first, model.draw(PROMPTS[:1], [3], ON))
+    assert gap(first, model.draw(PROMPTS[:1], [4], ON)) > 1e-3
+
+
+def test_prompt_guidance_and_prior_scale_all_reach_the_picture(model):
+    base = model.draw(PROMPTS[:1], [3], ON)
+    assert gap(base, model.draw(PROMPTS[1:2], [3], ON)) > 1e-3
+    assert gap(base, model.draw(PROMPTS[:1], [3], OFF)) > 1e-3
+    assert gap(base, model.draw(PROMPTS[:1], [3], DrawConfig(guidance=1.5, prior_scale=1.0))) > 1e-3
+
+
+def test_without_guidance_a_prior_draw_goes_through_the_flow_and_comes_back(model):
+    """Sampling against the parallel direction: forward(sample) is the scaled prior draw, which its seed names."""
+    parts = model.parts
+    config = DrawConfig(guidance=0.0, prior_scale=0.7)
+    latents = sample_latents(parts, PROMPTS, [1, 2, 3], config)
+    rows = [parts.tokenizer.drawing_prompt(p) for p in PROMPTS]
+    level = torch.full((3,), model.sampling_noise)
+    with torch.no_grad():
+        z, _ = parts.flow(latents, drawing_context(parts, rows), level)
+    expected = torch.stack([torch.randn(64, 4, generator=torch.Generator().manual_seed(s)) for s in (1, 2, 3)])
+    assert gap(z, 0.7 * expected) <= 1e-4
+
+
+def test_generate_gives_n_pictures_of_each_prompt_with_seeds_that_count_on(model):
+    pictures = model.generate(PROMPTS[:2], n=3, seed=10, config=ON)
+    assert [(p.prompt, p.seed) for p in pictures] == [(p, s) for p in PROMPTS[:2] for s in (10, 11, 12)]
+    assert {p.image.size for p in pictures} == {(64, 64)} and {p.image.mode for p in pictures} == {"RGB"}
+    (again,) = model.generate(PROMPTS[1], seed=11, config=ON)
+    assert np.abs(np.asarray(again.image, int) - np.asarray(pictures[4].image, int)).max() <= 1
+    assert again.settings == {"guidance": 1.5, "prior_scale": 0.8, "cleanup": "none", "model": "tiny"}
+
+
+def test_what_a_model_was_tuned_for_is_its_default(model):
+    config = DrawConfig.for_model(model.parts)
+    assert (config.guidance, config.prior_scale) == (model.parts.cfg.guidance, model.parts.cfg.prior_scale)
+    assert DrawConfig.for_model(model.parts, guidance=0.0, prior_scale=None).guidance == 0
+    assert torch.equal(model.draw(PROMPTS[:1], [0]), model.draw(PROMPTS[:1], [0], config))
+
+
+def test_progress_counts_every_latent_of_every_picture_once(model):
+    seen: list[tuple[int, int]] = []
+    model.draw(PROMPTS, [0, 1, 2], DrawConfig(guidance=1.5, batch=2), lambda done, of: seen.append((done, of)))
+    done = [count for count, _ in seen]
+    assert done == sorted(done) and len(set(done)) == len(done)
+    assert seen[-1] == (192, 192) and {of for _, of in seen} == {192}
+
+
+def test_tweedie_clean_up_moves_latents_by_the_squared_noise_level_times_the_score(model):
+    config = DrawConfig(guidance=1.5, cleanup="tweedie")
+    raw = sample_latents(model.parts, PROMPTS, [1, 2, 3], ON)
+    clean = sample_latents(model.parts, PROMPTS, [1, 2, 3], config)
+    assert clean.shape == raw.shape and bool(torch.isfinite(clean).all()) and not clean.requires_grad
+    assert gap(clean, raw) > 1e-3
+    rows = [model.parts.tokenizer.drawing_prompt(p) for p in PROMPTS]
+    context, level = drawing_context(model.parts, rows), torch.full((3,), model.sampling_noise)
+    direction, step = clean - raw, 1e-2
+    with torch.no_grad():  # a difference quotient along the step, in place of autograd
+        far, near = (model.parts.flow.log_prob(raw + s * direction, context, level) for s in (step, -step))
+    slope = (far - near) / (2 * step)
+    expected = direction.square().sum((1, 2)) / model.sampling_noise**2
+    assert slope.tolist() == pytest.approx(expected.tolist(), rel=0.05)
+
+
+def test_a_roundtrip_without_noise_is_the_codec_and_with_noise_is_named_by_its_seed(model):
+    images = model.draw(PROMPTS, [0, 1, 2], ON)
+    assert torch.equal(model.roundtrip(images), model.parts.codec.decode(model.parts.codec.encode(images)))
+    noisy = model.roundtrip(images, noise_level=0.5, seed=1)
+    assert torch.equal(noisy, model.roundtrip(images, noise_level=0.5, seed=1))
+    assert gap(noisy, model.roundtrip(images, noise_level=0.5, seed=2)) > 1e-3
+    assert model.sampling_noise == 0.5
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\n\t", "...", "?!"])
+def test_a_prompt_without_words_is_refused(model, prompt):
+    with pytest.raises(PromptError, match="prompt is empty"):
+        model.generate(prompt)
+
+
+def test_unknown_words_are_all_named_with_the_nearest_known_one(model):
+    with pytest.raises(PromptError, match=r"'haerts', 'unicorn'.*Did you mean \"hearts\"\?"):
+        model.generate("two red haerts and a unicorn, a unicorn")
+    with pytest.raises(PromptError, match=r"'<\|end\|>'"):
+        model.generate("two red hearts <|end|>")
+
+
+def test_a_prompt_of_ten_thousand_words_is_refused_with_its_length_and_the_limit(model):
+    with pytest.raises(PromptError, match=r"\d{5} tokens.*up to 160"):
+        model.generate("red " * 10_000)
+
+
+def test_one_bad_prompt_among_good_ones_stops_before_anything_is_drawn(model):
+    seen: list[int] = []
+    with pytest.raises(PromptError, match="dragon"):
+        model.generate([*PROMPTS, "a dragon"], progress=lambda done, _: seen.append(done))
+    assert not seen
+
+
+def test_capitals_and_spaces_do_not_change_the_picture(model):
+    plain, loud = (model.generate(p, config=ON)[0] for p in ("two red hearts", "  Two   RED\nhearts "))
+    assert np.array_equal(np.asarray(plain.image), np.asarray(loud.image))
+    assert loud.prompt == "  Two   RED\nhearts "
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_fewer_than_one_picture_is_refused(model, n):
+    with pytest.raises(ConfigError, match=f"n is {n}"):
+        model.generate(PROMPTS[0], n=n)
+
+
+@pytest.mark.parametrize("seed", [-(2**70), 2**64])
+def test_a_seed_that_no_generator_takes_is_refused(model, seed):
+    with pytest.raises(ConfigError, match="seed"):
+        model.generate(PROMPTS[0], seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance": -1.0}, "guidance is -1.0"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"prior_scale": 0.0}, "prior_scale is 0.0"),
+        ({"batch": 0}, "batch is 0"),
+        ({"cleanup": "tweedy"}, "cleanup is 'tweedy'.*Did you mean \"tweedie\""),
+        ({"rule": "starflw"}, "rule is 'starflw'.*Did you mean \"starflow\""),
+        ({"guidence": 1.0}, 'guidence.*Did you mean "guidance"'),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_refused_by_name(model, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        DrawConfig.for_model(model.parts, **changes)
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [([], []), (PROMPTS, [1])])
+def test_prompts_and_seeds_come_in_pairs(model, prompts, seeds):
+    with pytest.raises(ConfigError, match="expected equally many"):
+        model.draw(prompts, seeds, ON)
+
+
+def test_a_model_whose_flow_was_never_trained_does_not_draw():
+    unfinished = StarFlow2(tiny_parts(("features", "fae", "vlm")))
+    with pytest.raises(ConfigError, match="drawing needs t2i"):
+        unfinished.generate("two red hearts")
+
+
+def test_latents_that_are_not_finite_are_an_error_that_names_the_seeds():
+    parts = tiny_parts()
+    with torch.no_grad():
+        parts.flow.deep.head.bias[:] = float("nan")
+    with pytest.raises(DataError, match=r"seeds \[4, 5\]"):
+        StarFlow2(parts).generate("two red hearts", n=2, seed=4)
+
+
+@pytest.mark.parametrize("name", ["tpu", "cud", "", "cpu0"])
+def test_an_unknown_device_is_refused(name):
+    with pytest.raises(DeviceError, match="expected auto, cpu, cuda or mps"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:3", "mps"])
+def test_a_device_that_is_not_there_is_refused(name):
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("this machine has an accelerator")
+    with pytest.raises(DeviceError, match="this machine has none"):
+        pick_device(name)
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+
+
+# -- files and Hub
+
+
+@pytest.fixture
+def saved(model: StarFlow2, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+def test_a_saved_model_comes_back_by_folder_and_draws_the_same_bits(model, saved):
+    again = StarFlow2.from_pretrained(saved, device="cpu")
+    assert torch.equal(model.draw(PROMPTS, [0, 1, 2], ON), again.draw(PROMPTS, [0, 1, 2], ON))
+    assert again.device == torch.device("cpu")
+    assert torch.equal(
+        again.draw(PROMPTS, [0, 1, 2], ON), StarFlow2.from_pretrained(str(saved)).draw(PROMPTS, [0, 1, 2], ON)
+    )
+
+
+def test_what_is_saved_is_a_model_folder_with_a_card_for_the_hub(saved):
+    assert {p.name for p in saved.iterdir()} == {
+        "README.md", "config.json", "features", "lexicon.txt", "model.safetensors", "tokenizer.json", "vlm",
+    }  # fmt: skip
+    card = (saved / "README.md").read_text()
+    assert "normalizing-flow" in card and "starflow2" in card
+    assert json.loads((saved / "config.json").read_text()).keys() == {"format", "stages", "model"}
+
+
+def test_saving_again_keeps_a_card_that_somebody_wrote(model, saved):
+    (saved / "README.md").write_text("my card")
+    model.save_pretrained(saved)
+    assert (saved / "README.md").read_text() == "my card"
+    StarFlow2.from_pretrained(saved)
+
+
+def test_a_disk_that_fills_up_in_save_pretrained_leaves_a_model_that_still_loads(model, saved, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            model.save_pretrained(saved)
+    assert torch.equal(
+        StarFlow2.from_pretrained(saved).draw(PROMPTS, [0, 1, 2], ON), model.draw(PROMPTS, [0, 1, 2], ON)
+    )
+
+
+def test_saving_over_something_that_is_no_model_is_refused(model, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="no model folder"):
+        model.save_pretrained(tmp_path / "thesis")
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(model, monkeypatch):
+    sent: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, **_: object) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: object) -> Any:
+            return type("Url", (), {"repo_id": repo_id})
+
+        def upload_folder(self, *, folder_path: str | Path, **options: Any) -> str:
+            sent["names"] = {p.name for p in Path(folder_path).iterdir()}
+            sent["model"] = StarFlow2.from_pretrained(folder_path)
+            return "url"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
+    assert model.push_to_hub("somebody/drawings") == "url"
+    assert {"config.json", "model.safetensors", "README.md", "vlm"} <= sent["names"]
+    assert torch.equal(sent["model"].draw(PROMPTS, [0, 1, 2], ON), model.draw(PROMPTS, [0, 1, 2], ON))
+
+
+@pytest.mark.parametrize(
+    "name", ["nanoo", "no/such/folder", "./here", "~/models", "/nowhere", "a b/c d", "nobody/nothing", "x" * 300, ""]
+)
+def test_names_of_no_model_are_refused_in_one_line(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        StarFlow2.from_pretrained(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_nearly_nano_says_so():
+    with pytest.raises(CheckpointError, match='Did you mean "nano"'):
+        StarFlow2.from_pretrained("nanno")
+
+
+def test_an_unknown_option_of_from_pretrained_is_refused_with_the_nearest_name(saved):
+    with pytest.raises(ConfigError, match='devise.*Did you mean "device"'):
+        StarFlow2.from_pretrained(saved, devise="cpu")
+    with pytest.raises(ConfigError, match='revison.*Did you mean "revision"'):
+        StarFlow2.from_pretrained("somebody/drawings", revison="main")
+
+
+def test_a_hub_id_is_fetched_with_the_options_given_and_loaded_from_where_it_lies(saved, monkeypatch):
+    asked: list[tuple[Any, ...]] = []
+
+    def fetched(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(saved)
+
+    from starflow2 import model as home
+
+    signature = inspect.signature(home.snapshot_download)
+    fetched.__signature__ = signature  # type: ignore[attr-defined]
+    monkeypatch.setattr(home, "snapshot_download", fetched)
+    loaded = StarFlow2.from_pretrained("somebody/drawings", revision="v1", device="cpu")
+    assert asked == [("somebody/drawings", {"revision": "v1"})]
+    assert loaded.parts.cfg.name == "tiny"
+
+
+def test_a_broken_folder_is_refused_before_anything_is_drawn(saved):
+    shutil.rmtree(saved / "vlm")
+    with pytest.raises(CheckpointError, match="vlm"):
+        StarFlow2.from_pretrained(saved)
+
+
+def test_a_model_that_went_through_every_stage_draws_from_its_folder(smoke_model):
+    (picture,) = StarFlow2.from_pretrained(smoke_model, device="cpu").generate("two red hearts")
+    assert picture.image.size == (64, 64) and picture.settings["model"] == "nano"
