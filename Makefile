@@ -20,7 +20,7 @@ space := $(empty) $(empty)
 # Nothing here may pull torchvision in: one that does not match torch breaks transformers.
 PACKAGES := -c constraints.txt -e '.[dev]' tensorboard
 
-.PHONY: help setup demo test check slow golden bench docs nano
+.PHONY: help setup demo test check slow docs nano
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -49,12 +49,6 @@ check: setup ## lint, format and types only
 
 slow: setup ## the tests that take their time
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "slow and not gpu"
-
-golden: setup ## write the stored curves and drawings again; look at the difference before you commit it
-	$(BIN)/python -m pytest -q -m golden --renew-golden
-
-bench: setup ## measure this machine
-	$(BIN)/starflow2 bench
 
 docs: setup ## write docs/api.md from the source
 	$(BIN)/python docs/generate.py

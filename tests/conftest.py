@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # read once, when torch loads its thread library
@@ -25,12 +24,10 @@ __all__ = ["wake"]
 
 LOCAL = ("127.", "::1", "localhost")
 ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where tests that take the device fixture run: cpu, cuda, mps")
-    parser.addoption("--renew-golden", action="store_true", help="write stored values instead of comparing with them")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -78,20 +75,6 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no reference material at {path}: set STARFLOW2_SHARED to its folder")
     return path
-
-
-@pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[[str, list[float], float], None]:
-    """Compare a list of numbers with the one stored as tests/golden/NAME.json, within a relative tolerance."""
-
-    def compare(name: str, values: list[float], rel: float) -> None:
-        path = GOLDEN / f"{name}.json"
-        if request.config.getoption("--renew-golden"):
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(values, indent=1) + "\n")
-        assert values == pytest.approx(json.loads(path.read_text()), rel=rel)
-
-    return compare
 
 
 @pytest.fixture(scope="session")
