@@ -296,6 +296,13 @@ class _Group:
             dist.barrier()
 
     @torch.no_grad()
+    def equalize(self, trained: nn.Module) -> None:
+        """Give every process the first one's weights."""
+        if self.world > 1:
+            for value in trained.state_dict().values():
+                dist.broadcast(value, 0)
+
+    @torch.no_grad()
     def average(self, trained: nn.Module, asked: bool) -> bool:
         """Average gradients and running statistics over processes; True if any was asked to stop."""
         if self.world == 1:
@@ -351,6 +358,7 @@ def fit(
     parts = _start_parts(run, stage_name, folder, device)
     task = TASKS[stage_name](parts, stage, run.seed)
     task.trained.to(device)
+    group.equalize(task.trained)
     state = _new_state(task, stage, group)
     precision = _restore(state, folder, stage, resume) or _pick_precision(run.precision, device)
     metrics = _Metrics(folder, stage_name, state.step) if group.is_first else None
