@@ -32,3 +32,9 @@ def test_every_choice_that_the_source_points_at_is_written_down():
     sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("tests/*.py")]
     asked = {name for path in sources for name in re.findall(r"choices\.md#([\w-]+)", path.read_text("utf-8"))}
     assert asked <= there
+
+
+def test_the_example_in_the_readme_is_the_one_that_runs() -> None:
+    page, readme = ((ROOT / name).read_text("utf-8") for name in ("docs/flows.md", "README.md"))
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert code in readme

@@ -325,9 +325,9 @@ def test_a_name_that_is_nearly_nano_says_so():
 
 
 def test_an_unknown_option_of_from_pretrained_is_refused_with_the_nearest_name(saved):
-    with pytest.raises(ConfigError, match='devise.*Did you mean "device"'):
+    with pytest.raises(ConfigError, match=r'devise.*Did you mean "device"'):
         StarFlow2.from_pretrained(saved, devise="cpu")
-    with pytest.raises(ConfigError, match='revison.*Did you mean "revision"'):
+    with pytest.raises(ConfigError, match=r'revison.*Did you mean "revision"'):
         StarFlow2.from_pretrained("somebody/drawings", revison="main")
 
 

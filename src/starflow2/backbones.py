@@ -71,7 +71,7 @@ class _Backbone(nn.Module):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers without progress bars, which would break into our own, and pages of warnings: what is wrong raises."""
+    """transformers without progress bars, which would break into ours, and pages of warnings: what is wrong raises."""
     shown, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()

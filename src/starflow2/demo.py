@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -32,7 +32,7 @@ from starflow2.model import NANO, StarFlow2
 
 __all__ = ["Demo", "Shown", "make_demo"]
 
-PARTS = ("id", "cg")
+PARTS: tuple[Literal["id", "cg"], ...] = ("id", "cg")
 FILES = ("sheet.png", "index.html", "report.json")
 BADGES = {"id": "seen combination", "cg": "new combination"}
 Progress = Callable[[int, int], None]

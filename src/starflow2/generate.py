@@ -6,6 +6,7 @@ Letters: B batch, N latents, D latent dim.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor
 
 from starflow2.errors import ConfigError, DataError, nearest
-from starflow2.flow import Context, SampleConfig
+from starflow2.flow import Context, Flow, SampleConfig
 from starflow2.flow.affine import Guidance
 from starflow2.flow.solve import SEQUENTIAL, Solver
 from starflow2.parts import Parts
 from starflow2.sequence import pad_rows, text_mrope
 
-__all__ = ["DrawConfig", "Drawn", "draw", "drawing_context", "sample_latents"]
+__all__ = ["DrawConfig", "Drawn", "draw", "drawing_context", "prompt_context", "sample_latents"]
 
 Progress = Callable[[int, int], None]
 Cleanup = Literal["none", "tweedie"]
@@ -37,6 +38,9 @@ class DrawConfig:
     # none: the pixel decoder takes latents at their sampling noise; tweedie: one self-denoising step
     cleanup: Cleanup = "none"
     batch: int = 32  # pictures at once
+    # of the flow while sampling; "auto" is float64 on CPU, because a trained flow can magnify float32 rounding, which
+    # depends on the batch, by a factor of 10^6 (docs/choices.md#sampling-in-float64), and float32 elsewhere
+    precision: Literal["auto", "float32", "float64"] = "auto"
     shallow_solver: Solver = SEQUENTIAL
 
     def __post_init__(self) -> None:
@@ -102,6 +106,7 @@ def draw(
         raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds; expected equally many.")
     if "t2i" not in parts.stages:
         raise ConfigError(f"this model has finished stages {list(parts.stages)}; drawing needs t2i.")
+    flow = _sampling_flow(parts, config)
     done: list[Tensor] = []
     total = len(prompts) * parts.cfg.flow.deep.num_latents
     for first in range(0, len(prompts), config.batch):
@@ -113,7 +118,7 @@ def draw(
             if progress is not None:
                 progress(before + count * rows, total)
 
-        done.append(sample_latents(parts, prompts[chunk], seeds[chunk], config, step))
+        done.append(sample_latents(parts, flow, prompts[chunk], seeds[chunk], config, step))
     latents = torch.cat(done)
     return Drawn(_decode(parts, latents), latents, _level(parts))
 
@@ -121,21 +126,22 @@ def draw(
 @torch.no_grad()
 def sample_latents(
     parts: Parts,
+    flow: Flow,
     prompts: Sequence[str],
     seeds: Sequence[int],
     config: DrawConfig,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Latents (B, N, D) of one batch, cleaned up if asked. The affine maths runs in float32."""
+    """Latents (B, N, D) float32 of one batch, sampled in the precision of `flow`, cleaned up if asked."""
     tokenizer = parts.tokenizer
     assert tokenizer is not None
     rows = [tokenizer.drawing_prompt(p) for p in prompts]
     empty = [tokenizer.drawing_prompt("")] * len(rows)
-    both = drawing_context(parts, rows + empty if config.guidance else rows)
-    context, unconditional = _halves(both, len(rows))
-    level = torch.full((len(rows),), _level(parts), device=parts.device)
-    latents = parts.flow.sample(
-        parts.flow.prior(list(seeds)),
+    dtype = flow.deep.head.weight.dtype
+    context, unconditional = _halves(prompt_context(parts, rows + empty, dtype), len(rows))
+    level = torch.full((len(rows),), _level(parts), device=parts.device, dtype=dtype)
+    latents = flow.sample(
+        flow.prior(list(seeds)).to(dtype),
         context,
         unconditional if config.guidance else None,
         level,
@@ -148,12 +154,27 @@ def sample_latents(
         progress=progress,
     )
     if config.cleanup == "tweedie":
-        latents = parts.flow.denoise(latents, level, context)
+        latents = flow.denoise(latents, level, context)
     finite = torch.isfinite(latents).flatten(1).all(1)
     if not bool(finite.all()):
         bad = [seeds[i] for i in (~finite).nonzero().flatten().tolist()]
         raise DataError(f"latents of seeds {bad} are not finite; try a lower guidance.")
-    return latents
+    return latents.float()
+
+
+def prompt_context(parts: Parts, rows: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> Context:
+    """As `drawing_context`, but each distinct row is read alone, so that no row depends on its neighbours."""
+    states = {tuple(row): drawing_context(parts, [row]).states[0] for row in rows}
+    text = pad_rows(rows, parts.cfg.vlm.special.pad)
+    padded = torch.zeros(len(rows), text.width, parts.cfg.vlm.width, dtype=dtype, device=parts.device)
+    for target, row in zip(padded, rows, strict=True):
+        target[text.width - len(row) :] = states[tuple(row)]
+    return Context(padded, text.left_positions.to(padded), text.left_attend.to(parts.device))
+
+
+def _sampling_flow(parts: Parts, config: DrawConfig) -> Flow:
+    doubles = parts.device.type == "cpu" if config.precision == "auto" else config.precision == "float64"
+    return copy.deepcopy(parts.flow).double() if doubles else parts.flow
 
 
 def _level(parts: Parts) -> float:

@@ -33,7 +33,7 @@ class ModelConfig:
     fae: FaeConfig
     flow: FlowConfig
     guidance: float = 2.0  # 0 = off
-    prior_scale: float = 0.8  # 1 = exact sampling
+    prior_scale: float = 0.65  # 1 = exact sampling
     max_prompt_tokens: int = 256
 
 

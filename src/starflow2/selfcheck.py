@@ -174,6 +174,17 @@ def _double(material: _Material) -> tuple[Flow, Tensor, Context, Tensor]:
     return flow, material.x[:1].cpu().double(), context, material.level[:1].cpu().double()
 
 
+def _sampler(m: _Material) -> tuple[Flow, tuple[Context, Context], Tensor]:
+    """Flow, both contexts and levels in float64 on the CPU, the precision that pictures are sampled in there."""
+
+    def double(context: Context) -> Context:
+        assert context.positions is not None and context.attend is not None
+        return Context(context.states.cpu().double(), context.positions.cpu().double(), context.attend.cpu())
+
+    flow = copy.deepcopy(m.flow).cpu().double()
+    return flow, (double(m.context), double(m.unconditional)), m.level.cpu().double()
+
+
 def _gap(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().abs().max())
 
@@ -272,8 +283,9 @@ def _jacobi_is_sequential(m: _Material) -> float:
     base = DrawConfig.for_model(m.model.parts)
     config = SampleConfig(guidance=base.guidance, rule=base.rule, prior_scale=base.prior_scale)
     parallel = replace(config, deep_solver=Jacobi(tolerance=1e-6), shallow_solver=Jacobi(tolerance=1e-6))
-    z = m.flow.prior(list(range(len(m.x))))
-    one, other = (m.flow.sample(z, m.context, m.unconditional, m.level, config=c) for c in (config, parallel))
+    flow, (context, unconditional), level = _sampler(m)
+    z = flow.prior(list(range(len(m.x)))).to(level)
+    one, other = (flow.sample(z, context, unconditional, level, config=c) for c in (config, parallel))
     return _gap(one, other)
 
 
@@ -288,9 +300,10 @@ def _batch_invariance(m: _Material) -> float:
 @torch.no_grad()
 def _no_guidance(m: _Material) -> float:
     """Both branches with guidance 0, against the conditional branch by itself."""
-    z = m.flow.prior(list(range(len(m.x))))
-    plain = solve(m.flow.deep, z, m.context, m.level).x
-    return _gap(solve(m.flow.deep, z, m.context, m.level, guide=Guide(m.unconditional, 0.0)).x, plain)
+    flow, (context, unconditional), level = _sampler(m)
+    z = flow.prior(list(range(len(m.x)))).to(level)
+    plain = solve(flow.deep, z, context, level).x
+    return _gap(solve(flow.deep, z, context, level, guide=Guide(unconditional, 0.0)).x, plain)
 
 
 def _codec(m: _Material) -> float:

@@ -2,7 +2,8 @@
 
 Every random choice is a pure function of (seed, stage, step), so that a run killed at any moment and
 resumed from its last checkpoint repeats the uninterrupted run bit for bit. Not here: scoring (a
-callable is passed in) and the sizes of recipes.
+callable is passed in) and the sizes of recipes. One file in spite of its length: what a step changes,
+what a checkpoint holds and what a resume checks have to agree.
 Letters: B batch, T positions, N latents.
 """
 
@@ -24,12 +25,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from starflow2.backbones import train_tokenizer
-from starflow2.checkpoint import load_parts, load_tensors, save_parts
+from starflow2.checkpoint import load_parts, load_tensors, save_parts, save_tensors
 from starflow2.config import to_dict
 from starflow2.data.tasks import draw_task, lexicon, understanding_task
 from starflow2.data.world import Scene, render
@@ -303,19 +303,22 @@ class _Group:
                 dist.broadcast(value, 0)
 
     @torch.no_grad()
-    def average(self, trained: nn.Module, asked: bool) -> bool:
-        """Average gradients and running statistics over processes; True if any was asked to stop."""
+    def average(self, trained: nn.Module, asked: bool, loss: Tensor) -> tuple[bool, Tensor]:
+        """Average gradients and running statistics over processes; was any asked to stop, and their mean loss.
+
+        The loss is shared because all must agree whether it is finite: a step is taken by all or by none.
+        """
         if self.world == 1:
-            return asked
+            return asked, loss
         values = [p.grad for p in trained.parameters() if p.grad is not None]
         values += [b for b in trained.buffers() if b.is_floating_point()]
-        flags = values[0].new_tensor([float(asked)])
+        flags = torch.stack([torch.full_like(loss, float(asked)), loss]).to(values[0])
         flat = torch.cat([v.flatten() for v in values] + [flags]) / self.world
         dist.all_reduce(flat)
-        parts = flat.split([v.numel() for v in values] + [1])
+        parts = flat.split([v.numel() for v in values] + [2])
         for value, part in zip(values, parts, strict=False):
             value.copy_(part.view_as(value))
-        return bool(parts[-1] > 0)
+        return bool(parts[-1][0] > 0), parts[-1][1]
 
     def shared(
         self, kind: type[torch.optim.Optimizer], params: list[nn.Parameter], settings: dict[str, Any]
@@ -337,6 +340,7 @@ class _State:
     ema: dict[str, Tensor]
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
+    skipped: int = 0  # steps whose loss or gradient was not finite
 
 
 def fit(
@@ -356,14 +360,19 @@ def fit(
     """
     stage, folder, group = run.stage(stage_name), Path(folder), _Group.from_environment(device)
     parts = _start_parts(run, stage_name, folder, device)
+    parts.stages = (*(s for s in parts.stages if s != stage_name), stage_name)
     task = TASKS[stage_name](parts, stage, run.seed)
     task.trained.to(device)
     group.equalize(task.trained)
     state = _new_state(task, stage, group)
-    precision = _restore(state, folder, stage, resume) or _pick_precision(run.precision, device)
-    metrics = _Metrics(folder, stage_name, state.step) if group.is_first else None
+    precision = _restore(state, folder, run, stage) if resume else None
+    precision = precision or _pick_precision(run.precision, device)
     how = _Step(run.seed, precision, device, group)
-    with _Terminated() as stop, _Prefetch(task, stage, state.step, group) as batches:
+    with (
+        _Terminated() as stop,
+        _Metrics(folder, stage_name, state.step) if group.is_first else contextlib.nullcontext() as metrics,
+        _Prefetch(task, stage, state.step, group) as batches,
+    ):
         for data in batches:
             started = time.perf_counter()
             values, stopping = _step(state, task, stage, data, how, stop)
@@ -375,7 +384,7 @@ def fit(
             if state.step % stage.save_every == 0 or done or stopping:
                 _gather(state)
                 if metrics is not None:
-                    _save_state(state, folder, stage, precision)
+                    _save_state(state, folder, stage, {"precision": precision, "seed": str(run.seed)})
                 if metrics is not None and evaluate is not None:
                     with _averaged(state):
                         metrics.extra(state.step, evaluate(parts, state.step))
@@ -385,7 +394,6 @@ def fit(
                 )
     if group.is_first:
         with _averaged(state):
-            parts.stages = (*(s for s in parts.stages if s != stage_name), stage_name)
             save_parts(parts, folder / "model")
     group.wait()
     return folder / "model"
@@ -393,11 +401,17 @@ def fit(
 
 def _start_parts(run: RunConfig, stage: str, folder: Path, device: str) -> Parts:
     """The parts that earlier stages left, or fresh ones with a new tokenizer at the first stage."""
+    names: list[str] = [s.name for s in run.stages]
     if (folder / "model" / "config.json").is_file():
         parts = load_parts(folder / "model", device)
         _check_same(parts.cfg, run.model)
+        missing = [name for name in names[: names.index(stage)] if name not in parts.stages]
+        if missing:
+            raise TrainingError(
+                f"stage {stage} starts from stages that {folder}/model has not seen: "
+                f"{', '.join(missing)}; run --stage {missing[0]} first."
+            )
         return parts
-    names = [s.name for s in run.stages]
     if stage != names[0]:
         raise TrainingError(
             f"stage {stage} starts from the stage before it, but {folder}/model is not there; "
@@ -468,12 +482,13 @@ def _step(
     """
     generator = torch.Generator().manual_seed(_seed(how.seed, f"{stage.name}/{how.group.rank}", state.step))
     rate = stage.optim.rate(state.step, stage.steps)
+    buffers = {k: v.clone() for k, v in task.trained.named_buffers()}
     with torch.autocast(how.device, dtype=torch.bfloat16, enabled=how.precision == "bfloat16"):
         loss, extra = task.loss(data, generator)
     loss.backward()
-    stopping = how.group.average(task.trained, stop.asked)
+    stopping, loss = how.group.average(task.trained, stop.asked, loss.detach())
     norm = nn.utils.clip_grad_norm_(task.trained.parameters(), stage.optim.clip)
-    finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss.detach()))
+    finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
     for optimizer, lr in zip(state.optimizers, (stage.optim.lr, stage.optim.matrix_lr), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
@@ -482,11 +497,21 @@ def _step(
         optimizer.zero_grad(set_to_none=True)
     if finite:
         _update_ema(state, stage.optim.ema)
+    else:
+        _put_back(task.trained, buffers)
+        state.skipped += 1
     state.step += 1
     values = {k: float(v.detach()) for k, v in extra.items()}
-    skipped = {} if finite else {"skipped": 1.0}
-    told = {"loss": float(loss.detach()), **values, "grad_norm": float(norm), "rate": rate, **skipped}
+    skipped = {"skipped": float(state.skipped)} if state.skipped else {}
+    told = {"loss": float(loss), **values, "grad_norm": float(norm), "rate": rate, **skipped}
     return told, stopping
+
+
+@torch.no_grad()
+def _put_back(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    """Running statistics as they were before a forward pass that went wrong."""
+    for name, buffer in module.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 @torch.no_grad()
@@ -550,7 +575,7 @@ def _state_path(folder: Path, stage: StageConfig) -> Path:
     return folder / f"state-{stage.name}.safetensors"
 
 
-def _save_state(state: _State, folder: Path, stage: StageConfig, precision: str) -> None:
+def _save_state(state: _State, folder: Path, stage: StageConfig, how: dict[str, str]) -> None:
     tensors = {f"weights/{k}": v for k, v in state.trained.state_dict().items()}
     tensors |= {f"ema/{k}": v for k, v in state.ema.items()}
     for i, optimizer in enumerate(state.optimizers):
@@ -559,30 +584,30 @@ def _save_state(state: _State, folder: Path, stage: StageConfig, precision: str)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     meta = {
         "step": str(state.step),
+        "skipped": str(state.skipped),
         "stage": json.dumps(to_dict(stage)),
-        "precision": precision,
+        **how,
     }
-    with replacing(_state_path(folder, stage)) as temp:
-        save_file(tensors, temp, metadata=meta)
+    save_tensors(tensors, _state_path(folder, stage), meta)
 
 
-def _restore(state: _State, folder: Path, stage: StageConfig, resume: bool) -> str | None:
+def _restore(state: _State, folder: Path, run: RunConfig, stage: StageConfig) -> str | None:
     """Load the last checkpoint of this stage into `state`; returns its precision, None if none."""
     path = _state_path(folder, stage)
-    if not resume or not path.is_file():
+    if not path.is_file():
         return None
     tensors = load_tensors(path)
     with safe_open(path, framework="pt") as file:
-        meta = file.metadata()
-    saved, wanted = json.loads(meta["stage"]), to_dict(stage)
-    free = ("steps", "save_every", "log_every")  # a longer or shorter schedule is a choice, too
-    differ = [k for k in wanted if saved.get(k) != wanted[k] and k not in free]
-    if differ:
+        meta = file.metadata() or {}
+    if {"step", "stage", "precision"} - set(meta):
+        raise TrainingError(f"{path} is no checkpoint of a training run; move it away.")
+    _check_settings(path, meta, run, stage)
+    try:
+        state.trained.load_state_dict(_under(tensors, "weights/"))
+    except RuntimeError as error:
         raise TrainingError(
-            f"{path} was made with another {', '.join(differ)}; resume with the same settings, "
-            "or start anew with --resume none."
-        )
-    state.trained.load_state_dict(_under(tensors, "weights/"))
+            f"{path} holds the weights of another model; use another --output, or the recipe it was made with."
+        ) from error
     state.ema = _under(tensors, "ema/")
     for i, optimizer in enumerate(state.optimizers):
         values: dict[int, dict[str, Tensor]] = {}
@@ -592,8 +617,32 @@ def _restore(state: _State, folder: Path, stage: StageConfig, resume: bool) -> s
         (group,) = optimizer.param_groups
         settings = {**group, "params": list(range(len(group["params"])))}
         optimizer.load_state_dict({"state": values, "param_groups": [settings]})
-    state.step = int(meta["step"])
+    state.step, state.skipped = int(meta["step"]), int(meta.get("skipped", 0))
     return meta["precision"]
+
+
+def _check_settings(path: Path, meta: dict[str, str], run: RunConfig, stage: StageConfig) -> None:
+    """Raise TrainingError that names every setting in which a checkpoint differs from the recipe."""
+    wanted = _flat(to_dict(stage)) | {"seed": run.seed, "precision": run.precision}
+    saved = _flat(json.loads(meta["stage"])) | {"precision": meta["precision"]}
+    saved["seed"] = int(meta.get("seed", run.seed))
+    free = ["steps", "save_every", "log_every"]  # a longer or shorter schedule is a choice, too
+    free += ["precision"] if run.precision == "auto" else []
+    differ = [f"{k} ({saved.get(k)}, now {v})" for k, v in wanted.items() if saved.get(k) != v and k not in free]
+    if differ:
+        raise TrainingError(
+            f"{path} was made with another {', '.join(differ)}; resume with the same settings, "
+            "or start anew with --resume none."
+        )
+
+
+def _flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """A nested config with dotted names: {"optim.lr": 0.002}."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        nested = isinstance(value, dict)
+        flat |= _flat(value, f"{path}{name}.") if nested else {f"{path}{name}": value}
+    return flat
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -607,12 +656,17 @@ class _Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.stage, self.started = folder / f"metrics-{stage}.jsonl", stage, step
         self.clock = time.perf_counter()
-        kept = []
-        if self.path.is_file() and step:
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        lines = self.path.read_text().splitlines() if self.path.is_file() and step else []
+        with replacing(self.path) as temp:
+            temp.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step))
         self.board = _tensorboard(folder / "tensorboard" / stage)
+
+    def __enter__(self) -> _Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.board is not None:
+            self.board.close()  # else the last two minutes of curves are lost
 
     def write(self, step: int, values: dict[str, float], stage: StageConfig, seconds: float) -> StepReport:
         per_step = (time.perf_counter() - self.clock) / max(1, step - self.started)
@@ -621,11 +675,22 @@ class _Metrics:
         return StepReport(self.stage, step, stage.steps, values, rate, eta)
 
     def extra(self, step: int, values: dict[str, float]) -> None:
+        """Write a line; none where there is nothing to say."""
+        if not values:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(f"{self.stage}/{name}", value, step)
+
+
+def _step_of(line: str) -> float:
+    """Which step a line of metrics is of; one cut short by a power failure belongs to none."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")
 
 
 def _tensorboard(folder: Path) -> Any:
