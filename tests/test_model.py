@@ -15,7 +15,7 @@ import torch
 from model_cases import tiny_parts
 from starflow2 import StarFlow2, checkpoint
 from starflow2.errors import CheckpointError, ConfigError, DataError, DeviceError, PromptError
-from starflow2.generate import DrawConfig, draw, drawing_context, sample_latents
+from starflow2.generate import DrawConfig, draw, drawing_context
 from starflow2.model import pick_device
 
 PROMPTS = [
@@ -31,6 +31,10 @@ def model() -> StarFlow2:
     return StarFlow2(tiny_parts())
 
 
+def latents(model: StarFlow2, prompts: list[str], seeds: list[int], config: DrawConfig) -> torch.Tensor:
+    return draw(model.parts, prompts, seeds, config).latents
+
+
 def gap(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape
     return float((a - b).abs().max())
@@ -44,12 +48,25 @@ def test_row_i_of_a_mixed_batch_is_the_picture_of_its_prompt_alone(model, config
     seeds = [5, 6, 7]
     lengths = {len(model.parts.tokenizer.drawing_prompt(p)) for p in PROMPTS}
     assert len(lengths) == 3, "prompts of one length would need no padding"
-    together = sample_latents(model.parts, PROMPTS, seeds, config)
-    alone = torch.cat([sample_latents(model.parts, [p], [s], config) for p, s in zip(PROMPTS, seeds, strict=True)])
+    together = latents(model, PROMPTS, seeds, config)
+    alone = torch.cat([latents(model, [p], [s], config) for p, s in zip(PROMPTS, seeds, strict=True)])
     assert gap(together, alone) <= 1e-4
     images = draw(model.parts, PROMPTS, seeds, config).images
     assert gap(images[1:2], draw(model.parts, PROMPTS[1:2], seeds[1:2], config).images) <= 1e-4
     assert gap(together[0], together[1]) > 0.1, "rows that are all alike would show nothing"
+
+
+def test_a_flow_that_magnifies_rounding_still_draws_row_i_as_if_alone_in_double_precision():
+    """Trained flows do: a difference of 1e-6 in one latent grows a thousandfold on the way through the others."""
+    model = StarFlow2(tiny_parts(scale=0.16))
+    prompts, seeds = [PROMPTS[i % 3] for i in range(6)], list(range(6))
+    gaps = {}
+    for precision in ("float32", "float64"):
+        config = DrawConfig(guidance=1.5, precision=precision)
+        alone = torch.cat([latents(model, [p], [s], config) for p, s in zip(prompts, seeds, strict=True)])
+        gaps[precision] = gap(latents(model, prompts, seeds, config), alone)
+    assert gaps["float32"] > 1e-4, "nothing to see here"
+    assert gaps["float64"] <= 1e-5
 
 
 def test_pictures_drawn_in_chunks_are_those_of_one_batch(model):
@@ -77,11 +94,11 @@ def test_without_guidance_a_prior_draw_goes_through_the_flow_and_comes_back(mode
     """Sampling against the parallel direction: forward(sample) is the scaled prior draw, which its seed names."""
     parts = model.parts
     config = DrawConfig(guidance=0.0, prior_scale=0.7)
-    latents = sample_latents(parts, PROMPTS, [1, 2, 3], config)
+    sampled = latents(model, PROMPTS, [1, 2, 3], config)
     rows = [parts.tokenizer.drawing_prompt(p) for p in PROMPTS]
     level = torch.full((3,), model.sampling_noise)
     with torch.no_grad():
-        z, _ = parts.flow(latents, drawing_context(parts, rows), level)
+        z, _ = parts.flow(sampled, drawing_context(parts, rows), level)
     expected = torch.stack([torch.randn(64, 4, generator=torch.Generator().manual_seed(s)) for s in (1, 2, 3)])
     assert gap(z, 0.7 * expected) <= 1e-4
 
@@ -112,8 +129,8 @@ def test_progress_counts_every_latent_of_every_picture_once(model):
 
 def test_tweedie_clean_up_moves_latents_by_the_squared_noise_level_times_the_score(model):
     config = DrawConfig(guidance=1.5, cleanup="tweedie")
-    raw = sample_latents(model.parts, PROMPTS, [1, 2, 3], ON)
-    clean = sample_latents(model.parts, PROMPTS, [1, 2, 3], config)
+    raw = latents(model, PROMPTS, [1, 2, 3], ON)
+    clean = latents(model, PROMPTS, [1, 2, 3], config)
     assert clean.shape == raw.shape and bool(torch.isfinite(clean).all()) and not clean.requires_grad
     assert gap(clean, raw) > 1e-3
     rows = [model.parts.tokenizer.drawing_prompt(p) for p in PROMPTS]
@@ -189,6 +206,7 @@ def test_a_seed_that_no_generator_takes_is_refused(model, seed):
         ({"prior_scale": 0.0}, "prior_scale is 0.0"),
         ({"batch": 0}, "batch is 0"),
         ({"cleanup": "tweedy"}, "cleanup is 'tweedy'.*Did you mean \"tweedie\""),
+        ({"precision": "float46"}, 'precision is \'float46\'.*Did you mean "float64"'),
         ({"rule": "starflw"}, "rule is 'starflw'.*Did you mean \"starflow\""),
         ({"guidence": 1.0}, 'guidence.*Did you mean "guidance"'),
     ],

@@ -8,7 +8,7 @@ import torch
 from model_cases import tiny_parts
 from starflow2 import nn, selfcheck
 from starflow2.errors import ConfigError
-from starflow2.flow import Affine, Flow
+from starflow2.flow import Affine, Flow, Jacobi
 from starflow2.model import StarFlow2
 from starflow2.selfcheck import FLOAT32, FLOAT64, Check, check_model
 
@@ -29,7 +29,7 @@ def test_a_sound_flow_passes_every_check_and_an_untrained_codec_fails_its_own(mo
     assert [check.name for check in checks] == begun
     assert [check.name for check in checks if not check.ok] == ["codec: PSNR of drawn scenes (dB)"]
     report = selfcheck.report(checks, model)
-    assert report["ok"] is False and len(report["checks"]) == len(checks) >= 9
+    assert report["ok"] is False and len(report["checks"]) == len(checks) >= 10
     assert all(set(row) == {"name", "value", "bound", "ok"} for row in report["checks"])
     assert selfcheck.table(checks).row_count == len(checks)
 
@@ -56,6 +56,12 @@ def test_a_cache_that_forgets_is_caught(material, monkeypatch):
 
     monkeypatch.setattr(nn.Cache, "append", forgetful)
     assert selfcheck._cached_is_full(material) > FLOAT32
+
+
+def test_an_iteration_that_stops_too_soon_is_caught(material, monkeypatch):
+    monkeypatch.setattr(selfcheck, "JACOBI", Jacobi(max_iterations=2))
+    assert selfcheck._parallel_inverse(material) > FLOAT32
+    assert selfcheck._parallel_sampling(material) > FLOAT64
 
 
 def test_guidance_that_acts_at_zero_is_caught(material, monkeypatch):

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model_cases import tiny_folder, tiny_model, tiny_parts, tiny_run
+from model_cases import WHITEN, tiny_folder, tiny_model, tiny_parts, tiny_run, whiten_quickly
 from starflow2 import checkpoint, train
-from starflow2.checkpoint import load_parts
+from starflow2.checkpoint import load_parts, save_parts
+from starflow2.data.tasks import draw_task, understanding_task
 from starflow2.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from starflow2.flow import Flow
 from starflow2.model import StarFlow2
@@ -33,6 +34,13 @@ from starflow2.train import TASKS, OptimConfig, RunConfig, StepReport, fit
 STEPS, EVERY = 6, 2
 RUN = tiny_run(STEPS, EVERY)
 ORDER = ("features", "fae", "vlm", "t2i")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _whitens_quickly() -> Iterator[None]:
+    whiten_quickly()
+    yield
+    train.T2iTask._whiten = WHITEN
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +104,7 @@ tests, threads, *folders = sys.argv[1:]
 sys.path.insert(0, tests)
 import torch
 torch.set_num_threads(int(threads))
-from model_cases import tiny_run
+from model_cases import tiny_run, whiten_quickly
 from starflow2 import checkpoint
 from starflow2.train import fit
 
@@ -120,6 +128,7 @@ def while_writing_a_checkpoint(folder):
 def at_any_moment(folder):
     fit(run, "t2i", folder, report=lambda _: time.sleep(0.05))
 
+whiten_quickly()
 run = tiny_run(STEPS, EVERY)
 for folder, how in zip(folders, (after_a_checkpoint, while_writing_a_checkpoint, at_any_moment)):
     child = os.fork()
@@ -490,6 +499,22 @@ def test_evaluate_may_draw_pictures_with_the_stage_that_is_being_trained(folder)
     assert lines(folder)[-1]["std"] > 0
 
 
+def test_a_fresh_flow_starts_from_whitened_text_states_and_a_run_that_goes_on_keeps_what_it_has(folder):
+    still = with_optim(run=with_stage(steps=1), lr=0.0, matrix_lr=0.0)
+    fit(still, "t2i", folder)
+    parts = load_parts(folder / "model")
+    tokenizer, enter = parts.tokenizer, parts.flow.deep.context_in
+    context = train.drawing_context(parts, [tokenizer.drawing_prompt(draw_task(0, i).prompt) for i in range(64)])
+    entered = enter(context.states[context.attend])
+    assert entered.mean(0).abs().max() < 1e-3
+    assert entered.var(0).max() < 1.01 and entered.var(0).median() > 0.9
+    with torch.no_grad():
+        enter.weight.mul_(2)
+    save_parts(parts, folder / "model")
+    fit(still, "t2i", folder, resume=False)
+    assert torch.equal(load_parts(folder / "model").flow.deep.context_in.weight, enter.weight)
+
+
 def test_bfloat16_training_stays_close_to_float32_and_keeps_float32_weights(folder, whole):
     fit(replace(RUN, precision="bfloat16"), "t2i", folder)
     half, full = lines(folder), lines(whole)
@@ -578,8 +603,6 @@ def test_the_language_stage_learns_answers_and_not_questions():
     assert torch.equal(ids[answers], labels[answers]) and answers.any(1).all()
     for row in range(4):
         told = [parts.tokenizer.decode(part) for part in split(labels[row][answers[row]].tolist(), special.end)]
-        from starflow2.data.tasks import understanding_task
-
         assert told == [answer for _, answer in understanding_task(0, row)[1]]
 
 
@@ -604,9 +627,10 @@ import torch
 torch.set_num_threads(1)
 from dataclasses import replace
 from safetensors.torch import save_file
-from model_cases import tiny_run
+from model_cases import tiny_run, whiten_quickly
 from starflow2 import train
 
+whiten_quickly()
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]

@@ -26,6 +26,7 @@ __all__ = ["DrawConfig", "Drawn", "draw", "drawing_context", "prompt_context", "
 
 Progress = Callable[[int, int], None]
 Cleanup = Literal["none", "tweedie"]
+Precision = Literal["auto", "float32", "float64"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class DrawConfig:
     batch: int = 32  # pictures at once
     # of the flow while sampling; "auto" is float64 on CPU, because a trained flow can magnify float32 rounding, which
     # depends on the batch, by a factor of 10^6 (docs/choices.md#sampling-in-float64), and float32 elsewhere
-    precision: Literal["auto", "float32", "float64"] = "auto"
+    precision: Precision = "auto"
     shallow_solver: Solver = SEQUENTIAL
 
     def __post_init__(self) -> None:
@@ -48,7 +49,8 @@ class DrawConfig:
             raise ConfigError(f"guidance is {self.guidance}; expected 0 (off) or more.")
         if not 0 < self.prior_scale < math.inf:
             raise ConfigError(f"prior_scale is {self.prior_scale}; expected more than 0.")
-        for name, known in (("rule", get_args(Guidance)), ("cleanup", get_args(Cleanup))):
+        literals = {"rule": Guidance, "cleanup": Cleanup, "precision": Precision}
+        for name, known in ((name, get_args(literal)) for name, literal in literals.items()):
             if (value := getattr(self, name)) not in known:
                 hint = nearest(str(value), known)
                 raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(known)}.{hint}")

@@ -360,8 +360,10 @@ def fit(
     """
     stage, folder, group = run.stage(stage_name), Path(folder), _Group.from_environment(device)
     parts = _start_parts(run, stage_name, folder, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)  # of what a task makes for itself, such as a head
+        task = TASKS[stage_name](parts, stage, run.seed)
     parts.stages = (*(s for s in parts.stages if s != stage_name), stage_name)
-    task = TASKS[stage_name](parts, stage, run.seed)
     task.trained.to(device)
     group.equalize(task.trained)
     state = _new_state(task, stage, group)

@@ -192,12 +192,13 @@ def _mme_items(split: Split) -> tuple[_Item, ...]:
     """Subtask by subtask, its "id" images first; the yes question of an image stands before the no question."""
     items: list[_Item] = []
     for subtask in SUBTASKS:
+        shown: set[tuple[int, ...]] = set()
         for index in range(MME_IMAGES):
             part: Part = "id" if index < MME_IMAGES // 2 else "cg"
             rng = stream(*_where(split, _MME), SUBTASKS.index(subtask), index)
             pair = None
             while pair is None:
-                scene = _scene(rng, split, shows_pair=part == "cg")
+                scene = _scene(rng, split, shown, shows_pair=part == "cg")
                 pair = yes_no_pair(scene, rng, subtask, split="train" if part == "id" else split)
             for question in pair:
                 hinted = replace(question, text=f"{question.text} {YES_NO}")
@@ -273,13 +274,14 @@ _SORT: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({word: sort for s
 def _gqa_items(split: Split) -> tuple[_Item, ...]:
     """Scene by scene, of the questions that each allows those whose answers are still the rarest of their kind."""
     items: list[_Item] = []
+    shown: set[tuple[int, ...]] = set()
     for part, scenes in GQA_SCENES.items():
         taken: Counter[tuple[str, str]] = Counter()
         for index in range(scenes):
             rng = stream(*_where(split, _GQA), PARTS.index(part), index)
             pool: list[Question] = []
             while len(pool) < GQA_QUESTIONS:
-                scene = _scene(rng, split)
+                scene = _scene(rng, split, shown)
                 pool = _programs(scene, rng, split, part)
             for _ in range(GQA_QUESTIONS):
                 question = min(pool, key=lambda q: taken[q.kind, q.answer] * len(_SORT[q.answer]))
@@ -357,16 +359,17 @@ def _where(split: Split, suite: int) -> tuple[int, int, int]:
     return (_SUITE_SEED, suite, get_args(Split).index(split))
 
 
-def _scene(rng: np.random.Generator, split: Split, *, shows_pair: bool = False) -> Scene:
-    """A scene of the split with nothing held out in it; if asked, with colour-shape pairs that the split holds out."""
+def _scene(rng: np.random.Generator, split: Split, shown: set[tuple[int, ...]], *, shows_pair: bool = False) -> Scene:
+    """A scene of the split, not among those shown, with nothing held out in it but colour-shape pairs if asked."""
     wanted = {"pair"} if shows_pair else set()
     others = [name for name in HELD_OUT if name != split]
     while True:
         shapes = _shapes(rng)
         scene = sample_scene(rng, shapes=shapes, colors=_colors(rng, shapes, split if shows_pair else None))
-        if bucket(scene) != split or held_out(scene, split) != wanted:
+        if bucket(scene) != split or held_out(scene, split) != wanted or scene_key(scene) in shown:
             continue
         if not any(held_out(scene, other) for other in others):
+            shown.add(scene_key(scene))
             return scene
 
 
@@ -408,8 +411,8 @@ def _quick(items: Sequence[_Item], stratum: Callable[[_Item], object]) -> list[_
 
 def _picks(items: Sequence[_Item]) -> dict[str, list[int]]:
     """Indices of the items of each part, and of all."""
-    parts = {part: [i for i, item in enumerate(items) if item.part == part] for part in PARTS}
-    return {**parts, "all": list(range(len(items)))}
+    parts: dict[str, list[int]] = {p: [i for i, item in enumerate(items) if item.part == p] for p in PARTS}
+    return parts | {"all": list(range(len(items)))}
 
 
 def _ask(answer: Answer, items: Sequence[_Item], progress: Progress | None) -> list[str]:

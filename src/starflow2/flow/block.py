@@ -158,10 +158,12 @@ class AffineBlock(nn.Module):
         mean = x.mean(0)
         values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
         scales = values.clamp(min=smallest * float(values[-1])).rsqrt()
-        whitening = (vectors * scales).T  # (E, E), rows in order of rising variance
+        whitening = (vectors * scales) @ vectors.T  # (E, E), symmetric: no free rotation, so no luck in it
         width, dim = self.context_in.weight.shape
-        if width != dim:  # an isometry or a selection of the strongest directions keeps unit variance
-            whitening = torch.nn.init.orthogonal_(torch.empty(width, dim)).to(whitening) @ whitening
+        if width != dim:
+            turn = torch.empty(width, dim, dtype=torch.float64)
+            nn.init.orthogonal_(turn, generator=torch.Generator().manual_seed(0))
+            whitening = turn.to(whitening) @ whitening
         self.context_in.weight.copy_(whitening)
         self.context_in.bias.copy_(-(whitening @ mean))
 
