@@ -206,7 +206,7 @@ def test_a_seed_that_no_generator_takes_is_refused(model, seed):
         ({"prior_scale": 0.0}, "prior_scale is 0.0"),
         ({"batch": 0}, "batch is 0"),
         ({"cleanup": "tweedy"}, "cleanup is 'tweedy'.*Did you mean \"tweedie\""),
-        ({"precision": "float46"}, 'precision is \'float46\'.*Did you mean "float64"'),
+        ({"precision": "float46"}, "precision is 'float46'.*Did you mean \"float64\""),
         ({"rule": "starflw"}, "rule is 'starflw'.*Did you mean \"starflow\""),
         ({"guidence": 1.0}, 'guidence.*Did you mean "guidance"'),
     ],

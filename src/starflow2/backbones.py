@@ -298,12 +298,12 @@ class QwenStream(_Backbone):
         self,
         embeds: Tensor,
         positions: Tensor,
-        attend: Tensor | None = None,
         cache: DynamicCache | None = None,
     ) -> Tensor:
         """Last hidden states after the final norm, (B, T, E).
 
-        embeds: (B, T, E); positions: (3, B, T) M-RoPE ids; attend: (B, 1, T, Tk) bool, None = causal.
+        embeds: (B, T, E); positions: (3, B, T) M-RoPE ids. Plainly causal: rows of unequal length are padded at the
+        right, where a causal model cannot see.
         """
         check(positions, "A B T", "positions", A=3)
         if attend is not None:  # eager attention adds its mask, and would add True as 1
@@ -311,7 +311,6 @@ class QwenStream(_Backbone):
         out = self.model.model.language_model(
             inputs_embeds=embeds,
             position_ids=positions,
-            attention_mask=attend,
             past_key_values=cache,
             use_cache=cache is not None,
         )

@@ -251,9 +251,8 @@ def _card_section(card: Mapping[str, Any]) -> str:
     if not card:
         return ""
     rows = "\n".join(f"<tr><th>{html.escape(key)}<td>{html.escape(value)}</tr>" for key, value in _flat(card))
-    return (
-        f"<h2>The card of these weights</h2>\n<p>From the full test run, not from this one.</p>\n<table>{rows}</table>"
-    )
+    title = "The card of these weights, from the full test run"
+    return f"<details><summary>{title}</summary>\n<table>{rows}</table></details>"
 
 
 def _flat(tree: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
@@ -263,8 +262,12 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping):
             rows += _flat(value, name)
         else:
-            rows.append((name, f"{value:.4g}" if isinstance(value, float) else str(value)))
+            rows.append((name, ", ".join(map(_cell, value)) if isinstance(value, list) else _cell(value)))
     return rows
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 _STYLE = """
@@ -280,14 +283,16 @@ h2 { font-size: 1.15rem; margin: 2.75rem 0 .9rem; }
 h2::first-letter { text-transform: uppercase; }
 h2 small { color: var(--soft); font-weight: 400; margin-left: .35rem; }
 p { max-width: 44rem; margin: 0 0 1rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.25rem, 1fr)); gap: .9rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .9rem; }
 figure { margin: 0; padding: .6rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
 img { display: block; width: 100%; height: auto; aspect-ratio: 1; border-radius: .3rem; }
 figcaption { margin-top: .5rem; font-size: .82rem; line-height: 1.35; overflow-wrap: anywhere; }
 figcaption span { display: block; margin-top: .2rem; font-size: .74rem; }
 .yes { color: var(--yes); } .no { color: var(--no); } .why { color: var(--soft); } .new { color: var(--new); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin-bottom: 1rem; }
+summary { cursor: pointer; color: var(--soft); padding: .3rem 0; }
+details th, details td { color: inherit; text-align: left; }
 th, td { padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--line); text-align: right; font-weight: 400; }
 th:first-child { text-align: left; } tr:first-child th { color: var(--soft); } .total > * { font-weight: 600; }
 pre { padding: .9rem 1.1rem; background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
@@ -313,7 +318,6 @@ apart: a colour and a shape, say, that never came together.</p>
 {gallery}
 <h2>Scores of this run</h2>
 <div class="wide">{scores}</div>
-<p></p>
 <p>Shares of correct pictures, on a quick share of the test suite ({n} pictures, one per prompt), so they are noisy. ID:
 seen combinations, CG: new ones. Floor: true pictures of other prompts, what a drawer gets that never reads. Ceiling:
 true pictures after the model's own codec, clean and at the noise of sampled latents; no drawing can pass it.</p>

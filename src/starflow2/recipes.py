@@ -77,7 +77,12 @@ def nano_model() -> ModelConfig:
 
 
 def nano() -> RunConfig:
-    """The embedded default, trained on two CPU cores: see docs/training.md for hours and scores."""
+    """The embedded default: about 110 minutes on two CPU cores (features 5, FAE 13, language model 7, flow 85).
+
+    The shipped weights came from nearly this recipe (the whitened context and this mix of captions were introduced
+    while stage t2i ran) and score W-GenEval 0.485 on seen and 0.270 on unseen combinations, test split, against
+    a ceiling of 0.995: see the model card. More steps of t2i are the first thing to add.
+    """
     return RunConfig(
         model=nano_model(),
         stages=(
