@@ -306,8 +306,6 @@ class QwenStream(_Backbone):
         right, where a causal model cannot see.
         """
         check(positions, "A B T", "positions", A=3)
-        if attend is not None:  # eager attention adds its mask, and would add True as 1
-            attend = torch.zeros_like(attend, dtype=embeds.dtype).masked_fill(~attend, torch.finfo(embeds.dtype).min)
         out = self.model.model.language_model(
             inputs_embeds=embeds,
             position_ids=positions,
