@@ -359,3 +359,7 @@ def test_demo_says_where_its_page_is(monkeypatch, scored, capsys):
     monkeypatch.setattr("starflow2.demo.make_demo", lambda *_, **__: made)
     assert cli.main(["demo"]) == 0
     assert "1 of 1 pictures show what was asked, 0.25 s each. The page: out/demo/index.html" in capsys.readouterr().out
+
+
+def test_an_option_given_twice_is_refused_instead_of_dropping_the_first(capsys):
+    assert "--part is given 2 times" in refused(capsys, "eval", "world", "--part", "id", "--part", "cg")

@@ -475,8 +475,17 @@ def _run(command: type[Command], arguments: list[str]) -> int:
             parsed, _ = _tyro(Train, None, rest, program)
             parsed.stage_help()
         return 0
+    _refuse_repeated(arguments, program)
     parsed, unknown = _tyro(command, None, arguments, program)
     return parsed.run(unknown)
+
+
+def _refuse_repeated(arguments: Sequence[str], program: str) -> None:
+    """Raise ConfigError for an option given twice: only the last one would count, in silence."""
+    flags = [a.split("=")[0] for a in arguments if a.startswith("--") and len(a) > 2]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            raise ConfigError(f"{flag} is given {flags.count(flag)} times; give it once, several values behind it.")
 
 
 def _overview() -> str:
