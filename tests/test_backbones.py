@@ -119,21 +119,6 @@ def test_states_never_look_ahead():
 
 
 @torch.no_grad()
-def test_a_boolean_mask_hides_what_it_says_and_the_causal_one_changes_nothing():
-    stream = a_stream()
-    embeds = stream.embed(torch.randint(7, 200, (2, 6)))
-    positions = text_mrope(2, 6)
-    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None].expand(2, -1, -1, -1)
-    assert (stream.states(embeds, positions, causal) - stream.states(embeds, positions)).abs().max() <= 1e-5
-    hidden = causal.clone()
-    hidden[:, :, 2:, 1] = False
-    moved = embeds.clone()
-    moved[:, 1] += 1
-    a, b = (stream.states(e, positions, hidden) for e in (embeds, moved))
-    assert (a[:, 2:] - b[:, 2:]).abs().max() <= 1e-6 and (a[:, 1] - b[:, 1]).abs().max() > 1e-2
-
-
-@torch.no_grad()
 def test_the_vision_tower_reads_each_picture_on_its_own_and_only_its_own_size():
     stream = a_stream()
     images, _, _ = a_document(stream, rows=3)
