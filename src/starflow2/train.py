@@ -295,6 +295,13 @@ class _Group:
         if self.world > 1:
             dist.barrier()
 
+    def agreed(self, choice: str) -> str:
+        """The first process's choice, for what each would measure for itself."""
+        choices = [choice]
+        if self.world > 1:
+            dist.broadcast_object_list(choices, 0)
+        return choices[0]
+
     @torch.no_grad()
     def equalize(self, trained: nn.Module) -> None:
         """Give every process the first one's weights."""
@@ -359,6 +366,8 @@ def fit(
     `evaluate` is called with (parts holding averaged weights, step) whenever a checkpoint is written.
     """
     stage, folder, group = run.stage(stage_name), Path(folder), _Group.from_environment(device)
+    if stage.batch % group.world:
+        raise TrainingError(f"batch {stage.batch} cannot be shared equally by {group.world} processes.")
     parts = _start_parts(run, stage_name, folder, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)  # of what a task makes for itself, such as a head
@@ -368,7 +377,7 @@ def fit(
     group.equalize(task.trained)
     state = _new_state(task, stage, group)
     precision = _restore(state, folder, run, stage) if resume else None
-    precision = precision or _pick_precision(run.precision, device)
+    precision = group.agreed(precision or _pick_precision(run.precision, device))
     how = _Step(run.seed, precision, device, group)
     with (
         _Terminated() as stop,
