@@ -187,13 +187,8 @@ def _level(parts: Parts) -> float:
 def _halves(both: Context, rows: int) -> tuple[Context, Context]:
     """The first `rows` rows and the rest."""
     assert both.positions is not None and both.attend is not None
-    parts = ((both.states[s], both.positions[s], both.attend[s]) for s in _split(rows))
-    first, second = (Context(*p) for p in parts)
-    return first, second
-
-
-def _split(rows: int) -> tuple[slice, slice]:
-    return slice(None, rows), slice(rows, None)
+    first = Context(both.states[:rows], both.positions[:rows], both.attend[:rows])
+    return first, Context(both.states[rows:], both.positions[rows:], both.attend[rows:])
 
 
 def _decode(parts: Parts, latents: Tensor, batch: int = 64) -> Tensor:

@@ -38,7 +38,8 @@ from starflow2.files import replacing
 from starflow2.generate import drawing_context
 from starflow2.losses import masked_picture_loss, ngp_loss, ntp_loss
 from starflow2.parts import ModelConfig, Parts
-from starflow2.sequence import IGNORE, image_mrope, length_groups, pad_rows, text_mrope
+from starflow2.sequence import IGNORE, length_groups, pad_rows
+from starflow2.understand import picture_inputs
 
 __all__ = ["OptimConfig", "RunConfig", "StageConfig", "StepReport", "fit"]
 
@@ -203,15 +204,8 @@ class VlmTask:
 
     def loss(self, data: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, ids, labels = (t.to(self.parts.device) for t in data)
-        vlm, grid = self.parts.vlm, self.parts.cfg.vlm.image_grid
-        seen = vlm.see(images)
-        embeds = vlm.embed(ids)
-        first, count = 2, grid[0] * grid[1]  # behind user, vision_start
-        embeds = torch.cat([embeds[:, :first], seen.to(embeds), embeds[:, first + count :]], 1)
-        picture, after = image_mrope(grid, first)
-        behind = text_mrope(1, ids.shape[1] - first - count, after)[:, 0]
-        positions = torch.cat([text_mrope(1, first)[:, 0], picture, behind], 1)  # (3, T)
-        h = vlm.states(embeds, positions[:, None].expand(-1, len(ids), -1).to(ids.device))
+        vlm = self.parts.vlm
+        h = vlm.states(*picture_inputs(self.parts, images, ids))
         target = labels[:, 1:] != IGNORE
         loss = ntp_loss(vlm.logits(h[:, :-1][target]), labels[:, 1:][target])
         return loss, {}

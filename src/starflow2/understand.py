@@ -17,7 +17,7 @@ from starflow2.errors import ConfigError
 from starflow2.parts import Parts
 from starflow2.sequence import image_mrope, text_mrope
 
-__all__ = ["answer"]
+__all__ = ["answer", "picture_inputs"]
 
 _BATCH = 64  # rows at once
 _FIRST = 2  # vision tokens stand behind user and vision_start
@@ -66,8 +66,19 @@ def _equally_long(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         yield from (group[at : at + _BATCH] for at in range(0, len(group), _BATCH))
 
 
+def picture_inputs(parts: Parts, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings (B, T, E) and M-RoPE ids (3, B, T) of documents that begin with a picture, seen by the model's tower.
+
+    ids: (B, T), image_pad where the picture's tokens go, right behind user and vision_start.
+    """
+    seen = parts.vlm.see(images)  # (B, N, E)
+    embeds = parts.vlm.embed(ids)  # (B, T, E)
+    embeds = torch.cat([embeds[:, :_FIRST], seen.to(embeds), embeds[:, _FIRST + seen.shape[1] :]], 1)
+    return embeds, _positions(parts, ids)
+
+
 def _positions(parts: Parts, ids: Tensor) -> Tensor:
-    """M-RoPE ids (3, B, T) of documents that begin with a picture."""
+    """M-RoPE ids (3, B, T) of such documents."""
     grid = parts.cfg.vlm.image_grid
     picture, after = image_mrope(grid, _FIRST)
     behind = text_mrope(1, ids.shape[1] - _FIRST - picture.shape[1], after)[:, 0]
@@ -78,10 +89,8 @@ def _positions(parts: Parts, ids: Tensor) -> Tensor:
 def _reply(parts: Parts, images: Tensor, ids: Tensor, max_tokens: int) -> list[list[int]]:
     """The tokens that follow each row, without the end token; rows that have ended leave the batch."""
     vlm, end = parts.vlm, parts.cfg.vlm.special.end
-    seen = vlm.see(images)  # (B, N, E)
-    embeds = vlm.embed(ids)  # (B, T, E)
-    embeds = torch.cat([embeds[:, :_FIRST], seen.to(embeds), embeds[:, _FIRST + seen.shape[1] :]], 1)
-    positions, cache = _positions(parts, ids), vlm.new_cache()
+    embeds, positions = picture_inputs(parts, images, ids)
+    cache = vlm.new_cache()
     h = vlm.states(embeds, positions, cache=cache)
     at = int(positions[0, 0, -1])
     replies: list[list[int]] = [[] for _ in ids]
