@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from helpers import wake
-from starflow2 import train
+from starflow2 import stages
 from starflow2.backbones import ChatTokenizer, train_tokenizer
 from starflow2.checkpoint import save_parts
 from starflow2.data.tasks import draw_task, lexicon, understanding_task
@@ -18,9 +18,9 @@ from starflow2.flow import NoiseConfig
 from starflow2.nn import StackConfig
 from starflow2.parts import ModelConfig, Parts
 from starflow2.recipes import nano_model, smoke
-from starflow2.train import OptimConfig, RunConfig, StageConfig
+from starflow2.stages import OptimConfig, RunConfig, StageConfig
 
-WHITEN = train.T2iTask._whiten
+WHITEN = stages.T2iTask._whiten
 WIDTH, LATENT = 40, 4  # of every stream; channels of a latent
 
 
@@ -102,7 +102,7 @@ def tiny_run(steps: int = 4, save_every: int = 2, precision: str = "float32") ->
 
 def whiten_quickly() -> None:
     """Let a fresh t2i stage look at a few captions only, instead of thousands, in this process from now on."""
-    train.T2iTask._whiten = partialmethod(WHITEN, 64, 32)  # type: ignore[assignment]
+    stages.T2iTask._whiten = partialmethod(WHITEN, 64, 32)  # type: ignore[assignment]
 
 
 def tiny_folder(folder: Path, stages: tuple[str, ...] = ("features", "fae", "vlm")) -> Path:

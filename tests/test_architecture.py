@@ -19,12 +19,15 @@ SRC = Path(__file__).resolve().parent.parent / "src" / "starflow2"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("files",),
-    ("config", "protocols", "nn", "images"),
+    ("config", "nn", "images"),
+    ("protocols",),
     ("flow",),  # the standalone library ends here
     ("sequence", "fae"),
     ("pretzel", "mot", "backbones", "data"),
     ("parts",),
     ("losses", "generate", "understand", "checkpoint"),
+    ("stages", "decode"),
+    ("session",),
     ("model", "train", "evals", "analysis"),
     ("recipes",),
     ("selfcheck", "info", "demo"),

@@ -102,7 +102,7 @@ def test_cached_steps_equal_the_full_pass_also_through_a_picture(chunk):
         stream.states(embeds[:, i : i + chunk], positions[..., i : i + chunk], cache=cache)
         for i in range(0, ids.shape[1], chunk)
     ]
-    assert cache.get_seq_length() == ids.shape[1]
+    assert cache.length == ids.shape[1]
     assert (torch.cat(steps, 1) - full).abs().max() <= 1e-5
 
 

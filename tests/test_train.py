@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model_cases import WHITEN, tiny_folder, tiny_model, tiny_parts, tiny_run, whiten_quickly
-from starflow2 import checkpoint, train
+from starflow2 import checkpoint, stages, train
 from starflow2.checkpoint import load_parts, save_parts
 from starflow2.data.tasks import draw_task, understanding_task
 from starflow2.errors import CheckpointError, ConfigError, OutputError, TrainingError
@@ -29,7 +29,8 @@ from starflow2.flow import Flow
 from starflow2.model import StarFlow2
 from starflow2.parts import Parts
 from starflow2.sequence import length_groups
-from starflow2.train import TASKS, OptimConfig, RunConfig, StepReport, fit
+from starflow2.stages import TASKS, OptimConfig, RunConfig
+from starflow2.train import StepReport, fit
 
 STEPS, EVERY = 6, 2
 RUN = tiny_run(STEPS, EVERY)
@@ -40,7 +41,7 @@ ORDER = ("features", "fae", "vlm", "t2i")
 def _whitens_quickly() -> Iterator[None]:
     whiten_quickly()
     yield
-    train.T2iTask._whiten = WHITEN
+    stages.T2iTask._whiten = WHITEN
 
 
 @pytest.fixture(scope="module")
@@ -628,7 +629,7 @@ torch.set_num_threads(1)
 from dataclasses import replace
 from safetensors.torch import save_file
 from model_cases import tiny_run, whiten_quickly
-from starflow2 import train
+from starflow2 import stages
 
 whiten_quickly()
 with socket.socket() as free:

@@ -8,22 +8,23 @@ Letters: B batch, T positions, E language width, V vocabulary, N patches, F feat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model, DynamicCache
+from transformers import Dinov2Config, Dinov2Model
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging as hf_logging
 
 from starflow2.errors import CheckpointError
-from starflow2.nn import check
+from starflow2.nn import Cache, attention_mask, check
+from starflow2.sequence import Image, Segment, Text
 
 __all__ = [
     "ChatTokenizer",
@@ -152,6 +153,16 @@ class SpecialIds:
     image_pad: int
 
 
+class Turn(Protocol):
+    """What the user says or shows and what the model replies; a part that is no str is a picture."""
+
+    @property
+    def asked(self) -> Sequence[object]: ...
+
+    @property
+    def told(self) -> Sequence[object]: ...
+
+
 class ChatTokenizer:
     """Byte-level BPE with the turns of a conversation as special tokens."""
 
@@ -182,6 +193,19 @@ class ChatTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text.strip()
+
+    def document(self, turns: Iterable[Turn]) -> list[Segment]:
+        """A conversation as a model reads it: what stands in a reply is to be predicted, pictures included."""
+        s, segments = self.special, list[Segment]()
+        for turn in turns:
+            segments += [Text((s.user,)), *self._segments(turn.asked, is_target=False)]
+            segments += [Text((s.assistant,)), *self._segments(turn.told, is_target=True)]
+            segments += [Text((s.end,), is_target=True)]
+        return segments
+
+    def _segments(self, parts: Iterable[object], *, is_target: bool) -> list[Segment]:
+        """Words as token ids; anything else is a picture."""
+        return [Text(tuple(self.encode(p)), is_target) if isinstance(p, str) else Image(is_target) for p in parts]
 
     def drawing_prompt(self, text: str) -> list[int]:
         """user: text; assistant: begin of image. The last id is the slot of the first latent."""
@@ -298,26 +322,32 @@ class QwenStream(_Backbone):
         self,
         embeds: Tensor,
         positions: Tensor,
-        cache: DynamicCache | None = None,
+        cache: Cache | None = None,
+        attend: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states after the final norm, (B, T, E).
 
-        embeds: (B, T, E); positions: (3, B, T) M-RoPE ids. Plainly causal: rows of unequal length are padded at the
-        right, where a causal model cannot see.
+        embeds: (B, T, E); positions: (3, B, T) M-RoPE ids. Causal; attend: (B, Tk) bool marks usable keys, or
+        (B, T, Tk) bool says all, Tk counting cached positions too. Rows of unequal length that start together may
+        also be padded at the right, where a causal model cannot see.
         """
         check(positions, "A B T", "positions", A=3)
+        mask = attention_mask(embeds, 0 if cache is None else cache.length, attend)
         out = self.model.model.language_model(
             inputs_embeds=embeds,
             position_ids=positions,
-            past_key_values=cache,
+            attention_mask={"full_attention": None if mask is None else _additive(mask, embeds.dtype)},
+            past_key_values=None if cache is None else _HfCache(cache),
             use_cache=cache is not None,
         )
+        if cache is not None:
+            cache.advance(embeds.shape[1])
         h: Tensor = out.last_hidden_state
         return h
 
-    def new_cache(self) -> DynamicCache:
+    def new_cache(self) -> Cache:
         """An empty cache for `states`."""
-        return DynamicCache(config=self.model.config.text_config)
+        return Cache(self.cfg.depth)
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., E) -> (..., V)."""
@@ -333,6 +363,24 @@ class QwenStream(_Backbone):
         out = self.model.model.visual(patches, grid_thw=grid)
         tokens: Tensor = out if isinstance(out, Tensor) else out.pooler_output
         return rearrange(tokens, "(b n) e -> b n e", b=len(images))
+
+
+class _HfCache:
+    """Our growing cache in the shape that transformers' attention layers ask for."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self.cache.append(layer_idx, k, v)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.cache.length
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as transformers' written-out attention adds it to the scores."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:

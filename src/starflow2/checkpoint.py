@@ -1,7 +1,7 @@
 """A model folder: config.json, our weights, and the backbones in transformers' own layout beside them.
 
     config.json          format number, sizes, stages done
-    model.safetensors    FAE and flow
+    model.safetensors    FAE, flow and joints
     vlm/  features/      config.json + model.safetensors as transformers writes them
     tokenizer.json       byte-level BPE;  lexicon.txt: the words that training used
 
@@ -26,6 +26,7 @@ from starflow2.errors import CheckpointError, OutputError, nearest
 from starflow2.files import replacing
 from starflow2.flow import Flow
 from starflow2.parts import ModelConfig, Parts
+from starflow2.pretzel import Joints, JointsConfig
 
 __all__ = [
     "FORMAT",
@@ -37,7 +38,8 @@ __all__ = [
     "write_config",
 ]
 
-FORMAT = 1
+FORMAT = 2
+OWN = ("fae.", "flow.", "joints.")  # what model.safetensors holds
 WEIGHTS = ("model.safetensors", "vlm/model.safetensors", "features/model.safetensors")
 
 
@@ -88,7 +90,7 @@ def _write_folder(parts: Parts, folder: Path) -> None:
     assert parts.tokenizer is not None
     parts.vlm.save(folder / "vlm")
     parts.features.save(folder / "features")
-    own = {k: v for k, v in parts.state_dict().items() if k.startswith(("fae.", "flow."))}
+    own = {k: v for k, v in parts.state_dict().items() if k.startswith(OWN)}
     save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / "model.safetensors")
     parts.tokenizer.save(folder / "tokenizer.json")
     (folder / "lexicon.txt").write_text("\n".join(sorted(parts.lexicon)) + "\n")
@@ -128,7 +130,9 @@ def load_parts(folder: str | Path, device: str | torch.device = "cpu") -> Parts:
         parts = Parts(cfg)
     parts.to_empty(device="cpu")
     tensors = load_tensors(folder / "model.safetensors")
-    state = {k: v for k, v in parts.state_dict().items() if k.startswith(("fae.", "flow."))}
+    if not any(name.startswith("joints.") for name in tensors) and "adapter" not in config["stages"]:
+        tensors |= _fresh_joints(cfg)
+    state = {k: v for k, v in parts.state_dict().items() if k.startswith(OWN)}
     _fill(state, tensors, folder / "model.safetensors")
     _load_backbone(parts.vlm, folder / "vlm")
     _load_backbone(parts.features, folder / "features")
@@ -181,9 +185,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not of a starflow2 model (no format, model, stages).")
     if not isinstance(config["stages"], list) or not all(type(s) is str for s in config["stages"]):
         raise CheckpointError(f"{path} is not of a starflow2 model (stages is no list of names).")
-    if config["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {config['format']}; this version reads {FORMAT}.")
-    return dict(config)
+    if config["format"] not in (1, FORMAT):
+        raise CheckpointError(f"{path} has format {config['format']}; this version reads up to {FORMAT}.")
+    return _as_format_2(config) if config["format"] == 1 else dict(config)
+
+
+def _as_format_2(config: dict[str, Any]) -> dict[str, Any]:
+    """A model from before the streams were joined: it gets the joints of that time's only recipe."""
+    joints = to_dict(JointsConfig(adapter_width=192, adapter_stencil=True, reference=True))
+    new = {"joints": joints, "max_positions": 4096}
+    return {**config, "format": FORMAT, "model": {**config["model"], **new}}
+
+
+def _fresh_joints(cfg: ModelConfig) -> dict[str, Tensor]:
+    """Untrained joints for such a model, the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        joints = Joints(cfg.joints, cfg.flow.deep.dim, cfg.vlm.width, cfg.flow.deep.stack.width)
+    return {f"joints.{name}": value for name, value in joints.state_dict().items()}
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

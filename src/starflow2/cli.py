@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from starflow2.model import Picture
-    from starflow2.train import RunConfig, StageConfig, StepReport
+    from starflow2.stages import RunConfig, StageConfig
+    from starflow2.train import StepReport
 
 __all__ = ["main"]
 

@@ -19,7 +19,7 @@ from starflow2.recipes import find
 __all__ = ["describe", "find_config", "table"]
 
 BYTES = {"float32": 4, "bfloat16": 2}  # of one number
-TRAINED = ("flow.deep", "flow.shallow")  # by the paper's stages; the rest is frozen when they start
+TRAINED = ("flow.deep", "flow.shallow", "adapter", "skips")  # by the paper's stages; the rest is frozen when they start
 
 
 def find_config(name: str) -> ModelConfig:
@@ -54,6 +54,8 @@ def describe(cfg: ModelConfig) -> dict[str, Any]:
         "fae": _count(parts.fae),
         "flow.deep": _count(parts.flow.deep),
         "flow.shallow": _count(parts.flow.shallow),
+        "adapter": _count(parts.joints.adapter),
+        "skips": _count(parts.joints) - _count(parts.joints.adapter),
     }
     total = sum(counts.values())
     language, deep = cfg.vlm, cfg.flow.deep.stack

@@ -23,6 +23,7 @@ __all__ = [
     "StackConfig",
     "at_least_fp32",
     "attention",
+    "attention_mask",
     "axial_angles",
     "check",
     "rotate",
@@ -195,6 +196,10 @@ class Cache:
         ]
         return twin
 
+    def select(self, rows: Tensor) -> None:
+        """Keep the given rows only, in their order."""
+        self._buffers = [None if pair is None else (pair[0][rows], pair[1][rows]) for pair in self._buffers]
+
 
 # -- the stack ----------------------------------------------------------------------------------
 
@@ -316,7 +321,7 @@ class CausalStack(nn.Module):
         """
         past = 0 if cache is None else cache.length
         rotation = self._rotation(positions, x)
-        mask = _mask(x, past, attend, self.cfg.causal)
+        mask = attention_mask(x, past, attend, self.cfg.causal)
         ctx = _StackContext(rotation, mask, cache)
         for i, layer in enumerate(self.layers):
             x = layer(x, ctx, i)
@@ -334,8 +339,11 @@ class CausalStack(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def _mask(x: Tensor, past: int, attend: Tensor | None, is_causal: bool) -> Tensor | None:
-    """The boolean mask (B or 1, 1, Tq, Tk), or None where nothing is hidden."""
+def attention_mask(x: Tensor, past: int, attend: Tensor | None, is_causal: bool = True) -> Tensor | None:
+    """The boolean mask (B or 1, 1, Tq, Tk) of positions x (B, Tq, C) behind `past` cached ones, None if all is seen.
+
+    attend: (B, Tk) bool marks usable keys, or (B, Tq, Tk) bool says all.
+    """
     length = x.shape[1]
     if attend is not None and attend.ndim == 3:
         return attend.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""The parts of a model side by side: features, language model, FAE, flow, tokenizer. No files here.
+"""The parts of a model side by side: features, language model, FAE, flow, joints, tokenizer. No files here.
 
 What each part is lives in its own module; this one only knows which belong together.
 """
@@ -19,6 +19,8 @@ from starflow2.backbones import (
 )
 from starflow2.fae import Fae, FaeCodec, FaeConfig
 from starflow2.flow import Flow, FlowConfig
+from starflow2.pretzel import Joints, JointsConfig, Pretzel
+from starflow2.sequence import Layout
 
 __all__ = ["ModelConfig", "Parts", "build"]
 
@@ -32,9 +34,11 @@ class ModelConfig:
     vlm: LanguageConfig
     fae: FaeConfig
     flow: FlowConfig
+    joints: JointsConfig
     guidance: float = 2.0  # 0 = off
     prior_scale: float = 0.65  # 1 = exact sampling
     max_prompt_tokens: int = 256
+    max_positions: int = 4096  # of one conversation
 
 
 class Parts(nn.Module):
@@ -49,6 +53,19 @@ class Parts(nn.Module):
         self.vlm = QwenStream(cfg.vlm)
         self.fae = Fae(cfg.fae)
         self.flow = Flow(cfg.flow)
+        deep = cfg.flow.deep
+        self.joints = Joints(cfg.joints, deep.dim, cfg.vlm.width, deep.stack.width)
+
+    @property
+    def pretzel(self) -> Pretzel:
+        """Both streams joined, over these weights."""
+        return Pretzel(self.vlm, self.flow, self.joints)
+
+    @property
+    def layout(self) -> Layout:
+        """How documents of this model spell a picture."""
+        ids = self.cfg.vlm.special
+        return Layout(self.cfg.flow.deep.grid, ids.vision_start, ids.vision_end, ids.image_pad, ids.pad)
 
     @property
     def codec(self) -> FaeCodec:

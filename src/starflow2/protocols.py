@@ -9,7 +9,35 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Codec", "FeatureExtractor"]
+from starflow2.nn import Cache
+
+__all__ = ["Codec", "FeatureExtractor", "LanguageStream"]
+
+
+@runtime_checkable
+class LanguageStream(Protocol):
+    """A frozen causal language model, taken apart (Qwen2.5-VL in the paper). E is its width, V its vocabulary."""
+
+    @property
+    def width(self) -> int: ...
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, E)."""
+        ...
+
+    def states(
+        self, embeds: Tensor, positions: Tensor, cache: Cache | None = None, attend: Tensor | None = None
+    ) -> Tensor:
+        """Last hidden states (B, T, E), those that `logits` takes. positions: (3, B, T); attend as in `CausalStack`."""
+        ...
+
+    def new_cache(self) -> Cache:
+        """An empty cache, which `states` lets grow by T positions."""
+        ...
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(..., E) -> (..., V)."""
+        ...
 
 
 @runtime_checkable

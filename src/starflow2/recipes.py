@@ -16,7 +16,8 @@ from starflow2.fae import FaeConfig
 from starflow2.flow import BlockConfig, FlowConfig, NoiseConfig
 from starflow2.nn import StackConfig
 from starflow2.parts import ModelConfig
-from starflow2.train import OptimConfig, RunConfig, StageConfig
+from starflow2.pretzel import JointsConfig
+from starflow2.stages import OptimConfig, RunConfig, StageConfig
 
 __all__ = ["find", "nano", "smoke"]
 
@@ -73,6 +74,7 @@ def nano_model() -> ModelConfig:
             shallow=(block(shallow, "l2r"), block(shallow, "r2l")),
             noise=NoiseConfig(noise_min=0.01, noise_max=0.5, max_share=0.8),
         ),
+        joints=JointsConfig(adapter_width=192, adapter_stencil=True, reference=True),
     )
 
 

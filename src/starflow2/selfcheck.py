@@ -27,7 +27,7 @@ from starflow2.flow.block import scan
 from starflow2.flow.solve import Guide
 from starflow2.generate import DrawConfig, drawing_context
 from starflow2.model import StarFlow2
-from starflow2.train import to_images
+from starflow2.stages import to_images
 
 __all__ = ["Check", "check_model", "report", "table"]
 

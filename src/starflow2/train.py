@@ -17,11 +17,10 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
@@ -31,70 +30,16 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from starflow2.backbones import train_tokenizer
 from starflow2.checkpoint import load_parts, load_tensors, save_parts, save_tensors
 from starflow2.config import to_dict
-from starflow2.data.tasks import draw_task, lexicon, understanding_task
-from starflow2.data.world import Scene, render
-from starflow2.errors import ConfigError, TrainingError, nearest
+from starflow2.data.edits import edit_task, edit_words
+from starflow2.data.stories import story_dialogue, story_task, story_words
+from starflow2.data.tasks import draw_task
+from starflow2.data.understanding import understanding_dialogue, understanding_words
+from starflow2.errors import ConfigError, TrainingError
 from starflow2.files import replacing
-from starflow2.generate import drawing_context
-from starflow2.losses import masked_picture_loss, ngp_loss, ntp_loss
 from starflow2.parts import ModelConfig, Parts
-from starflow2.sequence import IGNORE, length_groups, pad_rows
-from starflow2.understand import picture_inputs
+from starflow2.stages import TASKS, Precision, RunConfig, StageConfig, Task
 
-__all__ = ["OptimConfig", "RunConfig", "StageConfig", "StepReport", "fit"]
-
-StageName = Literal["features", "fae", "vlm", "t2i"]
-Precision = Literal["auto", "float32", "bfloat16"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """Muon on hidden matrices, AdamW elsewhere; linear warm-up, constant, linear decay to zero."""
-
-    lr: float = 2e-3  # AdamW
-    matrix_lr: float = 4e-3  # Muon with AdamW's update size; 0 = AdamW everywhere
-    weight_decay: float = 0.01
-    warmup_steps: int = 60
-    decay_share: float = 0.6  # share of all steps at the end over which the rate falls
-    clip: float = 1.0  # global gradient norm
-    ema: float = 0.995  # decay of the averaged weights that are kept; 0 = none
-
-    def rate(self, step: int, steps: int) -> float:
-        """Factor on both learning rates at `step` of `steps`."""
-        up = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        left = (steps - step) / max(1.0, self.decay_share * steps)
-        return up * min(1.0, left)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """One stage: how long, how much, how fast."""
-
-    name: StageName
-    steps: int
-    batch: int  # pictures per step
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    save_every: int = 200  # steps between checkpoints
-    log_every: int = 10  # steps between metric lines
-    caption_drop: float = 0.1  # share of empty prompts (t2i)
-    hidden_share: float = 0.4  # largest share of hidden patches (features)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """A recipe: the model, its stages in order, the seed of everything."""
-
-    model: ModelConfig
-    stages: tuple[StageConfig, ...]
-    seed: int = 0
-    precision: Precision = "auto"  # autocast type; "auto" times both on this machine
-
-    def stage(self, name: str) -> StageConfig:
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        known = [s.name for s in self.stages]
-        raise ConfigError(f"stage is {name!r}; expected one of {known}.{nearest(name, known)}")
+__all__ = ["StepReport", "fit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,159 +52,6 @@ class StepReport:
     metrics: dict[str, float]
     images_per_s: float
     eta_s: float
-
-
-# -- tasks --------------------------------------------------------------------------------------------
-
-
-class Task(Protocol):
-    """What a stage trains, what it draws and how it scores it."""
-
-    trained: nn.ModuleDict
-
-    def draw(self, indices: range) -> Any: ...
-
-    def loss(self, data: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]: ...
-
-
-def to_images(scenes: list[Scene]) -> Tensor:
-    """Rendered scenes (B, 3, 64, 64) in [-1, 1]."""
-    pixels = torch.from_numpy(np.stack([render(s) for s in scenes]))
-    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
-
-
-class FeaturesTask:
-    """Masked-picture training of the DINOv2 that nano freezes afterwards."""
-
-    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.stage, self.seed = parts, stage, seed
-        cfg = parts.cfg.features
-        self.head = nn.Linear(cfg.width, 3 * cfg.patch_size**2)
-        self.trained = nn.ModuleDict({"features": parts.features, "pixel_head": self.head})
-
-    def draw(self, indices: range) -> Tensor:
-        return to_images([draw_task(self.seed, i).scene for i in indices])
-
-    def loss(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        images = images.to(self.parts.device)
-        rows, cols = self.parts.features.grid
-        share = self.stage.hidden_share * torch.rand(len(images), 1, generator=generator)
-        hidden = torch.rand(len(images), rows * cols, generator=generator) < share
-        feats = self.parts.features.features(images, hidden.to(images.device))
-        loss = masked_picture_loss(feats, self.head, images, self.parts.cfg.features.patch_size)
-        return loss, {}
-
-
-class FaeTask:
-    """Latents and decoders on frozen features."""
-
-    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.seed = parts, seed
-        self.trained = nn.ModuleDict({"fae": parts.fae})
-
-    def draw(self, indices: range) -> Tensor:
-        return to_images([draw_task(self.seed, i).scene for i in indices])
-
-    def loss(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        images = images.to(self.parts.device)
-        with torch.no_grad():
-            feats = self.parts.features.features(images)
-        losses = self.parts.fae.losses(images, feats.float(), generator)
-        names = ("feature", "kl", "pixel", "edge")
-        return losses.total, {name: getattr(losses, name) for name in names}
-
-
-class VlmTask:
-    """Captions and questions about drawn pictures, seen through the model's own vision tower."""
-
-    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.seed = parts, seed
-        self.trained = nn.ModuleDict({"vlm": parts.vlm})
-
-    def draw(self, indices: range) -> tuple[Tensor, Tensor, Tensor]:
-        scenes, ids, labels = [], [], []
-        for index in indices:
-            scene, turns = understanding_task(self.seed, index)
-            row, label = self._document(turns)
-            scenes.append(scene)
-            ids.append(row)
-            labels.append(label)
-        pad = self.parts.cfg.vlm.special.pad
-        return to_images(scenes), pad_rows(ids, pad).ids, pad_rows(labels, IGNORE).ids
-
-    def _document(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        tokenizer = self.parts.tokenizer
-        assert tokenizer is not None
-        s, (rows, cols) = tokenizer.special, self.parts.cfg.vlm.image_grid
-        picture = [s.vision_start, *[s.image_pad] * (rows * cols), s.vision_end]
-        ids: list[int] = []
-        labels: list[int] = []
-        for question, answer in turns:
-            asked = [s.user, *picture, *tokenizer.encode(question), s.assistant]
-            told = [*tokenizer.encode(answer), s.end]
-            ids += [*asked, *told]
-            labels += [*[IGNORE] * len(asked), *told]
-            picture = []
-        return ids, labels
-
-    def loss(self, data: tuple[Tensor, Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        images, ids, labels = (t.to(self.parts.device) for t in data)
-        vlm = self.parts.vlm
-        h = vlm.states(*picture_inputs(self.parts, images, ids))
-        target = labels[:, 1:] != IGNORE
-        loss = ntp_loss(vlm.logits(h[:, :-1][target]), labels[:, 1:][target])
-        return loss, {}
-
-
-class T2iTask:
-    """Paper stage 1: the flow's exact NLL given the frozen VLM's states of the caption."""
-
-    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.stage, self.seed = parts, stage, seed
-        self.trained = nn.ModuleDict({"flow": parts.flow})
-        if "t2i" not in parts.stages:
-            self._whiten()
-
-    def _whiten(self, prompts: int = 2048, batch: int = 128) -> None:
-        """Fresh flows start from whitened text states; see `AffineBlock.whiten_context`."""
-        tokenizer = self.parts.tokenizer
-        assert tokenizer is not None
-        rows = [tokenizer.drawing_prompt(draw_task(self.seed, i).prompt) for i in range(prompts)]
-        contexts = [drawing_context(self.parts, rows[i : i + batch]) for i in range(0, prompts, batch)]
-        self.parts.flow.deep.whiten_context(torch.cat([c.states[c.attend] for c in contexts]))
-
-    def draw(self, indices: range) -> tuple[Tensor, list[list[int]]]:
-        tokenizer = self.parts.tokenizer
-        assert tokenizer is not None
-        drawings = [draw_task(self.seed, i) for i in indices]
-        drops = np.random.default_rng([self.seed, indices.start]).random(len(indices))
-        drop = drops < self.stage.caption_drop
-        prompts = ["" if gone else d.prompt for d, gone in zip(drawings, drop, strict=True)]
-        rows = [tokenizer.drawing_prompt(p) for p in prompts]
-        return to_images([d.scene for d in drawings]), rows
-
-    def loss(
-        self, data: tuple[Tensor, list[list[int]]], generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        images, rows = data
-        with torch.no_grad():
-            latents = self.parts.codec.encode(images.to(self.parts.device)).float()
-        loss, nats = latents.new_zeros(()), latents.new_zeros(())
-        picture = self.parts.cfg.flow.deep.num_latents
-        for group in length_groups([len(r) for r in rows], picture):
-            context = drawing_context(self.parts, [rows[i] for i in group])
-            terms = ngp_loss(self.parts.flow, latents[group], context, generator)
-            share = len(group) / len(rows)
-            loss, nats = loss + share * terms[0], nats + share * terms[1]
-        return loss, {"nats_per_dim": nats}
-
-
-TASKS: dict[str, Callable[[Parts, StageConfig, int], Task]] = {
-    "features": FeaturesTask,
-    "fae": FaeTask,
-    "vlm": VlmTask,
-    "t2i": T2iTask,
-}
 
 
 # -- processes ------------------------------------------------------------------------------------------
@@ -424,19 +216,20 @@ def _start_parts(run: RunConfig, stage: str, folder: Path, device: str) -> Parts
         )
     torch.manual_seed(run.seed)
     parts = Parts(run.model).to(device)
-    corpus = (turn for i in range(2000) for turn in _text_of(run.seed, i))
+    corpus = (words for i in range(2000) for words in _words_of(run.seed, i))
     parts.tokenizer = train_tokenizer(corpus, run.model.vlm.vocab)
     if parts.tokenizer.special != run.model.vlm.special:
         raise ConfigError("vlm.special does not fit the tokenizer's special tokens.")
-    parts.lexicon = lexicon()
+    parts.lexicon = understanding_words() | edit_words() | story_words()
     return parts
 
 
-def _text_of(seed: int, index: int) -> Iterator[str]:
+def _words_of(seed: int, index: int) -> Iterator[str]:
+    """What the tokenizer learns from: captions, conversations, instructions."""
     yield draw_task(seed, index).prompt
-    for question, answer in understanding_task(seed, index)[1]:
-        yield question
-        yield answer
+    yield edit_task(seed, index).instruction
+    for dialogue in (understanding_dialogue(seed, index), story_dialogue(story_task(seed, index))):
+        yield from (part for turn in dialogue.turns for part in (*turn.asked, *turn.told) if isinstance(part, str))
 
 
 def _check_same(saved: ModelConfig, wanted: ModelConfig) -> None:

@@ -104,6 +104,6 @@ def _reply(parts: Parts, images: Tensor, ids: Tensor, max_tokens: int) -> list[l
         if not rows or len(replies[rows[0]]) == max_tokens:
             return replies
         if len(going) < len(h):
-            cache.batch_select_indices(going)
+            cache.select(going)
         at += 1
         h = vlm.states(vlm.embed(told[:, None]), text_mrope(len(rows), 1, at).to(ids.device), cache=cache)

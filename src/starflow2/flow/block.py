@@ -232,11 +232,21 @@ class AffineBlock(nn.Module):
         x = buffer[:, first - 1 : last - 1]
         above = None
         if self.cfg.stencil:
-            above = buffer[:, self.above[first:last].flatten()].view(*x.shape[:2], -1)
+            above = buffer[:, self.above[first:last]].flatten(2)
         h = self._project(x, above)
         if self.cfg.learned_positions:
             h = h + self.position_table[first - shift : last - shift]
         return h
+
+    def embed_at(self, buffer: Tensor, targets: Tensor) -> Tensor:
+        """As `embed`, with targets of its own for every row: (B, n) int64 from 1 to N -> (B, n, C).
+
+        Target N is behind the last latent: its slot holds that latent, has no stencil and predicts nothing.
+        """
+        rows = torch.arange(len(buffer), device=buffer.device)[:, None]
+        above = buffer[rows[..., None], self.above[targets]].flatten(2) if self.cfg.stencil else None
+        h = self._project(buffer[rows, targets - 1], above)
+        return h + self.position_table[targets - 1] if self.cfg.learned_positions else h
 
     def affine(self, h: Tensor) -> Affine:
         """Body outputs (B, n, C) -> Gaussians, in float32 or better under any autocast."""
@@ -298,7 +308,7 @@ class AffineBlock(nn.Module):
 
 
 def _above(grid: tuple[int, int]) -> Tensor:
-    """Indices (N, 3) of the latents above-left, above and above-right of each; N where none."""
+    """Indices (N + 1, 3) of the latents above-left, above and above-right of each; N where none, as at N itself."""
     rows, cols = grid
     if rows < 1 or cols < 1:
         raise ConfigError(f"grid is {grid}; expected at least one row and one column.")
@@ -308,7 +318,7 @@ def _above(grid: tuple[int, int]) -> Tensor:
     for offset in (-1, 0, 1):
         inside = (row > 0) & (col + offset >= 0) & (col + offset < cols)
         out.append(torch.where(inside, index - cols + offset, rows * cols))
-    return torch.stack(out, dim=-1)
+    return F.pad(torch.stack(out, dim=-1), (0, 0, 0, 1), value=rows * cols)
 
 
 def _with_identity_first(affine: Affine) -> Affine:

@@ -1,0 +1,362 @@
+"""Stages as data, and what each trains: its `Task` draws items and says what they cost. No loops, no files here.
+
+Every random choice is a pure function of (seed, stage, index or step).
+Letters: B documents, T positions, N latents, P pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from starflow2.data.dialogue import Dialogue, Turn
+from starflow2.data.edits import edit_chain_dialogue, edit_dialogue, edit_task
+from starflow2.data.stories import story_dialogue, story_task
+from starflow2.data.tasks import draw_task
+from starflow2.data.understanding import understanding_dialogue
+from starflow2.data.world import Scene, render, stream
+from starflow2.errors import ConfigError, nearest
+from starflow2.flow.noise import add_noise
+from starflow2.generate import drawing_context
+from starflow2.losses import joint_loss, masked_picture_loss, ngp_loss, ntp_loss
+from starflow2.parts import ModelConfig, Parts
+from starflow2.sequence import IGNORE, Batch, length_groups, pack
+
+__all__ = ["TASKS", "MixConfig", "OptimConfig", "Precision", "RunConfig", "StageConfig", "Task"]
+
+StageName = Literal["features", "fae", "vlm", "t2i", "adapter", "joint"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Muon on hidden matrices, AdamW elsewhere; linear warm-up, constant, linear decay to zero."""
+
+    lr: float = 2e-3  # AdamW
+    matrix_lr: float = 4e-3  # Muon with AdamW's update size; 0 = AdamW everywhere
+    weight_decay: float = 0.01
+    warmup_steps: int = 60
+    decay_share: float = 0.6  # share of all steps at the end over which the rate falls
+    clip: float = 1.0  # global gradient norm
+    ema: float = 0.995  # decay of the averaged weights that are kept; 0 = none
+
+    def rate(self, step: int, steps: int) -> float:
+        """Factor on both learning rates at `step` of `steps`."""
+        up = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        left = (steps - step) / max(1.0, self.decay_share * steps)
+        return up * min(1.0, left)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig:
+    """Shares of stage 3's documents: questions about pictures, pictures from words, edits, stories."""
+
+    understand: float = 0.25
+    draw: float = 0.35
+    edit: float = 0.3
+    story: float = 0.1
+
+    def __post_init__(self) -> None:
+        shares = [getattr(self, f.name) for f in fields(self)]
+        if min(shares) < 0 or sum(shares) <= 0:
+            raise ConfigError(f"mix is {self}; expected shares of at least 0, not all of them 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage: how long, how much, how fast."""
+
+    name: StageName
+    steps: int
+    batch: int  # documents per step
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    save_every: int = 200  # steps between checkpoints
+    log_every: int = 10  # steps between metric lines
+    caption_drop: float = 0.1  # share of drawings whose words are dropped (t2i, joint)
+    hidden_share: float = 0.4  # largest share of hidden patches (features)
+    text_weight: float = 0.25  # of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
+    distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
+    mix: MixConfig = field(default_factory=MixConfig)  # of documents (joint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A recipe: the model, its stages in order, the seed of everything."""
+
+    model: ModelConfig
+    stages: tuple[StageConfig, ...]
+    seed: int = 0
+    precision: Precision = "auto"  # autocast type; "auto" times both on this machine
+
+    def stage(self, name: str) -> StageConfig:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        known = [s.name for s in self.stages]
+        raise ConfigError(f"stage is {name!r}; expected one of {known}.{nearest(name, known)}")
+
+
+# -- tasks --------------------------------------------------------------------------------------------
+
+
+class Task(Protocol):
+    """What a stage trains, what it draws and how it scores it."""
+
+    trained: nn.ModuleDict
+
+    def draw(self, indices: range) -> Any: ...
+
+    def loss(self, data: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+def to_images(scenes: list[Scene]) -> Tensor:
+    """Rendered scenes (B, 3, 64, 64) in [-1, 1]."""
+    pixels = torch.from_numpy(np.stack([render(s) for s in scenes]))
+    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+class FeaturesTask:
+    """Masked-picture training of the DINOv2 that nano freezes afterwards."""
+
+    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
+        self.parts, self.stage, self.seed = parts, stage, seed
+        cfg = parts.cfg.features
+        self.head = nn.Linear(cfg.width, 3 * cfg.patch_size**2)
+        self.trained = nn.ModuleDict({"features": parts.features, "pixel_head": self.head})
+
+    def draw(self, indices: range) -> Tensor:
+        return to_images([draw_task(self.seed, i).scene for i in indices])
+
+    def loss(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        images = images.to(self.parts.device)
+        rows, cols = self.parts.features.grid
+        share = self.stage.hidden_share * torch.rand(len(images), 1, generator=generator)
+        hidden = torch.rand(len(images), rows * cols, generator=generator) < share
+        feats = self.parts.features.features(images, hidden.to(images.device))
+        loss = masked_picture_loss(feats, self.head, images, self.parts.cfg.features.patch_size)
+        return loss, {}
+
+
+class FaeTask:
+    """Latents and decoders on frozen features."""
+
+    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
+        self.parts, self.seed = parts, seed
+        self.trained = nn.ModuleDict({"fae": parts.fae})
+
+    def draw(self, indices: range) -> Tensor:
+        return to_images([draw_task(self.seed, i).scene for i in indices])
+
+    def loss(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        images = images.to(self.parts.device)
+        with torch.no_grad():
+            feats = self.parts.features.features(images)
+        losses = self.parts.fae.losses(images, feats.float(), generator)
+        names = ("feature", "kl", "pixel", "edge")
+        return losses.total, {name: getattr(losses, name) for name in names}
+
+
+class VlmTask:
+    """Conversations about drawn pictures, seen through the model's own vision tower, and about words."""
+
+    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
+        self.parts, self.seed = parts, seed
+        self.trained = nn.ModuleDict({"vlm": parts.vlm})
+
+    def draw(self, indices: range) -> tuple[Tensor, Batch]:
+        return _documents(self.parts, [understanding_dialogue(self.seed, i) for i in indices])
+
+    def loss(self, data: tuple[Tensor, Batch], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        images, batch = data[0].to(self.parts.device), data[1].to(self.parts.device)
+        vlm = self.parts.vlm
+        embeds = with_pictures(vlm.embed(batch.ids), vlm.see(images), batch)
+        h = vlm.states(embeds, batch.mrope, attend=batch.attend)
+        target = batch.labels != IGNORE
+        return ntp_loss(vlm.logits(h[target]), batch.labels[target]), {}
+
+
+class T2iTask:
+    """Paper stage 1: the flow's exact NLL given the frozen VLM's states of the caption."""
+
+    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
+        self.parts, self.stage, self.seed = parts, stage, seed
+        self.trained = nn.ModuleDict({"flow": parts.flow})
+        if "t2i" not in parts.stages:
+            self._whiten()
+
+    def _whiten(self, prompts: int = 2048, batch: int = 128) -> None:
+        """Fresh flows start from whitened text states; see `AffineBlock.whiten_context`."""
+        tokenizer = self.parts.tokenizer
+        assert tokenizer is not None
+        rows = [tokenizer.drawing_prompt(draw_task(self.seed, i).prompt) for i in range(prompts)]
+        contexts = [drawing_context(self.parts, rows[i : i + batch]) for i in range(0, prompts, batch)]
+        self.parts.flow.deep.whiten_context(torch.cat([c.states[c.attend] for c in contexts]))
+
+    def draw(self, indices: range) -> tuple[Tensor, list[list[int]]]:
+        tokenizer = self.parts.tokenizer
+        assert tokenizer is not None
+        drawings = [draw_task(self.seed, i) for i in indices]
+        drops = np.random.default_rng([self.seed, indices.start]).random(len(indices))
+        drop = drops < self.stage.caption_drop
+        prompts = ["" if gone else d.prompt for d, gone in zip(drawings, drop, strict=True)]
+        rows = [tokenizer.drawing_prompt(p) for p in prompts]
+        return to_images([d.scene for d in drawings]), rows
+
+    def loss(
+        self, data: tuple[Tensor, list[list[int]]], generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        images, rows = data
+        with torch.no_grad():
+            latents = self.parts.codec.encode(images.to(self.parts.device)).float()
+        loss, nats = latents.new_zeros(()), latents.new_zeros(())
+        picture = self.parts.cfg.flow.deep.num_latents
+        for group in length_groups([len(r) for r in rows], picture):
+            context = drawing_context(self.parts, [rows[i] for i in group])
+            terms = ngp_loss(self.parts.flow, latents[group], context, generator)
+            share = len(group) / len(rows)
+            loss, nats = loss + share * terms[0], nats + share * terms[1]
+        return loss, {"nats_per_dim": nats}
+
+
+class AdapterTask:
+    """Paper stage 2: answers about pictures that the language model sees through the adapter; nothing else trains."""
+
+    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
+        self.parts, self.stage, self.seed = parts, stage, seed
+        self.trained = nn.ModuleDict({"adapter": parts.joints.adapter})
+        if "adapter" not in parts.stages:
+            parts.joints.adapter.set_scale(_rms_of_tower(parts, seed))
+
+    def draw(self, indices: range) -> tuple[Tensor, Batch]:
+        return _documents(self.parts, [understanding_dialogue(self.seed, i) for i in indices])
+
+    def loss(self, data: tuple[Tensor, Batch], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        images, batch = data[0].to(self.parts.device), data[1].to(self.parts.device)
+        pretzel = self.parts.pretzel
+        level = _source_levels(self.parts, len(images), generator)
+        with torch.no_grad():
+            latents = self.parts.codec.encode(images).float()
+            u, _ = self.parts.flow.shallow(add_noise(latents, level, generator), level)
+        adapted = pretzel.adapted(u, level)
+        vlm = self.parts.vlm
+        embeds = with_pictures(vlm.embed(batch.ids), adapted, batch)
+        h = vlm.states(embeds, batch.mrope, attend=batch.attend)
+        target = batch.labels != IGNORE
+        loss = ntp_loss(vlm.logits(h[target]), batch.labels[target])
+        if not self.stage.distill:
+            return loss, {}
+        with torch.no_grad():
+            seen = vlm.see(images)
+        far = (adapted - seen).square().mean() / seen.square().mean()
+        return loss + self.stage.distill * far, {"distance": far}
+
+
+class JointTask:
+    """Paper stage 3: everything at once, with the skips open; the language model and the FAE stay frozen."""
+
+    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
+        self.parts, self.stage, self.seed = parts, stage, seed
+        self.trained = nn.ModuleDict({"flow": parts.flow, "joints": parts.joints})
+
+    def draw(self, indices: range) -> tuple[Tensor, Batch]:
+        return _documents(self.parts, [_joint_dialogue(self.stage, self.seed, i) for i in indices])
+
+    def loss(self, data: tuple[Tensor, Batch], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        images, batch = data[0].to(self.parts.device), data[1].to(self.parts.device)
+        noise = self.parts.cfg.flow.noise
+        assert noise is not None
+        with torch.no_grad():
+            latents = self.parts.codec.encode(images).float()
+        drawn = noise.draw(len(images), generator).to(latents.device)
+        level = torch.where(batch.pictures.is_target, drawn, _source_levels(self.parts, len(images), generator))
+        terms = joint_loss(self.parts.pretzel, batch, (add_noise(latents, level, generator), level), noise)
+        return terms.flow + self.stage.text_weight * terms.text, {"flow": terms.flow, "text": terms.text}
+
+
+def _joint_dialogue(stage: StageConfig, seed: int, index: int) -> Dialogue:
+    """Document number `index` of stage 3, its words dropped now and then."""
+    rng = stream(seed, index, _JOINT_STREAM)
+    shares = np.array([getattr(stage.mix, f.name) for f in fields(stage.mix)])
+    name = fields(stage.mix)[int(rng.choice(len(shares), p=shares / shares.sum()))].name
+    return dropped(_JOINT[name](seed, index), rng, stage.caption_drop)
+
+
+def _drawing(seed: int, index: int) -> Dialogue:
+    drawing = draw_task(seed, index)
+    return Dialogue((Turn((drawing.prompt,), (drawing.scene,)),), "draw")
+
+
+def _edit(seed: int, index: int) -> Dialogue:
+    """Single edits, and every fourth time a chain of them."""
+    return edit_chain_dialogue(seed, index) if index % 4 == 0 else edit_dialogue(edit_task(seed, index))
+
+
+_JOINT_STREAM = 21
+_JOINT: dict[str, Callable[[int, int], Dialogue]] = {
+    "understand": understanding_dialogue,
+    "draw": _drawing,
+    "edit": _edit,
+    "story": lambda seed, index: story_dialogue(story_task(seed, index)),
+}
+
+
+def dropped(dialogue: Dialogue, rng: np.random.Generator, share: float) -> Dialogue:
+    """In `share` of the dialogues with a drawn picture the user says nothing; in half of those, shows nothing either.
+
+    That is what guidance calls the unconditional branch (docs/choices.md#guidance).
+    """
+    drawn = any(isinstance(p, Scene) for turn in dialogue.turns for p in turn.told)
+    if not drawn or rng.random() >= share:
+        return dialogue
+    shows = rng.random() < 0.5
+    turns = tuple(
+        Turn(tuple(p for p in turn.asked if shows and isinstance(p, Scene)), turn.told) for turn in dialogue.turns
+    )
+    return Dialogue(turns, dialogue.kind)
+
+
+def _documents(parts: Parts, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Batch]:
+    """Rendered pictures (P, 3, h, w) of the dialogues in order, and the dialogues packed."""
+    assert parts.tokenizer is not None
+    scenes = [scene for dialogue in dialogues for scene in dialogue.scenes]
+    images = to_images(scenes) if scenes else torch.zeros(0, 3, *[parts.cfg.fae.image_size] * 2)
+    return images, pack([parts.tokenizer.document(d.turns) for d in dialogues], parts.layout)
+
+
+def with_pictures(embeds: Tensor, seen: Tensor, batch: Batch) -> Tensor:
+    """Embeddings (B, T, E) with pictures (P, N, E) put into their slots."""
+    row = batch.pictures.row[:, None].expand(-1, seen.shape[1])
+    at = batch.pictures.begin[:, None] + 1 + torch.arange(seen.shape[1], device=seen.device)
+    return embeds.index_put((row, at), seen.to(embeds.dtype))
+
+
+def _source_levels(parts: Parts, count: int, generator: torch.Generator) -> Tensor:
+    """Noise levels (count,) of pictures that are read: often clean as uploads are, often at the level of drawing."""
+    noise = parts.cfg.flow.noise
+    assert noise is not None
+    kind, uniform = torch.rand(2, count, generator=generator)
+    level = noise.noise_min + (noise.noise_max - noise.noise_min) * uniform
+    level = torch.where(kind < 0.4, torch.full_like(level, noise.noise_min), level)
+    return torch.where(kind > 0.7, torch.full_like(level, noise.noise_max), level).to(parts.device)
+
+
+@torch.no_grad()
+def _rms_of_tower(parts: Parts, seed: int, pictures: int = 64) -> float:
+    """Root mean square of what the language model's own tower feeds it: the scale the adapter starts at."""
+    images = to_images([draw_task(seed, i).scene for i in range(pictures)]).to(parts.device)
+    return float(parts.vlm.see(images).square().mean().sqrt())
+
+
+TASKS: dict[str, Callable[[Parts, StageConfig, int], Task]] = {
+    "features": FeaturesTask,
+    "fae": FaeTask,
+    "vlm": VlmTask,
+    "t2i": T2iTask,
+    "adapter": AdapterTask,
+    "joint": JointTask,
+}

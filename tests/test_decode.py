@@ -1,0 +1,140 @@
+"""Rows continued step by step: the cache against one full pass, and rows against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_cases import tiny_parts
+from starflow2.decode import Finished, Made, Replying, Rows, Sampler, Started, Wrote
+from starflow2.generate import DrawConfig
+from starflow2.pretzel import PretzelCache, Slots, States
+from starflow2.sequence import Image, Segment, Text, pack
+
+PRECISIONS = ("float32", "float64")
+
+
+def a_sampler(guidance: float = 1.0, precision: str = "float32", prior_scale: float = 0.7) -> Sampler:
+    parts = tiny_parts(("features", "fae", "vlm", "t2i", "adapter", "joint"))
+    return Sampler(parts, DrawConfig(guidance=guidance, prior_scale=prior_scale, precision=precision))  # type: ignore[arg-type]
+
+
+@dataclass
+class Recorder:
+    """Stands in for `Pretzel.read` and keeps the states of the first row of the main stream, position by position."""
+
+    rows: Rows
+    h: list[Tensor] = field(default_factory=list)
+    g: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.real = self.rows.sampler.pretzel.read
+        self.rows.sampler.pretzel.read = self  # type: ignore[method-assign]
+
+    def __call__(self, slots: Slots, cache: PretzelCache | None = None) -> States:
+        states = self.real(slots, cache)
+        if cache is self.rows.main.cache:
+            keep = self.rows.main.keep[0, -slots.ids.shape[1] :]
+            self.h.append(states.h[0, keep])
+            self.g.append(states.g[0, keep])
+        return states
+
+
+def six_segments(rows: Rows, row: int = 0) -> tuple[list[Segment], Tensor, Tensor]:
+    """Uploads, words and drawn pictures in turn in one row: the document, its noisy latents and their levels."""
+    ids: list[list[int]] = [[] for _ in range(rows.rows)]
+    sampler = rows.sampler
+    x = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(9))
+    document: list[Segment] = []
+    latents, levels = [], []
+
+    def say(tokens: Sequence[int]) -> None:
+        ids[row] = list(tokens)
+        rows.read(ids)
+        document.append(Text(tuple(tokens)))
+
+    def draw(seed: int) -> None:
+        for event in rows.reply([seed], Replying(tokens=0, pictures=1), [row], draws=True):
+            if isinstance(event, Made):
+                latents.append(event.picture.x)
+        levels.append(sampler.noise_level)
+        document.extend([Image(is_target=True), Text((sampler.parts.cfg.vlm.special.end,))])
+
+    say((1, 30, 31))
+    rows.see([row], x, 0.2)
+    document.append(Image())
+    latents.append(x[0].to(sampler.dtype))
+    levels.append(0.2)
+    say((40, 41, 2))
+    draw(5)
+    say((1, 50, 2))
+    draw(6)
+    return document, torch.stack(latents), torch.tensor(levels, dtype=sampler.dtype)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_cached_steps_equal_one_full_pass_at_every_position_of_a_document(precision, guidance):
+    rows = Rows(a_sampler(guidance, precision), 1)
+    recorder = Recorder(rows)
+    document, x, levels = six_segments(rows)
+    pretzel = rows.sampler.pretzel
+    pretzel.read = recorder.real
+    full = []
+    pretzel.read = lambda slots, cache=None: full.append(recorder.real(slots, cache)) or full[-1]
+    with torch.no_grad():
+        pretzel.forward(pack([document], rows.sampler.layout), x, levels)
+    h, g = torch.cat(recorder.h), torch.cat(recorder.g)
+    assert h.shape == full[0].h[0].shape == (rows.main.cache.length, 40)
+    assert (h - full[0].h[0]).abs().max() <= 1e-4
+    assert (g - full[0].g[0]).abs().max() <= 1e-4
+
+
+def events_of(rows: Rows, asked: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[object]]:
+    rows.read(asked)
+    told: list[list[object]] = [[] for _ in asked]
+    for event in rows.reply(seeds, Replying(tokens=5, pictures=1)):
+        if isinstance(event, Wrote):
+            told[event.row].append(event.token)
+        elif isinstance(event, Made):
+            told[event.row].append(event.picture)
+        elif isinstance(event, Started | Finished):
+            told[event.row].append(type(event))
+    return told
+
+
+def test_rows_in_different_modalities_equal_the_same_rows_alone():
+    sampler = a_sampler()
+    begin = sampler.layout.begin
+    asked = [[1, 30, 2], [1, 31, 32, 33, 34, 2, 60, 61], [1, 35, 36, 2]]
+
+    def forced(logits: Tensor, rows: int) -> Tensor:
+        return logits
+
+    real = sampler.pretzel.logits
+    turns = {"n": 0}
+
+    def logits(h: Tensor, g: Tensor) -> Tensor:
+        out = real(h, g)
+        out[:, begin] += torch.where(out[:, 40] > out[:, 41], 50.0, -50.0)  # some rows draw, some write
+        return out
+
+    sampler.pretzel.logits = logits  # type: ignore[method-assign]
+    together = events_of(Rows(sampler, 3), asked, [7, 8, 9])
+    alone = [events_of(Rows(sampler, 1), [a], [s])[0] for a, s in zip(asked, [7, 8, 9], strict=True)]
+    del forced, turns
+    kinds = {tuple(type(e).__name__ for e in row) for row in together}
+    assert len(kinds) > 1, "the rows were to differ in what they make"
+    for mine, theirs in zip(together, alone, strict=True):
+        assert [type(e) for e in mine] == [type(e) for e in theirs]
+        for a, b in zip(mine, theirs, strict=True):
+            if isinstance(a, int):
+                assert a == b
+            elif hasattr(a, "u"):
+                assert (a.u - b.u).abs().max() <= 1e-4
+                assert (a.image - b.image).abs().max() <= 1e-4
+                assert a.log_prob == pytest.approx(b.log_prob, abs=1e-3)
