@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model_cases import tiny_parts
-from starflow2.decode import Finished, Made, Replying, Rows, Sampler, Started, Wrote
+from starflow2.decode import Begun, Completed, Ended, Replying, Rows, Sampler, Token
 from starflow2.generate import DrawConfig
 from starflow2.pretzel import PretzelCache, Slots, States
 from starflow2.sequence import Image, Segment, Text, pack
@@ -59,7 +59,7 @@ def six_segments(rows: Rows, row: int = 0) -> tuple[list[Segment], Tensor, Tenso
 
     def draw(seed: int) -> None:
         for event in rows.reply([seed], Replying(tokens=0, pictures=1), [row], draws=True):
-            if isinstance(event, Made):
+            if isinstance(event, Completed):
                 latents.append(event.picture.x)
         levels.append(sampler.noise_level)
         document.extend([Image(is_target=True), Text((sampler.parts.cfg.vlm.special.end,))])
@@ -98,11 +98,11 @@ def events_of(rows: Rows, asked: Sequence[Sequence[int]], seeds: Sequence[int]) 
     rows.read(asked)
     told: list[list[object]] = [[] for _ in asked]
     for event in rows.reply(seeds, Replying(tokens=5, pictures=1)):
-        if isinstance(event, Wrote):
-            told[event.row].append(event.token)
-        elif isinstance(event, Made):
+        if isinstance(event, Token):
+            told[event.row].append(event.id)
+        elif isinstance(event, Completed):
             told[event.row].append(event.picture)
-        elif isinstance(event, Started | Finished):
+        elif isinstance(event, Begun | Ended):
             told[event.row].append(type(event))
     return told
 
@@ -112,11 +112,7 @@ def test_rows_in_different_modalities_equal_the_same_rows_alone():
     begin = sampler.layout.begin
     asked = [[1, 30, 2], [1, 31, 32, 33, 34, 2, 60, 61], [1, 35, 36, 2]]
 
-    def forced(logits: Tensor, rows: int) -> Tensor:
-        return logits
-
     real = sampler.pretzel.logits
-    turns = {"n": 0}
 
     def logits(h: Tensor, g: Tensor) -> Tensor:
         out = real(h, g)
@@ -126,7 +122,6 @@ def test_rows_in_different_modalities_equal_the_same_rows_alone():
     sampler.pretzel.logits = logits  # type: ignore[method-assign]
     together = events_of(Rows(sampler, 3), asked, [7, 8, 9])
     alone = [events_of(Rows(sampler, 1), [a], [s])[0] for a, s in zip(asked, [7, 8, 9], strict=True)]
-    del forced, turns
     kinds = {tuple(type(e).__name__ for e in row) for row in together}
     assert len(kinds) > 1, "the rows were to differ in what they make"
     for mine, theirs in zip(together, alone, strict=True):

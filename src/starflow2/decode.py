@@ -12,6 +12,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
 from typing import Literal
 
 import torch
@@ -25,29 +27,41 @@ from starflow2.parts import Parts
 from starflow2.pretzel import Latent, Pretzel, PretzelCache, Slots
 from starflow2.sequence import Cursor, Layout
 
-__all__ = ["Drew", "Event", "Finished", "Made", "Picture", "Replying", "Rows", "Sampler", "Started", "Stream", "Wrote"]
+__all__ = [
+    "Begun",
+    "Completed",
+    "Ended",
+    "Picture",
+    "Replying",
+    "RowEvent",
+    "Rows",
+    "Sampler",
+    "Stepped",
+    "Stream",
+    "Token",
+]
 
 
 # -- events -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Wrote:
+class Token:
     """A token of text."""
 
     row: int
-    token: int
+    id: int
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
+class Begun:
     """A picture has begun."""
 
     row: int
 
 
 @dataclass(frozen=True, slots=True)
-class Drew:
+class Stepped:
     """`done` of `total` latents of a picture."""
 
     row: int
@@ -72,7 +86,7 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class Completed:
     """A picture is complete."""
 
     row: int
@@ -80,14 +94,14 @@ class Made:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class Ended:
     """The reply is over: the model ended it, or a limit did."""
 
     row: int
     reason: Literal["end", "limit"]
 
 
-Event = Wrote | Started | Drew | Made | Finished
+RowEvent = Token | Begun | Stepped | Completed | Ended
 
 
 # -- one branch -----------------------------------------------------------------------------------------------
@@ -99,6 +113,10 @@ class Sampler:
     def __init__(self, parts: Parts, config: DrawConfig | None = None) -> None:
         self.parts = parts
         self.config = config or DrawConfig.for_model(parts)
+        if self.config.cleanup != "none":
+            raise ConfigError(
+                f"cleanup is {self.config.cleanup!r}; conversations take 'none': their cache is the sample."
+            )
         asked = self.config.precision
         doubles = parts.device.type == "cpu" if asked == "auto" else asked == "float64"
         self.dtype = torch.float64 if doubles else parts.flow.deep.head.weight.dtype
@@ -106,6 +124,26 @@ class Sampler:
         if doubles:
             vlm, flow = copy.deepcopy(parts.vlm).double(), copy.deepcopy(parts.flow).double()
             self.pretzel = Pretzel(vlm, flow, copy.deepcopy(parts.joints).double())
+
+    def prior(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Where a picture starts, at the temperature that is set: z of `shape`, (N, D)."""
+        return self.config.prior_scale * torch.randn(tuple(shape), generator=generator)
+
+    def with_code(self, z: Tensor) -> Sampler:
+        """The same, but every picture starts from z (N, D), whatever the seed, without guidance: exact inversion."""
+        twin = copy.copy(self)
+        twin.config = replace(self.config, guidance=0.0)
+        twin.prior = lambda shape, generator: z  # type: ignore[method-assign]
+        return twin
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells models apart, and precisions: saved sessions fit only their own."""
+        found = blake2b(str(self.dtype).encode(), digest_size=16)
+        for module in (self.parts.vlm, self.parts.flow, self.parts.joints):
+            for value in module.state_dict().values():
+                found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     @property
     def layout(self) -> Layout:
@@ -270,6 +308,12 @@ class Rows:
         flags = torch.zeros(rows, dtype=torch.bool, device=sampler.parts.device)
         self.canvas = _Canvas(zeros, zeros[:, :-1].clone(), zeros.clone(), flags)
 
+    def fork(self, copies: int = 1) -> Rows:
+        """Rows of their own, each repeated; the two never share memory."""
+        twin = Rows(self.sampler, self.rows * copies)
+        twin.main, twin.canvas = self.main.fork(copies), self.canvas.fork(copies)
+        return twin
+
     # -- what is given
 
     def read(self, ids: Sequence[Sequence[int]]) -> None:
@@ -293,15 +337,15 @@ class Rows:
 
     def reply(
         self, seeds: Sequence[int], config: Replying, rows: Sequence[int] | None = None, *, draws: bool = False
-    ) -> Iterator[Event]:
+    ) -> Iterator[RowEvent]:
         """Let `rows` (all) reply until each has ended; `draws`: every reply begins with a picture.
 
         Picture and words of row i come from seeds[i] alone. Raises DataError if a latent is not finite.
         """
         going = range(self.rows) if rows is None else rows
-        states = {
-            row: _Row(torch.Generator().manual_seed(seed)) for row, seed in zip(going, seeds, strict=True)
-        }
+        states = {row: _Row(torch.Generator().manual_seed(seed)) for row, seed in zip(going, seeds, strict=True)}
+        if draws and config.pictures < 1:
+            raise ConfigError("a reply that begins with a picture needs room for one; pictures is 0.")
         if draws:
             yield from self._start([*states], states)
         while any(s.doing != "done" for s in states.values()):
@@ -309,9 +353,9 @@ class Rows:
         self.blank = None
 
     @torch.no_grad()
-    def _step(self, states: dict[int, _Row], config: Replying) -> list[Event]:
+    def _step(self, states: dict[int, _Row], config: Replying) -> list[RowEvent]:
         """One slot for every row that is going on."""
-        told: list[Event] = []
+        told: list[RowEvent] = []
         ids: list[list[int]] = [[] for _ in range(self.rows)]
         starting: list[int] = []
         layout = self.sampler.layout
@@ -324,9 +368,9 @@ class Rows:
             state.tokens += 1
             if token == self._end:
                 state.doing = "done"
-                told.append(Finished(row, state.reason))
+                told.append(Ended(row, state.reason))
             else:
-                told.append(Wrote(row, token))
+                told.append(Token(row, token))
         drawing = [r for r, s in states.items() if s.doing == "draw" and r not in starting]
         if drawing:
             self._draw_next(drawing, states)
@@ -338,7 +382,7 @@ class Rows:
         self._append(ids, drawing, states)
         if starting:
             told += self._start(starting, states)
-        told += [Drew(row, states[row].drawn, layout.num_latents) for row in drawing]
+        told += [Stepped(row, states[row].drawn, layout.num_latents) for row in drawing]
         return told + self._completed([r for r in drawing if states[r].drawn == layout.num_latents], states)
 
     @property
@@ -377,23 +421,22 @@ class Rows:
         return torch.full((count,), level, dtype=self.sampler.dtype, device=self.sampler.parts.device)
 
     @torch.no_grad()
-    def _start(self, rows: list[int], states: dict[int, _Row]) -> list[Event]:
+    def _start(self, rows: list[int], states: dict[int, _Row]) -> list[RowEvent]:
         """Feed begin slots, draw the prior, open the unconditional branch."""
         index = torch.tensor(rows, device=self.main.keep.device)
         level = self._levels(len(rows), self.sampler.noise_level)
         self._begin(index, level)
         self.canvas.u[index] = 0
         shape = self.canvas.z.shape[1:]
-        scale = self.sampler.config.prior_scale
         for row in rows:
             states[row].doing, states[row].drawn = "draw", 0
             states[row].log_prob = states[row].unconditional = 0.0
             states[row].pictures += 1
-            z = torch.randn(shape, generator=states[row].generator)
-            self.canvas.z[row] = scale * z.to(self.canvas.z)
+            z = self.sampler.prior(shape, states[row].generator)
+            self.canvas.z[row] = z.to(self.canvas.z)
         if self.sampler.config.guidance:
             self._begin_blank(index, level)
-        return [Started(row) for row in rows]
+        return [Begun(row) for row in rows]
 
     def _begin(self, index: Tensor, level: Tensor) -> None:
         """A begin slot behind each of these rows."""
@@ -486,7 +529,7 @@ class Rows:
         self.canvas.previous[index] = self.canvas.u[index]
         self.canvas.has_previous[index] = True
 
-    def _completed(self, rows: list[int], states: dict[int, _Row]) -> list[Event]:
+    def _completed(self, rows: list[int], states: dict[int, _Row]) -> list[RowEvent]:
         """Decode finished pictures; what stays in the cache is what was sampled."""
         if not rows:
             return []
@@ -496,10 +539,10 @@ class Rows:
         x = sampler.pretzel.flow.shallow.inverse(u, levels, sampler.config.shallow_solver)
         images = sampler.parts.fae.decode(x.to(sampler.parts.flow.deep.head.weight.dtype))
         self._turn_page(rows)
-        made: list[Event] = []
+        made: list[RowEvent] = []
         for i, row in enumerate(rows):
             state = states[row]
             state.doing = "close"
             unconditional = None if self.blank is None else state.unconditional
-            made.append(Made(row, Picture(x[i], u[i], level, images[i], state.log_prob, unconditional)))
+            made.append(Completed(row, Picture(x[i], u[i], level, images[i], state.log_prob, unconditional)))
         return made

@@ -6,6 +6,7 @@ float32 in [-1, 1], which is how images enter and leave the codec.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,11 +18,12 @@ from torch import Tensor
 from starflow2.errors import DataError, OutputError, ShapeError
 from starflow2.files import replacing
 
-__all__ = ["Picture", "contact_sheet", "read_metadata", "save_png", "to_pil", "to_tensor"]
+__all__ = ["Picture", "contact_sheet", "read_metadata", "read_picture", "save_png", "to_pil", "to_tensor"]
 
 Picture = Image.Image  # for annotations elsewhere, without importing PIL there
 
 INK, PAPER, FRAME = (32, 32, 36), (255, 255, 255), (214, 214, 220)
+MIN_SIDE = 16  # pixels; less than that shows nothing
 MARGIN, FONT_SIZE, LABEL_LINES = 12, 15, 6  # pixels, pixels, lines
 
 
@@ -50,6 +52,46 @@ def to_pil(image: Tensor) -> Picture:
     if not pixels.isfinite().all():
         raise DataError("image: expected finite numbers, got NaN or infinity; the model that drew it has diverged.")
     return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
+
+
+def read_picture(source: str | Path | Picture, size: int) -> Tensor:
+    """A picture for a model to look at: its middle square, `size` pixels a side, (3, size, size) in [-1, 1].
+
+    Raises DataError, naming the remedy, for what could only be read by guessing: no picture, a truncated one, one too
+    large to be meant, several frames, CMYK, 16 bits, transparency, or a side of less than 16 pixels.
+    """
+    name = "the picture" if isinstance(source, Image.Image) else str(source)
+    try:
+        image = source if isinstance(source, Image.Image) else _opened(Path(source))
+        _check_readable(image, name)
+        pixels = image.convert("RGB")  # here PIL meets the end of a truncated file
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"cannot read {name} as a picture: {error}.") from error
+    side = min(pixels.size)
+    left, top = (pixels.width - side) // 2, (pixels.height - side) // 2
+    square = pixels.crop((left, top, left + side, top + side))
+    if side != size:
+        square = square.resize((size, size), Image.Resampling.LANCZOS)
+    return to_tensor(square)
+
+
+def _opened(path: Path) -> Picture:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(path)
+
+
+def _check_readable(image: Picture, name: str) -> None:
+    """Raise DataError for a picture that is whole but that we would have to guess about."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise DataError(f"{name} has {frames} frames; expected a still picture: save the frame you mean.")
+    if image.mode not in ("1", "L", "P", "RGB", "RGBA", "LA", "PA"):
+        raise DataError(f"{name} has colour mode {image.mode}; expected 8-bit RGB or grey: convert it first.")
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise DataError(f"{name} has transparent pixels; expected an opaque picture: put it on a background first.")
+    if min(image.size) < MIN_SIDE:
+        raise DataError(f"{name} is {image.width} x {image.height} pixels; expected at least {MIN_SIDE} a side.")
 
 
 def contact_sheet(images: Sequence[Picture], labels: Sequence[str], columns: int = 8, scale: int = 3) -> Picture:

@@ -1,6 +1,6 @@
 """Objectives: next-Gaussian prediction (flow NLL), next-token, and the masked-picture one of features.
 
-Letters: B batch, T positions, N latents, D latent dim, V vocabulary.
+Letters: B batch, T positions, M labels, N latents, D latent dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,8 +37,19 @@ def ngp_loss(flow: Flow, latents: Tensor, context: Context, generator: torch.Gen
 
 
 def ntp_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean next-token loss in nats over labels that are not IGNORE; logits (..., V)."""
-    return F.cross_entropy(at_least_fp32(logits).flatten(0, -2), labels.flatten(), ignore_index=IGNORE)
+    """Next-token loss in nats, every reply counting alike; logits (M, V) of the M positions with a label.
+
+    labels: (B, T), IGNORE where nothing is to be predicted. A mean over tokens would let long lists drown one-word
+    answers (our choice: docs/choices.md#reply-weights). 0 where there is no label.
+    """
+    has_label = labels != IGNORE
+    if not len(logits):
+        return logits.sum()
+    nats = F.cross_entropy(at_least_fp32(logits), labels[has_label], reduction="none")
+    starts = has_label & ~F.pad(has_label[:, :-1], (1, 0))
+    reply = starts.flatten().cumsum(0).view_as(labels)[has_label] - 1  # (M,) which reply a label belongs to
+    count = torch.bincount(reply)
+    return (nats / count[reply]).sum() / len(count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +71,7 @@ def joint_loss(pretzel: Pretzel, batch: Batch, pictures: tuple[Tensor, Tensor], 
     nats = -out.log_prob / math.prod(noisy.shape[1:]) - 0.5 * math.log(2 * math.pi)
     weighted = (noise.loss_weight(level) * nats)[is_target]
     flow = weighted.mean() if len(weighted) else out.log_prob.sum() * 0
-    text = ntp_loss(out.logits, out.labels) if len(out.labels) else out.logits.sum() * 0
-    return JointTerms(flow, text)
+    return JointTerms(flow, ntp_loss(out.logits, batch.labels))
 
 
 def masked_picture_loss(feats: Tensor, head: nn.Linear, images: Tensor, patch: int) -> Tensor:

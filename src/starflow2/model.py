@@ -6,7 +6,6 @@ Everything it does is a call into generate and checkpoint. Not here: training an
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,18 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
+from starflow2.batch import converse
 from starflow2.checkpoint import load_parts, save_parts, write_config
-from starflow2.errors import CheckpointError, ConfigError, DeviceError, PromptError, nearest
+from starflow2.decode import Picture as Drawn
+from starflow2.decode import Replying, RowEvent, Sampler, Stepped
+from starflow2.errors import CheckpointError, ConfigError, DeviceError, nearest
 from starflow2.generate import DrawConfig, draw
 from starflow2.images import Picture as Image
 from starflow2.images import to_pil
 from starflow2.parts import Parts
+from starflow2.prompts import check_words, heard
+from starflow2.scoring import Code, Score, decode_code, invert, score
+from starflow2.session import Session
 
 __all__ = ["Picture", "StarFlow2", "pick_device"]
 
@@ -37,6 +42,7 @@ class Picture:
     prompt: str
     seed: int
     settings: dict[str, Any]
+    gain: float | None = None  # nats by which the prompt makes the picture likelier than no prompt, if it was measured
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -59,6 +65,18 @@ def pick_device(name: str = "auto") -> torch.device:
         raise DeviceError(f"device is {name!r}: {str(error).splitlines()[0]}") from error
 
 
+def _gain(picture: Drawn) -> float | None:
+    """log p(picture | words) - log p(picture), free of charge where guidance read both."""
+    if picture.log_prob is None or picture.unconditional is None:
+        return None
+    return picture.log_prob - picture.unconditional
+
+
+def _shown(image: str | Path | Image | Tensor) -> Path | Image | Tensor:
+    """A picture by its file name is a Path to a session, where a str is words."""
+    return Path(image) if isinstance(image, str) else image
+
+
 class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow", "text-to-image"]):
     """A trained model that draws pictures from words.
 
@@ -68,6 +86,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        self._sampler: Sampler | None = None
 
     @property
     def device(self) -> torch.device:
@@ -98,14 +117,22 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             self.check_prompt(prompt)
         config = config or DrawConfig.for_model(self.parts)
         asked = [(p, seed + j) for p in prompts for j in range(n)]
-        images = self.draw([p for p, _ in asked], [s for _, s in asked], config, progress)
         settings = {
             "guidance": config.guidance,
             "prior_scale": config.prior_scale,
             "cleanup": config.cleanup,
             "model": self.parts.cfg.name,
         }
-        return [Picture(to_pil(image), prompt, s, settings) for image, (prompt, s) in zip(images, asked, strict=True)]
+        if not self.is_joint:
+            images = self.draw([p for p, _ in asked], [s for _, s in asked], config, progress)
+            drawn: list[tuple[Tensor, float | None]] = [(image, None) for image in images]
+        else:
+            made = self._drawn([p for p, _ in asked], [s for _, s in asked], config, progress)
+            drawn = [(p.image, _gain(p)) for p in made]
+        return [
+            Picture(to_pil(image), prompt, s, settings, gain)
+            for (image, gain), (prompt, s) in zip(drawn, asked, strict=True)
+        ]
 
     def draw(
         self,
@@ -116,8 +143,98 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
     ) -> Tensor:
         """One image per (prompt, seed) as a tensor (B, 3, height, width) in [-1, 1], unchecked."""
         config = config or DrawConfig.for_model(self.parts)
-        heard = [self._as_learnt(p) for p in prompts]
-        return draw(self.parts, heard, seeds, config, progress).images.cpu()
+        if self.is_joint:
+            return torch.stack([p.image for p in self._drawn(prompts, seeds, config, progress)]).cpu()
+        said = [heard(self.parts, p) for p in prompts]
+        return draw(self.parts, said, seeds, config, progress).images.cpu()
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether both streams have been trained together, so that pictures are drawn in conversations."""
+        return "joint" in self.parts.stages
+
+    def sampler(self, config: DrawConfig | None = None) -> Sampler:
+        """Both streams ready for sampling; made once per setting, since it copies them where it has to."""
+        config = config or DrawConfig.for_model(self.parts)
+        if self._sampler is None or self._sampler.config != config:
+            self._sampler = Sampler(self.parts, config)
+        return self._sampler
+
+    def _drawn(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        config: DrawConfig,
+        progress: Callable[[int, int], None] | None,
+    ) -> list[Drawn]:
+        sampler, done = self.sampler(config), 0
+        total = len(prompts) * sampler.layout.num_latents
+
+        def watch(event: RowEvent) -> None:
+            nonlocal done
+            done += isinstance(event, Stepped)
+            if progress is not None and isinstance(event, Stepped):
+                progress(done, total)
+
+        talks = [[[heard(self.parts, p)]] for p in prompts]
+        told = converse(sampler, talks, seeds, Replying(tokens=0, pictures=1), draws=True, watch=watch)
+        return [picture for ((picture, *_),) in told if isinstance(picture, Drawn)]
+
+    # -- conversations ------------------------------------------------------------------------------
+
+    def session(self, *, seed: int = 0, config: DrawConfig | None = None) -> Session:
+        """A conversation with this model. Raises ConfigError if its streams were not trained together."""
+        return Session(self.sampler(config), seed)
+
+    def ask(self, image: str | Path | Image | Tensor, question: str) -> str:
+        """An answer about a picture. Raises PromptError, DataError."""
+        return self.session().add(_shown(image), question).write()
+
+    def edit(
+        self, image: str | Path | Image | Tensor, instruction: str, *, seed: int = 0, config: DrawConfig | None = None
+    ) -> Picture:
+        """The picture, changed as told. Raises PromptError, DataError."""
+        session = self.session(seed=seed, config=config)
+        made = session.add(_shown(image), instruction).draw()
+        used = session.sampler.config
+        settings = {"guidance": used.guidance, "prior_scale": used.prior_scale, "model": self.parts.cfg.name}
+        return Picture(made.image, instruction, seed, settings, _gain(made.picture))
+
+    # -- many at once, for suites
+
+    def answers(self, images: Sequence[Sequence[Tensor]], questions: Sequence[str], tokens: int = 48) -> list[str]:
+        """One answer per (pictures, question), greedy; pictures (3, s, s) in [-1, 1], any number each."""
+        talks: list[list[list[str | Tensor]]] = [
+            [[*shown, heard(self.parts, q)]] for shown, q in zip(images, questions, strict=True)
+        ]
+        told = converse(self.sampler(), talks, [0] * len(talks), Replying(tokens=tokens, pictures=0))
+        return [" ".join(b for b in blocks if isinstance(b, str)) for (blocks,) in told]
+
+    def edits(self, images: Tensor, instructions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Every picture changed as told: (B, 3, s, s) in [-1, 1] -> the same."""
+        talks = [[[image, heard(self.parts, told)]] for image, told in zip(images, instructions, strict=True)]
+        told = converse(self.sampler(), talks, seeds, Replying(tokens=0, pictures=1), draws=True)
+        return torch.stack([p.image for ((p, *_),) in told if isinstance(p, Drawn)]).cpu()
+
+    def tell(self, talks: Sequence[Sequence[str]], seeds: Sequence[int]) -> list[list[list[str | Tensor]]]:
+        """Replies to every turn of every talk: blocks of words and pictures (3, s, s), as the model decides."""
+        said = [[[heard(self.parts, turn)] for turn in talk] for talk in talks]
+        told = converse(self.sampler(), said, seeds, Replying(tokens=64, pictures=1))
+        return [[[b if isinstance(b, str) else b.image for b in turn] for turn in talk] for talk in told]
+
+    # -- likelihood -----------------------------------------------------------------------------------
+
+    def score(self, asked: Sequence[str | Tensor], told: Sequence[str | Tensor]) -> Score:
+        """How likely the reply `told` is after `asked`, token by token and patch by patch; see `scoring.score`."""
+        return score(self.sampler(), asked, told)
+
+    def invert(self, image: Tensor, prompt: str = "") -> Code:
+        """The latent code from which `prompt` draws this picture; see `scoring.invert`."""
+        return invert(self.sampler(), image, heard(self.parts, prompt))
+
+    def from_code(self, code: Code, prompt: str = "") -> Image:
+        """The picture that `prompt` draws from a code: with the prompt of `invert` the same one, else an edit."""
+        return to_pil(decode_code(self.sampler(), code.z, heard(self.parts, prompt)).image)
 
     def roundtrip(self, images: Tensor, noise_level: float = 0.0, seed: int = 0) -> Tensor:
         """images (B, 3, h, w) through the FAE and back, with noise on the latents if asked."""
@@ -134,24 +251,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
     def check_prompt(self, prompt: str) -> None:
         """Raise PromptError for what this model cannot draw: nothing, too much, unknown words."""
-        if not _words(prompt):
-            raise PromptError("the prompt is empty; say what to draw, for instance 'two red hearts'.")
-        assert self.parts.tokenizer is not None
-        count = len(self.parts.tokenizer.drawing_prompt(self._as_learnt(prompt)))
-        limit = self.parts.cfg.max_prompt_tokens
-        if count > limit:
-            raise PromptError(f"the prompt has {count} tokens; this model reads up to {limit}.")
-        unknown = [w for w in _words(prompt) if self.parts.lexicon and w not in self.parts.lexicon]
-        if unknown:
-            listed = ", ".join(dict.fromkeys(repr(w) for w in unknown))
-            raise PromptError(
-                f"this model never learnt {listed}.{nearest(unknown[0], self.parts.lexicon)} "
-                f"It knows {len(self.parts.lexicon)} words: shapes, colours, sizes, places, counts."
-            )
-
-    def _as_learnt(self, prompt: str) -> str:
-        """A model with a lexicon has seen lower case and single spaces only: other text is other tokens."""
-        return " ".join(prompt.lower().split()) if self.parts.lexicon else prompt
+        check_words(self.parts, prompt)
 
     # -- files and Hub --------------------------------------------------------------------------------
 
@@ -178,10 +278,6 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
                 raise ConfigError(f"unknown option {option!r} of from_pretrained.{nearest(option, known)}")
         where = pick_device(device)
         return cls(load_parts(_locate(name, hub), where))
-
-
-def _words(prompt: str) -> list[str]:
-    return re.findall(r"[^\s.,;:!?]+", prompt.lower())
 
 
 def _locate(name: str | Path, hub: dict[str, Any]) -> Path:

@@ -196,6 +196,19 @@ class Cache:
         ]
         return twin
 
+    def filled(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (B, H, T, K) of every layer, as far as they are filled."""
+        pairs = [pair for pair in self._buffers if pair is not None]
+        return [(k[:, :, : self.length], v[:, :, : self.length]) for k, v in pairs]
+
+    @classmethod
+    def of(cls, pairs: list[tuple[Tensor, Tensor]]) -> Cache:
+        """A cache that holds these keys and values, one pair per layer."""
+        cache = cls(len(pairs), pairs[0][0].shape[2])
+        cache._buffers = [(k.clone(), v.clone()) for k, v in pairs]
+        cache.length = pairs[0][0].shape[2]
+        return cache
+
     def select(self, rows: Tensor) -> None:
         """Keep the given rows only, in their order."""
         self._buffers = [None if pair is None else (pair[0][rows], pair[1][rows]) for pair in self._buffers]

@@ -146,9 +146,7 @@ class Batch:
         p = self.pictures
         pictures = Pictures(p.row.to(device), p.begin.to(device), p.is_target.to(device), p.previous.to(device))
         mrope, places = self.mrope.to(device), self.places.to(device)
-        return Batch(
-            self.ids.to(device), self.labels.to(device), self.document.to(device), mrope, places, pictures
-        )
+        return Batch(self.ids.to(device), self.labels.to(device), self.document.to(device), mrope, places, pictures)
 
 
 @dataclass(slots=True)

@@ -177,7 +177,7 @@ class VlmTask:
         embeds = with_pictures(vlm.embed(batch.ids), vlm.see(images), batch)
         h = vlm.states(embeds, batch.mrope, attend=batch.attend)
         target = batch.labels != IGNORE
-        return ntp_loss(vlm.logits(h[target]), batch.labels[target]), {}
+        return ntp_loss(vlm.logits(h[target]), batch.labels), {}
 
 
 class T2iTask:
@@ -247,7 +247,7 @@ class AdapterTask:
         embeds = with_pictures(vlm.embed(batch.ids), adapted, batch)
         h = vlm.states(embeds, batch.mrope, attend=batch.attend)
         target = batch.labels != IGNORE
-        loss = ntp_loss(vlm.logits(h[target]), batch.labels[target])
+        loss = ntp_loss(vlm.logits(h[target]), batch.labels)
         if not self.stage.distill:
             return loss, {}
         with torch.no_grad():

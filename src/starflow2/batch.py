@@ -1,0 +1,112 @@
+"""Many conversations side by side, turn by turn: what suites and servers with a queue need.
+
+Row i depends on its own words, pictures and seed alone. Not here: one conversation that goes on (session).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from starflow2.decode import Completed, Picture, Replying, RowEvent, Rows, Sampler, Token
+from starflow2.errors import ConfigError
+
+__all__ = ["Block", "Part", "Talk", "converse"]
+
+Part = str | Tensor  # words, or a picture (3, s, s) in [-1, 1]
+Talk = Sequence[Sequence[Part]]  # what the user says in each turn
+Block = str | Picture  # what the model wrote or drew
+Watch = Callable[[RowEvent], None]
+
+
+def converse(
+    sampler: Sampler,
+    talks: Sequence[Talk],
+    seeds: Sequence[int],
+    replying: Replying,
+    *,
+    draws: bool = False,
+    watch: Watch | None = None,
+) -> list[list[list[Block]]]:
+    """The blocks of every reply to every turn of every talk, in order.
+
+    draws: every reply is a picture; else the model decides, within `replying`. `watch` is called with every event.
+    """
+    if len(talks) != len(seeds):
+        raise ConfigError(f"{len(talks)} talks and {len(seeds)} seeds; expected equally many.")
+    told: list[list[list[Block]]] = []
+    for first in range(0, len(talks), sampler.config.batch):
+        chunk = slice(first, first + sampler.config.batch)
+        told += _chunk(sampler, talks[chunk], seeds[chunk], _Style(replying, draws, watch))
+    return told
+
+
+@dataclass(frozen=True, slots=True)
+class _Style:
+    """How all of them reply."""
+
+    replying: Replying
+    draws: bool
+    watch: Watch | None
+
+
+def _chunk(sampler: Sampler, talks: Sequence[Talk], seeds: Sequence[int], style: _Style) -> list[list[list[Block]]]:
+    rows = Rows(sampler, len(talks))
+    told: list[list[list[Block]]] = [[] for _ in talks]
+    for turn in range(max((len(talk) for talk in talks), default=0)):
+        going = [i for i, talk in enumerate(talks) if turn < len(talk)]
+        _ask(rows, {i: talks[i][turn] for i in going})
+        for i, blocks in _listen(rows, going, [seeds[i] + turn for i in going], style).items():
+            told[i].append(blocks)
+    return told
+
+
+def _ask(rows: Rows, asked: dict[int, Sequence[Part]]) -> None:
+    """Let rows read a user's turn, part by part, and open the model's."""
+    special = rows.sampler.parts.cfg.vlm.special
+    _read(rows, {i: [special.user] for i in asked})
+    for at in range(max(map(len, asked.values()), default=0)):
+        here = {i: parts[at] for i, parts in asked.items() if at < len(parts)}
+        _read(rows, {i: _ids(rows.sampler, part) for i, part in here.items() if isinstance(part, str)})
+        _see(rows, {i: part for i, part in here.items() if isinstance(part, Tensor)})
+    _read(rows, {i: [special.assistant] for i in asked})
+
+
+def _ids(sampler: Sampler, text: str) -> list[int]:
+    assert sampler.parts.tokenizer is not None
+    return sampler.parts.tokenizer.encode(text) if text else []
+
+
+def _read(rows: Rows, ids: dict[int, list[int]]) -> None:
+    rows.read([ids.get(i, []) for i in range(rows.rows)])
+
+
+def _see(rows: Rows, images: dict[int, Tensor]) -> None:
+    if not images:
+        return
+    sampler = rows.sampler
+    x = sampler.parts.codec.encode(torch.stack(list(images.values())).to(sampler.parts.device))
+    eps = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))  # the same for all: rows are alone
+    rows.see(list(images), x + sampler.upload_level * eps.to(x), sampler.upload_level)
+
+
+def _listen(rows: Rows, going: list[int], seeds: list[int], style: _Style) -> dict[int, list[Block]]:
+    """What each row replies: runs of tokens as text, and pictures."""
+    blocks: dict[int, list[list[int] | Picture]] = {i: [] for i in going}
+    for event in rows.reply(seeds, style.replying, going, draws=style.draws):
+        if style.watch is not None:
+            style.watch(event)
+        if isinstance(event, Token):
+            last = blocks[event.row][-1] if blocks[event.row] else None
+            if not isinstance(last, list):
+                last = []
+                blocks[event.row].append(last)
+            last.append(event.id)
+        elif isinstance(event, Completed):
+            blocks[event.row].append(event.picture)
+    tokenizer = rows.sampler.parts.tokenizer
+    assert tokenizer is not None
+    return {i: [b if isinstance(b, Picture) else tokenizer.decode(b) for b in row] for i, row in blocks.items()}

@@ -1,0 +1,307 @@
+"""W-Edit: the truth scores all of it, the source handed back scores nothing, and every way to go wrong is noticed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from starflow2.data.edits import OPERATIONS, fits
+from starflow2.data.world import Thing, render
+from starflow2.errors import ConfigError, DataError
+from starflow2.evals import editing
+from starflow2.evals.editing import evaluate_edit, evaluate_edit_sessions, grade_edits, verify_lock
+
+
+def edits_of(*operations):
+    return [edit for edit in editing._suite("dev", "id") if edit.operation in operations]
+
+
+def graded(edits, scenes, sources=None):
+    images = np.stack([render(scene) for scene in scenes])
+    references = np.stack([render(edit.source) for edit in edits]) if sources is None else sources
+    return grade_edits(edits, images, references)
+
+
+def with_thing(scene, index, **changes):
+    thing = replace(scene.things[index], **changes)
+    return replace(scene, things=(*scene.things[:index], thing, *scene.things[index + 1 :]))
+
+
+class Knower:
+    """Looks the true target up by picture and words; remembers what it was asked."""
+
+    def __init__(self, *parts, split="dev"):
+        edits = [edit for part in parts for edit in editing._suite(split, part)]
+        self.truth = {(render(edit.source).tobytes(), edit.instruction): edit.target for edit in edits}
+        self.asked = []
+
+    def __call__(self, images, texts, seeds):
+        self.asked += zip(texts, seeds, strict=True)
+        return np.stack([render(self.truth[i.tobytes(), t]) for i, t in zip(images, texts, strict=True)])
+
+
+# -------------------------------------------------------------------------------------------------- grading
+
+
+@pytest.mark.parametrize("part", ["id", "cg"])
+def test_the_true_target_succeeds_and_the_source_is_preserved_but_not_changed(part):
+    edits = editing._suite("dev", part)
+    truth = graded(edits, [edit.target for edit in edits])
+    assert all(grade.success and grade.share == 1 and grade.l1 == grade.l2 == 0 for grade in truth)
+    copies = graded(edits, [edit.source for edit in edits])
+    assert not any(grade.applied or grade.success or grade.semantic for grade in copies)
+    assert all(grade.preserved and grade.psnr == 100 for grade in copies)
+
+
+def test_a_wrong_color_is_not_applied():
+    edits = edits_of("recolor")
+    wrong = [with_thing(e.target, e.after, color=(e.target.things[e.after].color + 1) % 8) for e in edits]
+    others = [(e, scene) for e, scene in zip(edits, wrong, strict=True) if scene != e.source]
+    assert len(others) > 20 and not any(grade.applied for grade in graded(*zip(*others, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("operation", "attribute", "count"),
+    [("reshape", "shape", 8), ("resize", "size", 2), ("add", "color", 8), ("add", "shape", 8), ("add", "size", 2)],
+)
+def test_what_is_asked_for_must_be_there_as_asked(operation, attribute, count):
+    edits = edits_of(operation)
+    things = [edit.target.things[edit.after] for edit in edits]
+    values = [(getattr(thing, attribute) + 1) % count for thing in things]
+    rows = zip(edits, values, strict=True)
+    assert not any(g.applied for g in graded(edits, [with_thing(e.target, e.after, **{attribute: v}) for e, v in rows]))
+
+
+def test_an_object_that_was_asked_to_move_may_miss_its_place_by_little_only():
+    edits = edits_of("move")
+    things = [edit.target.things[edit.after] for edit in edits]
+
+    def off(by):
+        steps = [by if thing.x < 32 else -by for thing in things]
+        return [with_thing(e.target, e.after, x=t.x + s) for e, t, s in zip(edits, things, steps, strict=True)]
+
+    assert all(grade.applied for grade in graded(edits, off(3.0)))
+    clear = [(e, scene) for e, scene in zip(edits, off(8.0), strict=True) if fits(scene)]
+    assert len(clear) > 10 and not any(grade.applied for grade in graded(*zip(*clear, strict=True)))
+    left_behind = [(e, replace(e.target, things=(*e.target.things, e.source.things[e.before]))) for e in edits]
+    apart = [(e, scene) for e, scene in left_behind if fits(scene)]
+    assert len(apart) > 10
+    assert all(grade.applied and not grade.preserved for grade in graded(*zip(*apart, strict=True)))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_bystander_that_moves_turns_or_goes_is_noticed(operation):
+    edits = [edit for edit in edits_of(operation) if len(edit.target.things) > 1 or edit.after is None]
+    which = [next(i for i in range(len(edit.target.things)) if i != edit.after) for edit in edits]
+    things = [edit.target.things[i] for edit, i in zip(edits, which, strict=True)]
+    rows = list(zip(edits, which, things, strict=True))
+    changed = {
+        "moved": [with_thing(e.target, i, x=t.x + (6 if t.x < 32 else -6)) for e, i, t in rows],
+        "shape": [with_thing(e.target, i, shape=(t.shape + 4) % 8) for e, i, t in rows],
+        "size": [with_thing(e.target, i, size=1 - t.size) for e, i, t in rows],
+        "color": [with_thing(e.target, i, color=(t.color + 4) % 8) for e, i, t in rows],
+        "gone": [replace(e.target, things=(*e.target.things[:i], *e.target.things[i + 1 :])) for e, i, _ in rows],
+    }
+    for name, scenes in changed.items():
+        kept = [(e, scene) for e, scene in zip(edits, scenes, strict=True) if fits(scene)]
+        assert kept, name
+        for grade in graded(*zip(*kept, strict=True)):
+            assert not grade.preserved and not grade.success and grade.share < 1, name
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_extra_blob_is_noticed_named_or_not(operation):
+    extra = Thing(shape=0, color=0, size=0, x=0, y=0, angle=0.0)
+    made, speckled = [], []
+    for edit in edits_of(operation):
+        for x, y in ((10, 10), (54, 10), (10, 54), (54, 54), (32, 32)):
+            scene = replace(edit.target, things=(*edit.target.things, replace(extra, x=x, y=y)))
+            if fits(scene):
+                made.append((edit, scene))
+                image = render(edit.target)
+                image[y - 2 : y + 2, x - 8 : x + 8] = (0, 0, 255)  # a bar is no shape of the world
+                speckled.append(image)
+                break
+    assert len(made) > 10
+    edits, scenes = zip(*made, strict=True)
+    for grade in graded(edits, scenes):
+        assert not grade.preserved and grade.share < 1
+    sources = np.stack([render(edit.source) for edit in edits])
+    assert not any(grade.success for grade in grade_edits(edits, np.stack(speckled), sources))
+
+
+def test_what_the_words_leave_alone_of_the_changed_object_must_stay_too():
+    recolored, resized = edits_of("recolor"), edits_of("resize")
+    shapes = [with_thing(e.target, e.after, shape=(e.target.things[e.after].shape + 1) % 8) for e in recolored]
+    colors = [with_thing(e.target, e.after, color=(e.target.things[e.after].color + 1) % 8) for e in resized]
+    for edits, scenes in ((recolored, shapes), (resized, colors)):
+        clear = [(e, scene) for e, scene in zip(edits, scenes, strict=True) if fits(scene)]
+        grades = graded(*zip(*clear, strict=True))
+        assert len(grades) > 20 and sum(grade.applied for grade in grades) > 0.9 * len(grades)
+        assert not any(grade.preserved for grade in grades)
+
+
+def test_another_background_is_a_change_unless_it_was_asked_for():
+    edits = [edit for edit in editing._suite("dev", "id") if edit.operation != "background"]
+    tinted = [replace(edit.target, background=(edit.target.background + 1) % 5) for edit in edits]
+    assert not any(grade.preserved for grade in graded(edits, tinted))
+    asked = edits_of("background")
+    wrong = [replace(e.target, background=(e.target.background + 1) % 5) for e in asked]
+    other = [(e, scene) for e, scene in zip(asked, wrong, strict=True) if scene != e.source]
+    assert not any(grade.applied for grade in graded(*zip(*other, strict=True)))
+
+
+def test_an_empty_picture_gets_nothing():
+    edits = editing._suite("dev", "id")
+    grades = graded(edits, [replace(edit.target, things=()) for edit in edits])
+    assert not any(grade.success for grade in grades) and all(grade.quality == 0 for grade in grades)
+
+
+def test_pixels_are_held_against_the_round_trip_and_not_against_the_source():
+    edits = edits_of("recolor")
+    noise = np.random.default_rng(0).normal(0, 25, (64, 64, 3))
+
+    def codec(images):
+        return np.clip(images.astype(np.float64) - 12 + 0.6 * noise, 0, 255).astype(np.uint8)
+
+    sources, targets = (
+        np.stack([render(s) for s in scenes]) for scenes in zip(*((e.source, e.target) for e in edits), strict=True)
+    )
+    fair = grade_edits(edits, codec(targets), codec(sources))
+    unfair = grade_edits(edits, codec(targets), sources)
+    assert min(grade.psnr for grade in fair) > 60 and max(grade.psnr for grade in unfair) < 24
+    assert not any(grade.preserved for grade in unfair)
+
+
+# -------------------------------------------------------------------------------------------------- reports
+
+
+def test_who_knows_the_truth_scores_all_of_it_and_the_report_is_json():
+    drawn, done = [], []
+    knower = Knower("id", "cg")
+
+    def draw(prompts, seeds):
+        drawn.extend(prompts)
+        return np.full((len(prompts), 64, 64, 3), 250, np.uint8)
+
+    report = evaluate_edit(knower, "dev", draw=draw, progress=lambda n, total: done.append((n, total)))
+    assert json.loads(json.dumps(report)) == report and done[-1] == (504, 504) and report["n"] == len(drawn) == 504
+    one, nothing = {"score": 1.0, "low": 1.0, "high": 1.0}, {"score": 0.0, "low": 0.0, "high": 0.0}
+    for part, count in (("id", 48), ("cg", 24)):
+        scores = report["parts"][part]
+        assert {row["n"] for row in scores["by_operation"].values()} == {count} and scores["n"] == 7 * count
+        for row in (scores["overall"], *scores["by_operation"].values(), scores["controls"]["ceiling"]["overall"]):
+            assert row["success"] == row["applied"] == row["preserved"] == one and row["l1"] == row["l2"] == nothing
+            assert row["semantic"]["score"] == 10 and 9 < row["quality"]["score"] < row["overall"]["score"] < 10
+        copy = scores["controls"]["copy"]["overall"]
+        assert copy["success"] == copy["applied"] == copy["overall"] == nothing and copy["preserved"] == one
+        assert scores["controls"]["regenerate"]["overall"]["success"] == nothing
+    assert report["gap"]["overall"]["success"] == nothing and set(report["gap"]["by_operation"]) == set(OPERATIONS)
+    assert len({seed for _, seed in knower.asked[:336]}) == 336
+
+
+def test_a_quick_run_asks_for_an_eighth_of_the_same_edits_and_wording_is_a_part_of_its_own():
+    full, quick = Knower("id", "paraphrase"), Knower("id", "paraphrase")
+    report = evaluate_edit(quick, "dev", quick=True, parts=("id", "paraphrase"))
+    evaluate_edit(full, "dev", parts=("id", "paraphrase"))
+    assert report["n"] == len(quick.asked) == 84 and set(quick.asked) < set(full.asked) and "gap" not in report
+    assert {row["n"] for row in report["parts"]["id"]["by_operation"].values()} == {6}
+    assert report["parts"]["paraphrase"]["overall"]["success"]["score"] == 1
+
+
+def test_scores_lie_within_their_intervals_and_operations_weigh_the_same():
+    knower = Knower("id")
+
+    def forgetful(images, texts, seeds):
+        made = knower(images, texts, seeds)
+        return np.where(np.array(seeds)[:, None, None, None] % 3 == 0, images, made)
+
+    scores = evaluate_edit(forgetful, "dev", parts=("id",))["parts"]["id"]
+    found = scores["overall"]["success"]
+    assert found["low"] < found["score"] < found["high"] < found["low"] + 0.15
+    each = [row["success"]["score"] for row in scores["by_operation"].values()]
+    assert found["score"] == pytest.approx(np.mean(each)) == pytest.approx(2 / 3, abs=0.01)
+
+
+def test_what_cannot_be_graded_is_refused():
+    with pytest.raises(ConfigError, match="split"):
+        evaluate_edit(lambda images, texts, seeds: images, "train")
+    with pytest.raises(ConfigError, match="part"):
+        evaluate_edit(lambda images, texts, seeds: images, "dev", parts=("all",))
+    with pytest.raises(DataError, match="expected uint8"):
+        evaluate_edit(lambda images, texts, seeds: images[1:], "dev", quick=True)
+    with pytest.raises(DataError, match="expected uint8"):
+        evaluate_edit(lambda images, texts, seeds: images, "dev", quick=True, codec=lambda images: images / 255)
+
+
+# ------------------------------------------------------------------------------------------------- sessions
+
+
+class Talk:
+    """Knows each session's pictures; forgets to undo if told so."""
+
+    def __init__(self, image, seed, forgets=False):
+        self.session = editing.suite_sessions("dev", 64)[seed - editing.SEED_BASE]
+        assert np.array_equal(render(self.session.source), image)
+        self.versions, self.forgets, self.turn = [image], forgets, 0
+
+    def edit(self, instruction):
+        assert instruction == self.session.instructions[self.turn]
+        self.versions.append(render(self.session.scenes[self.turn]))
+        self.turn += 1
+        return self.versions[-1]
+
+    def undo(self, turns):
+        if not self.forgets:
+            del self.versions[-turns:]
+        return self.versions[-1]
+
+
+def test_who_knows_every_turn_and_undoes_it_scores_all_of_the_sessions():
+    done = []
+    report = evaluate_edit_sessions(Talk, "dev", progress=lambda n, total: done.append((n, total)))
+    assert json.loads(json.dumps(report)) == report and report["n"] == 64 and done[-1] == (192, 192)
+    assert [turn["success"]["score"] for turn in report["turns"]] == [1, 1, 1] and report["all_turns"]["low"] == 1
+    assert report["undo"]["same"]["score"] == report["undo"]["exact"]["score"] == 1
+    copy, ceiling = report["controls"]["copy"], report["controls"]["ceiling"]
+    assert (
+        copy["overall"]["success"]["score"] == copy["all_turns"]["score"] == copy["turns"][0]["applied"]["score"] == 0
+    )
+    assert ceiling["all_turns"]["score"] == 1
+
+
+def test_who_forgets_to_undo_is_found_out():
+    report = evaluate_edit_sessions(lambda image, seed: Talk(image, seed, forgets=True), "dev", quick=True)
+    assert report["n"] == 8 and report["undo"]["exact"]["score"] == 0 and report["undo"]["same"]["score"] < 0.7
+
+
+def test_an_error_of_an_early_turn_counts_in_the_later_ones():
+    class Stuck(Talk):
+        def edit(self, instruction):
+            made = super().edit(instruction)
+            return made if self.turn > 1 else self.versions[0]
+
+    report = evaluate_edit_sessions(Stuck, "dev", quick=True)
+    assert report["turns"][0]["success"]["score"] == report["all_turns"]["score"] == 0
+    assert report["turns"][1]["success"]["score"] == report["turns"][2]["success"]["score"] == 1
+
+
+# ------------------------------------------------------------------------------------------------- the lock
+
+
+def test_the_suites_are_the_frozen_ones():
+    verify_lock()
+    assert Counter(edit.operation for edit in editing._suite("test", "cg")) == dict.fromkeys(OPERATIONS, 24)
+
+
+def test_one_changed_instruction_breaks_the_lock(monkeypatch):
+    suite = editing._suite
+    first, *rest = suite("dev", "cg")
+    changed = (replace(first, instruction="remove the star"), *rest)
+    monkeypatch.setattr(editing, "_suite", lambda *at: changed if at == ("dev", "cg") else suite(*at))
+    with pytest.raises(DataError, match=r"changed: edit\.items\.dev/cg\.blake2b$"):
+        verify_lock()

@@ -1,0 +1,318 @@
+"""Stories: nothing held out reaches training, what is not asked for stays, sentences and answers are true."""
+
+import itertools
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from starflow2.data.stories import (
+    CG_ROWS,
+    KINDS,
+    STORY_WORDINGS,
+    TOLD_KINDS,
+    Claim,
+    Look,
+    agrees,
+    answer_question,
+    parse_sentence,
+    story_dialogue,
+    story_task,
+    story_words,
+    suite_stories,
+)
+from starflow2.data.tasks import NUMBERS
+from starflow2.data.world import COLORS, SHAPES, SIZES, Scene, bucket, coverage, held_out, is_trainable, relations
+from starflow2.errors import ConfigError
+
+SIDES = {"left": "left of", "right": "right of", "above": "above", "over": "above", "below": "below", "under": "below"}
+EDITS = {"test": 3, "dev": 5}
+THE = rf"the (?:(?:{'|'.join(COLORS)}) )?({'|'.join(SHAPES)})"
+IS_IT = re.compile(rf"is {THE} (.+) {THE}\?")
+
+pytestmark = pytest.mark.timeout(600)  # seconds of one core, but the core may be shared
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return [story_task(21, index) for index in range(2000)]
+
+
+@pytest.fixture(scope="module")
+def suites():
+    parts = itertools.product(("dev", "test"), ("id", "cg", "paraphrase"))
+    return {(split, part): suite_stories(split, part, 10) for split, part in parts}
+
+
+def words(text):
+    return re.findall(r"[a-z]+", text)
+
+
+def texts(story):
+    for step in story.steps:
+        yield from (step.instruction, step.sentence)
+    yield from (story.question, story.answer)
+
+
+def edits(story):
+    """Steps of colour, modulo 8, of all recolourings, from the pictures alone."""
+    for old, new in itertools.pairwise(step.scene for step in story.steps):
+        if len(old.things) == len(new.things):
+            yield from (
+                (b.color - a.color) % 8 for a, b in zip(old.things, new.things, strict=True) if a.color != b.color
+            )
+
+
+def named_pairs(text):
+    """(shape, colour) named outright."""
+    return {
+        (SHAPES.index(b), COLORS.index(a)) for a, b in itertools.pairwise(words(text)) if a in COLORS and b in SHAPES
+    }
+
+
+# ------------------------------------------------------------------------------------------------- the split
+
+
+def test_no_training_story_shows_or_names_anything_held_out(trained):
+    for story in trained:
+        assert all(is_trainable(step.scene) for step in story.steps), story
+        assert not set(edits(story)) & {3, 5}
+        assert all((c + 3 * s) % 8 not in (0, 4) for text in texts(story) for s, c in named_pairs(text)), story
+        if match := IS_IT.fullmatch(story.question):
+            a, b = SHAPES.index(match[1]), SHAPES.index(match[3])
+            for side in {SIDES[w] for w in words(match[2]) if w in SIDES}:
+                (p, q), n = ((a, b) if side in ("left of", "above") else (b, a)), (2 if "f" in side else 6)
+                assert a == b or (p + 3 * q + n) % 8, story.question
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_suites_hold_what_they_promise(suites, split):
+    other = {"dev": "test", "test": "dev"}[split]
+    for part, novel in (("id", False), ("cg", True)):
+        for item, story in enumerate(suites[split, part]):
+            shown = set().union(*(held_out(step.scene, split) for step in story.steps))
+            row = CG_ROWS[item % len(CG_ROWS)] if novel else ""
+            assert shown == {row} - {"", "edit"}
+            assert set(edits(story)) & {3, 5} == ({EDITS[split]} if row == "edit" else set())
+            assert not any(held_out(step.scene, other) for step in story.steps)
+            assert bucket(story.steps[-1].scene) == split
+
+
+def test_suites_grow_without_changing_and_refuse_what_they_do_not_know(suites):
+    assert suite_stories("test", "cg", 3) == suites["test", "cg"][:3]
+    assert len({story.steps[-1].scene for rows in suites.values() for story in rows}) == 40
+    with pytest.raises(ConfigError, match="split='train'"):
+        suite_stories("train")
+    with pytest.raises(ConfigError, match="part='all'"):
+        suite_stories("dev", "all")
+
+
+def test_stories_are_pure_functions_of_seed_and_index(trained):
+    assert [story_task(21, index) for index in (7, 3)] == [trained[7], trained[3]]
+    assert len({story_task(seed, 0) for seed in range(9)}) == 9
+
+
+# ------------------------------------------------------------------------------------------------- the steps
+
+
+def test_a_step_does_what_it_asks_and_all_else_stays_exactly(trained, suites):
+    seen = Counter()
+    for story in [*trained, *itertools.chain(*suites.values())]:
+        scenes = [step.scene for step in story.steps]
+        assert len(scenes) == 4 and len(scenes[0].things) == 1 and len({scene.background for scene in scenes}) == 1
+        for before, step in zip([Scene(things=(), background=0), *scenes], story.steps, strict=False):
+            old, new, change = set(before.things), set(step.scene.things), step.change
+            seen[change.op] += 1
+            assert 1 <= len(new) <= 4
+            assert len({(t.shape, t.color) for t in new}) == len(new), "words must tell all objects apart"
+            gone, come = old - new, new - old
+            assert all(change.before.fits(thing) for thing in gone) and all(change.after.fits(t) for t in come)
+            counts = {"start": (0, 1), "add": (0, 1), "remove": (1, 0), "recolor": (1, 1)}[change.op]
+            assert (len(gone), len(come)) == counts
+            if change.op == "recolor":
+                assert replace(gone.pop(), color=change.after.color) == come.pop()
+            if change.op == "add":
+                (other,) = (thing for thing in old if change.reference.fits(thing))
+                assert change.relation in relations(come.pop(), other)
+                assert change.relation in {SIDES[w] for w in words(step.instruction) if w in SIDES}
+    assert min(seen.values()) > 300
+
+
+def test_pictures_of_a_story_never_overlap(trained):
+    for story in trained[:40]:
+        for step in story.steps:
+            assert sum((coverage(thing) > 0).astype(int) for thing in step.scene.things).max() == 1
+
+
+def test_it_means_the_only_object_that_the_request_before_named(trained):
+    found = 0
+    for story in trained:
+        for before, step in itertools.pairwise(story.steps):
+            if {"it", "its"} & set(words(step.instruction)):
+                found += 1
+                assert before.change.op in ("start", "recolor")
+                assert before.change.after == (step.change.reference or step.change.before)
+            elif step.change.op != "start":
+                meant = step.change.reference or step.change.before
+                shape, color = SHAPES[meant.shape], COLORS[meant.color]
+                assert re.search(f"the ({color} )?{shape}", step.instruction)
+    assert found > 1000
+
+
+def test_names_in_requests_fit_one_object_only(trained):
+    for story in trained:
+        for before, step in itertools.pairwise(story.steps):
+            for match in re.finditer(r"the (?:(\w+) )?(\w+)", step.instruction):
+                if match[2] in SHAPES:
+                    fits = [t for t in before.scene.things if SHAPES[t.shape] == match[2]]
+                    fits = [t for t in fits if match[1] not in COLORS or COLORS[t.color] == match[1]]
+                    assert len(fits) == 1, step.instruction
+
+
+# -------------------------------------------------------------------------------------------- words and questions
+
+
+def test_sentences_parse_to_what_is_to_be_seen_and_agree_with_no_other_picture(trained):
+    for story in trained[:500]:
+        claims = [parse_sentence(step.sentence) for step in story.steps]
+        for claim, step in zip(claims, story.steps, strict=True):
+            assert agrees(claim, step.scene.things)
+            assert len(claim.relations) == (step.change.op == "add")
+            assert [(look.shape, look.color) for look in claim.things] == [
+                (t.shape, t.color) for t in step.scene.things
+            ]
+        for claim, before in zip(claims[1:], story.steps[:-1], strict=True):
+            assert not agrees(claim, before.scene.things)
+        for claim, step in zip(claims, story.steps, strict=True):
+            swapped = [replace(t, x=64 - t.x, y=64 - t.y) for t in step.scene.things]
+            assert agrees(claim, swapped) == (not claim.relations), "relations are looked at"
+
+
+def test_the_grammar_takes_its_own_sentences_and_nothing_else():
+    assert parse_sentence("there is a small red star .") == Claim((Look(3, 0, 0),))
+    assert parse_sentence("There are a red star and a blue star, the blue star is above the red star.").relations == (
+        (1, "above", 0),
+    )
+    for bad in (
+        "",
+        "there is a star.",
+        "there are a red star.",
+        "there is a red star and a blue heart.",
+        "there are a red star and a blue star, the star is above the red star.",
+        "there are a red star and a blue heart, the star is above the star.",
+        "there are a red star and a blue heart, the ring is above the star.",
+        "there is a red star. there is a red star.",
+        "there are a red star, a red star, a red star, a red star and a red star.",
+    ):
+        assert parse_sentence(bad) is None, bad
+
+
+def test_two_alike_must_both_be_there_and_sizes_count_where_they_are_told(trained):
+    scene = next(s.steps[-1].scene for s in trained if len(s.steps[-1].scene.things) == 1)
+    (thing,) = scene.things
+    assert agrees(Claim((Look(thing.shape, thing.color, thing.size),)), [thing])
+    assert not agrees(Claim((Look(thing.shape, thing.color, 1 - thing.size),)), [thing])
+    assert not agrees(Claim((Look(thing.shape, thing.color),) * 2), [thing])
+    assert not agrees(Claim((Look(thing.shape, thing.color),)), [replace(thing, color=-1)])
+
+
+def true_answer(story):
+    """A second reading of the questions, from the last picture."""
+    rows = [(str(t).split(), t) for t in story.steps[-1].scene.things]
+    tokens = words(story.question)
+    if tokens[:2] == ["how", "many"]:
+        return NUMBERS[len(rows)]
+    if tokens[1] == "there":
+        return "yes" if any(set(tokens[3:]) <= set(name) for name, _ in rows) else "no"
+    cut = tokens.index("the")
+    ends = [i for i, token in enumerate(tokens) if token in SHAPES]
+    (a,) = (row for row in rows if set(tokens[cut + 1 : ends[0] + 1]) <= set(row[0]))
+    if tokens[0] == "what":
+        return a[0][("size", "color").index(tokens[1])]
+    last = len(tokens) - 1 - tokens[::-1].index("the")
+    (b,) = (row for row in rows if set(tokens[last + 1 :]) <= set(row[0]))
+    sides = [token for token in tokens[ends[0] + 1 : last] if token in SIDES]
+    true = [side for side in sides if SIDES[side] in relations(a[1], b[1])]
+    return (true[0] if true else None) if len(sides) == 2 else ("yes" if true else "no")
+
+
+def test_answers_are_one_true_word_by_a_second_reading(trained, suites):
+    for story in [*trained, *itertools.chain(*suites.values())]:
+        assert story.answer == true_answer(story) == answer_question(story.question, story.steps[-1].scene.things)
+        assert len(words(story.answer)) == 1
+
+
+def test_kinds_have_their_shares_and_no_answer_gives_itself_away(trained):
+    kinds = Counter(story.kind for story in trained)
+    assert all(abs(kinds[kind] / len(trained) - share) < 0.04 for kind, share in KINDS.items())
+    assert 0.3 < sum(kinds[kind] for kind in TOLD_KINDS) / len(trained) < 0.42
+    for kind in KINDS:
+        answers = Counter(story.answer for story in trained if story.kind == kind)
+        assert max(answers.values()) / answers.total() < 0.6, (kind, answers)
+
+
+def test_pictures_alone_settle_what_no_request_told(trained):
+    for story in trained:
+        told = " ".join(step.instruction for step in story.steps)
+        things = {SHAPES[t.shape]: t for t in story.steps[-1].scene.things}
+        shapes = [token for token in words(story.question) if token in SHAPES]
+        if story.kind == "size" and len(things) == len(story.steps[-1].scene.things):
+            size = SIZES[things[shapes[0]].size]
+            assert f"{size} {COLORS[things[shapes[0]].color]} {shapes[0]}" not in told
+        if story.kind in ("position", "left_right", "above_below"):
+            here = story.steps[-1].scene.things
+            for change in (step.change for step in story.steps if step.change.op == "add"):
+                both = {change.after.shape, change.reference.shape}
+                assert both != set(shapes) or len({t.shape for t in here}) < len(here)
+
+
+def test_unsettled_questions_have_no_answer_and_others_are_refused(trained):
+    assert answer_question("what size is the star?", []) is None
+    assert answer_question("is the star above or below the ring?", []) is None
+    assert answer_question("is there a star?", []) == "no"
+    with pytest.raises(ConfigError, match="why"):
+        answer_question("why?", [])
+
+
+def test_every_word_is_in_the_list_and_held_out_wordings_need_no_new_one(trained, suites):
+    seen = {word for story in trained for text in texts(story) for word in words(text)}
+    assert seen <= story_words() and len(story_words()) < 90
+    for wording in STORY_WORDINGS.values():
+        assert len(wording.dev) == 2 and len(wording.test) == 3
+        assert len({*wording.train, *wording.dev, *wording.test}) == len(wording.train) + 5
+        assert set(words(re.sub(r"\{\w+\}", " ", " ".join((*wording.dev, *wording.test))))) <= seen
+    for story in (*trained, *itertools.chain(*suites.values())):
+        assert all(re.fullmatch(r"[a-z ,.?]+", text) for text in texts(story))
+
+
+def pattern(form):
+    nouns = {"{a}": r"an? .+", "{b}": r"(?:the .+|it)", "{color}": r"\w+", "{rel}": r"[a-z ]*(?:it|its|the) ?[a-z ]*"}
+    return re.compile("".join(nouns.get(piece, re.escape(piece)) for piece in re.split(r"(\{\w+\})", form)))
+
+
+def test_held_out_wordings_never_occur_in_training_and_always_in_paraphrases(trained, suites):
+    held = {
+        (op, split): [pattern(f) for f in wording.forms(split)]
+        for op, wording in STORY_WORDINGS.items()
+        for split in ("dev", "test")
+    }
+    for step in (step for story in trained for step in story.steps):
+        for split in ("dev", "test"):
+            assert not any(p.fullmatch(step.instruction) for p in held[step.change.op, split]), step.instruction
+    for split in ("dev", "test"):
+        plain, other = suites[split, "id"], suites[split, "paraphrase"]
+        assert [[s.scene for s in story.steps] for story in plain] == [
+            [s.scene for s in story.steps] for story in other
+        ]
+        for step in (step for story in other for step in story.steps):
+            assert any(p.fullmatch(step.instruction) for p in held[step.change.op, split]), step.instruction
+
+
+def test_a_story_is_a_conversation_of_five_turns(trained):
+    story = trained[0]
+    dialogue = story_dialogue(story)
+    assert dialogue.kind == "story" and dialogue.scenes == tuple(step.scene for step in story.steps)
+    assert [len(turn.told) for turn in dialogue.turns] == [2, 2, 2, 2, 1]
+    assert dialogue.turns[2].asked == (story.steps[2].instruction,) and dialogue.turns[2].told[0].startswith("there ")
+    assert dialogue.turns[4].asked == (story.question,) and dialogue.turns[4].told == (story.answer,)

@@ -1,0 +1,185 @@
+"""What the language model is trained on: nothing held out, every answer follows, no answer gives itself away."""
+
+import itertools
+import re
+from collections import Counter, defaultdict
+
+import pytest
+
+from starflow2.data.choices import POINTS, SHAPES
+from starflow2.data.dialogue import Dialogue
+from starflow2.data.tasks import NUMBERS, PLURALS, lexicon
+from starflow2.data.understanding import MIX, mentions, understanding_dialogue, understanding_words
+from starflow2.data.world import COLORS, Scene, is_trainable
+from starflow2.errors import ConfigError
+
+COUNT = 2000
+
+
+@pytest.fixture(scope="module")
+def dialogues() -> list[Dialogue]:
+    return [understanding_dialogue(21, index) for index in range(COUNT)]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text)
+
+
+def texts(dialogue: Dialogue) -> list[str]:
+    return [part for turn in dialogue.turns for part in (*turn.asked, *turn.told) if isinstance(part, str)]
+
+
+def asked(dialogue: Dialogue) -> list[tuple[str, str]]:
+    return [(turn.asked[-1], turn.told[0]) for turn in dialogue.turns]
+
+
+def text_leaks(text: str) -> list[str]:
+    """Held-out pairs, counts and facts that a text names outright, by the rules and not by the package's tables."""
+    found = []
+    tokens = [SHAPES[PLURALS.index(word)] + "s" if word in PLURALS else word for word in words(text)]
+    for at, token in enumerate(tokens):
+        shape = SHAPES.index(token.removesuffix("s")) if token.removesuffix("s") in SHAPES else None
+        if shape is None:
+            continue
+        before = tokens[max(at - 3, 0) : at]
+        if before and before[-1] in COLORS and (COLORS.index(before[-1]) + 3 * shape) % 8 in (0, 4):
+            found.append(f"{before[-1]} {token}")
+        if token.endswith("s"):
+            found += [
+                f"{n} {token}" for n in before if n in NUMBERS[2:] and (shape + 3 * NUMBERS.index(n)) % 8 % 4 == 0
+            ]
+    for a, relation, b in re.findall(
+        rf"({'|'.join(SHAPES)}) (?:is )?(left of|above) (?:an?|the) ({'|'.join(SHAPES)})", text
+    ):
+        if (SHAPES.index(a) + 3 * SHAPES.index(b) + {"left of": 2, "above": 6}[relation]) % 8 == 0:
+            found.append(f"{a} {relation} {b}")
+    return found
+
+
+def test_no_conversation_shows_or_says_anything_held_out(dialogues):
+    for dialogue in dialogues:
+        assert all(is_trainable(scene) for scene in dialogue.scenes), dialogue
+        assert not [leak for text in texts(dialogue) for leak in text_leaks(text)], dialogue
+
+
+def test_this_file_would_notice_a_leak():
+    assert text_leaks("is there a red circle?") and text_leaks("two small triangles")
+    assert not text_leaks("a green circle")
+    assert text_leaks("a circle left of a triangle")  # 0 + 3 * 2 + 2 = 8
+
+
+def test_no_two_pictures_in_a_row_differ_by_a_held_out_change_of_colour(dialogues):
+    steps = Counter()
+    for dialogue in dialogues:
+        for text, answer in asked(dialogue):
+            match = re.fullmatch(r"the (\w+) \w+ is (\w+) now\.", answer)
+            if text == "what changed?" and match:
+                steps[(COLORS.index(match[2]) - COLORS.index(match[1])) % 8] += 1
+    assert steps.total() > 10 and set(steps) <= {1, 2, 4, 6, 7}
+
+
+def test_conversations_are_pure_functions_of_seed_and_index(dialogues):
+    assert dialogues[:60] == [understanding_dialogue(21, index) for index in reversed(range(60))][::-1]
+    assert len({understanding_dialogue(seed, 0) for seed in range(20)}) == 20
+
+
+def test_kinds_come_in_the_promised_shares_with_the_promised_pictures(dialogues):
+    counts = Counter(dialogue.kind for dialogue in dialogues)
+    assert sum(MIX.values()) == pytest.approx(1.0)
+    for kind, share in MIX.items():
+        assert abs(counts[kind] / COUNT - share) < 0.035, kind
+    pictures = {"picture": {1}, "pictures": {2, 3}, "choice": {1}, "reading": {0}, "game": {0}}
+    for dialogue in dialogues:
+        assert len(dialogue.scenes) in pictures[dialogue.kind]
+        assert all(len(turn.told) == 1 and isinstance(turn.told[0], str) for turn in dialogue.turns)
+        assert all(isinstance(turn.asked[-1], str) for turn in dialogue.turns)
+    together = [
+        len(d.scenes) == sum(isinstance(p, Scene) for p in d.turns[0].asked) for d in dialogues if d.kind == "pictures"
+    ]
+    assert 0.3 < sum(together) / len(together) < 0.85, "both all at once and one by one"
+
+
+def test_the_words_are_known_and_few(dialogues):
+    used = {word for dialogue in dialogues for text in texts(dialogue) for word in words(text)}
+    assert used <= understanding_words() and lexicon() < understanding_words() and len(understanding_words()) < 250
+    assert all(re.fullmatch(r"[a-z ,.?:]+", text) for dialogue in dialogues for text in texts(dialogue))
+
+
+def test_yes_and_no_counts_letters_and_ordinals_are_balanced(dialogues):
+    said: dict[str, Counter[str]] = defaultdict(Counter)
+    for dialogue in dialogues:
+        for _, answer in asked(dialogue):
+            said[dialogue.kind][answer] += 1
+    for kind in ("picture", "pictures", "reading", "game"):
+        yes, no = said[kind]["yes"], said[kind]["no"]
+        assert yes + no > 20 and 0.36 < yes / (yes + no) < 0.64, (kind, yes, no)
+        counts = [said[kind][number] for number in POINTS if said[kind][number]]
+        assert max(counts) < 0.55 * sum(counts), (kind, counts)
+    letters = Counter(a for d in dialogues for text, a in asked(d) if d.kind == "choice" and " d: " in text)
+    assert set(letters) == set("abcd") and min(letters.values()) > 0.6 * max(letters.values()), letters
+    assert 0.5 < said["pictures"]["first"] / said["pictures"]["second"] < 2
+
+
+def test_what_a_caption_says_is_read_from_its_words_alone():
+    assert [m.words for m in mentions("above an orange star there is a small red circle")] == [
+        "an orange star",
+        "a small red circle",
+    ]
+    assert [m.words for m in mentions("three small hearts")] == ["three small hearts"]
+    for index in range(300):
+        dialogue = understanding_dialogue(22, index, weights={"reading": 1.0})
+        (first, said), *more = asked(dialogue)
+        caption, question = re.fullmatch(r"(.*?\.) ([^.]*[?.])", first, re.DOTALL).groups()
+        found = mentions(caption)
+        for text, answer in [(question, said), *more]:
+            if match := re.fullmatch(r"what color is the (\w+)\?", text):
+                if match[1] != "background":
+                    assert f"{answer} {match[1]}" in caption, dialogue
+            elif match := re.fullmatch(r"how many (\w+) are there\?", text):
+                same = [m.count for m in found if match[1] in ("objects", PLURALS[m.shape])]
+                assert POINTS[sum(same)] == answer, dialogue
+            elif text == "list every object.":
+                assert answer.removesuffix(".").split(", ") == [m.words for m in found]
+
+
+def test_beaten_colours_lose_also_where_the_rule_says_so_only_by_way_of_a_third():
+    through = 0
+    for index in range(400):
+        rows = asked(understanding_dialogue(23, index, weights={"game": 1.0}))
+        beaten = set(re.findall(r"(\w+) beats (\w+)", rows[0][0]))
+        for a, b in itertools.product(beaten, repeat=2):
+            if a[1] == b[0]:
+                beaten = beaten | {(a[0], b[1])}
+        for text, answer in rows:
+            if match := re.search(r"which wins, (\w+) or (\w+)\?", text):
+                loser = match[1] if answer == match[2] else match[2]
+                assert (answer, loser) in beaten
+                through += f"{answer} beats {loser}" not in rows[0][0]
+    assert through > 20
+
+
+def test_questions_about_several_pictures_are_about_the_picture_they_name():
+    checked = Counter()
+    for index in range(250):
+        dialogue = understanding_dialogue(24, index, weights={"pictures": 1.0})
+        scenes = dict(zip(("first", "second", "third"), dialogue.scenes, strict=False)) | {"last": dialogue.scenes[-1]}
+        for text, answer in asked(dialogue):
+            if match := re.fullmatch(r"is there an? (.+) in the (\w+) picture\?", text):
+                there = any(match[1] in f"{COLORS[t.color]} {SHAPES[t.shape]}" for t in scenes[match[2]].things)
+                assert answer == ("yes" if there else "no")
+            elif match := re.fullmatch(r"which picture has more (\w+), the (\w+) or the (\w+)\?", text):
+                nouns = {"objects": set(range(8))} | {word: {shape} for shape, word in enumerate(PLURALS)}
+                counts = {n: sum(t.shape in nouns[match[1]] for t in scenes[n].things) for n in match.groups()[1:]}
+                assert answer == max(counts, key=lambda name: counts[name])
+            elif text == "are the two pictures the same?":
+                assert answer == ("yes" if dialogue.scenes[0] == dialogue.scenes[1] else "no")
+            else:
+                continue
+            checked[text.split()[0]] += 1
+    assert min(checked[word] for word in ("is", "which", "are")) > 20, checked
+
+
+def test_unusable_weights_are_refused():
+    for weights in ({}, {"picture": 0.0}, {"drawing": 1.0}, {"picture": -1.0, "game": 2.0}):
+        with pytest.raises(ConfigError, match="weights"):
+            understanding_dialogue(0, 0, weights=weights)
