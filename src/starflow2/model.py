@@ -28,6 +28,7 @@ from starflow2.parts import Parts
 from starflow2.prompts import check_words, heard
 from starflow2.scoring import Code, Score, decode_code, invert, score
 from starflow2.session import Session
+from starflow2.understand import answer
 
 __all__ = ["Picture", "StarFlow2", "pick_device"]
 
@@ -209,6 +210,10 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         ]
         told = converse(self.sampler(), talks, [0] * len(talks), Replying(tokens=tokens, pictures=0))
         return [" ".join(b for b in blocks if isinstance(b, str)) for (blocks,) in told]
+
+    def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:
+        """What the language model alone answers, seeing pictures (B, 3, s, s) through its own vision tower."""
+        return answer(self.parts, images, [heard(self.parts, q) for q in questions])
 
     def edits(self, images: Tensor, instructions: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Every picture changed as told: (B, 3, s, s) in [-1, 1] -> the same."""

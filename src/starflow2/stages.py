@@ -6,14 +6,16 @@ Letters: B documents, T positions, N latents, P pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from starflow2.backbones import ChatTokenizer
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.data.edits import edit_chain_dialogue, edit_dialogue, edit_task
 from starflow2.data.stories import story_dialogue, story_task
@@ -25,7 +27,7 @@ from starflow2.flow.noise import add_noise
 from starflow2.generate import drawing_context
 from starflow2.losses import joint_loss, masked_picture_loss, ngp_loss, ntp_loss
 from starflow2.parts import ModelConfig, Parts
-from starflow2.sequence import IGNORE, Batch, length_groups, pack
+from starflow2.sequence import IGNORE, Batch, Layout, length_groups, pack
 
 __all__ = ["TASKS", "MixConfig", "OptimConfig", "Precision", "RunConfig", "StageConfig", "Task"]
 
@@ -105,11 +107,13 @@ class RunConfig:
 
 
 class Task(Protocol):
-    """What a stage trains, what it draws and how it scores it."""
+    """What a stage trains, what it draws and how it scores it.
+
+    `draw` makes the items of some indices; it can be sent to another process, since it holds no weights.
+    """
 
     trained: nn.ModuleDict
-
-    def draw(self, indices: range) -> Any: ...
+    draw: Callable[[range], Any]
 
     def loss(self, data: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]: ...
 
@@ -120,17 +124,61 @@ def to_images(scenes: list[Scene]) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
 
 
+@dataclass(frozen=True, slots=True)
+class Scenes:
+    """Pictures (B, 3, 64, 64) of the training scenes."""
+
+    seed: int
+
+    def __call__(self, indices: range) -> Tensor:
+        return to_images([draw_task(self.seed, i).scene for i in indices])
+
+
+@dataclass(frozen=True, slots=True)
+class Captions:
+    """The same with their prompts as token ids, `drop` of them empty."""
+
+    tokenizer: ChatTokenizer
+    seed: int
+    drop: float
+
+    def __call__(self, indices: range) -> tuple[Tensor, list[list[int]]]:
+        drawings = [draw_task(self.seed, i) for i in indices]
+        drops = np.random.default_rng([self.seed, indices.start]).random(len(indices)) < self.drop
+        prompts = ["" if gone else d.prompt for d, gone in zip(drawings, drops, strict=True)]
+        return to_images([d.scene for d in drawings]), [self.tokenizer.drawing_prompt(p) for p in prompts]
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Conversations packed into rows, and their pictures (P, 3, s, s) in order."""
+
+    tokenizer: ChatTokenizer
+    layout: Layout
+    image_size: int
+    dialogue: Callable[[int], Dialogue]  # by index
+
+    @classmethod
+    def of(cls, parts: Parts, dialogue: Callable[[int], Dialogue]) -> Documents:
+        assert parts.tokenizer is not None
+        return cls(parts.tokenizer, parts.layout, parts.cfg.fae.image_size, dialogue)
+
+    def __call__(self, indices: range) -> tuple[Tensor, Batch]:
+        dialogues = [self.dialogue(i) for i in indices]
+        scenes = [scene for dialogue in dialogues for scene in dialogue.scenes]
+        images = to_images(scenes) if scenes else torch.zeros(0, 3, self.image_size, self.image_size)
+        return images, pack([self.tokenizer.document(d.turns) for d in dialogues], self.layout)
+
+
 class FeaturesTask:
     """Masked-picture training of the DINOv2 that nano freezes afterwards."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.stage, self.seed = parts, stage, seed
+        self.parts, self.stage = parts, stage
+        self.draw: Callable[[range], Any] = Scenes(seed)
         cfg = parts.cfg.features
         self.head = nn.Linear(cfg.width, 3 * cfg.patch_size**2)
         self.trained = nn.ModuleDict({"features": parts.features, "pixel_head": self.head})
-
-    def draw(self, indices: range) -> Tensor:
-        return to_images([draw_task(self.seed, i).scene for i in indices])
 
     def loss(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images = images.to(self.parts.device)
@@ -146,11 +194,9 @@ class FaeTask:
     """Latents and decoders on frozen features."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.seed = parts, seed
+        self.parts = parts
+        self.draw: Callable[[range], Any] = Scenes(seed)
         self.trained = nn.ModuleDict({"fae": parts.fae})
-
-    def draw(self, indices: range) -> Tensor:
-        return to_images([draw_task(self.seed, i).scene for i in indices])
 
     def loss(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images = images.to(self.parts.device)
@@ -165,11 +211,9 @@ class VlmTask:
     """Conversations about drawn pictures, seen through the model's own vision tower, and about words."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.seed = parts, seed
+        self.parts = parts
+        self.draw: Callable[[range], Any] = Documents.of(parts, partial(understanding_dialogue, seed))
         self.trained = nn.ModuleDict({"vlm": parts.vlm})
-
-    def draw(self, indices: range) -> tuple[Tensor, Batch]:
-        return _documents(self.parts, [understanding_dialogue(self.seed, i) for i in indices])
 
     def loss(self, data: tuple[Tensor, Batch], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, batch = data[0].to(self.parts.device), data[1].to(self.parts.device)
@@ -184,7 +228,9 @@ class T2iTask:
     """Paper stage 1: the flow's exact NLL given the frozen VLM's states of the caption."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.stage, self.seed = parts, stage, seed
+        self.parts, self.seed = parts, seed
+        assert parts.tokenizer is not None
+        self.draw: Callable[[range], Any] = Captions(parts.tokenizer, seed, stage.caption_drop)
         self.trained = nn.ModuleDict({"flow": parts.flow})
         if "t2i" not in parts.stages:
             self._whiten()
@@ -196,16 +242,6 @@ class T2iTask:
         rows = [tokenizer.drawing_prompt(draw_task(self.seed, i).prompt) for i in range(prompts)]
         contexts = [drawing_context(self.parts, rows[i : i + batch]) for i in range(0, prompts, batch)]
         self.parts.flow.deep.whiten_context(torch.cat([c.states[c.attend] for c in contexts]))
-
-    def draw(self, indices: range) -> tuple[Tensor, list[list[int]]]:
-        tokenizer = self.parts.tokenizer
-        assert tokenizer is not None
-        drawings = [draw_task(self.seed, i) for i in indices]
-        drops = np.random.default_rng([self.seed, indices.start]).random(len(indices))
-        drop = drops < self.stage.caption_drop
-        prompts = ["" if gone else d.prompt for d, gone in zip(drawings, drop, strict=True)]
-        rows = [tokenizer.drawing_prompt(p) for p in prompts]
-        return to_images([d.scene for d in drawings]), rows
 
     def loss(
         self, data: tuple[Tensor, list[list[int]]], generator: torch.Generator
@@ -227,13 +263,11 @@ class AdapterTask:
     """Paper stage 2: answers about pictures that the language model sees through the adapter; nothing else trains."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.stage, self.seed = parts, stage, seed
+        self.parts, self.stage = parts, stage
+        self.draw: Callable[[range], Any] = Documents.of(parts, partial(understanding_dialogue, seed))
         self.trained = nn.ModuleDict({"adapter": parts.joints.adapter})
         if "adapter" not in parts.stages:
             parts.joints.adapter.set_scale(_rms_of_tower(parts, seed))
-
-    def draw(self, indices: range) -> tuple[Tensor, Batch]:
-        return _documents(self.parts, [understanding_dialogue(self.seed, i) for i in indices])
 
     def loss(self, data: tuple[Tensor, Batch], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, batch = data[0].to(self.parts.device), data[1].to(self.parts.device)
@@ -260,11 +294,9 @@ class JointTask:
     """Paper stage 3: everything at once, with the skips open; the language model and the FAE stay frozen."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.stage, self.seed = parts, stage, seed
+        self.parts, self.stage = parts, stage
+        self.draw: Callable[[range], Any] = Documents.of(parts, partial(joint_dialogue, stage, seed))
         self.trained = nn.ModuleDict({"flow": parts.flow, "joints": parts.joints})
-
-    def draw(self, indices: range) -> tuple[Tensor, Batch]:
-        return _documents(self.parts, [_joint_dialogue(self.stage, self.seed, i) for i in indices])
 
     def loss(self, data: tuple[Tensor, Batch], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, batch = data[0].to(self.parts.device), data[1].to(self.parts.device)
@@ -278,7 +310,7 @@ class JointTask:
         return terms.flow + self.stage.text_weight * terms.text, {"flow": terms.flow, "text": terms.text}
 
 
-def _joint_dialogue(stage: StageConfig, seed: int, index: int) -> Dialogue:
+def joint_dialogue(stage: StageConfig, seed: int, index: int) -> Dialogue:
     """Document number `index` of stage 3, its words dropped now and then."""
     rng = stream(seed, index, _JOINT_STREAM)
     shares = np.array([getattr(stage.mix, f.name) for f in fields(stage.mix)])
@@ -318,14 +350,6 @@ def dropped(dialogue: Dialogue, rng: np.random.Generator, share: float) -> Dialo
         Turn(tuple(p for p in turn.asked if shows and isinstance(p, Scene)), turn.told) for turn in dialogue.turns
     )
     return Dialogue(turns, dialogue.kind)
-
-
-def _documents(parts: Parts, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Batch]:
-    """Rendered pictures (P, 3, h, w) of the dialogues in order, and the dialogues packed."""
-    assert parts.tokenizer is not None
-    scenes = [scene for dialogue in dialogues for scene in dialogue.scenes]
-    images = to_images(scenes) if scenes else torch.zeros(0, 3, *[parts.cfg.fae.image_size] * 2)
-    return images, pack([parts.tokenizer.document(d.turns) for d in dialogues], parts.layout)
 
 
 def with_pictures(embeds: Tensor, seen: Tensor, batch: Batch) -> Tensor:

@@ -15,8 +15,9 @@ import os
 import signal
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ class _Group:
         """
         if self.world == 1:
             return asked, loss
-        values = [p.grad for p in trained.parameters() if p.grad is not None]
+        values = self._gradients([p for p in trained.parameters() if p.requires_grad])
         values += [b for b in trained.buffers() if b.is_floating_point()]
         flags = torch.stack([torch.full_like(loss, float(asked)), loss]).to(values[0])
         flat = torch.cat([v.flatten() for v in values] + [flags]) / self.world
@@ -112,6 +113,15 @@ class _Group:
         for value, part in zip(values, parts, strict=False):
             value.copy_(part.view_as(value))
         return bool(parts[-1][0] > 0), parts[-1][1]
+
+    def _gradients(self, params: list[nn.Parameter]) -> list[Tensor]:
+        """The gradients to be averaged, the same ones everywhere: zero for what only other processes' data used."""
+        used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+        dist.all_reduce(used)
+        for p, count in zip(params, used.tolist(), strict=True):
+            if count and p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [p.grad for p in params if p.grad is not None]
 
     def shared(
         self, kind: type[torch.optim.Optimizer], params: list[nn.Parameter], settings: dict[str, Any]
@@ -145,10 +155,12 @@ def fit(
     device: str = "cpu",
     report: Callable[[StepReport], None] | None = None,
     evaluate: Callable[[Parts, int], dict[str, float]] | None = None,
+    workers: int = 0,
 ) -> Path:
     """Train one stage in `folder` and return the model folder it wrote, folder/model.
 
-    Earlier stages must be in folder/model. With `resume`, goes on from the last checkpoint there.
+    Earlier stages must be in folder/model. With `resume`, goes on from the last checkpoint there. `workers` processes
+    draw the data (0: a thread does), which changes nothing but the speed.
     `evaluate` is called with (parts holding averaged weights, step) whenever a checkpoint is written.
     """
     stage, folder, group = run.stage(stage_name), Path(folder), _Group.from_environment(device)
@@ -159,7 +171,8 @@ def fit(
         torch.manual_seed(run.seed)  # of what a task makes for itself, such as a head
         task = TASKS[stage_name](parts, stage, run.seed)
     parts.stages = (*(s for s in parts.stages if s != stage_name), stage_name)
-    task.trained.to(device)
+    parts.requires_grad_(False)
+    task.trained.to(device).requires_grad_(True)
     group.equalize(task.trained)
     state = _new_state(task, stage, group)
     precision = _restore(state, folder, run, stage) if resume else None
@@ -168,7 +181,7 @@ def fit(
     with (
         _Terminated() as stop,
         _Metrics(folder, stage_name, state.step) if group.is_first else contextlib.nullcontext() as metrics,
-        _Prefetch(task, stage, state.step, group) as batches,
+        _Prefetch(task, stage, state.step, group, workers) as batches,
     ):
         for data in batches:
             started = time.perf_counter()
@@ -500,11 +513,14 @@ def _tensorboard(folder: Path) -> Any:
 
 
 class _Prefetch:
-    """Draws the next batch in a thread while the current one trains."""
+    """Draws coming batches while the current one trains: one in a thread, or several in `workers` processes."""
 
-    def __init__(self, task: Task, stage: StageConfig, step: int, group: _Group) -> None:
-        self.task, self.stage, self.step, self.group = task, stage, step, group
-        self.pool = ThreadPoolExecutor(1)
+    def __init__(self, task: Task, stage: StageConfig, step: int, group: _Group, workers: int) -> None:
+        self.draw, self.stage, self.step, self.group = task.draw, stage, step, group
+        self.ahead = 1 + 2 * workers
+        self.pool: Executor = ThreadPoolExecutor(1)
+        if workers:
+            self.pool = ProcessPoolExecutor(workers, torch.multiprocessing.get_context("spawn"))
 
     def __enter__(self) -> Iterator[Any]:
         return self._batches()
@@ -515,16 +531,16 @@ class _Prefetch:
     def _ask(self, step: int) -> Future[Any]:
         share = self.stage.batch // self.group.world
         first = step * self.stage.batch + self.group.rank * share
-        return self.pool.submit(self.task.draw, range(first, first + share))
+        return self.pool.submit(self.draw, range(first, first + share))
 
     def _batches(self) -> Iterator[Any]:
-        if self.step >= self.stage.steps:
-            return
-        coming = self._ask(self.step)
-        for step in range(self.step, self.stage.steps):
-            data = coming.result()
-            coming = self._ask(step + 1)
-            yield data
+        coming: deque[Future[Any]] = deque()
+        asked = self.step
+        for _ in range(self.step, self.stage.steps):
+            while len(coming) <= self.ahead and asked < self.stage.steps:
+                coming.append(self._ask(asked))
+                asked += 1
+            yield coming.popleft().result()
 
 
 class _Terminated:

@@ -1,0 +1,158 @@
+"""Every suite of the drawn world, run on a model by name. Models speak tensors, suites bytes; here they meet.
+
+It knows no model class: a `Talker` is whatever has these members, as `StarFlow2` does.
+Letters: B pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from starflow2.data.world import Split
+from starflow2.errors import ConfigError, nearest
+from starflow2.evals.answering import evaluate_gqa, evaluate_mme
+from starflow2.evals.choices import evaluate_mcq
+from starflow2.evals.dense import evaluate_dpg, roundtrip_ceiling
+from starflow2.evals.editing import evaluate_edit
+from starflow2.evals.stories import evaluate_story, story_ceiling
+from starflow2.evals.world import Drawer, score_geneval, to_bytes, to_floats
+
+__all__ = ["Suite", "Talker", "score_suite"]
+
+Suite = Literal["geneval", "dpg", "mme", "gqa", "mcq", "edit", "story"]
+Images = NDArray[np.uint8]
+Progress = Callable[[int, int], None]
+Report = dict[str, Any]
+
+
+class Talker(Drawer, Protocol):
+    """What can be scored on all of them. Pictures are (3, 64, 64) in [-1, 1]."""
+
+    def answers(self, images: Sequence[Sequence[Tensor]], questions: Sequence[str]) -> list[str]:
+        """One answer per (pictures, question)."""
+        ...
+
+    def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:
+        """The same of one picture each, from the language model alone, through its own vision tower."""
+        ...
+
+    def edits(self, images: Tensor, instructions: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Every picture changed as told."""
+        ...
+
+    def tell(self, talks: Sequence[Sequence[str]], seeds: Sequence[int]) -> list[list[list[str | Tensor]]]:
+        """What is replied to every turn of every talk: words and pictures in order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One suite run on one model."""
+
+    model: Talker
+    split: Split
+    quick: bool
+    progress: Progress | None
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
+        return to_bytes(self.model.draw(prompts, seeds))
+
+    def codec(self, images: Images) -> Images:
+        return to_bytes(self.model.roundtrip(to_floats(images)))
+
+    def noisy_codec(self, images: Images) -> Images:
+        return to_bytes(self.model.roundtrip(to_floats(images), self.model.sampling_noise))
+
+    def one_each(self, images: Images, questions: Sequence[str]) -> list[str]:
+        return self.model.answers([[image] for image in to_floats(images)], questions)
+
+    def tower(self, images: Images, questions: Sequence[str]) -> list[str]:
+        return self.model.tower_answers(to_floats(images), questions)
+
+    def any_number(self, images: Sequence[Sequence[Images]], questions: Sequence[str]) -> list[str]:
+        shown = [list(to_floats(np.stack(list(some)))) if len(some) else [] for some in images]
+        return self.model.answers(shown, questions)
+
+    def edit(self, images: Images, instructions: Sequence[str], seeds: Sequence[int]) -> Images:
+        return to_bytes(self.model.edits(to_floats(images), instructions, seeds))
+
+    def tell(self, talks: list[list[str]], seeds: list[int]) -> list[list[list[Any]]]:
+        told = self.model.tell(talks, seeds)
+        return [[[_block(block) for block in turn] for turn in talk] for talk in told]
+
+
+def _block(block: str | Tensor) -> tuple[str, Any]:
+    return ("text", block) if isinstance(block, str) else ("image", to_bytes(block[None])[0])
+
+
+def _geneval(run: _Run) -> Report:
+    return score_geneval(run.model, run.split, quick=run.quick, progress=run.progress)
+
+
+def _dpg(run: _Run) -> Report:
+    report = evaluate_dpg(run.draw, run.split, quick=run.quick, progress=run.progress)
+    report["ceiling"] = {
+        "clean": roundtrip_ceiling(run.codec, run.split, quick=run.quick),
+        "noise": roundtrip_ceiling(run.noisy_codec, run.split, quick=run.quick),
+    }
+    return report
+
+
+def _mme(run: _Run) -> Report:
+    report = evaluate_mme(run.one_each, run.split, quick=run.quick, progress=run.progress)
+    return report | {"vlm": evaluate_mme(run.tower, run.split, quick=run.quick)["parts"]}
+
+
+def _gqa(run: _Run) -> Report:
+    report = evaluate_gqa(run.one_each, run.split, quick=run.quick, progress=run.progress)
+    return report | {"vlm": evaluate_gqa(run.tower, run.split, quick=run.quick)["parts"]}
+
+
+def _mcq(run: _Run) -> Report:
+    return evaluate_mcq(run.any_number, run.split, quick=run.quick, progress=run.progress)
+
+
+def _edit(run: _Run) -> Report:
+    return evaluate_edit(
+        run.edit,
+        run.split,
+        quick=run.quick,
+        codec=run.codec,
+        draw=None if run.quick else run.draw,
+        progress=run.progress,
+    )
+
+
+def _story(run: _Run) -> Report:
+    report = evaluate_story(run.tell, run.split, quick=run.quick, progress=run.progress)
+    return report | {"ceiling": story_ceiling(run.split, quick=run.quick, roundtrip=run.noisy_codec)}
+
+
+_SUITES: Mapping[str, Callable[[_Run], Report]] = {
+    "geneval": _geneval,
+    "dpg": _dpg,
+    "mme": _mme,
+    "gqa": _gqa,
+    "mcq": _mcq,
+    "edit": _edit,
+    "story": _story,
+}
+
+
+def score_suite(
+    model: Talker, suite: str, split: Split, *, quick: bool = False, progress: Progress | None = None
+) -> Report:
+    """The report of one suite, floors and ceilings included; `progress` is called with (items done, items in all).
+
+    mme and gqa hold in "vlm" what the language model scores through its own vision tower, which the joined model is
+    to keep. Raises ConfigError for an unknown suite or split.
+    """
+    if suite not in _SUITES:
+        raise ConfigError(f"suite is {suite!r}; expected one of {', '.join(get_args(Suite))}.{nearest(suite, _SUITES)}")
+    return _SUITES[suite](_Run(model, split, quick, progress))
