@@ -90,8 +90,10 @@ def nano() -> RunConfig:
         stages=(
             StageConfig(name="features", steps=400, batch=64),
             StageConfig(name="fae", steps=1000, batch=64),
-            StageConfig(name="vlm", steps=250, batch=48),
+            StageConfig(name="vlm", steps=4000, batch=48, optim=OptimConfig(decay_share=0.2)),
             StageConfig(name="t2i", steps=4100, batch=64, optim=OptimConfig(lr=3e-3, decay_share=0.4)),
+            StageConfig(name="adapter", steps=800, batch=48, distill=0.1),
+            StageConfig(name="joint", steps=8000, batch=32),
         ),
     )
 

@@ -1101,7 +1101,7 @@ def understanding_task(seed: int, index: int) -> tuple[Scene, list[tuple[str, st
     scene = _crowd(rng, _menu(), count, repeats=0.35)
     while not is_trainable(scene):
         scene = _crowd(rng, _menu(), count, repeats=0.35)
-    asked = questions(scene, rng, most=int(rng.integers(3, 5)))
+    asked = questions(scene, rng, most=int(rng.integers(6, 9)))
     return scene, [(DESCRIBE, describe(scene)), *((question.text, question.answer) for question in asked)]
 
 
