@@ -1,0 +1,126 @@
+"""Jobs for a machine with a GPU that is lent for minutes at a time; each fits a single call and goes on where it stopped.
+
+    PYTHONPATH=src python scripts/gpu.py train --limit 560      # the stages of nano, again until all are done
+    PYTHONPATH=src python scripts/gpu.py export --out "$OUT"    # the weights, in pieces that are small enough to carry
+    PYTHONPATH=src python scripts/gpu.py join PIECES FOLDER     # at home: the pieces as a model folder again
+    PYTHONPATH=src python scripts/gpu.py speed                  # pictures per second of every stage and of drawing
+
+Needs what the library needs (no command-line extras). `--scale` multiplies the recipe's batches: a GPU has room, and
+the steps stay the recipe's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import signal
+import sys
+import tarfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from starflow2.decode import Sampler
+from starflow2.errors import TrainingError
+from starflow2.generate import DrawConfig
+from starflow2.model import StarFlow2
+from starflow2.recipes import nano
+from starflow2.stages import RunConfig
+from starflow2.train import StepReport, fit
+
+RUN = Path("runs/gpu")
+PIECE = 15 * 2**20  # bytes of one file that comes back
+
+
+def recipe(scale: int) -> RunConfig:
+    """nano with batches `scale` times as large and checkpoints far apart."""
+    run = nano()
+    stages = tuple(replace(s, batch=scale * s.batch, save_every=1000, log_every=50) for s in run.stages)
+    return replace(run, stages=stages)
+
+
+def train(limit: float, scale: int, device: str) -> None:
+    """Stages in order until all are done or `limit` seconds have passed; a second call goes on."""
+    run = recipe(scale)
+    timer = threading.Timer(limit, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    for stage in run.stages:
+        done = RUN / f"{stage.name}.done"
+        if done.is_file():
+            continue
+        print(f"{stage.name}: {stage.steps} steps of {stage.batch}", flush=True)
+        try:
+            fit(run, stage.name, RUN, device=device, report=_tell, workers=max(1, (os.cpu_count() or 2) - 2))
+        except TrainingError as error:
+            sys.exit(f"{stage.name}: {error}")
+        done.touch()
+    timer.cancel()
+    print("all stages done")
+
+
+def _tell(line: StepReport) -> None:
+    values = " ".join(f"{name} {value:.4f}" for name, value in line.metrics.items())
+    print(
+        f"{line.stage} {line.step}/{line.steps} {values} {line.images_per_s:.0f}/s eta {line.eta_s:.0f} s", flush=True
+    )
+
+
+def export(out: Path) -> None:
+    """The model folder as a tar file, cut into pieces."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        tar.add(RUN / "model", "model")
+        for metrics in sorted(RUN.glob("metrics-*.jsonl")):
+            tar.add(metrics, metrics.name)
+    data = packed.getvalue()
+    out.mkdir(parents=True, exist_ok=True)
+    for i, at in enumerate(range(0, len(data), PIECE)):
+        (out / f"nano.tar.{i:02d}").write_bytes(data[at : at + PIECE])
+
+
+def join(pieces: Path, folder: Path) -> None:
+    """Undo `export`."""
+    data = b"".join(p.read_bytes() for p in sorted(pieces.glob("nano.tar.*")))
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        tar.extractall(folder, filter="data")
+
+
+def speed(device: str) -> None:
+    """Seconds of drawing at several batch sizes with the model that is there."""
+    model = StarFlow2.from_pretrained(RUN / "model", device=device)
+    for batch in (1, 16, 128):
+        config = DrawConfig.for_model(model.parts, batch=batch)
+        for _ in range(2):  # the first one warms up
+            torch.cuda.synchronize() if device == "cuda" else None
+            started = time.perf_counter()
+            model.draw(["two red hearts"] * batch, list(range(batch)), config)
+            seconds = time.perf_counter() - started
+        print(f"batch {batch}: {seconds:.2f} s, {seconds / batch:.4f} s per picture, {Sampler(model.parts).dtype}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("job", choices=("train", "export", "join", "speed"))
+    parser.add_argument("paths", nargs="*", type=Path, help="of join: the pieces, the folder to write")
+    parser.add_argument("--limit", type=float, default=560.0, help="seconds")
+    parser.add_argument("--scale", type=int, default=4)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"))
+    asked = parser.parse_args()
+    if asked.job == "train":
+        train(asked.limit, asked.scale, asked.device)
+    elif asked.job == "export":
+        export(asked.out)
+    elif asked.job == "join":
+        join(*asked.paths)
+    else:
+        speed(asked.device)
+
+
+if __name__ == "__main__":
+    main()
