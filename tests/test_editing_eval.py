@@ -13,7 +13,13 @@ from starflow2.data.edits import OPERATIONS, fits
 from starflow2.data.world import Thing, render
 from starflow2.errors import ConfigError, DataError
 from starflow2.evals import editing
+from starflow2.evals._shared import lock_text
 from starflow2.evals.editing import evaluate_edit, evaluate_edit_sessions, grade_edits, verify_lock
+
+
+@pytest.fixture
+def few_sessions(monkeypatch):
+    monkeypatch.setattr(editing, "SESSIONS", 16)
 
 
 def edits_of(*operations):
@@ -84,7 +90,8 @@ def test_an_object_that_was_asked_to_move_may_miss_its_place_by_little_only():
         steps = [by if thing.x < 32 else -by for thing in things]
         return [with_thing(e.target, e.after, x=t.x + s) for e, t, s in zip(edits, things, steps, strict=True)]
 
-    assert all(grade.applied for grade in graded(edits, off(3.0)))
+    near = [(e, scene) for e, scene in zip(edits, off(3.0), strict=True) if fits(scene)]
+    assert len(near) > 30 and all(grade.success for grade in graded(*zip(*near, strict=True)))
     clear = [(e, scene) for e, scene in zip(edits, off(8.0), strict=True) if fits(scene)]
     assert len(clear) > 10 and not any(grade.applied for grade in graded(*zip(*clear, strict=True)))
     left_behind = [(e, replace(e.target, things=(*e.target.things, e.source.things[e.before]))) for e in edits]
@@ -205,10 +212,12 @@ def test_who_knows_the_truth_scores_all_of_it_and_the_report_is_json():
 
 
 def test_a_quick_run_asks_for_an_eighth_of_the_same_edits_and_wording_is_a_part_of_its_own():
-    full, quick = Knower("id", "paraphrase"), Knower("id", "paraphrase")
-    report = evaluate_edit(quick, "dev", quick=True, parts=("id", "paraphrase"))
-    evaluate_edit(full, "dev", parts=("id", "paraphrase"))
-    assert report["n"] == len(quick.asked) == 84 and set(quick.asked) < set(full.asked) and "gap" not in report
+    knower = Knower("id", "paraphrase")
+    report = evaluate_edit(knower, "dev", quick=True, parts=("id", "paraphrase"))
+    assert report["n"] == len(knower.asked) == 84 and "gap" not in report
+    for part, asked in (("id", knower.asked[:42]), ("paraphrase", knower.asked[42:])):
+        suite = editing._suite("dev", part)
+        assert all(suite[seed - editing.SEED_BASE].instruction == text for text, seed in asked)
     assert {row["n"] for row in report["parts"]["id"]["by_operation"].values()} == {6}
     assert report["parts"]["paraphrase"]["overall"]["success"]["score"] == 1
 
@@ -245,7 +254,7 @@ class Talk:
     """Knows each session's pictures; forgets to undo if told so."""
 
     def __init__(self, image, seed, forgets=False):
-        self.session = editing.suite_sessions("dev", 64)[seed - editing.SEED_BASE]
+        self.session = editing.suite_sessions("dev", editing.SESSIONS)[seed - editing.SEED_BASE]
         assert np.array_equal(render(self.session.source), image)
         self.versions, self.forgets, self.turn = [image], forgets, 0
 
@@ -261,10 +270,10 @@ class Talk:
         return self.versions[-1]
 
 
-def test_who_knows_every_turn_and_undoes_it_scores_all_of_the_sessions():
+def test_who_knows_every_turn_and_undoes_it_scores_all_of_the_sessions(few_sessions):
     done = []
     report = evaluate_edit_sessions(Talk, "dev", progress=lambda n, total: done.append((n, total)))
-    assert json.loads(json.dumps(report)) == report and report["n"] == 64 and done[-1] == (192, 192)
+    assert json.loads(json.dumps(report)) == report and report["n"] == 16 and done[-1] == (48, 48)
     assert [turn["success"]["score"] for turn in report["turns"]] == [1, 1, 1] and report["all_turns"]["low"] == 1
     assert report["undo"]["same"]["score"] == report["undo"]["exact"]["score"] == 1
     copy, ceiling = report["controls"]["copy"], report["controls"]["ceiling"]
@@ -274,12 +283,12 @@ def test_who_knows_every_turn_and_undoes_it_scores_all_of_the_sessions():
     assert ceiling["all_turns"]["score"] == 1
 
 
-def test_who_forgets_to_undo_is_found_out():
+def test_who_forgets_to_undo_is_found_out(few_sessions):
     report = evaluate_edit_sessions(lambda image, seed: Talk(image, seed, forgets=True), "dev", quick=True)
-    assert report["n"] == 8 and report["undo"]["exact"]["score"] == 0 and report["undo"]["same"]["score"] < 0.7
+    assert report["n"] == 2 and report["undo"]["exact"]["score"] == 0 and report["undo"]["same"]["score"] < 0.7
 
 
-def test_an_error_of_an_early_turn_counts_in_the_later_ones():
+def test_an_early_turn_that_fails_and_is_made_good_counts_once(few_sessions):
     class Stuck(Talk):
         def edit(self, instruction):
             made = super().edit(instruction)
@@ -293,13 +302,18 @@ def test_an_error_of_an_early_turn_counts_in_the_later_ones():
 # ------------------------------------------------------------------------------------------------- the lock
 
 
-def test_the_suites_are_the_frozen_ones():
+def test_the_dev_suite_is_the_frozen_one():
+    frozen = json.loads(lock_text())["edit"]["items"]
+    for part in ("id", "cg", "paraphrase"):
+        assert editing._digest(editing._suite("dev", part)) == frozen[f"dev/{part}"]
+
+
+@pytest.mark.slow  # half a minute: sessions need four pictures of a rare bucket in a row
+@pytest.mark.timeout(600)
+def test_all_suites_are_the_frozen_ones_and_one_changed_instruction_breaks_the_lock(monkeypatch):
     verify_lock()
-    assert Counter(edit.operation for edit in editing._suite("test", "cg")) == dict.fromkeys(OPERATIONS, 24)
-
-
-def test_one_changed_instruction_breaks_the_lock(monkeypatch):
     suite = editing._suite
+    assert Counter(edit.operation for edit in suite("test", "cg")) == dict.fromkeys(OPERATIONS, 24)
     first, *rest = suite("dev", "cg")
     changed = (replace(first, instruction="remove the star"), *rest)
     monkeypatch.setattr(editing, "_suite", lambda *at: changed if at == ("dev", "cg") else suite(*at))

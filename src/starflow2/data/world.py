@@ -43,6 +43,8 @@ __all__ = [
     "bucket",
     "coverage",
     "facts",
+    "fits",
+    "half_box",
     "held_out",
     "is_trainable",
     "relations",
@@ -381,6 +383,30 @@ def _place(rng: np.random.Generator, shapes: Sequence[int], sizes: Sequence[int]
         winner = int(fits.argmax())
         if fits[winner]:
             return np.asarray(places[winner])
+
+
+def half_box(thing: Thing) -> tuple[float, float]:
+    """Half the width and height of a box that holds the object at every allowed angle, in pixels."""
+    width, height = _EXTENT[thing.shape]
+    return width * thing.radius, height * thing.radius
+
+
+def fits(scene: Scene) -> bool:
+    """True if nothing overlaps or touches the border, by the very rule that `sample_scene` places objects with.
+
+    >>> fits(sample_scene(stream(0), shapes=[0, 3, 5]))
+    True
+    """
+    boxes = [half_box(thing) for thing in scene.things]
+    for thing, (width, height) in zip(scene.things, boxes, strict=True):
+        if min(thing.x, IMAGE_SIZE - thing.x) < width + MARGIN or min(thing.y, IMAGE_SIZE - thing.y) < height + MARGIN:
+            return False
+    for (a, box_a), (b, box_b) in itertools.combinations(zip(scene.things, boxes, strict=True), 2):
+        dx, dy = abs(a.x - b.x), abs(a.y - b.y)
+        apart = _REACH[a.shape] * a.radius + _REACH[b.shape] * b.radius + GAP
+        if dx < box_a[0] + box_b[0] + GAP and dy < box_a[1] + box_b[1] + GAP and float(np.hypot(dx, dy)) < apart:
+            return False
+    return True
 
 
 def sample_scene(
