@@ -62,6 +62,11 @@ class Parts(nn.Module):
         return Pretzel(self.vlm, self.flow, self.joints)
 
     @property
+    def joined(self) -> nn.ModuleDict:
+        """What stage 3 trains: everything but the language model and the FAE."""
+        return nn.ModuleDict({"flow": self.flow, "joints": self.joints})
+
+    @property
     def layout(self) -> Layout:
         """How documents of this model spell a picture."""
         ids = self.cfg.vlm.special

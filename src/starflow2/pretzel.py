@@ -9,10 +9,11 @@ Letters: B rows, T positions, P pictures, N latents, D latent dim, E language wi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -175,6 +176,14 @@ class Pretzel:
 
     def new_cache(self) -> PretzelCache:
         return PretzelCache(self.vlm.new_cache(), Cache(self.flow.deep.cfg.stack.depth))
+
+    def in_float64(self) -> Self:
+        """A twin over copies of the weights in double precision."""
+        assert isinstance(self.vlm, nn.Module)
+        vlm = cast(LanguageStream, copy.deepcopy(self.vlm).double())
+        twin = type(self)(vlm, copy.deepcopy(self.flow).double(), copy.deepcopy(self.joints).double())
+        twin.skips = self.skips
+        return twin
 
     @contextmanager
     def traced(self) -> Iterator[list[tuple[str, Tensor, Tensor]]]:

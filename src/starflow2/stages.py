@@ -294,9 +294,9 @@ class JointTask:
     """Paper stage 3: everything at once, with the skips open; the language model and the FAE stay frozen."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.stage = parts, stage
+        self.parts, self.stage, self.pretzel = parts, stage, parts.pretzel
         self.draw: Callable[[range], Any] = Documents.of(parts, partial(joint_dialogue, stage, seed))
-        self.trained = nn.ModuleDict({"flow": parts.flow, "joints": parts.joints})
+        self.trained = parts.joined
 
     def loss(self, data: tuple[Tensor, Batch], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, batch = data[0].to(self.parts.device), data[1].to(self.parts.device)
@@ -306,7 +306,7 @@ class JointTask:
             latents = self.parts.codec.encode(images).float()
         drawn = noise.draw(len(images), generator).to(latents.device)
         level = torch.where(batch.pictures.is_target, drawn, _source_levels(self.parts, len(images), generator))
-        terms = joint_loss(self.parts.pretzel, batch, (add_noise(latents, level, generator), level), noise)
+        terms = joint_loss(self.pretzel, batch, (add_noise(latents, level, generator), level), noise)
         return terms.flow + self.stage.text_weight * terms.text, {"flow": terms.flow, "text": terms.text}
 
 

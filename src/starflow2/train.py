@@ -40,7 +40,7 @@ from starflow2.files import replacing
 from starflow2.parts import ModelConfig, Parts
 from starflow2.stages import TASKS, Precision, RunConfig, StageConfig, Task
 
-__all__ = ["StepReport", "fit"]
+__all__ = ["StepReport", "fit", "fit_task"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +207,26 @@ def fit(
             save_parts(parts, folder / "model")
     group.wait()
     return folder / "model"
+
+
+def fit_task(task: Task, stage: StageConfig, seed: int, *, device: str = "cpu", workers: int = 0) -> dict[str, float]:
+    """Train a task as `fit` does, in this process and without files; its modules end with averaged weights.
+
+    For comparisons of short runs. Returns the last step's metrics. A run that is lost is begun again.
+    """
+    group = _Group()
+    task.trained.to(device).requires_grad_(True)
+    state = _new_state(task, stage, group)
+    how = _Step(seed, _pick_precision("auto", device), device, group)
+    values: dict[str, float] = {}
+    with _Terminated() as stop, _Prefetch(task, stage, 0, group, workers) as batches:
+        for data in batches:
+            values, stopping = _step(state, task, stage, data, how, stop)
+            if stopping:
+                raise TrainingError(f"stopped by a signal at step {state.step} of {stage.steps}.")
+    task.trained.load_state_dict(state.ema or task.trained.state_dict())
+    task.trained.eval().requires_grad_(False)
+    return values
 
 
 def _start_parts(run: RunConfig, stage: str, folder: Path, device: str) -> Parts:
