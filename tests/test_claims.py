@@ -1,0 +1,64 @@
+"""The paper's claims from files of results: open where nothing was measured, never confirmed by a gap that is noise."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from starflow2.claims import CLAIMS, find, write_claims
+from starflow2.errors import DataError
+
+
+def arm(low: float, mean: float, high: float) -> dict[str, object]:
+    return {"geneval": {"mean": mean, "low": low, "high": high}, "mme": {"mean": mean, "low": low, "high": high}}
+
+
+def suite(ours: float, own: float, name: str) -> dict[str, object]:
+    return {"parts": {"id": {name: {"score": ours}}}, "vlm": {"id": {name: {"score": own}}}}
+
+
+RESULTS = {
+    "mme": suite(960, 1000, "total"),
+    "gqa": suite(0.78, 0.8, "accuracy"),
+    "skips": {
+        "visual": {"contribution_ratio": {"mean": 0.3}, "cosine": {"mean": 0.05}},
+        "text": {"contribution_ratio": {"mean": 0.1}},
+    },
+    "compare": {
+        "summary": {
+            "stage 1": arm(0.2, 0.25, 0.3),
+            "stage 3": arm(0.35, 0.4, 0.45),
+            "stage 3, skips closed": arm(0.3, 0.36, 0.4),
+            "mot frozen": arm(0.5, 0.6, 0.7),
+            "mot finetuned": arm(0.1, 0.2, 0.3),
+        }
+    },
+    "turns": {"turns": [{"slower_to_start": 1.0}] * 3 + [{"slower_to_start": 3.2}]},
+}
+
+
+def test_every_claim_is_open_where_nothing_was_measured():
+    found = [find(claim, {}) for claim in CLAIMS]
+    assert {f.verdict for f in found} == {"open"}
+    assert all(".json" in f.measured for f in found)
+
+
+def test_verdicts_follow_the_numbers_and_overlapping_seeds_leave_a_claim_open():
+    verdicts = {claim.text: find(claim, RESULTS).verdict for claim in CLAIMS}
+    assert verdicts["stage 3 draws better than stage 1"] == "confirmed"
+    assert verdicts["... because of the skips and not of the added data"] == "open"
+    assert verdicts["a frozen mixture of transformers draws worse"] == "refuted"
+    assert verdicts["the language model's understanding is kept"] == "confirmed"
+    lost = RESULTS | {"gqa": suite(0.7, 0.8, "accuracy")}
+    assert find(CLAIMS[0], lost).verdict == "refuted"
+
+
+def test_write_claims_reads_what_is_there_and_refuses_what_is_no_json(tmp_path):
+    for name, value in RESULTS.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    text = write_claims(tmp_path).read_text()
+    assert text.count("**confirmed**") == 6 and text.count("**refuted**") == 1 and text.count("**open**") == 1
+    (tmp_path / "mme.json").write_text("{")
+    with pytest.raises(DataError, match=r"mme\.json is not JSON"):
+        write_claims(tmp_path)
