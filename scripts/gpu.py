@@ -3,7 +3,9 @@
     PYTHONPATH=src python scripts/gpu.py train --limit 560      # the stages of nano, again until all are done
     PYTHONPATH=src python scripts/gpu.py export --out "$OUT"    # the weights, in pieces that are small enough to carry
     PYTHONPATH=src python scripts/gpu.py join PIECES FOLDER     # at home: the pieces as a model folder again
-    PYTHONPATH=src python scripts/gpu.py speed                  # pictures per second of every stage and of drawing
+    PYTHONPATH=src python scripts/gpu.py speed                  # seconds per picture at several batch sizes
+    PYTHONPATH=src python scripts/gpu.py suites --out "$OUT"    # every suite, test split, as JSON
+    PYTHONPATH=src python scripts/gpu.py compare --out "$OUT"   # the paper's comparisons, three seeds
 
 Needs what the library needs (no command-line extras). `--scale` multiplies the recipe's batches: a GPU has room, and
 the steps stay the recipe's.
@@ -21,11 +23,15 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
+from starflow2.compare import CompareConfig, compare, write
 from starflow2.decode import Sampler
 from starflow2.errors import TrainingError
+from starflow2.evals.report import write_json
+from starflow2.evals.suites import Suite, score_suite
 from starflow2.generate import DrawConfig
 from starflow2.model import StarFlow2
 from starflow2.recipes import nano
@@ -103,9 +109,28 @@ def speed(device: str) -> None:
         print(f"batch {batch}: {seconds:.2f} s, {seconds / batch:.4f} s per picture, {Sampler(model.parts).dtype}")
 
 
+def suites(out: Path, device: str) -> None:
+    """Every suite on the model that is there, test split; a suite whose file is there already is left out."""
+    model = StarFlow2.from_pretrained(RUN / "model", device=device)
+    for name in get_args(Suite):
+        path = out / f"{name}.json"
+        if not path.is_file():
+            started = time.perf_counter()
+            write_json(score_suite(model, name, "test"), path)
+            print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def comparisons(out: Path, device: str) -> None:
+    """compare.json and compare.md: arms on equal budgets from the frozen parts that are there."""
+    config = CompareConfig(steps=1500, batch=128, adapter_steps=300)
+    workers = max(1, (os.cpu_count() or 2) - 2)
+    rows = compare(RUN / "model", config, device=device, workers=workers, progress=lambda t: print(t, flush=True))
+    write(rows, config, out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("train", "export", "join", "speed"))
+    parser.add_argument("job", choices=("train", "export", "join", "speed", "suites", "compare"))
     parser.add_argument("paths", nargs="*", type=Path, help="of join: the pieces, the folder to write")
     parser.add_argument("--limit", type=float, default=560.0, help="seconds")
     parser.add_argument("--scale", type=int, default=4)
@@ -118,6 +143,10 @@ def main() -> None:
         export(asked.out)
     elif asked.job == "join":
         join(*asked.paths)
+    elif asked.job == "suites":
+        suites(asked.out, asked.device)
+    elif asked.job == "compare":
+        comparisons(asked.out, asked.device)
     else:
         speed(asked.device)
 
