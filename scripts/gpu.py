@@ -1,4 +1,4 @@
-"""Jobs for a machine with a GPU that is lent for minutes at a time; each fits a single call and goes on where it stopped.
+"""Jobs for a GPU that is lent for minutes at a time; each fits a single call and goes on where it stopped.
 
     PYTHONPATH=src python scripts/gpu.py train --limit 560      # the stages of nano, again until all are done
     PYTHONPATH=src python scripts/gpu.py export --out "$OUT"    # the weights, in pieces that are small enough to carry
