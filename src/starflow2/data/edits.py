@@ -28,6 +28,7 @@ from starflow2.data.world import (
     MARGIN,
     MAX_ANGLE,
     MAX_THINGS,
+    RECOLOR_HELD_OUT,
     SHAPES,
     SIZES,
     Bucket,
@@ -47,7 +48,6 @@ from starflow2.errors import ConfigError
 
 __all__ = [
     "EDIT_WORDINGS",
-    "HELD_OUT_STEPS",
     "OPERATIONS",
     "Edit",
     "EditSession",
@@ -66,7 +66,6 @@ Part = Literal["id", "cg", "paraphrase"]
 T = TypeVar("T")
 
 OPERATIONS: Final[tuple[Operation, ...]] = ("recolor", "reshape", "resize", "move", "add", "remove", "background")
-HELD_OUT_STEPS: Final[Mapping[Split, int]] = MappingProxyType({"test": 3, "dev": 5})  # colour c -> c + step, modulo 8
 CLEAR: Final = 12.0  # pixels that a move covers at least
 THIRD: Final = IMAGE_SIZE / 3  # pixels
 
@@ -405,7 +404,7 @@ def _shows(scene: Scene) -> frozenset[tuple[Split, str]]:
 
 def _is_seen(step: _Step) -> bool:
     """True if neither an edit nor its result is held out."""
-    return _color_step(step) not in HELD_OUT_STEPS.values() and not _shows(step.target)
+    return _color_step(step) not in RECOLOR_HELD_OUT.values() and not _shows(step.target)
 
 
 def _meets(shapes: Sequence[int]) -> frozenset[tuple[Split, str]]:
@@ -607,7 +606,7 @@ def _unseen_step(rng: np.random.Generator, split: Split, operation: Operation, i
     rows = _ROWS[operation]
     row = rows[item % len(rows)] if rows else ""
     wanted = frozenset({(split, row)}) if row else frozenset()
-    color_step = 0 if row else HELD_OUT_STEPS[split]
+    color_step = 0 if row else RECOLOR_HELD_OUT[split]
     while True:
         source = _source(rng, _unseen_cast(rng, split, operation, row))
         for step in _steps(rng, source, operation, split):

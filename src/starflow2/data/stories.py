@@ -27,6 +27,7 @@ from starflow2.data.world import (
     HELD_OUT,
     MAX_THINGS,
     OPPOSITES,
+    RECOLOR_HELD_OUT,
     RELATIONS,
     SHAPES,
     SIZES,
@@ -90,7 +91,6 @@ _STORY: Final = 40  # a number of its own in every stream
 _SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
 _REPEATS: Final = 0.3  # share of stories in which two objects have the same shape
 _SCRIPTS: Final = 16  # tries at a script for one cast: placing a cast costs more than what is done with it
-_EDITS: Final[Mapping[Split, int]] = MappingProxyType({"test": 3, "dev": 5})  # recolouring c to c + this is held out
 
 
 # ------------------------------------------------------------------------------------------- stories
@@ -521,9 +521,9 @@ def _color(rng: np.random.Generator, shape: int, old: int | None, rules: _Rules)
     if rules.split != "train" and rules.row == "pair" and rng.random() < 0.5:
         pool = _colors_of(shape, rules.split)
     if old is not None:
-        steps = set(range(1, len(COLORS))) - set(_EDITS.values())
+        steps = set(range(1, len(COLORS))) - set(RECOLOR_HELD_OUT.values())
         if rules.split != "train" and rules.row == "edit":
-            steps = {_EDITS[rules.split]}
+            steps = {RECOLOR_HELD_OUT[rules.split]}
         pool = tuple(color for color in pool if (color - old) % len(COLORS) in steps)
     return _pick(rng, pool) if pool else None
 

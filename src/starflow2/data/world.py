@@ -30,6 +30,7 @@ __all__ = [
     "OPPOSITES",
     "PALETTE",
     "RADII",
+    "RECOLOR_HELD_OUT",
     "RELATIONS",
     "SHAPES",
     "SIZES",
@@ -305,6 +306,7 @@ def _held_out_table(rest: int, shapes: Sequence[tuple[int, int]]) -> HeldOut:
 HELD_OUT: Final[Mapping[Split, HeldOut]] = MappingProxyType(
     {"test": _held_out_table(0, [(0, 4), (1, 5)]), "dev": _held_out_table(4, [(2, 6), (3, 7)])}
 )
+RECOLOR_HELD_OUT: Final[Mapping[Split, int]] = MappingProxyType({"test": 3, "dev": 5})  # colour c to c + step, modulo 8
 
 
 def held_out(scene: Scene, split: Split) -> frozenset[str]:
