@@ -22,18 +22,20 @@ from starflow2.stages import OptimConfig, RunConfig, StageConfig
 
 WHITEN = stages.T2iTask._whiten
 WIDTH, LATENT = 40, 4  # of every stream; channels of a latent
+STAGES = ("features", "fae", "vlm", "t2i", "adapter", "joint")
 
 
-def tiny_model() -> ModelConfig:
-    """nano with streams of width 40, one layer each, and latents of 4 channels on the same 8 x 8 grid."""
+def tiny_model(side: int = 8) -> ModelConfig:
+    """nano with streams of width 40, one layer each, and `side` x `side` latents of 4 channels, 8 pixels each."""
+    size, grid = 8 * side, (side, side)
     nano = nano_model()
     stack = StackConfig(width=WIDTH, depth=1, head_dim=20, activation="relu2")
     both_ways = replace(stack, rope=False, causal=False)
-    blocks = [replace(b, dim=LATENT, stack=stack) for b in (nano.flow.deep, *nano.flow.shallow)]
+    blocks = [replace(b, dim=LATENT, grid=grid, stack=stack) for b in (nano.flow.deep, *nano.flow.shallow)]
     return replace(
         nano,
         name="tiny",
-        features=replace(nano.features, width=WIDTH, depth=1, heads=2),
+        features=replace(nano.features, image_size=size, width=WIDTH, depth=1, heads=2),
         vlm=replace(
             nano.vlm,
             vocab=320,
@@ -52,6 +54,8 @@ def tiny_model() -> ModelConfig:
             nano.fae,
             feature_dim=WIDTH,
             latent_dim=LATENT,
+            grid=grid,
+            image_size=size,
             encoder_width=32,
             encoder_heads=2,
             feature_decoder=both_ways,
@@ -83,18 +87,20 @@ def tiny_tokenizer() -> ChatTokenizer:
     return train_tokenizer(texts(60), tiny_model().vlm.vocab)
 
 
-def tiny_parts(stages: tuple[str, ...] = ("features", "fae", "vlm", "t2i"), scale: float = 0.05) -> Parts:
+def tiny_parts(stages: tuple[str, ...] = STAGES[:4], scale: float = 0.05, side: int = 8) -> Parts:
     """Woken parts that claim to have finished `stages`; the same weights at every call."""
     torch.manual_seed(3)
-    parts = wake(Parts(tiny_model(), tiny_tokenizer()), scale)
+    parts = wake(Parts(tiny_model(side), tiny_tokenizer()), scale)
     parts.lexicon, parts.stages = lexicon(), stages
     return parts.eval()
 
 
 def tiny_run(steps: int = 4, save_every: int = 2, precision: str = "float32") -> RunConfig:
-    """All four stages of the tiny model, `steps` steps of four pictures each, every step logged."""
-    names = ("features", "fae", "vlm", "t2i")
-    stages = tuple(StageConfig(name=name, steps=steps, batch=4, optim=OptimConfig()) for name in names)
+    """All six stages of the tiny model, `steps` steps of four documents each, every step logged."""
+    stages = tuple(
+        StageConfig(name=name, steps=steps, batch=4, optim=OptimConfig())  # type: ignore[arg-type]
+        for name in STAGES
+    )
     run = smoke(RunConfig(model=tiny_model(), stages=stages, precision=precision))
     long = tuple(replace(s, steps=steps, save_every=save_every, log_every=1) for s in run.stages)
     return replace(run, stages=long)

@@ -13,14 +13,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model_cases import tiny_model, tiny_parts
+from model_cases import STAGES, tiny_model, tiny_parts
 from starflow2 import checkpoint
 from starflow2.checkpoint import FORMAT, load_parts, read_config, save_parts
 from starflow2.data.tasks import draw_task
 from starflow2.errors import CheckpointError, ConfigError, StarFlowError
 from starflow2.generate import DrawConfig, draw
+from starflow2.model import NANO
 from starflow2.parts import Parts
-from starflow2.train import to_images
+from starflow2.stages import to_images
 
 FILES = ("model.safetensors", "vlm/model.safetensors", "features/model.safetensors")
 
@@ -233,6 +234,91 @@ def test_a_tokenizer_whose_special_tokens_are_missing_is_refused(folder):
 
     Tokenizer(models.BPE()).save(str(folder / "tokenizer.json"))
     assert "tokenizer.json" in refusal(folder)
+
+
+# -- joints, and models from before there were any
+
+
+def without_joints(folder: Path, stages: tuple[str, ...] = STAGES[:4], number: int = 1, left: int = 0) -> None:
+    """Make a folder what format 1 was: no joints in config and weights, but for the first `left` tensors."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name in sorted(k for k in tensors if k.startswith("joints."))[left:]:
+        del tensors[name]
+    save_file(tensors, path, metadata={"format": "pt"})
+    model = json.loads((folder / "config.json").read_text())["model"]
+    if number == 1:
+        del model["joints"], model["max_positions"]
+    edit(folder, format=number, stages=list(stages), model=model)
+
+
+def test_a_folder_says_that_it_is_of_format_two_and_holds_the_joints(saved):
+    config = json.loads((saved / "config.json").read_text())
+    assert config["format"] == FORMAT == 2 and config["model"]["joints"]["adapter_width"] == 192
+    names = {k for k in load_file(saved / "model.safetensors") if k.startswith("joints.")}
+    assert names == {f"joints.{k}" for k in tiny_parts().joints.state_dict()} and len(names) > 8
+
+
+def test_a_joint_model_comes_back_with_woken_joints(tmp_path):
+    before = tiny_parts(STAGES)
+    after = load_parts(save_parts(before, tmp_path / "model"))
+    assert after.stages == STAGES and before.joints.text_skip.weight.any()
+    old, new = before.joints.state_dict(), after.joints.state_dict()
+    assert all(torch.equal(old[k], new[k]) for k in old)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_model_from_before_there_were_joints_gets_fresh_ones_the_same_every_time(folder, number):
+    without_joints(folder, number=number)
+    loaded = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        loaded.append(load_parts(folder))
+    one, other = (parts.joints.state_dict() for parts in loaded)
+    assert all(torch.equal(one[k], other[k]) and bool(one[k].isfinite().all()) for k in one)
+    for skip in (loaded[0].joints.visual_skip, loaded[0].joints.text_skip, loaded[0].joints.reference):
+        assert not skip.weight.any(), "nothing of what it could do before may change"
+    assert one["adapter.mlp.0.weight"].std() > 0.01
+    assert loaded[0].cfg == tiny_model() and torch.equal(
+        loaded[0].flow.deep.head.weight, tiny_parts().flow.deep.head.weight
+    )
+
+
+def test_the_shipped_model_of_format_one_is_read_as_one_of_format_two_and_saved_as_such(tmp_path):
+    assert json.loads((NANO / "config.json").read_text())["format"] == 1, "make a folder of format 1 for this test"
+    config = read_config(NANO)
+    assert config["format"] == 2 and config["model"]["max_positions"] == 4096
+    assert config["model"]["joints"] == {
+        "adapter_width": 192, "noise_width": 64, "adapter_stencil": True, "reference": True,
+    }  # fmt: skip
+    before = load_parts(NANO)
+    assert before.stages == STAGES[:4]
+    after = load_parts(save_parts(before, tmp_path / "nano"))
+    old, new = before.state_dict(), after.state_dict()
+    assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+    assert json.loads((tmp_path / "nano" / "config.json").read_text())["format"] == 2
+
+
+@pytest.mark.parametrize("stages", [STAGES[:5], STAGES], ids=["adapter", "joint"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_model_that_claims_trained_joints_and_has_none_is_refused(folder, stages, number):
+    without_joints(folder, stages, number)
+    assert "joints." in refusal(folder)
+
+
+@pytest.mark.parametrize("left", [1, 5])
+@pytest.mark.parametrize("number", [1, 2])
+def test_joints_that_are_there_in_part_are_refused_and_never_filled_up(folder, number, left):
+    without_joints(folder, number=number, left=left)
+    message = refusal(folder)
+    assert "missing" in message and "joints." in message
+
+
+@pytest.mark.parametrize("model", [[1], "nano", None], ids=str)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_config_whose_model_is_no_set_of_keys_is_refused(folder, number, model):
+    edit(folder, format=number, model=model)
+    refusal(folder, StarFlowError)
 
 
 # -- saving

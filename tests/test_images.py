@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ import torch
 from PIL import Image
 
 from starflow2.errors import DataError, OutputError, ShapeError
-from starflow2.images import contact_sheet, read_metadata, save_png, to_pil, to_tensor
+from starflow2.images import contact_sheet, read_metadata, read_picture, save_png, to_pil, to_tensor
 
 
 def every_byte() -> np.ndarray:
@@ -135,3 +139,138 @@ def test_a_full_disk_or_a_read_only_folder_leaves_the_old_picture_alone(tmp_path
 def test_a_name_that_promises_another_format_is_refused(tmp_path):
     with pytest.raises(OutputError, match=r"\.png"):
         save_png(Image.new("RGB", (4, 4)), tmp_path / "a.jpg")
+
+
+# -- pictures to look at
+
+
+def saved(tmp_path: Path, image: Image.Image, name: str = "a.png", **options: object) -> Path:
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def noise(mode: str = "RGB", size: tuple[int, int] = (40, 40)) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA"])
+def test_still_and_opaque_pictures_of_every_ordinary_mode_are_read(tmp_path, mode):
+    picture = noise(mode, (32, 32))
+    expected = to_tensor(picture.convert("RGB"))
+    for source in (picture, saved(tmp_path, picture), str(tmp_path / "a.png")):
+        assert torch.equal(read_picture(source, 32), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("a.jpg", (32, 32)), ("a.gif", (32, 32)), ("a.webp", (40, 33)), ("a.bmp", (17, 90))]
+)
+def test_still_pictures_of_other_formats_are_read(tmp_path, name, size):
+    seen = read_picture(saved(tmp_path, noise(size=size), name), 32)
+    assert seen.shape == (3, 32, 32) and seen.std() > 0.05
+
+
+def test_of_a_picture_that_is_no_square_the_middle_is_seen(tmp_path):
+    wide = Image.new("RGB", (60, 20), "red")
+    wide.paste(Image.new("RGB", (20, 20), "lime"), (20, 0))
+    for picture in (wide, wide.rotate(90, expand=True)):
+        seen = read_picture(picture, 20)
+        assert seen.shape == (3, 20, 20)
+        assert seen[1].eq(1).all() and seen[0].eq(-1).all()
+
+
+def test_a_picture_of_another_size_is_scaled_and_stays_in_range(tmp_path):
+    for side in (16, 200):
+        seen = read_picture(noise(size=(side, side)), 64)
+        assert seen.shape == (3, 64, 64) and seen.min() >= -1 and seen.max() <= 1
+    flat = read_picture(Image.new("RGB", (333, 200), (10, 200, 30)), 64)
+    assert torch.equal(flat, to_tensor(Image.new("RGB", (64, 64), (10, 200, 30))))
+
+
+def animated(tmp_path: Path, name: str) -> Path:
+    first, *rest = (Image.new("RGB", (32, 32), colour) for colour in ("red", "lime", "blue"))
+    return saved(tmp_path, first, name, save_all=True, append_images=rest)
+
+
+def a_png(side: int, bits: int, pixels: bytes) -> bytes:
+    """A PNG file in three colours, written by hand: PIL writes none with 16 bits, nor one that lies about its size."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, bits, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+def a_bomb(side: int) -> bytes:
+    """A PNG of a few bytes that says it has `side` x `side` pixels."""
+    return a_png(side, 8, b"\0" * 64)
+
+
+def sixteen_bits() -> bytes:
+    """Three channels of 16 bits, which PIL opens as one of 8 without a word."""
+    return a_png(32, 16, b"".join(b"\0" + bytes(range(192)) for _ in range(32)))
+
+
+def cut(path: Path, share: float = 0.5) -> Path:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    return path
+
+
+def written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def palette_with_a_hole() -> Image.Image:
+    image = noise("P")
+    image.info["transparency"] = image.getpixel((0, 0))
+    return image
+
+
+REFUSED = {
+    "not there": (lambda t: t / "a.png", "expected a whole picture"),
+    "text": (lambda t: written(t / "a.png", b"hello"), "expected a whole picture"),
+    "truncated png": (lambda t: cut(saved(t, noise())), "expected a whole picture"),
+    "truncated jpeg": (lambda t: cut(saved(t, noise(), "a.jpg")), "expected a whole picture"),
+    "truncated by a little": (lambda t: cut(saved(t, noise(), "a.jpg"), 0.95), "expected a whole picture"),
+    "bomb": (lambda t: written(t / "a.png", a_bomb(30_000)), "expected a whole picture of ordinary size"),
+    "half a bomb": (lambda t: written(t / "a.png", a_bomb(11_000)), "expected a whole picture of ordinary size"),
+    "gif": (lambda t: animated(t, "a.gif"), "3 frames.*save the frame"),
+    "apng": (lambda t: animated(t, "a.png"), "3 frames.*save the frame"),
+    "tiff": (lambda t: animated(t, "a.tif"), "3 frames.*save the frame"),
+    "webp": (lambda t: animated(t, "a.webp"), "3 frames.*save the frame"),
+    "cmyk": (lambda t: saved(t, noise("CMYK"), "a.jpg"), "CMYK.*convert it"),
+    "16 bits grey": (lambda t: saved(t, Image.fromarray(np.full((32, 32), 40_000, np.uint16))), "16.*convert it"),
+    "16 bits colour": (lambda t: written(t / "a.png", sixteen_bits()), "16.*convert it"),
+    "32 bits": (lambda t: saved(t, Image.new("F", (32, 32)), "a.tif"), "F.*convert it"),
+    "transparent": (lambda t: saved(t, Image.new("RGBA", (32, 32), (9, 9, 9, 254))), "transparent.*background"),
+    "transparent grey": (lambda t: saved(t, Image.new("LA", (32, 32), (9, 0))), "transparent.*background"),
+    "transparent palette": (lambda t: saved(t, palette_with_a_hole()), "transparent.*background"),
+    "thin": (lambda t: saved(t, Image.new("RGB", (1, 40))), "1 x 40.*at least 16"),
+    "flat": (lambda t: saved(t, Image.new("RGB", (40, 15))), "40 x 15.*at least 16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_could_only_be_read_by_guessing_is_refused_with_its_name_and_a_remedy(tmp_path, case):
+    make, remedy = REFUSED[case]
+    path = make(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match=remedy) as caught:
+            read_picture(path, 32)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and ".." not in message.removeprefix(str(path))
+
+
+def test_a_picture_without_a_file_is_refused_in_the_same_way():
+    with pytest.raises(DataError, match=r"the picture has transparent pixels.*background"):
+        read_picture(Image.new("RGBA", (32, 32)), 32)
+    with pytest.raises(DataError, match="the picture has colour mode CMYK"):
+        read_picture(Image.new("CMYK", (32, 32)), 32)
+
+
+def test_a_folder_is_no_picture(tmp_path):
+    with pytest.raises(DataError, match="as a picture"):
+        read_picture(tmp_path, 32)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from model_cases import tiny_folder, tiny_model
 from starflow2.errors import CheckpointError, ConfigError
 from starflow2.info import describe, find_config
 from starflow2.nn import Cache
 from starflow2.parts import build
+from starflow2.pretzel import PretzelCache, Slots
 from starflow2.sequence import text_mrope
 
 
@@ -18,7 +18,9 @@ def test_every_parameter_is_counted_once_and_in_one_component():
     facts = describe(tiny_model())["parameters"]
     parts = build(tiny_model())
     assert facts["total"] == sum(p.numel() for p in parts.parameters()) == sum(facts["by_component"].values())
-    assert facts["trainable"] == sum(p.numel() for p in parts.flow.parameters())
+    trained = [*parts.flow.parameters(), *parts.joints.parameters()]
+    assert facts["trainable"] == sum(p.numel() for p in trained)
+    assert facts["by_component"]["adapter"] == sum(p.numel() for p in parts.joints.adapter.parameters())
     assert facts["by_component"]["features"] == sum(p.numel() for p in parts.features.parameters())
 
 
@@ -32,15 +34,12 @@ def test_a_position_costs_what_the_real_caches_grow_by():
     parts, count = build(cfg), 5
     cost = describe(cfg)["kv_bytes_per_token"]
 
-    cache = Cache(cfg.flow.deep.stack.depth, capacity=count)
-    slots, places = torch.zeros(1, count, cfg.flow.deep.stack.width), torch.zeros(1, count, 3)
-    parts.flow.deep.body(slots, places, cache=cache)
-    assert cache.nbytes == count * cost["flow"]["float32"]
-
-    theirs = DynamicCache(config=parts.vlm.model.config)
-    parts.vlm.states(parts.vlm.embed(torch.zeros(1, count, dtype=torch.long)), text_mrope(1, count), cache=theirs)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in theirs.layers)
-    assert held == count * cost["language"]["float32"]
+    cache = PretzelCache(*(Cache(depth, capacity=count) for depth in (cfg.vlm.depth, cfg.flow.deep.stack.depth)))
+    ids, places = torch.zeros(1, count, dtype=torch.long), torch.zeros(1, count, 3)
+    parts.pretzel.read(Slots(ids, text_mrope(1, count), places), cache)
+    assert cache.flow.nbytes == count * cost["flow"]["float32"]
+    assert cache.vlm.nbytes == count * cost["language"]["float32"]
+    assert cache.nbytes == cache.flow.nbytes + cache.vlm.nbytes and cache.length == count
 
 
 def test_a_recipe_a_function_and_a_folder_name_the_same_model(tmp_path):

@@ -10,10 +10,11 @@ import torch
 from torch.distributions import Normal
 
 from helpers import wake
-from model_cases import WIDTH, tiny_model
+from model_cases import STAGES, WIDTH, tiny_model, tiny_parts
 from starflow2.flow import Context, Flow
-from starflow2.losses import masked_picture_loss, ngp_loss, ntp_loss
-from starflow2.sequence import IGNORE
+from starflow2.losses import JointTerms, joint_loss, masked_picture_loss, ngp_loss, ntp_loss
+from starflow2.parts import Parts
+from starflow2.sequence import IGNORE, Document, Image, Text, pack
 
 HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
 
@@ -60,15 +61,106 @@ def test_ngp_loss_is_a_function_of_its_generator_alone():
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_ntp_loss_is_the_mean_surprise_at_labelled_positions_in_float32():
-    logits = torch.randn(2, 6, 11)
-    labels = torch.randint(0, 11, (2, 6))
-    labels[0, :4] = IGNORE
-    picked = [-logits[b, t].log_softmax(-1)[labels[b, t]] for b in range(2) for t in range(6) if labels[b, t] != IGNORE]
-    assert ntp_loss(logits, labels).item() == pytest.approx(torch.stack(picked).mean().item(), abs=1e-6)
+def labelled(*rows: str) -> torch.Tensor:
+    """Labels (B, T): a letter is a label, a dot is none."""
+    return torch.tensor([[IGNORE if c == "." else ord(c) - ord("a") for c in row] for row in rows])
+
+
+def surprises(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
+    """Nats of every label, in order."""
+    told = labels[labels != IGNORE]
+    return [-row.log_softmax(-1)[label].item() for row, label in zip(logits, told, strict=True)]
+
+
+def test_ntp_loss_is_the_mean_over_replies_of_their_mean_surprise():
+    labels = labelled("..abcdef", "a..bc...")
+    logits = torch.randn(9, 11)
+    nats = surprises(logits, labels)
+    replies = [nats[:6], nats[6:7], nats[7:]]
+    expected = sum(sum(r) / len(r) for r in replies) / 3
+    assert ntp_loss(logits, labels).item() == pytest.approx(expected, abs=1e-6)
+    assert expected != pytest.approx(sum(nats) / 9, abs=1e-3), "a mean over tokens is something else"
+
+
+def test_a_long_reply_pulls_no_harder_than_a_short_one():
+    labels = labelled("abcdefgh", "a.......")
+    logits = torch.zeros(9, 11, requires_grad=True)
+    (grad,) = torch.autograd.grad(ntp_loss(logits, labels), logits)
+    per_label = grad.norm(dim=1)
+    assert per_label[:8].sum().item() == pytest.approx(per_label[8].item(), rel=1e-5)
+
+
+def test_replies_that_end_and_begin_with_a_row_are_two():
+    logits = torch.randn(4, 11)
+    apart = ntp_loss(logits, labelled("..abc", "d....")).item()
+    nats = surprises(logits, labelled("..abc", "d...."))
+    assert apart == pytest.approx((sum(nats[:3]) / 3 + nats[3]) / 2, abs=1e-6)
+
+
+def test_ntp_loss_is_in_float32_and_zero_with_a_gradient_where_there_is_no_label():
+    labels, logits = labelled("..abc", "d...."), torch.randn(4, 11)
     half = ntp_loss(logits.bfloat16(), labels)
     assert half.dtype == torch.float32
     assert half.item() == pytest.approx(ntp_loss(logits.bfloat16().float(), labels).item(), abs=1e-6)
+    nothing = torch.zeros(0, 11, requires_grad=True)
+    loss = ntp_loss(nothing, labelled("....."))
+    loss.backward()
+    assert loss.item() == 0 and nothing.grad is not None
+
+
+# -- both at once
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return tiny_parts(STAGES)
+
+
+def joint(parts: Parts, documents: list[Document], count: int, seed: int = 0) -> JointTerms:
+    generator = torch.Generator().manual_seed(seed)
+    x, level = torch.randn(count, 64, 4, generator=generator), 0.1 + 0.3 * torch.rand(count, generator=generator)
+    return joint_loss(parts.pretzel, pack(documents, parts.layout), (x, level), parts.cfg.flow.noise)
+
+
+SHOWN: Document = (Text((1,)), Image(), Text((40, 2)), Text((41, 42, 3), is_target=True))
+DRAWN: Document = (Text((1, 30, 2)), Image(is_target=True), Text((3,), is_target=True))
+WORDS: Document = (Text((1, 30, 2)), Text((50, 51, 3), is_target=True))
+
+
+def test_a_picture_that_is_only_shown_does_not_count_in_the_loss_of_pictures(parts):
+    assert joint(parts, [SHOWN], 1).flow.item() == 0
+    assert joint(parts, [SHOWN], 1).text.item() > 0
+    alone = joint(parts, [DRAWN], 1)
+    generator = torch.Generator().manual_seed(0)
+    x, level = torch.randn(1, 64, 4, generator=generator), 0.1 + 0.3 * torch.rand(1, generator=generator)
+    both = torch.cat([x, torch.randn(1, 64, 4)]), torch.cat([level, torch.tensor([0.2])])
+    together = joint_loss(parts.pretzel, pack([DRAWN, SHOWN], parts.layout), both, parts.cfg.flow.noise)
+    assert together.flow.item() == pytest.approx(alone.flow.item(), abs=1e-5)
+
+
+def test_the_loss_of_pictures_weighs_each_by_its_noise_level_and_leaves_the_constant_out(parts):
+    batch = pack([DRAWN, DRAWN], parts.layout)
+    x, level = torch.randn(2, 64, 4), torch.tensor([0.1, 0.5])
+    terms = joint_loss(parts.pretzel, batch, (x, level), parts.cfg.flow.noise)
+    nats = -parts.pretzel.forward(batch, x, level).log_prob / 256 - HALF_LOG_TAU
+    assert terms.flow.item() == pytest.approx((level * nats).mean().item(), abs=1e-6)
+
+
+def test_documents_of_words_alone_have_no_loss_of_pictures_and_can_still_be_trained_on(parts):
+    terms = joint(parts, [WORDS], 0)
+    assert terms.flow.item() == 0
+    (grad,) = torch.autograd.grad(terms.flow + terms.text, parts.joints.text_skip.weight)
+    assert grad.abs().max() > 0
+
+
+def test_each_loss_reaches_the_joints_in_front_of_it(parts):
+    terms = joint(parts, [(*SHOWN, *DRAWN)], 2)
+    skips = (parts.joints.visual_skip.weight, parts.joints.text_skip.weight, parts.joints.reference.weight)
+    of_flow = torch.autograd.grad(terms.flow, skips, allow_unused=True, retain_graph=True)
+    of_text = torch.autograd.grad(terms.text, skips, allow_unused=True)
+    assert of_flow[0].abs().max() > 0 and of_flow[2].abs().max() > 0
+    assert of_flow[1] is None or not of_flow[1].any(), "the text skip is behind the pictures"
+    assert all(g.abs().max() > 0 for g in of_text[:2])
 
 
 def test_masked_picture_loss_reads_the_patches_row_by_row_channel_first():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import shutil
@@ -12,11 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from model_cases import tiny_parts
+from model_cases import STAGES, tiny_parts
 from starflow2 import StarFlow2, checkpoint
 from starflow2.errors import CheckpointError, ConfigError, DataError, DeviceError, PromptError
-from starflow2.generate import DrawConfig, draw, drawing_context
-from starflow2.model import pick_device
+from starflow2.flow import Context, SampleConfig
+from starflow2.generate import DrawConfig, draw, drawing_context, prompt_context
+from starflow2.images import read_picture, save_png, to_pil
+from starflow2.model import NANO, pick_device
+from starflow2.session import Session
 
 PROMPTS = [
     "two red hearts",
@@ -250,6 +254,125 @@ def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(DeviceError, match="this machine has none"):
         pick_device(name)
     assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+
+
+# -- both streams
+
+
+@pytest.fixture(scope="module")
+def joint() -> StarFlow2:
+    """A model that went through every stage, with 2 x 2 latents and pictures of 16 pixels."""
+    return StarFlow2(tiny_parts(STAGES, side=2))
+
+
+def photo(seed: int = 0) -> torch.Tensor:
+    return torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def same_picture(a: Any, b: Any) -> bool:
+    return bool(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1)
+
+
+def test_zero_skips_draw_the_pictures_of_stage_one():
+    """Stage 3 begins here: the whole of sampling, guidance included, through the Pretzel and past it."""
+    parts = tiny_parts(STAGES, side=2)
+    with torch.no_grad():
+        for linear in (parts.joints.visual_skip, parts.joints.text_skip, parts.joints.reference):
+            linear.weight.zero_()
+    drawn = StarFlow2(parts).draw(PROMPTS, [5, 6, 7], ON)
+    assert gap(drawn, draw(parts, PROMPTS, [5, 6, 7], ON).images) <= 1e-4
+    assert gap(drawn, StarFlow2(tiny_parts(STAGES, side=2)).draw(PROMPTS, [5, 6, 7], ON)) > 1e-3
+
+
+def test_a_joint_model_generates_what_a_session_would_draw(joint, model):
+    assert joint.is_joint and not model.is_joint
+    pictures = joint.generate(PROMPTS[:2], n=2, seed=3, config=ON)
+    for picture in pictures:
+        made = joint.session(seed=picture.seed, config=ON).add(picture.prompt).draw()
+        assert same_picture(picture.image, made.image)
+        assert picture.gain == pytest.approx(made.picture.log_prob - made.picture.unconditional, abs=1e-3)
+    assert [(p.prompt, p.seed) for p in pictures] == [(p, s) for p in PROMPTS[:2] for s in (3, 4)]
+    assert joint.generate(PROMPTS[0], config=OFF)[0].gain is None, "nobody asked the unconditional branch"
+
+
+def test_progress_of_a_joint_model_counts_every_latent_of_every_picture_once(joint):
+    seen: list[tuple[int, int]] = []
+    joint.draw(PROMPTS, [0, 1, 2], DrawConfig(guidance=1.5, batch=2), lambda done, of: seen.append((done, of)))
+    assert seen == [(i, 12) for i in range(1, 13)]
+
+
+def test_what_both_kinds_of_models_refuse_is_the_same(joint):
+    with pytest.raises(PromptError, match="dragon"):
+        joint.generate("a dragon")
+    with pytest.raises(ConfigError, match="equally many"):
+        joint.draw(PROMPTS, [1], ON)
+    with pytest.raises(ConfigError, match="cleanup is 'tweedie'"):
+        joint.generate(PROMPTS[0], config=DrawConfig(cleanup="tweedie"))
+
+
+def test_a_model_without_joint_training_holds_no_conversation(model):
+    for call in (model.session, lambda: model.ask(photo(), "two red hearts"), lambda: model.edit(photo(), PROMPTS[0])):
+        with pytest.raises(ConfigError, match="needs adapter"):
+            call()
+
+
+def test_asking_and_editing_are_short_sessions(joint, tmp_path):
+    picture = to_pil(photo())
+    save_png(picture, tmp_path / "a.png")
+    seen = read_picture(picture, 16)
+    edited = joint.edit(str(tmp_path / "a.png"), "a red circle", seed=4, config=ON)
+    made = joint.session(seed=4, config=ON).add(seen, "a red circle").draw()
+    assert same_picture(edited.image, made.image) and edited.seed == 4 and edited.prompt == "a red circle"
+    assert edited.gain == pytest.approx(made.picture.log_prob - made.picture.unconditional)
+    asked = [joint.ask(shown, "a red circle") for shown in (str(tmp_path / "a.png"), tmp_path / "a.png", picture, seen)]
+    assert asked == [joint.session().add(seen, "a red circle").write()] * 4
+
+
+def test_answers_and_edits_of_many_are_those_of_each(joint):
+    images, words = [photo(0), photo(1)], ["a red circle", "two Red hearts"]
+    edits = joint.edits(torch.stack(images), words, [3, 4])
+    for image, word, seed, edited in zip(images, words, (3, 4), edits, strict=True):
+        assert same_picture(to_pil(edited), joint.edit(image, word, seed=seed).image)
+    shown = [[photo(0)], [photo(0), photo(1)], []]
+    answers = joint.answers(shown, ["a red circle"] * 3, tokens=5)
+    assert answers == [Session(joint.sampler()).add(*pictures, "a red circle").write(tokens=5) for pictures in shown]
+
+
+def test_told_turns_hold_words_and_pictures(joint):
+    told = joint.tell([["a red circle", "two red hearts"], ["a blue star"]], [0, 1])
+    assert [len(talk) for talk in told] == [2, 1]
+    assert all(isinstance(b, str | torch.Tensor) for talk in told for turn in talk for b in turn)
+
+
+def test_a_picture_comes_back_from_its_code_as_the_codec_shows_it_and_changes_with_the_words(joint):
+    code = joint.invert(photo(), "a  RED circle")
+    x = joint.sampler().noisy(photo()[None], torch.tensor([joint.sampling_noise]))
+    shown = to_pil(joint.parts.codec.decode(x.float())[0])
+    assert same_picture(joint.from_code(code, "a red circle"), shown)
+    assert not same_picture(joint.from_code(code, "two red hearts"), shown)
+
+
+def test_a_sampler_is_made_once_for_each_setting(joint):
+    assert joint.sampler(ON) is joint.sampler(ON)
+    assert joint.sampler(OFF).config.guidance == 0
+
+
+def test_the_shipped_model_draws_what_its_flow_samples_bit_for_bit():
+    """Its folder is from before the streams were joined; the pictures must not have moved."""
+    nano = StarFlow2.from_pretrained("nano", device="cpu")
+    assert not nano.is_joint and json.loads((NANO / "config.json").read_text())["format"] == 1
+    (picture,) = nano.generate("two red hearts", seed=3)
+    parts, config = nano.parts, DrawConfig.for_model(nano.parts)
+    flow = copy.deepcopy(parts.flow).double()
+    rows = [parts.tokenizer.drawing_prompt(prompt) for prompt in ("two red hearts", "")]
+    with torch.no_grad():
+        both = prompt_context(parts, rows, torch.float64)
+        said, silent = (Context(*(t[i : i + 1] for t in (both.states, both.positions, both.attend))) for i in (0, 1))
+        z = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(3)).double()
+        settings = SampleConfig(guidance=config.guidance, rule=config.rule, prior_scale=config.prior_scale)
+        x = flow.sample(z, said, silent, torch.tensor([0.5], dtype=torch.float64), config=settings)
+        image = parts.fae.decode(x.float())[0]
+    assert np.array_equal(np.asarray(picture.image), np.asarray(to_pil(image)))
 
 
 # -- files and Hub

@@ -1,4 +1,4 @@
-"""Rows and positions: padding moves nothing, grids count as they should, groups are a partition."""
+"""Documents, rows and positions: padding moves nothing, grids count as they should, labels are what comes next."""
 
 from __future__ import annotations
 
@@ -7,9 +7,27 @@ import itertools
 import pytest
 import torch
 
-from starflow2.sequence import image_mrope, length_groups, pad_rows, text_mrope
+from starflow2.errors import DataError
+from starflow2.sequence import (
+    IGNORE,
+    Cursor,
+    Document,
+    Image,
+    Layout,
+    Text,
+    image_mrope,
+    length_groups,
+    pack,
+    pad_rows,
+    text_mrope,
+)
 
 ROWS = [[7, 8, 9, 10], [5], [6, 7]]
+LAYOUT = Layout(grid=(2, 3), begin=1, end=2, latent=3, pad=0)
+STORY: Document = (
+    Text((10, 11)), Image(), Text((12,), is_target=True), Image(is_target=True), Text((13, 14), is_target=True),
+)  # fmt: skip
+WORDS: Document = (Text((20, 21)), Text((22, 23), is_target=True))
 
 
 def test_rows_are_padded_at_the_right_and_remember_their_lengths():
@@ -66,3 +84,109 @@ def test_length_groups_hold_every_row_once_and_split_at_the_best_place_or_not_at
 def test_rows_of_one_length_stay_together_and_very_unequal_ones_do_not():
     assert len(length_groups([7] * 64, 64)) == 1
     assert len(length_groups([6] * 32 + [90] * 32, 64)) == 2
+
+
+# -- documents
+
+
+def test_a_picture_takes_a_begin_its_latents_and_an_end():
+    assert LAYOUT.num_latents == 6
+    assert LAYOUT.ids(Image()) == [1, 3, 3, 3, 3, 3, 3, 2] and LAYOUT.ids(Text((7, 8))) == [7, 8]
+
+
+def test_labels_are_the_next_token_where_it_is_a_target_and_of_a_picture_only_its_begin():
+    batch = pack([STORY], LAYOUT)
+    ids, labels = batch.ids[0].tolist(), batch.labels[0].tolist()
+    assert ids == [10, 11, *LAYOUT.ids(Image()), 12, *LAYOUT.ids(Image()), 13, 14]
+    told = {i: label for i, label in enumerate(labels) if label != IGNORE}
+    assert told == {9: 12, 10: 1, 18: 13, 19: 14}
+    assert all(ids[i + 1] == label for i, label in told.items())
+
+
+def test_pictures_know_their_place_whether_they_are_drawn_and_which_one_came_before_in_their_document():
+    pictures = pack([WORDS, STORY, [Image()], STORY], LAYOUT, 60).pictures
+    assert len(pictures) == 5
+    assert pictures.is_target.tolist() == [False, True, False, False, True]
+    assert pictures.previous.tolist() == [-1, 0, -1, -1, 3], "pictures of other documents are nobody's past"
+    batch = pack([WORDS, STORY, [Image()], STORY], LAYOUT, 60)
+    for row, begin in zip(pictures.row.tolist(), pictures.begin.tolist(), strict=True):
+        assert batch.ids[row, begin : begin + 8].tolist() == LAYOUT.ids(Image())
+
+
+def test_both_kinds_of_positions_go_through_a_document_as_through_a_cursor():
+    batch = pack([STORY], LAYOUT)
+    rows, cols = [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]
+    # text counts on; a picture stands still for its latents and moves on by its longer side
+    expected = [0, 1, 2, *[3] * 6, 6, 7, 8, *[9] * 6, 12, 13, 14]
+    assert batch.mrope[0, 0].tolist() == expected
+    assert batch.mrope[1, 0, 3:9].tolist() == [3 + r for r in rows]
+    assert batch.mrope[2, 0, 3:9].tolist() == [3 + c for c in cols]
+    places = batch.places[0].tolist()
+    # the flow's step counts slots outside of latents; a latent has that of its begin
+    assert [p[2] for p in places] == [0, 1, 2, *[2] * 6, 3, 4, 5, *[5] * 6, 6, 7, 8]
+    assert [p[:2] for p in places[3:9]] == [[r, c] for r, c in zip(rows, cols, strict=True)]
+    assert all(p[:2] == [0, 0] for i, p in enumerate(places) if batch.ids[0, i] != 3)
+
+
+@pytest.mark.parametrize("cuts", [(0, 6), (0, 1, 2, 3, 4, 5, 6), (0, 4, 6)], ids=["whole", "one by one", "in two"])
+def test_a_cursor_gives_the_same_positions_step_by_step_as_at_once(cuts):
+    cursor, pieces = Cursor((2, 3)), []
+    pieces += [cursor.text(1) for _ in range(2)]
+    pieces.append(cursor.text(1))
+    pieces += [cursor.latents(a, b) for a, b in itertools.pairwise(cuts)]
+    pieces += [cursor.text(2)]
+    whole = pack([(Text((10, 11)), Image(), Text((12,)))], LAYOUT)
+    assert torch.equal(torch.cat([mrope for mrope, _ in pieces], 1), whole.mrope[:, 0])
+    assert torch.equal(torch.cat([places for _, places in pieces]), whole.places[0])
+
+
+def test_a_document_is_packed_whole_and_with_the_positions_it_has_alone():
+    documents = [WORDS, STORY, (Text((30,)),), WORDS]
+    batch = pack(documents, LAYOUT, 30)
+    for index, document in enumerate(documents):
+        alone, mine = pack([document], LAYOUT), batch.document == index
+        assert mine.any(1).sum() == 1, "a document is in one row"
+        for name in ("ids", "labels", "places"):
+            assert torch.equal(getattr(batch, name)[mine], getattr(alone, name)[0])
+        assert torch.equal(batch.mrope[:, mine], alone.mrope[:, 0])
+
+
+def test_documents_go_longest_first_into_the_first_row_with_room():
+    batch = pack([WORDS, STORY, WORDS, (Text((30,) * 22),)], LAYOUT, 26)
+    assert [sorted(set(row)) for row in batch.document.tolist()] == [[0, 3], [-1, 1, 2]]
+    assert batch.ids.shape == (2, 26)
+
+
+def test_what_is_behind_the_last_document_is_padding_without_labels():
+    batch = pack([STORY, WORDS], LAYOUT)
+    behind = batch.document < 0
+    assert behind.sum() == batch.ids.shape[1] - 4
+    assert (batch.ids[behind] == 0).all() and (batch.labels[behind] == IGNORE).all()
+
+
+def test_a_position_attends_to_the_past_of_its_own_document_and_to_nothing_else():
+    batch = pack([WORDS, STORY, WORDS], LAYOUT, 30)
+    assert batch.attend is not None
+    for row, document in enumerate(batch.document.tolist()):
+        for q, k in itertools.product(range(len(document)), repeat=2):
+            assert bool(batch.attend[row, q, k]) == (k <= q and document[q] == document[k])
+
+
+def test_rows_of_one_document_each_need_no_mask_since_a_causal_model_does_not_see_padding():
+    assert pack([STORY, WORDS], LAYOUT).attend is None
+    assert pack([WORDS, WORDS], LAYOUT, 8).attend is not None
+
+
+def test_what_cannot_be_packed_is_refused():
+    for documents in ([], [WORDS, ()], [(Text(()),)]):
+        with pytest.raises(DataError, match="at least one segment"):
+            pack(documents, LAYOUT)
+    with pytest.raises(DataError, match="has 21 positions; expected at most 20"):
+        pack([WORDS, STORY], LAYOUT, 20)
+
+
+def test_a_batch_moves_to_another_device_with_all_it_has():
+    batch = pack([STORY], LAYOUT).to("meta")
+    tensors = [getattr(batch, name) for name in ("ids", "labels", "document", "mrope", "places")]
+    tensors += [getattr(batch.pictures, name) for name in ("row", "begin", "is_target", "previous")]
+    assert {t.device.type for t in tensors} == {"meta"}

@@ -20,21 +20,27 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model_cases import WHITEN, tiny_folder, tiny_model, tiny_parts, tiny_run, whiten_quickly
-from starflow2 import checkpoint, stages, train
+from helpers import wake
+from model_cases import STAGES, WHITEN, tiny_folder, tiny_model, tiny_parts, tiny_run, tiny_tokenizer, whiten_quickly
+from starflow2 import checkpoint, stages
 from starflow2.checkpoint import load_parts, save_parts
-from starflow2.data.tasks import draw_task, understanding_task
+from starflow2.data.dialogue import Dialogue, Turn
+from starflow2.data.tasks import draw_task
+from starflow2.data.understanding import understanding_dialogue
+from starflow2.data.world import Scene, render, stream
 from starflow2.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from starflow2.flow import Flow
+from starflow2.generate import drawing_context
+from starflow2.losses import JointTerms
 from starflow2.model import StarFlow2
 from starflow2.parts import Parts
-from starflow2.sequence import length_groups
-from starflow2.stages import TASKS, OptimConfig, RunConfig
+from starflow2.sequence import IGNORE, Batch, length_groups
+from starflow2.stages import TASKS, MixConfig, OptimConfig, RunConfig, dropped, joint_dialogue
 from starflow2.train import StepReport, fit
 
 STEPS, EVERY = 6, 2
 RUN = tiny_run(STEPS, EVERY)
-ORDER = ("features", "fae", "vlm", "t2i")
+ORDER = ("features", "fae", "vlm", "t2i")  # of a model that draws, before its streams are joined
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -360,15 +366,15 @@ def bad_gradient(loss: torch.Tensor, flow: Flow) -> torch.Tensor:
 @pytest.mark.parametrize("ema", [0.0, 0.5])
 def test_a_step_whose_loss_or_gradient_is_not_finite_changes_nothing_and_is_counted(folder, monkeypatch, spoil, ema):
     calls: list[int] = []
-    right = train.ngp_loss
+    right = stages.ngp_loss
 
     def wrong_once(flow: Flow, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
         calls.append(1)
         loss, nats = right(flow, *rest)
         return (spoil(loss, flow) if len(calls) == 2 else loss), nats
 
-    monkeypatch.setattr(train, "ngp_loss", wrong_once)
-    monkeypatch.setattr(train, "length_groups", lambda lengths, _: [list(range(len(lengths)))])
+    monkeypatch.setattr(stages, "ngp_loss", wrong_once)
+    monkeypatch.setattr(stages, "length_groups", lambda lengths, _: [list(range(len(lengths)))])
     kept: list[dict[str, torch.Tensor]] = []
     run = with_optim(run=with_stage(steps=3, save_every=1, log_every=3), ema=ema)
     fit(run, "t2i", folder, evaluate=snapshots(kept, "flow"))
@@ -380,13 +386,13 @@ def test_a_step_whose_loss_or_gradient_is_not_finite_changes_nothing_and_is_coun
 
 def test_a_picture_that_is_not_finite_does_not_spoil_the_running_statistics_of_the_fae(tmp_path, monkeypatch):
     folder = tiny_folder(tmp_path, ("features",))
-    draw = train.FaeTask.draw
+    draw = stages.Scenes.__call__
 
-    def broken(self: train.FaeTask, indices: range) -> torch.Tensor:
+    def broken(self: stages.Scenes, indices: range) -> torch.Tensor:
         images = draw(self, indices)
         return images * torch.inf if indices.start == 4 else images
 
-    monkeypatch.setattr(train.FaeTask, "draw", broken)
+    monkeypatch.setattr(stages.Scenes, "__call__", broken)
     kept: list[dict[str, torch.Tensor]] = []
     run = with_optim("fae", with_stage("fae", steps=3, save_every=1), ema=0.0)
     fit(run, "fae", folder, evaluate=snapshots(kept, "fae"))
@@ -396,9 +402,9 @@ def test_a_picture_that_is_not_finite_does_not_spoil_the_running_statistics_of_t
 
 
 def test_the_count_of_skipped_steps_survives_a_resume(folder, monkeypatch):
-    right = train.ngp_loss
+    right = stages.ngp_loss
     with monkeypatch.context() as patch:
-        patch.setattr(train, "ngp_loss", lambda flow, *rest: (right(flow, *rest)[0] * torch.inf, torch.zeros(())))
+        patch.setattr(stages, "ngp_loss", lambda flow, *rest: (right(flow, *rest)[0] * torch.inf, torch.zeros(())))
         fit(with_stage(steps=2), "t2i", folder)
     fit(with_stage(steps=3), "t2i", folder)
     assert lines(folder)[-1]["skipped"] == 2
@@ -445,29 +451,39 @@ def test_a_run_follows_the_schedule(whole):
     assert [line["rate"] for line in lines(whole)] == [optim.rate(step, STEPS) for step in range(STEPS)]
 
 
-@pytest.mark.parametrize("stage", ORDER)
+TRAINED = {
+    "features": {"features"}, "fae": {"fae"}, "vlm": {"vlm"}, "t2i": {"flow"}, "adapter": {"adapter"},
+    "joint": {"flow", "adapter", "visual_skip", "text_skip", "reference"},
+}  # fmt: skip
+
+
+def components(parts: Parts) -> dict[str, torch.nn.Module]:
+    whole = {name: getattr(parts, name) for name in ("features", "fae", "vlm", "flow")}
+    return whole | dict(parts.joints.named_children())
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_changes_what_it_trains_and_leaves_the_rest_bit_equal(tmp_path, stage):
-    folder = tiny_folder(tmp_path, ORDER[: ORDER.index(stage)])
+    folder = tiny_folder(tmp_path, STAGES[: STAGES.index(stage)])
     before = load_parts(folder / "model")
     modes: list[set[str]] = []
-    names = ("features", "fae", "vlm", "flow")
 
     def look(parts: Parts, step: int) -> dict[str, float]:
-        modes.append({name for name in names if any(m.training for m in getattr(parts, name).modules())})
+        modes.append({name for name, part in components(parts).items() if any(m.training for m in part.modules())})
         return {}
 
     fit(with_stage(stage, steps=2), stage, folder, evaluate=look)
     after = load_parts(folder / "model")
-    trained = {"t2i": "flow"}.get(stage, stage)
-    changed = {n for n in names if not same(getattr(before, n).state_dict(), getattr(after, n).state_dict())}
-    assert changed == {trained}
+    pairs = zip(components(before).items(), components(after).values(), strict=True)
+    changed = {name for (name, old), new in pairs if not same(old.state_dict(), new.state_dict())}
+    assert changed == TRAINED[stage]
     assert modes == [set()], "frozen parts, and averaged ones under evaluation, are in eval mode"
-    assert after.stages == ORDER[: ORDER.index(stage) + 1]
+    assert after.stages == STAGES[: STAGES.index(stage) + 1]
 
 
-@pytest.mark.parametrize("stage", ORDER)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_loss_is_a_function_of_batch_and_generator_alone(stage):
-    parts = tiny_parts()
+    parts = tiny_parts(STAGES)
     task = TASKS[stage](parts, RUN.stage(stage), 0)
     data = task.draw(range(4))
     losses = []
@@ -484,7 +500,7 @@ def test_the_frozen_language_model_and_encoder_give_the_same_bits_every_time_in_
     def look(parts: Parts, step: int) -> dict[str, float]:
         task = TASKS["t2i"](parts, RUN.stage("t2i"), 0)
         images, rows = task.draw(range(4))
-        seen.append((parts.codec.encode(images), train.drawing_context(parts, rows).states))
+        seen.append((parts.codec.encode(images), drawing_context(parts, rows).states))
         return {}
 
     fit(RUN, "t2i", folder, evaluate=look)
@@ -505,7 +521,7 @@ def test_a_fresh_flow_starts_from_whitened_text_states_and_a_run_that_goes_on_ke
     fit(still, "t2i", folder)
     parts = load_parts(folder / "model")
     tokenizer, enter = parts.tokenizer, parts.flow.deep.context_in
-    context = train.drawing_context(parts, [tokenizer.drawing_prompt(draw_task(0, i).prompt) for i in range(64)])
+    context = drawing_context(parts, [tokenizer.drawing_prompt(draw_task(0, i).prompt) for i in range(64)])
     entered = enter(context.states[context.attend])
     assert entered.mean(0).abs().max() < 1e-3
     assert entered.var(0).max() < 1.01 and entered.var(0).median() > 0.9
@@ -537,8 +553,8 @@ def test_reports_count_steps_and_say_how_long_it_will_take(folder):
 # -- data
 
 
-def t2i_task(parts: Parts, seed: int = 0, **changes: Any) -> train.T2iTask:
-    return train.T2iTask(parts, replace(RUN.stage("t2i"), **changes), seed)
+def t2i_task(parts: Parts, seed: int = 0, **changes: Any) -> stages.T2iTask:
+    return stages.T2iTask(parts, replace(RUN.stage("t2i"), **changes), seed)
 
 
 def test_the_batch_of_a_step_is_a_function_of_seed_and_step_alone():
@@ -551,20 +567,20 @@ def test_the_batch_of_a_step_is_a_function_of_seed_and_step_alone():
     assert not torch.equal(images, other) and rows != other_rows
 
 
-@pytest.mark.parametrize("stage", ["features", "fae", "vlm"])
+@pytest.mark.parametrize("stage", ["features", "fae", "vlm", "adapter", "joint"])
 def test_batches_of_the_other_stages_are_functions_of_seed_and_step_too(stage):
     def flat(data: Any) -> list[torch.Tensor]:
-        return list(data) if isinstance(data, tuple) else [data]
+        return [data[0], data[1].ids, data[1].labels] if isinstance(data, tuple) else [data]
 
-    parts = tiny_parts()
+    parts = tiny_parts(STAGES)
     first, again, other = (flat(TASKS[stage](parts, RUN.stage(stage), seed).draw(range(4, 8))) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0], other[0])
+    assert first[-1].shape != other[-1].shape or not torch.equal(first[-1], other[-1])
 
 
 @pytest.mark.parametrize(("share", "low", "high"), [(0.1, 0.07, 0.13), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)])
 def test_about_a_tenth_of_the_captions_is_dropped_unless_asked_otherwise(monkeypatch, share, low, high):
-    monkeypatch.setattr(train, "to_images", lambda scenes: None)
+    monkeypatch.setattr(stages, "to_images", lambda scenes: None)
     task = t2i_task(tiny_parts(), caption_drop=share)
     empty = task.parts.tokenizer.drawing_prompt("")
     count = 1500 if 0 < share < 1 else 60
@@ -585,10 +601,10 @@ def test_training_in_groups_of_similar_length_gives_the_loss_of_the_whole_batch(
         nats = flow.nats_per_dim(noisy, context, level)
         return (level * nats).mean(), nats.mean()
 
-    monkeypatch.setattr(train, "ngp_loss", of_each_row)
+    monkeypatch.setattr(stages, "ngp_loss", of_each_row)
     grouped, told = task.loss((images, rows), torch.Generator())
     grads = torch.autograd.grad(grouped, task.parts.flow.deep.proj_in.weight)[0]
-    monkeypatch.setattr(train, "length_groups", lambda lengths, _: [list(range(len(lengths)))])
+    monkeypatch.setattr(stages, "length_groups", lambda lengths, _: [list(range(len(lengths)))])
     together, told_together = task.loss((images, rows), torch.Generator())
     assert grouped.item() == pytest.approx(together.item(), abs=1e-5)
     assert told["nats_per_dim"].item() == pytest.approx(told_together["nats_per_dim"].item(), abs=1e-5)
@@ -596,15 +612,27 @@ def test_training_in_groups_of_similar_length_gives_the_loss_of_the_whole_batch(
     assert (grads - whole_grads).abs().max() <= 1e-5
 
 
-def test_the_language_stage_learns_answers_and_not_questions():
-    parts = tiny_parts()
-    task = TASKS["vlm"](parts, RUN.stage("vlm"), 0)
-    _, ids, labels = task.draw(range(4))
-    special, answers = parts.tokenizer.special, labels != -100
-    assert torch.equal(ids[answers], labels[answers]) and answers.any(1).all()
-    for row in range(4):
-        told = [parts.tokenizer.decode(part) for part in split(labels[row][answers[row]].tolist(), special.end)]
-        assert told == [answer for _, answer in understanding_task(0, row)[1]]
+@pytest.mark.parametrize("stage", ["vlm", "adapter"])
+def test_the_language_stage_and_its_adapter_learn_answers_and_not_questions(stage):
+    parts = tiny_parts(STAGES)
+    images, batch = TASKS[stage](parts, RUN.stage(stage), 0).draw(range(6))
+    special = parts.tokenizer.special
+    dialogues = [understanding_dialogue(0, i) for i in range(6)]
+    for index, dialogue in enumerate(dialogues):
+        told = batch.labels[(batch.document == index) & (batch.labels != IGNORE)].tolist()
+        assert [parts.tokenizer.decode(part) for part in split(told, special.end)] == [
+            " ".join(str(p) for p in turn.told) for turn in dialogue.turns
+        ]
+    scenes = [scene for dialogue in dialogues for scene in dialogue.scenes]
+    assert len(images) == len(batch.pictures) == len(scenes) and not batch.pictures.is_target.any()
+    assert all(torch.equal(to_bytes(image), to_bytes(render(s))) for image, s in zip(images, scenes, strict=True))
+
+
+def to_bytes(picture: Any) -> torch.Tensor:
+    """A rendered scene, or a picture of a batch, as bytes (3, height, width)."""
+    if isinstance(picture, torch.Tensor):
+        return ((picture + 1) * 127.5).round().byte()
+    return torch.from_numpy(picture).permute(2, 0, 1)
 
 
 def split(ids: list[int], end: int) -> list[list[int]]:
@@ -618,6 +646,239 @@ def split(ids: list[int], end: int) -> list[list[int]]:
     return parts[:-1]
 
 
+# -- stages 2 and 3
+
+
+def falls(stage: str, parts: Parts, rate: float, steps: int = 8) -> list[float]:
+    """Losses of a few steps of plain gradient descent on one batch with the same noise every time."""
+    task = TASKS[stage](parts, RUN.stage(stage), 0)
+    data, losses = task.draw(range(4)), list[float]()
+    optimizer = torch.optim.AdamW(task.trained.parameters(), lr=rate)
+    for _ in range(steps):
+        loss, _ = task.loss(data, torch.Generator().manual_seed(1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("stage", ["adapter", "joint"])
+def test_the_loss_of_a_fixed_batch_falls_and_what_is_frozen_stays(stage):
+    parts = tiny_parts(STAGES)
+    losses = falls(stage, parts, 3e-3)
+    assert losses[-1] < 0.98 * losses[0] and all(b < a for a, b in zip(losses, losses[3:], strict=False))
+    frozen = {name: part for name, part in components(parts).items() if name not in TRAINED[stage]}
+    before = components(tiny_parts(STAGES))
+    assert len(frozen) >= 3 and all(same(part.state_dict(), before[name].state_dict()) for name, part in frozen.items())
+
+
+def test_stage_three_trains_its_zero_skips_and_everything_in_front_of_them():
+    parts = tiny_parts(STAGES)
+    with torch.no_grad():
+        for skip in (parts.joints.visual_skip, parts.joints.text_skip, parts.joints.reference):
+            skip.weight.zero_()
+    task = TASKS["joint"](parts, RUN.stage("joint"), 0)
+    data = task.draw(range(8))
+    task.loss(data, torch.Generator().manual_seed(1))[0].backward()
+    grads = {name: p.grad for name, p in task.trained.named_parameters()}
+    for name in ("joints.visual_skip.weight", "joints.text_skip.weight", "joints.reference.weight"):
+        assert grads[name].abs().max() > 0, name
+    asleep = {name for name, grad in grads.items() if grad is None}
+    assert asleep <= {"flow.deep.start"}, "a document always begins with words"
+
+
+def test_a_fresh_adapter_starts_at_the_scale_of_the_language_models_own_tower(tmp_path):
+    parts = tiny_parts(ORDER)
+    images = stages.to_images([draw_task(0, i).scene for i in range(64)])
+    with torch.no_grad():
+        expected = parts.vlm.see(images).square().mean().sqrt().item()
+    TASKS["adapter"](parts, RUN.stage("adapter"), 0)
+    assert parts.joints.adapter.gain.tolist() == pytest.approx([expected] * 40)
+    wake(parts.joints.adapter)
+    kept = parts.joints.adapter.gain.clone()
+    parts.stages = STAGES[:5]
+    TASKS["adapter"](parts, RUN.stage("adapter"), 0)
+    assert torch.equal(parts.joints.adapter.gain, kept), "a run that goes on keeps what it has"
+
+
+def test_distance_to_the_tower_is_told_and_weighs_in_only_if_it_is_asked_for():
+    cfg = tiny_model()
+    parts = wake(Parts(replace(cfg, vlm=replace(cfg.vlm, vision_patch=4)), tiny_tokenizer()), 0.05)  # 8 x 8 tokens
+    parts.stages = STAGES
+    losses = {}
+    for weight in (0.0, 0.5, 1.0):
+        task = TASKS["adapter"](parts, replace(RUN.stage("adapter"), distill=weight), 0)
+        losses[weight] = task.loss(task.draw(range(4)), torch.Generator().manual_seed(1))
+    assert losses[0.0][1] == {}
+    far = losses[1.0][1]["distance"].item()
+    assert far > 0
+    for weight in (0.5, 1.0):
+        assert losses[weight][0].item() == pytest.approx(losses[0.0][0].item() + weight * far, rel=1e-5)
+
+
+def test_a_distance_to_a_tower_that_sees_another_grid_is_refused_before_anything_is_trained():
+    with pytest.raises(ConfigError, match=r"distill is 1.0.*\(4, 4\).*\(8, 8\)"):
+        TASKS["adapter"](tiny_parts(STAGES), replace(RUN.stage("adapter"), distill=1.0), 0)
+
+
+def test_the_joint_loss_is_that_of_pictures_and_a_share_of_that_of_words():
+    parts = tiny_parts(STAGES)
+    told = {}
+    for weight in (0.0, 0.25, 2.0):
+        task = TASKS["joint"](parts, replace(RUN.stage("joint"), text_weight=weight), 0)
+        loss, terms = task.loss(task.draw(range(4)), torch.Generator().manual_seed(1))
+        told[weight] = loss.item()
+        assert loss.item() == pytest.approx((terms["flow"] + weight * terms["text"]).item())
+    assert told[2.0] > told[0.25] > told[0.0]
+    assert RUN.stage("joint").text_weight == 0.25
+
+
+def levels_of(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise levels of many pictures in stage 3, those that are shown and those that are drawn."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(pretzel: Any, batch: Batch, pictures: Any, noise: Any) -> Any:
+        seen.append((pictures[1], batch.pictures.is_target))
+        return JointTerms(torch.zeros(()), torch.zeros(()))
+
+    monkeypatch.setattr(stages, "joint_loss", look)
+    task = TASKS["joint"](parts, RUN.stage("joint"), 0)
+    data = task.draw(range(24))
+    for seed in range(20):
+        task.loss(data, torch.Generator().manual_seed(seed))
+    level, drawn = (torch.cat(t) for t in zip(*seen, strict=True))
+    return level[~drawn], level[drawn]
+
+
+def test_pictures_that_are_shown_are_often_as_clean_as_uploads_and_often_as_noisy_as_drawings(monkeypatch):
+    shown, drawn = levels_of(tiny_parts(STAGES), monkeypatch)
+    assert len(shown) > 100 and len(drawn) > 100
+    for level, lowest, highest in ((shown, 0.4, 0.3), (drawn, 0.0, 0.5)):
+        assert abs(float((level == 0.01).float().mean()) - lowest) < 0.12
+        assert abs(float((level == 0.5).float().mean()) - highest) < 0.12
+        assert level.min() >= 0.01 and level.max() <= 0.5
+
+
+def kinds(**mix: float) -> set[str]:
+    stage = replace(RUN.stage("joint"), mix=MixConfig(**{"understand": 0, "draw": 0, "edit": 0, "story": 0} | mix))
+    return {joint_dialogue(stage, 0, i).kind for i in range(12)}
+
+
+def test_documents_of_stage_three_are_mixed_as_the_config_says():
+    parts = {name: kinds(**{name: 1.0}) for name in ("understand", "draw", "edit", "story")}
+    assert parts["draw"] == {"draw"}
+    assert not parts["understand"] & (parts["draw"] | parts["edit"] | parts["story"])
+    assert not parts["edit"] & parts["story"]
+    assert kinds(draw=0.5, story=0.5) == parts["draw"] | parts["story"]
+    for shares in ({"draw": -1.0}, {}):
+        with pytest.raises(ConfigError, match="mix is"):
+            kinds(**shares)
+
+
+def drawing_dialogue() -> Dialogue:
+    """The user shows a picture and says something; the model draws, says something and draws again."""
+    a, b, c = (draw_task(0, i).scene for i in range(3))
+    return Dialogue((Turn((a, "a red circle"), (b,)), Turn(("a blue star",), ("here", c))), "edit")
+
+
+def test_of_dropped_dialogues_the_words_of_the_user_go_and_half_of_the_time_the_pictures_too():
+    dialogue, found = drawing_dialogue(), {"whole": 0, "shown": 0, "nothing": 0}
+    for index in range(600):
+        gone = dropped(dialogue, stream(0, index, 99), 0.5)
+        assert gone.kind == "edit" and [t.told for t in gone.turns] == [t.told for t in dialogue.turns]
+        asked = tuple(turn.asked for turn in gone.turns)
+        shown = ((dialogue.turns[0].asked[0],), ())
+        found[{asked == shown: "shown", asked == ((), ()): "nothing", gone == dialogue: "whole"}[True]] += 1
+    assert abs(found["whole"] - 300) < 50 and abs(found["shown"] - 150) < 50 and abs(found["nothing"] - 150) < 50
+
+
+def test_answers_in_words_are_never_asked_without_their_question_and_no_share_drops_nothing():
+    words = Dialogue((Turn((draw_task(0, 0).scene, "a red circle"), ("yes",)),), "picture")
+    assert all(dropped(words, stream(0, i, 99), 1.0) is words for i in range(20))
+    dialogue = drawing_dialogue()
+    assert all(dropped(dialogue, stream(0, i, 99), 0.0) is dialogue for i in range(20))
+    assert not any(
+        isinstance(p, str)
+        for i in range(20)
+        for turn in dropped(dialogue, stream(0, i, 99), 1.0).turns
+        for p in turn.asked
+    )
+
+
+def test_a_dropped_drawing_is_read_as_the_unconditional_branch_of_guidance():
+    parts = tiny_parts(STAGES)
+    gone = Dialogue((Turn((), (draw_task(0, 0).scene,)),), "draw")
+    (user, assistant, *_), prompt = parts.tokenizer.document(gone.turns), parts.tokenizer.drawing_prompt("")
+    assert [*user.ids, *assistant.ids, parts.layout.begin] == prompt
+
+
+def test_a_scene_is_shown_and_drawn_as_it_is_rendered():
+    parts = tiny_parts(STAGES)
+    stage = replace(RUN.stage("joint"), mix=MixConfig(understand=0, draw=0, edit=1, story=0), caption_drop=0.0)
+    images, batch = TASKS["joint"](parts, stage, 0).draw(range(1, 4))
+    scenes = [s for i in range(1, 4) for s in joint_dialogue(stage, 0, i).scenes]
+    assert all(isinstance(s, Scene) for s in scenes) and len(images) == len(scenes) == len(batch.pictures)
+    assert all(torch.equal(to_bytes(image), to_bytes(render(s))) for image, s in zip(images, scenes, strict=True))
+    assert batch.pictures.is_target.tolist() == [False, True] * 3
+
+
+KILLED_LATER = """
+import os, signal, sys
+tests, threads, *folders = sys.argv[1:]
+sys.path.insert(0, tests)
+import torch
+torch.set_num_threads(int(threads))
+from model_cases import tiny_run
+from starflow2.train import fit
+
+run = tiny_run(STEPS, EVERY)
+for stage, folder in zip(("adapter", "joint"), folders):
+    child = os.fork()
+    if not child:
+        fit(run, stage, folder, evaluate=lambda parts, step: os.kill(os.getpid(), signal.SIGKILL) if step == 4 else {})
+        os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (stage, status)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed_later(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Run folders of stages 2 and 3 that ended in SIGKILL behind their second checkpoint."""
+    base = tmp_path_factory.mktemp("killed-later")
+    folders = {stage: tiny_folder(base / stage, STAGES[: STAGES.index(stage)]) for stage in ("adapter", "joint")}
+    script = KILLED_LATER.replace("STEPS, EVERY", f"{STEPS}, {EVERY}")
+    asked = [Path(__file__).parent, torch.get_num_threads(), *folders.values()]
+    subprocess.run([sys.executable, "-c", script, *map(str, asked)], check=True)
+    return folders
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", ["adapter", "joint"])
+def test_stages_two_and_three_killed_and_resumed_repeat_the_uninterrupted_run_bit_for_bit(
+    killed_later, tmp_path, stage
+):
+    folder = killed_later[stage]
+    assert stage not in load_parts(folder / "model").stages and len(lines(folder, stage)) == 4
+    fit(RUN, stage, folder)
+    whole = tiny_folder(tmp_path, STAGES[: STAGES.index(stage)])
+    fit(RUN, stage, whole)
+    timed = ("time", "seconds", "images_per_s")
+    one, other = ([{k: v for k, v in x.items() if k not in timed} for x in lines(f, stage)] for f in (folder, whole))
+    assert one == other and len(one) == STEPS
+    assert weights(folder) == weights(whole)
+    old, new = (load_file(f / f"state-{stage}.safetensors") for f in (whole, folder))
+    assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
+
+
+@pytest.mark.parametrize(("stage", "first"), [("adapter", "t2i"), ("joint", "adapter")])
+def test_stages_two_and_three_ask_for_the_one_before(tmp_path, stage, first):
+    tiny_folder(tmp_path, STAGES[: STAGES.index(first)])
+    with pytest.raises(TrainingError, match=f"run --stage {first} first"):
+        fit(RUN, stage, tmp_path)
+
+
 # -- several processes
 
 TWO = """
@@ -629,7 +890,7 @@ torch.set_num_threads(1)
 from dataclasses import replace
 from safetensors.torch import save_file
 from model_cases import tiny_run, whiten_quickly
-from starflow2 import stages
+from starflow2 import stages, train
 
 whiten_quickly()
 with socket.socket() as free:
@@ -638,9 +899,9 @@ with socket.socket() as free:
 
 def work(rank):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    kept, calls, right = [], [], train.ngp_loss
+    kept, calls, right = [], [], stages.ngp_loss
 
-    class Kept(train.T2iTask):
+    class Kept(stages.T2iTask):
         def __init__(self, *args):
             super().__init__(*args)
             kept.append(self)
@@ -650,8 +911,8 @@ def work(rank):
         loss, nats = right(*args)  # the other process has no reason of its own to skip step 2
         return (loss + torch.inf if rank == 1 and len(calls) == 2 else loss), nats
 
-    train.TASKS["t2i"], train.ngp_loss = Kept, wrong_once
-    train.length_groups = lambda lengths, _: [list(range(len(lengths)))]
+    stages.TASKS["t2i"], stages.ngp_loss = Kept, wrong_once
+    stages.length_groups = lambda lengths, _: [list(range(len(lengths)))]
     train.fit(tiny_run(3, 3), "t2i", folder)
     save_file({k: v.contiguous() for k, v in kept[0].parts.flow.state_dict().items()}, f"{folder}/rank-{rank}")
 

@@ -88,9 +88,8 @@ def _see(rows: Rows, images: dict[int, Tensor]) -> None:
     if not images:
         return
     sampler = rows.sampler
-    x = sampler.parts.codec.encode(torch.stack(list(images.values())).to(sampler.parts.device))
-    eps = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))  # the same for all: rows are alone
-    rows.see(list(images), x + sampler.upload_level * eps.to(x), sampler.upload_level)
+    levels = torch.full((len(images),), sampler.upload_level)
+    rows.see(list(images), sampler.noisy(torch.stack(list(images.values())), levels), sampler.upload_level)
 
 
 def _listen(rows: Rows, going: list[int], seeds: list[int], style: _Style) -> dict[int, list[Block]]:
@@ -107,6 +106,11 @@ def _listen(rows: Rows, going: list[int], seeds: list[int], style: _Style) -> di
             last.append(event.id)
         elif isinstance(event, Completed):
             blocks[event.row].append(event.picture)
-    tokenizer = rows.sampler.parts.tokenizer
-    assert tokenizer is not None
-    return {i: [b if isinstance(b, Picture) else tokenizer.decode(b) for b in row] for i, row in blocks.items()}
+    told = {i: [b if isinstance(b, Picture) else _text(rows.sampler, b) for b in row] for i, row in blocks.items()}
+    return {i: [b for b in row if b != ""] for i, row in told.items()}
+
+
+def _text(sampler: Sampler, ids: list[int]) -> str:
+    """Tokens as text, without characters at the end that were never finished, as a session tells them."""
+    assert sampler.parts.tokenizer is not None
+    return sampler.parts.tokenizer.decode(ids).rstrip("\ufffd \n")

@@ -181,7 +181,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config: Any = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or {"format", "model", "stages"} - set(config):
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict) or {"format", "stages"} - set(config):
         raise CheckpointError(f"{path} is not of a starflow2 model (no format, model, stages).")
     if not isinstance(config["stages"], list) or not all(type(s) is str for s in config["stages"]):
         raise CheckpointError(f"{path} is not of a starflow2 model (stages is no list of names).")

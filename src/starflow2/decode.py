@@ -24,7 +24,7 @@ from starflow2.errors import ConfigError, DataError
 from starflow2.flow.affine import Affine
 from starflow2.generate import DrawConfig
 from starflow2.parts import Parts
-from starflow2.pretzel import Latent, Pretzel, PretzelCache, Slots
+from starflow2.pretzel import Latent, PretzelCache, Slots
 from starflow2.sequence import Cursor, Layout
 
 __all__ = [
@@ -120,14 +120,21 @@ class Sampler:
         asked = self.config.precision
         doubles = parts.device.type == "cpu" if asked == "auto" else asked == "float64"
         self.dtype = torch.float64 if doubles else parts.flow.deep.head.weight.dtype
-        self.pretzel = parts.pretzel
-        if doubles:
-            vlm, flow = copy.deepcopy(parts.vlm).double(), copy.deepcopy(parts.flow).double()
-            self.pretzel = Pretzel(vlm, flow, copy.deepcopy(parts.joints).double())
+        self.pretzel = parts.pretzel.in_float64() if doubles else parts.pretzel
 
     def prior(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Where a picture starts, at the temperature that is set: z of `shape`, (N, D)."""
         return self.config.prior_scale * torch.randn(tuple(shape), generator=generator)
+
+    def noisy(self, images: Tensor, levels: Tensor) -> Tensor:
+        """Latents (P, N, D) of pictures from outside (P, 3, s, s) at their levels (P,).
+
+        Their noise is that of seed 0 for each, so that no picture depends on where it stands or what stands beside it.
+        """
+        levels = levels.to(self.parts.device, self.dtype)
+        x = self.parts.codec.encode(images.to(levels.device)).to(self.dtype)
+        eps = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
+        return x + levels[:, None, None] * eps.to(x)
 
     def with_code(self, z: Tensor) -> Sampler:
         """The same, but every picture starts from z (N, D), whatever the seed, without guidance: exact inversion."""

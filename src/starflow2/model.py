@@ -231,7 +231,8 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
     def score(self, asked: Sequence[str | Tensor], told: Sequence[str | Tensor]) -> Score:
         """How likely the reply `told` is after `asked`, token by token and patch by patch; see `scoring.score`."""
-        return score(self.sampler(), asked, told)
+        said, replied = ([heard(self.parts, p) if isinstance(p, str) else p for p in side] for side in (asked, told))
+        return score(self.sampler(), said, replied)
 
     def invert(self, image: Tensor, prompt: str = "") -> Code:
         """The latent code from which `prompt` draws this picture; see `scoring.invert`."""

@@ -104,9 +104,7 @@ def _noisy(sampler: Sampler, images: Sequence[Tensor], levels: Tensor) -> Tensor
     deep = sampler.parts.cfg.flow.deep
     if not images:
         return torch.zeros(0, deep.num_latents, deep.dim, dtype=sampler.dtype, device=levels.device)
-    x = sampler.parts.codec.encode(torch.stack(list(images)).to(levels.device)).to(sampler.dtype)
-    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    return x + levels[:, None, None] * eps
+    return sampler.noisy(torch.stack(list(images)), levels)
 
 
 def _picture_scores(sampler: Sampler, output: Output, levels: Tensor, first: int) -> Iterator[PictureScore]:

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from starflow2.checkpoint import save_tensors
 from starflow2.decode import Begun, Completed, Ended, Picture, Replying, RowEvent, Rows, Sampler, Stepped, Token
-from starflow2.errors import CheckpointError, ConfigError, PromptError
+from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
 from starflow2.images import Picture as Image
 from starflow2.images import read_picture, to_pil
-from starflow2.nn import Cache
+from starflow2.nn import Cache, check
 from starflow2.pretzel import PretzelCache
 from starflow2.prompts import check_words, heard
 from starflow2.sequence import Cursor
@@ -135,7 +135,7 @@ class Session:
         """Words (str), or pictures: a Path, a PIL image, or a tensor (3, s, s) in [-1, 1]. Encoded once, here.
 
         All of it is checked before any of it is added. Raises PromptError for words the model cannot take or a
-        conversation longer than it reads, DataError for pictures it cannot.
+        conversation longer than it reads, DataError and ShapeError for pictures it cannot.
         """
         if not parts:
             raise PromptError("there is nothing to add; say or show something.")
@@ -146,15 +146,20 @@ class Session:
                 check_words(self.sampler.parts, part)
                 ready.append(heard(self.sampler.parts, part))
             else:
-                ready.append(part if isinstance(part, Tensor) else read_picture(part, size))
+                ready.append(_checked(part, size) if isinstance(part, Tensor) else read_picture(part, size))
         self._check_room(sum(self._slots_of(part) for part in ready) + OVERHEAD)
-        self._open()
-        for part in ready:
-            if isinstance(part, str):
-                self._rows.read([self._encoded(part)])
-                self.pieces.append(Piece("user", text=part))
-            else:
-                self._show(part)
+        start = self.mark()
+        try:
+            self._open()
+            for part in ready:
+                if isinstance(part, str):
+                    self._rows.read([self._encoded(part)])
+                    self.pieces.append(Piece("user", text=part))
+                else:
+                    self._show(part)
+        except BaseException:  # half a turn is none
+            self.rewind(start)
+            raise
         return self
 
     def _slots_of(self, part: str | Tensor) -> int:
@@ -173,11 +178,9 @@ class Session:
         """An uploaded picture enters at the lowest noise level (docs/choices.md#picture-levels)."""
         level = self.sampler.upload_level
         self.encode_calls += 1
-        x = self.sampler.parts.codec.encode(image[None].to(self.sampler.parts.device))
-        eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(self.seed + len(self.pieces)))
-        x = x + level * eps.to(x)
+        x = self.sampler.noisy(image[None], torch.tensor([level]))
         u = self._rows.see([0], x, level)
-        picture = Picture(x[0].to(self.sampler.dtype), u[0], level, image)
+        picture = Picture(x[0], u[0], level, image)
         self.pieces.append(Piece("user", picture=picture))
 
     # -- what the model makes
@@ -201,16 +204,16 @@ class Session:
 
     def _reply(self, config: Replying, *, draws: bool = False) -> Iterator[Event]:
         per_picture = self.sampler.layout.num_latents + 2
-        self._check_room(OVERHEAD + per_picture * draws)
+        self._check_room(OVERHEAD + (per_picture if draws or not config.tokens else 1))
         room = self.room - OVERHEAD
         pictures = min(config.pictures, room // per_picture)
         tokens = min(config.tokens, room - pictures * per_picture)
         start = self.mark()
-        self._open()
-        self._rows.read([[self.sampler.parts.cfg.vlm.special.assistant]])
-        self._is_open = False
         seed = self.seed + self._replies
         try:
+            self._open()
+            self._rows.read([[self.sampler.parts.cfg.vlm.special.assistant]])
+            self._is_open = False
             yield from self._told(
                 self._rows.reply([seed], replace(config, pictures=pictures, tokens=tokens), draws=draws)
             )
@@ -385,6 +388,14 @@ class Session:
                 x, u, image = (tensors[f"picture.{i}.{name}"] for name in ("x", "u", "image"))
                 picture = Picture(x, u, told["noise_level"], image, *told["nats"])
             self.pieces.append(Piece(told["who"], told["text"], picture))
+
+
+def _checked(image: Tensor, size: int) -> Tensor:
+    """A picture that is a tensor already. Raises ShapeError, and DataError where a pixel is not a finite number."""
+    check(image, "C H W", "picture", C=3, H=size, W=size)
+    if not bool(image.isfinite().all()):
+        raise DataError("picture: expected finite numbers in [-1, 1], got NaN or infinity.")
+    return image
 
 
 def _told_of(piece: Piece) -> dict[str, Any]:

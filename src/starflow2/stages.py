@@ -266,6 +266,9 @@ class AdapterTask:
         self.parts, self.stage = parts, stage
         self.draw: Callable[[range], Any] = Documents.of(parts, partial(understanding_dialogue, seed))
         self.trained = nn.ModuleDict({"adapter": parts.joints.adapter})
+        seen, latents = parts.cfg.vlm.image_grid, parts.cfg.flow.deep.grid
+        if stage.distill and seen != latents:
+            raise ConfigError(f"distill is {stage.distill}, but the tower sees {seen}, latents are {latents}; use 0.")
         if "adapter" not in parts.stages:
             parts.joints.adapter.set_scale(_rms_of_tower(parts, seed))
 

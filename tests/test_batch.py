@@ -1,0 +1,155 @@
+"""Conversations side by side: every row is what a session alone would be, whatever its neighbours do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_cases import STAGES, tiny_parts
+from starflow2.batch import Block, Talk, converse
+from starflow2.decode import Completed, Ended, Picture, Replying, RowEvent, Sampler, Stepped
+from starflow2.errors import ConfigError
+from starflow2.generate import DrawConfig
+from starflow2.session import Session
+
+SIDE, SIZE = 2, 16
+
+
+def sampler_of(batch: int = 32, guidance: float = 1.0) -> Sampler:
+    config = DrawConfig(guidance=guidance, prior_scale=0.8, batch=batch)
+    return Sampler(tiny_parts(STAGES, side=SIDE), config)
+
+
+@pytest.fixture(scope="module")
+def sampler() -> Sampler:
+    return sampler_of()
+
+
+def photo(seed: int) -> Tensor:
+    return torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+TALKS: list[Talk] = [
+    [["a red circle"], ["a small black diamond left of two blue stars"], ["a blue star"]],
+    [[photo(0), "a green ring"], ["a blue star", photo(1)]],
+    [["two red hearts", photo(2), "a red circle", photo(3)]],
+    [["a photo of a large blue star left of a small green ring on a gray background"], []],
+]
+SEEDS = [3, 0, 11, 4]
+
+
+def alone(sampler: Sampler, talk: Talk, seed: int, replying: Replying, draws: bool = False) -> list[list[Block]]:
+    """The same talk through a session of its own."""
+    session = Session(sampler, seed)
+    told: list[list[Block]] = []
+    for turn in talk:
+        if turn:
+            session.add(*turn)
+        before = len(session.pieces)
+        if draws:
+            session.draw()
+        else:
+            list(session.run(tokens=replying.tokens, pictures=replying.pictures, temperature=replying.temperature))
+        told.append([p.text if p.picture is None else p.picture for p in session.pieces[before:]])  # type: ignore[misc]
+    return told
+
+
+def assert_equal(mine: Sequence[Sequence[Block]], theirs: Sequence[Sequence[Block]]) -> None:
+    assert len(mine) == len(theirs)
+    for a, b in zip((b for turn in mine for b in turn), (b for turn in theirs for b in turn), strict=True):
+        if isinstance(a, str):
+            assert a == b
+        else:
+            assert isinstance(b, Picture)
+            assert (a.u - b.u).abs().max() <= 1e-4 and (a.image - b.image).abs().max() <= 1e-4
+            assert a.log_prob == pytest.approx(b.log_prob, abs=1e-3)
+            assert a.unconditional == pytest.approx(b.unconditional, abs=1e-3)
+
+
+def mixed(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let some states of the conversation call for a picture and others for words."""
+    right, begin = sampler.pretzel.logits, sampler.layout.begin
+
+    def logits(h: Tensor, g: Tensor) -> Tensor:
+        out = right(h, g)
+        out[:, begin] += torch.where(out[:, 40] > out[:, 41], 50.0, -50.0)
+        return out
+
+    monkeypatch.setattr(sampler.pretzel, "logits", logits)
+
+
+def test_rows_that_draw_are_sessions_that_draw(sampler):
+    told = converse(sampler, TALKS, SEEDS, Replying(tokens=0, pictures=1), draws=True)
+    assert [[len(turn) for turn in talk] for talk in told] == [[1, 1, 1], [1, 1], [1], [1, 1]]
+    for talk, seed, mine in zip(TALKS, SEEDS, told, strict=True):
+        assert_equal(mine, alone(sampler, talk, seed, Replying(tokens=0, pictures=1), draws=True))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_in_which_the_model_decides_are_sessions_in_which_it_decides(sampler, monkeypatch, temperature):
+    mixed(sampler, monkeypatch)
+    replying = Replying(tokens=5, pictures=1, temperature=temperature)
+    told = converse(sampler, TALKS, SEEDS, replying)
+    kinds = {tuple(type(b).__name__ for b in turn) for talk in told for turn in talk}
+    assert len(kinds) > 1 and any("Picture" in kind for kind in kinds) and any("str" in kind for kind in kinds)
+    for talk, seed, mine in zip(TALKS, SEEDS, told, strict=True):
+        assert_equal(mine, alone(sampler, talk, seed, replying))
+
+
+def test_the_size_of_a_batch_and_the_order_of_its_rows_change_nothing(sampler):
+    replying = Replying(tokens=0, pictures=1)
+    whole = converse(sampler, TALKS, SEEDS, replying, draws=True)
+    for parts, order in ((sampler_of(batch=2), range(4)), (sampler, (3, 1, 0, 2))):
+        told = converse(parts, [TALKS[i] for i in order], [SEEDS[i] for i in order], replying, draws=True)
+        for i, mine in zip(order, told, strict=True):
+            assert_equal(mine, whole[i])
+
+
+def test_a_row_hears_its_own_words_pictures_and_seed_and_nothing_else(sampler):
+    replying = Replying(tokens=0, pictures=1)
+    (first,), (again,), (words,), (shown,), (seed,) = converse(
+        sampler,
+        [[["a red circle", photo(0)]], [["a red circle", photo(0)]], [["a blue star", photo(0)]],
+         [["a red circle", photo(1)]], [["a red circle", photo(0)]]],
+        [1, 1, 1, 1, 2],
+        replying,
+        draws=True,
+    )  # fmt: skip
+    assert_equal([first], [again])
+    for other in (words, shown, seed):
+        assert (other[0].u - first[0].u).abs().max() > 1e-3
+
+
+def test_watch_hears_every_event_of_every_row(sampler):
+    heard: list[RowEvent] = []
+    converse(sampler, TALKS, SEEDS, Replying(tokens=0, pictures=1), draws=True, watch=heard.append)
+    turns = [len(talk) for talk in TALKS]
+    for row, count in enumerate(turns):
+        mine = [e for e in heard if e.row == row]
+        assert sum(isinstance(e, Completed) for e in mine) == sum(isinstance(e, Ended) for e in mine) == count
+        assert [e.done for e in mine if isinstance(e, Stepped)] == [1, 2, 3, 4] * count
+
+
+def test_words_alone_give_words_alone(sampler):
+    told = converse(sampler, TALKS[:2], [0, 0], Replying(tokens=4, pictures=0))
+    assert all(isinstance(b, str) for talk in told for turn in talk for b in turn)
+
+
+def test_no_talks_give_no_replies_and_unequal_numbers_are_refused(sampler):
+    assert converse(sampler, [], [], Replying()) == []
+    with pytest.raises(ConfigError, match="4 talks and 1 seeds"):
+        converse(sampler, TALKS, [1], Replying())
+
+
+def test_a_reply_that_begins_with_a_picture_needs_room_for_one(sampler):
+    with pytest.raises(ConfigError, match="pictures is 0"):
+        converse(sampler, TALKS, SEEDS, Replying(tokens=3, pictures=0), draws=True)
+
+
+@pytest.mark.parametrize("limits", [{"tokens": -1}, {"tokens": 0, "pictures": 0}, {"temperature": -0.5}], ids=str)
+def test_limits_that_leave_nothing_to_say_are_refused(limits):
+    with pytest.raises(ConfigError, match="expected nothing below 0"):
+        Replying(**limits)

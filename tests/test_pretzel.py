@@ -1,0 +1,416 @@
+"""The Pretzel: it starts from two models that work, reads documents causally and alone, and keeps exact likelihoods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.functional import jacobian
+
+from helpers import wake
+from model_cases import LATENT, STAGES, tiny_model, tiny_parts
+from starflow2.data.dialogue import Turn
+from starflow2.data.tasks import draw_task
+from starflow2.errors import ShapeError
+from starflow2.flow.affine import standard_normal_log_prob
+from starflow2.generate import drawing_context
+from starflow2.losses import joint_loss, ngp_loss
+from starflow2.parts import Parts
+from starflow2.pretzel import Adapter, JointsConfig, Output, Pretzel, States
+from starflow2.sequence import IGNORE, Batch, Document, Image, Text, pack
+from starflow2.stages import AdapterTask, StageConfig, with_pictures
+
+LEVELS = (0.05, 0.5, 0.3)
+# words, a picture that is shown, words, a picture that is drawn, words, another one that is drawn
+LONG: Document = (
+    Text((1, 30, 31)), Image(), Text((40, 41, 2)), Image(is_target=True), Text((50, 51, 3), is_target=True),
+    Text((1, 60, 2)), Image(is_target=True), Text((3,), is_target=True),
+)  # fmt: skip
+CAPTION: Document = (Text((1, 30, 31, 32, 2)), Image(is_target=True), Text((3,), is_target=True))
+ANSWER: Document = (Text((1,)), Image(), Text((44, 45, 2)), Text((70, 71, 72, 3), is_target=True))
+WORDS: Document = (Text((1, 80, 81, 2)), Text((90, 3), is_target=True))
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return tiny_parts(STAGES)
+
+
+def pictures(count: int, seed: int = 1) -> Tensor:
+    """Noisy latents (P, N, D)."""
+    return torch.randn(count, 64, LATENT, generator=torch.Generator().manual_seed(seed))
+
+
+def levels(count: int) -> Tensor:
+    return torch.tensor([LEVELS[i % 3] for i in range(count)])
+
+
+def read(pretzel: Pretzel, batch: Batch, x: Tensor, level: Tensor) -> tuple[Output, States]:
+    """A forward pass and the states behind it."""
+    kept: list[States] = []
+    right = pretzel.read
+    pretzel.read = lambda *args: kept.append(right(*args)) or kept[-1]  # type: ignore[method-assign, func-returns-value]
+    with torch.no_grad():
+        out = pretzel.forward(batch, x, level)
+    pretzel.read = right  # type: ignore[method-assign]
+    return out, kept[0]
+
+
+def closed(parts: Parts) -> Parts:
+    """The same parts with all that stage 3 opens at its zero start."""
+    with torch.no_grad():
+        for linear in (parts.joints.visual_skip, parts.joints.text_skip, parts.joints.reference):
+            linear.weight.zero_()
+    return parts
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    assert a.shape == b.shape
+    return float((a - b).detach().abs().max())
+
+
+# -- it starts from what the two streams can do
+
+
+def test_fresh_skips_are_zero_and_woken_ones_are_not():
+    torch.manual_seed(0)
+    fresh = Parts(tiny_model()).joints
+    assert not fresh.visual_skip.weight.any() and not fresh.text_skip.weight.any() and not fresh.reference.weight.any()
+    woken = tiny_parts(STAGES).joints
+    assert min(gap(w, 0 * w) for w in (woken.visual_skip.weight, woken.text_skip.weight, woken.reference.weight)) > 0.01
+
+
+def test_with_both_skips_closed_the_text_logits_are_bit_for_bit_those_of_the_language_model(parts):
+    batch, x, level = pack([LONG], parts.layout), pictures(3), levels(3)
+    pretzel = parts.pretzel
+    open_logits = read(pretzel, batch, x, level)[0].logits
+    pretzel.skips = frozenset()
+    logits = read(pretzel, batch, x, level)[0].logits
+    with torch.no_grad():
+        u, _ = parts.flow.shallow(x, level)
+        embeds = with_pictures(parts.vlm.embed(batch.ids), pretzel.adapted(u, level), batch)
+        h = parts.vlm.states(embeds, batch.mrope)
+        bare = parts.vlm.logits(h[batch.labels != IGNORE])
+    assert torch.equal(logits, bare)
+    assert gap(open_logits, bare) > 1e-3, "an open skip is to matter"
+
+
+def test_each_skip_can_be_closed_by_itself(parts):
+    batch, x, level = pack([LONG], parts.layout), pictures(3), levels(3)
+    told = {}
+    for skips in ((), ("visual",), ("text",), ("visual", "text")):
+        pretzel = parts.pretzel
+        pretzel.skips = frozenset(skips)  # type: ignore[arg-type]
+        told[skips] = read(pretzel, batch, x, level)[0]
+    assert torch.equal(told[()].logits, told[("visual",)].logits)
+    assert torch.equal(told[()].log_prob, told[("text",)].log_prob)
+    assert gap(told[("visual",)].log_prob, told[()].log_prob) > 1e-2
+    assert gap(told[("text",)].logits, told[()].logits) > 1e-3
+    assert torch.equal(told[("visual",)].log_prob, told[("visual", "text")].log_prob)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_with_zero_skips_a_caption_and_its_picture_have_the_likelihood_of_stage_one(seed):
+    parts = closed(tiny_parts(STAGES))
+    task = draw_task(0, seed)
+    document = parts.tokenizer.document([Turn((task.prompt,), (task.scene,))])
+    x, level = pictures(1, seed), torch.tensor([0.3])
+    out, _ = read(parts.pretzel, pack([document], parts.layout), x, level)
+    with torch.no_grad():
+        context = drawing_context(parts, [parts.tokenizer.drawing_prompt(task.prompt)])
+        stage_one = parts.flow.log_prob(x, context, level)
+    assert gap(out.log_prob, stage_one) / x.numel() <= 1e-5
+    assert abs(float(stage_one)) > 10, "a likelihood of nothing would agree with everything"
+
+
+def test_with_zero_skips_the_joint_loss_of_captioned_pictures_is_the_ngp_loss_of_stage_one():
+    parts = closed(tiny_parts(STAGES))
+    tasks = [draw_task(0, i) for i in range(3)]
+    documents = [parts.tokenizer.document([Turn((t.prompt,), (t.scene,))]) for t in tasks]
+    clean, noise = pictures(3), parts.cfg.flow.noise
+    generator = torch.Generator().manual_seed(4)
+    level = noise.draw(3, generator)
+    noisy = clean + level[:, None, None] * torch.randn(clean.shape, generator=generator)
+    with torch.no_grad():
+        joint = joint_loss(parts.pretzel, pack(documents, parts.layout), (noisy, level), noise).flow
+        context = drawing_context(parts, [parts.tokenizer.drawing_prompt(t.prompt) for t in tasks])
+        alone, _ = ngp_loss(parts.flow, clean, context, torch.Generator().manual_seed(4))
+    assert joint.item() == pytest.approx(alone.item(), abs=1e-5)
+
+
+def test_with_zero_skips_answers_have_the_logits_of_stage_two():
+    parts = closed(tiny_parts(STAGES))
+    task = AdapterTask(parts, StageConfig(name="adapter", steps=1, batch=4), 0)
+    data = task.draw(range(4))
+    seen: list[tuple[Tensor, Tensor]] = []
+    right = parts.vlm.logits
+    parts.vlm.logits = lambda h: seen.append((h, right(h))) or seen[-1][1]  # type: ignore[method-assign, func-returns-value]
+    noisy: list[tuple[Tensor, Tensor]] = []
+    shallow = parts.flow.shallow.forward
+    parts.flow.shallow.forward = lambda x, level: noisy.append((x, level)) or shallow(x, level)  # type: ignore[method-assign, func-returns-value]
+    with torch.no_grad():
+        task.loss(data, torch.Generator().manual_seed(2))
+        out = parts.pretzel.forward(data[1], *noisy[0])
+    assert len(seen[0][1]) > 10
+    assert gap(out.logits, seen[0][1]) <= 1e-5
+
+
+def test_zero_skips_add_exactly_nothing_and_woken_ones_are_traced_at_every_latent_and_every_label(parts):
+    batch, x, level = pack([LONG, ANSWER], parts.layout), pictures(4), levels(4)
+    for some, is_zero in ((closed(tiny_parts(STAGES)), True), (parts, False)):
+        pretzel = some.pretzel
+        with pretzel.traced() as trace:
+            out, _ = read(pretzel, batch, x, level)
+        assert [name for name, _, _ in trace] == ["visual", "text"] and pretzel.trace is None
+        (_, base, injected), (_, text_base, text_injected) = trace
+        assert base.shape == injected.shape == (4 * 64, 40)
+        assert text_base.shape == text_injected.shape == (len(out.labels), 40)
+        assert bool(injected.eq(0).all()) == bool(text_injected.eq(0).all()) == is_zero
+        assert bool(base.any()) and bool(text_base.any())
+
+
+def test_a_trace_ends_with_an_error_inside_it_too(parts):
+    pretzel = parts.pretzel
+    with pytest.raises(KeyError), pretzel.traced():
+        raise KeyError
+    assert pretzel.trace is None
+
+
+# -- likelihoods
+
+
+def test_the_log_probability_is_that_of_z_and_of_every_patch(parts):
+    out, _ = read(parts.pretzel, pack([LONG], parts.layout), pictures(3), levels(3))
+    assert gap(out.affine.log_prob(out.u).sum(1) + out.shallow_logdet, out.log_prob) <= 1e-3
+    volume = -out.affine.log_scale.sum((1, 2)) + out.shallow_logdet
+    assert gap(standard_normal_log_prob(out.z) + volume, out.log_prob) <= 1e-3
+
+
+def small_parts(rows: int, cols: int) -> Parts:
+    """Woken parts with open skips over a smaller grid, in float64."""
+    cfg = tiny_model()
+    cut = {"grid": (rows, cols)}
+    stack = replace(cfg.flow.deep.stack, activation="gelu")
+    flow = replace(
+        cfg.flow,
+        deep=replace(cfg.flow.deep, stack=stack, **cut),
+        shallow=tuple(replace(b, stack=stack, **cut) for b in cfg.flow.shallow),
+    )
+    torch.manual_seed(3)
+    return wake(Parts(replace(cfg, flow=flow)), 0.15).double().eval()
+
+
+def slopes(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-5) -> Tensor:
+    """The Jacobian (outputs, inputs) by central differences.
+
+    Not by autograd: the language stream's view of a latent carries no gradient, so that autograd would miss whatever
+    reaches the flow by way of it, and just that is what could leak. Differences through that stream are coarse, since
+    its norms round to float32, but they stand below the diagonal.
+    """
+    columns = []
+    with torch.no_grad():
+        for i in range(at.numel()):
+            shift = torch.zeros_like(at)
+            shift[i] = step
+            columns.append((function(at + shift) - function(at - shift)) / (2 * step))
+    return torch.stack(columns, 1)
+
+
+def test_u_to_z_is_lower_triangular_with_the_reported_log_determinant():
+    """The trap: were the visual skip to use h of the latent to come, the diagonal would hold more than the affine."""
+    parts = small_parts(2, 3)
+    parts.flow.shallow.forward = lambda u, level: (u, u.new_zeros(len(u)))  # type: ignore[method-assign]
+    document: Document = (Text((1, 30)), Image(), Text((2,)), Image(is_target=True), Text((3,), is_target=True))
+    batch, u = pack([document], parts.layout), torch.randn(2, 6, LATENT, dtype=torch.float64)
+    level = torch.tensor([0.1, 0.4], dtype=torch.float64)
+
+    def to_z(picture: Tensor) -> Tensor:
+        return parts.pretzel.forward(batch, torch.stack([u[0], picture.view(6, LATENT)]), level).z[1].flatten()
+
+    matrix = slopes(to_z, u[1].flatten())  # (N D, N D)
+    out = parts.pretzel.forward(batch, u, level)
+    blocks = matrix.view(6, LATENT, 6, LATENT).permute(0, 2, 1, 3)  # (N, N, D, D): z_i by u_j
+    for i in range(6):
+        assert not blocks[i, i + 1 :].any(), f"z_{i} depends on a later latent"
+        assert torch.equal(blocks[i, i], torch.diag(blocks[i, i].diagonal())), "a latent is moved by itself alone"
+        assert all(blocks[i, j].abs().max() > 1e-6 for j in range(i)), "and depends on every earlier one"
+    logdet = (out.log_prob - standard_normal_log_prob(out.z))[1]
+    assert torch.linalg.slogdet(matrix).logabsdet.item() == pytest.approx(logdet.item(), abs=1e-6)
+
+
+def test_x_to_z_of_two_pictures_of_one_document_has_the_reported_log_determinants():
+    """By autograd: what it misses, see `slopes`, stands below the diagonal of u to z and leaves determinants alone."""
+    parts = small_parts(2, 2)
+    document: Document = (Text((1, 30, 2)), Image(is_target=True), Text((40,)), Image(is_target=True), Text((3,)))
+    batch, x = pack([document], parts.layout), torch.randn(2, 4, LATENT, dtype=torch.float64)
+    level = torch.tensor([0.1, 0.4], dtype=torch.float64)
+
+    def to_z(both: Tensor) -> Tensor:
+        return parts.pretzel.forward(batch, both.view(2, 4, LATENT), level).z.flatten()
+
+    matrix = jacobian(to_z, x.flatten())
+    out = parts.pretzel.forward(batch, x, level)
+    half = 4 * LATENT
+    assert not matrix[:half, half:].any() and matrix[half:, :half].abs().max() > 1e-6
+    stated = out.log_prob - standard_normal_log_prob(out.z)
+    for i, block in enumerate((matrix[:half, :half], matrix[half:, half:])):
+        assert torch.linalg.slogdet(block).logabsdet.item() == pytest.approx(stated[i].item(), abs=1e-9)
+
+
+# -- what a position may see
+
+
+@pytest.mark.parametrize("picture", [0, 1, 2])
+@pytest.mark.parametrize("latent", [0, 9, 63])
+def test_a_latent_is_seen_from_its_own_slot_on_and_never_before(parts, picture, latent):
+    """A shown, a drawn and another drawn picture; u is changed, since x becomes u by blocks that look both ways."""
+    some = tiny_parts(STAGES)
+    some.flow.shallow.forward = lambda u, level: (u, u.new_zeros(len(u)))  # type: ignore[method-assign]
+    batch, u = pack([LONG], parts.layout), pictures(3)
+    other = u.clone()
+    other[picture, latent] += 1.0
+    (_, before), (_, after) = (read(some.pretzel, batch, v, levels(3)) for v in (u, other))
+    at = int(batch.pictures.begin[picture]) + 1 + latent
+    assert torch.equal(before.h[:, :at], after.h[:, :at]) and torch.equal(before.g[:, :at], after.g[:, :at])
+    assert (before.h[:, at] != after.h[:, at]).any() and (before.g[:, at] != after.g[:, at]).any()
+    assert (before.g[:, -1] != after.g[:, -1]).any(), "and it matters to the very end"
+
+
+@pytest.mark.parametrize("at", [1, 70, 139, 141, 210])
+def test_a_token_is_seen_from_its_own_slot_on_and_never_before(parts, at):
+    batch, x = pack([LONG], parts.layout), pictures(3)
+    assert batch.ids[0, at] not in (parts.layout.latent, parts.layout.begin, parts.layout.end)
+    ids = batch.ids.clone()
+    ids[0, at] += 5
+    (_, before), (_, after) = (read(parts.pretzel, b, x, levels(3)) for b in (batch, replace(batch, ids=ids)))
+    assert torch.equal(before.h[:, :at], after.h[:, :at]) and torch.equal(before.g[:, :at], after.g[:, :at])
+    assert (before.h[:, at] != after.h[:, at]).any() and (before.g[:, at] != after.g[:, at]).any()
+
+
+@pytest.mark.parametrize("at", [72, 138, 139, 140, 144, 210])
+def test_what_is_predicted_at_a_position_is_not_known_there(parts, at):
+    """A text skip that read the flow one slot too late would see the answer."""
+    batch, x = pack([LONG], parts.layout), pictures(3)
+    ids = batch.ids.clone()
+    ids[0, at] += 5
+    before, after = (read(parts.pretzel, b, x, levels(3))[0].logits for b in (batch, replace(batch, ids=ids)))
+    where = (batch.labels[0] != IGNORE).nonzero().flatten()
+    assert torch.equal(before[where < at], after[where < at])
+    assert (before[where >= at] != after[where >= at]).any() == bool((where >= at).any())
+
+
+def test_the_noise_level_of_a_picture_is_known_from_its_begin_slot_on(parts):
+    batch, x, level = pack([LONG], parts.layout), pictures(3), levels(3)
+    other = level.clone()
+    other[1] = 0.2
+    (_, before), (_, after) = (read(parts.pretzel, batch, x, v) for v in (level, other))
+    at = int(batch.pictures.begin[1])
+    assert torch.equal(before.h[:, : at + 1], after.h[:, : at + 1]), "the language model has no begin slot of levels"
+    assert torch.equal(before.g[:, :at], after.g[:, :at]) and (before.g[:, at] != after.g[:, at]).any()
+
+
+def test_the_flow_reads_the_picture_before_and_only_that_one():
+    """With the language stream, attention and skips out of the way, only the reference is left between pictures."""
+    parts = tiny_parts(STAGES)
+    pretzel = parts.pretzel
+    buffer, reference = pictures(1)[:, :1].expand(-1, 65, -1), pictures(1, 7)[:, :1].repeat(1, 65, 1)
+    targets, has = torch.tensor([[5, 6]]), torch.tensor([True])
+    _, base = pretzel.latents(buffer, targets, torch.tensor([0.3]), reference, has)
+    changed = reference.clone()
+    changed[:, 5] += 1
+    _, other = pretzel.latents(buffer, targets, torch.tensor([0.3]), changed, has)
+    assert (base[:, 0] != other[:, 0]).any() and torch.equal(base[:, 1], other[:, 1]), "latent 5 is for target 5"
+    _, without = pretzel.latents(buffer, targets, torch.tensor([0.3]), None, None)
+    _, none = pretzel.latents(buffer, targets, torch.tensor([0.3]), reference, ~has)
+    assert torch.equal(without, none) and not torch.equal(without, base)
+
+
+def nats(
+    parts: Parts, documents: Sequence[Document], x: Tensor, level: Tensor, width: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Losses of packed documents: of every picture (P,), and of the words of every document (documents,)."""
+    batch = pack(documents, parts.layout, width)
+    out = parts.pretzel.forward(batch, x, level)
+    surprise = -out.logits.log_softmax(-1).gather(-1, out.labels[:, None])[:, 0]
+    words = torch.zeros(len(documents)).index_add(0, out.documents, surprise)
+    return -out.log_prob / math.prod(x.shape[1:]), words
+
+
+@pytest.mark.parametrize("width", [0, 400], ids=["rows as long as the longest", "all in one row or two"])
+def test_documents_packed_with_others_give_the_losses_and_gradients_they_have_alone(width):
+    parts = tiny_parts(STAGES)
+    documents = [ANSWER, CAPTION, LONG, WORDS, CAPTION]
+    counts = [sum(isinstance(s, Image) for s in d) for d in documents]
+    x, level = pictures(sum(counts)), levels(sum(counts))
+    trained = [*parts.flow.parameters(), *parts.joints.parameters()]
+    together = nats(parts, documents, x, level, width)
+    grads = torch.autograd.grad(together[0].sum() + together[1].sum(), trained, allow_unused=True)
+    summed = [torch.zeros_like(p) for p in trained]
+    first = 0
+    for i, (document, count) in enumerate(zip(documents, counts, strict=True)):
+        own = slice(first, first + count)
+        alone = nats(parts, [document], x[own], level[own])
+        if count:
+            assert gap(alone[0], together[0][own]) <= 1e-4
+        assert gap(alone[1][0], together[1][i]) <= 1e-4
+        for total, grad in zip(
+            summed, torch.autograd.grad(alone[0].sum() + alone[1].sum(), trained, allow_unused=True), strict=True
+        ):
+            total += 0 if grad is None else grad
+        first += count
+    largest = max(float(s.abs().max()) for s in summed)
+    assert largest > 1
+    for a, b in zip(grads, summed, strict=True):
+        assert a is None or gap(a, b) <= 1e-4 * largest
+
+
+def test_no_position_sees_another_document_of_its_row(parts):
+    documents = [LONG, ANSWER, WORDS]
+    batch, x = pack(documents, parts.layout, 400), pictures(4)
+    assert len(batch.ids) == 1
+    ids, other = batch.ids.clone(), x.clone()
+    mine = batch.document[0] == 1
+    ids[0, mine & (batch.ids[0] > 20)] += 3
+    other[3] += 1
+    (_, before), (_, after) = (
+        read(parts.pretzel, b, v, levels(4)) for b, v in ((batch, x), (replace(batch, ids=ids), other))
+    )
+    assert torch.equal(before.h[0, ~mine], after.h[0, ~mine]) and torch.equal(before.g[0, ~mine], after.g[0, ~mine])
+    assert (before.h[0, mine] != after.h[0, mine]).any(1).sum() > 60
+
+
+def test_words_without_any_picture_are_read_and_give_no_picture(parts):
+    out, _ = read(parts.pretzel, pack([WORDS, WORDS], parts.layout), pictures(0), levels(0))
+    assert out.logits.shape == (4, 320) and out.z.shape == (0, 64, LATENT) and out.log_prob.shape == (0,)
+
+
+def test_latents_of_another_number_of_pictures_or_another_grid_are_refused(parts):
+    batch = pack([LONG], parts.layout)
+    for x in (pictures(2), pictures(3)[:, :63], pictures(3)[..., :3]):
+        with pytest.raises(ShapeError, match=r"x has shape .*P=3 N=64 D=4"):
+            parts.pretzel.forward(batch, x, levels(len(x)))
+
+
+# -- the adapter
+
+
+def test_the_adapter_has_the_scale_that_was_set_and_hears_the_noise_level():
+    torch.manual_seed(0)
+    adapter = Adapter(JointsConfig(adapter_width=16), LATENT, 40)
+    adapter.set_scale(0.02)
+    u = pictures(2)
+    calm, loud = (adapter(u, torch.full((2,), level)) for level in (0.01, 0.5))
+    assert calm.square().mean().sqrt().item() == pytest.approx(0.02, rel=0.01)
+    wake(adapter)
+    assert gap(adapter(u, torch.full((2,), 0.01)), adapter(u, torch.full((2,), 0.5))) > 1e-3
+    assert torch.equal(calm, loud), "fresh FiLM layers change nothing"
+
+
+def test_what_the_language_model_sees_of_a_picture_sends_no_gradient_into_the_flow(parts):
+    u = pictures(1).requires_grad_()
+    parts.pretzel.adapted(u, levels(1)).sum().backward()
+    assert u.grad is None
