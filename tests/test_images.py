@@ -274,3 +274,13 @@ def test_a_picture_without_a_file_is_refused_in_the_same_way():
 def test_a_folder_is_no_picture(tmp_path):
     with pytest.raises(DataError, match="as a picture"):
         read_picture(tmp_path, 32)
+
+
+def test_a_photograph_is_read_upright(tmp_path):
+    picture = Image.new("RGB", (32, 32))
+    picture.paste((255, 255, 255), (0, 0, 32, 16))  # white above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # turned upside down
+    picture.save(tmp_path / "turned.png", exif=exif)
+    read = read_picture(tmp_path / "turned.png", 32)
+    assert read[:, 0].max() == -1 and read[:, -1].min() == 1

@@ -641,3 +641,16 @@ def test_a_session_is_a_row(sampler):
     rows.read([[s.user, *tokenizer.encode("a red circle")]])
     session = Session(sampler).add("a red circle")
     assert (session._rows.main.h - rows.main.h).abs().max() <= 1e-9
+
+
+def test_while_a_reply_is_being_made_nothing_else_can_happen_to_the_session(sampler, tmp_path):
+    session = Session(sampler)
+    session.add("a red circle")
+    events = session.run()
+    next(events)
+    for forbidden in (lambda: session.add("a star"), session.write, session.fork, lambda: session.save(tmp_path / "s")):
+        with pytest.raises(ConfigError, match="still being made"):
+            forbidden()
+    events.close()
+    assert [piece.text for piece in session.pieces] == ["a red circle"]
+    session.add("a star").write(tokens=1)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from starflow2.errors import DataError, OutputError, ShapeError
@@ -70,7 +70,7 @@ def to_pil(image: Tensor) -> Picture:
 
 
 def read_picture(source: str | Path | Picture, size: int) -> Tensor:
-    """A picture for a model to look at: its middle square, `size` pixels a side, (3, size, size) in [-1, 1].
+    """A picture for a model to look at, upright: its middle square, `size` pixels a side, (3, size, size) in [-1, 1].
 
     Raises DataError, naming the remedy, for what could only be read by guessing: no picture, a truncated one, one too
     large to be meant, several frames, CMYK, 16 bits, transparency, or a side of less than 16 pixels.
@@ -79,7 +79,7 @@ def read_picture(source: str | Path | Picture, size: int) -> Tensor:
     try:
         image = source if isinstance(source, Image.Image) else _opened(Path(source))
         _check_readable(image, name)
-        pixels = image.convert("RGB")  # here PIL meets the end of a truncated file
+        pixels = ImageOps.exif_transpose(image).convert("RGB")  # here PIL meets the end of a truncated file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"cannot read {name} as a picture: {str(error).rstrip('.')}; expected a whole picture of ordinary size: "

@@ -125,6 +125,7 @@ class Session:
         self.encode_calls = 0  # how often a picture from outside was encoded
         self._rows = Rows(sampler, 1)
         self._is_open = False  # a user's turn
+        self._is_replying = False
         self._replies = 0
         self._branch = next(_BRANCHES)
         self._valid: dict[int, float] = {self._branch: math.inf}  # how far marks of each branch of our past hold
@@ -137,6 +138,7 @@ class Session:
         All of it is checked before any of it is added. Raises PromptError for words the model cannot take or a
         conversation longer than it reads, DataError and ShapeError for pictures it cannot.
         """
+        self._check_idle()
         if not parts:
             raise PromptError("there is nothing to add; say or show something.")
         size = self.sampler.parts.cfg.fae.image_size
@@ -203,6 +205,7 @@ class Session:
         return made[0]
 
     def _reply(self, config: Replying, *, draws: bool = False) -> Iterator[Event]:
+        self._check_idle()
         per_picture = self.sampler.layout.num_latents + 2
         self._check_room(OVERHEAD + (per_picture if draws or not config.tokens else 1))
         room = self.room - OVERHEAD
@@ -210,6 +213,7 @@ class Session:
         tokens = min(config.tokens, room - pictures * per_picture)
         start = self.mark()
         seed = self.seed + self._replies
+        self._is_replying = True
         try:
             self._open()
             self._rows.read([[self.sampler.parts.cfg.vlm.special.assistant]])
@@ -218,8 +222,10 @@ class Session:
                 self._rows.reply([seed], replace(config, pictures=pictures, tokens=tokens), draws=draws)
             )
         except BaseException:  # also of a consumer that leaves: half a reply would confuse all that follows
+            self._is_replying = False
             self.rewind(start)
             raise
+        self._is_replying = False
         self._replies += 1
 
     def _told(self, events: Iterator[RowEvent]) -> Iterator[Event]:
@@ -264,6 +270,10 @@ class Session:
         """Positions that are left."""
         return self.sampler.parts.cfg.max_positions - self.length
 
+    def _check_idle(self) -> None:
+        if self._is_replying:
+            raise ConfigError("a reply is still being made; take its events to the end, or close the loop over them.")
+
     def _check_room(self, wanted: int) -> None:
         if wanted > self.room:
             raise PromptError(
@@ -290,6 +300,7 @@ class Session:
 
         Raises ConfigError for a mark of another session, or of something that was taken back since.
         """
+        self._check_idle()
         if mark.length > self._valid.get(mark.branch, -1):
             raise ConfigError("rewind got a mark of another session, or of something that was taken back since.")
         main, canvas = self._rows.main, self._rows.canvas
@@ -311,6 +322,7 @@ class Session:
 
     def fork(self) -> Session:
         """A session of its own that shares the past and no memory with this one."""
+        self._check_idle()
         twin = copy.copy(self)
         twin.pieces = list(self.pieces)
         twin._rows = self._rows.fork()
@@ -322,6 +334,7 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Write the whole state as one safetensors file. Raises OutputError."""
+        self._check_idle()
         main, canvas = self._rows.main, self._rows.canvas
         tensors = {"h": main.h, "g": main.g, "previous": canvas.previous, "has_previous": canvas.has_previous}
         for name, cache in (("vlm", main.cache.vlm), ("flow", main.cache.flow)):
