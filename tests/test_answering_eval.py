@@ -21,7 +21,7 @@ from starflow2.sequence import IGNORE
 from starflow2.train import VlmTask, to_images
 from starflow2.understand import answer
 
-SUITES = {"mme": (evaluate_mme, answering._mme_items), "gqa": (evaluate_gqa, answering._gqa_items)}
+SUITES = {"mme": (evaluate_mme, answering.mme_items), "gqa": (evaluate_gqa, answering.gqa_items)}
 
 
 class Knower:
@@ -122,7 +122,7 @@ def test_what_cannot_be_scored_is_refused(evaluate):
 
 
 def test_mme_asks_a_yes_and_a_no_about_each_of_64_images_half_of_them_with_a_held_out_pair():
-    items = answering._mme_items("dev")
+    items = answering.mme_items("dev")
     assert Counter((i.kind, i.part) for i in items) == {(s, p): 64 for s in SUBTASKS for p in ("id", "cg")}
     assert len({(i.kind, scene_key(i.scene)) for i in items}) == 6 * 64
     for yes, no in zip(items[::2], items[1::2], strict=True):
@@ -133,7 +133,7 @@ def test_mme_asks_a_yes_and_a_no_about_each_of_64_images_half_of_them_with_a_hel
 
 
 def test_gqa_asks_seen_chains_about_seen_things_and_in_cg_only_held_out_chains():
-    items = answering._gqa_items("dev")
+    items = answering.gqa_items("dev")
     asked = Counter((i.image, i.part) for i in items)
     assert set(asked.values()) == {4} and len(asked) == 256 and len({scene_key(i.scene) for i in items}) == 256
     for item in items:
@@ -143,7 +143,7 @@ def test_gqa_asks_seen_chains_about_seen_things_and_in_cg_only_held_out_chains()
 
 
 def test_gqa_answers_are_balanced_within_each_kind_and_sort():
-    answers = Counter((i.part, i.kind, i.question.answer) for i in answering._gqa_items("dev"))
+    answers = Counter((i.part, i.kind, i.question.answer) for i in answering.gqa_items("dev"))
     for (part, kind, word), count in answers.items():
         same = [answers[part, kind, other] for other in answering._SORT[word]]
         assert count < 1.5 * np.mean(same) + 2, (part, kind, word)
@@ -154,10 +154,10 @@ def test_the_suites_are_the_frozen_ones():
 
 
 def test_one_changed_question_breaks_the_lock(monkeypatch):
-    first, *rest = answering._gqa_items("dev")
+    first, *rest = answering.gqa_items("dev")
     changed = (replace(first, question=replace(first.question, text="is there a star?")), *rest)
-    items = {"dev": changed, "test": answering._gqa_items("test")}
-    monkeypatch.setattr(answering, "_gqa_items", items.get)
+    items = {"dev": changed, "test": answering.gqa_items("test")}
+    monkeypatch.setattr(answering, "gqa_items", items.get)
     with pytest.raises(DataError, match=r"changed: gqa\.items\.dev\.blake2b$"):
         verify_lock()
 

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from model_cases import STAGES, tiny_parts
+from starflow2 import demo_talk
+from starflow2.data.edits import OPERATIONS
 from starflow2.data.tasks import FAMILIES, suite_drawings
 from starflow2.data.world import render
 from starflow2.demo import make_demo
 from starflow2.errors import OutputError
+from starflow2.evals import answering, editing, stories
 from starflow2.evals.world import score_geneval, to_bytes, to_floats
 from starflow2.images import read_metadata, to_pil
 from starflow2.model import StarFlow2
@@ -23,6 +27,7 @@ class Oracle:
     """Draws the true picture of every prompt of the quick suites, and of no other."""
 
     sampling_noise = 0.5
+    is_joint = False
 
     def __init__(self, split: str, wrong: str = "") -> None:
         drawings = [d for part in ("id", "cg") for d in suite_drawings("geneval", split, part)]
@@ -88,3 +93,134 @@ def test_a_folder_that_cannot_be_written_is_found_before_drawing(tmp_path, monke
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         make_demo("nano", tmp_path / "file")
+
+
+# -- conversations ----------------------------------------------------------------------------------------------------
+
+TALKED = {"w_mme", "w_gqa", "w_edit", "w_story", "encode_calls"}
+
+
+@pytest.fixture
+def _few(monkeypatch):
+    """Suites of a few items, and guessers who have read little."""
+    monkeypatch.setattr(answering, "MME_IMAGES", 2)
+    monkeypatch.setattr(answering, "GQA_SCENES", {"id": 2, "cg": 1})
+    monkeypatch.setattr(answering, "PRIOR_ITEMS", 20)
+    monkeypatch.setattr(editing, "PER_OPERATION", {"id": 2, "cg": 1})
+    monkeypatch.setattr(stories, "STORIES", 2)
+    monkeypatch.setattr(stories, "PRIOR_STORIES", 40)
+    found = (answering.mme_items, answering.gqa_items, answering._prior_counts, editing._suite)
+    cached = (*found, stories._suite, stories._bounds, stories._guesses)
+    for made in cached:
+        made.cache_clear()
+    yield
+    for made in cached:
+        made.cache_clear()
+
+
+class Talker(Oracle):
+    """Knows every answer, target and story of the test suites; `spoil` may change the blocks of a story."""
+
+    is_joint = True
+    roundtrip = staticmethod(lambda images, noise_level=0.0, seed=0: images)
+
+    def __init__(self, wrong: str = "", spoil=lambda story, told: None) -> None:
+        super().__init__("test", wrong)
+        self.parts.fae, self.spoil = SimpleNamespace(encoder=torch.nn.Identity()), spoil
+        items = (*answering.mme_items("test"), *answering.gqa_items("test"))
+        self.known = {(i.question.text, render(i.scene).tobytes()): i.question.answer for i in items}
+        edits = [edit for part in ("id", "cg") for edit in editing._suite("test", part)]
+        self.targets = {(e.instruction, render(e.source).tobytes()): e for e in edits}
+        told = [story for part in ("id", "cg") for story in stories._suite("test", part)]
+        self.stories = {(*(step.instruction for step in s.steps), s.question): s for s in told}
+
+    def answers(self, images, questions):
+        return [
+            self.known[q, to_bytes(shown[0][None])[0].tobytes()] for shown, q in zip(images, questions, strict=True)
+        ]
+
+    def tower_answers(self, images, questions):
+        return ["no"] * len(questions)
+
+    def edits(self, images, instructions, seeds):
+        rows = zip(to_bytes(images), instructions, strict=True)
+        edits = [self.targets[instruction, image.tobytes()] for image, instruction in rows]
+        return to_floats(np.stack([render(e.source if e.operation == "move" else e.target) for e in edits]))
+
+    def tell(self, talks, seeds):
+        return [self.story(self.stories[tuple(turns)]) for turns in talks]
+
+    def story(self, story):
+        told = [[step.sentence, to_floats(render(step.scene)[None])[0]] for step in story.steps]
+        told.append([story.answer])
+        self.spoil(story, told)
+        return told
+
+
+@pytest.mark.usefixtures("_few")
+def test_a_model_that_knows_all_but_moves_is_scored_and_shown_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(StarFlow2, "from_pretrained", lambda *_, **__: Talker())
+    seen: list[tuple[int, int]] = []
+    made = make_demo(str(tmp_path), tmp_path, progress=lambda *now: seen.append(now))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == made.report and set(report) >= TALKED | {"w_geneval"}
+    assert report["w_mme"]["id"] == report["w_mme"]["cg"] == 1200 > max(report["w_mme"]["vlm"].values())
+    assert report["w_gqa"]["id"] == report["w_gqa"]["cg"] == 1 > max(report["w_gqa"]["vlm"].values())
+    assert report["w_edit"] == {"id": pytest.approx(6 / 7), "cg": pytest.approx(6 / 7), "preserved": 1}, "but moves"
+    assert report["w_story"] == {"structure": 1, "prefix": 4, "answers": 1} and report["encode_calls"] == 0
+    assert seen[-1] == (2, 2), "two stories"
+
+    told = made.talk
+    assert [len(turn.marks) for turn in told.story] == [3, 3, 3, 3, 1]
+    assert all(fits for turn in told.story for _, fits in turn.marks)
+    assert [(e.operation, e.part) for e in told.edits] == [(o, part) for o in OPERATIONS for part in ("id", "cg")]
+    assert {e.operation for e in told.edits if e.why} == {"move"} and {e.why for e in told.edits} == {"", "not done"}
+    assert len(told.questions) == 8 and all(q.is_right and q.said == q.answer for q in told.questions)
+
+    page = made.page.read_text()
+    order = [page.index(f'id="{name}"') for name in ("story", "edits", "questions", "scores")]
+    assert order == sorted(order), "the scores come last"
+    pictures = len(made.shown) + 4 + 2 * 14 + 8
+    assert page.count("data:image/png;base64,") == pictures and page.count("<figure>") == pictures - 4 - 14
+    assert all(turn.asked in page and turn.told[0] in page for turn in told.story)
+    assert "stories, answers" in page and "<td>1,200<td>1,200<td>" in page and "<td>0.86<td>0.86<td>" in page
+    assert "{" not in re.sub(r"<style>.*</style>", "", page, flags=re.DOTALL)
+
+
+@pytest.mark.usefixtures("_few")
+def test_faults_of_the_shown_story_are_marked_at_their_step_and_escaped():
+    def spoil(story, told):
+        told[1][0] = "there is <nothing>."
+        told[2].pop()
+        told[4] = []
+
+    told = demo_talk.talk(Talker(spoil=spoil))
+    grades = [[fits for _, fits in turn.marks] for turn in told.story]
+    assert grades == [[True] * 3, [False, True, True], [False] * 3, [True, False, False], [False]]
+    assert told.report["w_story"] == {"structure": 0, "prefix": 1, "answers": 0}
+    page = demo_talk.sections(told)
+    assert "there is &lt;nothing&gt;." in page and "<nothing>" not in page and "should be “" in page
+    assert page.count("✗") == 1 + 3 + 2 + 1 + 2
+
+
+@pytest.mark.usefixtures("_few")
+def test_a_real_model_of_stage_three_is_measured_and_shown(monkeypatch):
+    model = StarFlow2(tiny_parts(STAGES))
+    told = demo_talk.talk(model)
+    assert set(told.report) == TALKED and told.report["encode_calls"] == 0
+    assert json.loads(json.dumps(told.report)) == told.report
+    assert 0 <= told.report["w_mme"]["vlm"]["id"] <= 1200 and 0 <= told.report["w_edit"]["preserved"] <= 1
+    asked = [turn.asked for turn in told.story]
+    assert asked in [[*(s.instruction for s in story.steps), story.question] for story in stories._suite("test", "id")]
+    assert (len(told.story), len(told.edits), len(told.questions)) == (5, 14, 8)
+    assert demo_talk.sections(told).count("data:image/png") >= 2 * 14 + 8
+
+
+def test_encodings_while_a_story_is_told_are_counted(monkeypatch):
+    model = StarFlow2(tiny_parts(STAGES))
+    picture = torch.zeros(1, 3, 64, 64)
+    monkeypatch.setattr(model, "tell", lambda talks, seeds: [[["a", model.roundtrip(picture)[0]]] for _ in talks])
+    listener = demo_talk._Listener(model)
+    listener.tell([["one"], ["two"]], [1, 2])
+    model.roundtrip(picture)  # beside any story
+    assert [story.encode_calls for story in listener.stories] == [2, 2]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model_cases import tiny_parts
+from model_cases import STAGES, tiny_parts
 from starflow2 import nn, selfcheck
-from starflow2.errors import ConfigError
+from starflow2.decode import Rows, Sampler
+from starflow2.errors import ConfigError, DataError
 from starflow2.flow import Affine, Flow, Jacobi
 from starflow2.model import StarFlow2
-from starflow2.selfcheck import FLOAT32, FLOAT64, Check, check_model
+from starflow2.pretzel import Pretzel
+from starflow2.selfcheck import FLOAT32, FLOAT64, STREAMS64, Check, check_model
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def test_a_log_determinant_of_the_wrong_sign_is_caught_both_ways(material, monke
 
 
 def test_a_flow_that_looks_ahead_is_caught(material, monkeypatch):
-    monkeypatch.setattr(nn, "_mask", lambda *_: None)
+    monkeypatch.setattr(nn, "attention_mask", lambda *_: None)
     assert selfcheck._leak(material) > 0
     assert selfcheck._roundtrip(material) > FLOAT32
 
@@ -96,3 +98,93 @@ def test_a_bound_holds_in_its_direction_and_never_for_what_is_not_a_number():
 def test_a_model_without_a_flow_is_refused():
     with pytest.raises(ConfigError, match="the checks need t2i"):
         check_model(StarFlow2(tiny_parts(stages=("features", "fae", "vlm"))))
+
+
+# -- both streams together --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def joined():
+    return selfcheck._material(StarFlow2(tiny_parts(STAGES, side=3)))
+
+
+def test_a_model_of_stage_three_passes_every_check_of_both_streams(joined, monkeypatch):
+    monkeypatch.setattr(selfcheck, "_PLAN", ())
+    begun: list[str] = []
+    checks = check_model(joined.model, begun.append)
+    assert [check.name for check in checks] == begun and len(checks) >= 9
+    assert [(check.name, check.note) for check in checks if not check.ok] == []
+    assert check_model(StarFlow2(tiny_parts())) == [], "without stage three they are left out"
+
+
+def test_a_cache_of_both_streams_that_forgets_is_caught(joined, monkeypatch):
+    right = nn.Cache.append
+
+    def forgetful(self, layer, k, v):
+        keys, values = right(self, layer, k, v)
+        return keys, values if self.length == 0 else values * 0.9
+
+    monkeypatch.setattr(nn.Cache, "append", forgetful)
+    assert selfcheck._interleaved_float32(joined) > FLOAT32
+    assert selfcheck._interleaved_float64(joined) > STREAMS64
+
+
+def test_a_skip_that_does_not_close_is_caught(joined, monkeypatch):
+    right = Pretzel.logits
+    monkeypatch.setattr(Pretzel, "logits", lambda self, h, g: right(self, h, g) + 1e-6)
+    assert selfcheck._closed_skips(joined) > 0
+
+
+def test_rows_that_hear_what_others_do_are_caught(joined, monkeypatch):
+    right = Rows._levels
+    monkeypatch.setattr(Rows, "_levels", lambda self, count, level: right(self, count, level * self.rows))
+    assert selfcheck._mixed_rows(joined) > FLOAT32
+
+
+def test_rows_that_all_do_the_same_compare_nothing_and_fail(joined, monkeypatch):
+    monkeypatch.setattr(selfcheck, "_steered", lambda sampler, asked: sampler)
+    with pytest.raises(DataError, match="nothing was compared"):
+        selfcheck._mixed_rows(joined)
+
+
+def test_a_rewind_that_leaves_something_behind_is_caught(joined, monkeypatch):
+    monkeypatch.setattr(nn.Cache, "truncate", lambda self, length: None)
+    monkeypatch.setattr("starflow2.pretzel.PretzelCache.length", property(lambda self: self.flow.length))
+    planned = [row for row in selfcheck._JOINT_PLAN if row[1] is selfcheck._fork_and_rewind]
+    monkeypatch.setattr(selfcheck, "_PLAN", ())
+    monkeypatch.setattr(selfcheck, "_JOINT_PLAN", tuple(planned))
+    (check,) = check_model(joined.model)
+    assert not check.ok
+
+
+def test_an_inversion_at_another_level_is_caught(joined, monkeypatch):
+    right = selfcheck.invert
+    monkeypatch.setattr(selfcheck, "invert", lambda *args: right(*args, noise_level=0.4))
+    assert selfcheck._inversion(joined) > FLOAT32
+
+
+def test_patches_that_do_not_add_up_are_caught(joined, monkeypatch):
+    right = Affine.log_prob
+    monkeypatch.setattr(Affine, "log_prob", lambda self, u: right(self, u) + 0.1)
+    assert selfcheck._patches(joined) > FLOAT32
+
+
+def test_documents_that_see_each_other_are_caught(joined, monkeypatch):
+    monkeypatch.setattr("starflow2.sequence.Batch.attend", property(lambda self: None))
+    assert selfcheck._packed(joined) > FLOAT32
+
+
+def test_a_picture_that_is_encoded_again_is_counted(joined, monkeypatch):
+    right = Rows._completed
+
+    def again(self, rows, states):
+        told = right(self, rows, states)
+        for event in told:
+            self.sampler.noisy(event.picture.image[None], torch.tensor([0.1]))
+        return told
+
+    monkeypatch.setattr(Rows, "_completed", again)
+    assert selfcheck._encodings(joined) == 2
+    monkeypatch.setattr(Sampler, "noisy", lambda self, images, levels: joined.x[:1].to(self.dtype))
+    with pytest.raises(DataError, match="ran the encoder 0 times"):
+        selfcheck._encodings(joined)

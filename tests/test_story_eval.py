@@ -155,8 +155,8 @@ def test_a_bystander_that_moves_breaks_consistency_at_that_step_and_shortens_the
     told = Truth().tell(story)
     repaint(told, 0, [old])
     repaint(told, 1, [after, new])
-    (reading,) = stories._read([told])
-    block, image, kept = stories._step_grades(story, reading)[1]
+    (reading,) = stories.read_told([told])
+    block, image, kept = stories.step_grades(story, reading)[1]
     assert image and kept == (fault == "nudged")
     assert block or story.steps[1].change.reference.size is not None
 

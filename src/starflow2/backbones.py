@@ -354,6 +354,11 @@ class QwenStream(_Backbone):
         out: Tensor = self.model.lm_head(h)
         return out
 
+    def language_weights(self) -> dict[str, Tensor]:
+        """Weights of the language model alone, by Qwen's names: embed_tokens, layers.0..., norm, lm_head."""
+        inner: dict[str, Tensor] = self.model.model.language_model.state_dict()
+        return {**inner, "lm_head.weight": self.model.lm_head.weight.detach()}
+
     def see(self, images: Tensor) -> Tensor:
         """The model's own vision tower: images (B, 3, s, s) in [-1, 1] -> (B, rows * columns, E)."""
         size = self.cfg.image_size

@@ -113,7 +113,7 @@ def _trained(arm: str, seed: int, config: CompareConfig, place: _Workplace) -> t
     """The arm's parts after training, whether its skips are closed, and how many parameters were trained."""
     parts = place.fresh(seed)
     if arm.startswith("mot"):
-        parts = MotParts(parts, "frozen" if arm == "mot frozen" else "finetuned")
+        parts = MotParts(parts, "frozen" if arm == "mot frozen" else "finetuned", seed)
     stage = config.stage("joint", config.steps)
     if arm == "stage 1":
         first = T2iTask(parts, config.stage("t2i", config.steps), seed)

@@ -1,14 +1,13 @@
 """One page that shows what a model draws: pictures, the judge's verdict on each, scores with floors and ceilings.
 
-The pictures shown are the ones that were scored: a quick share of the test suite, one picture per prompt. The page is
-a single static file with its pictures inside. Not here: the rules of the score (evals) and its full run (`eval world`).
+The pictures shown are the ones that were scored: a quick share of the test suite, one picture per prompt. A model of
+stage 3 also shows its conversations. The page is a single static file with its pictures inside. Not here: the rules of
+the scores (evals), their full run (`eval world`), and what is measured and shown of conversations (demo_talk).
 """
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,9 @@ import numpy as np
 from torch import Tensor
 
 import starflow2
+from starflow2 import demo_talk
 from starflow2.data.tasks import FAMILIES, suite_drawings
+from starflow2.demo_talk import Talk, data_url, talk
 from starflow2.errors import CheckpointError
 from starflow2.evals.drawing import Verdict, grade, name_scan
 from starflow2.evals.judge import detect
@@ -51,20 +52,25 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What a demo run made. report: as written to report.json; scores: the whole report of the suite."""
+    """What a demo run made. report: as written to report.json; scores: the whole report of the suite.
+
+    talk: conversations, of a model whose streams were trained together.
+    """
 
     model: str
     page: Path
     report: dict[str, Any]
     scores: dict[str, Any]
     shown: tuple[Shown, ...]
+    talk: Talk | None = None
 
 
 def make_demo(name: str, folder: str | Path, *, device: str = "auto", progress: Progress | None = None) -> Demo:
     """Draws, scores and writes sheet.png, index.html and report.json into `folder`.
 
-    name: as StarFlow2.from_pretrained takes it. `progress` is called with (pictures done, pictures in all).
-    Raises OutputError before anything is drawn if the folder cannot be written, and what loading and drawing raise.
+    name: as StarFlow2.from_pretrained takes it. `progress` is called with (items done, items in all) of the
+    suite at hand. Raises OutputError before anything is drawn if the folder cannot be written, and what loading and
+    drawing raise.
     """
     folder = Path(folder)
     for file in FILES:
@@ -73,14 +79,16 @@ def make_demo(name: str, folder: str | Path, *, device: str = "auto", progress: 
     watched = _Watched(model)
     scores = score_geneval(watched, "test", quick=True, samples=1, parts=PARTS, progress=progress)
     shown = _judged(watched, scores)
+    told = talk(model, progress) if model.is_joint else None
     report = {
         "commit": commit(),
         "weights_mb": round(_weights_mb(name, model), 2),
         "seconds_per_image": round(watched.seconds / len(watched.prompts), 4),
         "w_geneval": _summary(scores),
+        **(told.report if told else {}),
         "card": _card(name),
     }
-    demo = Demo(model.parts.cfg.name, folder / "index.html", report, scores, tuple(shown))
+    demo = Demo(model.parts.cfg.name, folder / "index.html", report, scores, tuple(shown), told)
     _write(demo, folder)
     return demo
 
@@ -182,14 +190,17 @@ def _page(demo: Demo) -> str:
     right = sum(s.verdict.correct for s in demo.shown)
     seconds = demo.report["seconds_per_image"]
     return _PAGE.format(
-        style=_STYLE,
+        style=_STYLE + (demo_talk.STYLE if demo.talk else ""),
         model=html.escape(demo.model),
         count=len(demo.shown),
         right=right,
         weights=f"{demo.report['weights_mb']:.0f}",
         seconds=f"{seconds:.2f}",
         gallery="\n".join(_section(demo, category) for category in FAMILIES),
+        ways=_WAYS if demo.talk else "",
+        talk=demo_talk.sections(demo.talk) if demo.talk else "",
         scores=_score_table(demo.scores),
+        talk_scores=f"<h2>Scores of conversations</h2>\n{demo_talk.table(demo.talk)}" if demo.talk else "",
         card=_card_section(demo.report["card"]),
         commit=html.escape(demo.report["commit"]),
         version=html.escape(starflow2.__version__),
@@ -206,9 +217,7 @@ def _section(demo: Demo, category: str) -> str:
 
 
 def _figure(shown: Shown) -> str:
-    data = io.BytesIO()
-    shown.image.save(data, "PNG")
-    source = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
+    source = data_url(shown.image)
     prompt, why = html.escape(shown.prompt, quote=True), html.escape(shown.verdict.reason, quote=True)
     is_right = shown.verdict.correct
     mark = '<b class="yes">✓</b>' if is_right else f'<b class="no" title="{why}">✗</b>'
@@ -300,6 +309,9 @@ pre { padding: .9rem 1.1rem; background: var(--card); border: 1px solid var(--li
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 """
 
+_WAYS = """<p>Further down: <a href="#story">a story told in turn</a>, <a href="#edits">pictures changed as told</a>,
+<a href="#questions">questions about pictures</a>, <a href="#scores">scores</a>.</p>"""
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -313,14 +325,17 @@ _PAGE = """<!doctype html>
 <p>Each picture below was drawn from the sentence under it by StarFlow2 {model}, a normalizing flow that reads the
 states of a frozen vision-language model: {weights} MB of weights, {seconds} s per picture on this machine. A classical
 detector, no network, judged every picture by GenEval's rules: {right} of {count} show what was asked. These are all the
-pictures of the run, the failures included. “New combination” marks sentences that combine things which training kept
+pictures it judged, the failures included. “New combination” marks sentences that combine things which training kept
 apart: a colour and a shape, say, that never came together.</p>
+{ways}
 {gallery}
-<h2>Scores of this run</h2>
+{talk}
+<h2 id="scores">Scores of this run</h2>
 <div class="wide">{scores}</div>
 <p>Shares of correct pictures, on a quick share of the test suite ({n} pictures, one per prompt), so they are noisy. ID:
 seen combinations, CG: new ones. Floor: true pictures of other prompts, what a drawer gets that never reads. Ceiling:
 true pictures after the model's own codec, clean and at the noise of sampled latents; no drawing can pass it.</p>
+{talk_scores}
 <div class="wide">{card}</div>
 <h2>Do it again</h2>
 <pre>make demo                                              # this page

@@ -1,18 +1,20 @@
 """Is a loaded model still exact here? The checks behind `starflow2 check`, on its real weights.
 
 For users on new hardware, library versions or weights of their own: round trip, log-determinant, the three ways of
-inverting, independence of batch neighbours, guidance at zero, and the codec. The test suite proves more, but on small
-random models. Prompts and scenes come from the drawn world.
-Letters: B batch, N latents, D latent dim.
+inverting, independence of batch neighbours, guidance at zero, and the codec; with streams trained together also the
+Pretzel: its cache, its skips, its rows, its likelihood. The test suite proves more, but on small random models.
+Prompts and scenes come from the drawn world.
+Letters: B batch, P pictures, N latents, D latent dim, T positions.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -21,13 +23,18 @@ from rich.table import Table
 from torch import Tensor
 
 from starflow2.data.tasks import draw_task
-from starflow2.errors import ConfigError
+from starflow2.decode import Completed, Picture, Replying, Rows, Sampler, Token
+from starflow2.errors import ConfigError, DataError
 from starflow2.flow import AffineBlock, BlockConfig, Context, Flow, Jacobi, SampleConfig, solve
 from starflow2.flow.block import scan
 from starflow2.flow.solve import Guide
 from starflow2.generate import DrawConfig, drawing_context
 from starflow2.model import StarFlow2
-from starflow2.stages import to_images
+from starflow2.parts import Parts
+from starflow2.pretzel import Output, Pretzel, PretzelCache, Slots, States
+from starflow2.scoring import decode_code, invert
+from starflow2.sequence import IGNORE, Document, Image, Text, pack
+from starflow2.stages import to_images, with_pictures
 
 __all__ = ["Check", "check_model", "report", "table"]
 
@@ -36,8 +43,10 @@ SCENES = 16  # pictures for the codec
 TWIN_GRID = (2, 2)  # latents of the twin whose whole Jacobian is computed
 FLOAT32 = 1e-4
 FLOAT64 = 1e-10
+STREAMS64 = 1e-5  # of both streams: transformers' norms and softmax round to float32 whatever they are given
 JACOBI = Jacobi(tolerance=0.0)  # to the fixed point, at most one pass per latent
 PSNR_DB = 20.0  # an empty page in the right tint reaches about 12
+WORDS = 5  # tokens of a reply, where rows are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +103,8 @@ def check_model(model: StarFlow2, progress: Callable[[str], None] | None = None)
     if "t2i" not in model.parts.stages:
         raise ConfigError(f"this model has finished stages {list(model.parts.stages)}; the checks need t2i.")
     material = _material(model)
-    return [_measured(planned, measure, material, progress) for planned, measure in _PLAN]
+    plan = (*_PLAN, *(_JOINT_PLAN if model.is_joint else ()))
+    return [_measured(planned, measure, material, progress) for planned, measure in plan]
 
 
 def _measured(planned: Check, measure: _Measure, material: _Material, progress: Callable[[str], None] | None) -> Check:
@@ -144,12 +154,18 @@ def _material(model: StarFlow2) -> _Material:
     rows = [tokenizer.drawing_prompt(drawing.prompt) for drawing in drawings]
     empty = [tokenizer.drawing_prompt("")] * ROWS
     both = drawing_context(parts, rows + empty)
-    latents = parts.codec.encode(to_images([drawing.scene for drawing in drawings]).to(parts.device)).float()
+    latents = parts.codec.encode(_scenes(parts, ROWS).to(parts.device)).float()
     level = torch.full((ROWS,), model.sampling_noise, device=parts.device)
     eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
     x = latents + level[:, None, None] * eps
     prompts = [drawing.prompt for drawing in drawings]
     return _Material(model, prompts, x, _rows(both, slice(None, ROWS)), _rows(both, slice(ROWS, None)), level)
+
+
+def _scenes(parts: Parts, count: int) -> Tensor:
+    """The first training scenes as pictures of the model's size, (count, 3, s, s)."""
+    images = to_images([draw_task(0, index).scene for index in range(count)])
+    return F.interpolate(images, size=parts.cfg.fae.image_size, mode="area")
 
 
 def _rows(context: Context, rows: slice) -> Context:
@@ -317,7 +333,7 @@ def _no_guidance(m: _Material) -> float:
 
 def _codec(m: _Material) -> float:
     """Mean PSNR of drawn scenes after encoding and decoding."""
-    images = to_images([draw_task(0, index).scene for index in range(SCENES)])
+    images = _scenes(m.model.parts, SCENES)
     error = (m.model.roundtrip(images) - images).square().flatten(1).mean(1)  # (B,)
     return float((10 * torch.log10(4 / error.clamp(min=1e-12))).mean())  # values span 2
 
@@ -333,4 +349,245 @@ _PLAN: tuple[tuple[Check, _Measure], ...] = (
     (Check("guidance 0 changes nothing", None, FLOAT32), _no_guidance),
     (Check("picture alone = picture in a batch", None, FLOAT32), _batch_invariance),
     (Check("codec: PSNR of drawn scenes (dB)", None, PSNR_DB, "at least"), _codec),
+)
+
+
+# -- the checks of both streams together ------------------------------------------------------------------------------
+
+
+class _Recorder(Pretzel):
+    """A Pretzel that remembers the states it computes, and behind which cache."""
+
+    def __init__(self, pretzel: Pretzel) -> None:
+        super().__init__(pretzel.vlm, pretzel.flow, pretzel.joints)
+        self.kept: list[tuple[PretzelCache | None, States]] = []
+
+    def read(self, slots: Slots, cache: PretzelCache | None = None) -> States:
+        self.kept.append((cache, super().read(slots, cache)))
+        return self.kept[-1][1]
+
+    def states(self, cache: PretzelCache | None) -> tuple[Tensor, Tensor]:
+        """Both streams at all positions, (B, T, E) and (B, T, C)."""
+        kept = [states for where, states in self.kept if where is cache]
+        return torch.cat([states.h for states in kept], 1), torch.cat([states.g for states in kept], 1)
+
+
+class _Steered(Pretzel):
+    """A Pretzel that begins a picture wherever the language state's first number exceeds a threshold, else writes."""
+
+    begin: int
+    threshold: float
+
+    def logits(self, h: Tensor, g: Tensor) -> Tensor:
+        scores = super().logits(h, g)
+        scores[:, self.begin] += torch.where(h[:, 0] > self.threshold, 1e3, -1e3)
+        return scores
+
+
+def _ids(parts: Parts, index: int, *, asks: bool = True) -> list[int]:
+    """A training caption as the user says it; `asks`: and the model's turn to reply."""
+    assert parts.tokenizer is not None
+    special, words = parts.cfg.vlm.special, parts.tokenizer.encode(draw_task(0, index).prompt)
+    return [special.user, *words, *([special.assistant] if asks else [])]
+
+
+def _upload(parts: Parts) -> Tensor:
+    """A picture (3, s, s) for the user to show."""
+    return _scenes(parts, 1)[0]
+
+
+def _drawn(rows: Rows, seed: int) -> Picture:
+    """What the only row replies if it is to draw."""
+    events = list(rows.reply([seed], Replying(tokens=0, pictures=1), draws=True))
+    return next(event.picture for event in events if isinstance(event, Completed))
+
+
+@torch.no_grad()
+def _interleaved(parts: Parts, precision: Literal["float32", "float64"]) -> float:
+    """Both streams at every position of words, upload, drawn picture, words, drawn picture: step by step through the
+    cache, against one full pass; as a share of the largest state."""
+    sampler = Sampler(parts, DrawConfig.for_model(parts, precision=precision))
+    recorder = sampler.pretzel = _Recorder(sampler.pretzel)
+    special = parts.cfg.vlm.special
+    upload = sampler.noisy(_upload(parts)[None], torch.tensor([sampler.upload_level]))
+    rows = Rows(sampler, 1)
+    said, again = _ids(parts, 0, asks=False), _ids(parts, 1)
+    rows.read([said])
+    rows.see([0], upload, sampler.upload_level)
+    rows.read([[special.assistant]])
+    first = _drawn(rows, 0)
+    rows.read([again])
+    second = _drawn(rows, 1)
+    end, drawn = Text((special.end,)), Image(is_target=True)
+    opened: Document = [Text(tuple(said)), Image(), Text((special.assistant,)), drawn, end]
+    document: Document = [*opened, Text(tuple(again)), drawn, end]
+    x = torch.stack([upload[0], first.x, second.x])
+    levels = torch.tensor([sampler.upload_level, sampler.noise_level, sampler.noise_level], dtype=x.dtype).to(x.device)
+    recorder.forward(pack([document], sampler.layout).to(x.device), x, levels)
+    pairs = zip(recorder.states(rows.main.cache), recorder.states(None), strict=True)
+    return max(_gap(cached, full) / float(full.abs().max()) for cached, full in pairs)
+
+
+def _interleaved_float32(m: _Material) -> float:
+    return _interleaved(m.model.parts, "float32")
+
+
+def _interleaved_float64(m: _Material) -> float:
+    return _interleaved(copy.deepcopy(m.model.parts).cpu(), "float64")
+
+
+def _documents(parts: Parts) -> list[Document]:
+    """Words, a picture shown and two drawn; a caption and its picture; words alone. All that is said has a label."""
+    end = Text((parts.cfg.vlm.special.end,), is_target=True)
+    said = [Text(tuple(_ids(parts, index)), is_target=True) for index in range(3)]
+    drawn = Image(is_target=True)
+    return [[said[0], Image(), said[1], drawn, end, said[2], drawn, end], [said[1], drawn, end], [said[2], end]]
+
+
+def _latents(sampler: Sampler) -> tuple[Tensor, Tensor]:
+    """Latents (4, N, D) of the pictures of `_documents`, and their levels."""
+    levels = torch.full((4,), sampler.noise_level)
+    levels[0] = sampler.upload_level
+    return sampler.noisy(_scenes(sampler.parts, 4), levels), levels.to(sampler.parts.device, sampler.dtype)
+
+
+@torch.no_grad()
+def _closed_skips(m: _Material) -> float:
+    """Logits with both skips closed, against the language model by itself on the same embeddings."""
+    parts, sampler = m.model.parts, m.model.sampler()
+    shared = sampler.pretzel
+    pretzel = Pretzel(shared.vlm, shared.flow, shared.joints)
+    pretzel.skips = frozenset()
+    x, levels = (t[:3] for t in _latents(sampler))
+    batch = pack(_documents(parts)[:1], parts.layout).to(x.device)
+    told = pretzel.forward(batch, x, levels).logits
+    u, _ = shared.flow.shallow(x, levels)
+    embeds = with_pictures(shared.vlm.embed(batch.ids), pretzel.adapted(u, levels), batch)
+    bare = shared.vlm.states(embeds, batch.mrope)[batch.labels != IGNORE]
+    return _gap(told, shared.vlm.logits(bare))
+
+
+def _replies(sampler: Sampler, asked: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[int | Picture]]:
+    """What every row replies, token by token and picture by picture."""
+    rows = Rows(sampler, len(asked))
+    rows.read(asked)
+    told: list[list[int | Picture]] = [[] for _ in asked]
+    for event in rows.reply(seeds, Replying(tokens=WORDS, pictures=1)):
+        if isinstance(event, Token):
+            told[event.row].append(event.id)
+        elif isinstance(event, Completed):
+            told[event.row].append(event.picture)
+    return told
+
+
+def _steered(sampler: Sampler, asked: Sequence[Sequence[int]]) -> Sampler:
+    """The same, but one part of the rows begins with a picture and the other with words."""
+    rows = Rows(sampler, len(asked))
+    rows.read(asked)
+    ordered = rows.main.h[:, 0].sort().values
+    widest = int(ordered.diff().argmax())
+    steered = _Steered(sampler.pretzel.vlm, sampler.pretzel.flow, sampler.pretzel.joints)
+    steered.begin, steered.threshold = sampler.layout.begin, float(ordered[widest : widest + 2].mean())
+    twin = copy.copy(sampler)
+    twin.pretzel = steered
+    return twin
+
+
+@torch.no_grad()
+def _mixed_rows(m: _Material) -> float:
+    """Rows of which some draw while others write, against each alone: latents and pixels; infinite if words differ."""
+    parts = m.model.parts
+    asked = [_ids(parts, index) for index in range(ROWS)]
+    sampler, seeds = _steered(m.model.sampler(), asked), range(ROWS)
+    together = _replies(sampler, asked, seeds)
+    if len({isinstance(next(iter(row), None), Picture) for row in together}) == 1:
+        raise DataError("all rows began in the same modality, so nothing was compared.")
+    worst = 0.0
+    for ids, seed, row in zip(asked, seeds, together, strict=True):
+        (alone,) = _replies(sampler, [ids], [seed])
+        worst = max([worst, *(_apart(*pair) for pair in zip_longest(row, alone))])
+    return worst
+
+
+def _apart(a: int | Picture | None, b: int | Picture | None) -> float:
+    if isinstance(a, Picture) and isinstance(b, Picture):
+        return max(_gap(a.u, b.u), _gap(a.image, b.image))
+    return 0.0 if a == b else math.inf
+
+
+def _fork_and_rewind(m: _Material) -> float:
+    """A picture drawn by a session, against the same drawn after taking it back, and by a fork."""
+    session = m.model.session().add(m.prompts[0], _upload(m.model.parts))
+    mark, fork = session.mark(), session.fork()
+    first = session.draw().picture
+    session.rewind(mark)
+    again, other = session.draw().picture, fork.draw().picture
+    return max(_gap(first.u, again.u), _gap(first.u, other.u), _gap(first.image, other.image))
+
+
+def _inversion(m: _Material) -> float:
+    """A picture through its latent code and back, against the codec's own round trip at the same noise; in pixels."""
+    sampler, image = m.model.sampler(), _upload(m.model.parts)
+    x = sampler.noisy(image[None], torch.tensor([sampler.noise_level]))
+    code = invert(sampler, image, m.prompts[0])
+    with torch.no_grad():
+        seen = m.model.parts.fae.decode(x.to(m.x.dtype))[0]
+    return _gap(decode_code(sampler, code.z, m.prompts[0]).image, seen)
+
+
+def _patches(m: _Material) -> float:
+    """|sum of the patches + shallow log-determinant - log_prob|, in nats per dimension."""
+    (found,) = m.model.score([m.prompts[0]], [_upload(m.model.parts)]).pictures
+    return abs(float(found.patches.sum()) + found.shallow_logdet - found.log_prob) / found.dims
+
+
+@torch.no_grad()
+def _packed(m: _Material) -> float:
+    """Documents that share a row, against each alone: Gaussians, logits, and log_prob in nats per dimension."""
+    sampler, documents = m.model.sampler(), _documents(m.model.parts)
+    x, levels = _latents(sampler)
+    width = sum(len(sampler.layout.ids(segment)) for document in documents for segment in document)
+
+    def read(some: Sequence[Document], pictures: slice) -> Output:
+        batch = pack(some, sampler.layout, width).to(x.device)
+        return sampler.pretzel.forward(batch, x[pictures], levels[pictures])
+
+    together, worst, first = read(documents, slice(None)), 0.0, 0
+    for index, document in enumerate(documents):
+        own = slice(first, first + sum(isinstance(segment, Image) for segment in document))
+        alone = read([document], own)
+        worst = max(worst, _gap(together.logits[together.documents == index], alone.logits))
+        if own.stop > own.start:
+            pairs = ((o.affine.mu, o.affine.log_scale, o.log_prob / x[0].numel()) for o in (together, alone))
+            worst = max(worst, *(_gap(a[own], b) for a, b in zip(*pairs, strict=True)))
+        first = own.stop
+    return worst
+
+
+def _encodings(m: _Material) -> float:
+    """How often the codec's encoder ran behind the upload of a conversation in which two pictures are drawn."""
+    calls: list[None] = []
+    session = m.model.session()
+    hook = m.model.parts.fae.encoder.register_forward_hook(lambda *_: calls.append(None))
+    try:
+        session.add(m.prompts[0], _upload(m.model.parts))
+        if len(calls) != 1:
+            raise DataError(f"an upload ran the encoder {len(calls)} times; expected once, so counting tells nothing.")
+        session.draw()
+        session.add(m.prompts[1]).draw()
+    finally:
+        hook.remove()
+    return float(len(calls) - 1)
+
+
+_JOINT_PLAN: tuple[tuple[Check, _Measure], ...] = (
+    (Check("conversation: cached = one full pass (float32)", None, FLOAT32), _interleaved_float32),
+    (Check("conversation: cached = one full pass (float64)", None, STREAMS64), _interleaved_float64),
+    (Check("skips closed = bare language model", None, 0.0), _closed_skips),
+    (Check("row alone = row among others that write or draw", None, FLOAT32), _mixed_rows),
+    (Check("fork and rewind repeat bit for bit", None, 0.0), _fork_and_rewind),
+    (Check("picture = picture from its latent code", None, FLOAT32), _inversion),
+    (Check("patches + shallow log-determinant = log_prob", None, FLOAT32), _patches),
+    (Check("document alone = document in a packed row", None, FLOAT32), _packed),
+    (Check("encodings between generated pictures", None, 0.0), _encodings),
 )

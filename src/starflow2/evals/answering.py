@@ -148,7 +148,7 @@ def evaluate_mme(answer: Answer, split: Split, *, quick: bool = False, progress:
     `report["parts"]["id" | "cg" | "all"]`, `total` is of 1,200 and `of_2000` is set on MME's usual scale.
     Raises ConfigError for an unknown split, DataError if `answer` returns anything but one text per question.
     """
-    items: Sequence[_Item] = _mme_items(_checked(split))
+    items: Sequence[_Item] = mme_items(_checked(split))
     items = _quick(items, lambda item: (item.part, item.kind)) if quick else items
     said = _ask(answer, items, progress)
     parts, resamples = {}, {}
@@ -188,7 +188,7 @@ def _mme_part(records: list[dict[str, str]], rng: np.random.Generator) -> tuple[
 
 
 @cache
-def _mme_items(split: Split) -> tuple[_Item, ...]:
+def mme_items(split: Split) -> tuple[_Item, ...]:
     """Subtask by subtask, its "id" images first; the yes question of an image stands before the no question."""
     items: list[_Item] = []
     for subtask in SUBTASKS:
@@ -217,7 +217,7 @@ def evaluate_gqa(answer: Answer, split: Split, *, quick: bool = False, progress:
     questions, `valid` the share of answers of the right sort (a colour for a colour). The gap is taken over the kinds
     of question that "id" and "cg" share. Raises as `evaluate_mme` does.
     """
-    items: Sequence[_Item] = _gqa_items(_checked(split))
+    items: Sequence[_Item] = gqa_items(_checked(split))
     items = _quick(items, lambda item: item.part) if quick else items
     said = _ask(answer, items, progress)
     marks = np.array([_marks(item.question, text) for item, text in zip(items, said, strict=True)], np.float64)
@@ -271,7 +271,7 @@ _SORT: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({word: sort for s
 
 
 @cache
-def _gqa_items(split: Split) -> tuple[_Item, ...]:
+def gqa_items(split: Split) -> tuple[_Item, ...]:
     """Scene by scene, of the questions that each allows those whose answers are still the rarest of their kind."""
     items: list[_Item] = []
     shown: set[tuple[int, ...]] = set()
@@ -433,7 +433,7 @@ def _ask(answer: Answer, items: Sequence[_Item], progress: Progress | None) -> l
 
 def lock_spec() -> Report:
     """The frozen suites, made afresh: their settings, and count and hash of each split's scene keys and words."""
-    suites = {"mme": _mme_items, "gqa": _gqa_items}
+    suites = {"mme": mme_items, "gqa": gqa_items}
     made = {name: {split: _digest(items(split)) for split in get_args(Split)} for name, items in suites.items()}
     return {
         "mme": {"subtasks": list(SUBTASKS), "images": MME_IMAGES, "items": made["mme"]},

@@ -121,7 +121,7 @@ def evaluate_story(
     for part, items in sets.items():
         readings: list[_Reading] = []
         for chunk in chunks(items, TELL_CHUNK):
-            readings += _read(_asked_to_tell(tell, chunk))
+            readings += read_told(_asked_to_tell(tell, chunk))
             done += len(chunk)
             if progress:
                 progress(done, total)
@@ -139,7 +139,7 @@ def story_ceiling(
 ) -> Report:
     """The part of a report when the truth is told, its pictures after a codec's round trip if there is one."""
     items = _items(split, part, quick)
-    readings = [row for chunk in chunks(items, TELL_CHUNK) for row in _read(_truth(chunk, roundtrip))]
+    readings = [row for chunk in chunks(items, TELL_CHUNK) for row in read_told(_truth(chunk, roundtrip))]
     return _summary(items, readings, np.random.default_rng(0))[0]
 
 
@@ -199,7 +199,7 @@ def _true_pictures(items: Sequence[_Item]) -> Images:
     return np.stack([[render(step.scene) for step in item.story.steps] for item in items])
 
 
-def _read(told: Sequence[Told]) -> list[_Reading]:
+def read_told(told: Sequence[Told]) -> list[_Reading]:
     """All pictures through the judge at once, blocks put in their places."""
     shown = [[_first(blocks, "image") for blocks in turns[:STEPS]] for turns in told]
     images = [image for row in shown for image in row if image is not None]
@@ -238,7 +238,7 @@ def _picture(scan: Scan) -> _Picture:
 _BLANK: Final = _Picture((), 0)  # before the first step
 
 
-def _step_grades(story: Story, reading: _Reading) -> list[tuple[bool, bool, bool]]:
+def step_grades(story: Story, reading: _Reading) -> list[tuple[bool, bool, bool]]:
     """By step: the sentence agrees with the picture, the change is in it, the rest stayed."""
     grades, before = [], cast("_Picture | None", _BLANK)
     for index, (step, text, now) in enumerate(zip(story.steps, reading.texts, reading.pictures, strict=True)):
@@ -326,7 +326,7 @@ def _summary(
     """Scores of a part, and the resampled means that a gap is taken of."""
     stories = [item.story for item in items]
     pairs = list(zip(stories, readings, strict=True))
-    steps = np.array([_step_grades(story, reading) for story, reading in pairs], np.float64)  # (M, S, K)
+    steps = np.array([step_grades(story, reading) for story, reading in pairs], np.float64)  # (M, S, K)
     columns = {"structure": np.array([reading.is_sound for reading in readings], np.float64)}
     columns |= {rung: steps[:, int(rung == "consistency") :, k].mean(1) for k, rung in enumerate(RUNGS)}
     columns["prefix"] = np.cumprod(steps.prod(-1), axis=1).sum(1)
@@ -386,7 +386,7 @@ def _bounds(split: Split, part: Part, quick: bool) -> Report:
     """`ceiling`: the truth told. `floor`: each story answered by the truth of the next one; `guess`, without pictures,
     by the answer that training gave most often to that kind of question."""
     items = _items(split, part, quick)
-    readings = [row for chunk in chunks(items, TELL_CHUNK) for row in _read(_truth(chunk, None))]
+    readings = [row for chunk in chunks(items, TELL_CHUNK) for row in read_told(_truth(chunk, None))]
     truth, _ = _summary(items, readings, np.random.default_rng(0))
     other, _ = _summary(items, readings[1:] + readings[:1], np.random.default_rng(0))
     guesses = _guesses()

@@ -1,0 +1,193 @@
+"""What is reported about a model: exact on cases known by hand, complete over every position, the same in any batch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from model_cases import STAGES, tiny_parts
+from starflow2 import analysis
+from starflow2.analysis import (
+    Contribution,
+    TurnCost,
+    cache_trace,
+    likelihood_by_position,
+    plot_skips,
+    plot_turn_costs,
+    skip_contributions,
+    turn_costs,
+)
+from starflow2.data.tasks import lexicon
+from starflow2.decode import Sampler
+from starflow2.errors import ConfigError, ShapeError
+from starflow2.generate import DrawConfig
+from starflow2.images import CURVES, Panel, histogram_outline, plot_panels
+from starflow2.mot import MotParts
+from starflow2.scoring import score
+from starflow2.session import Session
+
+SIDE = 2
+COUNT = SIDE * SIDE
+
+
+def a_sampler(**changes: object) -> Sampler:
+    parts = tiny_parts(STAGES, side=SIDE)
+    parts.lexicon = lexicon()
+    return Sampler(parts, replace(DrawConfig(guidance=0.0, precision="float32"), **changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def sampler() -> Sampler:
+    return a_sampler()
+
+
+# -- skips ------------------------------------------------------------------------------------------------------
+
+
+def test_ratio_and_cosine_are_right_where_they_are_known_by_hand():
+    base = torch.tensor([[3.0, 0.0], [3.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    injected = torch.tensor([[0.0, 4.0], [1.0, 0.0], [0.0, -2.0], [0.0, 0.0]])
+    found = Contribution.of(base, injected)
+    assert found.contribution_ratio.tolist() == pytest.approx([4 / 7, 1 / 4, 1 / 2, 0])
+    assert found.cosine.tolist() == pytest.approx([0, 1, -1, 0])
+    told = found.to_json()
+    assert told["cosine"]["mean"] == pytest.approx(0)
+    assert told["contribution_ratio"]["percentiles"]["50"] == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert sum(told["cosine"]["histogram"]["counts"]) == told["positions"] == 4
+    assert told["cosine"]["histogram"]["counts"][0] == told["cosine"]["histogram"]["counts"][-1] == 1
+
+
+def test_every_latent_and_every_predicted_word_counts_once_whatever_the_batch(sampler, tmp_path):
+    report = skip_contributions(sampler, prompts=3, seed=5)
+    assert len(report.visual.cosine) == 3 * COUNT
+    words = len(report.text.cosine)  # of each: the picture's begin, the end behind it, at least the end of a reply
+    assert 3 * 3 <= words <= 3 * (3 + 64)
+    assert (report.visual.contribution_ratio > 0).all() and (report.text.contribution_ratio > 0).all()
+    assert report.by_place().shape == (SIDE, SIDE)
+    split = skip_contributions(a_sampler(batch=2), prompts=3, seed=5)
+    for mine, theirs in ((report.visual, split.visual), (report.text, split.text)):
+        for name in ("contribution_ratio", "cosine"):  # words come in the order of packing
+            gap = getattr(mine, name).sort().values - getattr(theirs, name).sort().values
+            assert gap.abs().max() <= 1e-4
+    assert json.loads(json.dumps(report.to_json()))["text"]["positions"] == words
+    plot_skips(report, tmp_path / "skips.png")
+    colours = {colour for _, colour in Image.open(tmp_path / "skips.png").convert("RGB").getcolors(10**6)}
+    assert set(CURVES[:2]) <= colours
+
+
+def test_skips_that_are_still_zero_carry_nothing():
+    sampler = a_sampler()
+    for layer in (sampler.pretzel.joints.visual_skip, sampler.pretzel.joints.text_skip):
+        torch.nn.init.zeros_(layer.weight)
+    report = skip_contributions(sampler, prompts=1)
+    assert report.visual.contribution_ratio.eq(0).all() and report.text.cosine.eq(0).all()
+
+
+def test_a_closed_skip_a_model_without_skips_and_no_prompts_are_refused():
+    sampler = a_sampler()
+    with pytest.raises(ConfigError, match="prompts is 0"):
+        skip_contributions(sampler, prompts=0)
+    sampler.pretzel.skips = frozenset({"text"})
+    with pytest.raises(ConfigError, match="expected both open"):
+        skip_contributions(sampler)
+    baseline = Sampler(MotParts(sampler.parts), sampler.config)
+    with pytest.raises(ConfigError, match="expected both open"):
+        skip_contributions(baseline)
+
+
+def test_dev_prompts_take_the_families_in_turn():
+    prompts = analysis._dev_prompts(50)
+    assert len(prompts) == 50
+    assert prompts[:7] == analysis._dev_prompts(7), "a longer list begins like a shorter one"
+
+
+# -- likelihood and cost ------------------------------------------------------------------------------------------
+
+
+def test_the_map_of_nats_adds_up_to_the_score(sampler):
+    images = [torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(2)]
+    prompts = ["a red circle", "a blue square"]
+    places = likelihood_by_position(sampler, prompts, images, 0.3)
+    assert places.shape == (SIDE, SIDE)
+    assert places.std() > 0
+    told = [score(sampler, [p], [i], noise_level=0.3).pictures[0] for p, i in zip(prompts, images, strict=True)]
+    wanted = sum(t.shallow_logdet - t.log_prob for t in told) / 2
+    assert float(places.sum()) == pytest.approx(wanted, abs=1e-2)
+    with pytest.raises(ConfigError, match="2 prompts and 1 images"):
+        likelihood_by_position(sampler, prompts, images[:1])
+
+
+def test_the_cache_is_accounted_for_to_the_last_position_and_byte(sampler):
+    session = Session(sampler)
+    session.add("a red circle", torch.zeros(3, 16, 16)).draw()
+    session.add("a blue square").write(tokens=3)
+    trace = cache_trace(session)
+    assert [(s.who, s.kind) for s in trace][:4] == [
+        ("user", "text"), ("user", "picture"), ("model", "picture"), ("user", "text"),
+    ]  # fmt: skip
+    assert trace[1].positions == trace[2].positions == COUNT + 2
+    assert trace[-1].kind == "marks" and trace[-1].positions >= 5
+    assert sum(s.positions for s in trace) == session.length
+    cache = session._rows.main.cache
+    held = sum(t.nbytes for half in (cache.vlm, cache.flow) for pair in half.filled() for t in pair)
+    assert sum(s.nbytes for s in trace) == held
+
+
+def test_turns_are_timed_against_sessions_that_read_everything_anew(sampler, monkeypatch, tmp_path):
+    read: list[int] = []
+    real = Session.add
+
+    def add(self: Session, *parts: object) -> Session:
+        read.append(len(parts))
+        return real(self, *parts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Session, "add", add)
+    costs = turn_costs(sampler, turns=3, repeats=1)
+    assert read == [1, 1, 1, 3, 1, 5]
+    assert [c.turn for c in costs] == [1, 2, 3]
+    assert all(COUNT + 2 < c.slots < COUNT + 62 for c in costs)
+    assert costs[2].reading_again > costs[2].reading > 0
+    plot_turn_costs(costs, tmp_path / "turns.png")
+    assert Image.open(tmp_path / "turns.png").width > 2 * 400
+    with pytest.raises(ConfigError, match="repeats is 0"):
+        turn_costs(sampler, repeats=0)
+
+
+def test_costs_are_per_new_slot_and_the_median_of_repeats():
+    runs = [TurnCost(2, 10, read, 1.0, 4.0, 1.5) for read in (9.0, 1.0, 2.0)]
+    cost = analysis._middle(runs)
+    assert cost.reading == 2.0
+    told = cost.to_json()
+    assert told["per_slot"] == pytest.approx(0.3) and told["per_slot_again"] == pytest.approx(0.55)
+    assert told["slower"] == pytest.approx(5.5 / 3) and told["slower_to_start"] == pytest.approx(2)
+
+
+# -- plots ------------------------------------------------------------------------------------------------------
+
+
+def test_a_curve_is_drawn_where_its_numbers_say():
+    panel = Panel(title="t", x_label="x", y_label="y", curves={"": [(0.0, 0.0), (0.5, 0.0)], " ": [(0.5, 1.0), (1, 1)]})
+    page = plot_panels([panel])
+    left, top, right, bottom = 84, 52, 84 + 400, 52 + 260
+    assert page.getpixel((left + 100, bottom)) == CURVES[0]
+    assert page.getpixel((right - 100, top)) == CURVES[1]
+    assert page.getpixel((right - 100, bottom)) not in CURVES
+
+
+@pytest.mark.parametrize("points", [[(3.0, 0.0)], [(-1e-6, 5e-7), (2e-6, 1e-6)], [(0, -1e9), (1, 1e9)]])
+def test_any_scale_can_be_drawn(points, tmp_path: Path):
+    assert plot_panels([Panel(title="t", x_label="x", y_label="y", curves={"a": points})]).width == 508
+
+
+def test_a_histogram_with_a_missing_edge_and_a_plot_of_nothing_are_refused():
+    with pytest.raises(ShapeError, match="one edge more"):
+        histogram_outline([0.0, 1.0], [1.0, 2.0])
+    with pytest.raises(ShapeError, match="at least one"):
+        plot_panels([])
+    with pytest.raises(ShapeError, match="a point"):
+        plot_panels([Panel(title="t", x_label="x", y_label="y", curves={"a": []})])

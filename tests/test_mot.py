@@ -1,0 +1,229 @@
+"""The baseline: with frozen text experts it still is the language model, and its likelihoods are as exact as ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.functional import jacobian
+
+from helpers import wake
+from model_cases import LATENT, STAGES, tiny_parts
+from starflow2.decode import Completed, Replying, Rows, Sampler, Token
+from starflow2.errors import ConfigError
+from starflow2.flow import NoiseConfig
+from starflow2.generate import DrawConfig
+from starflow2.losses import joint_loss
+from starflow2.mot import Mot, MotParts, Trains, matched_width, num_parameters
+from starflow2.parts import Parts
+from starflow2.pretzel import States
+from starflow2.recipes import nano_model
+from starflow2.sequence import Batch, Document, Image, Text, pack
+
+LONG: Document = (
+    Text((1, 30, 31)), Image(), Text((40, 41, 2)), Image(is_target=True), Text((50, 51, 3), is_target=True),
+    Text((1, 60, 2)), Image(is_target=True), Text((3,), is_target=True),
+)  # fmt: skip
+CAPTION: Document = (Text((1, 30, 31, 32, 2)), Image(is_target=True), Text((3,), is_target=True))
+WORDS: Document = (Text((1, 80, 81, 2)), Text((90, 91, 3), is_target=True))
+
+
+SIDE = 4
+COUNT = SIDE * SIDE
+
+
+def a_mot(text: Trains = "frozen", scale: float = 0.05, side: int = SIDE) -> MotParts:
+    """A woken baseline whose text experts still are the language model."""
+    parts = MotParts(tiny_parts(STAGES, side=side), text)
+    for i, module in enumerate((parts.vlm.visual, parts.flow, parts.joints)):
+        wake(module, scale, seed=i)
+    parts.stages = STAGES
+    return parts.eval()
+
+
+def pictures(count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Noisy latents (P, N, D) and their levels (P,)."""
+    x = torch.randn(count, COUNT, LATENT, generator=torch.Generator().manual_seed(seed))
+    return x, torch.linspace(0.1, 0.5, count)
+
+
+def states_of(mot: Mot, batch: Batch, x: Tensor, levels: Tensor) -> States:
+    kept: list[States] = []
+    real = mot.read
+    mot.read = lambda *args: kept.append(real(*args)) or kept[-1]  # type: ignore[method-assign, func-returns-value]
+    with torch.no_grad():
+        mot.forward(batch, x, levels)
+    return kept[0]
+
+
+# -- text ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_without_pictures_the_logits_are_those_of_the_language_model():
+    parts, mot = tiny_parts(STAGES, side=SIDE), a_mot()
+    batch = pack([WORDS, (Text(tuple(range(20, 60)), is_target=True),)], parts.layout)
+    out = mot.pretzel.forward(batch, *pictures(0))
+    real = parts.vlm.states(parts.vlm.embed(batch.ids), batch.mrope)
+    wanted = parts.vlm.logits(real)[batch.labels != -100]
+    assert wanted.std() > 0.1
+    assert (out.logits - wanted).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_text_experts_rotate_every_axis_of_positions_as_the_language_model_does():
+    parts, mot = tiny_parts(STAGES, side=SIDE), a_mot()
+    positions = torch.randint(0, 50, (3, 2, 17))
+    embeds = parts.vlm.embed(torch.randint(7, 300, (2, 17)))
+    assert (mot.vlm.states(embeds, positions) - parts.vlm.states(embeds, positions)).abs().max() <= 1e-5
+
+
+def test_frozen_text_experts_stay_and_finetuned_ones_move_and_all_else_that_trains_does():
+    for text in ("frozen", "finetuned"):
+        parts = a_mot(text)
+        batch = pack([LONG, WORDS], parts.layout)
+        terms = joint_loss(parts.pretzel, batch, pictures(3), NoiseConfig())
+        (terms.flow + terms.text).backward()
+        idle = [name for name, p in parts.joined.named_parameters() if p.grad is None]
+        assert not idle
+        moved = [p for p in parts.vlm.text.parameters() if p.grad is not None]
+        assert bool(moved) == (text == "finetuned")
+
+
+# -- pictures --------------------------------------------------------------------------------------------------
+
+
+def test_what_words_and_latents_see_is_behind_them_and_every_kind_sees_the_other():
+    parts = a_mot()
+    x, levels = pictures(3)
+    batch = pack([LONG], parts.layout)
+    before = states_of(parts.pretzel, batch, x, levels)
+    begin = batch.pictures.begin[1]
+    changed = x.clone()
+    changed[1, 9] += 1.0  # shallow blocks scan both ways: all of u may move, so the begin slot is the border
+    after = states_of(parts.pretzel, batch, changed, levels)
+    moved = (after.g - before.g).abs().amax(-1)[0] > 0
+    assert not moved[: begin + 1].any()
+    assert moved[begin + COUNT + 2 :].all(), "words behind a picture must see it"
+    other = replace(batch, ids=batch.ids.clone())
+    other.ids[0, 1] = 99
+    assert ((states_of(parts.pretzel, other, x, levels).g - before.g).abs().amax(-1)[0, 1:] > 0).all()
+
+
+def test_the_deep_jacobian_is_triangular_and_its_determinant_the_reported_one():
+    parts = a_mot(scale=0.1, side=2).double()
+    mot, count = parts.pretzel, 4
+    parts.flow.shallow.blocks = torch.nn.ModuleList()  # so that x is u
+    batch = pack([CAPTION], parts.layout)
+    x = torch.randn(1, count, LATENT, dtype=torch.float64)
+    level = torch.tensor([0.3], dtype=torch.float64)
+    out = mot.forward(batch, x, level)
+    jac = jacobian(lambda v: mot.forward(batch, v[None], level).z.flatten(), x[0]).view(count * LATENT, -1)
+    assert jac.triu(1).abs().max() == 0
+    blocks = jac.view(count, LATENT, count, LATENT).movedim(1, 2)
+    assert blocks[3, 0].abs().max() > 1e-4, "later latents must see earlier ones"
+    logdet = -out.affine.log_scale.detach().sum()
+    assert abs(logdet) > 1e-3
+    assert torch.linalg.slogdet(jac).logabsdet == pytest.approx(float(logdet), abs=1e-9)
+    normal = -0.5 * (out.z.detach().square() + math.log(2 * math.pi)).sum()
+    assert float(out.log_prob.detach()) == pytest.approx(float(normal + logdet), abs=1e-9)
+
+
+def test_documents_packed_in_one_row_equal_each_alone():
+    parts = a_mot()
+    x, levels = pictures(4)
+    documents = [CAPTION, LONG, WORDS]
+    with torch.no_grad():
+        together = parts.pretzel.forward(pack(documents, parts.layout, width=400), x, levels)
+        alone = [
+            parts.pretzel.forward(pack([document], parts.layout), x[own], levels[own])
+            for document, own in zip(documents, (slice(0, 1), slice(1, 4), slice(0, 0)), strict=True)
+        ]
+    assert (torch.cat([o.log_prob for o in alone]) - together.log_prob).abs().max() <= 1e-3
+    for i, single in enumerate(alone):
+        assert (single.logits - together.logits[together.documents == i]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_cached_steps_equal_one_full_pass_for_guided_pictures_and_words(precision):
+    """Through the rows that sample, unchanged: what they leave in the cache is what the parallel pass makes of it."""
+    sampler = Sampler(a_mot(), DrawConfig(guidance=1.5, prior_scale=0.7, precision=precision))
+    rows = Rows(sampler, 1)
+    kept: list[States] = []
+    real = sampler.pretzel.read
+
+    def read(slots: object, cache: object = None) -> States:
+        states = real(slots, cache)  # type: ignore[arg-type]
+        if cache is rows.main.cache:
+            kept.append(states)
+        return states
+
+    sampler.pretzel.read = read  # type: ignore[method-assign, assignment]
+    x, _ = pictures(1)
+    rows.read([[1, 30, 31]])
+    rows.see([0], x, 0.2)
+    rows.read([[40, 2]])
+    drawn = completed(rows, 5)
+    rows.read([[1, 50, 2]])
+    words = [e.id for e in rows.reply([0], Replying(tokens=3, pictures=0)) if isinstance(e, Token)]
+    document = (
+        Text((1, 30, 31)), Image(), Text((40, 2)), Image(is_target=True), Text((3, 1, 50, 2)), Text((*words, 3)),
+    )  # fmt: skip
+    sampler.pretzel.read = real  # type: ignore[method-assign]
+    both = torch.stack([x[0].to(sampler.dtype), drawn.picture.x])
+    levels = torch.tensor([0.2, 0.5], dtype=sampler.dtype)
+    full = states_of(sampler.pretzel, pack([document], sampler.layout), both, levels)  # type: ignore[arg-type]
+    h, g = (torch.cat([getattr(s, name)[0] for s in kept]) for name in ("h", "g"))
+    assert h.shape == full.h[0].shape
+    assert (h - full.h[0]).abs().max() <= 1e-4
+    assert (g - full.g[0]).abs().max() <= 1e-4
+    with torch.no_grad():
+        log_prob = sampler.pretzel.forward(pack([document], sampler.layout), both, levels).affine
+    assert float(log_prob.log_prob(drawn.picture.u[None]).sum(1)[1]) == pytest.approx(drawn.picture.log_prob, abs=1e-2)
+
+
+def completed(rows: Rows, seed: int) -> Completed:
+    events: Sequence[object] = list(rows.reply([seed], Replying(tokens=0, pictures=1), draws=True))
+    return next(e for e in events if isinstance(e, Completed))
+
+
+# -- start and size ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_new_comes_from_the_seed_alone_and_is_the_same_in_both_variants():
+    parts = tiny_parts(STAGES)
+    torch.manual_seed(1)
+    first = MotParts(parts, seed=3)
+    torch.manual_seed(2)
+    second, other = MotParts(parts, "finetuned", seed=3), MotParts(parts, seed=4)
+    mine, same, new = (p.vlm.visual.layers[0].mlp.up_proj.weight for p in (first, second, other))
+    assert torch.equal(mine, same) and not torch.equal(mine, new)
+
+
+def test_the_baseline_adds_as_many_parameters_as_the_pretzel():
+    parts = tiny_parts(STAGES)
+    one_wider = 3 * parts.cfg.vlm.width * parts.cfg.vlm.depth
+    ours = num_parameters(parts.flow, parts.joints)
+    for text in ("frozen", "finetuned"):
+        mot = MotParts(parts, text)
+        added = num_parameters(mot.vlm.visual, mot.flow, mot.joints)
+        assert abs(added - ours) <= one_wider / 2
+        assert num_parameters(mot.joined) == added + (num_parameters(mot.vlm.text) if text == "finetuned" else 0)
+
+
+def test_nano_matches_within_a_thousandth():
+    parts = Parts(nano_model())
+    mot = MotParts(parts)
+    ours = num_parameters(parts.flow, parts.joints)
+    assert abs(num_parameters(mot.joined) / ours - 1) < 1e-3
+
+
+def test_a_model_with_next_to_no_flow_has_no_baseline_of_its_size():
+    parts = tiny_parts(STAGES)
+    parts.flow = torch.nn.Linear(1, 1)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="smallest baseline"):
+        matched_width(parts)
