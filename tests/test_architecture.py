@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("selfcheck", "info", "demo", "chat", "compare", "claims", "gallery"),
     ("server", "ui"),
     ("commands",),
+    ("measuring",),
     ("cli",),
     ("__main__",),
 )
@@ -45,7 +46,7 @@ HOMES = {
     "transformers": {"backbones", "evals"},
     "PIL": {"images", "data"},
     "torch.distributed": {"train", "checkpoint"},
-    "tyro": {"cli", "commands", "terminal"},
+    "tyro": {"cli", "commands", "measuring", "terminal"},
     "fastapi": {"server", "ui"},
     "torchvision": set(),
 }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,17 +14,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from model_cases import tiny_folder, tiny_parts
 from starflow2 import __version__, cli
+from starflow2.checkpoint import save_parts
 from starflow2.evals.drawing import PARTS
 from starflow2.generate import DrawConfig
-from starflow2.images import read_metadata
+from starflow2.heatmap import heat_map
+from starflow2.images import read_metadata, read_picture, to_pil
 from starflow2.model import StarFlow2
+from starflow2.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = [command.verb for command in cli.COMMANDS]
+JOINT = ("features", "fae", "vlm", "t2i", "adapter", "joint")
 HEAVY = ("torch", "transformers", "numpy", "PIL", "rich")
 HELP = f"""
 import sys
@@ -42,6 +51,27 @@ def model(tiny, monkeypatch) -> StarFlow2:
     """The tiny model, which every command now loads whatever name it is given."""
     monkeypatch.setattr(StarFlow2, "from_pretrained", lambda *_, **__: tiny)
     return tiny
+
+
+@pytest.fixture(scope="module")
+def tiny_joint() -> StarFlow2:
+    return StarFlow2(tiny_parts(JOINT))
+
+
+@pytest.fixture
+def joint(tiny_joint, monkeypatch) -> StarFlow2:
+    """The tiny model with all of its stages, which every command now loads whatever name it is given."""
+    monkeypatch.setattr(StarFlow2, "from_pretrained", lambda *_, **__: tiny_joint)
+    return tiny_joint
+
+
+@pytest.fixture
+def photo() -> str:
+    """A picture to look at, with an upper half unlike the lower."""
+    image = Image.new("RGB", (80, 64), (200, 30, 40))
+    image.paste((20, 60, 220), (0, 32, 80, 64))
+    image.save("photo.png")
+    return "photo.png"
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +117,12 @@ def test_the_package_can_be_run_as_a_module():
         (["generate", "x", "-n"], "Missing value for argument '-n/--n'"),
         (["eval"], "SUITE"),
         (["train"], "RECIPE"),
+        (["ask", "x.png"], "QUESTION"),
+        (["edit", "x.png", "make it red", "-O", "x.png"], "no option -O"),
+        (["invert"], "IMAGE"),
+        (["chat", "--sav-dir", "x"], 'Did you mean "--save-dir"?'),
+        (["generate", "x", "--keep", "most"], "Expected one of ('all', 'best')"),
+        (["generate", "\udcff"], "'\\udcff' is not UTF-8 text"),
     ],
 )
 def test_a_word_that_nothing_takes_is_refused_with_the_nearest_one(argv, says, capsys):
@@ -237,7 +273,7 @@ def test_settings_of_a_stage_are_typed_options(capsys):
 def test_all_stages_are_the_default(capsys):
     assert cli.main(["train", "nano", "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert [stage["name"] for stage in plan["stages"]] == ["features", "fae", "vlm", "t2i"]
+    assert [stage["name"] for stage in plan["stages"]] == list(JOINT)
     assert plan["output"] == "runs/nano"
 
 
@@ -363,3 +399,247 @@ def test_demo_says_where_its_page_is(monkeypatch, scored, capsys):
 
 def test_an_option_given_twice_is_refused_instead_of_dropping_the_first(capsys):
     assert "--part is given 2 times" in refused(capsys, "eval", "world", "--part", "id", "--part", "cg")
+
+
+# -- generate: the best of several, and replies -----------------------------------------------------------------------
+
+
+def test_keep_best_writes_the_picture_that_its_prompt_explains_best(joint, capsys):
+    prompts = ["two red hearts", "a blue star"]
+    argv = ["generate", *prompts, "-n", "3", "--keep", "best", "--guidance", "1.5", "-o", "new/", "--json"]
+    assert cli.main(argv) == 0
+    rows = json.loads(capsys.readouterr().out)
+    drawn = joint.generate(prompts, n=3, config=DrawConfig.for_model(joint.parts, guidance=1.5))
+    for row, mine in zip(rows, (drawn[:3], drawn[3:]), strict=True):
+        best = max(mine, key=lambda picture: picture.gain)
+        assert (row["prompt"], row["seed"]) == (best.prompt, best.seed)
+        assert row["gain"] == pytest.approx(best.gain) and row["gain"] > min(picture.gain for picture in mine)
+        assert np.array_equal(np.asarray(Image.open(row["file"])), np.asarray(best.image))
+    assert [row["file"] for row in rows] == ["new/two-red-hearts-best.png", "new/a-blue-star-best.png"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--keep", "best"], "-n is 1, expected 2 or more"),
+        (["--keep", "best", "-n", "2", "--guidance", "0"], "--guidance is 0"),
+        (["--mode", "interleaved", "-n", "2"], "replies to one prompt once"),
+        (["a blue star", "--mode", "interleaved"], "starflow2 chat takes turn after turn"),
+        (["--mode", "interleaved", "--cleanup", "tweedie"], "conversations take 'none'"),
+        (["--mode", "interleaved", "-o", "x.jpg"], "ends in .png"),
+        (["--mode", "interleaved", "-o", "folder.png"], "cannot write folder-2.png"),
+    ],
+)
+def test_what_cannot_be_chosen_from_or_replied_is_refused(argv, says, joint, capsys):
+    Path("folder-2.png").mkdir()
+    assert says in refused(capsys, "generate", "two red hearts", *argv)
+
+
+def test_keep_best_needs_a_model_that_measures_gain(model, capsys):
+    assert "this model has features, fae, vlm, t2i" in refused(
+        capsys, "generate", "a star", "-n", "2", "--keep", "best"
+    )
+
+
+def replying(monkeypatch, joint: StarFlow2, *blocks: str | None) -> None:
+    """Let the model reply with these words and pictures (None), whatever it would say by itself."""
+    layout, tokenizer = joint.parts.layout, joint.parts.tokenizer
+    ids = [i for block in blocks for i in ([layout.begin] if block is None else tokenizer.encode(block))]
+    tokens = iter([*ids, tokenizer.special.end])
+
+    def logits(_: object, h: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
+        return torch.eye(joint.parts.cfg.vlm.vocab, dtype=torch.float64)[[next(tokens)] * len(h)]
+
+    monkeypatch.setattr("starflow2.pretzel.Pretzel.logits", logits)
+
+
+def test_an_interleaved_reply_is_told_in_order_and_its_pictures_are_numbered(joint, monkeypatch, capsys):
+    argv = ["generate", "two red hearts", "--mode", "interleaved", "--seed", "4", "-o", "reply.png"]
+    replying(monkeypatch, joint, "a star", None, None, "two \x1b[31m stars")
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out == "a star\nreply-1.png\nreply-2.png\ntwo [31m stars\n"
+    said = read_metadata("reply-1.png")
+    assert (said["prompt"], said["seed"]) == ("two red hearts", "4")
+    replying(monkeypatch, joint, None, "a star")
+    assert cli.main([*argv[:-1], "new/", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == [{"file": "new/two-red-hearts-1.png"}, {"text": "a star"}]
+
+
+# -- ask and edit -----------------------------------------------------------------------------------------------------
+
+
+def test_ask_prints_the_answer_of_a_saved_model_and_writes_it_down(photo, monkeypatch, tmp_path, capsys):
+    save_parts(tiny_parts(JOINT), tmp_path / "model")
+    joint = StarFlow2.from_pretrained(tmp_path / "model")
+    replying(monkeypatch, joint, "red and blue")
+    argv = ["ask", photo, "what color is it?", "--model", str(tmp_path / "model"), "--json", "answer.json"]
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out == "red and blue\n"
+    told = json.loads(Path("answer.json").read_text())
+    assert told == {"image": photo, "question": "what color is it?", "answer": "red and blue", "model": "tiny"}
+
+
+def test_edit_writes_the_edited_picture_with_its_story(joint, photo, capsys):
+    argv = ["edit", photo, "make the heart blue", "--seed", "3", "--guidance", "1.5", "--prior-scale", "0.7"]
+    assert cli.main([*argv, "-o", "new/edited.png", "--json", "edit.json"]) == 0
+    assert capsys.readouterr().out == "new/edited.png\n"
+    config = DrawConfig.for_model(joint.parts, guidance=1.5, prior_scale=0.7)
+    edited = joint.edit(photo, "make the heart blue", seed=3, config=config)
+    assert np.array_equal(np.asarray(Image.open("new/edited.png")), np.asarray(edited.image))
+    said, told = read_metadata("new/edited.png"), json.loads(Path("edit.json").read_text())
+    assert (said["prompt"], said["seed"], said["source"]) == ("make the heart blue", "3", photo)
+    assert json.loads(said["settings"]) == told["settings"] == edited.settings
+    assert (told["file"], told["image"], told["gain"]) == ("new/edited.png", photo, pytest.approx(edited.gain))
+
+
+def bad_pictures() -> dict[str, str]:
+    """Files that no command may guess about, and what is said of each."""
+    opaque = Image.new("RGB", (64, 64), (200, 30, 40))
+    opaque.save("whole.png")
+    Path("half.png").write_bytes(Path("whole.png").read_bytes()[:80])
+    Path("words.png").write_text("two red hearts")
+    opaque.save("moving.gif", save_all=True, append_images=[Image.new("RGB", (64, 64))])
+    opaque.convert("CMYK").save("print.jpg")
+    Image.fromarray(np.zeros((64, 64), dtype=np.uint16)).save("deep.png")
+    Image.new("RGBA", (64, 64), (200, 30, 40, 90)).save("glass.png")
+    Image.new("RGB", (8, 64)).save("tiny.png")
+    return {
+        "half.png": "cannot read half.png",
+        "words.png": "cannot read words.png",
+        "none.png": "cannot read none.png",
+        "moving.gif": "2 frames",
+        "print.jpg": "CMYK",
+        "deep.png": "deep.png has",
+        "glass.png": "transparent",
+        "tiny.png": "8 x 64 pixels",
+    }
+
+
+@pytest.mark.parametrize("verb", ["ask", "edit", "invert", "score"])
+def test_a_picture_that_would_have_to_be_guessed_about_is_refused_by_name(verb, joint, capsys):
+    for name, says in bad_pictures().items():
+        argv = [name] if verb == "score" else [name, "two red hearts"]
+        assert says in refused(capsys, verb, *argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["ask", "photo.png", "is it a zebra?"], "never learnt 'zebra'"),
+        (["ask", "photo.png", ""], "the prompt is empty"),
+        (["ask", "photo.png", "red?", "--json", "file/x.json"], "cannot write file/x.json"),
+        (["edit", "photo.png", "make it a zebra"], "never learnt 'zebra'"),
+        (["edit", "photo.png", "make it red", "-o", "x.jpg"], "--output is x.jpg; expected a name that ends in .png"),
+        (["edit", "photo.png", "make it red", "-o", "file/x.png"], "cannot write file/x.png"),
+        (["edit", "photo.png", "make it red", "-o", "/proc/x.png"], "cannot write /proc/x.png"),
+        (["edit", "photo.png", "make it red", "--seed", "-1"], "--seed is -1"),
+        (["edit", "photo.png", "make it red", "--guidance", "-1"], "guidance is -1"),
+        (["edit", "photo.png", "make it red", "--prior-scale", "nan"], "prior_scale is nan"),
+        (["invert", "photo.png", "a zebra"], "never learnt 'zebra'"),
+        (["invert", "photo.png", "a star", "--swap", "a zebra"], "never learnt 'zebra'"),
+        (["invert", "photo.png", "a star", "-o", "file/x.png"], "cannot write file/x.png"),
+        (["invert", "photo.png", "a star", "-o", "taken.png", "--swap", "a ring"], "cannot write taken-swap.png"),
+        (["score"], "there is nothing to score"),
+        (["score", "a zebra"], "never learnt 'zebra'"),
+        (["score", "a zebra", "a star"], "never learnt 'zebra'"),
+        (["score", "red " * 5000], "tokens; this model reads up to"),
+        (["score", "phoot.png"], "cannot read phoot.png as a picture: there is no such file"),
+        (["score", "a star", "--map", "m.png"], "--map needs a picture as the reply, the last part; it is 'a star'"),
+        (["score", "photo.png", "--map", "m.jpg"], "--map is m.jpg; expected a name that ends in .png"),
+        (["score", "photo.png", "--json", "file/x.json"], "cannot write file/x.json"),
+        (["chat", "--save-dir", "file"], "cannot write file/picture-001.png"),
+        (["chat", "--load", "none.safetensors"], "not a whole session file"),
+        (["chat", "--load", "x", "--seed", "1"], "--seed and --load are both given"),
+    ],
+)
+def test_what_a_conversation_cannot_take_is_refused_and_nothing_is_written(argv, says, joint, photo, capsys):
+    Path("file").write_text("")
+    Path("taken-swap.png").mkdir()
+    assert says in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("verb", ["ask", "edit", "invert", "score", "chat", "generate"])
+def test_a_model_without_the_joint_stage_is_refused_by_name(verb, model, photo, capsys):
+    words = {"score": ["a star"], "chat": [], "generate": ["a star", "--mode", "interleaved"]}
+    err = refused(capsys, verb, *words.get(verb, [photo, "a star"]))
+    assert "has finished stages features, fae, vlm, t2i; " in err and "needs joint" in err
+
+
+# -- chat -------------------------------------------------------------------------------------------------------------
+
+
+def test_chat_takes_turns_from_a_pipe_and_ends_with_it(joint, monkeypatch, capsys):
+    lines = "a zebra\n/draw two red hearts\n/save talk.safetensors\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    assert cli.main(["chat", "--save-dir", "album", "--seed", "3", "--guidance", "1.5"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "[album/picture-001.png]\n" and "never learnt 'zebra'" in err.splitlines()[0]
+    said = read_metadata("album/picture-001.png")
+    assert (said["prompt"], said["seed"], json.loads(said["settings"])["guidance"]) == ("two red hearts", "3", 1.5)
+    assert len(Session.load("talk.safetensors", joint.sampler()).pieces) == 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+    assert cli.main(["chat", "--save-dir", "album", "--load", "talk.safetensors"]) == 0
+    assert capsys.readouterr().out == "> two red hearts\n[a picture]\n"
+
+
+# -- score and invert -------------------------------------------------------------------------------------------------
+
+
+def test_score_of_words_adds_up_and_is_the_librarys(joint, photo, capsys):
+    assert cli.main(["score", photo, "What color  is it?", "RED", "--json", "score.json"]) == 0
+    told = json.loads(Path("score.json").read_text())
+    scored = joint.score([read_picture(photo, 64), "what color is it?"], ["red"])
+    assert told["log_prob"] == pytest.approx(scored.log_prob, abs=1e-6)
+    assert told["log_prob"] == pytest.approx(sum(token["log_prob"] for token in told["tokens"]))
+    assert told["bits"] == pytest.approx(told["log_prob"] / math.log(2)) and told["pictures"] == []
+    assert (told["asked"], told["reply"]) == ([photo, "What color  is it?"], "RED")
+    assert f"{scored.log_prob:.3f}" in capsys.readouterr().out
+
+
+def test_score_of_a_picture_maps_its_patches(joint, photo, capsys):
+    assert cli.main(["score", "two red hearts", photo, "--map", "map.png", "--json", "score.json"]) == 0
+    told = json.loads(Path("score.json").read_text())
+    (picture,) = told["pictures"]
+    patches = np.array(picture["patches"])
+    assert patches.shape == (8, 8) and picture["dims"] == 64 * 4
+    assert patches.sum() + picture["shallow_logdet"] == pytest.approx(picture["log_prob"], rel=1e-6)
+    assert picture["nats_per_dim"] == pytest.approx(-picture["log_prob"] / 256)
+    out = capsys.readouterr().out
+    assert all(f"{number:.4f}" in out for number in (picture["nats_per_dim"],)) and "map.png: blue" in out
+    shown = np.asarray(Image.open("map.png"))
+    expected = heat_map(read_picture(photo, 64), -torch.from_numpy(patches))
+    assert shown.shape == (512, 512, 3) and np.array_equal(shown, np.asarray(to_pil(expected)))
+    assert read_metadata("map.png")["unlikeliest"] == f"{patches.min():.3f}"
+
+
+def test_a_map_is_coloured_by_its_values_patch_by_patch():
+    grey, values = torch.zeros(3, 64, 64), torch.zeros(8, 8)
+    values[2, 5] = 3.0
+    shown = heat_map(grey, values, strength=1.0)
+    hot = (shown[0] == 1.0).nonzero()
+    assert hot.min(0).values.tolist() == [2 * 64, 5 * 64] and hot.max(0).values.tolist() == [3 * 64 - 1, 6 * 64 - 1]
+    assert torch.equal(heat_map(grey, values, strength=0.0), torch.zeros(3, 512, 512))
+    assert len(heat_map(grey, torch.ones(8, 8)).flatten(1).unique(dim=1).T) == 1, "equal values have one colour"
+
+
+def test_invert_draws_the_picture_again_and_another_from_the_same_code(joint, photo, capsys):
+    argv = ["invert", photo, "two red hearts", "--swap", "a blue star", "-o", "again.png", "--json", "invert.json"]
+    assert cli.main(argv) == 0
+    told = json.loads(Path("invert.json").read_text())
+    assert told["files"] == ["again.png", "again-swap.png"]
+    code = joint.invert(read_picture(photo, 64), "two red hearts")
+    assert told["log_prob"] == pytest.approx(code.log_prob)
+    assert told["nats_per_dim"] == pytest.approx(-code.log_prob / 256)
+    again, swapped = (np.asarray(Image.open(name), dtype=int) for name in told["files"])
+    noise = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0))
+    x = joint.parts.codec.encode(read_picture(photo, 64)[None])
+    with torch.no_grad():
+        direct = joint.parts.fae.decode(x + joint.sampling_noise * noise)[0]
+    assert np.abs(again - np.asarray(to_pil(direct), dtype=int)).max() <= 1, "exactly the picture that was inverted"
+    assert np.abs(again - swapped).max() > 1
+    assert (read_metadata("again.png")["prompt"], read_metadata("again-swap.png")["prompt"]) == tuple(argv[2:5:2])
+    out = capsys.readouterr().out
+    assert f"{code.log_prob:.3f} nats" in out and out.endswith("again.png\nagain-swap.png\n")
+    assert cli.main(["invert", photo, "", "-o", "wordless.png"]) == 0
+    assert sorted(path.name for path in Path.cwd().glob("wordless*")) == ["wordless.png"]

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from starflow2.data import edits
 from starflow2.data.edits import (
     EDIT_WORDINGS,
     OPERATIONS,
@@ -29,7 +30,7 @@ from starflow2.data.world import (
     scene_key,
     stream,
 )
-from starflow2.errors import ConfigError
+from starflow2.errors import ConfigError, DataError
 from test_tasks import leaks, text_leaks, words
 
 NOUN = re.compile(rf"the ((?:(?:{'|'.join((*SIZES, *COLORS))}) )*(?:{'|'.join(SHAPES)}))")
@@ -215,3 +216,9 @@ def test_bad_requests_name_the_argument():
         suite_edits("dev", "ood", 1)
     with pytest.raises(ConfigError, match="split"):
         suite_sessions("train", 1)
+
+
+def test_a_chain_of_nothing_but_removals_is_never_asked_for_and_impossible_chains_are_refused():
+    assert len(edit_chain_dialogue(0, 699).turns) > 1  # first drew "remove" three times, which no picture allows
+    with pytest.raises(DataError, match="one after another"):
+        edits._chain(stream(0), "train", ["remove"] * 3)

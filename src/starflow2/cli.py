@@ -10,53 +10,55 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 
 import starflow2
+from starflow2.commands import Ask, Chat, Edit, Invert, Score, conversing
 from starflow2.errors import ConfigError, DataError, OutputError, PromptError, StarFlowError, nearest
-from starflow2.files import check_writable, replacing
+from starflow2.files import check_writable
+from starflow2.measuring import Analyze, Eval
+from starflow2.terminal import (
+    PROGRAM,
+    Command,
+    Device,
+    Guidance,
+    JsonFile,
+    Model,
+    PriorScale,
+    check_json,
+    check_seed,
+    check_text,
+    console,
+    flags,
+    own,
+    png_text,
+    printable,
+    progress,
+    refuse,
+    write_json,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from starflow2.model import Picture
+    from starflow2.generate import DrawConfig
+    from starflow2.images import Picture as Image
+    from starflow2.model import Picture, StarFlow2
+    from starflow2.session import Session
     from starflow2.stages import RunConfig, StageConfig
     from starflow2.train import StepReport
 
 __all__ = ["main"]
 
-PROGRAM = "starflow2"
-LEDGER = Path("docs") / "results" / "ledger.jsonl"
-MAX_SEED = 2**63 - 1
-
-
-def _own(metavar: str, text: str, default: str = "the model's own") -> Any:
-    """An option that is None by default, with what that means in its help."""
-    return arg(metavar=metavar, help=text, help_behavior_hint=f"(default: {default})" if default else "")
-
-
-Model = Annotated[str, arg(metavar="NAME", help="nano, a model folder, or a Hub id (owner/name)")]
-Device = Annotated[str, arg(metavar="{auto,cpu,cuda,mps}", help="where to compute")]
-JsonFile = Annotated[Path | None, _own("FILE", "also write the outcome to this file as JSON", "")]
-
-
-class Command(Protocol):
-    """What every command offers; its class docstring is its help."""
-
-    verb: ClassVar[str]
-
-    def run(self, unknown: Sequence[str]) -> int:
-        """Do it and return the exit status. `unknown`: arguments that are no options of the command itself."""
-        ...
+REPLY_TOKENS, REPLY_PICTURES = 256, 4  # what one interleaved reply may hold
 
 
 # -- generate ---------------------------------------------------------------------------------------------------------
@@ -67,61 +69,156 @@ class Generate:
     """Draw pictures from words.
 
     One picture is written to --output. Several become a contact sheet there; where --output is a folder, one file each
-    beside the sheet. Every PNG carries prompt, seed and settings.
+    beside the sheet. Every PNG carries prompt, seed and settings. With --mode interleaved the model replies to the
+    prompt as it sees fit, in words and pictures: out-1.png, out-2.png, ...
     """
 
     verb: ClassVar[str] = "generate"
 
     prompt: Positional[Annotated[tuple[str, ...], arg(metavar="PROMPT", help="what to draw, in quotes")]] = ()
+    mode: Annotated[Literal["image", "interleaved"], arg(help="a picture, or whatever the model replies")] = "image"
     n: Annotated[int, arg(aliases=("-n",), help="pictures of each prompt, seeds counting on")] = 1
+    keep: Annotated[Literal["all", "best"], arg(help="best: of each prompt the one that it explains best")] = "all"
     seed: Annotated[int, arg(help="seed of the first picture of each prompt")] = 0
-    guidance: Annotated[float | None, _own("FLOAT", "how hard to follow the words, 0 = off")] = None
-    prior_scale: Annotated[float | None, _own("FLOAT", "spread of the prior, 1 = exact sampling")] = None
+    guidance: Guidance = None
+    prior_scale: PriorScale = None
     cleanup: Annotated[Literal["none", "tweedie"], arg(help="denoise the sampled latents")] = "none"
-    batch: Annotated[int | None, _own("INT", "pictures at once", "32")] = None
-    prompts: Annotated[Path | None, _own("FILE", "more prompts, one on each line", "")] = None
+    batch: Annotated[int | None, own("INT", "pictures at once", "32")] = None
+    prompts: Annotated[Path | None, own("FILE", "more prompts, one on each line", "")] = None
     output: Annotated[str, arg(aliases=("-o",), metavar="PATH", help="a .png file, or a folder")] = "out.png"
     json: Annotated[bool, arg(help="tell what was made as a JSON list on standard output")] = False
     model: Model = "nano"
     device: Device = "auto"
 
     def run(self, unknown: Sequence[str]) -> int:
-        _refuse(unknown, type(self))
+        refuse(unknown, type(self))
         prompts = [*self.prompt, *_lines(self.prompts)]
         if not prompts:
             raise PromptError('there is nothing to draw: give a prompt, for instance "two red hearts".')
         if self.n < 1:
             raise ConfigError(f"-n is {self.n}; expected at least 1 picture per prompt.")
-        if not 0 <= self.seed <= MAX_SEED - self.n:
-            raise ConfigError(f"--seed is {self.seed}; expected 0 to 2^63 - 1.")
-        files = _plan(self.output, prompts, range(self.seed, self.seed + self.n))
+        if self.keep == "best" and self.n < 2:
+            raise ConfigError(
+                f"--keep best chooses among the pictures of a prompt; -n is {self.n}, expected 2 or more."
+            )
+        check_seed(self.seed, self.n)
+        if self.mode == "interleaved":
+            return self._converse(prompts)
+        seeds = ["best"] if self.keep == "best" else range(self.seed, self.seed + self.n)
+        files = _plan(self.output, prompts, seeds)
         pictures, seconds = self._draw(prompts)
+        pace = seconds / len(pictures)
+        if self.keep == "best":
+            pictures = [_best(pictures[i : i + self.n]) for i in range(0, len(pictures), self.n)]
         written = _save(pictures, files)
         if self.json:
-            pace = seconds / len(pictures)
-            rows = [_row(picture, path, pace) for picture, path in zip(pictures, written, strict=True)]
-            print(json.dumps(rows, indent=1, ensure_ascii=False))
+            _print_json([_row(picture, path, pace) for picture, path in zip(pictures, written, strict=True)])
         else:
             for path in dict.fromkeys([*written, *([files.sheet] if files.sheet else [])]):
                 print(path)
         return 0
 
-    def _draw(self, prompts: list[str]) -> tuple[list[Picture], float]:
+    def _config(self, model: StarFlow2) -> DrawConfig:
         from starflow2.generate import DrawConfig
+
+        return DrawConfig.for_model(
+            model.parts,
+            guidance=self.guidance,
+            prior_scale=self.prior_scale,
+            cleanup=self.cleanup,
+            batch=self.batch,
+        )
+
+    def _draw(self, prompts: list[str]) -> tuple[list[Picture], float]:
         from starflow2.model import StarFlow2
 
-        with _progress("drawing", "latents") as step:
+        with progress("drawing", "latents") as step:
             model = StarFlow2.from_pretrained(self.model, device=self.device)
-            config = DrawConfig.for_model(
-                model.parts,
-                guidance=self.guidance,
-                prior_scale=self.prior_scale,
-                cleanup=self.cleanup,
-                batch=self.batch,
-            )
+            config = self._config(model)
+            if self.keep == "best" and not (model.is_joint and config.guidance):
+                done = ", ".join(model.parts.stages)
+                raise ConfigError(
+                    "--keep best compares pictures by what the prompt adds to their likelihood, which takes guidance "
+                    f"and a model with stage joint; --guidance is {config.guidance:g} and this model has {done}."
+                )
             started = time.perf_counter()
             pictures = model.generate(prompts, n=self.n, seed=self.seed, config=config, progress=step)
             return pictures, time.perf_counter() - started
+
+    def _converse(self, prompts: list[str]) -> int:
+        """Let the model reply to one prompt; nothing is written before the reply is whole."""
+        if len(prompts) > 1 or self.n > 1:
+            raise ConfigError(
+                f"--mode interleaved replies to one prompt once, not to {len(prompts)} with -n {self.n}; "
+                f"{PROGRAM} chat takes turn after turn."
+            )
+        (prompt,) = prompts
+        paths = _numbered(self.output, prompt)
+        model = conversing(self.model, self.device, "--mode interleaved")
+        config = self._config(model)
+        blocks = _replied(model.session(seed=self.seed, config=config).add(prompt))
+        settings = {"guidance": config.guidance, "prior_scale": config.prior_scale, "model": model.parts.cfg.name}
+        rows = _save_blocks(blocks, paths, png_text(prompt, self.seed, settings))
+        if self.json:
+            _print_json(rows)
+        else:
+            for row in rows:
+                print(row.get("text") or row["file"])
+        return 0
+
+
+def _best(pictures: Sequence[Picture]) -> Picture:
+    """The one to whose likelihood the prompt adds most."""
+    return max(pictures, key=lambda picture: -math.inf if picture.gain is None else picture.gain)
+
+
+def _replied(session: Session) -> list[str | Image]:
+    """What the model replies: words and pictures in order."""
+    from starflow2.session import Drew, Made, Wrote
+
+    blocks: list[str | Image] = []
+    with progress("drawing", "latents") as step:
+        for event in session.run(tokens=REPLY_TOKENS, pictures=REPLY_PICTURES):
+            match event:
+                case Drew():
+                    step(event.done, event.total)
+                case Made():
+                    blocks.append(event.image)
+                case Wrote() if blocks and isinstance(blocks[-1], str):
+                    blocks[-1] += event.text
+                case Wrote():
+                    blocks.append(event.text)
+    return blocks
+
+
+def _numbered(output: str, prompt: str) -> list[Path]:
+    """Names of the pictures of a reply, as many as there can be: out-1.png, ... or folder/two-red-hearts-1.png, ..."""
+    one = _plan(output, [prompt], [""]).each
+    assert one is not None
+    paths = [one[0].with_name(f"{one[0].stem}-{i}.png") for i in range(1, REPLY_PICTURES + 1)]
+    for path in paths:
+        check_writable(path)
+    return paths
+
+
+def _save_blocks(blocks: Sequence[str | Image], paths: Sequence[Path], about: dict[str, str]) -> list[dict[str, Any]]:
+    """Write the pictures among the blocks and list all of them in order, by text or file."""
+    from starflow2.images import save_png
+
+    rows: list[dict[str, Any]] = []
+    left = iter(paths)
+    for block in blocks:
+        if isinstance(block, str):
+            rows.append({"text": printable(block).strip()})
+        else:
+            path = next(left)
+            save_png(block, path, about)
+            rows.append({"file": str(path)})
+    return [row for row in rows if row != {"text": ""}]
+
+
+def _print_json(rows: Sequence[dict[str, Any]]) -> None:
+    print(json.dumps(rows, indent=1, ensure_ascii=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +229,14 @@ class _Files:
     sheet: Path | None
 
 
-def _plan(output: str, prompts: Sequence[str], seeds: range) -> _Files:
-    """Names of what will be written, all of it checked to be writable before anything is drawn."""
+def _plan(output: str, prompts: Sequence[str], seeds: Sequence[object]) -> _Files:
+    """Names of what will be written, all of it checked to be writable before anything is drawn.
+
+    In a folder a name is that of the prompt, and which of `seeds` it is.
+    """
     count, path = len(prompts) * len(seeds), Path(output)
     if output.endswith(("/", "\\")) or path.is_dir():
-        names = [f"{_slug(prompt)}-{seed}" for prompt in prompts for seed in seeds]
+        names = ["-".join(filter(None, (_slug(prompt), str(seed)))) for prompt in prompts for seed in seeds]
         taken: dict[str, int] = {"sheet": 1}
         each = [path / f"{_unique(name, taken)}.png" for name in names]
         files = _Files(each, path / "sheet.png" if count > 1 else None)
@@ -163,28 +263,25 @@ def _save(pictures: Sequence[Picture], files: _Files) -> list[Path]:
     """Write them and say which file each picture is in."""
     from starflow2.images import contact_sheet, save_png
 
-    first = pictures[0]
-    about = {"settings": json.dumps(first.settings), "model": first.settings["model"], "version": starflow2.__version__}
     if files.sheet is not None:
         labels = [picture.prompt for picture in pictures]
         columns = min(8, max(4, round(len(pictures) ** 0.5)))
-        made_of = {
-            "prompt": "\n".join(dict.fromkeys(labels)),
-            "seed": str(first.seed),
-            "pictures": json.dumps([{"prompt": p.prompt, "seed": p.seed} for p in pictures], ensure_ascii=False),
-        }
-        save_png(contact_sheet([p.image for p in pictures], labels, columns), files.sheet, {**made_of, **about})
+        first = pictures[0]
+        about = png_text("\n".join(dict.fromkeys(labels)), first.seed, first.settings)
+        about["pictures"] = json.dumps([{"prompt": p.prompt, "seed": p.seed} for p in pictures], ensure_ascii=False)
+        save_png(contact_sheet([p.image for p in pictures], labels, columns), files.sheet, about)
     if files.each is None:
         assert files.sheet is not None
         return [files.sheet] * len(pictures)
     for picture, path in zip(pictures, files.each, strict=True):
-        save_png(picture.image, path, {"prompt": picture.prompt, "seed": str(picture.seed), **about})
+        save_png(picture.image, path, png_text(picture.prompt, picture.seed, picture.settings))
     return files.each
 
 
 def _row(picture: Picture, path: Path, seconds: float) -> dict[str, Any]:
     made_of = {"prompt": picture.prompt, "seed": picture.seed, "settings": picture.settings}
-    return {"file": str(path), **made_of, "seconds": round(seconds, 4)}
+    gain = {} if picture.gain is None else {"gain": picture.gain}
+    return {"file": str(path), **made_of, **gain, "seconds": round(seconds, 4)}
 
 
 def _lines(path: Path | None) -> list[str]:
@@ -259,7 +356,7 @@ class Train:
         run = self._recipe()
         folder = self.output or Path("runs") / (self.recipe.split(":")[-1] + "-smoke" * self.smoke)
         if self.stage == "all":
-            _refuse(unknown, type(self), "; settings of a stage need --stage to say which")
+            refuse(unknown, type(self), "; settings of a stage need --stage to say which")
             return run, [stage.name for stage in run.stages], folder
         changed = _overridden(run.stage(self.stage), unknown)
         stages = tuple(changed if stage.name == changed.name else stage for stage in run.stages)
@@ -287,7 +384,7 @@ def _overridden(stage: StageConfig, arguments: Sequence[str]) -> StageConfig:
     """`stage` with the settings that `arguments` change."""
     settings, default = _overrides(stage)
     changed, unknown = _tyro(settings, default, arguments, f"{PROGRAM} train --stage {stage.name}")
-    _refuse(unknown, Train, known=_flags(settings))
+    refuse(unknown, Train, known=flags(settings))
     for name in ("steps", "batch", "save_every", "log_every"):
         if getattr(changed, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(changed, name)}; expected at least 1.")
@@ -299,58 +396,6 @@ def _fields(config: Any) -> dict[str, Any]:
 
 
 # -- eval -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eval:
-    """Score a model on a benchmark, with floor and ceiling beside every number.
-
-    A full test run adds a line to docs/results/ledger.jsonl where it runs from a checkout.
-    """
-
-    verb: ClassVar[str] = "eval"
-
-    benchmark: Positional[Annotated[Literal["world"], arg(metavar="SUITE", help="world: the drawn world")]]
-    suite: Annotated[Literal["geneval"], arg(help="geneval: are prompts drawn as asked?")] = "geneval"
-    split: Annotated[Literal["dev", "test"], arg(help="dev for every choice, test to report")] = "dev"
-    quick: Annotated[bool, arg(help="one prompt in eight: noisy")] = False
-    part: Annotated[
-        tuple[Literal["id", "cg", "paraphrase"], ...],
-        arg(help="seen combinations, new ones, other wording"),
-    ] = ("id", "cg")
-    samples: Annotated[int, arg(help="pictures of each prompt, 1 to 4")] = 4
-    json: JsonFile = None
-    model: Model = "nano"
-    device: Device = "auto"
-
-    def run(self, unknown: Sequence[str]) -> int:
-        _refuse(unknown, type(self))
-        from starflow2.evals.report import append_ledger, ledger_record, table, write_json
-        from starflow2.evals.world import score_geneval
-        from starflow2.model import StarFlow2
-
-        _check_json(self.json)
-        if not self.part:
-            raise ConfigError("--part names no part; expected one or more of id, cg, paraphrase.")
-        ledger = _ledger() if self.split == "test" and not self.quick else None
-        with _progress("drawing", "pictures") as step:
-            model = StarFlow2.from_pretrained(self.model, device=self.device)
-            report = score_geneval(
-                model, self.split, quick=self.quick, samples=self.samples, parts=self.part, progress=step
-            )
-        report["model"] = model.parts.cfg.name
-        _console().print(table(report))
-        if self.json is not None:
-            write_json(report, self.json)
-        if ledger is not None:
-            append_ledger(ledger, {**ledger_record(report), "model": report["model"]})
-        return 0
-
-
-def _ledger() -> Path | None:
-    """The ledger of the checkout that this package runs from, None where it is installed."""
-    root = Path(__file__).parents[2]
-    return root / LEDGER if (root / "pyproject.toml").is_file() else None
 
 
 # -- info, check, demo ------------------------------------------------------------------------------------------------
@@ -366,14 +411,14 @@ class Info:
     json: JsonFile = None
 
     def run(self, unknown: Sequence[str]) -> int:
-        _refuse(unknown, type(self))
-        _check_json(self.json)
+        refuse(unknown, type(self))
+        check_json(self.json)
         sys.path.insert(0, "")
         from starflow2.info import describe, find_config, table
 
         facts = describe(find_config(self.name))
-        _console().print(table(facts))
-        _write_json(facts, self.json)
+        console().print(table(facts))
+        write_json(facts, self.json)
         return 0
 
 
@@ -391,17 +436,17 @@ class Check:
     json: JsonFile = None
 
     def run(self, unknown: Sequence[str]) -> int:
-        _refuse(unknown, type(self))
-        _check_json(self.json)
+        refuse(unknown, type(self))
+        check_json(self.json)
         from starflow2.model import StarFlow2
         from starflow2.selfcheck import check_model, report, table
 
-        with _console(stderr=True).status("loading") as status:
+        with console(stderr=True).status("loading") as status:
             model = StarFlow2.from_pretrained(self.model, device=self.device)
             checks = check_model(model, status.update)
-        _console().print(table(checks))
+        console().print(table(checks))
         found = report(checks, model)
-        _write_json(found, self.json)
+        write_json(found, self.json)
         return 0 if found["ok"] else 1
 
 
@@ -417,31 +462,45 @@ class Demo:
     device: Device = "auto"
 
     def run(self, unknown: Sequence[str]) -> int:
-        _refuse(unknown, type(self))
-        _check_json(self.json)
-        with _progress("drawing", "pictures") as step:
+        refuse(unknown, type(self))
+        check_json(self.json)
+        with progress("drawing", "pictures") as step:
             from starflow2.demo import make_demo
 
             made = make_demo(self.model, self.output, device=self.device, progress=step)
         from starflow2.evals.report import table
 
-        _console().print(table(made.scores))
+        console().print(table(made.scores))
         right = sum(shown.verdict.correct for shown in made.shown)
         pace = made.report["seconds_per_image"]
         print(f"{right} of {len(made.shown)} pictures show what was asked, {pace:.2f} s each. The page: {made.page}")
-        _write_json(made.report, self.json)
+        write_json(made.report, self.json)
         return 0
 
 
 # -- the program ------------------------------------------------------------------------------------------------------
 
-COMMANDS: tuple[type[Command], ...] = (Generate, Demo, Train, Eval, Info, Check)
+COMMANDS: tuple[type[Command], ...] = (
+    Generate,
+    Ask,
+    Edit,
+    Chat,
+    Score,
+    Invert,
+    Demo,
+    Train,
+    Eval,
+    Analyze,
+    Info,
+    Check,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status; `argv` is sys.argv without the program by default."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        check_text(*arguments)
         return _dispatch(arguments)
     except StarFlowError as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -539,55 +598,7 @@ def _unboxed(text: str) -> str:
     return " ".join(line for line in inside if line)
 
 
-def _flags(kind: type[Any], prefix: str = "") -> list[str]:
-    """Long options of a dataclass: --steps, --optim.lr."""
-    flags = []
-    for field in dataclasses.fields(kind):
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        if dataclasses.is_dataclass(default) and not isinstance(default, type):
-            flags += _flags(type(default), f"{prefix}{field.name}.")
-        else:
-            flags.append(f"--{prefix}{field.name}".replace("_", "-"))
-    return flags
-
-
-def _refuse(unknown: Sequence[str], command: type[Command], hint: str = "", known: Sequence[str] = ()) -> None:
-    """Raise ConfigError for the first argument that nothing takes, with the nearest option there is."""
-    if not unknown:
-        return
-    flags = [*_flags(command), *known]
-    name = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
-    kind = "option" if name.startswith("-") else "argument"
-    raise ConfigError(
-        f"{command.verb} has no {kind} {name}{hint}.{nearest(name, flags)} See {PROGRAM} {command.verb} --help."
-    )
-
-
 # -- the terminal -----------------------------------------------------------------------------------------------------
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr)
-
-
-@contextlib.contextmanager
-def _progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error and the function (done, in all) that moves it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    console = _console(stderr=True)
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def step(done: int, total: int) -> None:
-            bar.update(task, description=title, completed=done, total=total)
-
-        yield step
 
 
 @contextlib.contextmanager
@@ -595,16 +606,16 @@ def _training_bar(stage: StageConfig, latents: int) -> Iterator[Callable[[StepRe
     """A bar for one stage; where standard error is no terminal, a line per report instead, for log files."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    console = _console(stderr=True)
+    screen = console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
         task = bar.add_task(stage.name, total=stage.steps, said="starting")
 
         def report(line: StepReport) -> None:
             said = _told(line, latents)
             bar.update(task, completed=line.step, said=said)
-            if not console.is_terminal:
-                console.print(f"{line.stage} {line.step}/{line.steps} {said}", soft_wrap=True, highlight=False)
+            if not screen.is_terminal:
+                screen.print(f"{line.stage} {line.step}/{line.steps} {said}", soft_wrap=True, highlight=False)
 
         yield report
 
@@ -615,14 +626,3 @@ def _told(line: StepReport, latents: int) -> str:
     left = f"{minutes:.0f} min" if minutes >= 2 else f"{line.eta_s:.0f} s"
     rate = line.images_per_s
     return f"loss {line.metrics['loss']:.4f} · {rate:,.0f} images/s · {rate * latents:,.0f} latents/s · {left} left"
-
-
-def _check_json(path: Path | None) -> None:
-    if path is not None:
-        check_writable(path)
-
-
-def _write_json(data: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
-        with replacing(path) as temp:
-            temp.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -44,7 +44,7 @@ from starflow2.data.world import (
     scene_key,
     stream,
 )
-from starflow2.errors import ConfigError
+from starflow2.errors import ConfigError, DataError
 
 __all__ = [
     "EDIT_WORDINGS",
@@ -74,6 +74,7 @@ _SUITE_SEED, _SUITE, _SESSIONS = 2026, 20, 21  # frozen: another seed or order o
 _THINGS: Final = (0.15, 0.3, 0.3, 0.25)  # shares of training pictures with one to four objects
 _REPEATS: Final = 0.35  # share of pictures of several objects in which some have the same shape
 _TRIES: Final = 64  # recolourings of a layout, and edits of a picture, before another is drawn
+_SOURCES: Final = 2_000  # pictures to start from; a handful is enough for anything possible
 _FEW: Final = 6  # likewise, edits of an operation that has few on one picture
 
 
@@ -496,13 +497,14 @@ def _chain(
 ) -> list[_Step]:
     """Edits one after another, all seen in training and all their pictures in one bucket; the last may start from an
     earlier picture, the one after `undo_to` edits."""
-    least = 2 if where != "train" or "remove" in operations else 1
+    least = max(2 if where != "train" else 1, operations.count("remove") + 1)
     spare = max(operations.count("add"), len(operations) > 1)  # four objects leave several edits too little room
     cast = _Cast(where=where, least=least, most=MAX_THINGS - spare)
-    steps = None
-    while steps is None:
+    for _ in range(_SOURCES):
         steps = _rest(rng, where, operations, [_source(rng, cast)], undo_to)
-    return steps
+        if steps is not None:
+            return steps
+    raise DataError(f"operations={tuple(operations)}: none of {_SOURCES} pictures allows them one after another.")
 
 
 def _rest(
@@ -540,6 +542,8 @@ def edit_chain_dialogue(seed: int, index: int) -> Dialogue:
     """
     rng = stream(seed, index, _CHAIN)
     operations = [_pick(rng, OPERATIONS) for _ in range(int(rng.integers(2, 4)))]
+    while operations.count("remove") > 2:  # four objects, and room for others, leave nothing for a third
+        operations = [_pick(rng, OPERATIONS) for _ in operations]
     steps = _chain(rng, "train", operations)
     return _dialogue([_worded(step, rng, "train") for step in steps], "edit chain")
 

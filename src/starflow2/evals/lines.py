@@ -6,11 +6,15 @@ W-GenEval has a table of its own (report). Here every suite is a function from i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from rich.table import Table
 
-__all__ = ["HEADINGS", "lines", "suite_markdown", "suite_table"]
+from starflow2.errors import ConfigError
+from starflow2.evals.report import commit
+
+__all__ = ["HEADINGS", "lines", "suite_markdown", "suite_record", "suite_table"]
 
 HEADINGS = ("measure", "ID", "CG", "gap", "floor", "ceiling")
 ABSENT = "–"
@@ -38,6 +42,15 @@ def suite_markdown(report: Report) -> str:
     rows = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *lines(report)]
     body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"**{_title(report)}**\n\n{body}\n\n{_NOTES[report['suite']]}\n"
+
+
+def suite_record(report: Report) -> dict[str, Any]:
+    """Date, commit and the table's cells of a full test run, for the ledger. Raises ConfigError for any other."""
+    if report["quick"] or report["split"] != "test":
+        raise ConfigError("report: only full test runs enter the ledger, this one is not.")
+    told = {name: {"id": a, "cg": b, "floor": floor, "ceiling": best} for name, a, b, _, floor, best in lines(report)}
+    made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
+    return made | {"suite": report["suite"], "split": "test", "n": report["n"], "lines": told}
 
 
 def _title(report: Report) -> str:

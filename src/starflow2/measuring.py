@@ -1,0 +1,219 @@
+"""Commands that measure: `eval` scores a model on a suite, `analyze` looks inside it and at the paper's claims.
+
+Imports the library inside `run`, so that `starflow2 --help` stays quick. Not here: what is measured (evals, analysis,
+compare, claims).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from tyro.conf import Positional, arg
+
+from starflow2.commands import conversing
+from starflow2.errors import ConfigError
+from starflow2.files import check_writable, replacing
+from starflow2.terminal import Device, JsonFile, Model, check_json, console, own, progress, refuse
+
+if TYPE_CHECKING:
+    from starflow2.model import StarFlow2
+
+__all__ = ["Analyze", "Eval"]
+
+LEDGER = Path("docs/results/ledger.jsonl")
+DRAWN = ("geneval", "dpg")  # suites that need no more than stage 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Score a model on a benchmark, with floor and ceiling beside every number.
+
+    A full test run adds a line to docs/results/ledger.jsonl where it runs from a checkout.
+    """
+
+    verb: ClassVar[str] = "eval"
+
+    benchmark: Positional[Annotated[Literal["world"], arg(metavar="SUITE", help="world: the drawn world")]]
+    suite: Annotated[
+        Literal["geneval", "dpg", "mme", "gqa", "mcq", "edit", "story"],
+        arg(help="drawing: geneval, dpg; answering: mme, gqa, mcq; edits; stories"),
+    ] = "geneval"
+    split: Annotated[Literal["dev", "test"], arg(help="dev for every choice, test to report")] = "dev"
+    quick: Annotated[bool, arg(help="one item in eight: noisy")] = False
+    part: Annotated[
+        tuple[Literal["id", "cg", "paraphrase"], ...],
+        arg(help="of geneval: seen combinations, new ones, other wording"),
+    ] = ("id", "cg")
+    samples: Annotated[int, arg(help="of geneval: pictures of each prompt, 1 to 4")] = 4
+    json: JsonFile = None
+    model: Model = "nano"
+    device: Device = "auto"
+
+    def run(self, unknown: Sequence[str]) -> int:
+        refuse(unknown, type(self))
+        from starflow2.evals.report import append_ledger, write_json
+
+        check_json(self.json)
+        self._check()
+        ledger = _ledger() if self.split == "test" and not self.quick else None
+        model = self._model()
+        with progress("scoring", "items") as step:
+            report = self._scored(model, step)
+        report["model"] = model.parts.cfg.name
+        console().print(_table(report))
+        if self.json is not None:
+            write_json(report, self.json)
+        if ledger is not None:
+            append_ledger(ledger, {**_record(report), "model": report["model"]})
+        return 0
+
+    def _check(self) -> None:
+        if not self.part:
+            raise ConfigError("--part names no part; expected one or more of id, cg, paraphrase.")
+        if self.suite != "geneval" and (self.part != ("id", "cg") or self.samples != 4):
+            raise ConfigError(f"--part and --samples are of suite geneval; {self.suite} takes neither.")
+
+    def _model(self) -> StarFlow2:
+        from starflow2.model import StarFlow2
+
+        if self.suite in DRAWN:
+            return StarFlow2.from_pretrained(self.model, device=self.device)
+        return conversing(self.model, self.device, f"eval --suite {self.suite}")
+
+    def _scored(self, model: StarFlow2, step: Callable[[int, int], None]) -> dict[str, Any]:
+        from starflow2.evals.suites import score_suite
+        from starflow2.evals.world import score_geneval
+
+        if self.suite != "geneval":
+            return score_suite(model, self.suite, self.split, quick=self.quick, progress=step)
+        return score_geneval(model, self.split, quick=self.quick, samples=self.samples, parts=self.part, progress=step)
+
+
+def _table(report: Mapping[str, Any]) -> Any:
+    from starflow2.evals.lines import suite_table
+    from starflow2.evals.report import table
+
+    return table(report) if _is_geneval(report) else suite_table(report)
+
+
+def _record(report: Mapping[str, Any]) -> dict[str, Any]:
+    from starflow2.evals.lines import suite_record
+    from starflow2.evals.report import ledger_record
+
+    return ledger_record(report) if _is_geneval(report) else suite_record(report)
+
+
+def _is_geneval(report: Mapping[str, Any]) -> bool:
+    return str(report["suite"]).endswith("geneval")
+
+
+def _ledger() -> Path | None:
+    """The ledger of the checkout that this package runs from, None where it is installed."""
+    root = Path(__file__).parents[2]
+    return root / LEDGER if (root / "pyproject.toml").is_file() else None
+
+
+# -- analyze ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analyze:
+    """Look inside a model of stage 3: skips, cost of turns, sheets, comparisons, and the paper's claims beside it.
+
+    skips: what both skips carry, over 50 prompts. turns: a session against reading everything anew. sheets: edits and
+    stories as pictures. compare: the paper's arms on equal budgets, trained here (hours on CPU). paper: claims.md from
+    the JSON files in the folder, skips and turns measured first where they are missing.
+    """
+
+    verb: ClassVar[str] = "analyze"
+
+    what: Positional[
+        Annotated[Literal["skips", "turns", "sheets", "compare", "paper"], arg(metavar="NAME", help="see above")]
+    ]
+    output: Annotated[Path, arg(aliases=("-o",), metavar="FOLDER", help="where files go")] = Path("docs/results")
+    steps: Annotated[int | None, own("INT", "of compare: training steps of every arm", "300")] = None
+    json: JsonFile = None
+    model: Model = "nano"
+    device: Device = "auto"
+
+    def run(self, unknown: Sequence[str]) -> int:
+        refuse(unknown, type(self))
+        check_json(self.json)
+        check_writable(self.output / "claims.md")
+        if self.steps is not None and self.what != "compare":
+            raise ConfigError(f"--steps is of compare; {self.what} trains nothing.")
+        doing: dict[str, Callable[[], Any]] = {
+            "skips": self._skips,
+            "turns": self._turns,
+            "sheets": self._sheets,
+            "compare": self._compare,
+            "paper": self._paper,
+        }
+        told = doing[self.what]()
+        if self.json is not None:
+            _write(told, self.json)
+        return 0
+
+    def _joint(self) -> StarFlow2:
+        return conversing(self.model, self.device, f"analyze {self.what}")
+
+    def _skips(self) -> Any:
+        from starflow2.analysis import plot_skips, skip_contributions
+
+        report = skip_contributions(self._joint().sampler())
+        told = report.to_json()
+        _write(told, self.output / "skips.json")
+        plot_skips(report, self.output / "skips.png")
+        for name in ("visual", "text"):
+            row = told[name]
+            print(f"{name}: ratio {row['contribution_ratio']['mean']:.3f}, cosine {row['cosine']['mean']:+.3f}")
+        return told
+
+    def _turns(self) -> Any:
+        from starflow2.analysis import plot_turn_costs, turn_costs
+
+        costs = turn_costs(self._joint().sampler())
+        told = {"turns": [cost.to_json() for cost in costs]}
+        _write(told, self.output / "turns.json")
+        plot_turn_costs(costs, self.output / "turns.png")
+        for row in told["turns"]:
+            slot, anew = 1000 * row["per_slot"], row["slower_to_start"]
+            print(f"turn {row['turn']}: {slot:.1f} ms per slot, {anew:.1f} times slower to start anew")
+        return told
+
+    def _sheets(self) -> Any:
+        from starflow2.gallery import edit_sheet, story_sheet
+
+        model, files = self._joint(), [self.output / "edits.png", self.output / "stories.png"]
+        edit_sheet(model, files[0])
+        story_sheet(model, files[1])
+        print(*files, sep="\n")
+        return {"files": [str(file) for file in files]}
+
+    def _compare(self) -> Any:
+        from starflow2.compare import CompareConfig, compare, write
+        from starflow2.model import NANO, pick_device
+
+        config = CompareConfig() if self.steps is None else CompareConfig(steps=self.steps)
+        folder = NANO if self.model == "nano" else Path(self.model)
+        rows = compare(folder, config, device=str(pick_device(self.device)), progress=print)
+        print(write(rows, config, self.output))
+        return {"rows": rows}
+
+    def _paper(self) -> Any:
+        from starflow2.claims import CLAIMS, write_claims
+
+        for name, measure in (("skips", self._skips), ("turns", self._turns)):
+            if not (self.output / f"{name}.json").is_file():
+                measure()
+        print(write_claims(self.output))
+        return {"claims": [claim.text for claim in CLAIMS]}
+
+
+def _write(told: Any, path: Path) -> None:
+    with replacing(path) as temp:
+        temp.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")

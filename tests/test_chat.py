@@ -1,0 +1,358 @@
+"""Conversations in the terminal: what lines do, what is shown where, and that an error costs one line and no turn."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import one_hot
+
+from model_cases import tiny_parts
+from starflow2.chat import Album, Chat, Screen, graphics_of, inline, lines_of
+from starflow2.errors import OutputError, PromptError
+from starflow2.images import read_metadata
+from starflow2.model import StarFlow2
+from starflow2.pretzel import Pretzel
+from starflow2.session import Session
+
+ESCAPE = "\x1b"
+SETTINGS = {"guidance": 1.0, "prior_scale": 0.65, "model": "tiny"}
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    encoding = "utf-8"  # type: ignore[assignment]
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(scope="module")
+def model() -> StarFlow2:
+    return StarFlow2(tiny_parts(("features", "fae", "vlm", "t2i", "adapter", "joint")))
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def says(model, monkeypatch) -> Callable[..., None]:
+    """Let the model reply with these words and pictures (None), over and over."""
+
+    def script(*blocks: str | None) -> None:
+        layout, tokenizer = model.parts.layout, model.parts.tokenizer
+        ids = [[layout.begin] if block is None else tokenizer.encode(block) for block in blocks]
+        tokens = itertools.cycle([*itertools.chain(*ids), tokenizer.special.end])
+
+        def logits(_: Pretzel, h: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
+            return one_hot(torch.tensor([next(tokens)] * len(h)), model.parts.cfg.vlm.vocab).double()
+
+        monkeypatch.setattr(Pretzel, "logits", logits)
+
+    return script
+
+
+def a_picture(name: str = "shown.png") -> Path:
+    Image.new("RGB", (80, 64), (200, 30, 40)).save(name)
+    return Path(name)
+
+
+def a_chat(model: StarFlow2, out: io.StringIO | None = None) -> Chat:
+    screen = Screen(out or io.StringIO(), io.StringIO())
+    return Chat(model.session(), screen, Album(Path("made"), SETTINGS))
+
+
+def heard(chat: Chat) -> tuple[str, str]:
+    """What stands on both streams, which are emptied."""
+    texts = []
+    for stream in (chat.screen.out, chat.screen.err):
+        texts.append(stream.getvalue())  # type: ignore[attr-defined]
+        stream.seek(0)
+        stream.truncate()
+    return texts[0], texts[1]
+
+
+def told(chat: Chat, *lines: str) -> tuple[str, str]:
+    chat.run(lines)
+    return heard(chat)
+
+
+def kinds(session: Session) -> list[str]:
+    return [f"{p.who}: {'picture' if p.text is None else p.text}" for p in session.pieces]
+
+
+# -- turns ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_a_turn_and_its_reply_comes_in_order(model, says):
+    says("two red hearts", None, "a blue star")
+    chat = a_chat(model)
+    out, err = told(chat, "", "  two red hearts\n", "   ")
+    assert out == "two red hearts\n[made/picture-001.png]\na blue star\n" and err == ""
+    assert kinds(chat.session) == [
+        "user: two red hearts",
+        "model: two red hearts",
+        "model: picture",
+        "model: a blue star",
+    ]
+    said = read_metadata("made/picture-001.png")
+    assert (said["prompt"], said["seed"], said["model"]) == ("two red hearts", "0", "tiny")
+
+
+def test_nothing_behind_quit_is_read(model, says):
+    says("a star")
+    chat = a_chat(model)
+    lines = iter(["two red hearts", "/quit", "a blue star"])
+    chat.run(lines)
+    assert heard(chat) == ("a star\n", "") and list(lines) == ["a blue star"]
+
+
+def test_a_shown_picture_is_part_of_the_turn_that_is_then_said(model, says):
+    says("red")
+    chat = a_chat(model)
+    out, err = told(chat, f"/show {a_picture()}", "what color is it?")
+    assert out == "red\n" and err == "shown.png is part of your turn; now say something.\n"
+    assert kinds(chat.session) == ["user: picture", "user: what color is it?", "model: red"]
+    assert chat.session.encode_calls == 1
+
+
+def test_draw_forces_a_picture_of_the_words_or_of_what_was_shown(model):
+    chat = a_chat(model)
+    out, _ = told(chat, "/draw two red hearts", f"/show {a_picture()}", "/draw")
+    assert out == "[made/picture-001.png]\n[made/picture-002.png]\n"
+    assert kinds(chat.session) == ["user: two red hearts", "model: picture", "user: picture", "model: picture"]
+    drawn = model.session().add("two red hearts").draw().image
+    assert np.array_equal(np.asarray(Image.open("made/picture-001.png")), np.asarray(drawn))
+
+
+def test_undo_takes_a_turn_back_with_the_picture_that_was_shown_in_it(model, says):
+    says("red")
+    chat = a_chat(model)
+    told(chat, "two red hearts")
+    length = chat.session.length
+    told(chat, f"/show {a_picture()}", "what color is it?", "/undo")
+    assert chat.session.length == length and kinds(chat.session) == ["user: two red hearts", "model: red"]
+    told(chat, f"/show {a_picture()}", "/undo", "/undo")
+    assert chat.session.length == 0 and chat.session.pieces == []
+    assert told(chat, "/undo") == ("", "error: there is no turn to take back.\n")
+
+
+def test_pictures_that_are_there_already_are_left_alone(model):
+    Path("made").mkdir()
+    for number in (1, 2):
+        Path(f"made/picture-00{number}.png").write_bytes(b"mine")
+    out, _ = told(a_chat(model), "/draw a star")
+    assert out == "[made/picture-003.png]\n" and Path("made/picture-001.png").read_bytes() == b"mine"
+
+
+def test_a_reply_that_was_cut_or_is_empty_says_so(model, says):
+    says(" ".join(["red"] * 70))
+    assert "reached its limit" in told(a_chat(model), "two red hearts")[1]
+    says()
+    assert told(a_chat(model), "two red hearts") == ("", "the model says nothing.\n")
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "says_why"),
+    [
+        ("a zebra", "never learnt 'zebra'"),
+        ("...", "the prompt is empty"),
+        ("\udcff", "is not UTF-8 text"),
+        (
+            "/shw x.png",
+            'there is no /shw; expected /show, /draw, /undo, /save, /load, /help, /quit. Did you mean "show"?',
+        ),
+        ("/show", "the name of a file is missing: /show picture.png"),
+        ("/show none.png", "cannot read none.png as a picture"),
+        ("/show .", "cannot read . as a picture"),
+        ("/draw", "/draw needs words"),
+        ("/draw a zebra", "never learnt 'zebra'"),
+        ("/undo", "there is no turn"),
+        ("/save talk.png", "ends in .safetensors"),
+        ("/save file/talk.safetensors", "cannot write file/talk.safetensors"),
+        ("/load", "the name of a file is missing"),
+        ("/load none.safetensors", "none.safetensors is not a whole session file"),
+        ("/load file", "file is not a whole session file"),
+    ],
+)
+def test_an_error_costs_one_line_and_nothing_of_the_session(line, says_why, model):
+    Path("file").write_text("nothing of use")
+    chat = a_chat(model)
+    before = sorted(Path.cwd().rglob("*"))
+    out, err = told(chat, line)
+    assert out == "" and err.startswith("error: ") and says_why in err and err.count("\n") == 1
+    assert chat.session.length == 0 and sorted(Path.cwd().rglob("*")) == before
+
+
+def test_after_an_error_the_conversation_goes_on_as_if_it_had_not_happened(model):
+    spoilt, clean = a_chat(model), a_chat(model)
+    picture = a_picture()
+    told(spoilt, "a zebra", f"/show {picture}", "a unicorn", "/show none.png", "/draw two stars")
+    told(clean, f"/show {picture}", "/draw two stars")
+    assert kinds(spoilt.session) == kinds(clean.session) == ["user: picture", "user: two stars", "model: picture"]
+    pictures = [chat.session.pieces[-1].picture.u for chat in (spoilt, clean)]
+    assert torch.equal(*pictures)
+
+
+def test_a_picture_that_cannot_be_written_takes_its_turn_back_and_keeps_what_was_shown(model, says):
+    chat = a_chat(model)
+    Path("made").write_text("a file in its place")
+    with pytest.raises(OutputError):
+        chat.album.check()
+    told(chat, f"/show {a_picture()}")
+    length = chat.session.length
+    for line in ("/draw two stars", "two red hearts"):
+        says(None)
+        assert "error: cannot write made/picture-001.png" in told(chat, line)[1]
+        assert chat.session.length == length and kinds(chat.session) == ["user: picture"]
+
+
+def test_control_c_stops_the_reply_and_not_the_conversation(model, says, monkeypatch):
+    says("two red hearts", None)
+    chat = a_chat(model)
+    steps = itertools.count()
+
+    def stop(*_: object) -> None:
+        if next(steps) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat.screen, "bar", stop)
+    assert "stopped; nothing of it is kept" in told(chat, "two red hearts")[1]
+    assert chat.session.length == 0 and chat.session.pieces == []
+    says(None)
+    assert told(chat, "two red hearts")[0].endswith("[made/picture-001.png]\n")
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_kept_conversation_is_told_and_goes_on_where_it_was(model, says):
+    says("red")
+    chat, later = a_chat(model), a_chat(model)
+    told(chat, f"/show {a_picture()}", "what color is it?", "/save talk.safetensors")
+    out, _ = told(later, "/load talk.safetensors")
+    assert out == "> [a picture]\n> what color is it?\nred\n"
+    assert told(later, "/undo")[1] == "error: there is no turn to take back.\n"
+    for one in (chat, later):
+        told(one, "/draw two stars")
+    drawn = [one.session.pieces[-1].picture.u for one in (chat, later)]
+    assert torch.equal(*drawn)
+
+
+def test_a_failed_load_keeps_the_conversation_there_is(model, says):
+    says("red")
+    chat = a_chat(model)
+    told(chat, "two red hearts", "/save talk.safetensors")
+    whole = Path("talk.safetensors").read_bytes()
+    Path("half.safetensors").write_bytes(whole[: len(whole) // 2])
+    before = chat.session
+    assert "error: half.safetensors is not a whole session file" in told(chat, "/load half.safetensors")[1]
+    assert chat.session is before and told(chat, "a star")[0] == "red\n"
+
+
+# -- the screen -------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_no_escape_codes_whatever_the_terminal_around_it_is(model, says):
+    says(f"a{ESCAPE}[31m star", None)
+    kitty = {"TERM": "xterm-kitty", "KITTY_WINDOW_ID": "1"}
+    out = io.StringIO()
+    chat = Chat(model.session(), Screen(out, io.StringIO(), graphics_of(out, kitty)), Album(Path("made"), SETTINGS))
+    text, err = told(chat, "two red hearts", "/help")
+    assert ESCAPE not in text + err and "/undo" in text and "picture-001.png" in text
+
+
+@pytest.mark.parametrize(
+    ("environ", "graphics"),
+    [
+        ({"TERM": "xterm-256color"}, "blocks"),
+        ({"TERM": "xterm-kitty"}, "kitty"),
+        ({"TERM": "xterm-256color", "KITTY_WINDOW_ID": "3"}, "kitty"),
+        ({"TERM": "xterm-ghostty", "TERM_PROGRAM": "ghostty"}, "kitty"),
+        ({"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app"}, "iterm2"),
+        ({"TERM": "xterm-256color", "LC_TERMINAL": "iTerm2"}, "iterm2"),
+        ({"TERM": "screen-256color", "KITTY_WINDOW_ID": "3", "TMUX": "/tmp/tmux,1,0"}, "blocks"),
+        ({"TERM": "xterm-kitty", "NO_COLOR": "1"}, "none"),
+        ({"TERM": "dumb", "TERM_PROGRAM": "iTerm.app"}, "none"),
+        ({}, "none"),
+    ],
+)
+def test_the_terminal_is_known_by_its_environment(environ, graphics):
+    assert graphics_of(Terminal(), environ) == graphics
+    assert graphics_of(io.StringIO(), environ) == "none"
+
+
+def two_by_two(scale: int = 1) -> Image.Image:
+    pixels = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 9, 9]]], dtype=np.uint8)
+    return Image.fromarray(pixels.repeat(scale, 0).repeat(scale, 1))
+
+
+def shown_again(data: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
+
+
+def test_kitty_gets_the_whole_picture_in_chunks():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    text = inline(Image.fromarray(noise), "kitty")
+    chunks = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", text)
+    assert len(chunks) > 2 and all(len(data) <= 4096 for _, data in chunks)
+    assert [re.search(r"m=(\d)", keys).group(1) for keys, _ in chunks] == ["1"] * (len(chunks) - 1) + ["0"]
+    assert chunks[0][0].startswith("a=T,f=100,") and np.array_equal(shown_again("".join(d for _, d in chunks)), noise)
+    (single,) = re.findall(r"\x1b_G([^;]*);", inline(two_by_two(), "kitty"))
+    assert single.endswith("m=0")
+
+
+def test_iterm2_gets_the_whole_picture_and_its_size():
+    size, data = re.fullmatch(
+        r"\x1b\]1337;File=inline=1;size=(\d+);[^:]*:(.*)\a\n", inline(two_by_two(), "iterm2")
+    ).groups()
+    assert len(base64.b64decode(data)) == int(size) and np.array_equal(shown_again(data), np.asarray(two_by_two()))
+
+
+def test_half_blocks_hold_two_pixels_and_fit_the_terminal():
+    (row, rest) = inline(two_by_two(), "blocks").split("\n")
+    assert row == "\x1b[38;2;255;0;0;48;2;0;0;255m▀\x1b[38;2;0;255;0;48;2;9;9;9m▀\x1b[0m" and rest == ""
+    rows = inline(two_by_two(100), "blocks", columns=20).splitlines()
+    assert len(rows) == 10 and {line.count("▀") for line in rows} == {20}
+    assert inline(two_by_two(), "none") == ""
+
+
+def test_a_terminal_shows_the_picture_and_how_far_it_is(model, says):
+    says("a star", None)
+    chat = Chat(model.session(), Screen(Terminal(), Terminal(), "blocks"), Album(Path("made"), SETTINGS))
+    out, err = told(chat, "two red hearts")
+    assert out.startswith("a star\n\x1b[38;2;") and out.endswith("\x1b[0m\n[made/picture-001.png]\n")
+    assert "\rdrawing 64/64" in err and err.endswith("\r"), "the bar is wiped"
+
+
+def test_lines_come_from_a_pipe_or_are_asked_for(monkeypatch):
+    assert list(lines_of(io.StringIO("one\ntwo"))) == ["one\n", "two"]
+    with pytest.raises(PromptError, match="not text"):
+        list(lines_of(io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8")))
+    typed: Iterable[str] = iter(["one"])
+
+    def ask(prompt: str) -> str:
+        assert prompt == "> "
+        try:
+            return next(typed)  # type: ignore[call-overload]
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    assert list(lines_of(sys.stdin, "> ")) == ["one"]
