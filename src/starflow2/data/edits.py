@@ -500,11 +500,11 @@ def _chain(
     least = max(2 if where != "train" else 1, operations.count("remove") + 1)
     spare = max(operations.count("add"), len(operations) > 1)  # four objects leave several edits too little room
     cast = _Cast(where=where, least=least, most=MAX_THINGS - spare)
-    for _ in range(_SOURCES):
+    for _ in range(_SOURCES if cast.least <= cast.most else 0):
         steps = _rest(rng, where, operations, [_source(rng, cast)], undo_to)
         if steps is not None:
             return steps
-    raise DataError(f"operations={tuple(operations)}: none of {_SOURCES} pictures allows them one after another.")
+    raise DataError(f"operations={tuple(operations)}: no picture was found that allows them one after another.")
 
 
 def _rest(
