@@ -12,13 +12,14 @@ import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from model_cases import tiny_parts, tiny_run
+from starflow2.data.dialogue import Turn
 from starflow2.data.tasks import HELD_OUT_CHAINS, SUBTASKS, YES_NO, chain, draw_task
 from starflow2.data.world import bucket, held_out, render, scene_key
 from starflow2.errors import ConfigError, DataError, ShapeError
 from starflow2.evals import answering
 from starflow2.evals.answering import evaluate_gqa, evaluate_mme, parse_yes_no, question_prior, score_mme, verify_lock
-from starflow2.sequence import IGNORE
-from starflow2.train import VlmTask, to_images
+from starflow2.sequence import IGNORE, pack
+from starflow2.stages import VlmTask, to_images
 from starflow2.understand import answer
 
 SUITES = {"mme": (evaluate_mme, answering.mme_items), "gqa": (evaluate_gqa, answering.gqa_items)}
@@ -189,8 +190,9 @@ def test_answers_are_those_of_transformers_own_greedy_search(asked):
     processor = Qwen2VLImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3, patch_size=size)
     special, task = parts.cfg.vlm.special, VlmTask(parts, tiny_run().stage("vlm"), 0)
     for i, text in enumerate(QUESTIONS):
-        document, labels = task._document([(text, "none")])  # training's own layout
-        ids = torch.tensor([[token for token, label in zip(document, labels, strict=True) if label == IGNORE]])
+        document = parts.tokenizer.document([Turn((None, text), ("none",))])  # training's own layout; None: a picture
+        batch = pack([document], task.draw.layout)
+        ids = batch.ids[:, : 1 + int((batch.labels[0] != IGNORE).nonzero()[0])]  # up to where the reply begins
         seen = processor([np.asarray(render(draw_task(0, i).scene))], return_tensors="pt")
         out = parts.vlm.model.generate(
             input_ids=ids,

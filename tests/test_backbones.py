@@ -14,7 +14,7 @@ from starflow2.data.tasks import draw_task
 from starflow2.data.world import render
 from starflow2.errors import ShapeError
 from starflow2.sequence import image_mrope, text_mrope
-from starflow2.train import to_images
+from starflow2.stages import to_images
 
 SPECIAL = tiny_model().vlm.special
 

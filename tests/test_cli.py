@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from model_cases import tiny_folder, tiny_parts
-from starflow2 import __version__, cli
+from starflow2 import __version__, cli, measuring
 from starflow2.checkpoint import save_parts
 from starflow2.evals.drawing import PARTS
 from starflow2.generate import DrawConfig
@@ -340,7 +340,7 @@ def scored(model, monkeypatch) -> list[dict[str, object]]:
 
 
 def test_eval_prints_a_table_and_writes_the_report(scored, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_ledger", lambda: pytest.fail("only full test runs go to the ledger"))
+    monkeypatch.setattr(measuring, "_ledger", lambda: pytest.fail("only full test runs go to the ledger"))
     assert (
         cli.main(["eval", "world", "--quick", "--part", "id", "paraphrase", "--samples", "1", "--json", "r.json"]) == 0
     )
@@ -352,8 +352,8 @@ def test_eval_prints_a_table_and_writes_the_report(scored, capsys, monkeypatch):
 
 
 def test_a_full_test_run_adds_a_line_to_the_ledger(scored, monkeypatch):
-    assert cli._ledger() == ROOT / "docs" / "results" / "ledger.jsonl"
-    monkeypatch.setattr(cli, "_ledger", lambda: Path("ledger.jsonl"))
+    assert measuring._ledger() == ROOT / "docs" / "results" / "ledger.jsonl"
+    monkeypatch.setattr(measuring, "_ledger", lambda: Path("ledger.jsonl"))
     for _ in range(2):
         assert cli.main(["eval", "world", "--split", "test"]) == 0
     lines = [json.loads(line) for line in Path("ledger.jsonl").read_text().splitlines()]

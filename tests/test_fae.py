@@ -13,7 +13,7 @@ from starflow2.data.tasks import draw_task
 from starflow2.errors import ShapeError
 from starflow2.fae import Fae, FaeCodec
 from starflow2.protocols import Codec, FeatureExtractor
-from starflow2.train import to_images
+from starflow2.stages import to_images
 
 
 def pictures(count: int, first: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ Letters: B documents, T positions, N latents, P pictures.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -159,9 +159,10 @@ class Documents:
     dialogue: Callable[[int], Dialogue]  # by index
 
     @classmethod
-    def of(cls, parts: Parts, dialogue: Callable[[int], Dialogue]) -> Documents:
+    def of(cls, parts: Parts, dialogue: Callable[[int], Dialogue], layout: Layout | None = None) -> Documents:
+        """`layout`: how pictures are spelled, by default with one slot per latent."""
         assert parts.tokenizer is not None
-        return cls(parts.tokenizer, parts.layout, parts.cfg.fae.image_size, dialogue)
+        return cls(parts.tokenizer, layout or parts.layout, parts.cfg.fae.image_size, dialogue)
 
     def __call__(self, indices: range) -> tuple[Tensor, Batch]:
         dialogues = [self.dialogue(i) for i in indices]
@@ -212,7 +213,8 @@ class VlmTask:
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
         self.parts = parts
-        self.draw: Callable[[range], Any] = Documents.of(parts, partial(understanding_dialogue, seed))
+        tower = replace(parts.layout, grid=parts.cfg.vlm.image_grid)  # which need not be that of the latents
+        self.draw: Callable[[range], Any] = Documents.of(parts, partial(understanding_dialogue, seed), tower)
         self.trained = nn.ModuleDict({"vlm": parts.vlm})
 
     def loss(self, data: tuple[Tensor, Batch], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

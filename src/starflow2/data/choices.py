@@ -636,7 +636,7 @@ def _game_take(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
 def several_pictures(rng: np.random.Generator) -> Dialogue:
     """A training conversation about two or three pictures, shown together or one by one.
 
-    >>> len(several_pictures(stream(0, 1)).scenes) in (2, 3)
+    >>> len(several_pictures(np.random.default_rng(0)).scenes) in (2, 3)
     True
     """
     make = _pick(rng, (_conversation, _conversation, _comparison, _puzzle))
