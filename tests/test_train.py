@@ -940,3 +940,11 @@ def test_a_step_that_goes_wrong_in_one_process_is_skipped_by_all_and_their_weigh
     assert same(first, second)
     assert any(not torch.equal(v, load_parts(folder / "model").flow.state_dict()[k]) for k, v in first.items())
     assert [line.get("skipped") for line in lines(folder)] == [None, 1, 1]
+
+
+def test_a_model_that_goes_on_to_conversations_learns_their_words(tmp_path):
+    parts = tiny_parts(("features", "fae", "vlm", "t2i"))
+    parts.lexicon = frozenset({"circle"})  # as of a time when it knew captions only
+    save_parts(parts, tmp_path / "model")
+    assert {"circle", "turn", "first"} <= train._start_parts(RUN, "adapter", tmp_path, "cpu").lexicon
+    assert train._start_parts(RUN, "t2i", tmp_path, "cpu").lexicon == {"circle"}

@@ -42,6 +42,8 @@ from starflow2.stages import TASKS, Precision, RunConfig, StageConfig, Task
 
 __all__ = ["StepReport", "fit", "fit_task"]
 
+TALKING = ("vlm", "adapter", "joint")  # stages that train on words beside captions
+
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
@@ -241,6 +243,8 @@ def _start_parts(run: RunConfig, stage: str, folder: Path, device: str) -> Parts
                 f"stage {stage} starts from stages that {folder}/model has not seen: "
                 f"{', '.join(missing)}; run --stage {missing[0]} first."
             )
+        if stage in TALKING and parts.lexicon:
+            parts.lexicon |= _all_words()
         return parts
     if stage != names[0]:
         raise TrainingError(
@@ -253,8 +257,13 @@ def _start_parts(run: RunConfig, stage: str, folder: Path, device: str) -> Parts
     parts.tokenizer = train_tokenizer(corpus, run.model.vlm.vocab)
     if parts.tokenizer.special != run.model.vlm.special:
         raise ConfigError("vlm.special does not fit the tokenizer's special tokens.")
-    parts.lexicon = understanding_words() | edit_words() | story_words()
+    parts.lexicon = _all_words()
     return parts
+
+
+def _all_words() -> frozenset[str]:
+    """Every word of every conversation that stages train on."""
+    return understanding_words() | edit_words() | story_words()
 
 
 def _words_of(seed: int, index: int) -> Iterator[str]:
