@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import wake
 from model_cases import STAGES, WHITEN, tiny_folder, tiny_model, tiny_parts, tiny_run, tiny_tokenizer, whiten_quickly
-from starflow2 import checkpoint, stages
+from starflow2 import checkpoint, stages, train
 from starflow2.checkpoint import load_parts, save_parts
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.data.tasks import draw_task
