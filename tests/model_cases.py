@@ -64,7 +64,7 @@ def tiny_model(side: int = 8) -> ModelConfig:
         ),
         flow=replace(
             nano.flow,
-            deep=replace(blocks[0], context_dim=WIDTH),
+            deep=replace(blocks[0], context_dim=2 * WIDTH),
             shallow=tuple(blocks[1:]),
             noise=NoiseConfig(noise_min=0.01, noise_max=0.5, max_share=0.5),
         ),

@@ -38,7 +38,7 @@ __all__ = [
     "write_config",
 ]
 
-FORMAT = 2
+FORMAT = 3
 OWN = ("fae.", "flow.", "joints.")  # what model.safetensors holds
 WEIGHTS = ("model.safetensors", "vlm/model.safetensors", "features/model.safetensors")
 
@@ -185,16 +185,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not of a starflow2 model (no format, model, stages).")
     if not isinstance(config["stages"], list) or not all(type(s) is str for s in config["stages"]):
         raise CheckpointError(f"{path} is not of a starflow2 model (stages is no list of names).")
-    if config["format"] not in (1, FORMAT):
+    if config["format"] not in range(1, FORMAT + 1):
         raise CheckpointError(f"{path} has format {config['format']}; this version reads up to {FORMAT}.")
-    return _as_format_2(config) if config["format"] == 1 else dict(config)
+    config = _as_format_2(config) if config["format"] == 1 else config
+    return _as_format_3(config) if config["format"] == 2 else dict(config)
 
 
 def _as_format_2(config: dict[str, Any]) -> dict[str, Any]:
     """A model from before the streams were joined: it gets the joints of that time's only recipe."""
     joints = to_dict(JointsConfig(adapter_width=192, adapter_stencil=True, reference=True))
+    del joints["words"]
     new = {"joints": joints, "max_positions": 4096}
-    return {**config, "format": FORMAT, "model": {**config["model"], **new}}
+    return {**config, "format": 2, "model": {**config["model"], **new}}
+
+
+def _as_format_3(config: dict[str, Any]) -> dict[str, Any]:
+    """A model from before the flow could read words beside states: its flow reads states alone."""
+    model = config["model"]
+    return {**config, "format": 3, "model": {**model, "joints": {**model["joints"], "words": False}}}
 
 
 def _fresh_joints(cfg: ModelConfig) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from starflow2.flow import Context, Flow, SampleConfig
 from starflow2.flow.affine import Guidance
 from starflow2.flow.solve import SEQUENTIAL, Solver
 from starflow2.parts import Parts
+from starflow2.pretzel import text_context
 from starflow2.sequence import pad_rows, text_mrope
 
 __all__ = ["DrawConfig", "Drawn", "draw", "drawing_context", "prompt_context", "sample_latents"]
@@ -86,7 +87,9 @@ def drawing_context(parts: Parts, rows: Sequence[Sequence[int]]) -> Context:
     """
     text = pad_rows(rows, parts.cfg.vlm.special.pad)
     ids = text.ids.to(parts.device)
-    h = parts.vlm.states(parts.vlm.embed(ids), text_mrope(*ids.shape).to(ids.device))
+    embeds = parts.vlm.embed(ids)
+    h = parts.vlm.states(embeds, text_mrope(*ids.shape).to(ids.device))
+    h = text_context(parts.cfg.joints, embeds, h)
     h = text.left_padded(h.float().cpu()).to(parts.device)
     return Context(h, text.left_positions.to(h.device), text.left_attend.to(h.device))
 
@@ -168,7 +171,7 @@ def prompt_context(parts: Parts, rows: Sequence[Sequence[int]], dtype: torch.dty
     """As `drawing_context`, but each distinct row is read alone, so that no row depends on its neighbours."""
     states = {tuple(row): drawing_context(parts, [row]).states[0] for row in rows}
     text = pad_rows(rows, parts.cfg.vlm.special.pad)
-    padded = torch.zeros(len(rows), text.width, parts.cfg.vlm.width, dtype=dtype, device=parts.device)
+    padded = torch.zeros(len(rows), text.width, parts.cfg.flow.deep.context_dim, dtype=dtype, device=parts.device)
     for target, row in zip(padded, rows, strict=True):
         target[text.width - len(row) :] = states[tuple(row)]
     return Context(padded, text.left_positions.to(padded), text.left_attend.to(parts.device))

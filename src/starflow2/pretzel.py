@@ -27,7 +27,19 @@ from starflow2.nn import Cache, FiLM, check, zero_linear
 from starflow2.protocols import LanguageStream
 from starflow2.sequence import IGNORE, Batch
 
-__all__ = ["Adapter", "Joints", "JointsConfig", "Output", "Pretzel", "PretzelCache", "Skip", "Slots", "States"]
+__all__ = [
+    "Adapter",
+    "Joints",
+    "JointsConfig",
+    "Latent",
+    "Output",
+    "Pretzel",
+    "PretzelCache",
+    "Skip",
+    "Slots",
+    "States",
+    "text_context",
+]
 
 Skip = Literal["visual", "text"]
 ALL_SKIPS: frozenset[Skip] = frozenset(get_args(Skip))
@@ -44,6 +56,15 @@ class JointsConfig:
     noise_width: int = 64  # width of the adapter's embedding of the noise level
     adapter_stencil: bool = False  # the adapter also reads the latents left and above (our choice, off in the paper)
     reference: bool = False  # the flow also reads the latent before, at the target's place (our choice, likewise)
+    words: bool = False  # the flow also reads each token's own embedding beside its state (our choice, likewise)
+
+
+def text_context(cfg: JointsConfig, embeds: Tensor, h: Tensor) -> Tensor:
+    """What the flow reads at text positions, before P_txt: states h (B, T, E), with `words` (B, T, 2E).
+
+    The last states say what comes next; the word that stands there has faded (docs/choices.md#words-beside-states).
+    """
+    return torch.cat([h, F.rms_norm(embeds, embeds.shape[-1:]).to(h.dtype)], dim=-1) if cfg.words else h
 
 
 class Adapter(nn.Module):
@@ -112,7 +133,7 @@ class Slots:
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Both streams at the new positions. h: (B, T, E) language, g: (B, T, C) flow; injected: see `Pretzel.traced`."""
+    """Both streams at the new positions. h: (B, T, E) language, g: (B, T, C) flow."""
 
     h: Tensor
     g: Tensor
@@ -198,12 +219,12 @@ class Pretzel:
 
     def read(self, slots: Slots, cache: PretzelCache | None = None) -> States:
         """Both streams at new positions, behind those in `cache`, which grows by them."""
-        embeds = self.vlm.embed(slots.ids)
+        words = embeds = self.vlm.embed(slots.ids)
         latent = slots.latent
         if latent is not None:
-            embeds = embeds.index_put((latent.row, latent.at), latent.adapted.to(embeds.dtype))
+            embeds = words.index_put((latent.row, latent.at), latent.adapted.to(words.dtype))
         h = self.vlm.states(embeds, slots.mrope, None if cache is None else cache.vlm, slots.attend)
-        e = self.flow.deep.context_in(h)  # (B, T, C), P_txt
+        e = self.flow.deep.context_in(text_context(self.joints.cfg, words, h))  # (B, T, C), P_txt
         if slots.begin is not None:
             row, at, added = slots.begin
             e = e.index_put((row, at), added.to(e.dtype), accumulate=True)

@@ -70,11 +70,11 @@ def nano_model() -> ModelConfig:
             pixel_decoder=bidirectional,
         ),
         flow=FlowConfig(
-            deep=block(deep, "l2r", context_dim=192),
+            deep=block(deep, "l2r", context_dim=2 * 192),
             shallow=(block(shallow, "l2r"), block(shallow, "r2l")),
             noise=NoiseConfig(noise_min=0.01, noise_max=0.5, max_share=0.8),
         ),
-        joints=JointsConfig(adapter_width=192, adapter_stencil=True, reference=True),
+        joints=JointsConfig(adapter_width=192, adapter_stencil=True, reference=True, words=True),
     )
 
 
