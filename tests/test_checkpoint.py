@@ -6,6 +6,7 @@ import errno
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -245,16 +246,21 @@ def without_joints(folder: Path, stages: tuple[str, ...] = STAGES[:4], number: i
     tensors = load_file(path)
     for name in sorted(k for k in tensors if k.startswith("joints."))[left:]:
         del tensors[name]
+    enter, deep = "flow.deep.context_in.weight", tiny_model().flow.deep
+    tensors[enter] = tensors[enter][:, : deep.context_dim // 2].contiguous()
     save_file(tensors, path, metadata={"format": "pt"})
     model = json.loads((folder / "config.json").read_text())["model"]
+    model["flow"]["deep"]["context_dim"] = deep.context_dim // 2  # states alone
     if number == 1:
         del model["joints"], model["max_positions"]
+    if number == 2:
+        del model["joints"]["words"]
     edit(folder, format=number, stages=list(stages), model=model)
 
 
-def test_a_folder_says_that_it_is_of_format_two_and_holds_the_joints(saved):
+def test_a_folder_says_that_it_is_of_format_three_and_holds_the_joints(saved):
     config = json.loads((saved / "config.json").read_text())
-    assert config["format"] == FORMAT == 2 and config["model"]["joints"]["adapter_width"] == 192
+    assert config["format"] == FORMAT == 3 and config["model"]["joints"]["adapter_width"] == 192
     names = {k for k in load_file(saved / "model.safetensors") if k.startswith("joints.")}
     assert names == {f"joints.{k}" for k in tiny_parts().joints.state_dict()} and len(names) > 8
 
@@ -279,24 +285,25 @@ def test_a_model_from_before_there_were_joints_gets_fresh_ones_the_same_every_ti
     for skip in (loaded[0].joints.visual_skip, loaded[0].joints.text_skip, loaded[0].joints.reference):
         assert not skip.weight.any(), "nothing of what it could do before may change"
     assert one["adapter.mlp.0.weight"].std() > 0.01
-    assert loaded[0].cfg == tiny_model() and torch.equal(
-        loaded[0].flow.deep.head.weight, tiny_parts().flow.deep.head.weight
-    )
+    then, now = loaded[0], tiny_parts()
+    assert then.cfg.fae == now.cfg.fae and then.cfg.joints == replace(now.cfg.joints, words=False)
+    assert torch.equal(then.flow.deep.head.weight, now.flow.deep.head.weight)
 
 
-def test_the_shipped_model_of_format_one_is_read_as_one_of_format_two_and_saved_as_such(tmp_path):
+def test_the_shipped_model_of_format_one_is_read_as_one_of_today_and_saved_as_such(tmp_path):
     assert json.loads((NANO / "config.json").read_text())["format"] == 1, "make a folder of format 1 for this test"
     config = read_config(NANO)
-    assert config["format"] == 2 and config["model"]["max_positions"] == 4096
+    assert config["format"] == FORMAT and config["model"]["max_positions"] == 4096
     assert config["model"]["joints"] == {
         "adapter_width": 192, "noise_width": 64, "adapter_stencil": True, "reference": True,
+        "words": False,
     }  # fmt: skip
     before = load_parts(NANO)
     assert before.stages == STAGES[:4]
     after = load_parts(save_parts(before, tmp_path / "nano"))
     old, new = before.state_dict(), after.state_dict()
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
-    assert json.loads((tmp_path / "nano" / "config.json").read_text())["format"] == 2
+    assert json.loads((tmp_path / "nano" / "config.json").read_text())["format"] == FORMAT
 
 
 @pytest.mark.parametrize("stages", [STAGES[:5], STAGES], ids=["adapter", "joint"])
