@@ -14,14 +14,24 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from starflow2.data.world import IMAGE_SIZE
 from starflow2.errors import DataError
 
 QUICK_SHARE = 8  # a quick run takes one item in eight
 RESAMPLES = 1000
 
 Grades = NDArray[np.float64]
+Images = NDArray[np.uint8]
 Report = dict[str, Any]
 _Row = TypeVar("_Row")
+
+
+def checked_images(images: Images, count: int) -> Images:
+    """The pictures that a callable returned. Raises DataError unless they are uint8 (count, 64, 64, 3)."""
+    images, wanted = np.asarray(images), (count, IMAGE_SIZE, IMAGE_SIZE, 3)
+    if images.shape != wanted or images.dtype != np.uint8:
+        raise DataError(f"pictures: expected uint8 {wanted}, got {images.dtype} {images.shape}")
+    return images
 
 
 def chunks(rows: Sequence[_Row], size: int) -> Iterator[Sequence[_Row]]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import get_args
@@ -29,7 +29,6 @@ from starflow2.data.world import (
     BACKGROUND_NAMES,
     BACKGROUNDS,
     COLORS,
-    IMAGE_SIZE,
     SHAPES,
     SIZES,
     Split,
@@ -37,19 +36,20 @@ from starflow2.data.world import (
     render,
     scene_key,
 )
-from starflow2.errors import ConfigError, DataError
+from starflow2.errors import ConfigError
 from starflow2.evals._shared import (
     Grades,
     Report,
     bootstrap,
     check_lock,
+    checked_images,
     chunks,
     digest,
     interval,
     lock_text,
     quick_share,
 )
-from starflow2.evals.drawing import relations
+from starflow2.evals.drawing import draw_scans, relations
 from starflow2.evals.judge import Detection, Scan, detect
 
 __all__ = ["answers", "evaluate_dpg", "lock_spec", "picture_score", "roundtrip_ceiling", "soft_score", "verify_lock"]
@@ -183,7 +183,8 @@ def evaluate_dpg(
         raise ConfigError(f"samples: expected 1 to {SAMPLES} pictures per prompt, got {samples}")
     items = _items(split, quick)
     total, scans = samples * len(items), list[Scan]()
-    for some in _draw(generate, items, samples):
+    jobs = [(item.prompt.prompt, SEED_BASE + SAMPLES * item.index + j) for item in items for j in range(samples)]
+    for some in draw_scans(generate, jobs):
         scans += some
         if progress:
             progress(len(scans), total)
@@ -197,7 +198,7 @@ def roundtrip_ceiling(roundtrip: Callable[[Images], Images], split: Split, *, qu
     items, scans = _items(split, quick), list[Scan]()
     for chunk in chunks(items, DRAW_CHUNK):
         truth = np.stack([render(item.prompt.scene) for item in chunk])
-        scans += detect(_checked(roundtrip(truth), len(chunk)))
+        scans += detect(checked_images(roundtrip(truth), len(chunk)))
     return _summary(items, scans)
 
 
@@ -207,21 +208,6 @@ def _items(split: Split, quick: bool) -> list[_Item]:
         return items
     rng = np.random.default_rng(0)
     return [item for part in PARTS for item in quick_share([i for i in items if i.prompt.part == part], rng)]
-
-
-def _draw(generate: Generate, items: Sequence[_Item], samples: int) -> Iterator[list[Scan]]:
-    """One scan per picture, a prompt's samples together, a chunk at a time."""
-    jobs = [(item.prompt.prompt, SEED_BASE + SAMPLES * item.index + j) for item in items for j in range(samples)]
-    for chunk in chunks(jobs, DRAW_CHUNK):
-        images = generate([prompt for prompt, _ in chunk], [seed for _, seed in chunk])
-        yield detect(_checked(images, len(chunk)))
-
-
-def _checked(images: Images, count: int) -> Images:
-    images, wanted = np.asarray(images), (count, IMAGE_SIZE, IMAGE_SIZE, 3)
-    if images.shape != wanted or images.dtype != np.uint8:
-        raise DataError(f"pictures: expected uint8 {wanted}, got {images.dtype} {images.shape}")
-    return images
 
 
 def _summary(items: Sequence[_Item], scans: Sequence[Scan]) -> Report:

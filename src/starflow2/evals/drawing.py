@@ -21,14 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from starflow2.data.tasks import FAMILIES, Drawing, paraphrase_drawings, suite_drawings
-from starflow2.data.world import COLORS, IMAGE_SIZE, SHAPES, Split, render, scene_key
-from starflow2.errors import ConfigError, DataError
+from starflow2.data.world import COLORS, SHAPES, Split, render, scene_key
+from starflow2.errors import ConfigError
 from starflow2.evals._shared import (
     QUICK_SHARE,
     Grades,
     Report,
     bootstrap,
     check_lock,
+    checked_images,
     chunks,
     digest,
     interval,
@@ -41,6 +42,7 @@ __all__ = [
     "Found",
     "Verdict",
     "codec_ceiling",
+    "draw_scans",
     "evaluate_geneval",
     "grade",
     "lock_spec",
@@ -193,7 +195,7 @@ def evaluate_geneval(
     rng, resampled, done = np.random.default_rng(0), dict[str, _Resamples](), 0
     for part, items in sets.items():
         scans: list[Scan] = []
-        for some in _draw(generate, items, samples):
+        for some in draw_scans(generate, _jobs(items, samples)):
             scans += some
             done += len(some)
             if progress:
@@ -216,7 +218,7 @@ def codec_ceiling(
     scans: list[Scan] = []
     for chunk in chunks(items, DRAW_CHUNK):
         truth = np.stack([render(item.drawing.scene) for item in chunk])
-        scans += detect(_checked(roundtrip(truth), len(chunk)))
+        scans += detect(checked_images(roundtrip(truth), len(chunk)))
     return _summary(items, scans, np.random.default_rng(0))[0]
 
 
@@ -252,19 +254,16 @@ def _categories(items: list[_Item]) -> list[str]:
     return [category for category in FAMILIES if category in present]
 
 
-def _draw(generate: Generate, items: list[_Item], samples: int) -> Iterator[list[Scan]]:
-    """One scan per picture, a prompt's samples together, a chunk at a time."""
-    jobs = [(item.drawing.prompt, SEED_BASE + SAMPLES * item.index + j) for item in items for j in range(samples)]
+def _jobs(items: list[_Item], samples: int) -> list[tuple[str, int]]:
+    """Prompts and seeds, a prompt's samples together."""
+    return [(item.drawing.prompt, SEED_BASE + SAMPLES * item.index + j) for item in items for j in range(samples)]
+
+
+def draw_scans(generate: Generate, jobs: Sequence[tuple[str, int]]) -> Iterator[list[Scan]]:
+    """One scan per (prompt, seed), a chunk at a time."""
     for chunk in chunks(jobs, DRAW_CHUNK):
         images = generate([prompt for prompt, _ in chunk], [seed for _, seed in chunk])
-        yield detect(_checked(images, len(chunk)))
-
-
-def _checked(images: Images, count: int) -> Images:
-    images, wanted = np.asarray(images), (count, IMAGE_SIZE, IMAGE_SIZE, 3)
-    if images.shape != wanted or images.dtype != np.uint8:
-        raise DataError(f"pictures: expected uint8 {wanted}, got {images.dtype} {images.shape}")
-    return images
+        yield detect(checked_images(images, len(chunk)))
 
 
 # -------------------------------------------------------------------------------------------- scores, intervals, floors

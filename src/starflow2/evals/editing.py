@@ -25,13 +25,14 @@ from torch.nn import functional as nnf
 
 from starflow2.data.edits import OPERATIONS, Edit, EditSession, Operation, Part, suite_edits, suite_sessions
 from starflow2.data.tasks import Brief, caption
-from starflow2.data.world import BACKGROUNDS, IMAGE_SIZE, Scene, Split, Thing, coverage, render, scene_key, stream
-from starflow2.errors import ConfigError, DataError
+from starflow2.data.world import BACKGROUNDS, Scene, Split, Thing, coverage, render, scene_key, stream
+from starflow2.errors import ConfigError
 from starflow2.evals._shared import (
     Grades,
     Report,
     bootstrap,
     check_lock,
+    checked_images,
     chunks,
     digest,
     interval,
@@ -151,7 +152,7 @@ def grade_edits(edits: Sequence[Edit], images: Images, references: Images) -> li
     images, references: (M, 64, 64, 3) uint8; references are the sources as the codec gives them back.
     Raises DataError for other shapes.
     """
-    images, references = _checked(images, len(edits)), _checked(references, len(edits))
+    images, references = checked_images(images, len(edits)), checked_images(references, len(edits))
     rows = zip(edits, detect(images), images, references, strict=True)
     return [_grade(edit, scan, image, reference) for edit, scan, image, reference in rows]
 
@@ -307,7 +308,7 @@ def evaluate_edit(
             sources = np.stack([render(item.edit.source) for item in chunk])
             seeds = [SEED_BASE + item.index for item in chunk]
             made = edit(sources, [item.edit.instruction for item in chunk], seeds)
-            images += list(_checked(made, len(chunk)))
+            images += list(checked_images(made, len(chunk)))
             done += len(chunk)
             if progress:
                 progress(done, total)
@@ -326,7 +327,7 @@ def _controls(items: Sequence[_Item], references: Images, codec: Codec | None, d
         drawn: list[Images] = []
         for chunk in chunks(items, EDIT_CHUNK):
             prompts = [_caption(item.edit.target, item.index) for item in chunk]
-            drawn += list(_checked(draw(prompts, [SEED_BASE + item.index for item in chunk]), len(chunk)))
+            drawn += list(checked_images(draw(prompts, [SEED_BASE + item.index for item in chunk]), len(chunk)))
         images["regenerate"] = np.stack(drawn)
     return {name: _summary(items, found, references)[0] for name, found in images.items()}
 
@@ -342,7 +343,7 @@ def _through(codec: Codec | None, scenes: Sequence[Scene]) -> Images:
     images: list[Images] = []
     for chunk in chunks(scenes, EDIT_CHUNK):
         truth = np.stack([render(scene) for scene in chunk])
-        images += list(truth if codec is None else _checked(codec(truth), len(chunk)))
+        images += list(truth if codec is None else checked_images(codec(truth), len(chunk)))
     return np.stack(images)
 
 
@@ -362,13 +363,6 @@ def _suite(split: Split, part: Part) -> tuple[Edit, ...]:
         if value not in known:
             raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
     return tuple(suite_edits(split, part, PER_OPERATION[part]))
-
-
-def _checked(images: Images, count: int) -> Images:
-    images, wanted = np.asarray(images), (count, IMAGE_SIZE, IMAGE_SIZE, 3)
-    if images.shape != wanted or images.dtype != np.uint8:
-        raise DataError(f"pictures: expected uint8 {wanted}, got {images.dtype} {images.shape}")
-    return images
 
 
 # --------------------------------------------------------------------------------------------------- scores, intervals
@@ -476,7 +470,7 @@ def _run(start: Start, session: EditSession, seed: int) -> tuple[list[Images], I
 
 
 def _one(image: Images) -> Images:
-    return _checked(np.asarray(image)[None], 1)[0]
+    return checked_images(np.asarray(image)[None], 1)[0]
 
 
 def _undo_marks(image: Images, versions: Sequence[Images]) -> tuple[bool, bool]:
