@@ -13,12 +13,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 
 from starflow2.data.dialogue import Dialogue, Part, Turn
-from starflow2.data.tasks import NUMBERS, PLURALS
+from starflow2.data.tasks import NUMBERS, PLACES, PLURALS, article
 from starflow2.data.world import (
     BACKGROUND_NAMES,
     COLORS,
@@ -36,10 +36,13 @@ from starflow2.data.world import (
     Scene,
     Thing,
     bucket,
+    chance,
     held_out,
     is_trainable,
+    pick,
     relations,
     sample_scene,
+    shuffled,
 )
 from starflow2.errors import ConfigError
 
@@ -59,7 +62,6 @@ __all__ = [
     "several_pictures",
 ]
 
-T = TypeVar("T")
 
 LETTERS: Final = ("a", "b", "c", "d")
 POINTS: Final = (*NUMBERS, "five", "six", "seven", "eight")
@@ -75,11 +77,6 @@ REPEATS: Final = 0.35  # share of scenes of several objects in which some have t
 RECOLORINGS: Final = 20  # colours tried for one layout until the scene lies in the wanted bucket
 COUNT_WEIGHTS: Final = (1.0, 1.0, 2.0, 3.0, 4.0)  # by which zero to four are asked for; large counts are rare
 
-_PLACES: Final = (  # rows of the 3 x 3 grid, top first; the words of dense captions
-    ("in the upper left", "at the top", "in the upper right"),
-    ("on the left", "in the middle", "on the right"),
-    ("in the lower left", "at the bottom", "in the lower right"),
-)
 _NAMES: Final = (("shape",), ("color", "shape"), ("size", "shape"), ("color",))
 _ATTRIBUTES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({"color": COLORS, "shape": SHAPES, "size": SIZES})
 _STEMS: Final[Mapping[str, str]] = MappingProxyType(
@@ -131,22 +128,6 @@ class Choice:
         """The same question with its options moved on by `steps` letters, the last ones to the front."""
         size = len(self.options)
         return replace(self, options=tuple(self.options[(place - steps) % size] for place in range(size)))
-
-
-def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    return options[int(rng.integers(len(options)))]
-
-
-def _shuffled(rng: np.random.Generator, items: Sequence[T]) -> list[T]:
-    return [items[int(index)] for index in rng.permutation(len(items))]
-
-
-def _chance(rng: np.random.Generator, probability: float) -> bool:
-    return bool(rng.random() < probability)
-
-
-def _article(words: str) -> str:
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def _joined(words: Sequence[str]) -> str:
@@ -225,7 +206,7 @@ def _draw_shapes(rng: np.random.Generator, count: int, first: int | None) -> lis
         shapes: list[int] = rng.permutation(len(SHAPES))[:count].tolist()
         if first is not None:
             shapes = [first, *[shape for shape in shapes if shape != first]][:count]
-        if count > 1 and _chance(rng, REPEATS):
+        if count > 1 and chance(rng, REPEATS):
             same = int(rng.integers(2, count + 1))
             shapes = [shapes[0]] * same + shapes[same:]
         counts = {(shape, shapes.count(shape)) for shape in shapes}
@@ -239,9 +220,9 @@ def _draw_colors(rng: np.random.Generator, shapes: Sequence[int], novel: Bucket)
     special = int(rng.integers(len(shapes)))
     for index, shape in enumerate(shapes):
         options = [color for color in range(len(COLORS)) if _may_pair(shape, color, "train")]
-        if novel != "train" and (index == special or _chance(rng, 0.4)):
+        if novel != "train" and (index == special or chance(rng, 0.4)):
             options = [color for s, color in sorted(HELD_OUT[novel].pairs) if s == shape]
-        colors.append(_pick(rng, options))
+        colors.append(pick(rng, options))
     return colors
 
 
@@ -263,11 +244,11 @@ def _name(scene: Scene, thing: Thing, rng: np.random.Generator, hide: str = "") 
         values = [_value(thing, k) for k in attributes]
         if hide not in attributes and sum([_value(t, k) for k in attributes] == values for t in scene.things) == 1:
             found.append(" ".join(["the", *values] + ["object"] * ("shape" not in attributes)))
-    return _pick(rng, found) if found else None
+    return pick(rng, found) if found else None
 
 
 def _named(scene: Scene, rng: np.random.Generator, hide: str = "") -> tuple[Thing, str] | None:
-    for thing in _shuffled(rng, scene.things):
+    for thing in shuffled(rng, scene.things):
         name = _name(scene, thing, rng, hide)
         if name is not None:
             return thing, name
@@ -291,13 +272,13 @@ class _Maker:
         others = list(dict.fromkeys(option for option in wrong if option != right))[: self.size - 1]
         if len(others) < self.size - 1:
             return None
-        options = tuple(_shuffled(self.rng, [right, *others]))
+        options = tuple(shuffled(self.rng, [right, *others]))
         return Choice(scenes=(self.scene,), question=question, options=options, answer=right, kind=kind)
 
     def _present_first(self, values: Sequence[str], attribute: str) -> list[str]:
         """Values in random order, but one that is in the picture in front, if there is any."""
-        here = [v for v in _shuffled(self.rng, values) if any(_value(t, attribute) == v for t in self.scene.things)]
-        return here[:1] + _shuffled(self.rng, [v for v in values if v not in here[:1]])
+        here = [v for v in shuffled(self.rng, values) if any(_value(t, attribute) == v for t in self.scene.things)]
+        return here[:1] + shuffled(self.rng, [v for v in values if v not in here[:1]])
 
     def _shapes_apart(self, right: int, allowed: Sequence[int]) -> list[str]:
         """Shapes of which no two, nor any with the right one, are kept from meeting."""
@@ -308,7 +289,7 @@ class _Maker:
         return [SHAPES[s] for s in chosen[1:]]
 
     def identity(self) -> Choice | None:
-        if _chance(self.rng, 0.4):
+        if chance(self.rng, 0.4):
             return self._which()
         found = _named(self.scene, self.rng, hide="shape")
         if found is None:
@@ -319,21 +300,21 @@ class _Maker:
         return self._choice("identity", question, SHAPES[thing.shape], self._shapes_apart(thing.shape, allowed))
 
     def _which(self) -> Choice | None:
-        thing = _pick(self.rng, self.scene.things)
-        return self._choice("identity", _STEMS["which"], _article(_pair(thing)), self._other_pairs(thing))
+        thing = pick(self.rng, self.scene.things)
+        return self._choice("identity", _STEMS["which"], article(_pair(thing)), self._other_pairs(thing))
 
     def _other_pairs(self, thing: Thing) -> list[str]:
         """Two colours by two shapes without the true one, so that no option stands out; none of them in the picture."""
         there = {(t.shape, t.color) for t in self.scene.things}
-        for shape, color in _shuffled(self.rng, list(itertools.product(range(len(SHAPES)), range(len(COLORS))))):
+        for shape, color in shuffled(self.rng, list(itertools.product(range(len(SHAPES)), range(len(COLORS))))):
             others = [(shape, color), (thing.shape, color), (shape, thing.color)]
             is_grid = shape != thing.shape and color != thing.color and _may_meet([shape, thing.shape], self.split)
             if is_grid and all(_may_pair(*other, self.split) and other not in there for other in others):
-                return [_article(f"{COLORS[c]} {SHAPES[s]}") for s, c in _shuffled(self.rng, others)]
+                return [article(f"{COLORS[c]} {SHAPES[s]}") for s, c in shuffled(self.rng, others)]
         return []
 
     def attribute(self) -> Choice | None:
-        attribute = "size" if self.size == 2 and _chance(self.rng, 0.5) else "color"
+        attribute = "size" if self.size == 2 and chance(self.rng, 0.5) else "color"
         found = _named(self.scene, self.rng, hide=attribute)
         if found is None:
             return None
@@ -344,12 +325,12 @@ class _Maker:
         return self._choice("attribute", question, _value(thing, attribute), wrong)
 
     def location(self) -> Choice | None:
-        for thing in _shuffled(self.rng, self.scene.things):
+        for thing in shuffled(self.rng, self.scene.things):
             place, name = place_of(thing), _name(self.scene, thing, self.rng)
             if place is not None and name is not None:
                 places = [place_of(t) for t in self.scene.things if t is not thing]
                 here = [p for p in places if p is not None][:1]
-                wrong = here + _shuffled(self.rng, list(itertools.chain.from_iterable(_PLACES)))
+                wrong = here + shuffled(self.rng, list(itertools.chain.from_iterable(PLACES)))
                 return self._choice("location", _STEMS["where"].format(a=name), place, wrong)
         return None
 
@@ -364,18 +345,16 @@ class _Maker:
             groups.setdefault(count, []).append((words, shape))
         weights = np.array([COUNT_WEIGHTS[count] for count in sorted(groups)])
         count = sorted(groups)[int(self.rng.choice(len(weights), p=weights / weights.sum()))]
-        words, shape = _pick(self.rng, groups[count])
+        words, shape = pick(self.rng, groups[count])
         wrong = [NUMBERS[n] for n in range(len(NUMBERS)) if (shape, n) not in _tables(self.split).counts]
-        return self._choice(
-            "counting", _STEMS["count"].format(things=words), NUMBERS[count], _shuffled(self.rng, wrong)
-        )
+        return self._choice("counting", _STEMS["count"].format(things=words), NUMBERS[count], shuffled(self.rng, wrong))
 
     def relation(self) -> Choice | None:
-        for a, b in _shuffled(self.rng, list(itertools.permutations(self.scene.things, 2))):
+        for a, b in shuffled(self.rng, list(itertools.permutations(self.scene.things, 2))):
             found, names = sorted(relations(a, b)), (_name(self.scene, a, self.rng), _name(self.scene, b, self.rng))
             if len(found) != 1 or names[0] is None or names[1] is None:
                 continue
-            if _chance(self.rng, 0.5):
+            if chance(self.rng, 0.5):
                 if all(_may_say(a.shape, side, b.shape, self.split) for side in RELATIONS):
                     question = _STEMS["stand"].format(a=names[0], b=names[1])
                     return self._choice("relation", question, found[0], [OPPOSITES[found[0]], *self._sides()])
@@ -388,33 +367,33 @@ class _Maker:
         return None
 
     def _sides(self) -> list[str]:
-        return [str(side) for side in _shuffled(self.rng, RELATIONS)]
+        return [str(side) for side in shuffled(self.rng, RELATIONS)]
 
     def background(self) -> Choice | None:
         tint = BACKGROUND_NAMES[self.scene.background]
-        return self._choice("scene", _STEMS["background"], tint, _shuffled(self.rng, BACKGROUND_NAMES))
+        return self._choice("scene", _STEMS["background"], tint, shuffled(self.rng, BACKGROUND_NAMES))
 
     def scenery(self) -> Choice | None:
         things = self.scene.things
-        if len(things) != 2 or things[0].shape == things[1].shape or _chance(self.rng, 0.4):
+        if len(things) != 2 or things[0].shape == things[1].shape or chance(self.rng, 0.4):
             return self.background()
         wrong = self._other_contents(*things)
         return self._choice("scene", _STEMS["shows"], _contents(*things), wrong) if wrong else self.background()
 
     def _other_contents(self, a: Thing, b: Thing) -> list[str]:
         """The same two shapes in other colours: exchanged if they differ, else one, the other or both changed."""
-        colors = _shuffled(self.rng, range(len(COLORS)))
+        colors = shuffled(self.rng, range(len(COLORS)))
         options = [(b.color, a.color)] if a.color != b.color else []
         options += [(c, d) for c, d in itertools.product(colors, colors) if c != a.color and d != b.color]
         for c, d in options:
-            rows = [(c, d), *_shuffled(self.rng, [(c, b.color), (a.color, d)])]
+            rows = [(c, d), *shuffled(self.rng, [(c, b.color), (a.color, d)])]
             if all(_may_pair(a.shape, x, self.split) and _may_pair(b.shape, y, self.split) for x, y in rows):
                 return [_contents(replace(a, color=x), replace(b, color=y)) for x, y in rows]
         return []
 
 
 def _contents(a: Thing, b: Thing) -> str:
-    return _joined([_article(_pair(a)), _article(_pair(b))])
+    return _joined([article(_pair(a)), article(_pair(b))])
 
 
 def place_of(thing: Thing, *, edge: float = EDGE) -> str | None:
@@ -423,7 +402,7 @@ def place_of(thing: Thing, *, edge: float = EDGE) -> str | None:
     if any(abs(v - line * cell) < edge for v in (thing.x, thing.y) for line in (1, 2)):
         return None
     row, column = (min(max(int(v // cell), 0), 2) for v in (thing.y, thing.x))
-    return _PLACES[row][column]
+    return PLACES[row][column]
 
 
 _MAKERS: Final[Mapping[str, Callable[[_Maker], Choice | None]]] = MappingProxyType(
@@ -471,33 +450,33 @@ class _Riddler:
     def _apart(self, right: int, near: Sequence[int], size: int) -> tuple[str, ...]:
         """Shape options in random order: the right one, those near that may meet, and others."""
         chosen = [right]
-        for shape in [*near, *_shuffled(self.rng, range(len(SHAPES)))]:
+        for shape in [*near, *shuffled(self.rng, range(len(SHAPES)))]:
             if shape not in chosen and len(chosen) < size and _may_meet([*chosen, shape], "train"):
                 chosen.append(shape)
-        return tuple(SHAPES[shape] for shape in _shuffled(self.rng, chosen))
+        return tuple(SHAPES[shape] for shape in shuffled(self.rng, chosen))
 
     def beats(self) -> Choice:
         while True:
             scene = self._scene(int(self.rng.integers(2, 4)), first=True)
-            things = _shuffled(self.rng, scene.things)
+            things = shuffled(self.rng, scene.things)
             if len({t.color for t in things}) == len({t.shape for t in things}) == len(things):
                 break
         rules = [f"{COLORS[a.color]} beats {COLORS[b.color]}" for a, b in itertools.pairwise(things)]
-        question = _STEMS["beats"].format(rules=_joined(_shuffled(self.rng, rules)))
+        question = _STEMS["beats"].format(rules=_joined(shuffled(self.rng, rules)))
         options = self._apart(things[0].shape, [t.shape for t in things[1:]], 4)
         answer = SHAPES[things[0].shape]
         return Choice(scenes=(scene,), question=question, options=options, answer=answer, kind="beats")
 
     def odd(self) -> Choice:
-        attribute = _pick(self.rng, ("color", "shape"))
+        attribute = pick(self.rng, ("color", "shape"))
         while True:
-            scenes = tuple(_shuffled(self.rng, [self._scene(1, first=place == 0) for place in range(3)]))
+            scenes = tuple(shuffled(self.rng, [self._scene(1, first=place == 0) for place in range(3)]))
             values = [_value(scene.things[0], attribute) for scene in scenes]
             lone = [place for place, value in enumerate(values) if values.count(value) == 1]
             if len(lone) == 1 and _may_meet([scene.things[0].shape for scene in scenes], "train"):
                 break
         question = _STEMS["odd"].format(attribute=attribute)
-        options = tuple(_shuffled(self.rng, ORDINALS))
+        options = tuple(shuffled(self.rng, ORDINALS))
         return Choice(scenes=scenes, question=question, options=options, answer=ORDINALS[lone[0]], kind="odd")
 
     def turns(self) -> Choice:
@@ -514,7 +493,7 @@ class _Riddler:
         scene = self._scene(first=True)
         shapes = [t.shape for t in scene.things]
         may = [s for s in range(len(SHAPES)) if _may_meet([*shapes, s], "train")]
-        shape = _pick(self.rng, shapes if _chance(self.rng, 0.8) else may)
+        shape = pick(self.rng, shapes if chance(self.rng, 0.8) else may)
         question = _STEMS["points"].format(shape=SHAPES[shape])
         answer = POINTS[len(shapes) + shapes.count(shape)]
         return Choice(scenes=(scene,), question=question, options=(), answer=answer, kind="points")
@@ -526,7 +505,7 @@ class _Riddler:
         return Choice(scenes=scenes, question=_STEMS["together"], options=(), answer=answer, kind="together")
 
     def next(self) -> Choice:
-        *counts, last = _pick(self.rng, ((1, 2, 3, 4), (2, 3, 4, 5), (4, 3, 2, 1), (3, 2, 1, 0)))
+        *counts, last = pick(self.rng, ((1, 2, 3, 4), (2, 3, 4, 5), (4, 3, 2, 1), (3, 2, 1, 0)))
         scenes = tuple(self._scene(count, first=place == 0) for place, count in enumerate(counts))
         return Choice(scenes=scenes, question=_STEMS["next"], options=(), answer=POINTS[last], kind="next")
 
@@ -558,8 +537,8 @@ def riddle(rng: np.random.Generator, kind: str, *, split: Bucket = "train", nove
 
 def game(rng: np.random.Generator) -> list[tuple[str, str]]:
     """A small rule in words alone and what follows from it: two or three (question, answer), the rule in the first."""
-    rule, asked = _pick(rng, (_game_beats, _game_ladder, _game_sizes, _game_sum, _game_take))(rng)
-    (question, answer), *more = _shuffled(rng, asked)[:3]
+    rule, asked = pick(rng, (_game_beats, _game_ladder, _game_sizes, _game_sum, _game_take))(rng)
+    (question, answer), *more = shuffled(rng, asked)[:3]
     return [(f"{rule} {question}", answer), *more]
 
 
@@ -569,20 +548,20 @@ def _three_colors(rng: np.random.Generator) -> list[str]:
 
 def _game_beats(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
     order = _three_colors(rng)
-    told = _joined(_shuffled(rng, [f"{a} beats {b}" for a, b in itertools.pairwise(order)]))
+    told = _joined(shuffled(rng, [f"{a} beats {b}" for a, b in itertools.pairwise(order)]))
     asked = []
     for a, b in itertools.combinations(order, 2):
-        one, two = _shuffled(rng, [a, b])
+        one, two = shuffled(rng, [a, b])
         asked += [(f"which wins, {one} or {two}?", a), (f"does {one} beat {two}?", "yes" if one == a else "no")]
     return f"in this game {told}.", asked
 
 
 def _game_ladder(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
     order = _three_colors(rng)
-    relation, first, last = _pick(rng, (("above", "highest", "lowest"), ("left of", "furthest left", "furthest right")))
+    relation, first, last = pick(rng, (("above", "highest", "lowest"), ("left of", "furthest left", "furthest right")))
     pairs = list(itertools.pairwise(order))
-    told = _joined(_shuffled(rng, [f"the {a} object is {relation} the {b} object" for a, b in pairs]))
-    one, two = _shuffled(rng, [order[0], order[2]])
+    told = _joined(shuffled(rng, [f"the {a} object is {relation} the {b} object" for a, b in pairs]))
+    one, two = shuffled(rng, [order[0], order[2]])
     asked = [
         (f"which is {first}?", order[0]),
         (f"which is {last}?", order[2]),
@@ -592,9 +571,9 @@ def _game_ladder(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _game_sizes(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
-    colors, sizes = _three_colors(rng)[:2], _shuffled(rng, SIZES)
+    colors, sizes = _three_colors(rng)[:2], shuffled(rng, SIZES)
     told = _joined([f"{color} objects are {size}" for color, size in zip(colors, sizes, strict=True)])
-    asked = [(f"what size is {_article(c)} object?", s) for c, s in zip(colors, sizes, strict=True)]
+    asked = [(f"what size is {article(c)} object?", s) for c, s in zip(colors, sizes, strict=True)]
     asked += [(f"what color is a {s} object?", c) for c, s in zip(colors, sizes, strict=True)]
     return f"in this game {told}.", asked
 
@@ -609,7 +588,7 @@ def _game_sum(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
     asked = [("how many objects are there?", POINTS[sum(counts)])]
     asked += [(f"how many {c} objects are there?", POINTS[n]) for n, c in zip((*counts, 0), colors, strict=True)]
     if counts[0] != counts[1]:
-        more, less = _shuffled(rng, colors[:2])
+        more, less = shuffled(rng, colors[:2])
         answer = colors[counts.index(max(counts))]
         asked.append((f"are there more {more} objects or more {less} objects?", answer))
     return f"there {'is' if counts[0] == 1 else 'are'} {told}.", asked
@@ -617,7 +596,7 @@ def _game_sum(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
 
 def _game_take(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
     change, start = int(rng.integers(1, 4)), int(rng.integers(1, 5))
-    if _chance(rng, 0.5):
+    if chance(rng, 0.5):
         start += change
         return f"there are {POINTS[start]} objects, and {NUMBERS[change]} of them go away.", [
             ("how many objects are left?", POINTS[start - change]),
@@ -639,29 +618,29 @@ def several_pictures(rng: np.random.Generator) -> Dialogue:
     >>> len(several_pictures(np.random.default_rng(0)).scenes) in (2, 3)
     True
     """
-    make = _pick(rng, (_conversation, _conversation, _comparison, _puzzle))
+    make = pick(rng, (_conversation, _conversation, _comparison, _puzzle))
     return make(rng)
 
 
 def _puzzle(rng: np.random.Generator) -> Dialogue:
-    asked = riddle(rng, _pick(rng, ("odd", "turns", "together", "next")))
+    asked = riddle(rng, pick(rng, ("odd", "turns", "together", "next")))
     return Dialogue(turns=(Turn((*asked.scenes, asked.text), (asked.reply,)),), kind="pictures")
 
 
 def _comparison(rng: np.random.Generator) -> Dialogue:
     """Two pictures that differ in one thing or in nothing."""
     before, after, told = _changed(rng)
-    if is_same := _chance(rng, 0.4):
+    if is_same := chance(rng, 0.4):
         after, told = before, "nothing."
     same = ("are the two pictures the same?", "no" if not is_same else "yes")
     changed = ("what changed?", told)
-    first, *more = _shuffled(rng, [same, changed])
+    first, *more = shuffled(rng, [same, changed])
     return Dialogue(turns=(*_shown(rng, (before, after), first), *_later(more)), kind="pictures")
 
 
 def _changed(rng: np.random.Generator) -> tuple[Scene, Scene, str]:
     """A scene, the same with one object of another colour, without it, or with one more, and that in words."""
-    operation = _pick(rng, ("recolor", "recolor", "remove", "add"))
+    operation = pick(rng, ("recolor", "recolor", "remove", "add"))
     while True:
         scene = draw_scene(rng, num_things=int(rng.integers(1 + (operation != "recolor"), MAX_THINGS + 1)))
         place = int(rng.integers(len(scene.things)))
@@ -688,8 +667,8 @@ def _may_recolor(source: int, target: int) -> bool:
 
 def _conversation(rng: np.random.Generator) -> Dialogue:
     """Two or three pictures and questions each about one of them, or about two."""
-    scenes = tuple(draw_scene(rng) for _ in range(2 + _chance(rng, 0.3)))
-    asked = [_about_pictures(rng, scenes) for _ in range(3 + _chance(rng, 0.5))]
+    scenes = tuple(draw_scene(rng) for _ in range(2 + chance(rng, 0.3)))
+    asked = [_about_pictures(rng, scenes) for _ in range(3 + chance(rng, 0.5))]
     first, *more = dict(asked).items()
     return Dialogue(turns=(*_shown(rng, scenes, first), *_later(more)), kind="pictures")
 
@@ -701,21 +680,21 @@ def _later(asked: Sequence[tuple[str, str]]) -> list[Turn]:
 def _shown(rng: np.random.Generator, scenes: Sequence[Scene], asked: tuple[str, str]) -> list[Turn]:
     """The turns that show all pictures: all in the first turn, or each with a question about it, then what is asked."""
     question, answer = asked
-    if _chance(rng, 0.5):
+    if chance(rng, 0.5):
         parts: tuple[Part, ...] = (*scenes, question)
         return [Turn(parts, (answer,))]
     turns = []
     for scene in scenes:
         counts = "how many objects are in the picture?", NUMBERS[len(scene.things)]
         tint = "what color is the background?", BACKGROUND_NAMES[scene.background]
-        own, said = _pick(rng, (counts, tint))
+        own, said = pick(rng, (counts, tint))
         turns.append(Turn((scene, own), (said,)))
     return [*turns, Turn((question,), (answer,))]
 
 
 def _about_pictures(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str]:
     while True:
-        asked = _pick(rng, (_ask_more, _ask_there, _ask_value, _ask_count))(rng, scenes)
+        asked = pick(rng, (_ask_more, _ask_there, _ask_value, _ask_count))(rng, scenes)
         if asked is not None:
             return asked
 
@@ -723,14 +702,14 @@ def _about_pictures(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[
 def _which_picture(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[int, str]:
     """The number of a picture, and its name: the last one is called so half of the time."""
     place = int(rng.integers(len(scenes)))
-    return place, "last" if place == len(scenes) - 1 and _chance(rng, 0.5) else ORDINALS[place]
+    return place, "last" if place == len(scenes) - 1 and chance(rng, 0.5) else ORDINALS[place]
 
 
 def _ask_more(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str] | None:
     a, b = sorted(rng.permutation(len(scenes))[:2].tolist())
     things = [t for scene in (scenes[a], scenes[b]) for t in scene.things]
-    thing = _pick(rng, things)
-    words, attribute = _pick(
+    thing = pick(rng, things)
+    words, attribute = pick(
         rng, (("objects", None), (PLURALS[thing.shape], "shape"), (f"{COLORS[thing.color]} objects", "color"))
     )
     counts = [
@@ -748,20 +727,20 @@ def _ask_more(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, s
 def _ask_there(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str] | None:
     """Whether something is in a picture; if it is not, it is in another one."""
     place, name = _which_picture(rng, scenes)
-    is_yes = _chance(rng, 0.5)
-    has_color = _chance(rng, 0.5)
+    is_yes = chance(rng, 0.5)
+    has_color = chance(rng, 0.5)
     words = [{_pair(t) if has_color else SHAPES[t.shape] for t in scene.things} for scene in scenes]
     here = words.pop(place)
     elsewhere = set().union(*words) - here
     pool = sorted(here if is_yes else elsewhere)
     if not pool:
         return None
-    return f"is there {_article(_pick(rng, pool))} in the {name} picture?", "yes" if is_yes else "no"
+    return f"is there {article(pick(rng, pool))} in the {name} picture?", "yes" if is_yes else "no"
 
 
 def _ask_value(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str] | None:
     place, name = _which_picture(rng, scenes)
-    attribute = _pick(rng, ("color", "color", "shape", "size"))
+    attribute = pick(rng, ("color", "color", "shape", "size"))
     found = _named(scenes[place], rng, hide=attribute)
     if found is None:
         return None
@@ -771,11 +750,11 @@ def _ask_value(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, 
 def _ask_count(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str] | None:
     place, name = _which_picture(rng, scenes)
     things = scenes[place].things
-    if _chance(rng, 0.5):
+    if chance(rng, 0.5):
         return f"how many objects are in the {name} picture?", NUMBERS[len(things)]
-    shape = _pick(rng, [t.shape for scene in scenes for t in scene.things])
+    shape = pick(rng, [t.shape for scene in scenes for t in scene.things])
     count = sum(t.shape == shape for t in things)
-    if count == 1 and _chance(rng, 0.6):  # the commonest count by far
+    if count == 1 and chance(rng, 0.6):  # the commonest count by far
         return None
     return f"how many {PLURALS[shape]} are in the {name} picture?", NUMBERS[count]
 
@@ -791,5 +770,5 @@ def choice_words() -> frozenset[str]:
         "what size color how many there and more or them go away come comes now were before a an to yes no gone new "
         "first second third last picture same pictures changed nothing seen from"
     )
-    texts = [fixed, HINT, *LETTERS, *POINTS, *itertools.chain.from_iterable(_PLACES), *_STEMS.values()]
+    texts = [fixed, HINT, *LETTERS, *POINTS, *itertools.chain.from_iterable(PLACES), *_STEMS.values()]
     return frozenset(word for text in texts for word in re.findall(r"[a-z]+", re.sub(r"\{[^}]*\}", " ", text)))

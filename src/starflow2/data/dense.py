@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeVar, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from starflow2.data.world import (
     Scene,
     Split,
     Thing,
+    pick,
     relations,
     scene_key,
     stream,
@@ -36,7 +37,6 @@ __all__ = ["CATEGORIES", "PROMPTS", "DensePrompt", "Node", "suite_dense"]
 Category = Literal["global", "entity", "attribute", "relation", "other"]
 Topic = Literal["background", "shape", "color", "size", "place", "relation", "count"]
 Part = Literal["id", "cg"]
-T = TypeVar("T")
 
 CATEGORIES: Final[tuple[Category, ...]] = get_args(Category)
 _Told = tuple[int, Relation, int]  # which object stands how to which
@@ -82,10 +82,6 @@ class DensePrompt:
     scene: Scene
     tree: tuple[Node, ...]
     part: Part
-
-
-def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    return options[int(rng.integers(len(options)))]
 
 
 def _kind(thing: Thing) -> str:
@@ -142,10 +138,10 @@ class _Tree:
 def _worded(scene: Scene, told: Sequence[_Told], part: Part, rng: np.random.Generator) -> DensePrompt:
     tree = _Tree(scene)
     tint, count = BACKGROUND_NAMES[scene.background], NUMBERS[len(scene.things)]
-    sentences = [_pick(rng, _OPENINGS).format(n=count, tint=tint)]
+    sentences = [pick(rng, _OPENINGS).format(n=count, tint=tint)]
     for thing in scene.things:
         noun, place = f"a {thing}", place_of(thing)
-        form = _pick(rng, _UNPLACED if place is None else _SENTENCES)
+        form = pick(rng, _UNPLACED if place is None else _SENTENCES)
         sentences.append(form.format(a=noun, place=place))
     clauses = []
     for a, relation, b in told:

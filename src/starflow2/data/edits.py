@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal
 
 import numpy as np
 
@@ -40,6 +40,7 @@ from starflow2.data.world import (
     fits,
     half_box,
     held_out,
+    pick,
     sample_scene,
     scene_key,
     stream,
@@ -63,7 +64,6 @@ __all__ = [
 
 Operation = Literal["recolor", "reshape", "resize", "move", "add", "remove", "background"]
 Part = Literal["id", "cg", "paraphrase"]
-T = TypeVar("T")
 
 OPERATIONS: Final[tuple[Operation, ...]] = ("recolor", "reshape", "resize", "move", "add", "remove", "background")
 CLEAR: Final = 12.0  # pixels that a move covers at least
@@ -254,10 +254,6 @@ class _Step:
     value: int
 
 
-def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    return options[int(rng.integers(len(options)))]
-
-
 def _other(rng: np.random.Generator, count: int, value: int) -> int:
     """One of range(count), but not `value`."""
     return int(value + rng.integers(1, count)) % count
@@ -376,8 +372,8 @@ def _asked(step: _Step) -> dict[str, str]:
 
 
 def _worded(step: _Step, rng: np.random.Generator, wording: Bucket) -> Edit:
-    form = _pick(rng, EDIT_WORDINGS[step.operation].forms(wording))
-    named = {} if step.before is None else {"a": _pick(rng, _names(step.source, step.before))}
+    form = pick(rng, EDIT_WORDINGS[step.operation].forms(wording))
+    named = {} if step.before is None else {"a": pick(rng, _names(step.source, step.before))}
     return Edit(
         source=step.source,
         target=step.target,
@@ -428,7 +424,7 @@ def _colors_of(shape: int, novel: Split | None) -> tuple[int, ...]:
 
 def _colors(rng: np.random.Generator, shapes: Sequence[int], novel: Split | None) -> list[int]:
     """A colour per shape, all as in training; with `novel` the first is one that this split holds out."""
-    return [_pick(rng, _colors_of(shape, None if place else novel)) for place, shape in enumerate(shapes)]
+    return [pick(rng, _colors_of(shape, None if place else novel)) for place, shape in enumerate(shapes)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -473,7 +469,7 @@ def _source(rng: np.random.Generator, cast: _Cast) -> Scene:
         for place in itertools.islice(itertools.cycle(range(len(shapes))), _TRIES):
             if bucket(scene) == cast.where:
                 return scene
-            color = _pick(rng, _colors_of(shapes[place], None if place else novel))
+            color = pick(rng, _colors_of(shapes[place], None if place else novel))
             scene = _with(scene, place, replace(scene.things[place], color=color))
 
 
@@ -487,7 +483,7 @@ def edit_task(seed: int, index: int) -> Edit:
     True
     """
     rng = stream(seed, index, _EDIT)
-    operation = _pick(rng, OPERATIONS)
+    operation = pick(rng, OPERATIONS)
     (step,) = _chain(rng, "train", [operation])
     return _worded(step, rng, "train")
 
@@ -541,9 +537,9 @@ def edit_chain_dialogue(seed: int, index: int) -> Dialogue:
     True
     """
     rng = stream(seed, index, _CHAIN)
-    operations = [_pick(rng, OPERATIONS) for _ in range(int(rng.integers(2, 4)))]
+    operations = [pick(rng, OPERATIONS) for _ in range(int(rng.integers(2, 4)))]
     while operations.count("remove") > 2:  # four objects, and room for others, leave nothing for a third
-        operations = [_pick(rng, OPERATIONS) for _ in operations]
+        operations = [pick(rng, OPERATIONS) for _ in operations]
     steps = _chain(rng, "train", operations)
     return _dialogue([_worded(step, rng, "train") for step in steps], "edit chain")
 
@@ -628,13 +624,13 @@ def _unseen_cast(rng: np.random.Generator, split: Split, operation: Operation, r
     relation: Relation | None = None
     if row == "count":
         change = 0 if is_kept else 1 if operation == "remove" else -1
-        shape, count = _pick(rng, [(s, n) for s, n in sorted(table.counts) if n + change <= most])
+        shape, count = pick(rng, [(s, n) for s, n in sorted(table.counts) if n + change <= most])
         first = (shape,) * (count + change)
         spare = int(operation == "reshape")
     elif row == "shapes" and is_kept:
-        first = tuple(sorted(_pick(rng, sorted(table.shapes, key=sorted))))
+        first = tuple(sorted(pick(rng, sorted(table.shapes, key=sorted))))
     elif row == "fact" and (is_kept or operation == "move"):
-        a, relation, b = _pick(rng, sorted(table.facts))
+        a, relation, b = pick(rng, sorted(table.facts))
         first, relation = (a, b), relation if is_kept else None
     shows = frozenset({(split, row)}) if is_kept else frozenset()
     least = max(2, len(first) + spare)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Final, Literal, TypeVar, get_args
+from typing import Final, Literal, get_args
 
 import numpy as np
 
@@ -39,8 +39,10 @@ from starflow2.data.world import (
     bucket,
     held_out,
     is_trainable,
+    pick,
     relations,
     sample_scene,
+    shuffled,
     stream,
 )
 from starflow2.errors import ConfigError
@@ -69,7 +71,6 @@ __all__ = [
 
 Op = Literal["start", "add", "remove", "recolor"]
 Part = Literal["id", "cg", "paraphrase"]
-T = TypeVar("T")
 
 STEPS: Final = 4
 KINDS: Final[Mapping[str, float]] = MappingProxyType(  # kinds of question and their shares
@@ -243,12 +244,12 @@ def _instruction(move: _Move, looks: Sequence[Look], wording: Bucket, rng: np.ra
     change, fields = move.change, dict[str, str]()
     if change.relation is not None and change.reference is not None:
         sides = (_BESIDE_IT if move.says_it else _BESIDE)[change.relation]
-        fields["rel"] = _pick(rng, sides).format(b=_the(change.reference, looks))
+        fields["rel"] = pick(rng, sides).format(b=_the(change.reference, looks))
     if change.before is not None:
         fields["b"] = "it" if move.says_it else _the(change.before, looks)
     if change.after is not None:
         fields |= {"a": _noun(change.after), "color": COLORS[change.after.color]}
-    return _pick(rng, STORY_WORDINGS[change.op].forms(wording)).format(**fields)
+    return pick(rng, STORY_WORDINGS[change.op].forms(wording)).format(**fields)
 
 
 # ---------------------------------------------------------------------------- reading words back
@@ -426,14 +427,6 @@ class _Draft:
 _Here = Mapping[int, Thing]  # what is to be seen, by number in the cast, in the order in which it came
 
 
-def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    return options[int(rng.integers(len(options)))]
-
-
-def _shuffled(rng: np.random.Generator, options: Sequence[T]) -> list[T]:
-    return [options[int(i)] for i in rng.permutation(len(options))]
-
-
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """What is drawn once for a story, so that nothing suffers for being hard to place or to ask."""
@@ -479,20 +472,20 @@ def _required_shapes(rng: np.random.Generator, rules: _Rules) -> list[int]:
     if rules.split != "train" and rules.row in ("shapes", "fact", "count"):
         table = HELD_OUT[rules.split]
         if rules.row == "shapes":
-            return sorted(_pick(rng, sorted(map(sorted, table.shapes))))
+            return sorted(pick(rng, sorted(map(sorted, table.shapes))))
         if rules.row == "fact":
-            a, _, b = _pick(rng, sorted(table.facts))
+            a, _, b = pick(rng, sorted(table.facts))
             return [a, b]
-        shape, count = _pick(rng, sorted(table.counts))
+        shape, count = pick(rng, sorted(table.counts))
         return [shape] * count
     twice = [s for s in range(len(SHAPES)) if not any((s, 2) in table.counts for table in HELD_OUT.values())]
-    return [_pick(rng, twice)] * 2 if rng.random() < _REPEATS else []
+    return [pick(rng, twice)] * 2 if rng.random() < _REPEATS else []
 
 
 def _cast(rng: np.random.Generator, plan: _Plan, rules: _Rules) -> Scene | None:
     """Every object that a story will ever show, placed together so that none can overlap; colours mean nothing yet."""
     others = [int(shape) for shape in rng.permutation(len(SHAPES)) if shape not in plan.required]
-    shapes = _shuffled(rng, [*plan.required, *others[: plan.num_cast - len(plan.required)]])
+    shapes = shuffled(rng, [*plan.required, *others[: plan.num_cast - len(plan.required)]])
     if not all(_may_meet(shapes, s, rules.row_of(s)) for s in get_args(Split)):
         return None
     cast = sample_scene(rng, shapes=shapes)
@@ -525,7 +518,7 @@ def _color(rng: np.random.Generator, shape: int, old: int | None, rules: _Rules)
         if rules.split != "train" and rules.row == "edit":
             steps = {RECOLOR_HELD_OUT[rules.split]}
         pool = tuple(color for color in pool if (color - old) % len(COLORS) in steps)
-    return _pick(rng, pool) if pool else None
+    return pick(rng, pool) if pool else None
 
 
 def _script(rng: np.random.Generator, ops: Sequence[Op], cast: Scene, rules: _Rules) -> tuple[_Act, ...] | None:
@@ -535,7 +528,7 @@ def _script(rng: np.random.Generator, ops: Sequence[Op], cast: Scene, rules: _Ru
     entered = 0
     for op in ops:
         is_new = op in ("start", "add")
-        number = entered if is_new else _pick(rng, list(here))
+        number = entered if is_new else pick(rng, list(here))
         shape, old = cast.things[number].shape, here.get(number)
         color = old if op == "remove" else _color(rng, shape, old, rules)
         if color is None:
@@ -607,11 +600,11 @@ class _Teller:
 
     def _side(self, new: int, here: _Here) -> tuple[int, Relation] | None:
         """Another object, and what the new one is with respect to it."""
-        for number in _shuffled(self.rng, [other for other in here if other != new]):
+        for number in shuffled(self.rng, [other for other in here if other != new]):
             sides = sorted(relations(here[new], here[number]))
             if sides:
                 self.related.add(frozenset((new, number)))
-                return number, _pick(self.rng, sides)
+                return number, pick(self.rng, sides)
         return None
 
 
@@ -626,7 +619,7 @@ class _Asker:
     def ask(self, kind: str) -> str | None:
         """A question of one of KINDS."""
         asks: Mapping[str, Callable[[], str | None]] = {
-            "count": lambda: _pick(self.rng, _HOW_MANY),
+            "count": lambda: pick(self.rng, _HOW_MANY),
             "exists": self._exists,
             "color": self._color,
             "position": self._position,
@@ -648,22 +641,22 @@ class _Asker:
             gone = self.shown - now if names_color else {pair for pair in self.shown if pair[0] not in shapes}
             never = {(s, c) for s in range(len(SHAPES)) if s not in shapes for c in _colors_of(s)}
             pairs = sorted(gone or never)
-        shape, color = _pick(self.rng, pairs)
+        shape, color = pick(self.rng, pairs)
         return f"is there {_noun(Look(shape, color)) if names_color else f'a {SHAPES[shape]}'}?"
 
     def _color(self) -> str | None:
         shapes = [t.shape for t in self.here.values()]
         clear = [number for number, thing in self.here.items() if shapes.count(thing.shape) == 1]
         clear = [number for number in clear if number in self.recolored] or clear
-        return f"what color is {self._named(_pick(self.rng, clear))}?" if clear else None
+        return f"what color is {self._named(pick(self.rng, clear))}?" if clear else None
 
     def _size(self) -> str | None:
         untold = [number for number in self.here if not self.teller.tells_size[number]]
-        return f"what size is {self._named(_pick(self.rng, untold))}?" if untold else None
+        return f"what size is {self._named(pick(self.rng, untold))}?" if untold else None
 
     def _untold_pairs(self) -> list[tuple[int, int]]:
         pairs = itertools.permutations(self.here, 2)
-        return _shuffled(self.rng, [pair for pair in pairs if frozenset(pair) not in self.teller.related])
+        return shuffled(self.rng, [pair for pair in pairs if frozenset(pair) not in self.teller.related])
 
     def _may_say(self, a: int, sides: Iterable[Relation], b: int) -> bool:
         """Whether "a is SIDE b" names nothing held out for any of the sides, true or not; two of a shape never do."""
@@ -674,7 +667,7 @@ class _Asker:
     def _position(self) -> str | None:
         is_yes = self.rng.random() < 0.5
         for a, b in self._untold_pairs():
-            for side in _shuffled(self.rng, sorted(relations(self.here[a], self.here[b]))):
+            for side in shuffled(self.rng, sorted(relations(self.here[a], self.here[b]))):
                 if self._may_say(a, (side, OPPOSITES[side]), b):  # both, or "yes" would be likelier
                     return f"is {self._named(a)} {side if is_yes else OPPOSITES[side]} {self._named(b)}?"
         return None

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -35,10 +35,13 @@ from starflow2.data.world import (
     Split,
     Thing,
     bucket,
+    chance,
     held_out,
     is_trainable,
+    pick,
     relations,
     sample_scene,
+    shuffled,
     stream,
 )
 from starflow2.errors import ConfigError
@@ -49,6 +52,7 @@ __all__ = [
     "HELD_OUT_CHAINS",
     "LIST",
     "NUMBERS",
+    "PLACES",
     "PLURALS",
     "SUBTASKS",
     "T2I_MIX",
@@ -58,6 +62,7 @@ __all__ = [
     "Drawing",
     "Question",
     "Wording",
+    "article",
     "caption",
     "chain",
     "describe",
@@ -87,7 +92,6 @@ T2I_MIX: Final[Mapping[str, float]] = MappingProxyType(
 NUMBERS: Final = ("zero", "one", "two", "three", "four")
 PLURALS: Final = ("circles", "squares", "triangles", "stars", "hearts", "rings", "crosses", "diamonds")
 
-T = TypeVar("T")
 
 _DRAW, _ASK, _SUITE = 1, 2, 3  # third number of a stream: the same seed and index must not repeat between uses
 _SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
@@ -163,42 +167,34 @@ def _canonical(a: int, relation: Relation, b: int) -> tuple[int, Relation, int]:
     return (a, relation, b) if relation in ("left of", "above") else (b, OPPOSITES[relation], a)
 
 
-def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    return options[int(rng.integers(len(options)))]
-
-
-def _chance(rng: np.random.Generator, probability: float) -> bool:
-    return bool(rng.random() < probability)
-
-
 def _mentions(rng: np.random.Generator, **chances: float) -> frozenset[str]:
-    return frozenset(name for name, probability in chances.items() if _chance(rng, probability))
+    return frozenset(name for name, probability in chances.items() if chance(rng, probability))
 
 
 def _brief_one(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
     shape = int(rng.integers(len(SHAPES)))
-    scene = sample_scene(rng, shapes=[shape], colors=[_pick(rng, menu.colors[shape])])
+    scene = sample_scene(rng, shapes=[shape], colors=[pick(rng, menu.colors[shape])])
     says = _mentions(rng, color=float(family == "colors"), size=0.3, background=0.25)
     return Brief(scene=scene, family=family, mentions=says)
 
 
 def _brief_two(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
-    a, b = _pick(rng, menu.shapes)
-    if _chance(rng, 0.5):
+    a, b = pick(rng, menu.shapes)
+    if chance(rng, 0.5):
         a, b = b, a
-    options = (menu.colors, menu.second_colors) if _chance(rng, 0.5) else (menu.second_colors, menu.colors)
-    colors = [_pick(rng, options[0][a]), _pick(rng, options[1][b])]
+    options = (menu.colors, menu.second_colors) if chance(rng, 0.5) else (menu.second_colors, menu.colors)
+    colors = [pick(rng, options[0][a]), pick(rng, options[1][b])]
     while family == "color_attr" and colors[0] == colors[1]:
-        colors = [_pick(rng, options[0][a]), _pick(rng, options[1][b])]
+        colors = [pick(rng, options[0][a]), pick(rng, options[1][b])]
     scene = sample_scene(rng, shapes=[a, b], colors=colors)
     says = _mentions(rng, color=float(family == "color_attr"), size=0.2, background=0.2)
     return Brief(scene=scene, family=family, mentions=says)
 
 
 def _brief_counting(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
-    shape, count = _pick(rng, menu.counts)
-    one_color, one_size = _chance(rng, 0.5), _chance(rng, 0.5)
-    colors = [_pick(rng, menu.colors[shape]) for _ in range(count)]
+    shape, count = pick(rng, menu.counts)
+    one_color, one_size = chance(rng, 0.5), chance(rng, 0.5)
+    colors = [pick(rng, menu.colors[shape]) for _ in range(count)]
     sizes = rng.integers(len(SIZES), size=count).tolist()
     scene = sample_scene(
         rng,
@@ -211,8 +207,8 @@ def _brief_counting(rng: np.random.Generator, menu: _Menu, family: str) -> Brief
 
 
 def _brief_position(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
-    a, relation, b = _pick(rng, menu.facts)
-    colors = [_pick(rng, menu.colors[a]), _pick(rng, menu.colors[b])]
+    a, relation, b = pick(rng, menu.facts)
+    colors = [pick(rng, menu.colors[a]), pick(rng, menu.colors[b])]
     scene = sample_scene(rng, shapes=[a, b], colors=colors, relation=relation)
     says = _mentions(rng, color=0.35, size=0.15, background=0.15)
     return Brief(scene=scene, family=family, mentions=says, relation=relation)
@@ -220,7 +216,7 @@ def _brief_position(rng: np.random.Generator, menu: _Menu, family: str) -> Brief
 
 def _crowd_shapes(rng: np.random.Generator, count: int, repeats: float) -> list[int]:
     shapes: list[int] = rng.permutation(len(SHAPES))[:count].tolist()
-    if count > 1 and _chance(rng, repeats):
+    if count > 1 and chance(rng, repeats):
         same = int(rng.integers(2, count + 1))
         shapes = [shapes[0]] * same + shapes[same:]
     return shapes
@@ -238,7 +234,7 @@ def _crowd(rng: np.random.Generator, menu: _Menu, count: int, repeats: float) ->
     shapes = _crowd_shapes(rng, count, repeats)
     while not _may_meet(shapes, menu):  # cheap, and most of what `is_trainable` would refuse later
         shapes = _crowd_shapes(rng, count, repeats)
-    colors = [_pick(rng, menu.colors[shape]) for shape in shapes]
+    colors = [pick(rng, menu.colors[shape]) for shape in shapes]
     return sample_scene(rng, shapes=shapes, colors=colors)
 
 
@@ -342,7 +338,7 @@ _SAYS: Final[Mapping[Relation, tuple[str, ...]]] = MappingProxyType(
         "below": ("below", "under", "beneath"),
     }
 )
-_PLACES: Final = (  # rows of the 3 x 3 grid, top first
+PLACES: Final = (  # rows of the 3 x 3 grid, top first
     ("in the upper left", "at the top", "in the upper right"),
     ("on the left", "in the middle", "on the right"),
     ("in the lower left", "at the bottom", "in the lower right"),
@@ -360,7 +356,8 @@ _DENSE_COUNT: Final = (
 )
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
+    """The words behind "a" or "an"."""
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
@@ -371,7 +368,7 @@ def _kind(thing: Thing, mentions: frozenset[str]) -> str:
 
 
 def _noun(thing: Thing, mentions: frozenset[str]) -> str:
-    return _article(_kind(thing, mentions))
+    return article(_kind(thing, mentions))
 
 
 def _counted(things: Sequence[Thing], mentions: frozenset[str]) -> str:
@@ -383,25 +380,25 @@ def _counted(things: Sequence[Thing], mentions: frozenset[str]) -> str:
 def _place(thing: Thing) -> str:
     """Where an object stands on the 3 x 3 grid, in words."""
     column, row = (min(int(3 * v / IMAGE_SIZE), 2) for v in (thing.x, thing.y))
-    return _PLACES[row][column]
+    return PLACES[row][column]
 
 
 def _caption_dense(scene: Scene, rng: np.random.Generator, wording: Bucket) -> str:
     full = frozenset({"color", "size"})
-    opening = [_pick(rng, _DENSE_BACKGROUND)] if _chance(rng, 0.75) else []
+    opening = [pick(rng, _DENSE_BACKGROUND)] if chance(rng, 0.75) else []
     sentences = [s.format(tint=BACKGROUND_NAMES[scene.background]) for s in opening]
     forms = WORDINGS["dense"].forms(wording)
-    sentences += [_pick(rng, forms).format(a=_noun(t, full), place=_place(t)) for t in scene.things]
+    sentences += [pick(rng, forms).format(a=_noun(t, full), place=_place(t)) for t in scene.things]
     room = 6 - len(sentences)
     closing = []
-    if _chance(rng, 0.6):
-        closing.append(_pick(rng, _DENSE_COUNT).format(n=NUMBERS[len(scene.things)]))
+    if chance(rng, 0.6):
+        closing.append(pick(rng, _DENSE_COUNT).format(n=NUMBERS[len(scene.things)]))
     told = _told_relations(scene)
     for index in rng.permutation(len(told))[: room - len(closing)].tolist():
         a, relation, b = told[index]
-        fields = {"kind_a": a, "kind_b": b, "rel": _pick(rng, _SAYS[relation])}
-        sentences.append(_pick(rng, _DENSE_RELATION).format(**fields))
-        if _chance(rng, 0.5):
+        fields = {"kind_a": a, "kind_b": b, "rel": pick(rng, _SAYS[relation])}
+        sentences.append(pick(rng, _DENSE_RELATION).format(**fields))
+        if chance(rng, 0.5):
             break
     return " ".join(sentences + closing[:room])
 
@@ -428,20 +425,20 @@ def caption(brief: Brief, rng: np.random.Generator, wording: Bucket = "train") -
     things, says = brief.scene.things, brief.mentions
     if brief.family == "dense":
         return _caption_dense(brief.scene, rng, wording)
-    form = _pick(rng, WORDINGS[brief.family].forms(wording))
+    form = pick(rng, WORDINGS[brief.family].forms(wording))
     if brief.relation is not None:
         a, b = things
         fields = {"a": _noun(a, says), "b": _noun(b, says), "kind_a": SHAPES[a.shape], "kind_b": SHAPES[b.shape]}
-        text = form.format(**fields, rel=_pick(rng, _SAYS[brief.relation]))
+        text = form.format(**fields, rel=pick(rng, _SAYS[brief.relation]))
     elif brief.family == "counting":
         text = form.format(**{"c": _counted(things, says), "is": "are"})
     elif len(things) == 2:
-        both = _pick(rng, _TOGETHER).format(a=_noun(things[0], says), b=_noun(things[1], says))
+        both = pick(rng, _TOGETHER).format(a=_noun(things[0], says), b=_noun(things[1], says))
         text = form.format(**{"c": both, "is": "is"})
     else:
         text = form.format(**{"c": _noun(things[0], says), "is": "is"})
     if "background" in says:
-        text = _pick(rng, _BACKGROUND).format(c=text, tint=BACKGROUND_NAMES[brief.scene.background])
+        text = pick(rng, _BACKGROUND).format(c=text, tint=BACKGROUND_NAMES[brief.scene.background])
     return text
 
 
@@ -683,10 +680,7 @@ class _Asker:
         return _canonical(a.shape, relation, b.shape) not in self.banned.facts
 
     def _text(self, form: str, **fields: str) -> str:
-        return _pick(self.rng, _FORMS[form]).format(**fields)
-
-    def _shuffled(self, items: Sequence[T]) -> list[T]:
-        return [items[int(index)] for index in self.rng.permutation(len(items))]
+        return pick(self.rng, _FORMS[form]).format(**fields)
 
     # Naming objects
 
@@ -702,11 +696,11 @@ class _Asker:
     def _name(self, thing: Thing, avoid: str = "") -> str | None:
         """Words that fit this object alone and do not tell the attribute to avoid."""
         clear = [words for attributes, words in self.names[id(thing)] if avoid not in attributes]
-        return _pick(self.rng, clear) if clear else None
+        return pick(self.rng, clear) if clear else None
 
     def _named(self, avoid: str = "") -> tuple[Thing, str] | None:
         """A random object that words can single out."""
-        for thing in self._shuffled(self.things):
+        for thing in shuffled(self.rng, self.things):
             name = self._name(thing, avoid)
             if name is not None:
                 return thing, name
@@ -721,7 +715,7 @@ class _Asker:
                 for relation in RELATIONS:
                     found = [t for t in self.things if t is not thing and relation in self.stands[id(t), id(thing)]]
                     rows.append((found, relation, thing, name))
-        return self._shuffled(rows)
+        return shuffled(self.rng, rows)
 
     def _related_one(self) -> tuple[Thing, str] | None:
         """The one object that stands somewhere, and words for it by its place."""
@@ -731,7 +725,7 @@ class _Asker:
         return None
 
     def _side(self, relation: Relation) -> str:
-        return _pick(self.rng, _SAYS[relation])
+        return pick(self.rng, _SAYS[relation])
 
     def _other_value(self, thing: Thing, attribute: str) -> str | None:
         """Another value of an attribute: that of another object if it can be, so that only binding tells."""
@@ -741,13 +735,13 @@ class _Asker:
             "size": [SIZES[1 - thing.size]],
         }[attribute]
         present = [value for value in pool if any(_value(t, attribute) == value for t in self.things)]
-        return _pick(self.rng, present or pool) if pool else None
+        return pick(self.rng, present or pool) if pool else None
 
     def _some_count(self, counts: Iterable[int]) -> int:
         """One of the counts that can be asked for; zero, always the easiest to find, one time in five."""
         known = sorted(counts)
         some = [count for count in known if count > 0]
-        return _pick(self.rng, some) if some and (known[0] > 0 or _chance(self.rng, 0.8)) else known[0]
+        return pick(self.rng, some) if some and (known[0] > 0 or chance(self.rng, 0.8)) else known[0]
 
     # Yes or no, in pairs
 
@@ -758,10 +752,10 @@ class _Asker:
         )
 
     def existence(self) -> tuple[Question, Question] | None:
-        thing = _pick(self.rng, self.things)
-        if _chance(self.rng, 0.5):
+        thing = pick(self.rng, self.things)
+        if chance(self.rng, 0.5):
             absent = [s for s in range(len(SHAPES)) if all(t.shape != s for t in self.things)]
-            yes, no = SHAPES[thing.shape], SHAPES[_pick(self.rng, absent)]
+            yes, no = SHAPES[thing.shape], SHAPES[pick(self.rng, absent)]
             program: tuple[str, ...] = ("select", "exist")
         else:
             there = {(t.shape, t.color) for t in self.things}
@@ -769,33 +763,33 @@ class _Asker:
             near = [pair for pair in near if pair not in there and self._may_pair(*pair)]
             if not near:
                 return None
-            shape, color = _pick(self.rng, near)
+            shape, color = pick(self.rng, near)
             yes, no = f"{COLORS[thing.color]} {SHAPES[thing.shape]}", f"{COLORS[color]} {SHAPES[shape]}"
             program = ("select", "filter", "exist")
-        form = _pick(self.rng, _FORMS["existence"])
-        return self._both(form.format(np=_article(yes)), form.format(np=_article(no)), "existence", *program)
+        form = pick(self.rng, _FORMS["existence"])
+        return self._both(form.format(np=article(yes)), form.format(np=article(no)), "existence", *program)
 
     def count(self) -> tuple[Question, Question] | None:
-        shape: int | None = _pick(self.rng, self.things).shape if _chance(self.rng, 0.7) else None
+        shape: int | None = pick(self.rng, self.things).shape if chance(self.rng, 0.7) else None
         right = sum(shape is None or t.shape == shape for t in self.things)
         wrong = [n for n in (right - 1, right + 1) if 1 <= n <= MAX_THINGS and (shape, n) not in self.banned.counts]
         if not wrong:
             return None
-        form = _pick(self.rng, _FORMS["count"])
+        form = pick(self.rng, _FORMS["count"])
 
         def ask(n: int) -> str:
             one, many = ("object", "objects") if shape is None else (SHAPES[shape], PLURALS[shape])
             return form.format(**{"is": "is" if n == 1 else "are", "n": f"{NUMBERS[n]} {one if n == 1 else many}"})
 
-        return self._both(ask(right), ask(_pick(self.rng, wrong)), "count", "select", "count", "verify")
+        return self._both(ask(right), ask(pick(self.rng, wrong)), "count", "select", "count", "verify")
 
     def position(self) -> tuple[Question, Question] | None:
-        for a, b in self._shuffled(list(itertools.permutations(self.things, 2))):
+        for a, b in shuffled(self.rng, list(itertools.permutations(self.things, 2))):
             found, names = sorted(self.stands[id(a), id(b)]), (self._name(a), self._name(b))
             if len(found) == 1 and names[0] is not None and names[1] is not None:
                 sides = (found[0], OPPOSITES[found[0]])
                 if self._may_say(a, sides[1], b):
-                    form, which = _pick(self.rng, _FORMS["position"]), int(self.rng.integers(3))
+                    form, which = pick(self.rng, _FORMS["position"]), int(self.rng.integers(3))
                     yes, no = (form.format(a=names[0], b=names[1], rel=_SAYS[side][which]) for side in sides)
                     return self._both(yes, no, "position", "select", "relate", "verify")
         return None
@@ -806,8 +800,8 @@ class _Asker:
         if found is None or other is None:
             return None
         values = (_value(found[0], attribute), other)
-        yes, no = (_article(v) if attribute == "shape" else v for v in values)
-        form = _pick(self.rng, _FORMS["is"])
+        yes, no = (article(v) if attribute == "shape" else v for v in values)
+        form = pick(self.rng, _FORMS["is"])
         return self._both(
             form.format(a=found[1], value=yes), form.format(a=found[1], value=no), attribute, "select", "verify"
         )
@@ -824,7 +818,7 @@ class _Asker:
     # One word, by a program of one to three hops
 
     def query(self) -> Question | None:
-        attribute = _pick(self.rng, ("color", "color", "shape", "shape", "size"))
+        attribute = pick(self.rng, ("color", "color", "shape", "shape", "size"))
         found = self._named(avoid=attribute)
         if found is None:
             return None
@@ -841,25 +835,25 @@ class _Asker:
                 program = ("select", "filter", "count") if c is not None else ("select", "count")
                 groups.setdefault(n, []).append((" ".join([*words, "objects" if s is None else PLURALS[s]]), program))
         count = self._some_count(groups)
-        things, operators = _pick(self.rng, groups[count])
+        things, operators = pick(self.rng, groups[count])
         text = self._text("how many", things=things)
         return Question(text=text, answer=NUMBERS[count], program=operators, kind="count")
 
     def choose(self) -> Question | None:
-        attribute = _pick(self.rng, ("color", "size"))
+        attribute = pick(self.rng, ("color", "size"))
         found = self._named(avoid=attribute)
         other = self._other_value(found[0], attribute) if found else None
         if found is None or other is None:
             return None
         answer = _value(found[0], attribute)
-        first, second = self._shuffled([answer, other])
+        first, second = shuffled(self.rng, [answer, other])
         text = self._text("choose", a=found[1], value=first, other=second)
         return Question(text=text, answer=answer, program=("select", "choose"), kind="choose")
 
     def choose_place(self) -> Question | None:
-        for a, b in self._shuffled(list(itertools.permutations(self.things, 2))):
+        for a, b in shuffled(self.rng, list(itertools.permutations(self.things, 2))):
             names = (self._name(a), self._name(b))
-            for words, sides in self._shuffled(_SIDES):
+            for words, sides in shuffled(self.rng, _SIDES):
                 true = [side for side in sides if side in self.stands[id(a), id(b)]]
                 if true and None not in names and all(self._may_say(a, side, b) for side in sides):
                     text = self._text("choose place", a=str(names[0]), b=str(names[1]), value=words)
@@ -871,26 +865,26 @@ class _Asker:
         found = self._related_one()
         if found is None:
             return None
-        attribute = _pick(self.rng, ("color", "shape", "size"))
+        attribute = pick(self.rng, ("color", "shape", "size"))
         text = self._text("query", attribute=attribute, a=found[1])
         program = ("select", "relate", "query")
         return Question(text=text, answer=_value(found[0], attribute), program=program, kind="relate")
 
     def related_verify(self) -> Question | None:
         found = self._related_one()
-        attribute = _pick(self.rng, ("color", "shape", "size"))
+        attribute = pick(self.rng, ("color", "shape", "size"))
         other = self._other_value(found[0], attribute) if found else None
         if found is None or other is None:
             return None
-        is_yes = _chance(self.rng, 0.5)
+        is_yes = chance(self.rng, 0.5)
         value = _value(found[0], attribute) if is_yes else other
-        text = self._text("is", a=found[1], value=_article(value) if attribute == "shape" else value)
+        text = self._text("is", a=found[1], value=article(value) if attribute == "shape" else value)
         return Question(text=text, answer=_yes(is_yes), program=("select", "relate", "verify"), kind="relate")
 
     def related_filtered_query(self) -> Question | None:
         for found, relation, _, name in self._related():
-            for thing in self._shuffled(found):
-                by, asked = _pick(self.rng, (("color", "shape"), ("size", "color"), ("size", "shape")))
+            for thing in shuffled(self.rng, found):
+                by, asked = pick(self.rng, (("color", "shape"), ("size", "color"), ("size", "shape")))
                 value = _value(thing, by)
                 if len(found) > 1 and sum(_value(t, by) == value for t in found) == 1:
                     words = self._text("related filtered", value=value, rel=self._side(relation), b=name)
@@ -903,10 +897,10 @@ class _Asker:
         for found, relation, reference, name in self._related():
             if len(found) == 1:
                 middle = self._text("related", rel=self._side(relation), b=name)
-                for side in self._shuffled(RELATIONS):
+                for side in shuffled(self.rng, RELATIONS):
                     last = [t for t in self.things if t is not found[0] and side in self.stands[id(t), id(found[0])]]
                     if len(last) == 1 and last[0] is not reference:
-                        attribute = _pick(self.rng, ("color", "shape", "size"))
+                        attribute = pick(self.rng, ("color", "shape", "size"))
                         words = self._text("related", rel=self._side(side), b=middle)
                         text = self._text("query", attribute=attribute, a=words)
                         program = ("select", "relate", "relate", "query")
@@ -923,9 +917,9 @@ class _Asker:
         return Question(text=text, answer=NUMBERS[count], program=("select", "relate", "count"), kind="count")
 
     def compare(self) -> Question | None:
-        attribute, is_yes = _pick(self.rng, ("color", "shape", "size")), _chance(self.rng, 0.5)
+        attribute, is_yes = pick(self.rng, ("color", "shape", "size")), chance(self.rng, 0.5)
         options: dict[bool, tuple[str, str]] = {}
-        for a, b in self._shuffled(list(itertools.permutations(self.things, 2))):
+        for a, b in shuffled(self.rng, list(itertools.permutations(self.things, 2))):
             names = (self._name(a, attribute), self._name(b, attribute))
             if names[0] is not None and names[1] is not None:
                 options.setdefault(_value(a, attribute) == _value(b, attribute), (names[0], names[1]))
@@ -936,23 +930,23 @@ class _Asker:
 
     def logical(self) -> Question | None:
         here = sorted({t.shape for t in self.things})
-        op = _pick(self.rng, ("and", "or")) if len(here) > 1 else "or"  # else "and" could only be answered no
-        is_yes = _chance(self.rng, 0.5)
+        op = pick(self.rng, ("and", "or")) if len(here) > 1 else "or"  # else "and" could only be answered no
+        is_yes = chance(self.rng, 0.5)
         gone = [s for s in range(len(SHAPES)) if s not in here]
         pools = {("and", True): (here, here), ("or", False): (gone, gone)}.get((op, is_yes), (here, gone))
         for _ in range(8):
-            a, b = (_pick(self.rng, pool) for pool in self._shuffled(pools))
+            a, b = (pick(self.rng, pool) for pool in shuffled(self.rng, pools))
             if a != b and frozenset((a, b)) not in self.banned.shapes:
-                text = self._text("logical", a=_article(SHAPES[a]), b=_article(SHAPES[b]), op=op)
+                text = self._text("logical", a=article(SHAPES[a]), b=article(SHAPES[b]), op=op)
                 return Question(text=text, answer=_yes(is_yes), program=("select", "select", "logical"), kind="logical")
         return None
 
     # Compositions never asked in training
 
     def related_compare(self) -> Question | None:
-        attribute, is_yes = _pick(self.rng, ("color", "shape", "size")), _chance(self.rng, 0.5)
+        attribute, is_yes = pick(self.rng, ("color", "shape", "size")), chance(self.rng, 0.5)
         for found, relation, reference, name in self._related():
-            for thing in self._shuffled(self.things):
+            for thing in shuffled(self.rng, self.things):
                 other = self._name(thing, attribute)
                 if len(found) != 1 or other is None or thing is reference or thing is found[0]:
                     continue
@@ -974,19 +968,19 @@ class _Asker:
         if not rows:
             return None
         count = self._some_count({row[0] for row in rows})
-        _, value, relation, name = _pick(self.rng, [row for row in rows if row[0] == count])
+        _, value, relation, name = pick(self.rng, [row for row in rows if row[0] == count])
         text = self._text("related filtered count", value=value, rel=self._side(relation), b=name)
         return Question(text=text, answer=NUMBERS[count], program=("select", "relate", "filter", "count"), kind="count")
 
     def related_logical(self) -> Question | None:
-        found, op, is_yes = self._related_one(), _pick(self.rng, ("and", "or")), _chance(self.rng, 0.5)
+        found, op, is_yes = self._related_one(), pick(self.rng, ("and", "or")), chance(self.rng, 0.5)
         if found is None:
             return None
         holds = {("and", True): (True, True), ("or", False): (False, False)}.get((op, is_yes))
         holds = (True, False) if holds is None else holds
         values = [
             _value(found[0], k) if is_true else self._other_value(found[0], k)
-            for k, is_true in zip(("color", "size"), self._shuffled(holds), strict=True)
+            for k, is_true in zip(("color", "size"), shuffled(self.rng, holds), strict=True)
         ]
         text = self._text("related logical", a=found[1], value=str(values[0]), op=op, other=str(values[1]))
         return Question(text=text, answer=_yes(is_yes), program=("select", "relate", "logical"), kind="logical")
@@ -1071,9 +1065,9 @@ def questions(scene: Scene, rng: np.random.Generator, *, split: Bucket = "train"
     double = [SUBTASKS[int(i)] for i in rng.permutation(len(SUBTASKS))]
     while len(asked) <= most and (single or double):
         question: Question | None
-        if double and (not single or _chance(rng, 0.5)):
+        if double and (not single or chance(rng, 0.5)):
             pair = _YES_NO[double.pop()](asker)
-            question = _pick(rng, pair) if pair else None
+            question = pick(rng, pair) if pair else None
         else:
             question = _PROGRAMS[single.pop()](asker)
         if question is not None:
@@ -1083,7 +1077,7 @@ def questions(scene: Scene, rng: np.random.Generator, *, split: Bucket = "train"
 
 def _hinted(question: Question, rng: np.random.Generator) -> Question:
     """A quarter of the yes/no questions say how to answer, as MME's do."""
-    if question.answer not in ("yes", "no") or _chance(rng, 0.75):
+    if question.answer not in ("yes", "no") or chance(rng, 0.75):
         return question
     text = f"{question.text} {YES_NO}"
     return Question(text=text, answer=question.answer, program=question.program, kind=question.kind)
@@ -1124,7 +1118,7 @@ def lexicon() -> frozenset[str]:
         _DENSE_RELATION,
         _DENSE_COUNT,
         *_SAYS.values(),
-        *_PLACES,
+        *PLACES,
         *_FORMS.values(),
         [words for words, _ in _SIDES],
         tuple(_ATTRIBUTES),

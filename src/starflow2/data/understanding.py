@@ -27,7 +27,7 @@ from starflow2.data.choices import (
 )
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.data.tasks import LIST, NUMBERS, PLURALS, draw_task, lexicon, understanding_task
-from starflow2.data.world import BACKGROUND_NAMES, COLORS, HELD_OUT, OPPOSITES, SHAPES, SIZES, Scene, stream
+from starflow2.data.world import BACKGROUND_NAMES, COLORS, HELD_OUT, OPPOSITES, SHAPES, SIZES, Scene, pick, stream
 from starflow2.errors import ConfigError
 
 __all__ = ["MIX", "READ_MIX", "Mention", "mentions", "understanding_dialogue", "understanding_words"]
@@ -109,9 +109,6 @@ class _Reader:
     def found(self) -> list[Mention]:
         return mentions(self.caption)
 
-    def _pick(self, options: Sequence[Any]) -> Any:
-        return options[int(self.rng.integers(len(options)))]
-
     def _lone(self) -> list[Mention]:
         """Single objects that their shape tells apart."""
         shapes = [m.shape for m in self.found]
@@ -121,42 +118,44 @@ class _Reader:
         return LIST, ", ".join(m.words for m in self.found) + "."
 
     def color(self) -> tuple[str, str] | None:
-        known = [m for m in self._lone() if m.color is not None]
+        known: list[Any] = [m for m in self._lone() if m.color is not None]
         if not known:
             return None
-        one = self._pick(known)
+        one = pick(self.rng, known)
         return f"what color is the {SHAPES[one.shape]}?", COLORS[one.color]
 
     def is_color(self) -> tuple[str, str] | None:
-        known = [m for m in self._lone() if m.color is not None]
+        known: list[Any] = [m for m in self._lone() if m.color is not None]
         if not known:
             return None
-        one = self._pick(known)
+        one = pick(self.rng, known)
         if self.rng.random() < 0.5:
             return f"is the {SHAPES[one.shape]} {COLORS[one.color]}?", "yes"
         near = [m.color for m in self.found if m.color not in (None, one.color) and _may_pair(one.shape, m.color)]
         others = [c for c in range(len(COLORS)) if c != one.color and _may_pair(one.shape, c)]
-        return f"is the {SHAPES[one.shape]} {COLORS[self._pick(near or others)]}?", "no"
+        return f"is the {SHAPES[one.shape]} {COLORS[pick(self.rng, near or others)]}?", "no"
 
     def shape(self) -> tuple[str, str] | None:
         colors = [m.color for m in self.found]
-        known = [m for m in self.found if m.count == 1 and m.color is not None and colors.count(m.color) == 1]
+        known: list[Any] = [
+            m for m in self.found if m.count == 1 and m.color is not None and colors.count(m.color) == 1
+        ]
         if not known or None in colors:
             return None
-        one = self._pick(known)
+        one = pick(self.rng, known)
         return f"what shape is the {COLORS[one.color]} object?", SHAPES[one.shape]
 
     def size(self) -> tuple[str, str] | None:
-        known = [m for m in self._lone() if m.size is not None]
+        known: list[Any] = [m for m in self._lone() if m.size is not None]
         if not known:
             return None
-        one = self._pick(known)
+        one = pick(self.rng, known)
         return f"what size is the {SHAPES[one.shape]}?", SIZES[one.size]
 
     def there(self) -> tuple[str, str]:
         here = sorted({m.shape for m in self.found})
         is_yes = self.rng.random() < 0.5
-        shape = self._pick(here if is_yes else [s for s in range(len(SHAPES)) if s not in here])
+        shape = pick(self.rng, here if is_yes else [s for s in range(len(SHAPES)) if s not in here])
         noun = SHAPES[shape]
         return f"is there {'an' if noun[0] in 'aeiou' else 'a'} {noun}?", "yes" if is_yes else "no"
 
@@ -167,7 +166,7 @@ class _Reader:
             return "how many objects are there?", POINTS[total]
         here = sorted({m.shape for m in self.found})
         gone = [s for s in range(len(SHAPES)) if s not in here]
-        shape = self._pick(gone if self.rng.random() < 0.2 else here)
+        shape = pick(self.rng, gone if self.rng.random() < 0.2 else here)
         return f"how many {PLURALS[shape]} are there?", POINTS[sum(m.count for m in self.found if m.shape == shape)]
 
     def beside(self) -> tuple[str, str] | None:

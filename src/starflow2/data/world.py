@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -42,19 +42,23 @@ __all__ = [
     "Split",
     "Thing",
     "bucket",
+    "chance",
     "coverage",
     "facts",
     "fits",
     "half_box",
     "held_out",
     "is_trainable",
+    "pick",
     "relations",
     "render",
     "sample_scene",
     "scene_key",
+    "shuffled",
     "stream",
 ]
 
+T = TypeVar("T")
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 Split = Literal["dev", "test"]
@@ -141,6 +145,21 @@ def stream(*numbers: int) -> np.random.Generator:
     if min(numbers) < 0:
         raise ConfigError(f"stream({numbers}): seeds and indices must be 0 or more")
     return np.random.default_rng(numbers)
+
+
+def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    """One of the options, all alike likely."""
+    return options[int(rng.integers(len(options)))]
+
+
+def shuffled(rng: np.random.Generator, options: Sequence[T]) -> list[T]:
+    """The options in a random order."""
+    return [options[int(index)] for index in rng.permutation(len(options))]
+
+
+def chance(rng: np.random.Generator, probability: float) -> bool:
+    """True as often as `probability` says."""
+    return bool(rng.random() < probability)
 
 
 # ------------------------------------------------------------------------------------------ drawing
