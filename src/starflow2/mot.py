@@ -277,8 +277,7 @@ class Mot(Pretzel):
         has_reference: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """As in the Pretzel, but there is one stream: both are the same (P, n, E)."""
-        base = self.flow.deep.embed_at(buffer, targets) + self.flow.deep.noise_embedding(noise_level)[:, None]
-        base = base + self._reference(reference, has_reference, targets)
+        base = self._base(buffer, targets, noise_level, reference, has_reference)
         return base, base
 
 

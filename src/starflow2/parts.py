@@ -5,7 +5,7 @@ What each part is lives in its own module; this one only knows which belong toge
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -71,6 +71,11 @@ class Parts(nn.Module):
         """How documents of this model spell a picture."""
         ids = self.cfg.vlm.special
         return Layout(self.cfg.flow.deep.grid, ids.vision_start, ids.vision_end, ids.image_pad, ids.pad)
+
+    @property
+    def tower_layout(self) -> Layout:
+        """The same for documents whose pictures the language model's own vision tower sees."""
+        return replace(self.layout, grid=self.cfg.vlm.image_grid)
 
     @property
     def codec(self) -> FaeCodec:

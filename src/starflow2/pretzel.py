@@ -279,8 +279,19 @@ class Pretzel:
         from 1 to N. reference: (P, N + 1, D), the picture before, where `has_reference` (P,) says there is one.
         """
         adapted = self.joints.adapter(self._seen(buffer.detach(), targets - 1), noise_level)
+        return adapted, self._base(buffer, targets, noise_level, reference, has_reference)
+
+    def _base(
+        self,
+        buffer: Tensor,
+        targets: Tensor,
+        noise_level: Tensor,
+        reference: Tensor | None,
+        has_reference: Tensor | None,
+    ) -> Tensor:
+        """What the flow reads there without the skip, (P, n, C)."""
         base = self.flow.deep.embed_at(buffer, targets) + self.flow.deep.noise_embedding(noise_level)[:, None]
-        return adapted, base + self._reference(reference, has_reference, targets)
+        return base + self._reference(reference, has_reference, targets)
 
     def _seen(self, buffer: Tensor, index: Tensor) -> Tensor:
         """What the adapter reads at latents `index` (P, n): the latent, and with a stencil those left and above."""

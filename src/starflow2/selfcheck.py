@@ -33,8 +33,8 @@ from starflow2.model import StarFlow2
 from starflow2.parts import Parts
 from starflow2.pretzel import Output, Pretzel, PretzelCache, Slots, States
 from starflow2.scoring import decode_code, invert
-from starflow2.sequence import IGNORE, Document, Image, Text, pack
-from starflow2.stages import to_images, with_pictures
+from starflow2.sequence import IGNORE, Document, Image, Text, pack, with_pictures
+from starflow2.stages import to_images
 
 __all__ = ["Check", "check_model", "report", "table"]
 

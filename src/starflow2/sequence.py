@@ -31,6 +31,7 @@ __all__ = [
     "pack",
     "pad_rows",
     "text_mrope",
+    "with_pictures",
 ]
 
 IGNORE = -100  # label of positions that carry no next-token loss
@@ -229,6 +230,13 @@ def _batch(rows: Sequence[_Row], pictures: Pictures, layout: Layout) -> Batch:
         document[i, :end] = torch.tensor(row.document)
         mrope[:, i, :end], places[i, :end] = torch.cat(row.mrope, 1), torch.cat(row.places)
     return Batch(ids, labels, document, mrope, places, pictures)
+
+
+def with_pictures(embeds: Tensor, seen: Tensor, batch: Batch) -> Tensor:
+    """Embeddings (B, T, E) with pictures (P, N, E) put into their slots."""
+    row = batch.pictures.row[:, None].expand(-1, seen.shape[1])
+    at = batch.pictures.begin[:, None] + 1 + torch.arange(seen.shape[1], device=seen.device)
+    return embeds.index_put((row, at), seen.to(embeds.dtype))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ Letters: B documents, T positions, N latents, P pictures.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -27,7 +27,7 @@ from starflow2.flow.noise import add_noise
 from starflow2.generate import drawing_context
 from starflow2.losses import joint_loss, masked_picture_loss, ngp_loss, ntp_loss
 from starflow2.parts import ModelConfig, Parts
-from starflow2.sequence import IGNORE, Batch, Layout, length_groups, pack
+from starflow2.sequence import IGNORE, Batch, Layout, length_groups, pack, with_pictures
 
 __all__ = ["TASKS", "MixConfig", "OptimConfig", "Precision", "RunConfig", "StageConfig", "Task"]
 
@@ -213,17 +213,13 @@ class VlmTask:
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
         self.parts = parts
-        tower = replace(parts.layout, grid=parts.cfg.vlm.image_grid)  # which need not be that of the latents
-        self.draw: Callable[[range], Any] = Documents.of(parts, partial(understanding_dialogue, seed), tower)
+        dialogue = partial(understanding_dialogue, seed)
+        self.draw: Callable[[range], Any] = Documents.of(parts, dialogue, parts.tower_layout)
         self.trained = nn.ModuleDict({"vlm": parts.vlm})
 
     def loss(self, data: tuple[Tensor, Batch], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images, batch = data[0].to(self.parts.device), data[1].to(self.parts.device)
-        vlm = self.parts.vlm
-        embeds = with_pictures(vlm.embed(batch.ids), vlm.see(images), batch)
-        h = vlm.states(embeds, batch.mrope, attend=batch.attend)
-        target = batch.labels != IGNORE
-        return ntp_loss(vlm.logits(h[target]), batch.labels), {}
+        return _reading_loss(self.parts, self.parts.vlm.see(images), batch), {}
 
 
 class T2iTask:
@@ -282,15 +278,11 @@ class AdapterTask:
             latents = self.parts.codec.encode(images).float()
             u, _ = self.parts.flow.shallow(add_noise(latents, level, generator), level)
         adapted = pretzel.adapted(u, level)
-        vlm = self.parts.vlm
-        embeds = with_pictures(vlm.embed(batch.ids), adapted, batch)
-        h = vlm.states(embeds, batch.mrope, attend=batch.attend)
-        target = batch.labels != IGNORE
-        loss = ntp_loss(vlm.logits(h[target]), batch.labels)
+        loss = _reading_loss(self.parts, adapted, batch)
         if not self.stage.distill:
             return loss, {}
         with torch.no_grad():
-            seen = vlm.see(images)
+            seen = self.parts.vlm.see(images)
         far = (adapted - seen).square().mean() / seen.square().mean()
         return loss + self.stage.distill * far, {"distance": far}
 
@@ -357,11 +349,11 @@ def dropped(dialogue: Dialogue, rng: np.random.Generator, share: float) -> Dialo
     return Dialogue(turns, dialogue.kind)
 
 
-def with_pictures(embeds: Tensor, seen: Tensor, batch: Batch) -> Tensor:
-    """Embeddings (B, T, E) with pictures (P, N, E) put into their slots."""
-    row = batch.pictures.row[:, None].expand(-1, seen.shape[1])
-    at = batch.pictures.begin[:, None] + 1 + torch.arange(seen.shape[1], device=seen.device)
-    return embeds.index_put((row, at), seen.to(embeds.dtype))
+def _reading_loss(parts: Parts, seen: Tensor, batch: Batch) -> Tensor:
+    """Next-token loss of the language model alone, pictures read as `seen` (P, N, E)."""
+    embeds = with_pictures(parts.vlm.embed(batch.ids), seen, batch)
+    h = parts.vlm.states(embeds, batch.mrope, attend=batch.attend)
+    return ntp_loss(parts.vlm.logits(h[batch.labels != IGNORE]), batch.labels)
 
 
 def _source_levels(parts: Parts, count: int, generator: torch.Generator) -> Tensor:
