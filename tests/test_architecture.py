@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "nn", "images", "heatmap", "terminal"),
     ("protocols",),
     ("flow",),  # the standalone library ends here
-    ("sequence", "fae"),
+    ("sequence", "fae", "prefix"),
     ("pretzel", "backbones", "data"),
     ("parts",),
     ("losses", "generate", "understand", "checkpoint", "prompts", "mot"),

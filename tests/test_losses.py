@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.distributions import Normal
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from helpers import wake
 from model_cases import STAGES, WIDTH, tiny_model, tiny_parts
+from starflow2 import losses
 from starflow2.flow import Context, Flow
 from starflow2.losses import JointTerms, joint_loss, masked_picture_loss, ngp_loss, ntp_loss
 from starflow2.parts import Parts
@@ -25,7 +29,7 @@ def a_flow(weight: str = "level") -> Flow:
 
 
 def some_latents(rows: int = 5) -> tuple[torch.Tensor, Context]:
-    return torch.randn(rows, 64, 4), Context(torch.randn(rows, 3, WIDTH))
+    return torch.randn(rows, 64, 4), Context(torch.randn(rows, 3, 2 * WIDTH))
 
 
 @pytest.mark.parametrize("weight", ["level", "one"])
@@ -66,6 +70,11 @@ def labelled(*rows: str) -> torch.Tensor:
     return torch.tensor([[IGNORE if c == "." else ord(c) - ord("a") for c in row] for row in rows])
 
 
+def as_is(logits: torch.Tensor) -> torch.Tensor:
+    """A head whose states are logits already."""
+    return logits
+
+
 def surprises(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
     """Nats of every label, in order."""
     told = labels[labels != IGNORE]
@@ -78,34 +87,91 @@ def test_ntp_loss_is_the_mean_over_replies_of_their_mean_surprise():
     nats = surprises(logits, labels)
     replies = [nats[:6], nats[6:7], nats[7:]]
     expected = sum(sum(r) / len(r) for r in replies) / 3
-    assert ntp_loss(logits, labels).item() == pytest.approx(expected, abs=1e-6)
+    assert ntp_loss(as_is, (logits,), labels).item() == pytest.approx(expected, abs=1e-6)
     assert expected != pytest.approx(sum(nats) / 9, abs=1e-3), "a mean over tokens is something else"
 
 
 def test_a_long_reply_pulls_no_harder_than_a_short_one():
     labels = labelled("abcdefgh", "a.......")
     logits = torch.zeros(9, 11, requires_grad=True)
-    (grad,) = torch.autograd.grad(ntp_loss(logits, labels), logits)
+    (grad,) = torch.autograd.grad(ntp_loss(as_is, (logits,), labels), logits)
     per_label = grad.norm(dim=1)
     assert per_label[:8].sum().item() == pytest.approx(per_label[8].item(), rel=1e-5)
 
 
 def test_replies_that_end_and_begin_with_a_row_are_two():
     logits = torch.randn(4, 11)
-    apart = ntp_loss(logits, labelled("..abc", "d....")).item()
+    apart = ntp_loss(as_is, (logits,), labelled("..abc", "d....")).item()
     nats = surprises(logits, labelled("..abc", "d...."))
     assert apart == pytest.approx((sum(nats[:3]) / 3 + nats[3]) / 2, abs=1e-6)
 
 
 def test_ntp_loss_is_in_float32_and_zero_with_a_gradient_where_there_is_no_label():
     labels, logits = labelled("..abc", "d...."), torch.randn(4, 11)
-    half = ntp_loss(logits.bfloat16(), labels)
+    half = ntp_loss(as_is, (logits.bfloat16(),), labels)
     assert half.dtype == torch.float32
-    assert half.item() == pytest.approx(ntp_loss(logits.bfloat16().float(), labels).item(), abs=1e-6)
+    assert half.item() == pytest.approx(ntp_loss(as_is, (logits.bfloat16().float(),), labels).item(), abs=1e-6)
     nothing = torch.zeros(0, 11, requires_grad=True)
-    loss = ntp_loss(nothing, labelled("....."))
+    loss = ntp_loss(as_is, (nothing,), labelled("....."))
     loss.backward()
     assert loss.item() == 0 and nothing.grad is not None
+
+
+# -- a large vocabulary in chunks
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside have held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._watch(tensor.untyped_storage())
+        return out
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def test_in_chunks_the_gradients_are_those_of_all_logits_at_once(monkeypatch):
+    labels, weight = labelled("..abcdef", "a..bc...", "abcd...."), torch.randn(11, 5, requires_grad=True)
+    h = torch.randn(13, 5, requires_grad=True)
+    whole = torch.autograd.grad(ntp_loss(lambda s: s @ weight.T, (h,), labels), (h, weight))
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 3 * 11)
+    chunked = torch.autograd.grad(ntp_loss(lambda s: s @ weight.T, (h,), labels), (h, weight))
+    assert whole[0].abs().max() > 1e-3
+    assert all((a - b).abs().max() <= 1e-6 for a, b in zip(whole, chunked, strict=True))
+
+
+def test_a_vocabulary_of_152k_takes_a_tenth_of_the_memory_in_chunks_and_gives_the_same_gradient(monkeypatch):
+    torch.manual_seed(0)
+    vocab, positions = 152_064, 512
+    weight, h = torch.randn(vocab, 8), torch.randn(positions, 8, requires_grad=True)
+    labels = torch.randint(vocab, (1, positions))
+    peaks, grads = [], []
+    for at_once in (vocab * positions, vocab * 25):
+        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+        with PeakBytes() as memory:
+            grads += torch.autograd.grad(ntp_loss(lambda s: s @ weight.T, (h,), labels), h)
+        peaks.append(memory.peak)
+    assert (grads[0] - grads[1]).abs().max() <= 1e-5 * grads[0].abs().max()
+    assert peaks[1] <= 0.1 * peaks[0], f"{peaks[1] / 2**20:.0f} of {peaks[0] / 2**20:.0f} MiB"
+    assert peaks[0] >= 2 * 4 * vocab * positions, "the slow twin holds logits and their gradient"
 
 
 # -- both at once

@@ -68,7 +68,9 @@ def test_a_reply_of_words_scores_what_the_next_token_loss_says(sampler):
     batch = pack([sampler.parts.tokenizer.document([Turn(("a red circle",), ("two red hearts",))])], sampler.layout)
     with torch.no_grad():
         out = sampler.pretzel.forward(batch, torch.zeros(0, 4, 4, dtype=torch.float64), torch.zeros(0))
-    assert -found.log_prob == pytest.approx(len(found.tokens) * ntp_loss(out.logits, batch.labels).item(), abs=1e-4)
+    assert -found.log_prob == pytest.approx(
+        len(found.tokens) * ntp_loss(out.head, (out.h, out.g), batch.labels).item(), abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("level", [None, 0.5])

@@ -121,7 +121,7 @@ def skip_contributions(sampler: Sampler, prompts: int = 50, seed: int = 0) -> Sk
         x = torch.stack([t.picture.x for t in told])
         levels = torch.full((len(told),), sampler.noise_level, dtype=sampler.dtype, device=x.device)
         with sampler.pretzel.traced() as trace:
-            sampler.pretzel.forward(batch, x, levels)
+            _ = sampler.pretzel.forward(batch, x, levels).logits  # the text skip shows when words are predicted
         for name, base, injected in trace:
             found[name].append((base, injected))
     visual, text = (

@@ -6,11 +6,13 @@ Letters: B batch, T positions, M labels, N latents, D latent dim, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from starflow2.flow import Context, Flow
 from starflow2.flow.noise import NoiseConfig, add_noise
@@ -18,7 +20,10 @@ from starflow2.nn import at_least_fp32
 from starflow2.pretzel import Pretzel
 from starflow2.sequence import IGNORE, Batch
 
-__all__ = ["JointTerms", "joint_loss", "masked_picture_loss", "ngp_loss", "ntp_loss"]
+__all__ = ["LOGITS_AT_ONCE", "JointTerms", "joint_loss", "masked_picture_loss", "ngp_loss", "ntp_loss", "token_nats"]
+
+Head = Callable[..., Tensor]
+LOGITS_AT_ONCE = 2**24  # 64 MiB in float32, their gradient as much again
 
 
 def ngp_loss(flow: Flow, latents: Tensor, context: Context, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -36,16 +41,36 @@ def ngp_loss(flow: Flow, latents: Tensor, context: Context, generator: torch.Gen
     return loss, nats.detach().mean()
 
 
-def ntp_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Next-token loss in nats, every reply counting alike; logits (M, V) of the M positions with a label.
+def token_nats(head: Head, states: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Surprise of each label in nats, (M,) float32: cross-entropy without all logits at once.
 
-    labels: (B, T), IGNORE where nothing is to be predicted. A mean over tokens would let long lists drown one-word
-    answers (our choice: docs/choices.md#reply-weights). 0 where there is no label.
+    head: states of M positions, (M, E) each, to logits (M, V). A vocabulary of 152k makes logits and their gradient
+    1.2 MB per position; at most `LOGITS_AT_ONCE` of them exist at any time, those of later chunks are computed anew
+    in the backward pass. labels: (M,).
+    """
+    vocab = head(*(s[:0] for s in states)).shape[-1]
+    at_once = max(1, LOGITS_AT_ONCE // vocab)
+    if len(labels) <= at_once:
+        return _nats(head, labels, *states)
+    chunks = zip(labels.split(at_once), *(s.split(at_once) for s in states), strict=True)
+    return torch.cat([checkpoint(_nats, head, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def _nats(head: Head, labels: Tensor, *states: Tensor) -> Tensor:
+    return F.cross_entropy(at_least_fp32(head(*states)), labels, reduction="none")
+
+
+def ntp_loss(head: Head, states: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Next-token loss in nats, every reply counting alike.
+
+    head, states: see `token_nats`, of the M positions with a label; labels: (B, T), IGNORE where nothing is to be
+    predicted. A mean over tokens would let long lists drown one-word answers (our choice:
+    docs/choices.md#reply-weights). 0 where there is no label.
     """
     has_label = labels != IGNORE
-    if not len(logits):
-        return logits.sum()
-    nats = F.cross_entropy(at_least_fp32(logits), labels[has_label], reduction="none")
+    nats = token_nats(head, states, labels[has_label])
+    if not len(nats):
+        return nats.sum()
     starts = has_label & ~F.pad(has_label[:, :-1], (1, 0))
     reply = starts.flatten().cumsum(0).view_as(labels)[has_label] - 1  # (M,) which reply a label belongs to
     count = torch.bincount(reply)
@@ -71,7 +96,7 @@ def joint_loss(pretzel: Pretzel, batch: Batch, pictures: tuple[Tensor, Tensor], 
     nats = -out.log_prob / math.prod(noisy.shape[1:]) - 0.5 * math.log(2 * math.pi)
     weighted = (noise.loss_weight(level) * nats)[is_target]
     flow = weighted.mean() if len(weighted) else out.log_prob.sum() * 0
-    return JointTerms(flow, ntp_loss(out.logits, batch.labels))
+    return JointTerms(flow, ntp_loss(pretzel.logits, (out.h, out.g), batch.labels))
 
 
 def masked_picture_loss(feats: Tensor, head: nn.Linear, images: Tensor, patch: int) -> Tensor:

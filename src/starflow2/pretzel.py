@@ -10,7 +10,7 @@ Letters: B rows, T positions, P pictures, N latents, D latent dim, E language wi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, Self, cast, get_args
@@ -24,6 +24,7 @@ from starflow2.flow import Affine, Flow
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.flow.noise import NoiseEmbedding
 from starflow2.nn import Cache, FiLM, check, zero_linear
+from starflow2.prefix import before_pictures, states_in_two_passes
 from starflow2.protocols import LanguageStream
 from starflow2.sequence import IGNORE, Batch
 
@@ -42,6 +43,7 @@ __all__ = [
 ]
 
 Skip = Literal["visual", "text"]
+PREFIX_SHARE = 0.1  # of slots before a picture, from which on reading them apart saves more than a second pass costs
 ALL_SKIPS: frozenset[Skip] = frozenset(get_args(Skip))
 
 
@@ -144,7 +146,7 @@ class Output:
     """A whole batch read in parallel.
 
     affine, u: Gaussians and intermediate latents (P, N, D) of every picture; z: (P, N, D) and log_prob: (P,) nats of
-    its noisy latents x; logits: (M, V) of the M positions with a label, labels: (M,), documents: (M,).
+    its noisy latents x; h: (M, E) and g: (M, C) of the M positions with a label, labels: (M,), documents: (M,).
     """
 
     affine: Affine
@@ -152,9 +154,16 @@ class Output:
     z: Tensor
     log_prob: Tensor
     shallow_logdet: Tensor
-    logits: Tensor
+    h: Tensor
+    g: Tensor
     labels: Tensor
     documents: Tensor
+    head: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def logits(self) -> Tensor:
+        """(M, V), all at once; a loss over a large vocabulary takes them in chunks (`losses.token_nats`)."""
+        return self.head(self.h, self.g)
 
 
 class PretzelCache:
@@ -223,7 +232,7 @@ class Pretzel:
         latent = slots.latent
         if latent is not None:
             embeds = words.index_put((latent.row, latent.at), latent.adapted.to(words.dtype))
-        h = self.vlm.states(embeds, slots.mrope, None if cache is None else cache.vlm, slots.attend)
+        h = self._language(slots, (words, embeds), cache)
         e = self.flow.deep.context_in(text_context(self.joints.cfg, words, h))  # (B, T, C), P_txt
         if slots.begin is not None:
             row, at, added = slots.begin
@@ -233,6 +242,17 @@ class Pretzel:
             e = e.index_put((latent.row, latent.at), base.to(e.dtype))
         g = self.flow.deep.body(e, slots.places, slots.attend, None if cache is None else cache.flow)
         return States(h, g)
+
+    def _language(self, slots: Slots, embeds: tuple[Tensor, Tensor], cache: PretzelCache | None) -> Tensor:
+        """The language model's states (B, T, E); embeds: words alone, and with latents in their places."""
+        words, whole = embeds
+        if cache is None and slots.latent is not None and whole.requires_grad and not words.requires_grad:
+            is_latent = torch.zeros_like(slots.ids, dtype=torch.bool)
+            is_latent[slots.latent.row, slots.latent.at] = True
+            first = before_pictures(is_latent, slots.attend)
+            if first.float().mean() >= PREFIX_SHARE:
+                return states_in_two_passes(self.vlm, embeds, slots.mrope, first, slots.attend)
+        return self.vlm.states(whole, slots.mrope, None if cache is None else cache.vlm, slots.attend)
 
     def _visual(self, base: Tensor, h: Tensor) -> Tensor:
         """W_v h of latents, eq. 3.1; zero if the skip is closed."""
@@ -332,7 +352,9 @@ class Pretzel:
             z=z,
             log_prob=standard_normal_log_prob(z) + logdet + shallow_logdet,
             shallow_logdet=shallow_logdet,
-            logits=self.logits(states.h[has_label], states.g[has_label]),
+            h=states.h[has_label],
+            g=states.g[has_label],
+            head=self.logits,
             labels=batch.labels[has_label],
             documents=batch.document[has_label],
         )

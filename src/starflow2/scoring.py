@@ -16,6 +16,7 @@ from starflow2.batch import Part, converse
 from starflow2.decode import Picture, Replying, Sampler
 from starflow2.errors import ConfigError
 from starflow2.flow.affine import standard_normal_log_prob
+from starflow2.losses import token_nats
 from starflow2.pretzel import Output
 from starflow2.sequence import pack
 
@@ -78,7 +79,7 @@ def score(sampler: Sampler, asked: Sequence[Part], told: Sequence[Part], *, nois
     output, levels = _read(sampler, _Turn(asked, told), noise_level)
     tokenizer = sampler.parts.tokenizer
     assert tokenizer is not None
-    chances = output.logits.log_softmax(-1).gather(-1, output.labels[:, None])[:, 0]
+    chances = -token_nats(output.head, (output.h, output.g), output.labels)
     tokens = tuple(
         TokenScore(str(tokenizer.tokenizer.id_to_token(int(i))), float(c))
         for i, c in zip(output.labels, chances, strict=True)

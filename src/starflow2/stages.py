@@ -353,7 +353,7 @@ def _reading_loss(parts: Parts, seen: Tensor, batch: Batch) -> Tensor:
     """Next-token loss of the language model alone, pictures read as `seen` (P, N, E)."""
     embeds = with_pictures(parts.vlm.embed(batch.ids), seen, batch)
     h = parts.vlm.states(embeds, batch.mrope, attend=batch.attend)
-    return ntp_loss(parts.vlm.logits(h[batch.labels != IGNORE]), batch.labels)
+    return ntp_loss(parts.vlm.logits, (h[batch.labels != IGNORE],), batch.labels)
 
 
 def _source_levels(parts: Parts, count: int, generator: torch.Generator) -> Tensor:
