@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,10 @@ import torch
 from helpers import wake
 from model_cases import LATENT, WIDTH, tiny_model, tiny_parts
 from starflow2.data.tasks import draw_task
-from starflow2.errors import ShapeError
+from starflow2.errors import ConfigError, ShapeError
 from starflow2.fae import Fae, FaeCodec
 from starflow2.protocols import Codec, FeatureExtractor
-from starflow2.stages import to_images
+from starflow2.stages import FaeTask, StageConfig, to_images
 
 
 def pictures(count: int, first: int = 0) -> torch.Tensor:
@@ -135,3 +136,28 @@ def test_tensors_of_another_shape_are_refused_by_name():
         parts.codec.decode(torch.zeros(1, 64, LATENT + 1))
     with pytest.raises(ShapeError, match="feats"):
         Fae(tiny_model().fae).encode_features(torch.zeros(1, 64, WIDTH + 1))
+
+
+# -- losses that look through another network
+
+
+def test_perceptual_and_adversarial_weights_move_the_decoder_and_zero_ones_cost_nothing():
+    parts = tiny_parts()
+    moved = {}
+    for name, stage in (
+        ("plain", StageConfig(name="fae", steps=1, batch=4)),
+        ("both", StageConfig(name="fae", steps=1, batch=4, perceptual=0.5, adversarial=0.1)),
+    ):
+        torch.manual_seed(0)
+        task = FaeTask(parts, stage, 0)
+        parts.fae.eval()
+        loss, extra = task.loss(task.draw(range(4)), torch.Generator().manual_seed(1))
+        (moved[name],) = torch.autograd.grad(loss, parts.fae.pixel_decoder.out.weight)
+        assert ("judge" in task.trained) == ("judge" in extra) == ("perceptual" in extra) == (name == "both")
+    assert (moved["plain"] - moved["both"]).abs().max() > 1e-6
+
+
+def test_lpips_is_asked_for_by_name_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ConfigError, match="perceptual"):
+        FaeTask(tiny_parts(), StageConfig(name="fae", steps=1, batch=4, lpips=1.0), 0)

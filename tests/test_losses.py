@@ -16,7 +16,16 @@ from helpers import wake
 from model_cases import STAGES, WIDTH, tiny_model, tiny_parts
 from starflow2 import losses
 from starflow2.flow import Context, Flow
-from starflow2.losses import JointTerms, joint_loss, masked_picture_loss, ngp_loss, ntp_loss
+from starflow2.losses import (
+    FeatureJudge,
+    JointTerms,
+    adversarial_losses,
+    joint_loss,
+    masked_picture_loss,
+    ngp_loss,
+    ntp_loss,
+    perceptual_loss,
+)
 from starflow2.parts import Parts
 from starflow2.sequence import IGNORE, Document, Image, Text, pack
 
@@ -238,3 +247,38 @@ def test_masked_picture_loss_reads_the_patches_row_by_row_channel_first():
     torch.nn.init.zeros_(head.bias)
     assert masked_picture_loss(feats, head, images, 4).item() == 0
     assert masked_picture_loss(feats + 0.5, head, images, 4).item() == pytest.approx(0.25)
+
+
+# -- pixel decoders
+
+
+def test_each_player_of_the_adversarial_game_pays_for_itself_alone():
+    judge = FeatureJudge(6)
+    drawn, true = torch.randn(4, 3, 6, requires_grad=True), torch.randn(4, 3, 6, requires_grad=True)
+    fooled, told = adversarial_losses(judge, drawn, true)
+    weights = list(judge.parameters())
+    assert torch.autograd.grad(fooled, drawn, retain_graph=True)[0].abs().max() > 0
+    assert all(g is None for g in torch.autograd.grad(fooled, weights, retain_graph=True, allow_unused=True))
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(told, weights[:-1], retain_graph=True))
+    assert torch.autograd.grad(told, (drawn, true), allow_unused=True) == (None, None)
+
+
+def test_a_judge_learns_to_tell_pictures_apart_and_its_verdict_pulls_the_decoder_to_the_true_ones():
+    torch.manual_seed(0)
+    judge = FeatureJudge(6)
+    optimizer = torch.optim.Adam(judge.parameters(), lr=0.01)
+    true, drawn = (torch.randn(64, 3, 6) + shift * torch.eye(6)[0] for shift in (2.0, -2.0))
+    for _ in range(60):
+        optimizer.zero_grad()
+        adversarial_losses(judge, drawn, true)[1].backward()
+        optimizer.step()
+    assert judge(true).mean() > 0.5 and judge(drawn).mean() < -0.5
+    start = drawn.clone().requires_grad_(True)
+    (grad,) = torch.autograd.grad(adversarial_losses(judge, start, true)[0], start)
+    assert (-grad)[..., 0].mean() > 0
+
+
+def test_the_perceptual_loss_is_zero_for_equal_features_and_blind_to_their_scale():
+    a, b = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    assert perceptual_loss(a, a).item() == 0 and perceptual_loss(3 * a, a).item() == pytest.approx(0, abs=1e-4)
+    assert perceptual_loss(a, b).item() > 0.5

@@ -42,13 +42,14 @@ class FaeConfig:
 
 @dataclass(frozen=True, slots=True)
 class FaeLosses:
-    """Scalars: feature MSE, KL in nats per channel, pixel L1, pyramid L1 and their weighted sum."""
+    """Scalars: feature MSE, KL in nats per channel, pixel L1, pyramid L1 and their weighted sum; and what was drawn."""
 
     total: Tensor
     feature: Tensor
     kl: Tensor
     pixel: Tensor
     edge: Tensor
+    drawn: Tensor  # (B, 3, height, width), not clamped
 
 
 class Encoder(nn.Module):
@@ -172,7 +173,7 @@ class Fae(nn.Module):
         edge = _pyramid_l1(drawn, images)
         cfg = self.cfg
         total = pixel + cfg.edge_weight * edge + cfg.feature_weight * feature + cfg.kl_weight * kl
-        return FaeLosses(total, feature, kl, pixel, edge)
+        return FaeLosses(total, feature, kl, pixel, edge, drawn)
 
     def _standardized(self, x: Tensor) -> Tensor:
         flat: Tensor = self.standardize(at_least_fp32(x).flatten(0, 1))

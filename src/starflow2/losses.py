@@ -20,7 +20,18 @@ from starflow2.nn import at_least_fp32
 from starflow2.pretzel import Pretzel
 from starflow2.sequence import IGNORE, Batch
 
-__all__ = ["LOGITS_AT_ONCE", "JointTerms", "joint_loss", "masked_picture_loss", "ngp_loss", "ntp_loss", "token_nats"]
+__all__ = [
+    "LOGITS_AT_ONCE",
+    "FeatureJudge",
+    "JointTerms",
+    "adversarial_losses",
+    "joint_loss",
+    "masked_picture_loss",
+    "ngp_loss",
+    "ntp_loss",
+    "perceptual_loss",
+    "token_nats",
+]
 
 Head = Callable[..., Tensor]
 LOGITS_AT_ONCE = 2**24  # 64 MiB in float32, their gradient as much again
@@ -107,3 +118,38 @@ def masked_picture_loss(feats: Tensor, head: nn.Linear, images: Tensor, patch: i
     """
     target = F.unfold(images, patch, stride=patch).transpose(1, 2)  # (B, N, 3 * patch^2)
     return F.mse_loss(at_least_fp32(head(feats)), target)
+
+
+# -- pixel decoders ---------------------------------------------------------------------------------------
+
+
+class FeatureJudge(nn.Module):
+    """Tells drawn pictures from true ones, patch by patch, by frozen features (as in StyleGAN-T's DINO heads)."""
+
+    def __init__(self, feature_dim: int, width: int = 64) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(feature_dim, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(feature_dim, width), nn.LeakyReLU(0.2), nn.Linear(width, 1))
+
+    def forward(self, feats: Tensor) -> Tensor:
+        """(B, N, F) -> (B, N), above 0 for true ones."""
+        scores: Tensor = self.mlp(self.norm(at_least_fp32(feats))).squeeze(-1)
+        return scores
+
+
+def perceptual_loss(drawn: Tensor, true: Tensor) -> Tensor:
+    """Distance of pictures in a frozen extractor's features (B, N, F), each normalised over F; 0 where they agree."""
+    width = drawn.shape[-1:]
+    return F.mse_loss(F.layer_norm(at_least_fp32(drawn), width), F.layer_norm(at_least_fp32(true), width))
+
+
+def adversarial_losses(judge: FeatureJudge, drawn: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    """Hinge losses of both players: what the decoder pays for being found out, and what the judge pays for mistakes.
+
+    drawn, true: features (B, N, F). The first has no gradient to the judge, the second none to the decoder, so that
+    one step on their sum moves both, each its own way.
+    """
+    frozen = {name: p.detach() for name, p in judge.named_parameters()}
+    fooled = -torch.func.functional_call(judge, frozen, (drawn,)).mean()
+    told = F.relu(1 - judge(true.detach())).mean() + F.relu(1 + judge(drawn.detach())).mean()
+    return fooled, told

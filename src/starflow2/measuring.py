@@ -37,7 +37,12 @@ class Eval:
 
     verb: ClassVar[str] = "eval"
 
-    benchmark: Positional[Annotated[Literal["world"], arg(metavar="SUITE", help="world: the drawn world")]]
+    benchmark: Positional[
+        Annotated[
+            Literal["world", "fae"],
+            arg(metavar="SUITE", help="world: the drawn world; fae: pictures through the codec and back"),
+        ]
+    ]
     suite: Annotated[
         Literal["geneval", "dpg", "mme", "gqa", "mcq", "edit", "story"],
         arg(help="drawing: geneval, dpg; answering: mme, gqa, mcq; edits; stories"),
@@ -49,6 +54,7 @@ class Eval:
         arg(help="of geneval: seen combinations, new ones, other wording"),
     ] = ("id", "cg")
     samples: Annotated[int, arg(help="of geneval: pictures of each prompt, 1 to 4")] = 4
+    images: Annotated[Path | None, own("FOLDER", "of fae: pictures to encode", "512 of the drawn world")] = None
     json: JsonFile = None
     model: Model = "nano"
     device: Device = "auto"
@@ -59,6 +65,8 @@ class Eval:
 
         check_json(self.json)
         self._check()
+        if self.benchmark == "fae":
+            return self._codec()
         ledger = _ledger() if self.split == "test" and not self.quick else None
         model = self._model()
         with progress("scoring", "items") as step:
@@ -76,6 +84,22 @@ class Eval:
             raise ConfigError("--part names no part; expected one or more of id, cg, paraphrase.")
         if self.suite != "geneval" and (self.part != ("id", "cg") or self.samples != 4):
             raise ConfigError(f"--part and --samples are of suite geneval; {self.suite} takes neither.")
+        if self.benchmark == "world" and self.images is not None:
+            raise ConfigError("--images is of eval fae; eval world draws its own.")
+
+    def _codec(self) -> int:
+        from starflow2.evals.codec import codec_pictures, codec_table, evaluate_codec
+        from starflow2.evals.report import write_json
+        from starflow2.model import StarFlow2
+
+        parts = StarFlow2.from_pretrained(self.model, device=self.device).parts
+        images = codec_pictures(self.images, parts.codec.image_size, self.split, 64 if self.quick else 512)
+        report = evaluate_codec(parts.codec, parts.features, images.to(parts.device))
+        report["model"] = parts.cfg.name
+        console().print(codec_table(report))
+        if self.json is not None:
+            write_json(report, self.json)
+        return 0
 
     def _model(self) -> StarFlow2:
         from starflow2.model import StarFlow2
@@ -108,7 +132,7 @@ def _record(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_geneval(report: Mapping[str, Any]) -> bool:
-    return str(report["suite"]).endswith("geneval")
+    return str(report["suite"]) == "geneval"
 
 
 def _ledger() -> Path | None:

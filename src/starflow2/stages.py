@@ -25,7 +25,15 @@ from starflow2.data.world import Scene, render, stream
 from starflow2.errors import ConfigError, nearest
 from starflow2.flow.noise import add_noise
 from starflow2.generate import drawing_context
-from starflow2.losses import joint_loss, masked_picture_loss, ngp_loss, ntp_loss
+from starflow2.losses import (
+    FeatureJudge,
+    adversarial_losses,
+    joint_loss,
+    masked_picture_loss,
+    ngp_loss,
+    ntp_loss,
+    perceptual_loss,
+)
 from starflow2.parts import ModelConfig, Parts
 from starflow2.sequence import IGNORE, Batch, Layout, length_groups, pack, with_pictures
 
@@ -81,6 +89,9 @@ class StageConfig:
     log_every: int = 10  # steps between metric lines
     caption_drop: float = 0.1  # share of drawings whose words are dropped (t2i, joint)
     hidden_share: float = 0.4  # largest share of hidden patches (features)
+    perceptual: float = 0.0  # weight of the distance in the extractor's own features (fae)
+    lpips: float = 0.0  # weight of LPIPS, where the package lpips and its weights are there (fae)
+    adversarial: float = 0.0  # weight of the judge of features (fae)
     text_weight: float = 0.25  # of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
     distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
     mix: MixConfig = field(default_factory=MixConfig)  # of documents (joint)
@@ -195,17 +206,52 @@ class FaeTask:
     """Latents and decoders on frozen features."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts = parts
+        self.parts, self.stage = parts, stage
         self.draw: Callable[[range], Any] = Scenes(seed)
         self.trained = nn.ModuleDict({"fae": parts.fae})
+        if stage.adversarial:
+            self.trained["judge"] = FeatureJudge(parts.features.feature_dim)
+        self.lpips = _lpips().to(parts.device) if stage.lpips else None
 
     def loss(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images = images.to(self.parts.device)
         with torch.no_grad():
             feats = self.parts.features.features(images)
         losses = self.parts.fae.losses(images, feats.float(), generator)
-        names = ("feature", "kl", "pixel", "edge")
-        return losses.total, {name: getattr(losses, name) for name in names}
+        extra = {name: getattr(losses, name) for name in ("feature", "kl", "pixel", "edge")}
+        extra |= self._seen(losses.drawn, images, feats)
+        weights = {name: getattr(self.stage, name) for name in ("perceptual", "lpips", "adversarial")}
+        added = sum(weight * extra[name] for name, weight in weights.items() if weight)
+        return losses.total + added + extra.get("judge", 0.0), extra
+
+    def _seen(self, drawn: Tensor, images: Tensor, feats: Tensor) -> dict[str, Tensor]:
+        """The losses that look at pictures through another network, those that have a weight."""
+        extra: dict[str, Tensor] = {}
+        if self.lpips is not None:
+            extra["lpips"] = self.lpips(drawn, images).mean()
+        if not self.stage.perceptual and not self.stage.adversarial:
+            return extra
+        given = self.parts.features.features(drawn)
+        if self.stage.perceptual:
+            extra["perceptual"] = perceptual_loss(given, feats)
+        if self.stage.adversarial:
+            judge = self.trained["judge"]
+            assert isinstance(judge, FeatureJudge)
+            extra["adversarial"], extra["judge"] = adversarial_losses(judge, given, feats)
+        return extra
+
+
+def _lpips() -> nn.Module:
+    """LPIPS with its published weights. Raises ConfigError where the package is missing."""
+    try:
+        import lpips
+    except ImportError as error:
+        raise ConfigError(
+            "lpips is not 0, but that package cannot be imported; install it with the torchvision that fits torch, "
+            "or use perceptual, which needs neither."
+        ) from error
+    net: nn.Module = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
+    return net
 
 
 class VlmTask:
