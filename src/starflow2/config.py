@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from starflow2.errors import ConfigError, nearest
 from starflow2.files import replacing
 
-__all__ = ["from_dict", "load_json", "save_json", "to_dict"]
+__all__ = ["from_dict", "load_json", "read_json", "save_json", "to_dict"]
 
 T = TypeVar("T")
 
@@ -78,13 +78,17 @@ def load_json(cls: type[T], path: str | Path) -> T:
 
     Raises ConfigError as from_dict does, and for a file that is not there or is not JSON.
     """
+    return from_dict(cls, read_json(path))
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds. Raises ConfigError for one that is not there, is not JSON or holds a key twice."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
         raise ConfigError(f"{path} is not a JSON config: {error}.") from error
-    return from_dict(cls, data)
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

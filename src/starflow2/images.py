@@ -6,6 +6,7 @@ float32 in [-1, 1], which is how images enter and leave the codec.
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -69,15 +70,16 @@ def to_pil(image: Tensor) -> Picture:
     return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
 
 
-def read_picture(source: str | Path | Picture, size: int) -> Tensor:
+def read_picture(source: str | Path | Picture | bytes, size: int) -> Tensor:
     """A picture for a model to look at, upright: its middle square, `size` pixels a side, (3, size, size) in [-1, 1].
 
-    Raises DataError, naming the remedy, for what could only be read by guessing: no picture, a truncated one, one too
-    large to be meant, several frames, CMYK, 16 bits, transparency, or a side of less than 16 pixels.
+    `source`: the name of a file, the bytes of one, or a PIL image. Raises DataError, naming the remedy, for what could
+    only be read by guessing: no picture, a truncated one, one too large to be meant, several frames, CMYK, 16 bits,
+    transparency, or a side of less than 16 pixels.
     """
-    name = "the picture" if isinstance(source, Image.Image) else str(source)
+    name = "the picture" if isinstance(source, Image.Image | bytes) else str(source)
     try:
-        image = source if isinstance(source, Image.Image) else _opened(Path(source))
+        image = source if isinstance(source, Image.Image) else _opened(source)
         _check_readable(image, name)
         pixels = ImageOps.exif_transpose(image).convert("RGB")  # here PIL meets the end of a truncated file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -93,10 +95,10 @@ def read_picture(source: str | Path | Picture, size: int) -> Tensor:
     return to_tensor(square)
 
 
-def _opened(path: Path) -> Picture:
+def _opened(source: str | Path | bytes) -> Picture:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(path)
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source))
 
 
 def _check_readable(image: Picture, name: str) -> None:

@@ -1,0 +1,343 @@
+"""Raw samples of a real corpus: WebDataset tars, parquet, JSONL and plain folders, near or far, as one stream.
+
+Hugging Face `datasets` finds and opens the files and divides them among workers; nothing is decoded here, so that one
+damaged sample costs one sample. `datasets`' own tar and JSON readers decode as they go and stop at the first bad line.
+Not here: what a corpus calls its fields (corpora), mixtures (mix).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import posixpath
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from starflow2.errors import ConfigError, DataError, StarFlowError
+
+__all__ = ["PICTURES", "Format", "Sample", "Samples", "Share", "inside", "needs", "read_file"]
+
+Format = Literal["auto", "tar", "parquet", "jsonl", "folder"]
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+SIDECARS = ("txt", "json")  # what may stand beside a picture in a folder
+ENDINGS: dict[Format, tuple[str, ...]] = {
+    "tar": (".tar", ".tar.gz", ".tgz"),
+    "parquet": (".parquet",),
+    "jsonl": (".jsonl", ".jsonl.gz", ".ndjson"),
+}
+METADATA = "metadata.jsonl"  # of a folder of pictures: one line each, its file under file_name
+ROWS = 16  # parquet rows in memory at once; each may hold several pictures
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One raw sample. `damage` says why the file could not be read on from here, "" if it could."""
+
+    source: str  # file that it came from
+    key: str  # its place there: a name, a line, a row
+    fields: Mapping[str, Any]  # bytes of a member by extension, a JSON line as "json", or the values of a row
+    damage: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which part of a corpus this process reads: every sample belongs to exactly one rank."""
+
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ConfigError(f"rank is {self.rank}; expected 0 to {self.world - 1} in a world of {self.world}.")
+
+
+def needs(module: str) -> Any:
+    """A module of the extra `train`. Raises ConfigError with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"real corpora need the package {module.partition('.')[0]}, which is not installed; "
+            "pip install 'starflow2[train]'."
+        ) from error
+
+
+class Samples:
+    """One pass over a corpus as raw samples, in an order given by seed and epoch; then the next pass, and so on.
+
+    `url`: a file, a folder, a pattern (shards-{0000..0127}.tar, *.parquet) or either of them on a remote file system
+    that fsspec knows (https://, s3://, gs://, hf://datasets/...). Each pass reads the files in a new order and shuffles
+    blocks of `block` samples (1 = none), so the order is a function of the numbers in `state_dict` alone and resuming
+    reads at most a block and the file around it again (docs/choices.md#shuffling-in-blocks). Inside a torch worker it
+    reads that worker's part. Raises DataError where nothing is found.
+    """
+
+    def __init__(
+        self, url: str, format: Format = "auto", *, share: Share | None = None, seed: int = 0, block: int = 1
+    ) -> None:
+        if block < 1:
+            raise ConfigError(f"block is {block}; expected at least 1 sample.")
+        self.url, self.share, self.seed, self.block = url, share or Share(), seed, block
+        self.format, self.files = _find(url, format)
+        self._epoch, self._at = 0, 0  # pass, samples of the block told
+        self._place: dict[str, Any] | None = None  # where the block starts, as `datasets` says it
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON can hold it."""
+        return {"epoch": self._epoch, "at": self._at, "place": self._place}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken; files, seed, block and share have to be the same."""
+        self._epoch, self._at, self._place = state["epoch"], state["at"], state["place"]
+
+    def __iter__(self) -> Iterator[Sample]:
+        """What is left of this pass. Afterwards the object stands at the start of the next one."""
+        stream = self._stream()
+        if self._place is not None:
+            stream.load_state_dict(self._place)
+        samples = iter(stream)
+        while block := [row["sample"] for row in islice(samples, self.block)]:
+            after = _plain(stream.state_dict())
+            for i in self._order(len(block))[self._at :]:
+                self._at += 1
+                yield block[i]
+            self._at, self._place = 0, after
+        self._epoch, self._at, self._place = self._epoch + 1, 0, None
+
+    def _order(self, count: int) -> list[int]:
+        """In which order the block that starts here is told."""
+        start = (0, 0)
+        if self._place is not None:
+            inner = self._place["examples_iterable"]
+            start = inner["shard_idx"], inner["shard_example_idx"]
+        order: list[int] = np.random.default_rng([self.seed, self._epoch, *start]).permutation(count).tolist()
+        return order
+
+    def _stream(self) -> Any:
+        """This pass as `datasets` streams it, the files of this rank in the order of this epoch."""
+        datasets = needs("datasets")
+        units = self._units()
+        if self.block > 1:
+            order = np.random.default_rng([self.seed, self._epoch]).permutation(len(units))
+            units = [units[i] for i in order]
+        mine = units[self.share.rank :: self.share.world]
+        return datasets.IterableDataset.from_generator(_generate, gen_kwargs={"units": mine})
+
+    def _units(self) -> list[tuple[str, str, int, int]]:
+        """(format, file, part, parts): what can be read apart, at least one for each worker of each rank."""
+        readers = self.share.world * _workers()
+        parts = -(-readers // len(self.files))
+        return [(self.format, file, part, parts) for file in self.files for part in range(parts)]
+
+
+def _workers() -> int:
+    from torch.utils.data import get_worker_info
+
+    info = get_worker_info()
+    return 1 if info is None else info.num_workers
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy that later steps of the stream do not change."""
+    copy: dict[str, Any] = json.loads(json.dumps(state))
+    return copy
+
+
+def _generate(units: Iterable[tuple[str, str, int, int]]) -> Iterator[dict[str, Sample]]:
+    for format, file, part, parts in units:
+        for sample in _read(format, file, part, parts):
+            yield {"sample": sample}
+
+
+def _read(format: str, file: str, part: int, parts: int) -> Iterator[Sample]:
+    """The samples part, part + parts, ... of a file; where it cannot be read on, one last sample says so."""
+    try:
+        yield from islice(_READERS[format](file), part, None, parts)
+    except StarFlowError:
+        raise
+    except Exception as error:  # file systems and formats raise what they like; it is counted where samples are used
+        yield Sample(file, "", {}, f"{type(error).__name__}: {error}")
+
+
+# -- finding ----------------------------------------------------------------------------------------------------------
+
+
+def _find(url: str, format: Format) -> tuple[str, list[str]]:
+    """The format, and the files in a fixed order."""
+    if format not in get_args(Format):
+        raise ConfigError(f"format is {format!r}; expected one of {', '.join(get_args(Format))}.")
+    kinds = [format] if format in ENDINGS else [k for k in ENDINGS if url.endswith(ENDINGS[k])] or list(ENDINGS)
+    for kind in kinds if format != "folder" else ():
+        found = [file for one in _expanded(url) for file in _resolved(one)]  # files, or a folder of them
+        if not found or (format == "auto" and not url.endswith(ENDINGS[kind])):
+            found = [file for end in ENDINGS[kind] for file in _resolved(_within(url, f"**/*{end}")) if _is_data(file)]
+        if found:
+            return kind, sorted(found)
+    if format in ENDINGS or not _listed(url):
+        wanted = "a file, a folder or a pattern such as 'data/*.tar'"
+        raise DataError(f"there is nothing to read at {url} as {format}; expected {wanted}.")
+    return "folder", [url]
+
+
+def _is_data(file: str) -> bool:
+    return posixpath.basename(file) != METADATA
+
+
+def _within(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def _resolved(pattern: str) -> list[str]:
+    """The files that match a path, a URL or a pattern of either; none where there is none."""
+    data_files = needs("datasets.data_files")
+    if "://" not in pattern and Path(pattern).is_file():  # whatever signs stand in its name
+        return [pattern]
+    try:
+        found: list[str] = data_files.resolve_pattern(pattern, base_path="")
+    except FileNotFoundError:
+        return []
+    except (ImportError, ValueError, OSError) as error:  # a file system that fsspec lacks the package for, no network
+        raise DataError(f"cannot look at {pattern}: {error}") from error
+    return found
+
+
+def _expanded(url: str) -> list[str]:
+    """Names of shards-{0000..0012}.tar, as WebDataset writes them; web servers cannot be asked for patterns.
+
+    >>> _expanded("a-{08..10}.tar")
+    ['a-08.tar', 'a-09.tar', 'a-10.tar']
+    """
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", url)
+    if found is None:
+        return [url]
+    first, last = found.groups()
+    numbers = range(int(first), int(last) + 1)
+    names = [f"{url[: found.start()]}{i:0{len(first)}}{url[found.end() :]}" for i in numbers]
+    return [name for one in names for name in _expanded(one)]
+
+
+def _listed(folder: str) -> list[str]:
+    return sorted(_resolved(_within(folder, "**")))
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _open(file: str) -> Any:
+    """A file, local or remote, unpacked if its name ends in .gz; remote reads are tried again when they fail."""
+    utils = needs("datasets.utils.file_utils")
+    opened = utils.xopen(file, "rb")
+    if not file.endswith(".gz"):
+        return opened
+    import gzip
+
+    return gzip.GzipFile(fileobj=opened)
+
+
+def read_file(file: str) -> bytes:
+    """The bytes of a file, local or remote. Raises OSError."""
+    with _open(file) as opened:
+        data: bytes = opened.read()
+    return data
+
+
+def inside(folder: str, name: str) -> str:
+    """The file `name` of a folder, local or remote. Raises ValueError for a name that leads out of the folder.
+
+    >>> inside("data", "./000/a.jpg")
+    'data/000/a.jpg'
+    """
+    root = posixpath.normpath(folder) if "://" not in folder else folder.rstrip("/")
+    path = posixpath.normpath(name.removeprefix(root + "/"))
+    if path.startswith(("../", "/")) or path in (".", "..") or "://" in name:
+        raise ValueError(f"{name} is no file below {folder}")
+    return f"{root}/{path}"
+
+
+def _read_tar(file: str) -> Iterator[Sample]:
+    """Members that share a name up to its first dot are one sample; they stand one after the other."""
+    manager = needs("datasets").StreamingDownloadManager()
+    key, fields = "", dict[str, bytes]()
+    for name, member in manager.iter_archive(file):
+        folder, base = posixpath.split(name)
+        stem, _, extension = base.partition(".")
+        own, field = posixpath.join(folder, stem), extension.lower()
+        if fields and (own != key or field in fields):
+            yield Sample(file, key, fields)
+            fields = {}
+        key, fields[field] = own, member.read()
+    if fields:
+        yield Sample(file, key, fields)
+
+
+def _read_jsonl(file: str) -> Iterator[Sample]:
+    with _open(file) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield Sample(file, f"line {number}", {"json": line})
+
+
+def _read_parquet(file: str) -> Iterator[Sample]:
+    parquet = needs("pyarrow.parquet")
+    with _open(file) as opened:
+        first = 0
+        for batch in parquet.ParquetFile(opened).iter_batches(batch_size=ROWS):
+            for i in range(batch.num_rows):
+                yield _row(file, first + i, batch.slice(i, 1))
+            first += batch.num_rows
+
+
+def _row(file: str, number: int, row: Any) -> Sample:
+    try:
+        return Sample(file, f"row {number}", row.to_pylist()[0])
+    except UnicodeDecodeError as error:
+        return Sample(file, f"row {number}", {}, f"UnicodeDecodeError: {error}")
+
+
+def _read_folder(folder: str) -> Iterator[Sample]:
+    """Pictures with .txt or .json of the same name beside them, or those that metadata.jsonl lists."""
+    names = _listed(folder)
+    table = next((name for name in names if posixpath.basename(name) == METADATA), None)
+    if table is not None:
+        for sample in _read_jsonl(table):
+            yield Sample(sample.source, sample.key, {**sample.fields, **_named_picture(folder, sample.fields["json"])})
+        return
+    by_stem: dict[str, dict[str, str]] = {}
+    for name in names:
+        stem, _, extension = name.rpartition(".")
+        if extension.lower() in (*PICTURES, *SIDECARS):
+            by_stem.setdefault(stem, {})[extension.lower()] = name
+    for stem, files in by_stem.items():
+        yield _beside(folder, stem, files)
+
+
+def _beside(folder: str, stem: str, files: Mapping[str, str]) -> Sample:
+    key = posixpath.basename(stem)
+    try:
+        return Sample(folder, key, {field: read_file(file) for field, file in files.items()})
+    except OSError as error:
+        return Sample(folder, key, {}, f"{type(error).__name__}: {error}")
+
+
+def _named_picture(folder: str, line: bytes) -> dict[str, bytes]:
+    """The picture that a line of metadata.jsonl names; none where the line or the picture is broken."""
+    try:
+        name = json.loads(line)["file_name"]
+        return {posixpath.splitext(name)[1][1:].lower(): read_file(inside(folder, name))}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):  # told apart where the sample is understood
+        return {}
+
+
+_READERS: dict[str, Any] = {
+    "tar": _read_tar,
+    "parquet": _read_parquet,
+    "jsonl": _read_jsonl,
+    "folder": _read_folder,
+}
