@@ -7,10 +7,12 @@ Not here: what a corpus calls its fields (corpora), mixtures (mix).
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import posixpath
 import re
+import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -230,15 +232,9 @@ def _listed(folder: str) -> list[str]:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _open(file: str) -> Any:
-    """A file, local or remote, unpacked if its name ends in .gz; remote reads are tried again when they fail."""
-    utils = needs("datasets.utils.file_utils")
-    opened = utils.xopen(file, "rb")
-    if not file.endswith(".gz"):
-        return opened
-    import gzip
-
-    return gzip.GzipFile(fileobj=opened)
+def _open(file: str, **how: Any) -> Any:
+    """A file, local or remote, to read bytes from; remote reads are tried again when they fail."""
+    return needs("datasets.utils.file_utils").xopen(file, "rb", **how)
 
 
 def read_file(file: str) -> bytes:
@@ -261,24 +257,50 @@ def inside(folder: str, name: str) -> str:
     return f"{root}/{path}"
 
 
+class _Tail:
+    """A file that remembers its last bytes: tarfile takes one that was cut off between two members for whole."""
+
+    def __init__(self, opened: Any) -> None:
+        self.opened, self.last = opened, b""
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self.opened.read(size)
+        self.last = (self.last + data)[-tarfile.BLOCKSIZE :]
+        return data
+
+
 def _read_tar(file: str) -> Iterator[Sample]:
     """Members that share a name up to its first dot are one sample; they stand one after the other."""
-    manager = needs("datasets").StreamingDownloadManager()
     key, fields = "", dict[str, bytes]()
-    for name, member in manager.iter_archive(file):
-        folder, base = posixpath.split(name)
-        stem, _, extension = base.partition(".")
-        own, field = posixpath.join(folder, stem), extension.lower()
-        if fields and (own != key or field in fields):
-            yield Sample(file, key, fields)
-            fields = {}
-        key, fields[field] = own, member.read()
+    with _open(file, block_size=0) as opened:  # 0: one stream instead of many requests
+        tail = _Tail(opened)
+        for name, data in _members(tail):
+            folder, base = posixpath.split(name)
+            stem, _, extension = base.partition(".")
+            own, field = posixpath.join(folder, stem), extension.lower()
+            if fields and (own != key or field in fields):
+                yield Sample(file, key, fields)
+                fields = {}
+            key, fields[field] = own, data
     if fields:
         yield Sample(file, key, fields)
+    if file.endswith(".tar") and tail.last.strip(b"\0"):
+        raise EOFError("the tar has no end, it was cut off")
+
+
+def _members(opened: Any) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=opened, mode="r|*") as tar:
+        for info in tar:
+            tar.members = []  # or it keeps every header
+            if info.isreg() and not posixpath.basename(info.name).startswith((".", "__")):
+                member = tar.extractfile(info)
+                assert member is not None
+                yield info.name, member.read()
 
 
 def _read_jsonl(file: str) -> Iterator[Sample]:
-    with _open(file) as lines:
+    with _open(file) as opened:
+        lines = gzip.GzipFile(fileobj=opened) if file.endswith(".gz") else opened
         for number, line in enumerate(lines, 1):
             if line.strip():
                 yield Sample(file, f"line {number}", {"json": line})
