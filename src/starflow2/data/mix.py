@@ -23,6 +23,7 @@ from starflow2.config import from_dict, read_json
 from starflow2.data.corpora import Broken, Conversation, Corpus, Exchange, Photo, decode, understand
 from starflow2.data.shards import Format, Sample, Samples, Share, needs
 from starflow2.errors import ConfigError, DataError
+from starflow2.files import check_writable
 from starflow2.sequence import Batch, Document, Layout, Segment, pack
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "Speller",
     "Spelling",
     "broken_counts",
+    "dropped",
+    "fits",
     "loader",
     "read_mixture",
 ]
@@ -234,7 +237,7 @@ class Batches(IterableDataset[tuple[Tensor, Batch]]):
     """Pictures (P, 3, s, s) in [-1, 1] with the batch they stand in, without end; what a stage's task takes as data.
 
     `share`: which part of every source this process reads; torch workers divide that part further. Raises DataError
-    where a source holds nothing to use, ConfigError for a list of broken samples that could not be written.
+    where a source holds nothing to use, OutputError where the list of broken samples cannot be written.
     """
 
     def __init__(
@@ -244,6 +247,8 @@ class Batches(IterableDataset[tuple[Tensor, Batch]]):
             raise ConfigError("a mixture needs at least one source.")
         self.sources, self.spelling, self.config = tuple(sources), spelling, config
         self.share = share or Share()
+        if config.broken:
+            check_writable(config.broken)
 
     def samples(self, source: Source) -> Samples:
         """The raw samples of one source that this process reads."""
@@ -313,7 +318,7 @@ class BatchIterator:
         waited, self._waiting = self._waiting, []
         while len(self._waiting) < WAITING:
             drawn = waited.pop(0) if waited else self._draw()
-            if _rows([*lengths, drawn.item.length], config.width) <= config.rows:
+            if fits([*lengths, drawn.item.length], config.rows, config.width):
                 chosen.append(drawn.item)
                 lengths.append(drawn.item.length)
             else:
@@ -326,8 +331,19 @@ class BatchIterator:
         return _Drawn(before["drawn"], before, self._documents.next())
 
 
-def _rows(lengths: Sequence[int], width: int) -> int:
-    """How many rows `pack` would make of documents of these lengths."""
+def fits(lengths: Sequence[int], rows: int, width: int) -> bool:
+    """Whether `pack` makes at most `rows` rows of documents of these lengths.
+
+    Where m of the longest fit into a row, first fit fills all rows but one to more than m / (m + 1) on average, so most
+    answers need no packing.
+    """
+    total, m = sum(lengths), width // max(lengths)
+    if total > rows * width or m == 0:
+        return False
+    return total * (m + 1) <= rows * width * m or _num_rows(lengths, width) <= rows
+
+
+def _num_rows(lengths: Sequence[int], width: int) -> int:
     rows: list[int] = []
     for length in sorted(lengths, reverse=True):
         at = next((i for i, taken in enumerate(rows) if taken + length <= width), len(rows))

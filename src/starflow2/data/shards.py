@@ -291,7 +291,7 @@ def _read_tar(file: str) -> Iterator[Sample]:
 def _members(opened: Any) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(fileobj=opened, mode="r|*") as tar:
         for info in tar:
-            tar.members = []  # or it keeps every header
+            tar.members = []  # type: ignore[attr-defined] # it would keep every header
             if info.isreg() and not posixpath.basename(info.name).startswith((".", "__")):
                 member = tar.extractfile(info)
                 assert member is not None
