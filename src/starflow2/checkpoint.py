@@ -32,6 +32,7 @@ __all__ = [
     "FORMAT",
     "load_parts",
     "load_tensors",
+    "load_words",
     "read_config",
     "save_parts",
     "save_tensors",
@@ -156,6 +157,12 @@ def _load_backbone(backbone: DinoFeatures | QwenStream, folder: Path) -> None:
         backbone.load(folder)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"cannot load {folder}: {_first_line(error)}") from error
+
+
+def load_words(folder: str | Path) -> tuple[ChatTokenizer, ModelConfig]:
+    """The tokenizer and the sizes of a model folder, without its weights. Raises CheckpointError."""
+    cfg = from_dict(ModelConfig, read_config(Path(folder))["model"])
+    return _tokenizer(Path(folder) / "tokenizer.json", cfg), cfg
 
 
 def _tokenizer(path: Path, cfg: ModelConfig) -> ChatTokenizer:

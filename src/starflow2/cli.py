@@ -26,7 +26,7 @@ import starflow2
 from starflow2.commands import Ask, Chat, Edit, Invert, Score, conversing
 from starflow2.errors import ConfigError, DataError, OutputError, PromptError, StarFlowError, nearest
 from starflow2.files import check_writable
-from starflow2.measuring import Analyze, Eval
+from starflow2.measuring import Analyze, Data, Eval
 from starflow2.terminal import (
     PROGRAM,
     Command,
@@ -491,6 +491,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Train,
     Eval,
     Analyze,
+    Data,
     Info,
     Check,
 )

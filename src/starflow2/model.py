@@ -30,7 +30,7 @@ from starflow2.scoring import Code, Score, decode_code, invert, score
 from starflow2.session import Session
 from starflow2.understand import answer
 
-__all__ = ["Picture", "StarFlow2", "pick_device"]
+__all__ = ["Picture", "StarFlow2", "find_model", "pick_device"]
 
 NANO = Path(__file__).parent / "assets" / "nano"
 
@@ -284,6 +284,11 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
                 raise ConfigError(f"unknown option {option!r} of from_pretrained.{nearest(option, known)}")
         where = pick_device(device)
         return cls(load_parts(_locate(name, hub), where))
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder of a model by name ("nano"), folder or Hub id. Raises CheckpointError where there is none."""
+    return _locate(name, {})
 
 
 def _locate(name: str | Path, hub: dict[str, Any]) -> Path:
