@@ -284,3 +284,10 @@ def test_a_photograph_is_read_upright(tmp_path):
     picture.save(tmp_path / "turned.png", exif=exif)
     read = read_picture(tmp_path / "turned.png", 32)
     assert read[:, 0].max() == -1 and read[:, -1].min() == 1
+
+
+def test_a_picture_may_come_as_the_bytes_of_its_file(tmp_path):
+    path = saved(tmp_path, noise(size=(40, 30)), "a.png")
+    assert torch.equal(read_picture(path.read_bytes(), 32), read_picture(path, 32))
+    with pytest.raises(DataError, match=r"the picture as a picture: its bytes are of no known format;"):
+        read_picture(b"<html>", 32)

@@ -80,8 +80,8 @@ def test_a_corpus_with_nothing_to_use_ends_with_status_1_and_its_reasons(tmp_pat
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["gone/"], "nothing to read at gone/"),
-        (["."], "nothing to read at ."),
+        (["gone/"], "there is no file to read at gone/"),
+        (["."], "there is no file to read at ."),
         ([".", "--corpus", "cc12"], "Expected one of"),
         ([".", "--limit", "0"], "--limit is 0"),
         ([".", "--copus", "cc12m"], 'Did you mean "--corpus"'),
@@ -96,5 +96,5 @@ def test_what_cannot_be_checked_is_refused_with_status_2(argv, says, tmp_path, m
 
 
 def test_a_survey_of_nothing_is_refused(tmp_path):
-    with pytest.raises(DataError, match="nothing to read"):
+    with pytest.raises(DataError, match="no file to read"):
         survey(Source(corpus="captions", url=str(tmp_path), weight=1), SPELLING)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from starflow2.errors import DataError, OutputError, ShapeError
@@ -83,8 +83,10 @@ def read_picture(source: str | Path | Picture | bytes, size: int) -> Tensor:
         _check_readable(image, name)
         pixels = ImageOps.exif_transpose(image).convert("RGB")  # here PIL meets the end of a truncated file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        unknown = isinstance(error, UnidentifiedImageError) and isinstance(source, bytes)
+        reason = "its bytes are of no known format" if unknown else str(error).rstrip(".")
         raise DataError(
-            f"cannot read {name} as a picture: {str(error).rstrip('.')}; expected a whole picture of ordinary size: "
+            f"cannot read {name} as a picture: {reason}; expected a whole picture of ordinary size: "
             "save it anew, or smaller."
         ) from error
     side = min(pixels.size)

@@ -56,12 +56,12 @@ REASONS = (
 
 
 class Broken(DataError):
-    """A sample that cannot be used; `reason` is one of REASONS."""
+    """A sample that cannot be used: `reason` is one of REASONS, `detail` says more."""
 
     def __init__(self, reason: str, detail: str) -> None:
         assert reason in REASONS
         super().__init__(f"{reason}: {detail}")
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -196,7 +197,8 @@ class _Documents:
         self.drawn, self.lists = 0, True
         weights = np.array([source.weight for source in batches.sources])
         self.weights = weights / weights.sum()
-        self.stocks = [_Stock(source, batches.samples(source)) for source in batches.sources]
+        each = zip(batches.sources, batches.samples, strict=True)
+        self.stocks = [_Stock(source, copy(samples)) for source, samples in each]
 
     def state_dict(self) -> dict[str, Any]:
         return {"drawn": self.drawn, "sources": [stock.state_dict() for stock in self.stocks]}
@@ -227,7 +229,7 @@ class _Documents:
         if self.batches.config.broken and self.lists:
             told = {"reason": error.reason, "corpus": stock.source.corpus, "source": sample.source, "key": sample.key}
             with open(self.batches.config.broken, "a", encoding="utf-8") as file:  # a line at once: workers share it
-                file.write(json.dumps({**told, "detail": str(error)[:300]}) + "\n")
+                file.write(json.dumps({**told, "detail": error.detail[:300]}) + "\n")
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -249,11 +251,8 @@ class Batches(IterableDataset[tuple[Tensor, Batch]]):
         self.share = share or Share()
         if config.broken:
             check_writable(config.broken)
-
-    def samples(self, source: Source) -> Samples:
-        """The raw samples of one source that this process reads."""
-        c = self.config
-        return Samples(source.url, source.format, share=self.share, seed=c.seed, block=c.block)
+        how: dict[str, Any] = {"share": self.share, "seed": config.seed, "block": config.block}
+        self.samples = tuple(Samples(source.url, source.format, **how) for source in sources)  # files are found once
 
     def __iter__(self) -> BatchIterator:
         return BatchIterator(self)
@@ -279,6 +278,7 @@ class BatchIterator:
             "reader": [share.rank, share.world, *worker],
             "packing": [config.rows, config.width, config.seed, config.block, config.caption_drop],
             "sources": [[s.corpus, s.url, s.weight, s.format, s.pictures] for s in batches.sources],
+            "files": [samples.fingerprint for samples in batches.samples],
         }
 
     def __iter__(self) -> BatchIterator:

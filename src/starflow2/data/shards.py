@@ -13,6 +13,7 @@ import json
 import posixpath
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -90,6 +91,11 @@ class Samples:
         self.format, self.files = _find(url, format)
         self._epoch, self._at = 0, 0  # pass, samples of the block told
         self._place: dict[str, Any] | None = None  # where the block starts, as `datasets` says it
+
+    @property
+    def fingerprint(self) -> int:
+        """A number that changes with the names of the files, wherever they lie."""
+        return zlib.crc32("\n".join(posixpath.basename(file) for file in self.files).encode())
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, as JSON can hold it."""
@@ -175,7 +181,9 @@ def _find(url: str, format: Format) -> tuple[str, list[str]]:
     """The format, and the files in a fixed order."""
     if format not in get_args(Format):
         raise ConfigError(f"format is {format!r}; expected one of {', '.join(get_args(Format))}.")
-    kinds = [format] if format in ENDINGS else [k for k in ENDINGS if url.endswith(ENDINGS[k])] or list(ENDINGS)
+    kinds: list[Format] = (
+        [format] if format in ENDINGS else [k for k in ENDINGS if url.endswith(ENDINGS[k])] or list(ENDINGS)
+    )
     for kind in kinds if format != "folder" else ():
         found = [file for one in _expanded(url) for file in _resolved(one)]  # files, or a folder of them
         if not found or (format == "auto" and not url.endswith(ENDINGS[kind])):
@@ -183,8 +191,8 @@ def _find(url: str, format: Format) -> tuple[str, list[str]]:
         if found:
             return kind, sorted(found)
     if format in ENDINGS or not _listed(url):
-        wanted = "a file, a folder or a pattern such as 'data/*.tar'"
-        raise DataError(f"there is nothing to read at {url} as {format}; expected {wanted}.")
+        wanted = "file to read" if format == "auto" else f"{format} file"
+        raise DataError(f"there is no {wanted} at {url}; give a file, a folder or a pattern such as 'data/*.tar'.")
     return "folder", [url]
 
 

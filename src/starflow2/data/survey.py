@@ -42,7 +42,7 @@ def survey(
             items.append((item.kind, item.length, _tokens(item), len(item.images)))
         except Broken as error:
             counts[error.reason] += 1
-            told = {"source": sample.source, "key": sample.key, "detail": str(error)}
+            told = {"source": sample.source, "key": sample.key, "detail": error.detail}
             broken.setdefault(error.reason, []).extend([told] if counts[error.reason] <= EXAMPLES else [])
     return {
         "url": source.url,
