@@ -142,24 +142,26 @@ def test_a_single_file_or_folder_is_divided_by_samples(kind, tmp_path):
     assert sorted(map(len, parts)) == [3, 4, 4] and len({key for part in parts for key in part}) == 11
 
 
-def test_workers_of_ranks_read_disjoint_parts_that_make_up_the_whole(tmp_path):
+def test_workers_of_ranks_read_disjoint_parts_that_make_up_the_whole_and_none_is_idle(tmp_path):
     captioned(tmp_path / "0.tar", 9)
     captioned(tmp_path / "1.tar", 8, first=9)
-    found = []
+    found: list[tuple[int, int, str]] = []
     for rank in range(2):
-        loaded = torch.utils.data.DataLoader(
-            _Keys(Samples(str(tmp_path), share=Share(rank=rank, world=2), block=4)), batch_size=None, num_workers=2
-        )
-        found += list(loaded)
-    assert sorted(found) == [f"{i:06d}" for i in range(17)]
+        samples = Samples(str(tmp_path), share=Share(rank=rank, world=2), block=4)
+        loaded = torch.utils.data.DataLoader(_Keys(samples), batch_size=None, num_workers=2)
+        found += [(rank, worker, key) for worker, key in loaded]
+    assert sorted(key for *_, key in found) == [f"{i:06d}" for i in range(17)]
+    assert {(rank, worker) for rank, worker, _ in found} == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
 class _Keys(torch.utils.data.IterableDataset):
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(keys(self.samples))
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        info = torch.utils.data.get_worker_info()
+        assert info is not None
+        return iter([(info.id, key) for key in keys(self.samples)])
 
 
 def test_passes_differ_in_order_and_a_seed_gives_the_same_ones_again(tmp_path):
@@ -170,6 +172,7 @@ def test_passes_differ_in_order_and_a_seed_gives_the_same_ones_again(tmp_path):
     assert passes == [keys(two) for _ in range(3)]
     assert passes[0] != passes[1] != passes[2] and keys(other) != passes[0]
     assert all(sorted(p) == sorted(passes[0]) for p in passes)
+    assert len({keys(one)[0][-2] for _ in range(8)}) == 3  # every file is the first one now and then
 
 
 def test_samples_resume_exactly_wherever_they_stopped(tmp_path):
@@ -302,12 +305,19 @@ def test_weights_hold_within_what_chance_allows(tmp_path):
         assert abs(counts[name] / total - share) < 4 * (share * (1 - share) / total) ** 0.5
 
 
-def test_ranks_and_workers_draw_from_sources_in_different_orders(corpora):
-    def firsts(rank: int) -> Tensor:
-        stream = iter(Batches(corpora, SPELLING, PLAIN, Share(rank=rank, world=2)))
-        return torch.cat([batch.ids.flatten() for _, batch in take(stream, 4)])
+def test_ranks_draw_from_sources_in_different_orders(tmp_path):
+    sources = []
+    for name in "ab":
+        captioned(tmp_path / name / "0.tar", 40, words=lambda i, name=name: name)
+        sources.append(Source(corpus="captions", url=str(tmp_path / name), weight=1))
 
-    assert not torch.equal(firsts(0)[:100], firsts(1)[:100])
+    def drawn(rank: int, seed: int) -> list[tuple[int, ...]]:
+        config = BatchConfig(rows=1, width=64, seed=seed, caption_drop=0)
+        documents = iter(Batches(sources, SPELLING, config, Share(rank=rank, world=2)))._documents
+        return [documents.next().document[1].ids for _ in range(20)]
+
+    one, other, seeded = drawn(0, 0), drawn(1, 0), drawn(0, 1)
+    assert one == drawn(0, 0) and one != other and one != seeded and other != seeded
 
 
 def test_broken_samples_are_counted_and_listed_with_reason_source_and_key(corpora, tmp_path):
