@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("files",),
     ("config", "nn", "images", "heatmap", "terminal"),
-    ("protocols",),
+    ("protocols", "pretrained"),
     ("flow",),  # the standalone library ends here
     ("sequence", "fae", "prefix"),
     ("pretzel", "backbones", "data"),

@@ -258,9 +258,9 @@ def without_joints(folder: Path, stages: tuple[str, ...] = STAGES[:4], number: i
     edit(folder, format=number, stages=list(stages), model=model)
 
 
-def test_a_folder_says_that_it_is_of_format_three_and_holds_the_joints(saved):
+def test_a_folder_says_its_format_and_holds_the_joints(saved):
     config = json.loads((saved / "config.json").read_text())
-    assert config["format"] == FORMAT == 3 and config["model"]["joints"]["adapter_width"] == 192
+    assert config["format"] == FORMAT == 4 and config["model"]["joints"]["adapter_width"] == 192
     names = {k for k in load_file(saved / "model.safetensors") if k.startswith("joints.")}
     assert names == {f"joints.{k}" for k in tiny_parts().joints.state_dict()} and len(names) > 8
 
@@ -290,13 +290,12 @@ def test_a_model_from_before_there_were_joints_gets_fresh_ones_the_same_every_ti
     assert torch.equal(then.flow.deep.head.weight, now.flow.deep.head.weight)
 
 
-def test_the_shipped_model_of_format_one_is_read_as_one_of_today_and_saved_as_such(tmp_path):
+def test_the_shipped_model_of_format_one_is_read_as_one_of_todays_format_and_saved_as_such(tmp_path):
     assert json.loads((NANO / "config.json").read_text())["format"] == 1, "make a folder of format 1 for this test"
     config = read_config(NANO)
     assert config["format"] == FORMAT and config["model"]["max_positions"] == 4096
     assert config["model"]["joints"] == {
-        "adapter_width": 192, "noise_width": 64, "adapter_stencil": True, "reference": True,
-        "words": False,
+        "adapter_width": 192, "noise_width": 64, "adapter_stencil": True, "reference": True, "words": False,
     }  # fmt: skip
     before = load_parts(NANO)
     assert before.stages == STAGES[:4]

@@ -146,10 +146,11 @@ class _Transcript:
 
 def _transcripts(sampler: Sampler, prompts: Sequence[str], seed: int) -> list[_Transcript]:
     """For every prompt: a picture of it by the model, and the model's description of that picture."""
-    special, rows = sampler.parts.cfg.vlm.special, Rows(sampler, len(prompts))
-    seeds = range(seed, seed + len(prompts))
-    asked = [(special.user, *_ids(sampler, prompt), special.assistant) for prompt in prompts]
-    question = (special.user, *_ids(sampler, DESCRIBE), special.assistant)
+    tokenizer, rows = sampler.parts.tokenizer, Rows(sampler, len(prompts))
+    assert tokenizer is not None
+    seeds, replies = range(seed, seed + len(prompts)), tokenizer.opens_reply()
+    asked = [(*tokenizer.opens_user(), *_ids(sampler, prompt), *replies) for prompt in prompts]
+    question = (*tokenizer.opens_user(is_first=False), *_ids(sampler, DESCRIBE), *replies)
     rows.read(asked)
     events = list(rows.reply(seeds, Replying(tokens=0, pictures=1), draws=True))
     pictures = {event.row: event.picture for event in events if isinstance(event, Completed)}
@@ -158,9 +159,10 @@ def _transcripts(sampler: Sampler, prompts: Sequence[str], seed: int) -> list[_T
     for event in rows.reply(seeds, Replying(pictures=0)):
         if isinstance(event, Token):
             words[event.row].append(event.id)
-    end = Text((special.end,), is_target=True)
+    ends = tokenizer.special.end
+    end = Text((ends,), is_target=True)
     return [
-        _Transcript((Text(ids), Image(is_target=True), end, Text(question), Text((*said, special.end), True)), p)
+        _Transcript((Text(ids), Image(is_target=True), end, Text(question), Text((*said, ends), True)), p)
         for ids, said, p in zip(asked, words, (pictures[i] for i in range(len(prompts))), strict=True)
     ]
 

@@ -58,21 +58,22 @@ def _chunk(sampler: Sampler, talks: Sequence[Talk], seeds: Sequence[int], style:
     told: list[list[list[Block]]] = [[] for _ in talks]
     for turn in range(max((len(talk) for talk in talks), default=0)):
         going = [i for i, talk in enumerate(talks) if turn < len(talk)]
-        _ask(rows, {i: talks[i][turn] for i in going})
+        _ask(rows, {i: talks[i][turn] for i in going}, is_first=not turn)
         for i, blocks in _listen(rows, going, [seeds[i] + turn for i in going], style).items():
             told[i].append(blocks)
     return told
 
 
-def _ask(rows: Rows, asked: dict[int, Sequence[Part]]) -> None:
+def _ask(rows: Rows, asked: dict[int, Sequence[Part]], *, is_first: bool) -> None:
     """Let rows read a user's turn, part by part, and open the model's."""
-    special = rows.sampler.parts.cfg.vlm.special
-    _read(rows, {i: [special.user] for i in asked})
+    tokenizer = rows.sampler.parts.tokenizer
+    assert tokenizer is not None
+    _read(rows, {i: tokenizer.opens_user(is_first=is_first) for i in asked})
     for at in range(max(map(len, asked.values()), default=0)):
         here = {i: parts[at] for i, parts in asked.items() if at < len(parts)}
         _read(rows, {i: _ids(rows.sampler, part) for i, part in here.items() if isinstance(part, str)})
         _see(rows, {i: part for i, part in here.items() if isinstance(part, Tensor)})
-    _read(rows, {i: [special.assistant] for i in asked})
+    _read(rows, {i: tokenizer.opens_reply() for i in asked})
 
 
 def _ids(sampler: Sampler, text: str) -> list[int]:

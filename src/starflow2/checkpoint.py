@@ -5,12 +5,15 @@
     vlm/  features/      config.json + model.safetensors as transformers writes them
     tokenizer.json       byte-level BPE;  lexicon.txt: the words that training used
 
-Backbones keep their upstream file layout because in-memory names change between releases.
+Backbones keep their upstream file layout because in-memory names change between releases. Those that came from
+elsewhere and are only referred to have no folder here: config.json holds source, revision and fingerprint
+(`pretrained`). A link vlm or features, to a folder with the same fingerprint, takes the place of a source that moved.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from starflow2.backbones import ChatTokenizer, DinoFeatures, QwenStream
+from starflow2.backbones import ChatTokenizer, DinoFeatures, QwenStream, SiglipFeatures, load_tokenizer
 from starflow2.config import from_dict, to_dict
-from starflow2.errors import CheckpointError, OutputError, nearest
+from starflow2.errors import CheckpointError, ConfigError, OutputError, nearest
+from starflow2.fae import Fae
 from starflow2.files import replacing
 from starflow2.flow import Flow
 from starflow2.parts import ModelConfig, Parts
+from starflow2.pretrained import Pretrained, fingerprint, locate
 from starflow2.pretzel import Joints, JointsConfig
 
 __all__ = [
@@ -36,12 +41,13 @@ __all__ = [
     "read_config",
     "save_parts",
     "save_tensors",
+    "start_parts",
     "write_config",
 ]
 
-FORMAT = 3
+FORMAT = 4
 OWN = ("fae.", "flow.", "joints.")  # what model.safetensors holds
-WEIGHTS = ("model.safetensors", "vlm/model.safetensors", "features/model.safetensors")
+BACKBONES = ("vlm", "features")  # what stands beside it, or is referred to
 
 
 def save_parts(parts: Parts, folder: str | Path) -> Path:
@@ -81,7 +87,9 @@ def _keep_others(folder: Path, new: Path) -> None:
     for other in folder.iterdir() if folder.is_dir() else ():
         if (new / other.name).exists():
             continue
-        if other.is_dir():
+        if other.is_symlink():
+            (new / other.name).symlink_to(os.readlink(other))
+        elif other.is_dir():
             shutil.copytree(other, new / other.name)
         else:
             shutil.copy2(other, new / other.name)
@@ -89,8 +97,9 @@ def _keep_others(folder: Path, new: Path) -> None:
 
 def _write_folder(parts: Parts, folder: Path) -> None:
     assert parts.tokenizer is not None
-    parts.vlm.save(folder / "vlm")
-    parts.features.save(folder / "features")
+    for name in BACKBONES:
+        if name not in parts.cfg.references:
+            getattr(parts, name).save(folder / name)
     own = {k: v for k, v in parts.state_dict().items() if k.startswith(OWN)}
     save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / "model.safetensors")
     parts.tokenizer.save(folder / "tokenizer.json")
@@ -99,8 +108,9 @@ def _write_folder(parts: Parts, folder: Path) -> None:
 
 
 def write_config(parts: Parts, folder: Path) -> None:
-    """config.json of a model folder: format number, stages done, every size."""
+    """config.json of a model folder: format number, stages done, every size, fingerprints of what is referred to."""
     config = {"format": FORMAT, "stages": list(parts.stages), "model": to_dict(parts.cfg)}
+    config |= {"fingerprints": parts.fingerprints} if parts.fingerprints else {}
     with replacing(folder / "config.json") as temp:
         temp.write_text(json.dumps(config, indent=1) + "\n")
 
@@ -124,25 +134,77 @@ def load_parts(folder: str | Path, device: str | torch.device = "cpu") -> Parts:
     folder = Path(folder)
     config = read_config(folder)
     cfg = from_dict(ModelConfig, config["model"])
-    for name in (*WEIGHTS, "tokenizer.json"):
+    own = [f"{name}/model.safetensors" for name in BACKBONES if name not in cfg.references]
+    for name in ("model.safetensors", *own, "tokenizer.json"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}; it is no complete starflow2 model.")
     with torch.device("meta"):
         parts = Parts(cfg)
-    parts.to_empty(device="cpu")
+    for module in (parts.fae, parts.flow, parts.joints):
+        module.to_empty(device="cpu")
     tensors = load_tensors(folder / "model.safetensors")
     if not any(name.startswith("joints.") for name in tensors) and "adapter" not in config["stages"]:
         tensors |= _fresh_joints(cfg)
     state = {k: v for k, v in parts.state_dict().items() if k.startswith(OWN)}
     _fill(state, tensors, folder / "model.safetensors")
-    _load_backbone(parts.vlm, folder / "vlm")
-    _load_backbone(parts.features, folder / "features")
+    for name in BACKBONES:
+        if name in cfg.references:
+            place = folder / name if (folder / name).is_dir() else None
+            _refer(parts, name, place, config.get("fingerprints", {}).get(name, ""), device)
+        else:
+            _load_backbone(getattr(parts, name), folder / name)
     _rebuild_buffers(parts, cfg)
     parts.tokenizer = _tokenizer(folder / "tokenizer.json", cfg)
     lexicon = folder / "lexicon.txt"
     parts.lexicon = frozenset(lexicon.read_text().split()) if lexicon.is_file() else frozenset()
     parts.stages = tuple(config["stages"])
     return parts.to(device).eval()
+
+
+def start_parts(cfg: ModelConfig, device: str | torch.device = "cpu") -> Parts:
+    """Parts for the first stage of a model over pretrained weights: those loaded, all else fresh, no stage done.
+
+    The tokenizer is that of the language model's folder. Raises CheckpointError for weights that are missing, broken
+    or of another model, and ConfigError for a config that refers to no language model.
+    """
+    if cfg.vlm_from is None:
+        raise ConfigError(f"model {cfg.name} has no vlm_from; it starts from its own stages, nothing pretrained.")
+    with torch.device("meta"):
+        parts = Parts(cfg)
+    fresh = {"fae": Fae(cfg.fae), "flow": Flow(cfg.flow), "joints": _new_joints(cfg)}
+    for name, module in fresh.items():
+        setattr(parts, name, module)
+    for name in BACKBONES:
+        if name in cfg.references:
+            _refer(parts, name, None, "", device)
+        else:
+            getattr(parts, name).model = type(getattr(parts, name))(getattr(parts, name).cfg).model
+    parts.tokenizer = _tokenizer(locate(cfg.vlm_from) / "tokenizer.json", cfg)
+    return parts.to(device).eval()
+
+
+def _refer(parts: Parts, name: str, place: Path | None, known: str, device: str | torch.device) -> None:
+    """Load a part that is only referred to, from its source or from `place`, and move it to `device` at once.
+
+    known: the fingerprint it had when the model was saved.
+    """
+    ref: Pretrained = parts.cfg.references[name]
+    folder = place or locate(ref)
+    found = fingerprint(folder)
+    for whose, wanted in (("this model was trained with", known), ("its config asks for", ref.sha256)):
+        if wanted and found != wanted:
+            raise CheckpointError(
+                f"{name} from {folder} has the fingerprint {found}, but {whose} {wanted}; "
+                f"give the weights of {ref.source} {ref.revision or 'main'}, or link them as {name} in the model folder."
+            )
+    backbone = getattr(parts, name)
+    try:
+        backbone.check_settings(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load {folder}: {_first_line(error)}") from error
+    _load_backbone(backbone, folder, getattr(torch, ref.precision))
+    backbone.model.to(device)
+    parts.fingerprints[name] = found
 
 
 def _rebuild_buffers(parts: Parts, cfg: ModelConfig) -> None:
@@ -152,9 +214,11 @@ def _rebuild_buffers(parts: Parts, cfg: ModelConfig) -> None:
         buffer.copy_(fresh[name])
 
 
-def _load_backbone(backbone: DinoFeatures | QwenStream, folder: Path) -> None:
+def _load_backbone(
+    backbone: DinoFeatures | SiglipFeatures | QwenStream, folder: Path, dtype: torch.dtype = torch.float32
+) -> None:
     try:
-        backbone.load(folder)
+        backbone.load(folder, dtype)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"cannot load {folder}: {_first_line(error)}") from error
 
@@ -167,7 +231,7 @@ def load_words(folder: str | Path) -> tuple[ChatTokenizer, ModelConfig]:
 
 def _tokenizer(path: Path, cfg: ModelConfig) -> ChatTokenizer:
     try:
-        tokenizer = ChatTokenizer.load(path)
+        tokenizer = load_tokenizer(path)
     except Exception as error:  # tokenizers raises nothing more special than this
         raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from error
     if tokenizer.special != cfg.vlm.special or tokenizer.vocab > cfg.vlm.vocab:
@@ -194,8 +258,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not of a starflow2 model (stages is no list of names).")
     if config["format"] not in range(1, FORMAT + 1):
         raise CheckpointError(f"{path} has format {config['format']}; this version reads up to {FORMAT}.")
-    config = _as_format_2(config) if config["format"] == 1 else config
-    return _as_format_3(config) if config["format"] == 2 else dict(config)
+    try:
+        for migrate in (_as_format_2, _as_format_3, _as_format_4)[config["format"] - 1 :]:
+            config = migrate(config)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not of a starflow2 model of its format: {error!r}.") from error
+    return dict(config)
 
 
 def _as_format_2(config: dict[str, Any]) -> dict[str, Any]:
@@ -212,12 +280,27 @@ def _as_format_3(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "format": 3, "model": {**model, "joints": {**model["joints"], "words": False}}}
 
 
+def _as_format_4(config: dict[str, Any]) -> dict[str, Any]:
+    """A model from before parts could be pretrained elsewhere: all its weights are its own, nothing is resized."""
+    model = config["model"]
+    flow = {"latent_penalty": 0.0, **model["flow"], "deep": {"noise_waves": 0, **model["flow"]["deep"]}}
+    flow["shallow"] = [{"noise_waves": 0, **block} for block in flow["shallow"]]
+    features = {"table_size": 0, "pixels": None, **model["features"]}
+    vlm = {"vision_window": 0, "vision_whole": [], "pixels": None, **model["vlm"]}
+    new = {"features_from": None, "vlm_from": None, "flow": flow, "features": features, "vlm": vlm}
+    return {**config, "format": 4, "model": {**model, **new}}
+
+
 def _fresh_joints(cfg: ModelConfig) -> dict[str, Tensor]:
     """Untrained joints for such a model, the same every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        joints = Joints(cfg.joints, cfg.flow.deep.dim, cfg.vlm.width, cfg.flow.deep.stack.width)
+        joints = _new_joints(cfg)
     return {f"joints.{name}": value for name, value in joints.state_dict().items()}
+
+
+def _new_joints(cfg: ModelConfig) -> Joints:
+    return Joints(cfg.joints, cfg.flow.deep.dim, cfg.vlm.width, cfg.flow.deep.stack.width)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

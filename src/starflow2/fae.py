@@ -9,12 +9,14 @@ Letters: B batch, N latents, D latent dim, F feature dim, C width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from starflow2.errors import ConfigError
 from starflow2.nn import CausalStack, StackConfig, at_least_fp32, attention, check
 from starflow2.protocols import FeatureExtractor
 
@@ -23,7 +25,7 @@ __all__ = ["Fae", "FaeConfig", "FaeLosses"]
 
 @dataclass(frozen=True, kw_only=True)
 class FaeConfig:
-    """Sizes of the auto-encoder. Pixels per latent = 8 in every size of ours: three upsamplings."""
+    """Sizes of the auto-encoder. What its upsamplings leave of the pixels per latent, one linear map spells out."""
 
     feature_dim: int
     latent_dim: int
@@ -33,11 +35,24 @@ class FaeConfig:
     encoder_heads: int
     feature_decoder: StackConfig
     pixel_decoder: StackConfig
-    pixel_channels: tuple[int, int, int] = (48, 24, 12)  # after each upsampling by two
+    pixel_channels: tuple[int, ...] = (48, 24, 12)  # after each upsampling by two; () = none (the FAE paper's ViT)
     noise_max: float = 0.6  # latents are decoded under noise U(0, noise_max) in training
     kl_weight: float = 1e-3  # nats per latent channel
     feature_weight: float = 0.25
     edge_weight: float = 1.0  # L1 on the Laplacian pyramid, beside plain L1
+
+    def __post_init__(self) -> None:
+        rows, left = self.grid[0], self.image_size // (self.grid[0] * 2 ** len(self.pixel_channels))
+        if left < 1 or left * rows * 2 ** len(self.pixel_channels) != self.image_size:
+            raise ConfigError(
+                f"image_size is {self.image_size}; expected a multiple of {rows} rows of latents times "
+                f"2^{len(self.pixel_channels)} of the upsamplings in pixel_channels."
+            )
+
+    @property
+    def pixels_per_step(self) -> int:
+        """Side in pixels of what one position of the pixel decoder's last layer draws."""
+        return self.image_size // (self.grid[0] * 2 ** len(self.pixel_channels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +133,16 @@ class PixelDecoder(nn.Module):
         self.grid = cfg.grid
         self.stack = _Decoder(cfg.feature_dim, cfg.pixel_decoder, cfg.grid)
         widths = (cfg.pixel_decoder.width, *cfg.pixel_channels)
-        self.upsample = nn.Sequential(
-            _Upsample(widths[0], widths[1], mixes=True),
-            _Upsample(widths[1], widths[2], mixes=True),
-            _Upsample(widths[2], widths[3], mixes=False),
-        )
-        self.out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        last = len(cfg.pixel_channels) - 1
+        self.upsample = nn.Sequential(*(_Upsample(*pair, mixes=i < last) for i, pair in enumerate(pairwise(widths))))
+        self.step = cfg.pixels_per_step
+        kernel = 3 if self.step == 1 else 1
+        self.out = nn.Conv2d(widths[-1], 3 * self.step**2, kernel, padding=kernel // 2)
 
     def forward(self, feats: Tensor) -> Tensor:
         h = rearrange(self.stack(feats), "b (r c) w -> b w r c", r=self.grid[0])
-        images: Tensor = self.out(F.relu(self.upsample(h)))
-        return images
+        h = F.relu(self.upsample(h)) if len(self.upsample) else h
+        return F.pixel_shuffle(self.out(h), self.step)
 
 
 class Fae(nn.Module):

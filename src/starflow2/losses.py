@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from starflow2.flow import Context, Flow
+from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.flow.noise import NoiseConfig, add_noise
 from starflow2.nn import at_least_fp32
 from starflow2.pretzel import Pretzel
@@ -26,6 +27,7 @@ __all__ = [
     "JointTerms",
     "adversarial_losses",
     "joint_loss",
+    "latent_penalty",
     "masked_picture_loss",
     "ngp_loss",
     "ntp_loss",
@@ -46,10 +48,18 @@ def ngp_loss(flow: Flow, latents: Tensor, context: Context, generator: torch.Gen
     assert flow.cfg.noise is not None
     level = flow.cfg.noise.draw(len(latents), generator).to(latents.device)
     noisy = add_noise(latents, level, generator)
-    nats = flow.nats_per_dim(noisy, context, level)  # (B,)
+    u, shallow_logdet = flow.shallow(noisy, level)
+    z, deep_logdet = flow.deep(u, context, level)
+    nats = -(standard_normal_log_prob(z) + (shallow_logdet + deep_logdet)) / math.prod(z.shape[1:])  # (B,)
     weight = flow.cfg.noise.loss_weight(level)
     loss = (weight * (nats - 0.5 * math.log(2 * math.pi))).mean()
-    return loss, nats.detach().mean()
+    return loss + latent_penalty(flow, u), nats.detach().mean()
+
+
+def latent_penalty(flow: Flow, u: Tensor) -> Tensor:
+    """What keeps intermediate latents u (P, N, D) small, a scalar; 0 where the flow's config asks for none."""
+    weight = flow.cfg.latent_penalty
+    return weight * at_least_fp32(u).square().mean() if weight and len(u) else u.new_zeros(())
 
 
 def token_nats(head: Head, states: tuple[Tensor, ...], labels: Tensor) -> Tensor:
@@ -107,7 +117,8 @@ def joint_loss(pretzel: Pretzel, batch: Batch, pictures: tuple[Tensor, Tensor], 
     nats = -out.log_prob / math.prod(noisy.shape[1:]) - 0.5 * math.log(2 * math.pi)
     weighted = (noise.loss_weight(level) * nats)[is_target]
     flow = weighted.mean() if len(weighted) else out.log_prob.sum() * 0
-    return JointTerms(flow, ntp_loss(pretzel.logits, (out.h, out.g), batch.labels))
+    text = ntp_loss(pretzel.logits, (out.h, out.g), batch.labels)
+    return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text)
 
 
 def masked_picture_loss(feats: Tensor, head: nn.Linear, images: Tensor, patch: int) -> Tensor:

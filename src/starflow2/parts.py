@@ -10,15 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from starflow2.backbones import (
-    ChatTokenizer,
-    DinoConfig,
-    DinoFeatures,
-    LanguageConfig,
-    QwenStream,
-)
+from starflow2.backbones import ChatTokenizer, DinoConfig, LanguageConfig, QwenStream, SiglipConfig, features_of
 from starflow2.fae import Fae, FaeCodec, FaeConfig
 from starflow2.flow import Flow, FlowConfig
+from starflow2.pretrained import Pretrained
 from starflow2.pretzel import Joints, JointsConfig, Pretzel
 from starflow2.sequence import Layout
 
@@ -30,7 +25,7 @@ class ModelConfig:
     """Every size of a model, and the sampling defaults it was tuned for."""
 
     name: str
-    features: DinoConfig
+    features: DinoConfig | SiglipConfig
     vlm: LanguageConfig
     fae: FaeConfig
     flow: FlowConfig
@@ -39,6 +34,14 @@ class ModelConfig:
     prior_scale: float = 0.65  # 1 = exact sampling
     max_prompt_tokens: int = 256
     max_positions: int = 4096  # of one conversation
+    features_from: Pretrained | None = None  # where the frozen extractor comes from; None: trained and kept by us
+    vlm_from: Pretrained | None = None  # the same of the language model and its tower
+
+    @property
+    def references(self) -> dict[str, Pretrained]:
+        """The parts that a model folder only refers to, by their names in `Parts`."""
+        refs = {"features": self.features_from, "vlm": self.vlm_from}
+        return {name: ref for name, ref in refs.items() if ref is not None}
 
 
 class Parts(nn.Module):
@@ -49,7 +52,8 @@ class Parts(nn.Module):
         self.cfg, self.tokenizer = cfg, tokenizer
         self.lexicon: frozenset[str] = frozenset()
         self.stages: tuple[str, ...] = ()
-        self.features = DinoFeatures(cfg.features)
+        self.fingerprints: dict[str, str] = {}  # of the parts that are only referred to, once they are loaded
+        self.features = features_of(cfg.features)
         self.vlm = QwenStream(cfg.vlm)
         self.fae = Fae(cfg.fae)
         self.flow = Flow(cfg.flow)

@@ -387,8 +387,8 @@ class _Steered(Pretzel):
 def _ids(parts: Parts, index: int, *, asks: bool = True) -> list[int]:
     """A training caption as the user says it; `asks`: and the model's turn to reply."""
     assert parts.tokenizer is not None
-    special, words = parts.cfg.vlm.special, parts.tokenizer.encode(draw_task(0, index).prompt)
-    return [special.user, *words, *([special.assistant] if asks else [])]
+    tokenizer, words = parts.tokenizer, parts.tokenizer.encode(draw_task(0, index).prompt)
+    return [*tokenizer.opens_user(), *words, *(tokenizer.opens_reply() if asks else [])]
 
 
 def _upload(parts: Parts) -> Tensor:
@@ -408,18 +408,19 @@ def _interleaved(parts: Parts, precision: Literal["float32", "float64"]) -> floa
     cache, against one full pass; as a share of the largest state."""
     sampler = Sampler(parts, DrawConfig.for_model(parts, precision=precision))
     recorder = sampler.pretzel = _Recorder(sampler.pretzel)
-    special = parts.cfg.vlm.special
+    assert parts.tokenizer is not None
+    replies, ends = parts.tokenizer.opens_reply(), parts.cfg.vlm.special.end
     upload = sampler.noisy(_upload(parts)[None], torch.tensor([sampler.upload_level]))
     rows = Rows(sampler, 1)
     said, again = _ids(parts, 0, asks=False), _ids(parts, 1)
     rows.read([said])
     rows.see([0], upload, sampler.upload_level)
-    rows.read([[special.assistant]])
+    rows.read([replies])
     first = _drawn(rows, 0)
     rows.read([again])
     second = _drawn(rows, 1)
-    end, drawn = Text((special.end,)), Image(is_target=True)
-    opened: Document = [Text(tuple(said)), Image(), Text((special.assistant,)), drawn, end]
+    end, drawn = Text((ends,)), Image(is_target=True)
+    opened: Document = [Text(tuple(said)), Image(), Text(tuple(replies)), drawn, end]
     document: Document = [*opened, Text(tuple(again)), drawn, end]
     x = torch.stack([upload[0], first.x, second.x])
     levels = torch.tensor([sampler.upload_level, sampler.noise_level, sampler.noise_level], dtype=x.dtype).to(x.device)

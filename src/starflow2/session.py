@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from starflow2.backbones import ChatTokenizer
 from starflow2.checkpoint import save_tensors
 from starflow2.decode import Begun, Completed, Ended, Picture, Replying, RowEvent, Rows, Sampler, Stepped, Token
 from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
@@ -33,7 +34,6 @@ from starflow2.sequence import Cursor
 
 __all__ = ["Drew", "Event", "Finished", "Made", "Mark", "Piece", "Session", "Started", "Wrote"]
 
-OVERHEAD = 4  # slots that a turn needs beside what it holds
 _BRANCHES = itertools.count()
 
 
@@ -149,7 +149,7 @@ class Session:
                 ready.append(heard(self.sampler.parts, part))
             else:
                 ready.append(_checked(part, size) if isinstance(part, Tensor) else read_picture(part, size))
-        self._check_room(sum(self._slots_of(part) for part in ready) + OVERHEAD)
+        self._check_room(sum(self._slots_of(part) for part in ready) + self._overhead)
         start = self.mark()
         try:
             self._open()
@@ -167,13 +167,22 @@ class Session:
     def _slots_of(self, part: str | Tensor) -> int:
         return len(self._encoded(part)) if isinstance(part, str) else self.sampler.layout.num_latents + 2
 
-    def _encoded(self, text: str) -> list[int]:
+    @property
+    def _tokenizer(self) -> ChatTokenizer:
         assert self.sampler.parts.tokenizer is not None
-        return self.sampler.parts.tokenizer.encode(text)
+        return self.sampler.parts.tokenizer
+
+    @property
+    def _overhead(self) -> int:
+        """Slots that a turn needs beside what it holds: those that open it and the reply, and what ends both."""
+        return len(self._tokenizer.opens_user()) + len(self._tokenizer.opens_reply()) + 2
+
+    def _encoded(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
 
     def _open(self) -> None:
         if not self._is_open:
-            self._rows.read([[self.sampler.parts.cfg.vlm.special.user]])
+            self._rows.read([self._tokenizer.opens_user(is_first=not self.length)])
             self._is_open = True
 
     def _show(self, image: Tensor) -> None:
@@ -207,8 +216,8 @@ class Session:
     def _reply(self, config: Replying, *, draws: bool = False) -> Iterator[Event]:
         self._check_idle()
         per_picture = self.sampler.layout.num_latents + 2
-        self._check_room(OVERHEAD + (per_picture if draws or not config.tokens else 1))
-        room = self.room - OVERHEAD
+        self._check_room(self._overhead + (per_picture if draws or not config.tokens else 1))
+        room = self.room - self._overhead
         pictures = min(config.pictures, room // per_picture)
         tokens = min(config.tokens, room - pictures * per_picture)
         start = self.mark()
@@ -216,7 +225,7 @@ class Session:
         self._is_replying = True
         try:
             self._open()
-            self._rows.read([[self.sampler.parts.cfg.vlm.special.assistant]])
+            self._rows.read([self._tokenizer.opens_reply()])
             self._is_open = False
             yield from self._told(
                 self._rows.reply([seed], replace(config, pictures=pictures, tokens=tokens), draws=draws)
@@ -236,8 +245,7 @@ class Session:
             match event:
                 case Token():
                     ids.append(event.id)
-                    assert self.sampler.parts.tokenizer is not None
-                    text = self.sampler.parts.tokenizer.decode(ids)
+                    text = self._tokenizer.decode(ids)
                     if not text.endswith("\ufffd") and text != said:
                         piece, said = text[len(said) :], text
                         yield Wrote(piece)

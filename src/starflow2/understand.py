@@ -49,8 +49,8 @@ def answer(parts: Parts, images: Tensor, questions: Sequence[str], *, max_tokens
 
 def _documents(parts: Parts, questions: Sequence[list[int]]) -> Batch:
     """A picture and a question up to where the answer begins, one row each; questions are equally long."""
-    special = parts.cfg.vlm.special
-    before, after = Text((special.user,)), Text((special.assistant,))
+    assert parts.tokenizer is not None
+    before, after = (Text(tuple(ids)) for ids in (parts.tokenizer.opens_user(), parts.tokenizer.opens_reply()))
     return pack([[before, Image(), Text(tuple(q)), after] for q in questions], parts.tower_layout)
 
 

@@ -42,6 +42,7 @@ class BlockConfig:
     learned_positions: bool = False  # add a learned table over the N latents
     stencil: bool = False  # feed the three latents above the target too (our choice)
     noise: bool = False  # add an embedding of the noise level to every slot
+    noise_waves: int = 0  # sines and cosines in that embedding, 0 = as many as the stream is wide
 
     @property
     def num_latents(self) -> int:
@@ -127,7 +128,7 @@ class AffineBlock(nn.Module):
         if cfg.learned_positions:
             self.position_table = nn.Parameter(0.01 * torch.randn(cfg.num_latents, width))
         if cfg.noise:
-            self.noise_embedding = NoiseEmbedding(width)
+            self.noise_embedding = NoiseEmbedding(width, cfg.noise_waves)
         self.body = CausalStack(cfg.stack)
         self.head = zero_linear(width, 2 * cfg.dim)  # identity map at initialisation
         self.above: Tensor

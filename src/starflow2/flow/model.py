@@ -29,6 +29,7 @@ class FlowConfig:
     deep: BlockConfig
     shallow: tuple[BlockConfig, ...] = ()
     noise: NoiseConfig | None = None  # levels of multi-noise training; None = no level input
+    latent_penalty: float = 0.0  # weight of the mean square of u in training (STARFlow: 1e-4)
 
     def __post_init__(self) -> None:
         blocks = (*self.shallow, self.deep)

@@ -64,15 +64,18 @@ def add_noise(x: Tensor, noise_level: Tensor, generator: torch.Generator | None 
 
 
 class NoiseEmbedding(nn.Module):
-    """Level -> vector: sines and cosines of log level, then a two-layer MLP. (B,) -> (B, C)."""
+    """Level -> vector: `waves` sines and cosines of log level, then a two-layer MLP. (B,) -> (B, C).
 
-    def __init__(self, width: int) -> None:
+    Waves 0: as many as the width (iTARFlow); fewer keep the MLP small beside a wide stream.
+    """
+
+    def __init__(self, width: int, waves: int = 0) -> None:
         super().__init__()
-        self.width = width
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.waves = waves or width
+        self.mlp = nn.Sequential(nn.Linear(self.waves, 4 * self.waves), nn.GELU(), nn.Linear(4 * self.waves, width))
 
     def forward(self, noise_level: Tensor) -> Tensor:
-        half = self.width // 2
+        half = self.waves // 2
         dtype = next(self.mlp.parameters()).dtype
         freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=dtype, device=noise_level.device) / half)
         angles = noise_level.to(dtype).log()[:, None] * freqs  # (B, C / 2)
