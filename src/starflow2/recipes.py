@@ -1,5 +1,6 @@
 """Recipes: a run as data. `nano()` is the embedded default; any function that returns RunConfig is one.
 
+`paper()` is the paper's size over Qwen2.5-VL-7B and DINOv2-g, `mini()` one consumer GPU between the two.
 `smoke(recipe)` shrinks any of them to seconds on two cores, on the same code path.
 """
 
@@ -10,16 +11,29 @@ from dataclasses import replace
 from importlib import import_module
 from inspect import signature
 
-from starflow2.backbones import DinoConfig, LanguageConfig, SpecialIds
+from starflow2.backbones import DinoConfig, LanguageConfig, PixelConfig, SiglipConfig, SpecialIds
 from starflow2.errors import ConfigError, nearest
 from starflow2.fae import FaeConfig
 from starflow2.flow import BlockConfig, FlowConfig, NoiseConfig
 from starflow2.nn import StackConfig
 from starflow2.parts import ModelConfig
+from starflow2.pretrained import Pretrained
 from starflow2.pretzel import JointsConfig
-from starflow2.stages import OptimConfig, RunConfig, StageConfig
+from starflow2.stages import MixConfig, OptimConfig, RunConfig, StageConfig
 
-__all__ = ["find", "nano", "smoke"]
+__all__ = ["find", "mini", "nano", "paper", "paper_siglip", "smoke"]
+
+NANO_SPECIAL = SpecialIds(pad=0, user=1, assistant=2, end=3, vision_start=4, vision_end=5, image_pad=6)
+QWEN_SPECIAL = SpecialIds(
+    pad=151643, user=151644, assistant=151644, end=151645, vision_start=151652, vision_end=151653, image_pad=151655
+)
+PICTURE = 256  # pixels of paper's pictures, square
+CLIP = PixelConfig(
+    picture_size=PICTURE,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)  # of Qwen's tower
+IMAGENET = PixelConfig(picture_size=PICTURE, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # of DINOv2
 
 
 def nano_model() -> ModelConfig:
@@ -51,7 +65,7 @@ def nano_model() -> ModelConfig:
             kv_heads=2,
             mlp_width=512,
             mrope_section=(8, 8, 8),
-            special=SpecialIds(pad=0, user=1, assistant=2, end=3, vision_start=4, vision_end=5, image_pad=6),
+            special=NANO_SPECIAL,
             vision_width=128,
             vision_depth=2,
             vision_heads=4,
@@ -98,15 +112,275 @@ def nano() -> RunConfig:
     )
 
 
+# -- over pretrained parts ------------------------------------------------------------------------------
+
+
+def _qwen(width: int, depth: int, heads: int, kv_heads: int, mlp_width: int, vocab: int) -> LanguageConfig:
+    """A Qwen2.5-VL whose tower reads pictures at 448 px, which is 16x16 tokens, as many as there are latents."""
+    return LanguageConfig(
+        vocab=vocab,
+        width=width,
+        depth=depth,
+        heads=heads,
+        kv_heads=kv_heads,
+        mlp_width=mlp_width,
+        mrope_section=(16, 24, 24),
+        special=QWEN_SPECIAL,
+        vision_width=1280,
+        vision_depth=32,
+        vision_heads=16,
+        vision_mlp_width=3420,
+        vision_patch=14,
+        image_size=448,
+        vision_window=112,
+        vision_whole=(7, 15, 23, 31),
+        ties_embeddings=vocab == 151936,  # the 3B; the 7B has a head of its own
+        pixels=CLIP,
+    )
+
+
+def _fae(feature_dim: int, encoder: tuple[int, int], pixel_decoder: StackConfig) -> FaeConfig:
+    """The FAE paper's auto-encoder: 16x16 latents of 32 channels, six layers back to features, a ViT to pixels."""
+    decoder = StackConfig(width=feature_dim, depth=6, rope=False, causal=False)
+    return FaeConfig(
+        feature_dim=feature_dim,
+        latent_dim=32,
+        grid=(16, 16),
+        image_size=PICTURE,
+        encoder_width=encoder[0],
+        encoder_heads=encoder[1],
+        feature_decoder=decoder,
+        pixel_decoder=pixel_decoder,
+        pixel_channels=(),
+    )
+
+
+def _flow(deep: StackConfig, shallow: StackConfig, context_dim: int) -> FlowConfig:
+    """STARFlow's conventions: softplus scale, scale and mean clipped at 4, a penalty on u; levels as iTARFlow's."""
+
+    def block(stack: StackConfig, direction: str, context_dim: int = 0) -> BlockConfig:
+        return BlockConfig(
+            dim=32,
+            grid=(16, 16),
+            stack=stack,
+            direction=direction,  # type: ignore[arg-type]
+            scale="softplus",
+            clip=4.0,
+            clips_mean=True,
+            context_dim=context_dim,
+            noise=True,
+            noise_waves=256,
+        )
+
+    return FlowConfig(
+        deep=block(deep, "l2r", context_dim),
+        shallow=(block(shallow, "l2r"), block(shallow, "r2l")),
+        noise=NoiseConfig(noise_min=0.01, noise_max=0.5),
+        latent_penalty=1e-4,
+    )
+
+
+def paper_model() -> ModelConfig:
+    """The paper's sizes: 3.67 B parameters train (docs/choices.md#widths-and-depths) beside 9.9 B frozen ones."""
+    return ModelConfig(
+        name="paper",
+        features=DinoConfig(
+            image_size=224,
+            patch_size=14,
+            width=1536,
+            depth=40,
+            heads=24,
+            swiglu=True,
+            table_size=518,
+            pixels=IMAGENET,
+        ),
+        features_from=Pretrained(source="facebook/dinov2-giant"),
+        vlm=_qwen(width=3584, depth=28, heads=28, kv_heads=4, mlp_width=18944, vocab=152064),
+        vlm_from=Pretrained(source="Qwen/Qwen2.5-VL-7B-Instruct"),
+        fae=_fae(1536, (6144, 24), StackConfig(width=1024, depth=24, rope=False, causal=False)),
+        flow=_flow(StackConfig(width=3072, depth=24), StackConfig(width=3072, depth=4), 3584),
+        joints=JointsConfig(adapter_width=3584, noise_width=256),
+        guidance=3.0,
+        prior_scale=1.0,
+        max_prompt_tokens=512,
+        max_positions=8192,
+    )
+
+
+def mini_model() -> ModelConfig:
+    """Half-way: 0.5 B parameters train over Qwen2.5-VL-3B and DINOv2-B."""
+    return replace(
+        paper_model(),
+        name="mini",
+        features=DinoConfig(
+            image_size=224, patch_size=14, width=768, depth=12, heads=12, table_size=518, pixels=IMAGENET
+        ),
+        features_from=Pretrained(source="facebook/dinov2-base"),
+        vlm=_qwen(width=2048, depth=36, heads=16, kv_heads=2, mlp_width=11008, vocab=151936),
+        vlm_from=Pretrained(source="Qwen/Qwen2.5-VL-3B-Instruct"),
+        fae=_fae(768, (3072, 12), StackConfig(width=768, depth=12, rope=False, causal=False)),
+        flow=_flow(StackConfig(width=1152, depth=24), StackConfig(width=1152, depth=4), 2048),
+        joints=JointsConfig(adapter_width=2048, noise_width=256),
+    )
+
+
+def _adamw(lr: float, warmup_steps: int = 2000) -> OptimConfig:
+    """STARFlow's optimiser: AdamW alone, warm-up, then falling to the end."""
+    return OptimConfig(
+        lr=lr, matrix_lr=0.0, weight_decay=1e-4, warmup_steps=warmup_steps, decay_share=1.0, clip=1.0, ema=0.999
+    )
+
+
+def paper() -> RunConfig:
+    """The paper's own size and stages: 10.6 B parameters at use, 3.67 B trained, 800 M + 200 M + 160 M documents.
+
+    About 9,000 H100-hours at 40 % of peak (`starflow2 info paper --gpus 64`). The paper reports GenEval 0.51 after
+    stage t2i and 0.82 after joint, DPG 84.94. Nobody has trained this recipe here.
+    """
+    return RunConfig(
+        model=paper_model(),
+        stages=(
+            StageConfig(name="fae", steps=1_000_000, batch=512, optim=_adamw(1e-4, 1000), save_every=2000),
+            StageConfig(name="t2i", steps=781_250, batch=1024, optim=_adamw(1e-4), save_every=2000),
+            StageConfig(name="adapter", steps=195_312, batch=1024, optim=_adamw(1e-4), distill=0.1, save_every=2000),
+            StageConfig(
+                name="joint",
+                steps=156_250,
+                batch=1024,
+                optim=_adamw(5e-5),
+                mix=MixConfig(understand=0.2, draw=0.5, edit=0.2, story=0.1),
+                save_every=2000,
+            ),
+        ),
+        precision="bfloat16",
+    )
+
+
+def paper_siglip() -> RunConfig:
+    """`paper` with the features of SigLIP2 so400m (256 px, 16x16 patches of 16) in place of DINOv2-g's."""
+    run = paper()
+    features = SiglipConfig(image_size=256, patch_size=16, width=1152, depth=27, heads=16, mlp_width=4304)
+    model = replace(
+        run.model,
+        name="paper-siglip",
+        features=features,
+        features_from=Pretrained(source="google/siglip2-so400m-patch16-256"),
+        fae=_fae(1152, (4608, 18), run.model.fae.pixel_decoder),
+    )
+    return replace(run, model=model)
+
+
+def mini() -> RunConfig:
+    """One consumer GPU of 24 GB: 0.5 B trained over Qwen2.5-VL-3B, 16 M + 4 M + 4 M documents, batch 128.
+
+    Nobody has trained this recipe here; `starflow2 info mini --gpus 1 --gpu-memory 24` says what it takes.
+    """
+    stages = {"fae": 100_000, "t2i": 125_000, "adapter": 31_250, "joint": 31_250}
+    run = paper()
+    return replace(
+        run,
+        model=mini_model(),
+        stages=tuple(replace(s, steps=stages[s.name], batch=128, save_every=500) for s in run.stages),
+    )
+
+
+# -- small ones of the same kind ------------------------------------------------------------------------
+
+
 def smoke(run: RunConfig) -> RunConfig:
-    """The same run in a few steps of tiny batches."""
+    """The same run in a few steps of tiny batches; what is larger than nano also in tiny widths, from nothing."""
     stages = tuple(
         replace(s, steps=4, batch=4, optim=replace(s.optim, warmup_steps=1), save_every=2) for s in run.stages
     )
-    return replace(run, stages=stages)
+    is_large = run.model.references or run.model.flow.deep.stack.width > nano_model().flow.deep.stack.width
+    model = _shrunk(run.model) if is_large else run.model
+    return replace(run, model=model, stages=stages, precision="auto" if is_large else run.precision)
 
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {"nano": nano}
+def _shrunk(model: ModelConfig) -> ModelConfig:
+    """The same classes and conventions in widths of 64, with fresh parts where pretrained ones were.
+
+    Pictures are those of the drawn world, 64 px; 4x4 latents; a vocabulary for a tokenizer of our own.
+    """
+    width, size, grid = 64, 64, (4, 4)
+
+    def stack(cfg: StackConfig) -> StackConfig:
+        return replace(cfg, width=width, depth=min(2, cfg.depth), head_dim=32)
+
+    def block(cfg: BlockConfig) -> BlockConfig:
+        context = width * (2 if model.joints.words else 1) if cfg.context_dim else 0
+        waves = 32 if cfg.noise_waves else 0
+        return replace(cfg, dim=8, grid=grid, stack=stack(cfg.stack), context_dim=context, noise_waves=waves)
+
+    pixels = None if model.vlm.pixels is None else replace(model.vlm.pixels, picture_size=size)
+    return replace(
+        model,
+        name=f"{model.name}-smoke",
+        features=_shrunk_features(model.features, width, size),
+        features_from=None,
+        vlm=replace(
+            model.vlm,
+            vocab=512,
+            width=width,
+            depth=2,
+            heads=2,
+            kv_heads=1,
+            mlp_width=128,
+            mrope_section=(4, 6, 6),
+            special=NANO_SPECIAL,
+            vision_width=32,
+            vision_depth=2,
+            vision_heads=2,
+            vision_mlp_width=64,
+            image_size=4 * 2 * model.vlm.vision_patch,
+            vision_window=2 * 2 * model.vlm.vision_patch if model.vlm.vision_window else 0,
+            vision_whole=(1,) if model.vlm.vision_whole else (),
+            pixels=pixels,
+        ),
+        vlm_from=None,
+        fae=replace(
+            model.fae,
+            feature_dim=width,
+            latent_dim=8,
+            grid=grid,
+            image_size=size,
+            encoder_width=width,
+            encoder_heads=2,
+            feature_decoder=stack(model.fae.feature_decoder),
+            pixel_decoder=stack(model.fae.pixel_decoder),
+        ),
+        flow=replace(model.flow, deep=block(model.flow.deep), shallow=tuple(map(block, model.flow.shallow))),
+        joints=replace(model.joints, adapter_width=width, noise_width=32),
+    )
+
+
+def _shrunk_features(cfg: DinoConfig | SiglipConfig, width: int, size: int) -> DinoConfig | SiglipConfig:
+    """4x4 patches of 64 px pictures, resized where the large one resizes, its positions interpolated likewise."""
+    pixels = None if cfg.pixels is None else replace(cfg.pixels, picture_size=size)
+    patch = cfg.patch_size if pixels is not None else size // 4
+    if isinstance(cfg, SiglipConfig):
+        return replace(
+            cfg, image_size=4 * patch, patch_size=patch, width=width, depth=2, heads=2, mlp_width=128, pixels=pixels
+        )
+    table = 6 * patch if cfg.table_size else 0
+    return replace(
+        cfg,
+        image_size=4 * patch,
+        patch_size=patch,
+        width=width,
+        depth=2,
+        heads=2,
+        table_size=table,
+        pixels=pixels,
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "nano": nano,
+    "mini": mini,
+    "paper": paper,
+    "paper-siglip": paper_siglip,
+}
 
 
 def find(name: str) -> RunConfig:
