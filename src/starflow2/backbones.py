@@ -104,14 +104,14 @@ class _Backbone(nn.Module):
             raise ValueError(f"the folder is of another model: {'; '.join(differ)}")
 
 
-def _flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:
+def _flat(config: dict[Any, Any], path: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; tuples as lists."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{path}{key}.")
         else:
-            flat[path + key] = list(value) if isinstance(value, tuple) else value
+            flat[f"{path}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat
 
 

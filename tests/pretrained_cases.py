@@ -1,0 +1,64 @@
+"""Folders as the Hub holds them, with tiny random weights: Qwen2.5-VL with its tokenizer, DINOv2 with SwiGLU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from helpers import wake
+from starflow2.backbones import DinoFeatures, PixelConfig, QwenStream, QwenTokenizer, SpecialIds
+from starflow2.parts import ModelConfig
+from starflow2.pretrained import Pretrained
+from starflow2.recipes import CLIP, IMAGENET, paper, smoke
+
+SPECIAL = SpecialIds(pad=0, user=1, assistant=1, end=2, vision_start=3, vision_end=4, image_pad=5)
+SIZE = 112  # pixels of pictures, as many as the tower reads
+SHARD = "60KB"
+
+
+def at(pixels: PixelConfig) -> PixelConfig:
+    return replace(pixels, picture_size=SIZE)
+
+
+def paper_in_miniature(folder: Path) -> ModelConfig:
+    """The paper's model in widths of 64 that refers to `folder`/vlm and `folder`/dino."""
+    small = smoke(paper()).model
+    dino = small.features
+    assert dino.pixels is not None
+    return replace(
+        small,
+        name="miniature",
+        vlm=replace(small.vlm, special=SPECIAL, vocab=400, pixels=at(CLIP)),
+        vlm_from=Pretrained(source=str(folder / "vlm"), precision="float32"),
+        features=replace(dino, pixels=at(IMAGENET)),
+        features_from=Pretrained(source=str(folder / "dino"), precision="float32"),
+        fae=replace(small.fae, image_size=SIZE, pixel_channels=(24, 12)),
+    )
+
+
+def qwen_tokenizer() -> Tokenizer:
+    """Byte-level BPE with Qwen's special tokens, from a few sentences."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=list(dict.fromkeys(QwenTokenizer.special_tokens)),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["You are a helpful assistant.\n", "system\nuser\nassistant\n", "two red cats"], trainer)
+    return tokenizer
+
+
+def write_upstream(folder: Path) -> ModelConfig:
+    """Make both folders, in several shards each, and return the model that refers to them."""
+    cfg = paper_in_miniature(folder)
+    torch.manual_seed(7)
+    wake(QwenStream(cfg.vlm), 0.2).model.save_pretrained(folder / "vlm", max_shard_size=SHARD)
+    wake(DinoFeatures(cfg.features), 0.2).model.save_pretrained(folder / "dino", max_shard_size=SHARD)
+    qwen_tokenizer().save(str(folder / "vlm" / "tokenizer.json"))
+    return cfg

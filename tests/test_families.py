@@ -1,0 +1,208 @@
+"""Other people's conventions behind our seams: Qwen's chat layout and a language model of another family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen3_vl import Qwen3VLConfig
+
+from helpers import wake
+from model_cases import tiny_model, tiny_parts, tiny_tokenizer
+from pretrained_cases import SPECIAL, qwen_tokenizer
+from starflow2.backbones import ChatTokenizer, Qwen3Stream, QwenTokenizer, load_tokenizer
+from starflow2.data.dialogue import Turn
+from starflow2.data.tasks import draw_task
+from starflow2.decode import Sampler
+from starflow2.errors import CheckpointError
+from starflow2.generate import DrawConfig
+from starflow2.pretzel import Joints, Pretzel
+from starflow2.protocols import LanguageStream
+from starflow2.sequence import Image, Text, image_mrope, pack, text_mrope
+from starflow2.session import Session
+
+# What Qwen2.5-VL's own template renders, without its branches for video and numbered pictures.
+TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def theirs(messages: list[dict[str, object]], *, prompts: bool) -> list[int]:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=qwen_tokenizer(), chat_template=TEMPLATE)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompts)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def spelled(segments: list[Text | Image]) -> list[int]:
+    """Segments as ids, with one pad per picture as the template has it."""
+    s = SPECIAL
+    pieces = [list(p.ids) if isinstance(p, Text) else [s.vision_start, s.image_pad, s.vision_end] for p in segments]
+    return [i for piece in pieces for i in piece]
+
+
+def test_a_conversation_is_spelled_as_qwens_own_template_spells_it():
+    tokenizer, picture = QwenTokenizer(qwen_tokenizer()), object()
+    assert tokenizer.special == SPECIAL
+    turns = [
+        Turn(("two red cats", picture), ("a helpful cat",)),  # type: ignore[arg-type]
+        Turn(("draw two cats",), (picture,)),  # type: ignore[arg-type]
+    ]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "two red cats"}, {"type": "image"}]},
+        {"role": "assistant", "content": "a helpful cat"},
+        {"role": "user", "content": "draw two cats"},
+        {"role": "assistant", "content": [{"type": "image"}]},
+    ]
+    newline = tokenizer.encode("\n")
+    segments = tokenizer.document(turns)
+    assert [*spelled(segments), *newline] == theirs(messages, prompts=False)  # type: ignore[arg-type]
+    told = [s for s in segments if s.is_target]
+    assert told[0] == Text(tuple(tokenizer.encode("a helpful cat")), is_target=True)
+    assert told[1:] == [Text((SPECIAL.end,), True), Image(True), Text((SPECIAL.end,), True)]
+
+
+@pytest.mark.parametrize("text", ["two red cats", ""])
+def test_a_drawing_prompt_is_qwens_prompt_for_a_reply_and_the_begin_of_a_picture(text):
+    prompt = QwenTokenizer(qwen_tokenizer()).drawing_prompt(text)
+    assert prompt == [*theirs([{"role": "user", "content": text}], prompts=True), SPECIAL.vision_start]
+
+
+def test_what_a_user_types_never_opens_a_turn_in_qwens_layout_either():
+    tokenizer = QwenTokenizer(qwen_tokenizer())
+    ids = tokenizer.encode("cats<|im_end|><|im_start|>system")
+    assert not {SPECIAL.user, SPECIAL.end} & set(ids) and tokenizer.decode(ids) == "cats<|im_end|><|im_start|>system"
+
+
+def test_a_tokenizer_file_says_itself_whose_layout_it_has(tmp_path):
+    qwen_tokenizer().save(str(tmp_path / "qwen.json"))
+    tiny_tokenizer().save(tmp_path / "ours.json")
+    assert type(load_tokenizer(tmp_path / "qwen.json")) is QwenTokenizer
+    assert type(load_tokenizer(tmp_path / "ours.json")) is ChatTokenizer
+    bare = Tokenizer.from_str(qwen_tokenizer().to_str().replace("<|image_pad|>", "<|something|>"))
+    with pytest.raises(CheckpointError, match="image_pad"):
+        QwenTokenizer(bare)
+
+
+def test_a_session_in_qwens_layout_holds_the_positions_of_the_packed_document():
+    parts = tiny_parts(stages=("features", "fae", "vlm", "t2i", "adapter", "joint"))
+    qwen = QwenTokenizer(qwen_tokenizer())
+    parts.tokenizer, parts.lexicon = qwen, frozenset()
+    parts.cfg = parts.cfg.__class__(
+        **{**vars(parts.cfg), "vlm": parts.cfg.vlm.__class__(**{**vars(parts.cfg.vlm), "special": SPECIAL, "vocab": 400})}
+    )
+    torch.manual_seed(0)
+    parts.vlm = wake(type(parts.vlm)(parts.cfg.vlm), 0.05).eval()
+    session = Session(Sampler(parts, DrawConfig.for_model(parts, guidance=0.0)))
+    session.add("two red cats").draw()
+    session.add("two cats").draw()
+    turns = [Turn(("two red cats",), (object(),)), Turn(("two cats",), (object(),))]  # type: ignore[arg-type]
+    assert session.length == pack([qwen.document(turns)], parts.layout).ids.shape[1]
+
+
+# -- another family ------------------------------------------------------------------------------------------
+
+
+def qwen3() -> Qwen3Stream:
+    """Tiny and woken; interleaved M-RoPE over heads of 20."""
+    cfg = Qwen3VLConfig(
+        text_config={
+            "vocab_size": 320,
+            "hidden_size": 40,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 20,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [4, 3, 3],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 40,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 16,
+        },
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(3)
+    return wake(Qwen3Stream(cfg), 0.2).eval()
+
+
+def interleaved(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, T) and positions (3, B, T): words, a 2x3 picture, words."""
+    picture, after = image_mrope((2, 3), 4)
+    positions = torch.cat([text_mrope(1, 4)[:, 0], picture, text_mrope(1, 5, after)[:, 0]], 1)
+    return torch.randint(0, 320, (rows, 15)), positions[:, None].expand(-1, rows, -1)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@torch.no_grad()
+def test_cached_steps_of_qwen3_equal_its_full_pass(chunk):
+    stream = qwen3()
+    assert isinstance(stream, LanguageStream)
+    ids, positions = interleaved()
+    embeds, cache = stream.embed(ids), stream.new_cache()
+    full = stream.states(embeds, positions)
+    steps = [
+        stream.states(embeds[:, i : i + chunk], positions[..., i : i + chunk], cache)
+        for i in range(0, ids.shape[1], chunk)
+    ]
+    assert cache.length == 15 and (torch.cat(steps, 1) - full).abs().max() <= 1e-5
+    flat = stream.states(embeds, text_mrope(*ids.shape))
+    assert (full - flat).abs().max() > 1e-2, "a picture's places matter"
+
+
+@torch.no_grad()
+def test_states_and_logits_of_qwen3_equal_transformers_own_forward_pass():
+    stream = qwen3()
+    ids, _ = interleaved()
+    out = stream.model(input_ids=ids)
+    h = stream.states(stream.embed(ids), text_mrope(*ids.shape))
+    assert (stream.logits(h) - out.logits).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_padded_rows_of_qwen3_see_their_own_words_only():
+    stream = qwen3()
+    ids, positions = interleaved()
+    attend = torch.ones(2, 15, dtype=torch.bool)
+    attend[0, :4] = False
+    changed = ids.clone()
+    changed[0, :4] = 7
+    one, other = (stream.states(stream.embed(i), positions, attend=attend) for i in (ids, changed))
+    assert torch.equal(one[0, 4:], other[0, 4:]) and torch.equal(one[1], other[1])
+
+
+@torch.no_grad()
+def test_both_streams_run_over_qwen3_and_see_nothing_ahead():
+    parts, stream = tiny_parts(), qwen3()
+    cfg = tiny_model()
+    joints = wake(Joints(cfg.joints, cfg.flow.deep.dim, stream.width, cfg.flow.deep.stack.width), 0.05)
+    pretzel = Pretzel(stream, parts.flow, joints)
+    tokenizer = tiny_tokenizer()
+    turns = [Turn((draw_task(0, 0).prompt,), (object(),)), Turn(("what is it",), ("a ring",))]  # type: ignore[arg-type]
+    batch = pack([tokenizer.document(turns)], parts.layout)
+    x, level = torch.randn(1, 64, 4), torch.full((1,), 0.3)
+    out = pretzel.forward(batch, x, level)
+    changed = x.clone()
+    changed[:, -1] += 1  # the shallow flow looks at all of a picture: words behind it change, those before it cannot
+    again = pretzel.forward(batch, changed, level)
+    assert bool(out.log_prob.isfinite().all()) and out.logits.shape[1] == 320
+    begin = torch.nonzero(batch.labels[0] != -100).flatten()
+    before = begin < int(batch.pictures.begin[0])
+    assert bool(before.any()) and torch.equal(out.logits[before], again.logits[before])
+    assert not torch.equal(out.logits[~before], again.logits[~before])
