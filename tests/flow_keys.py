@@ -1,11 +1,6 @@
-"""Reference weights and numbers -> our blocks: the key maps of TARFlow, STARFlow and iTARFlow.
+"""Reference weights and numbers -> our blocks, through the library's own `convert`.
 
-The files hold numbers only; their names and layouts are those of the released flows. Our blocks keep the row order of
-`qkv` (q, k, v) and of the head (scale, then mean), so every entry is copied; three need a word:
-
-- `pos_embed` belongs to raster order, our `position_table` to scan order, so a flipped block gets it flipped;
-- `class_embed[y]` is added to every token, which is `proj_in.bias + class_embed[y]`, one block per class;
-- `var` and `attn_mask` are dead buffers.
+The files hold numbers only; their names and layouts are those of the released flows.
 """
 
 from __future__ import annotations
@@ -17,22 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from starflow2 import convert
 from starflow2.flow import AffineBlock, BlockConfig
 from starflow2.nn import StackConfig
-
-RENAMED = (
-    (r"^(attn|head)_blocks\.(\d+)\.", r"body.layers.\2."),
-    (r"\.mlp\.main\.0\.", ".mlp.up."),
-    (r"\.mlp\.main\.2\.", ".mlp.down."),
-    (r"^final_norm\.", "body.final_norm."),
-    (r"^proj_out\.", "head."),
-    (r"^proj_txt\.", "context_in."),
-    (r"^sos_embed$", "start"),
-    (r"^pos_embed$", "position_table"),
-    (r"^time_embed\.", "noise_embedding."),
-)
-DEAD = ("var", "attn_mask")
-
 
 def load_reference(path: Path) -> dict[str, Tensor]:
     """Every array of one fixture file; weights carry the prefix `w.`."""
@@ -44,20 +26,12 @@ def block_state(
     reference: dict[str, Tensor], index: int, *, flipped: bool, label: int | None = None
 ) -> dict[str, Tensor]:
     """The state dict of our block for `blocks.{index}` of a reference."""
-    prefix = f"w.blocks.{index}."
-    state = {name.removeprefix(prefix): value for name, value in reference.items() if name.startswith(prefix)}
-    state = {name: value for name, value in state.items() if name not in DEAD}
-    if label is not None:
-        state["proj_in.bias"] = state["proj_in.bias"] + state.pop("class_embed")[label, 0]
-    if flipped and "pos_embed" in state:
-        state["pos_embed"] = state["pos_embed"].flip(0)
-    return {_renamed(name): value for name, value in state.items()}
+    return convert.block_state(weights_of(reference), index, flipped=flipped, label=label)
 
 
-def _renamed(name: str) -> str:
-    for pattern, ours in RENAMED:
-        name = re.sub(pattern, ours, name)
-    return name
+def weights_of(reference: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a fixture by the names that the release gives them."""
+    return {name.removeprefix("w."): value for name, value in reference.items() if name.startswith("w.")}
 
 
 def depth_of(reference: dict[str, Tensor], index: int) -> int:

@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "nn", "images", "heatmap", "terminal"),
     ("protocols", "pretrained"),
     ("flow",),  # the standalone library ends here
-    ("sequence", "fae", "prefix"),
+    ("sequence", "fae", "prefix", "convert"),
     ("pretzel", "backbones", "data"),
     ("parts",),
     ("losses", "generate", "understand", "checkpoint", "prompts", "mot"),

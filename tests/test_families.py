@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -93,9 +95,7 @@ def test_a_session_in_qwens_layout_holds_the_positions_of_the_packed_document():
     parts = tiny_parts(stages=("features", "fae", "vlm", "t2i", "adapter", "joint"))
     qwen = QwenTokenizer(qwen_tokenizer())
     parts.tokenizer, parts.lexicon = qwen, frozenset()
-    parts.cfg = parts.cfg.__class__(
-        **{**vars(parts.cfg), "vlm": parts.cfg.vlm.__class__(**{**vars(parts.cfg.vlm), "special": SPECIAL, "vocab": 400})}
-    )
+    parts.cfg = replace(parts.cfg, vlm=replace(parts.cfg.vlm, special=SPECIAL, vocab=400))
     torch.manual_seed(0)
     parts.vlm = wake(type(parts.vlm)(parts.cfg.vlm), 0.05).eval()
     session = Session(Sampler(parts, DrawConfig.for_model(parts, guidance=0.0)))
