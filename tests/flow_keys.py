@@ -16,6 +16,7 @@ from starflow2 import convert
 from starflow2.flow import AffineBlock, BlockConfig
 from starflow2.nn import StackConfig
 
+
 def load_reference(path: Path) -> dict[str, Tensor]:
     """Every array of one fixture file; weights carry the prefix `w.`."""
     with np.load(path) as file:

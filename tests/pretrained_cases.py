@@ -50,7 +50,9 @@ def qwen_tokenizer() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(["You are a helpful assistant.\n", "system\nuser\nassistant\n", "two red cats"], trainer)
+    tokenizer.train_from_iterator(
+        ["You are a helpful assistant.\n", "system\nuser\nassistant\n", "two red cats"], trainer
+    )
     return tokenizer
 
 

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("model", "train", "evals", "analysis"),
     ("recipes",),
     ("demo_talk",),
-    ("selfcheck", "info", "demo", "chat", "compare", "claims", "gallery"),
+    ("selfcheck", "info", "planner", "demo", "chat", "compare", "claims", "gallery"),
     ("server", "ui"),
     ("commands",),
     ("measuring",),

@@ -180,7 +180,10 @@ def test_a_saved_model_holds_fingerprints_in_place_of_the_weights_and_comes_back
     folder = save_parts(parts, tmp_path / "model")
     assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "lexicon.txt"}
     config = json.loads((folder / "config.json").read_text())
-    assert config["fingerprints"] == {"vlm": fingerprint(upstream[0] / "vlm"), "features": fingerprint(upstream[0] / "dino")}
+    assert config["fingerprints"] == {
+        "vlm": fingerprint(upstream[0] / "vlm"),
+        "features": fingerprint(upstream[0] / "dino"),
+    }
     again = load_parts(folder)
     assert again.cfg == parts.cfg
     old, new = parts.state_dict(), again.state_dict()

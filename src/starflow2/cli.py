@@ -403,11 +403,17 @@ def _fields(config: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Count the parameters, bytes and cache of a recipe or a model folder."""
+    """Count the parameters, bytes and cache of a recipe or a model folder; with --gpus, plan its training.
+
+    The plan is arithmetic at a share of peak that is assumed, not measured: memory by component, FLOPs, days.
+    """
 
     verb: ClassVar[str] = "info"
 
     name: Positional[Annotated[str, arg(metavar="RECIPE", help="name, module:function, or a model folder")]] = "nano"
+    gpus: Annotated[int | None, own("INT", "plan the recipe's training on so many GPUs", "no plan")] = None
+    gpu_memory: Annotated[float, arg(help="GiB of each GPU")] = 80.0
+    gpu_tflops: Annotated[float, arg(help="its dense bfloat16 peak; 989 is an H100")] = 989.0
     json: JsonFile = None
 
     def run(self, unknown: Sequence[str]) -> int:
@@ -418,8 +424,78 @@ class Info:
 
         facts = describe(find_config(self.name))
         console().print(table(facts))
+        if self.gpus is not None:
+            facts |= {"plan": self._plan(self.gpus)}
         write_json(facts, self.json)
         return 0
+
+    def _plan(self, gpus: int) -> dict[str, Any]:
+        from starflow2.planner import Hardware, plan, table
+        from starflow2.recipes import find
+
+        if Path(self.name).is_dir():
+            raise ConfigError(f"--gpus plans the stages of a recipe, and {self.name} is a model folder.")
+        hardware = Hardware(gpus=gpus, gpu_memory=self.gpu_memory, peak=1e12 * self.gpu_tflops)
+        planned = plan(find(self.name), hardware)
+        console().print(table(planned))
+        return planned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare:
+    """Make the folder that a recipe over pretrained parts starts from: they are loaded and checked, all else is fresh.
+
+    It holds their fingerprints, not their weights. Then `starflow2 train RECIPE -o FOLDER` trains the first stage.
+    """
+
+    verb: ClassVar[str] = "prepare"
+
+    recipe: Positional[Annotated[str, arg(metavar="RECIPE", help="paper, mini, or module:function of your own")]]
+    flow: Annotated[
+        Path | None, own("FILE", "safetensors of a released STARFlow that the deep block starts from", "none")
+    ] = None
+    output: Annotated[
+        Path | None,
+        arg(aliases=("-o",), metavar="FOLDER", help="the run's", help_behavior_hint="(default: runs/RECIPE)"),
+    ] = None
+    json: JsonFile = None
+
+    def run(self, unknown: Sequence[str]) -> int:
+        refuse(unknown, type(self))
+        check_json(self.json)
+        sys.path.insert(0, "")
+        from starflow2.checkpoint import load_tensors, save_parts, start_parts
+        from starflow2.convert import adopt, flow_state
+        from starflow2.recipes import find
+
+        folder = (self.output or Path("runs") / self.recipe.replace(":", "-")) / "model"
+        if folder.exists():
+            raise OutputError(f"{folder} is there already; give another --output.")
+        check_writable(folder / "config.json")
+        state = None if self.flow is None else flow_state(load_tensors(self.flow))
+        run = find(self.recipe)
+        with seeded(run.seed), console(stderr=True).status("loading"):
+            parts = start_parts(run.model)
+            copied, fresh = ([], []) if state is None else adopt(parts.flow, state)
+            save_parts(parts, folder)
+        if state is not None:
+            print(
+                f"{len(copied)} tensors of the flow from {self.flow}, {len(fresh)} fresh: {', '.join(fresh[:4])}, ..."
+            )
+        print(folder)
+        facts = {"folder": str(folder), "fingerprints": parts.fingerprints, "copied": copied, "fresh": fresh}
+        write_json(facts, self.json)
+        return 0
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, fresh weights are those of this seed."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -488,6 +564,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Score,
     Invert,
     Demo,
+    Prepare,
     Train,
     Eval,
     Analyze,

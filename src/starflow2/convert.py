@@ -87,7 +87,9 @@ def adopt(flow: Flow, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]
     for name in body:
         ours, theirs = (tuple(d[name].shape) if name in d else None for d in (own, state))
         if ours != theirs:
-            raise CheckpointError(f"{name} is {theirs} there and {ours} here; expected a deep block of the same layers.")
+            raise CheckpointError(
+                f"{name} is {theirs} there and {ours} here; expected a deep block of the same layers."
+            )
     fits = [n for n in own if n.startswith("deep.") and n in state and own[n].shape == state[n].shape]
     for name in fits:
         own[name].copy_(state[name])
