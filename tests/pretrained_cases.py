@@ -19,23 +19,23 @@ SIZE = 112  # pixels of pictures, as many as the tower reads
 SHARD = "60KB"
 
 
-def at(pixels: PixelConfig) -> PixelConfig:
-    return replace(pixels, picture_size=SIZE)
+def at(pixels: PixelConfig, size: int) -> PixelConfig:
+    return replace(pixels, picture_size=size)
 
 
-def paper_in_miniature(folder: Path) -> ModelConfig:
-    """The paper's model in widths of 64 that refers to `folder`/vlm and `folder`/dino."""
+def paper_in_miniature(folder: Path, size: int = SIZE) -> ModelConfig:
+    """The paper's model in widths of 64 that refers to `folder`/vlm and `folder`/dino; pictures of `size` pixels."""
     small = smoke(paper()).model
     dino = small.features
     assert dino.pixels is not None
     return replace(
         small,
         name="miniature",
-        vlm=replace(small.vlm, special=SPECIAL, vocab=400, pixels=at(CLIP)),
+        vlm=replace(small.vlm, special=SPECIAL, vocab=400, pixels=at(CLIP, size)),
         vlm_from=Pretrained(source=str(folder / "vlm"), precision="float32"),
-        features=replace(dino, pixels=at(IMAGENET)),
+        features=replace(dino, pixels=at(IMAGENET, size)),
         features_from=Pretrained(source=str(folder / "dino"), precision="float32"),
-        fae=replace(small.fae, image_size=SIZE, pixel_channels=(24, 12)),
+        fae=replace(small.fae, image_size=size),
     )
 
 

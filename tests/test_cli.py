@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from model_cases import tiny_folder, tiny_parts
+from pretrained_cases import write_upstream
 from starflow2 import __version__, cli, measuring
 from starflow2.checkpoint import save_parts
 from starflow2.evals.drawing import PARTS
@@ -364,6 +365,55 @@ def test_info_writes_what_it_prints(capsys):
     assert cli.main(["info", "nano", "--json", "info.json"]) == 0
     facts = json.loads(Path("info.json").read_text())
     assert f"{facts['parameters']['total']:,}" in capsys.readouterr().out
+
+
+def test_info_plans_the_training_of_every_stage_on_so_many_gpus(capsys):
+    assert cli.main(["info", "nano", "--gpus", "2", "--gpu-memory", "24", "--json", "plan.json"]) == 0
+    planned = json.loads(Path("plan.json").read_text())["plan"]
+    assert planned["hardware"]["gpus"] == 2 and [row["stage"] for row in planned["stages"]] == list(JOINT)
+    shown = capsys.readouterr().out
+    assert "2 GPUs of 24 GiB" in shown and "calculated" in shown
+
+
+def test_a_plan_of_a_folder_or_of_no_gpus_is_refused(capsys):
+    folder = tiny_folder(Path.cwd()) / "model"
+    assert "is a model folder" in refused(capsys, "info", str(folder), "--gpus", "1")
+    assert "at least one GPU" in refused(capsys, "info", "nano", "--gpus", "0")
+
+
+RECIPE = """
+from dataclasses import replace
+from pathlib import Path
+from pretrained_cases import paper_in_miniature
+from starflow2.recipes import paper, smoke
+def run():
+    short = smoke(paper())
+    stages = tuple(replace(s, steps=1, batch=2) for s in short.stages)
+    return replace(short, model=paper_in_miniature(Path("up"), 64), stages=stages, precision="float32")
+"""
+
+
+def test_a_prepared_run_over_pretrained_folders_trains_its_first_stages(capsys, monkeypatch):
+    monkeypatch.setattr("starflow2.stages.T2iTask._whiten", lambda self: None)
+    write_upstream(Path("up"))
+    Path("mine.py").write_text(RECIPE)
+    assert cli.main(["prepare", "mine:run", "-o", "work", "--json", "facts.json"]) == 0
+    prints = json.loads(Path("facts.json").read_text())["fingerprints"]
+    assert set(prints) == {"vlm", "features"}
+    for stage in ("fae", "t2i"):
+        assert cli.main(["train", "mine:run", "--stage", stage, "-o", "work", "--device", "cpu"]) == 0
+    config = json.loads(Path("work/model/config.json").read_text())
+    assert config["stages"] == ["fae", "t2i"] and config["fingerprints"] == prints
+    assert not Path("work/model/vlm").exists()
+    capsys.readouterr()
+    assert "is there already" in refused(capsys, "prepare", "mine:run", "-o", "work")
+
+
+def test_a_run_is_prepared_from_whole_files_of_a_recipe_with_references_only(capsys):
+    assert "has no vlm_from" in refused(capsys, "prepare", "nano", "-o", "work")
+    Path("flow.pth").write_bytes(b"pickled")
+    assert "only safetensors are read" in refused(capsys, "prepare", "nano", "-o", "work", "--flow", "flow.pth")
+    assert not Path("work").exists()
 
 
 def test_info_of_nothing_is_refused(capsys):

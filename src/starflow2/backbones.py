@@ -35,9 +35,9 @@ __all__ = [
     "DinoFeatures",
     "LanguageConfig",
     "PixelConfig",
+    "Qwen3Stream",
     "QwenStream",
     "QwenTokenizer",
-    "Qwen3Stream",
     "SiglipConfig",
     "SiglipFeatures",
     "SpecialIds",
@@ -563,11 +563,12 @@ class Qwen3Stream(_Backbone):
     def __init__(self, cfg: Qwen3VLConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.text: Any = cfg.text_config
         self.model = Qwen3VLForConditionalGeneration(cfg)
 
     @property
     def width(self) -> int:
-        return int(self.cfg.text_config.hidden_size)
+        return int(self.text.hidden_size)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, E)."""
@@ -597,7 +598,7 @@ class Qwen3Stream(_Backbone):
 
     def new_cache(self) -> Cache:
         """An empty cache for `states`."""
-        return Cache(int(self.cfg.text_config.num_hidden_layers))
+        return Cache(int(self.text.num_hidden_layers))
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., E) -> (..., V)."""

@@ -195,7 +195,7 @@ def _refer(parts: Parts, name: str, place: Path | None, known: str, device: str 
         if wanted and found != wanted:
             raise CheckpointError(
                 f"{name} from {folder} has the fingerprint {found}, but {whose} {wanted}; "
-                f"give the weights of {ref.source} {ref.revision or 'main'}, or link them as {name} in the model folder."
+                f"give {ref.source} of revision {ref.revision or 'main'}, or link it as {name} in the model folder."
             )
     backbone = getattr(parts, name)
     try:

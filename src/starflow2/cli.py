@@ -422,14 +422,16 @@ class Info:
         sys.path.insert(0, "")
         from starflow2.info import describe, find_config, table
 
-        facts = describe(find_config(self.name))
-        console().print(table(facts))
+        facts, tables = describe(find_config(self.name)), []
         if self.gpus is not None:
-            facts |= {"plan": self._plan(self.gpus)}
+            facts["plan"], shown = self._plan(self.gpus)
+            tables.append(shown)
+        console().print(table(facts), *tables)
         write_json(facts, self.json)
         return 0
 
-    def _plan(self, gpus: int) -> dict[str, Any]:
+    def _plan(self, gpus: int) -> tuple[dict[str, Any], Any]:
+        """The plan as JSON and for the terminal."""
         from starflow2.planner import Hardware, plan, table
         from starflow2.recipes import find
 
@@ -437,8 +439,7 @@ class Info:
             raise ConfigError(f"--gpus plans the stages of a recipe, and {self.name} is a model folder.")
         hardware = Hardware(gpus=gpus, gpu_memory=self.gpu_memory, peak=1e12 * self.gpu_tflops)
         planned = plan(find(self.name), hardware)
-        console().print(table(planned))
-        return planned
+        return planned, table(planned)
 
 
 @dataclass(frozen=True, kw_only=True)

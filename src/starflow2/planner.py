@@ -145,7 +145,7 @@ class Sizes:
             "head": head,
             "vision": vision,
             "deep": _count(p.flow.deep.body),
-            "shallow": sum(_count(block.body) for block in p.flow.shallow.blocks),  # type: ignore[arg-type]
+            "shallow": sum(_count(block.get_submodule("body")) for block in p.flow.shallow.blocks),
             "adapter": _count(p.joints.adapter.mlp),
         }
 
@@ -367,8 +367,9 @@ def _fit(sizes: Sizes, stage: StageConfig, scheme: Scheme, hardware: Hardware, *
 def table(facts: dict[str, Any]) -> Group:
     """The plan for the terminal: the first scheme that fits for each stage, all kept before recomputed."""
     h = facts["hardware"]
-    title = f"{facts['name']} on {h['gpus']} GPUs of {h['gpu_memory']:g} GiB, {h['mfu']:.0%} of {h['peak'] / 1e12:g} TFLOP/s"
-    times = Table(title=f"{title} (calculated)", title_justify="left")
+    speed = f"{h['mfu']:.0%} of {h['peak'] / 1e12:g} TFLOP/s"
+    title = f"{facts['name']} on {h['gpus']} GPUs of {h['gpu_memory']:g} GiB, {speed} (calculated)"
+    times = Table(title=title, title_justify="left")
     memory = Table(title="memory of one GPU in GB", title_justify="left")
     for name in ("stage", "documents", "TFLOP each", "step", "days", "GPU hours"):
         times.add_column(name, justify="left" if name == "stage" else "right")
