@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from helpers import wake
 from pretrained_cases import SIZE, SPECIAL, write_upstream
-from starflow2.backbones import SiglipConfig, SiglipFeatures
+from starflow2.backbones import DinoConfig, DinoFeatures, SiglipConfig, SiglipFeatures
 from starflow2.checkpoint import load_parts, save_parts, start_parts
 from starflow2.data.dialogue import Turn
 from starflow2.errors import CheckpointError, ConfigError
@@ -171,6 +171,24 @@ def test_weights_in_bfloat16_give_states_and_losses_in_float32(upstream):
     out = parts.pretzel.forward(batch, x, torch.full((1,), 0.3))
     assert out.log_prob.dtype == torch.float32 and bool(out.log_prob.isfinite().all())
     assert parts.codec.encode(as_images(pictures(1))).dtype == torch.float32
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's own account of memory")
+def test_weights_in_the_format_they_are_held_in_are_not_copied_into_memory(tmp_path):
+    def anonymous() -> int:
+        """Bytes of memory that no file backs."""
+        (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("RssAnon"))
+        return 1024 * int(line.split()[1])
+
+    cfg = DinoConfig(image_size=56, patch_size=14, width=512, depth=6, heads=8, swiglu=True)
+    DinoFeatures(cfg).model.save_pretrained(tmp_path, max_shard_size="20MB")
+    size = sum(p.stat().st_size for p in tmp_path.glob("*.safetensors"))
+    with torch.device("meta"):
+        dino = DinoFeatures(cfg)
+    before = anonymous()
+    dino.load(tmp_path)
+    assert size > 60e6 and anonymous() - before < size / 4
+    assert dino.features(torch.zeros(1, 3, 56, 56)).isfinite().all()
 
 
 # -- referred to, not copied -------------------------------------------------------------------------------------

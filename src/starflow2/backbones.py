@@ -12,22 +12,23 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import Dinov2Config, Dinov2Model, SiglipVisionModel
-from transformers import SiglipVisionConfig as HfSiglipConfig
+from transformers import Dinov2Config, Dinov2Model
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen3_vl import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as hf_logging
 
 from starflow2.errors import CheckpointError, ConfigError
 from starflow2.nn import Cache, at_least_fp32, attention_mask, check
 from starflow2.sequence import Image, Segment, Text
+
+if TYPE_CHECKING:
+    from transformers.models.qwen3_vl import Qwen3VLConfig
 
 __all__ = [
     "ChatTokenizer",
@@ -221,10 +222,12 @@ class SiglipFeatures(_Backbone):
     def __init__(self, cfg: SiglipConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        from transformers import SiglipVisionConfig, SiglipVisionModel  # only here: most models do without
+
         side = cfg.image_size // cfg.patch_size
         self.grid, self.feature_dim = (side, side), cfg.width
         self.model = SiglipVisionModel(
-            HfSiglipConfig(
+            SiglipVisionConfig(
                 image_size=cfg.image_size,
                 patch_size=cfg.patch_size,
                 hidden_size=cfg.width,
@@ -561,6 +564,8 @@ class Qwen3Stream(_Backbone):
     """
 
     def __init__(self, cfg: Qwen3VLConfig) -> None:
+        from transformers.models.qwen3_vl import Qwen3VLForConditionalGeneration  # only here: nothing else needs it
+
         super().__init__()
         self.cfg = cfg
         self.text: Any = cfg.text_config
