@@ -181,7 +181,7 @@ def _flow(deep: StackConfig, shallow: StackConfig, context_dim: int) -> FlowConf
 
 
 def paper_model() -> ModelConfig:
-    """The paper's sizes: 3.67 B parameters train (docs/choices.md#widths-and-depths) beside 9.9 B frozen ones."""
+    """The paper's sizes: 3.68 B parameters train (docs/choices.md#widths-and-depths) beside 9.9 B frozen ones."""
     return ModelConfig(
         name="paper",
         features=DinoConfig(
@@ -232,7 +232,7 @@ def _adamw(lr: float, warmup_steps: int = 2000) -> OptimConfig:
 
 
 def paper() -> RunConfig:
-    """The paper's own size and stages: 10.6 B parameters at use, 3.67 B trained, 800 M + 200 M + 160 M documents.
+    """The paper's own size and stages: 3.68 B trained beside a language model of 7.6 B; 800, 200 and 160 M documents.
 
     About 9,000 H100-hours at 40 % of peak (`starflow2 info paper --gpus 64`). The paper reports GenEval 0.51 after
     stage t2i and 0.82 after joint, DPG 84.94. Nobody has trained this recipe here.
