@@ -58,10 +58,12 @@ def locate(ref: Pretrained) -> Path:
     folder = Path(ref.source).expanduser()
     if folder.is_dir():
         return folder
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    offline = constants.HF_HUB_OFFLINE  # not every version looks into its cache then without being told
+    revision = ref.revision or None
     try:
-        return Path(snapshot_download(ref.source, revision=ref.revision or None, allow_patterns=WANTED))
+        return Path(snapshot_download(ref.source, revision=revision, allow_patterns=WANTED, local_files_only=offline))
     except (OSError, ValueError) as error:  # the Hub's own errors are OSErrors, those of a malformed id ValueErrors
         why = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
