@@ -9,6 +9,7 @@ Letters: B batch, T positions, E language width, V vocabulary, N patches, F feat
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -501,6 +502,11 @@ class QwenStream(_Backbone):
     def width(self) -> int:
         return self.cfg.width
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The language model's transformer layers, which run whatever a batch holds; not those of the tower."""
+        return list(self.model.model.language_model.layers)
+
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, E)."""
         out: Tensor = self.model.get_input_embeddings()(ids)
@@ -549,6 +555,8 @@ class QwenStream(_Backbone):
 
     def see(self, images: Tensor) -> Tensor:
         """The model's own vision tower: images (B, 3, s, s) in [-1, 1] -> (B, rows * columns, E)."""
+        if not len(images):  # a share of a batch may hold words only; the tower cannot take none
+            return images.new_zeros(0, math.prod(self.cfg.image_grid), self.cfg.width)
         size, side = self.cfg.image_size, self.cfg.image_size // self.cfg.vision_patch
         patches = patchify(to_tower(images, size, self.cfg.pixels), self.cfg.vision_patch).to(self.dtype)
         grid = torch.tensor([[1, side, side]], device=images.device).expand(len(images), -1)

@@ -8,6 +8,7 @@ Letters: B batch, N latents, D latent dim, F feature dim, C width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -216,6 +217,8 @@ class FaeCodec:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         check(images, "B C H W", "images", C=3, H=self.image_size, W=self.image_size)
+        if not len(images):  # a share of a batch may hold words only; attention cannot take none
+            return images.new_zeros(0, math.prod(self.grid), self.dim)
         return self.fae.encode_features(self.extractor.features(images))
 
     @torch.no_grad()

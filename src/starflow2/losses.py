@@ -26,6 +26,7 @@ __all__ = [
     "FeatureJudge",
     "JointTerms",
     "adversarial_losses",
+    "count_replies",
     "joint_loss",
     "latent_penalty",
     "masked_picture_loss",
@@ -92,10 +93,21 @@ def ntp_loss(head: Head, states: tuple[Tensor, ...], labels: Tensor) -> Tensor:
     nats = token_nats(head, states, labels[has_label])
     if not len(nats):
         return nats.sum()
-    starts = has_label & ~F.pad(has_label[:, :-1], (1, 0))
+    starts = _reply_starts(labels)
     reply = starts.flatten().cumsum(0).view_as(labels)[has_label] - 1  # (M,) which reply a label belongs to
     count = torch.bincount(reply)
     return (nats / count[reply]).sum() / len(count)
+
+
+def count_replies(labels: Tensor) -> int:
+    """How many replies `ntp_loss` is the mean of; labels: (B, T)."""
+    return int(_reply_starts(labels).sum())
+
+
+def _reply_starts(labels: Tensor) -> Tensor:
+    """(B, T) bool, the first label of every reply."""
+    has_label = labels != IGNORE
+    return has_label & ~F.pad(has_label[:, :-1], (1, 0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ Letters: B documents, T positions, N latents, P pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -28,6 +28,7 @@ from starflow2.generate import drawing_context
 from starflow2.losses import (
     FeatureJudge,
     adversarial_losses,
+    count_replies,
     joint_loss,
     masked_picture_loss,
     ngp_loss,
@@ -37,7 +38,17 @@ from starflow2.losses import (
 from starflow2.parts import ModelConfig, Parts
 from starflow2.sequence import IGNORE, Batch, Layout, length_groups, pack, with_pictures
 
-__all__ = ["TASKS", "MixConfig", "OptimConfig", "Precision", "RunConfig", "StageConfig", "Task"]
+__all__ = [
+    "TASKS",
+    "MixConfig",
+    "OptimConfig",
+    "Precision",
+    "RunConfig",
+    "ShardConfig",
+    "Share",
+    "StageConfig",
+    "Task",
+]
 
 StageName = Literal["features", "fae", "vlm", "t2i", "adapter", "joint"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -78,6 +89,21 @@ class MixConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """How the processes of a run divide a model among them; see `parallel`."""
+
+    # none: every process holds a copy; fsdp: one model in shards; hsdp: one in the shards of each node, copies across
+    mode: Literal["none", "fsdp", "hsdp"] = "none"
+    processes: int = 0  # that share one copy under hsdp; 0 = those of a node
+    frozen: Literal["replicated", "sharded"] = "replicated"  # layers of a language model that does not train
+    reshards: bool = True  # give a layer's gathered weights back behind its forward pass, to gather them once more
+
+    def __post_init__(self) -> None:
+        if self.processes < 0 or (self.processes and self.mode != "hsdp"):
+            raise ConfigError(f"shard.processes is {self.processes} under mode {self.mode}; it is a count under hsdp.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage: how long, how much, how fast."""
 
@@ -95,6 +121,10 @@ class StageConfig:
     text_weight: float = 0.25  # of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
     distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
     mix: MixConfig = field(default_factory=MixConfig)  # of documents (joint)
+    accumulate: int = 1  # microbatches of a step in every process
+    # whose layers forget their activations and compute them again in the backward pass
+    checkpoint_activations: Literal["none", "trained", "all"] = "none"
+    shard: ShardConfig = field(default_factory=ShardConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,16 +147,40 @@ class RunConfig:
 # -- tasks --------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A part of a step's batch. `factors`: what to multiply its mean of a term with, so that shares average to all."""
+
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, term: str, mean: Tensor) -> Tensor:
+        return mean * self.factors[term] if term in self.factors else mean
+
+
+WHOLE = Share()
+
+
 class Task(Protocol):
     """What a stage trains, what it draws and how it scores it.
 
-    `draw` makes the items of some indices; it can be sent to another process, since it holds no weights.
+    `draw` makes the items of some indices; it can be sent to another process, since it holds no weights. `counts`
+    says what the terms of a loss are means of, by term; those left out are means over equally many documents.
     """
 
+    parts: Parts
     trained: nn.ModuleDict
     draw: Callable[[range], Any]
 
-    def loss(self, data: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]: ...
+    def counts(self, data: Any) -> dict[str, int]: ...
+
+    def loss(self, data: Any, generator: torch.Generator, share: Share = WHOLE) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+class _Even:
+    """A task whose loss is a mean over documents."""
+
+    def counts(self, data: Any) -> dict[str, int]:
+        return {}
 
 
 def to_images(scenes: list[Scene]) -> Tensor:
@@ -182,7 +236,7 @@ class Documents:
         return images, pack([self.tokenizer.document(d.turns) for d in dialogues], self.layout)
 
 
-class FeaturesTask:
+class FeaturesTask(_Even):
     """Masked-picture training of the DINOv2 that nano freezes afterwards."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
@@ -192,17 +246,19 @@ class FeaturesTask:
         self.head = nn.Linear(cfg.width, 3 * cfg.patch_size**2)
         self.trained = nn.ModuleDict({"features": parts.features, "pixel_head": self.head})
 
-    def loss(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, images: Tensor, generator: torch.Generator, share: Share = WHOLE
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         images = images.to(self.parts.device)
         rows, cols = self.parts.features.grid
-        share = self.stage.hidden_share * torch.rand(len(images), 1, generator=generator)
-        hidden = torch.rand(len(images), rows * cols, generator=generator) < share
+        rate = self.stage.hidden_share * torch.rand(len(images), 1, generator=generator)
+        hidden = torch.rand(len(images), rows * cols, generator=generator) < rate
         feats = self.parts.features.features(images, hidden.to(images.device))
         loss = masked_picture_loss(feats, self.head, images, self.parts.cfg.features.patch_size)
         return loss, {}
 
 
-class FaeTask:
+class FaeTask(_Even):
     """Latents and decoders on frozen features."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
@@ -213,7 +269,9 @@ class FaeTask:
             self.trained["judge"] = FeatureJudge(parts.features.feature_dim)
         self.lpips = _lpips().to(parts.device) if stage.lpips else None
 
-    def loss(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, images: Tensor, generator: torch.Generator, share: Share = WHOLE
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         images = images.to(self.parts.device)
         with torch.no_grad():
             feats = self.parts.features.features(images)
@@ -263,16 +321,21 @@ class VlmTask:
         self.draw: Callable[[range], Any] = Documents.of(parts, dialogue, parts.tower_layout)
         self.trained = nn.ModuleDict({"vlm": parts.vlm})
 
-    def loss(self, data: tuple[Tensor, Batch], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def counts(self, data: tuple[Tensor, Batch]) -> dict[str, int]:
+        return {"text": count_replies(data[1].labels)}
+
+    def loss(
+        self, data: tuple[Tensor, Batch], generator: torch.Generator, share: Share = WHOLE
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         images, batch = data[0].to(self.parts.device), data[1].to(self.parts.device)
-        return _reading_loss(self.parts, self.parts.vlm.see(images), batch), {}
+        return share.of("text", _reading_loss(self.parts, self.parts.vlm.see(images), batch)), {}
 
 
-class T2iTask:
+class T2iTask(_Even):
     """Paper stage 1: the flow's exact NLL given the frozen VLM's states of the caption."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.seed = parts, seed
+        self.parts, self.stage, self.seed = parts, stage, seed
         assert parts.tokenizer is not None
         self.draw: Callable[[range], Any] = Captions(parts.tokenizer, seed, stage.caption_drop)
         self.trained = nn.ModuleDict({"flow": parts.flow})
@@ -288,18 +351,21 @@ class T2iTask:
         self.parts.flow.deep.whiten_context(torch.cat([c.states[c.attend] for c in contexts]))
 
     def loss(
-        self, data: tuple[Tensor, list[list[int]]], generator: torch.Generator
+        self, data: tuple[Tensor, list[list[int]]], generator: torch.Generator, share: Share = WHOLE
     ) -> tuple[Tensor, dict[str, Tensor]]:
         images, rows = data
         with torch.no_grad():
             latents = self.parts.codec.encode(images.to(self.parts.device)).float()
         loss, nats = latents.new_zeros(()), latents.new_zeros(())
         picture = self.parts.cfg.flow.deep.num_latents
-        for group in length_groups([len(r) for r in rows], picture):
+        lengths = [len(r) for r in rows]
+        # sharded layers are gathered by all processes at once, so all must read as many groups
+        groups = length_groups(lengths, picture) if self.stage.shard.mode == "none" else [list(range(len(rows)))]
+        for group in groups:
             context = drawing_context(self.parts, [rows[i] for i in group])
             terms = ngp_loss(self.parts.flow, latents[group], context, generator)
-            share = len(group) / len(rows)
-            loss, nats = loss + share * terms[0], nats + share * terms[1]
+            part = len(group) / len(rows)
+            loss, nats = loss + part * terms[0], nats + part * terms[1]
         return loss, {"nats_per_dim": nats}
 
 
@@ -316,7 +382,12 @@ class AdapterTask:
         if "adapter" not in parts.stages:
             parts.joints.adapter.set_scale(_rms_of_tower(parts, seed))
 
-    def loss(self, data: tuple[Tensor, Batch], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def counts(self, data: tuple[Tensor, Batch]) -> dict[str, int]:
+        return {"text": count_replies(data[1].labels), "distance": len(data[0])}
+
+    def loss(
+        self, data: tuple[Tensor, Batch], generator: torch.Generator, share: Share = WHOLE
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         images, batch = data[0].to(self.parts.device), data[1].to(self.parts.device)
         pretzel = self.parts.pretzel
         level = _source_levels(self.parts, len(images), generator)
@@ -324,12 +395,13 @@ class AdapterTask:
             latents = self.parts.codec.encode(images).float()
             u, _ = self.parts.flow.shallow(add_noise(latents, level, generator), level)
         adapted = pretzel.adapted(u, level)
-        loss = _reading_loss(self.parts, adapted, batch)
+        loss = share.of("text", _reading_loss(self.parts, adapted, batch))
         if not self.stage.distill:
             return loss, {}
         with torch.no_grad():
             seen = self.parts.vlm.see(images)
-        far = (adapted - seen).square().mean() / seen.square().mean()
+        far = (adapted - seen).square().mean() / seen.square().mean() if len(images) else adapted.sum()
+        far = share.of("distance", far)  # over shares a mean of ratios, by pictures, not the ratio of means
         return loss + self.stage.distill * far, {"distance": far}
 
 
@@ -341,7 +413,12 @@ class JointTask:
         self.draw: Callable[[range], Any] = Documents.of(parts, partial(joint_dialogue, stage, seed))
         self.trained = parts.joined
 
-    def loss(self, data: tuple[Tensor, Batch], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def counts(self, data: tuple[Tensor, Batch]) -> dict[str, int]:
+        return {"text": count_replies(data[1].labels), "flow": int(data[1].pictures.is_target.sum())}
+
+    def loss(
+        self, data: tuple[Tensor, Batch], generator: torch.Generator, share: Share = WHOLE
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         images, batch = data[0].to(self.parts.device), data[1].to(self.parts.device)
         noise = self.parts.cfg.flow.noise
         assert noise is not None
@@ -350,7 +427,8 @@ class JointTask:
         drawn = noise.draw(len(images), generator).to(latents.device)
         level = torch.where(batch.pictures.is_target, drawn, _source_levels(self.parts, len(images), generator))
         terms = joint_loss(self.pretzel, batch, (add_noise(latents, level, generator), level), noise)
-        return terms.flow + self.stage.text_weight * terms.text, {"flow": terms.flow, "text": terms.text}
+        flow, text = share.of("flow", terms.flow), share.of("text", terms.text)
+        return flow + self.stage.text_weight * text, {"flow": flow, "text": text}
 
 
 def joint_dialogue(stage: StageConfig, seed: int, index: int) -> Dialogue:

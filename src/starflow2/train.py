@@ -2,8 +2,7 @@
 
 Every random choice is a pure function of (seed, stage, step), so that a run killed at any moment and
 resumed from its last checkpoint repeats the uninterrupted run bit for bit. Not here: scoring (a
-callable is passed in) and the sizes of recipes. One file in spite of its length: what a step changes,
-what a checkpoint holds and what a resume checks have to agree.
+callable is passed in), the processes of a run (`parallel`), the form of its checkpoints (`trainstate`), sizes.
 Letters: B batch, T positions, N latents.
 """
 
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import time
 import zlib
@@ -23,13 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from starflow2.backbones import train_tokenizer
-from starflow2.checkpoint import load_parts, load_tensors, save_parts, save_tensors
+from starflow2.checkpoint import load_parts, save_parts
 from starflow2.config import to_dict
 from starflow2.data.edits import edit_task, edit_words
 from starflow2.data.stories import story_dialogue, story_task, story_words
@@ -37,8 +32,10 @@ from starflow2.data.tasks import draw_task
 from starflow2.data.understanding import understanding_dialogue, understanding_words
 from starflow2.errors import ConfigError, TrainingError
 from starflow2.files import replacing
+from starflow2.parallel import Group, check_shares, checkpoint_layers
 from starflow2.parts import ModelConfig, Parts
 from starflow2.stages import TASKS, Precision, RunConfig, StageConfig, Task
+from starflow2.trainstate import State, store_for
 
 __all__ = ["StepReport", "fit", "fit_task"]
 
@@ -57,95 +54,7 @@ class StepReport:
     eta_s: float
 
 
-# -- processes ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """The processes of a run, one or those that torchrun started; each takes its share of a batch."""
-
-    rank: int = 0
-    world: int = 1
-
-    @classmethod
-    def from_environment(cls, device: str) -> _Group:
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if world == 1:
-            return cls()
-        if not dist.is_initialized():
-            dist.init_process_group("gloo" if device == "cpu" else "nccl")
-        return cls(dist.get_rank(), world)
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    def wait(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
-    def agreed(self, choice: str) -> str:
-        """The first process's choice, for what each would measure for itself."""
-        choices = [choice]
-        if self.world > 1:
-            dist.broadcast_object_list(choices, 0)
-        return choices[0]
-
-    @torch.no_grad()
-    def equalize(self, trained: nn.Module) -> None:
-        """Give every process the first one's weights."""
-        if self.world > 1:
-            for value in trained.state_dict().values():
-                dist.broadcast(value, 0)
-
-    @torch.no_grad()
-    def average(self, trained: nn.Module, asked: bool, loss: Tensor) -> tuple[bool, Tensor]:
-        """Average gradients and running statistics over processes; was any asked to stop, and their mean loss.
-
-        The loss is shared because all must agree whether it is finite: a step is taken by all or by none.
-        """
-        if self.world == 1:
-            return asked, loss
-        values = self._gradients([p for p in trained.parameters() if p.requires_grad])
-        values += [b for b in trained.buffers() if b.is_floating_point()]
-        flags = torch.stack([torch.full_like(loss, float(asked)), loss]).to(values[0])
-        flat = torch.cat([v.flatten() for v in values] + [flags]) / self.world
-        dist.all_reduce(flat)
-        parts = flat.split([v.numel() for v in values] + [2])
-        for value, part in zip(values, parts, strict=False):
-            value.copy_(part.view_as(value))
-        return bool(parts[-1][0] > 0), parts[-1][1]
-
-    def _gradients(self, params: list[nn.Parameter]) -> list[Tensor]:
-        """The gradients to be averaged, the same ones everywhere: zero for what only other processes' data used."""
-        used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-        dist.all_reduce(used)
-        for p, count in zip(params, used.tolist(), strict=True):
-            if count and p.grad is None:
-                p.grad = torch.zeros_like(p)
-        return [p.grad for p in params if p.grad is not None]
-
-    def shared(
-        self, kind: type[torch.optim.Optimizer], params: list[nn.Parameter], settings: dict[str, Any]
-    ) -> torch.optim.Optimizer:
-        """An optimiser whose work and state the processes divide among themselves."""
-        if self.world == 1:
-            return kind(params, **settings)
-        return ZeroRedundancyOptimizer(params, optimizer_class=kind, **settings)
-
-
 # -- the loop -----------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _State:
-    """Everything that a checkpoint holds: trained weights, their average, optimisers, the step."""
-
-    trained: nn.ModuleDict
-    ema: dict[str, Tensor]
-    optimizers: list[torch.optim.Optimizer]
-    step: int = 0
-    skipped: int = 0  # steps whose loss or gradient was not finite
 
 
 def fit(
@@ -165,9 +74,10 @@ def fit(
     draw the data (0: a thread does), which changes nothing but the speed.
     `evaluate` is called with (parts holding averaged weights, step) whenever a checkpoint is written.
     """
-    stage, folder, group = run.stage(stage_name), Path(folder), _Group.from_environment(device)
-    if stage.batch % group.world:
-        raise TrainingError(f"batch {stage.batch} cannot be shared equally by {group.world} processes.")
+    stage, folder = run.stage(stage_name), Path(folder)
+    group = Group.from_environment(device, stage.shard)
+    check_shares(stage, group, evaluates=evaluate is not None)
+    store = store_for(folder, stage, group)
     parts = _start_parts(run, stage_name, folder, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)  # of what a task makes for itself, such as a head
@@ -175,10 +85,13 @@ def fit(
     parts.stages = (*(s for s in parts.stages if s != stage_name), stage_name)
     parts.requires_grad_(False)
     task.trained.to(device).requires_grad_(True)
-    group.equalize(task.trained)
+    saved = store.settings(run, stage) if resume else None
+    precision = group.agreed(saved["precision"] if saved else _pick_precision(run.precision, device))
+    checkpoint_layers(task, stage)
+    group.place(task, precision)
     state = _new_state(task, stage, group)
-    precision = _restore(state, folder, run, stage) if resume else None
-    precision = group.agreed(precision or _pick_precision(run.precision, device))
+    if saved is not None:
+        store.load(state, saved)
     how = _Step(run.seed, precision, device, group)
     with (
         _Terminated() as stop,
@@ -194,18 +107,18 @@ def fit(
                 if report is not None:
                     report(line)
             if state.step % stage.save_every == 0 or done or stopping:
-                _gather(state)
-                if metrics is not None:
-                    _save_state(state, folder, stage, {"precision": precision, "seed": str(run.seed)})
+                store.save(state, state.settings(stage, {"precision": precision, "seed": str(run.seed)}))
                 if metrics is not None and evaluate is not None:
                     with _averaged(state):
                         metrics.extra(state.step, evaluate(parts, state.step))
             if stopping and not done:
+                store.close()
                 raise TrainingError(
                     f"stopped by a signal at step {state.step}; its checkpoint is written, go on with --resume auto."
                 )
-    if group.is_first:
-        with _averaged(state):
+    store.close()
+    with _averaged(state), group.unsharded(parts):
+        if group.is_first:
             save_parts(parts, folder / "model")
     group.wait()
     return folder / "model"
@@ -216,7 +129,7 @@ def fit_task(task: Task, stage: StageConfig, seed: int, *, device: str = "cpu", 
 
     For comparisons of short runs. Returns the last step's metrics. A run that is lost is begun again.
     """
-    group = _Group()
+    group = Group()
     task.trained.to(device).requires_grad_(True)
     state = _new_state(task, stage, group)
     how = _Step(seed, _pick_precision("auto", device), device, group)
@@ -284,7 +197,7 @@ def _check_same(saved: ModelConfig, wanted: ModelConfig) -> None:
         )
 
 
-def _new_state(task: Task, stage: StageConfig, group: _Group) -> _State:
+def _new_state(task: Task, stage: StageConfig, group: Group) -> State:
     named = {k: p for k, p in task.trained.named_parameters() if p.requires_grad}
     o = stage.optim
     matrices = {k: p for k, p in named.items() if o.matrix_lr and _is_hidden_matrix(k, p)}
@@ -294,10 +207,10 @@ def _new_state(task: Task, stage: StageConfig, group: _Group) -> _State:
     ]
     if matrices:
         muon = {"lr": o.matrix_lr, "weight_decay": o.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(group.shared(torch.optim.Muon, list(matrices.values()), muon))
+        optimizers.append(group.optimizer(torch.optim.Muon, list(matrices.values()), muon))
     ema = {k: v.detach().clone() for k, v in task.trained.state_dict().items()} if o.ema else {}
     task.trained.train()
-    return _State(task.trained, ema, optimizers)
+    return State(task.trained, ema, optimizers)
 
 
 def _is_hidden_matrix(name: str, p: Tensor) -> bool:
@@ -310,25 +223,22 @@ class _Step:
     seed: int
     precision: str
     device: str
-    group: _Group
+    group: Group
 
 
 def _step(
-    state: _State, task: Task, stage: StageConfig, data: Any, how: _Step, stop: _Terminated
+    state: State, task: Task, stage: StageConfig, batches: list[Any], how: _Step, stop: _Terminated
 ) -> tuple[dict[str, float], bool]:
     """One optimiser step: its metrics, and whether any process was asked to stop.
 
     A non-finite loss or gradient skips the update and is counted.
     """
-    generator = torch.Generator().manual_seed(_seed(how.seed, f"{stage.name}/{how.group.rank}", state.step))
     rate = stage.optim.rate(state.step, stage.steps)
     buffers = {k: v.clone() for k, v in task.trained.named_buffers()}
-    with torch.autocast(how.device, dtype=torch.bfloat16, enabled=how.precision == "bfloat16"):
-        loss, extra = task.loss(data, generator)
-    loss.backward()
-    stopping, loss = how.group.average(task.trained, stop.asked, loss.detach())
-    norm = nn.utils.clip_grad_norm_(task.trained.parameters(), stage.optim.clip)
-    finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(loss))
+    told = _backward(task, stage, batches, how, state.step)
+    stopping, told = how.group.agree(task.trained, stop.asked, told)
+    norm = how.group.clip(task.trained, stage.optim.clip)
+    finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(told["loss"]))
     for optimizer, lr in zip(state.optimizers, (stage.optim.lr, stage.optim.matrix_lr), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
@@ -341,10 +251,26 @@ def _step(
         _put_back(task.trained, buffers)
         state.skipped += 1
     state.step += 1
-    values = {k: float(v.detach()) for k, v in extra.items()}
+    values = {k: float(v) for k, v in told.items()}
     skipped = {"skipped": float(state.skipped)} if state.skipped else {}
-    told = {"loss": float(loss), **values, "grad_norm": float(norm), "rate": rate, **skipped}
-    return told, stopping
+    return {**values, "grad_norm": float(norm), "rate": rate, **skipped}, stopping
+
+
+def _backward(task: Task, stage: StageConfig, batches: list[Any], how: _Step, step: int) -> dict[str, Tensor]:
+    """Gradients of this process's shares of a step; the mean of their losses and of what else they tell."""
+    told: dict[str, Tensor] = {}
+    shares = how.group.shares(task, batches, how.device)
+    for i, (data, share) in enumerate(zip(batches, shares, strict=True)):
+        number = how.group.rank * len(batches) + i  # noise belongs to a share, whichever process it falls to
+        generator = torch.Generator().manual_seed(_seed(how.seed, f"{stage.name}/{number}", step))
+        how.group.accumulate(is_last=i == len(batches) - 1)
+        with torch.autocast(how.device, dtype=torch.bfloat16, enabled=how.precision == "bfloat16"):
+            loss, extra = how.group.loss(task, data, generator, share)
+        (loss / len(batches)).backward()
+        for name, value in {"loss": loss, **extra}.items():
+            part = value.detach() / len(batches)
+            told[name] = told[name] + part if name in told else part
+    return told
 
 
 @torch.no_grad()
@@ -355,7 +281,7 @@ def _put_back(module: nn.Module, buffers: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _update_ema(state: _State, decay: float) -> None:
+def _update_ema(state: State, decay: float) -> None:
     if not state.ema:
         return
     decay = min(decay, (1 + state.step) / (10 + state.step))
@@ -367,7 +293,7 @@ def _update_ema(state: _State, decay: float) -> None:
 
 
 @contextlib.contextmanager
-def _averaged(state: _State) -> Iterator[None]:
+def _averaged(state: State) -> Iterator[None]:
     """Inside the block the trained modules hold their averaged weights and are in eval mode."""
     kept = {k: v.detach().clone() for k, v in state.trained.state_dict().items()}
     state.trained.load_state_dict(state.ema or kept)
@@ -401,92 +327,7 @@ def _pick_precision(asked: Precision, device: str) -> str:
     return "bfloat16" if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else "float32"
 
 
-# -- checkpoints, metrics, data ahead of time -----------------------------------------------------------
-
-
-def _gather(state: _State) -> None:
-    """Bring sharded optimiser states to the process that writes the checkpoint."""
-    for optimizer in state.optimizers:
-        if isinstance(optimizer, ZeroRedundancyOptimizer):
-            optimizer.consolidate_state_dict(to=0)
-
-
-def _state_path(folder: Path, stage: StageConfig) -> Path:
-    return folder / f"state-{stage.name}.safetensors"
-
-
-def _save_state(state: _State, folder: Path, stage: StageConfig, how: dict[str, str]) -> None:
-    tensors = {f"weights/{k}": v for k, v in state.trained.state_dict().items()}
-    tensors |= {f"ema/{k}": v for k, v in state.ema.items()}
-    for i, optimizer in enumerate(state.optimizers):
-        for j, values in optimizer.state_dict()["state"].items():
-            tensors |= {f"optim/{i}/{j}/{k}": torch.as_tensor(v) for k, v in values.items()}
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    meta = {
-        "step": str(state.step),
-        "skipped": str(state.skipped),
-        "stage": json.dumps(to_dict(stage)),
-        **how,
-    }
-    save_tensors(tensors, _state_path(folder, stage), meta)
-
-
-def _restore(state: _State, folder: Path, run: RunConfig, stage: StageConfig) -> str | None:
-    """Load the last checkpoint of this stage into `state`; returns its precision, None if none."""
-    path = _state_path(folder, stage)
-    if not path.is_file():
-        return None
-    tensors = load_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        meta = file.metadata() or {}
-    if {"step", "stage", "precision"} - set(meta):
-        raise TrainingError(f"{path} is no checkpoint of a training run; move it away.")
-    _check_settings(path, meta, run, stage)
-    try:
-        state.trained.load_state_dict(_under(tensors, "weights/"))
-    except RuntimeError as error:
-        raise TrainingError(
-            f"{path} holds the weights of another model; use another --output, or the recipe it was made with."
-        ) from error
-    state.ema = _under(tensors, "ema/")
-    for i, optimizer in enumerate(state.optimizers):
-        values: dict[int, dict[str, Tensor]] = {}
-        for key, value in _under(tensors, f"optim/{i}/").items():
-            j, name = key.split("/")
-            values.setdefault(int(j), {})[name] = value
-        (group,) = optimizer.param_groups
-        settings = {**group, "params": list(range(len(group["params"])))}
-        optimizer.load_state_dict({"state": values, "param_groups": [settings]})
-    state.step, state.skipped = int(meta["step"]), int(meta.get("skipped", 0))
-    return meta["precision"]
-
-
-def _check_settings(path: Path, meta: dict[str, str], run: RunConfig, stage: StageConfig) -> None:
-    """Raise TrainingError that names every setting in which a checkpoint differs from the recipe."""
-    wanted = _flat(to_dict(stage)) | {"seed": run.seed, "precision": run.precision}
-    saved = _flat(json.loads(meta["stage"])) | {"precision": meta["precision"]}
-    saved["seed"] = int(meta.get("seed", run.seed))
-    free = ["steps", "save_every", "log_every"]  # a longer or shorter schedule is a choice, too
-    free += ["precision"] if run.precision == "auto" else []
-    differ = [f"{k} ({saved.get(k)}, now {v})" for k, v in wanted.items() if saved.get(k) != v and k not in free]
-    if differ:
-        raise TrainingError(
-            f"{path} was made with another {', '.join(differ)}; resume with the same settings, "
-            "or start anew with --resume none."
-        )
-
-
-def _flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """A nested config with dotted names: {"optim.lr": 0.002}."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{path}{name}.") if nested else {f"{path}{name}": value}
-    return flat
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+# -- metrics, data ahead of time ------------------------------------------------------------------------
 
 
 class _Metrics:
@@ -544,32 +385,35 @@ def _tensorboard(folder: Path) -> Any:
 class _Prefetch:
     """Draws coming batches while the current one trains: one in a thread, or several in `workers` processes."""
 
-    def __init__(self, task: Task, stage: StageConfig, step: int, group: _Group, workers: int) -> None:
+    def __init__(self, task: Task, stage: StageConfig, step: int, group: Group, workers: int) -> None:
         self.draw, self.stage, self.step, self.group = task.draw, stage, step, group
         self.ahead = 1 + 2 * workers
         self.pool: Executor = ThreadPoolExecutor(1)
         if workers:
             self.pool = ProcessPoolExecutor(workers, torch.multiprocessing.get_context("spawn"))
 
-    def __enter__(self) -> Iterator[Any]:
+    def __enter__(self) -> Iterator[list[Any]]:
         return self._batches()
 
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
-    def _ask(self, step: int) -> Future[Any]:
-        share = self.stage.batch // self.group.world
-        first = step * self.stage.batch + self.group.rank * share
-        return self.pool.submit(self.draw, range(first, first + share))
+    def _ask(self, step: int) -> list[Future[Any]]:
+        """This process's shares of a step, one for each microbatch."""
+        count = self.stage.accumulate
+        share = self.stage.batch // (self.group.world * count)
+        first = step * self.stage.batch + self.group.rank * count * share
+        firsts = range(first, first + count * share, share)
+        return [self.pool.submit(self.draw, range(at, at + share)) for at in firsts]
 
-    def _batches(self) -> Iterator[Any]:
-        coming: deque[Future[Any]] = deque()
+    def _batches(self) -> Iterator[list[Any]]:
+        coming: deque[list[Future[Any]]] = deque()
         asked = self.step
         for _ in range(self.step, self.stage.steps):
             while len(coming) <= self.ahead and asked < self.stage.steps:
                 coming.append(self._ask(asked))
                 asked += 1
-            yield coming.popleft().result()
+            yield [share.result() for share in coming.popleft()]
 
 
 class _Terminated:
