@@ -164,7 +164,7 @@ class Shards(Group):
 
     Transformer layers are gathered one by one; everything else is one unit that stays gathered during a step, so
     that a process without a picture, which calls no adapter, still takes part in every exchange. Under bfloat16 the
-    layers are gathered in it while weights, heads and the affine maths stay float32.
+    layers that train are gathered and run in it; weights, heads and the affine maths stay float32.
     """
 
     def __init__(self, rank: int, world: int, shard: ShardConfig, device: str) -> None:
@@ -175,14 +175,16 @@ class Shards(Group):
     def place(self, task: Task, precision: str) -> None:
         super().place(task, precision)
         half = torch.bfloat16 if precision == "bfloat16" else None
-        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+        as_they_are = MixedPrecisionPolicy(cast_forward_inputs=False)
         units = layers_of(task.trained)
         language = task.parts.vlm.layers if self.shard.frozen == "sharded" else []
         frozen = [layer for layer in language if not any(layer is unit for unit in units)]
-        for layer in (*units, *frozen):
-            fully_shard(layer, mesh=self.mesh, mp_policy=policy, reshard_after_forward=self.shard.reshards)
+        for layers, how in ((units, policy), (frozen, as_they_are)):
+            for layer in layers:
+                fully_shard(layer, mesh=self.mesh, mp_policy=how, reshard_after_forward=self.shard.reshards)
         root = _Loss(task, units, frozen)
-        fully_shard(root, mesh=self.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        fully_shard(root, mesh=self.mesh, mp_policy=as_they_are)
         self.root = root
 
     def optimizer(
@@ -221,11 +223,26 @@ class _Loss(nn.Module):
         rest = [m for m in self.trained.modules() if id(m) not in inside]
         self._own = [(m, name) for m in rest for name, p in m._parameters.items() if p is not None and p.requires_grad]
 
+        self._zero: Tensor | None = None
+        if frozen:
+            frozen[0].register_forward_pre_hook(self._anchored, with_kwargs=True)
+
     def forward(self, data: Any, generator: torch.Generator, share: Share) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, told = self.task.loss(data, generator, share)
         # A process whose documents use no adapter must still send a gradient for it, or the exchange never ends.
         zero = torch.stack([0.0 * getattr(module, name).sum() for module, name in self._own]).sum()
+        self._zero = zero
+        loss, told = self.task.loss(data, generator, share)
+        self._zero = None
         return loss + zero, {name: value.detach() for name, value in told.items()}
+
+    def _anchored(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Frozen layers are gathered again in the backward pass, so it must reach them even where only words stand."""
+        if self._zero is None or not torch.is_grad_enabled():
+            return None
+        if args:
+            return (args[0] + self._zero.to(args[0].dtype), *args[1:]), kwargs
+        hidden = kwargs["hidden_states"]
+        return args, {**kwargs, "hidden_states": hidden + self._zero.to(hidden.dtype)}
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:

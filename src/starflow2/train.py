@@ -124,19 +124,30 @@ def fit(
     return folder / "model"
 
 
-def fit_task(task: Task, stage: StageConfig, seed: int, *, device: str = "cpu", workers: int = 0) -> dict[str, float]:
+def fit_task(
+    task: Task,
+    stage: StageConfig,
+    seed: int,
+    *,
+    device: str = "cpu",
+    report: Callable[[StepReport], None] | None = None,
+    workers: int = 0,
+) -> dict[str, float]:
     """Train a task as `fit` does, in this process and without files; its modules end with averaged weights.
 
-    For comparisons of short runs. Returns the last step's metrics. A run that is lost is begun again.
+    For short runs, comparisons and fine-tuning. Returns the last step's metrics. A run that is lost is begun again.
     """
     group = Group()
     task.trained.to(device).requires_grad_(True)
     state = _new_state(task, stage, group)
     how = _Step(seed, _pick_precision("auto", device), device, group)
     values: dict[str, float] = {}
+    started = time.perf_counter()
     with _Terminated() as stop, _Prefetch(task, stage, 0, group, workers) as batches:
         for data in batches:
             values, stopping = _step(state, task, stage, data, how, stop)
+            if report is not None and (state.step % stage.log_every == 0 or state.step == stage.steps):
+                report(_reported(stage, state.step, values, time.perf_counter() - started))
             if stopping:
                 raise TrainingError(f"stopped by a signal at step {state.step} of {stage.steps}.")
     task.trained.load_state_dict(state.ema or task.trained.state_dict())
@@ -350,10 +361,9 @@ class _Metrics:
             self.board.close()  # else the last two minutes of curves are lost
 
     def write(self, step: int, values: dict[str, float], stage: StageConfig, seconds: float) -> StepReport:
-        per_step = (time.perf_counter() - self.clock) / max(1, step - self.started)
-        rate, eta = stage.batch / per_step, per_step * (stage.steps - step)
-        self.extra(step, {**values, "seconds": seconds, "images_per_s": rate})
-        return StepReport(self.stage, step, stage.steps, values, rate, eta)
+        line = _reported(stage, step, values, time.perf_counter() - self.clock, self.started)
+        self.extra(step, {**values, "seconds": seconds, "images_per_s": line.images_per_s})
+        return line
 
     def extra(self, step: int, values: dict[str, float]) -> None:
         """Write a line; none where there is nothing to say."""
@@ -364,6 +374,12 @@ class _Metrics:
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(f"{self.stage}/{name}", value, step)
+
+
+def _reported(stage: StageConfig, step: int, values: dict[str, float], seconds: float, started: int = 0) -> StepReport:
+    """The report of a step, `seconds` after step `started`."""
+    per_step = seconds / max(1, step - started)
+    return StepReport(stage.name, step, stage.steps, values, stage.batch / per_step, per_step * (stage.steps - step))
 
 
 def _step_of(line: str) -> float:

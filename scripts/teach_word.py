@@ -1,0 +1,127 @@
+"""Teach nano a colour that it has never seen, and say what that cost: a measurement of `starflow2 finetune`.
+
+    PYTHONPATH=src python scripts/teach_word.py --out out/teach            # 200 pictures of teal things
+    PYTHONPATH=src python scripts/teach_word.py --out out/smoke --steps 2 --pictures 8 --samples 1 --quick-suite no
+
+Draws pictures of the world with objects in a new colour, captioned in the world's words, fine-tunes the model on the
+folder, and scores it before and after: the share of drawn pictures that show the shape asked for in the new colour,
+judged with a palette that has it, and W-GenEval on the dev split. Writes OUT/result.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from starflow2.data import world
+from starflow2.data.tasks import draw_task
+from starflow2.evals import judge
+from starflow2.evals.world import score_geneval, to_bytes
+from starflow2.finetune import FinetuneConfig, finetune, read_album
+from starflow2.model import NANO, StarFlow2
+
+WORD, RGB = "teal", (20, 150, 150)  # more than 0.3 from every colour of the world, the judge's tolerance
+WRITTEN_LIKE = ("red", "yellow", "green", "blue", "purple", "pink", "black")  # not orange: "an" would be wrong
+
+
+@contextmanager
+def one_more_colour() -> Iterator[int]:
+    """Inside, renderer and judge know the new colour; gives its index."""
+    palette = np.vstack([world.PALETTE, np.array([RGB], dtype=np.uint8)])
+    kept = world.PALETTE
+    try:
+        world.PALETTE = judge.PALETTE = palette  # type: ignore[misc]
+        yield len(palette) - 1
+    finally:
+        world.PALETTE = judge.PALETTE = kept  # type: ignore[misc]
+
+
+def captioned(count: int, seed: int) -> Iterator[tuple[np.ndarray, str]]:
+    """Training pictures of the world with one object in the new colour, and their captions with the new word."""
+    made = index = 0
+    with one_more_colour() as new:
+        while made < count:
+            drawing = draw_task(seed, index)
+            index += 1
+            words, things = drawing.prompt.split(), drawing.scene.things
+            for old, name in enumerate(world.COLORS):
+                alone = [i for i, thing in enumerate(things) if thing.color == old]
+                if name in WRITTEN_LIKE and words.count(name) == 1 and len(alone) == 1:
+                    painted = tuple(replace(t, color=new) if i == alone[0] else t for i, t in enumerate(things))
+                    text = " ".join(WORD if w == name else w for w in words)
+                    yield world.render(replace(drawing.scene, things=painted)), text
+                    made += 1
+                    break
+
+
+def write_album(folder: Path, count: int, seed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (pixels, text) in enumerate(captioned(count, seed)):
+        Image.fromarray(pixels).save(folder / f"{i:04d}.png")
+        (folder / f"{i:04d}.txt").write_text(text + "\n")
+
+
+def new_word_score(model: StarFlow2, samples: int) -> dict[str, float]:
+    """Share of pictures of "a teal SHAPE" with the colour in them, and with that shape in it."""
+    prompts = [f"a {WORD} {shape}" for shape in world.SHAPES for _ in range(samples)]
+    images = to_bytes(model.draw(prompts, list(range(len(prompts)))))
+    coloured = right = 0
+    with one_more_colour() as new:
+        for prompt, scan in zip(prompts, judge.detect(images), strict=True):
+            shape = world.SHAPES.index(prompt.split()[-1])
+            coloured += any(d.color == new for d in scan.detections)
+            right += any(d.color == new and d.shape == shape for d in scan.detections)
+    return {"colour": coloured / len(prompts), "colour_and_shape": right / len(prompts), "pictures": len(prompts)}
+
+
+def scores(model: StarFlow2, samples: int, suite: bool) -> dict[str, Any]:
+    geneval = score_geneval(model, "dev", quick=True) if suite else None
+    return {"new_word": new_word_score(model, samples), "w_geneval_dev_quick": geneval}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=NANO)
+    parser.add_argument("--out", type=Path, default=Path("out/teach"))
+    parser.add_argument("--pictures", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=8, help="pictures of each shape when scoring")
+    parser.add_argument("--steps", type=int, default=FinetuneConfig.steps)
+    parser.add_argument("--lr", type=float, default=FinetuneConfig.lr)
+    parser.add_argument("--replay", type=float, default=FinetuneConfig.replay)
+    parser.add_argument("--batch", type=int, default=FinetuneConfig.batch)
+    parser.add_argument("--quick-suite", choices=("yes", "no"), default="yes", help="score W-GenEval, too")
+    parser.add_argument("--device", default="cpu")
+    asked = parser.parse_args()
+    write_album(asked.out / "album", asked.pictures, seed=7)
+    before = StarFlow2.from_pretrained(asked.model, device=asked.device)
+    result: dict[str, Any] = {"before": scores(before, asked.samples, asked.quick_suite == "yes")}
+    album = read_album(asked.out / "album", before.parts.cfg.fae.image_size)
+    config = FinetuneConfig(steps=asked.steps, lr=asked.lr, replay=asked.replay, batch=asked.batch)
+    started = time.perf_counter()
+    taught = finetune(
+        album,
+        asked.model,
+        asked.out / "model",
+        config,
+        device=asked.device,
+        report=lambda line: print(f"{line.step}/{line.steps} {line.metrics} eta {line.eta_s:.0f} s", flush=True),
+    )
+    result["seconds"] = time.perf_counter() - started
+    after = StarFlow2.from_pretrained(taught, device=asked.device)
+    after.check_prompt(f"a {WORD} circle")
+    result["after"] = scores(after, asked.samples, asked.quick_suite == "yes")
+    (asked.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print({k: result[k]["new_word"] for k in ("before", "after")}, f"{result['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Adapters and fine-tuning: nothing changes before training, only the adapter learns, what is merged is the sum."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from model_cases import STAGES, tiny_folder, tiny_parts
+from starflow2 import lora
+from starflow2.checkpoint import load_parts
+from starflow2.data.tasks import draw_task
+from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
+from starflow2.finetune import FinetuneConfig, _task, finetune, read_album
+from starflow2.lora import LoraConfig
+from starflow2.parts import Parts
+from starflow2.prompts import check_words
+from starflow2.train import StepReport
+
+SMALL = FinetuneConfig(steps=3, batch=4, lora=LoraConfig(rank=2))
+
+
+@pytest.fixture
+def album_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "album"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (64, 80), (20, 150, 150 + i)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("A  teal\nCircle, twice\n")
+    return folder
+
+
+def density(parts: Parts) -> torch.Tensor:
+    """Log density of some latents behind a caption, through the whole deep block."""
+    from starflow2.generate import drawing_context
+
+    rows = [parts.tokenizer.drawing_prompt(draw_task(0, i).prompt) for i in range(2)]
+    latents = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return parts.flow.log_prob(latents, drawing_context(parts, rows), torch.full((2,), 0.5))
+
+
+def shaken(added: torch.nn.ModuleDict) -> None:
+    with torch.no_grad():
+        for i, module in enumerate(added.values()):
+            module.b.copy_(0.05 * torch.randn(module.b.shape, generator=torch.Generator().manual_seed(i)))
+
+
+def test_a_fresh_adapter_changes_nothing_and_a_trained_one_is_w_plus_scale_b_a():
+    parts = tiny_parts(STAGES)
+    plain, before = {k: v.clone() for k, v in parts.state_dict().items()}, density(parts)
+    added = lora.attach(parts, LoraConfig(rank=3, scale=0.5))
+    assert torch.equal(density(parts), before)
+    shaken(added)
+    after = density(parts)
+    assert (after - before).abs().min() > 1e-3
+    sums = {n.replace("/", "."): 0.5 * (m.b @ m.a).detach() for n, m in added.items()}
+    lora.merge(parts)
+    assert torch.allclose(density(parts), after, atol=1e-4)
+    merged = parts.state_dict()
+    assert merged.keys() == plain.keys()
+    for name, value in merged.items():
+        inside = name.removeprefix("flow.deep.").removesuffix(".weight")
+        expected = plain[name] + sums[inside] if name.startswith("flow.deep.") and inside in sums else plain[name]
+        assert torch.equal(value, expected) or torch.allclose(value, expected, atol=1e-7), name
+    assert set(sums) == {"context_in", *(f"body.layers.0.{n}" for n in ("attention.qkv", "attention.proj"))} | {
+        "body.layers.0.mlp.up",
+        "body.layers.0.mlp.down",
+    }
+
+
+def test_an_adapter_alone_is_small_and_goes_back_on_its_own_model_only(tmp_path):
+    parts = tiny_parts(STAGES)
+    shaken(lora.attach(parts, LoraConfig(rank=2)))
+    lora.save(parts, LoraConfig(rank=2), tmp_path / "a.safetensors")
+    wanted = density(parts)
+    again = tiny_parts(STAGES)
+    lora.load(again, tmp_path / "a.safetensors")
+    assert torch.equal(density(again), wanted)
+    assert (tmp_path / "a.safetensors").stat().st_size < 40_000
+    other = tiny_parts(STAGES, scale=0.06)
+    with pytest.raises(CheckpointError, match="belongs to weights"):
+        lora.load(other, tmp_path / "a.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError, match="no adapters"):
+        lora.load(tiny_parts(STAGES), tmp_path / "none.safetensors")
+    with pytest.raises(ConfigError, match="already"):
+        lora.attach(again, LoraConfig())
+
+
+@pytest.mark.parametrize("stages", [STAGES[:4], STAGES], ids=["draws only", "joint"])
+def test_finetuning_changes_the_deep_block_alone_and_the_lexicon_grows(tmp_path, album_folder, stages):
+    base = tiny_folder(tmp_path / "base", stages) / "model"
+    album = read_album(album_folder, 64)
+    told: list[StepReport] = []
+    made = finetune(album, base, tmp_path / "taught", SMALL, report=told.append)
+    old, new = load_parts(base), load_parts(made)
+    with pytest.raises(PromptError, match="teal"):
+        check_words(old, "a teal circle")
+    check_words(new, "a teal circle twice")
+    before, after = old.state_dict(), new.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(n.startswith(("flow.deep.body.layers.", "flow.deep.context_in.weight")) for n in changed)
+    assert all(n.endswith(".weight") for n in changed) and new.stages == old.stages
+    assert told[-1].step == told[-1].steps == 3
+    lora.load(old, made / "adapter.safetensors")
+    lora.merge(old)
+    assert all(torch.allclose(old.state_dict()[k], v, atol=1e-6) for k, v in after.items())
+    assert load_file(made / "adapter.safetensors")["context_in.a"].shape[0] == 2
+
+
+def test_the_loss_of_an_album_falls_when_nothing_is_replayed(album_folder):
+    parts = tiny_parts(STAGES[:4])
+    config = FinetuneConfig(steps=12, batch=4, replay=0.0, lr=1e-2, lora=LoraConfig(rank=4))
+    task = _task(parts, read_album(album_folder, 64), config)
+    data, losses = task.draw(range(4)), list[float]()
+    optimizer = torch.optim.AdamW(task.trained.parameters(), lr=1e-2)
+    for _ in range(12):
+        loss, _ = task.loss(data, torch.Generator().manual_seed(1))
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.02
+
+
+@pytest.mark.parametrize("stages", [STAGES[:4], STAGES], ids=["draws only", "joint"])
+def test_a_share_of_every_batch_is_the_drawn_world(album_folder, stages):
+    def tealness(replay: float) -> float:
+        config = FinetuneConfig(steps=1, batch=4, replay=replay)
+        pictures = _task(tiny_parts(stages), read_album(album_folder, 64), config).draw(range(80))[0]
+        return float((pictures[:, 0].amax((1, 2)) < -0.8).float().mean())  # no red anywhere
+
+    assert tealness(0.0) == 1.0
+    assert 0.2 < tealness(0.5) < 0.7
+
+
+def test_captions_are_heard_as_prompts_are(album_folder):
+    parts = tiny_parts(STAGES[:4])
+    _, rows = _task(parts, read_album(album_folder, 64), FinetuneConfig(steps=1, batch=4, replay=0.0)).draw(range(40))
+    said, nothing = (parts.tokenizer.drawing_prompt(text) for text in ("a teal circle, twice", ""))
+    assert all(row in (said, nothing) for row in rows) and said in rows
+
+
+def test_albums_that_cannot_be_read_say_why(tmp_path, album_folder):
+    with pytest.raises(DataError, match="no pictures"):
+        read_album(tmp_path / "nowhere", 64)
+    (album_folder / "1.txt").write_text(" \n")
+    with pytest.raises(DataError, match=r"1\.txt is empty"):
+        read_album(album_folder, 64)
+    (album_folder / "1.txt").unlink()
+    with pytest.raises(DataError, match=r"1\.txt, the caption of 1\.png"):
+        read_album(album_folder, 64)
+
+
+def test_a_model_that_does_not_draw_yet_is_refused(album_folder):
+    with pytest.raises(ConfigError, match="needs t2i"):
+        _task(tiny_parts(STAGES[:3]), read_album(album_folder, 64), SMALL)
+
+
+def script() -> Any:
+    import importlib.util
+
+    path = Path(__file__).parent.parent / "scripts" / "teach_word.py"
+    spec = importlib.util.spec_from_file_location("teach_word", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pictures_of_the_new_colour_show_it_and_the_judge_with_its_palette_sees_it():
+    from starflow2.evals import judge
+
+    teach = script()
+    made = list(teach.captioned(12, 3))
+    assert all(text.split().count("teal") == 1 for _, text in made)
+    images = np.stack([pixels for pixels, _ in made])
+    with teach.one_more_colour() as new:
+        assert all(any(d.color == new for d in scan.detections) for scan in judge.detect(images))
+    assert len(judge.PALETTE) == new, "the palette is put back"
+    assert not any(d.color == new for scan in judge.detect(images) for d in scan.detections)
+
+
+@pytest.mark.slow
+def test_the_script_runs_from_end_to_end(tmp_path):
+    script = Path(__file__).parent.parent / "scripts" / "teach_word.py"
+    sizes = ["--steps", "2", "--pictures", "4", "--samples", "1", "--batch", "4", "--quick-suite", "no"]
+    subprocess.run([sys.executable, str(script), "--out", str(tmp_path / "out"), *sizes], check=True)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["after"]["new_word"]["pictures"] == 8
