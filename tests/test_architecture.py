@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("session", "batch", "parallel"),
     ("scoring", "trainstate"),
     ("model", "train", "evals", "analysis"),
-    ("recipes", "finetune"),
+    ("recipes", "finetune", "rehearsal"),
     ("demo_talk",),
     ("selfcheck", "info", "planner", "demo", "chat", "compare", "claims", "gallery"),
     ("server", "ui"),

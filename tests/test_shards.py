@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model_cases import STAGES, tiny_folder
+from model_cases import STAGES, tiny_folder, tiny_run
+from shard_program import often_words
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 STEPS = 20
@@ -26,6 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "copies": {"world": 2, "steps": 3},
     "frozen": {"world": 2, "steps": 3, "stage": {"shard": FSDP | {"frozen": "sharded"}}},
     "again": {"world": 2, "steps": 3, "stage": {"shard": FSDP, "checkpoint_activations": "all"}},
+    "quarters": {"world": 1, "steps": 3, "stage": {"accumulate": 4}},
     "nodes": {"world": 4, "steps": 3, "stage": {"shard": {"mode": "hsdp", "processes": 2}}},
     "half": {"world": 2, "steps": 3, "stage": {"shard": FSDP}, "precision": "bfloat16"},
     "spoilt": {"world": 2, "steps": 3, "stage": {"shard": FSDP}, "spoil": 2},
@@ -82,26 +84,22 @@ def test_twenty_steps_of_two_processes_with_a_half_each_are_those_of_one_process
     assert len(lines(base / "two")) == STEPS
     assert farthest(curve(base / "one", "loss", "flow", "text"), curve(base / "two", "loss", "flow", "text")) <= 1e-5
     one, two = weights(base / "one"), weights(base / "two")
-    assert one.keys() == two.keys() and max(float((one[k] - two[k]).abs().max()) for k in one) <= 1e-5
+    # a bias of keys moves no softmax: its gradient is rounding alone, which Adam divides by its own size
+    assert one.keys() == two.keys() and max(float((one[k] - two[k]).abs().max()) for k in one) <= 1e-4
     assert not torch.equal(one["flow.deep.head.weight"], weights(base / "start")["flow.deep.head.weight"])
 
 
-@pytest.mark.parametrize("name", ["copies", "frozen", "again", "nodes"])
-def test_whatever_is_divided_recomputed_or_copied_the_losses_stay(base, name):
-    """Two copies; a sharded language model; activations computed twice; two nodes of two processes."""
+@pytest.mark.parametrize(
+    ("name", "like"), [("copies", "one"), ("frozen", "one"), ("again", "one"), ("nodes", "quarters")]
+)
+def test_whatever_is_divided_recomputed_or_copied_the_losses_stay(base, name, like):
+    """Two copies; a sharded language model; activations computed twice; two nodes of two processes, a quarter each."""
     names = ("loss", "flow", "text")
-    first = curve(base / "one", *names)[: 1 if name == "nodes" else 3]
-    told = curve(base / name, *names)[: len(first)]
-    if name == "nodes":  # four shares draw other noise: words are scored alike, pictures nearly
-        assert abs(first[0][2] - told[0][2]) <= 1e-5 and abs(first[0][1] - told[0][1]) < 0.2
-    else:
-        assert farthest(first, told) <= 1e-5
+    assert farthest(curve(base / like, *names)[:3], curve(base / name, *names)) <= 1e-5
 
 
 def test_some_steps_gave_a_process_no_picture_at_all():
-    from shard_program import often_words
-
-    stage = __import__("model_cases").tiny_run(1).stage("joint")
+    stage = tiny_run(1).stage("joint")
     pictures = [len(often_words(stage, 0, i).scenes) for i in range(4 * STEPS)]
     halves = [(sum(pictures[i : i + 2]), sum(pictures[i + 2 : i + 4])) for i in range(0, len(pictures), 4)]
     assert any(a == 0 < b for a, b in halves) and any(b == 0 < a for a, b in halves)

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -317,7 +318,7 @@ class Train:
         Path | None,
         arg(aliases=("-o",), metavar="FOLDER", help="the run's folder", help_behavior_hint="(default: runs/RECIPE)"),
     ] = None
-    dry_run: Annotated[bool, arg(help="print the settings as JSON and train nothing")] = False
+    dry_run: Annotated[bool, arg(help="print settings and sizes as JSON; with --device, take a made-up step")] = False
     smoke: Annotated[bool, arg(help="a few tiny steps on the same code path")] = False
 
     def run(self, unknown: Sequence[str]) -> int:
@@ -326,13 +327,23 @@ class Train:
             from starflow2.config import to_dict
 
             config = {"recipe": self.recipe, "output": str(folder), "seed": run.seed, "precision": run.precision}
-            print(json.dumps(config | {"stages": [to_dict(run.stage(name)) for name in stages]}, indent=1))
+            sizes = {name: self._rehearsed(run, name) for name in stages}
+            config |= {"stages": [to_dict(run.stage(name)) for name in stages], "sizes": sizes}
+            if os.environ.get("RANK", "0") == "0":
+                print(json.dumps(config, indent=1))
             return 0
         check_writable(folder / "config.json")
         for name in stages:
             model = self._fit(run, name, folder)
         print(model)
         return 0
+
+    def _rehearsed(self, run: RunConfig, stage: str) -> dict[str, Any]:
+        """Counts alone unless a device was named."""
+        from starflow2.model import pick_device
+        from starflow2.rehearsal import rehearse
+
+        return rehearse(run, stage, "meta" if self.device == "auto" else pick_device(self.device).type)
 
     def stage_help(self) -> None:
         """Print the options that --stage adds."""
@@ -385,7 +396,7 @@ def _overridden(stage: StageConfig, arguments: Sequence[str]) -> StageConfig:
     settings, default = _overrides(stage)
     changed, unknown = _tyro(settings, default, arguments, f"{PROGRAM} train --stage {stage.name}")
     refuse(unknown, Train, known=flags(settings))
-    for name in ("steps", "batch", "save_every", "log_every"):
+    for name in ("steps", "batch", "save_every", "log_every", "accumulate"):
         if getattr(changed, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(changed, name)}; expected at least 1.")
     return type(stage)(**_fields(changed))

@@ -312,12 +312,14 @@ def checkpoint_layers(task: Task, stage: StageConfig) -> None:
 
 
 def check_shares(stage: StageConfig, group: Group, *, evaluates: bool = False) -> None:
-    """Raise TrainingError unless a step's batch can be shared equally and `evaluate` would see whole weights."""
+    """Raise TrainingError unless a step's batch can be shared equally and shards go with the rest."""
     shares = group.world * stage.accumulate
     if stage.accumulate < 1 or stage.batch % shares:
         raise TrainingError(
             f"batch {stage.batch} cannot be shared equally by {group.world} processes of {stage.accumulate} "
             "microbatches; expected a multiple of their product."
         )
+    if stage.optim.states == "8bit" and isinstance(group, Shards):
+        raise TrainingError("optim.states 8bit and shard.mode are both set; shards divide float32 states already.")
     if evaluates and isinstance(group, Shards):
         raise TrainingError("evaluate is given, but no process holds whole weights; score the model folder afterwards.")

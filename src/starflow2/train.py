@@ -16,7 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,10 @@ from starflow2.errors import ConfigError, TrainingError
 from starflow2.files import replacing
 from starflow2.parallel import Group, check_shares, checkpoint_layers
 from starflow2.parts import ModelConfig, Parts
-from starflow2.stages import TASKS, Precision, RunConfig, StageConfig, Task
+from starflow2.stages import TASKS, OptimConfig, Precision, RunConfig, StageConfig, Task
 from starflow2.trainstate import State, store_for
 
-__all__ = ["StepReport", "fit", "fit_task"]
+__all__ = ["StepReport", "fit", "fit_task", "try_step"]
 
 TALKING = ("vlm", "adapter", "joint")  # stages that train on words beside captions
 
@@ -155,6 +155,18 @@ def fit_task(
     return values
 
 
+def try_step(task: Task, stage: StageConfig, run: RunConfig, group: Group, device: str) -> dict[str, float]:
+    """The first step of a stage as `fit` takes it, without files; returns its metrics. For rehearsals."""
+    check_shares(stage, group)
+    task.trained.to(device).requires_grad_(True)
+    precision = group.agreed(_pick_precision(run.precision, device))
+    checkpoint_layers(task, stage)
+    group.place(task, precision)
+    state = _new_state(task, stage, group)
+    with _Terminated() as stop, _Prefetch(task, replace(stage, steps=1), 0, group, 0) as batches:
+        return _step(state, task, stage, next(batches), _Step(run.seed, precision, device, group), stop)[0]
+
+
 def _start_parts(run: RunConfig, stage: str, folder: Path, device: str) -> Parts:
     """The parts that earlier stages left, or fresh ones with a new tokenizer at the first stage."""
     names: list[str] = [s.name for s in run.stages]
@@ -213,15 +225,34 @@ def _new_state(task: Task, stage: StageConfig, group: Group) -> State:
     o = stage.optim
     matrices = {k: p for k, p in named.items() if o.matrix_lr and _is_hidden_matrix(k, p)}
     rest = [p for k, p in named.items() if k not in matrices]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=o.lr, betas=(0.9, 0.95), weight_decay=o.weight_decay, fused=True)
-    ]
+    optimizers = [adam(rest, o)]
     if matrices:
         muon = {"lr": o.matrix_lr, "weight_decay": o.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
         optimizers.append(group.optimizer(torch.optim.Muon, list(matrices.values()), muon))
     ema = {k: v.detach().clone() for k, v in task.trained.state_dict().items()} if o.ema else {}
     task.trained.train()
     return State(task.trained, ema, optimizers)
+
+
+def adam(params: list[nn.Parameter], o: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW with moments of the size asked for. Raises ConfigError where 8 bits have no library."""
+    settings: dict[str, Any] = {"lr": o.lr, "betas": (0.9, 0.95), "weight_decay": o.weight_decay}
+    if o.states == "float32":
+        return torch.optim.AdamW(params, **settings, fused=True)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError("optim.states is 8bit, which torchao does; pip install torchao, or use float32.") from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(params, **settings)
+    return optimizer
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    """The learning rate of a group; where it is a tensor it stays one, which compiled steps ask for."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def _is_hidden_matrix(name: str, p: Tensor) -> bool:
@@ -252,7 +283,7 @@ def _step(
     finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(told["loss"]))
     for optimizer, lr in zip(state.optimizers, (stage.optim.lr, stage.optim.matrix_lr), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = lr * rate
+            _set_rate(group, lr * rate)
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

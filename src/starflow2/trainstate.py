@@ -35,7 +35,13 @@ from starflow2.stages import RunConfig, StageConfig
 __all__ = ["State", "Store", "store_for"]
 
 NEEDED = {"step", "stage", "precision"}  # of the settings that stand beside the tensors
-FREE = ("steps", "save_every", "log_every", "checkpoint_activations")  # what a resume may change, and `shard`
+FREE = (
+    "steps",
+    "save_every",
+    "log_every",
+    "accumulate",
+    "checkpoint_activations",
+)  # what a resume may change, and `shard`
 
 
 @dataclass(slots=True)
@@ -54,7 +60,8 @@ class State:
         tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
         for i, optimizer in enumerate(self.optimizers):
             for j, values in optimizer.state_dict()["state"].items():
-                tensors |= {f"optim/{i}/{j}/{k}": torch.as_tensor(v) for k, v in values.items()}
+                for k, v in values.items():
+                    tensors |= _opened(f"optim/{i}/{j}/{k}", v)
         return tensors
 
     def fill(self, tensors: dict[str, Tensor], settings: dict[str, str], path: Path) -> None:
@@ -68,7 +75,7 @@ class State:
         self.ema = _under(tensors, "ema/")
         for i, optimizer in enumerate(self.optimizers):
             values: dict[int, dict[str, Tensor]] = {}
-            for key, value in _under(tensors, f"optim/{i}/").items():
+            for key, value in _closed(_under(tensors, f"optim/{i}/")).items():
                 j, name = key.split("/")
                 values.setdefault(int(j), {})[name] = value
             (group,) = optimizer.param_groups
@@ -265,6 +272,24 @@ def _flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:
         nested = isinstance(value, dict)
         flat |= _flat(value, f"{path}{name}.") if nested else {f"{path}{name}": value}
     return flat
+
+
+def _opened(name: str, value: Any) -> dict[str, Tensor]:
+    """A value of an optimiser by name; moments of 8 bits as what they are made of, since no file knows their class."""
+    if type(value).__name__ != "OptimState8bit":
+        return {name: torch.as_tensor(value)}
+    return {f"{name}/{part}": getattr(value, part) for part in ("codes", "scale", "qmap")}
+
+
+def _closed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse for all of an optimiser's values, by PARAMETER/NAME."""
+    whole = {name: value for name, value in tensors.items() if name.count("/") == 1}
+    for name in {name.rsplit("/", 1)[0] for name in set(tensors) - set(whole)}:
+        from torchao.optim.subclass_8bit import OptimState8bit
+
+        codes, scale, qmap = (tensors[f"{name}/{part}"] for part in ("codes", "scale", "qmap"))
+        whole[name] = OptimState8bit(codes, scale, qmap, signed=name.endswith("exp_avg"))
+    return whole
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

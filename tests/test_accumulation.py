@@ -1,0 +1,143 @@
+"""What a step takes: microbatches, activations computed twice, optimiser states, shares that count what they hold."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from model_cases import STAGES, tiny_parts, tiny_run
+from starflow2 import parallel, train
+from starflow2.errors import ConfigError, TrainingError
+from starflow2.flow import Flow
+from starflow2.parallel import Group, check_shares, checkpoint_layers
+from starflow2.pretzel import Pretzel
+from starflow2.stages import TASKS, OptimConfig, ShardConfig, StageConfig, Task
+from starflow2.trainstate import State
+
+RUN = tiny_run(4)
+
+
+def stage_of(name: str, **changes: Any) -> StageConfig:
+    return replace(RUN.stage(name), batch=8, **changes)
+
+
+def gradients(name: str, batches: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, torch.Tensor]:
+    """Gradients and told values of the first step, with noise that every picture brings along."""
+    stage = stage_of(name, accumulate=batches, **changes)
+    parts = tiny_parts(STAGES)
+    monkeypatch.setattr("starflow2.stages._source_levels", lambda parts, count, _: torch.full((count,), 0.2))
+    monkeypatch.setattr("starflow2.stages.add_noise", lambda x, level, _: x + 0.1 * torch.sin(1e3 * x))
+    monkeypatch.setattr("starflow2.flow.noise.NoiseConfig.draw", lambda self, count, _: torch.full((count,), 0.3))
+    task = TASKS[name](parts, stage, 0)
+    parts.requires_grad_(False)
+    task.trained.requires_grad_(True)
+    checkpoint_layers(task, stage)
+    group, share = Group(), 8 // batches
+    data = [task.draw(range(i * share, (i + 1) * share)) for i in range(batches)]
+    told = train._backward(task, stage, data, train._Step(0, "float32", "cpu", group), 0)
+    grads = {k: p.grad for k, p in task.trained.named_parameters() if p.grad is not None}
+    return {f"told/{k}": v for k, v in told.items()} | grads
+
+
+@pytest.mark.parametrize("name", ["vlm", "adapter", "joint"])
+def test_microbatches_give_the_loss_and_gradients_of_the_whole_batch(name, monkeypatch):
+    """Documents hold unequally many replies and pictures, so that a mean of means would be another number."""
+    whole, parts = gradients(name, 1, monkeypatch), gradients(name, 4, monkeypatch)
+    assert whole.keys() == parts.keys()
+    assert max(float((whole[k] - parts[k]).abs().max()) for k in whole) <= 1e-5
+    monkeypatch.setattr(TASKS[name], "counts", lambda self, data: {})
+    means = gradients(name, 4, monkeypatch)
+    assert abs(float(means["told/loss"] - whole["told/loss"])) > 1e-3, "this batch would not tell the difference"
+
+
+@pytest.mark.parametrize("name", ["t2i", "joint"])
+@pytest.mark.parametrize("which", ["trained", "all"])
+def test_activations_that_are_computed_twice_change_no_number(name, which, monkeypatch):
+    kept = gradients(name, 1, monkeypatch)
+    calls: list[int] = []
+    again = parallel.checkpoint
+    monkeypatch.setattr(parallel, "checkpoint", lambda *a, **k: calls.append(1) or again(*a, **k))
+    twice = gradients(name, 1, monkeypatch, checkpoint_activations=which)
+    assert all(torch.equal(kept[k], twice[k]) for k in kept) and kept.keys() == twice.keys()
+    flow, language = 3, 2  # layers of the tiny model; stage t2i reads captions without gradients
+    assert len(calls) == flow * (2 if name == "t2i" and len(calls) > flow else 1) + (
+        language if (name, which) == ("joint", "all") else 0
+    )
+
+
+def test_recomputed_layers_keep_the_names_of_their_weights_and_can_be_copied():
+    parts = tiny_parts(STAGES)
+    names = list(parts.state_dict())
+    task = TASKS["joint"](parts, RUN.stage("joint"), 0)
+    stage = stage_of("joint", checkpoint_activations="all")
+    checkpoint_layers(task, stage)
+    checkpoint_layers(task, stage)
+    assert list(parts.state_dict()) == names
+    twin: Flow = copy.deepcopy(parts.flow)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert type(twin.deep.body.layers[0]).__mro__[1:] == type(parts.flow.deep.body.layers[0]).__mro__[1:]
+    latents = torch.randn(1, 64, 4)
+    assert not torch.equal(twin.shallow(latents, torch.ones(1))[0], parts.flow.shallow(latents, torch.ones(1))[0])
+    assert isinstance(Pretzel(parts.vlm, parts.flow, parts.joints).in_float64(), Pretzel)
+
+
+def test_shares_must_be_equal_and_settings_must_fit():
+    with pytest.raises(TrainingError, match="8 cannot be shared equally by 1 processes of 3"):
+        check_shares(stage_of("t2i", accumulate=3), Group())
+    with pytest.raises(ConfigError, match=r"shard\.processes is 2 under mode fsdp"):
+        ShardConfig(mode="fsdp", processes=2)
+
+
+def test_moments_of_eight_bits_without_their_library_say_what_to_install():
+    if importlib.util.find_spec("torchao") is not None:
+        pytest.skip("torchao is installed")
+    with pytest.raises(ConfigError, match="pip install torchao"):
+        train.adam([nn.Parameter(torch.zeros(2))], OptimConfig(states="8bit"))
+
+
+def stepped(state: State, steps: int) -> None:
+    for i in range(steps):
+        x = torch.randn(8, 128, generator=torch.Generator().manual_seed(i + state.step))
+        state.trained["a"](x).square().mean().backward()
+        for optimizer in state.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    state.step += steps
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # torchao compiles its step
+def test_moments_of_eight_bits_are_small_close_and_go_on_bit_for_bit(tmp_path):
+    pytest.importorskip("torchao")
+    config = OptimConfig(lr=1e-3, states="8bit")
+
+    def fresh(o: OptimConfig) -> State:
+        torch.manual_seed(1)
+        trained = nn.ModuleDict({"a": nn.Linear(128, 64)})
+        return State(trained, {}, [train.adam(list(trained.parameters()), o)])
+
+    whole, broken, plain = fresh(config), fresh(config), fresh(replace(config, states="float32"))
+    stepped(whole, 4)
+    stepped(plain, 4)
+    stepped(broken, 2)
+    tensors = {k: v.detach().clone() for k, v in broken.tensors().items()}
+    assert tensors["optim/0/0/exp_avg/codes"].dtype == torch.uint8
+    again = fresh(config)
+    again.fill(tensors, {"step": "2"}, tmp_path)
+    stepped(again, 2)
+    one, other = (s.trained["a"].weight for s in (whole, again))
+    assert torch.equal(one, other)
+    assert (one - plain.trained["a"].weight).abs().max() < 2e-3
+
+
+def test_a_task_of_even_documents_counts_nothing():
+    task: Task = TASKS["t2i"](tiny_parts(STAGES), RUN.stage("t2i"), 0)
+    assert task.counts(task.draw(range(2))) == {}
