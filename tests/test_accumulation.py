@@ -65,10 +65,11 @@ def test_activations_that_are_computed_twice_change_no_number(name, which, monke
     monkeypatch.setattr(parallel, "checkpoint", lambda *a, **k: calls.append(1) or again(*a, **k))
     twice = gradients(name, 1, monkeypatch, checkpoint_activations=which)
     assert all(torch.equal(kept[k], twice[k]) for k in kept) and kept.keys() == twice.keys()
-    flow, language = 3, 2  # layers of the tiny model; stage t2i reads captions without gradients
-    assert len(calls) == flow * (2 if name == "t2i" and len(calls) > flow else 1) + (
-        language if (name, which) == ("joint", "all") else 0
-    )
+    flow, language = 3, 2  # layers of the tiny model
+    if name == "joint":
+        assert len(calls) == flow + (language if which == "all" else 0)
+    else:  # captions are read without gradients, in one group or two of similar length
+        assert len(calls) in (flow, 2 * flow)
 
 
 def test_recomputed_layers_keep_the_names_of_their_weights_and_can_be_copied():

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from model_cases import STAGES, tiny_folder, tiny_parts
 from starflow2 import lora
 from starflow2.checkpoint import load_parts
+from starflow2.cli import main
 from starflow2.data.tasks import draw_task
 from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
 from starflow2.finetune import FinetuneConfig, _task, finetune, read_album
@@ -159,6 +160,15 @@ def test_albums_that_cannot_be_read_say_why(tmp_path, album_folder):
     (album_folder / "1.txt").unlink()
     with pytest.raises(DataError, match=r"1\.txt, the caption of 1\.png"):
         read_album(album_folder, 64)
+
+
+def test_the_command_teaches_a_folder_and_says_where_the_model_is(tmp_path, album_folder, capsys):
+    base, out = tiny_folder(tmp_path / "base", STAGES[:4]) / "model", tmp_path / "out"
+    sizes = ["--steps", "1", "--batch", "2", "--rank", "2", "--device", "cpu"]
+    assert main(["finetune", str(album_folder), "--model", str(base), "-o", str(out), *sizes]) == 0
+    assert capsys.readouterr().out.strip() == str(out) and (out / "adapter.safetensors").is_file()
+    assert main(["finetune", str(tmp_path), "--model", str(base), "-o", str(out), *sizes]) == 2
+    assert "holds no pictures" in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_draw_yet_is_refused(album_folder):

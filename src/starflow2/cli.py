@@ -383,6 +383,56 @@ class Train:
             return fit(run, stage, folder, resume=self.resume == "auto", device=device, report=report)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Teach a model pictures of your own, and the words of their captions.
+
+    FOLDER holds picture files, each with its caption in a .txt file of the same name. Small adapters on the flow learn
+    them, while a share of every batch keeps up what the model could do. The output is a whole model, and in it the
+    adapter alone, adapter.safetensors.
+    """
+
+    verb: ClassVar[str] = "finetune"
+
+    folder: Positional[Annotated[Path, arg(metavar="FOLDER", help="picture files, a .txt caption beside each")]]
+    output: Annotated[Path, arg(aliases=("-o",), metavar="FOLDER", help="where the new model goes")] = (
+        Path("out") / "finetuned"
+    )
+    steps: Annotated[int, arg(help="optimiser steps")] = 400
+    batch: Annotated[int, arg(help="pictures per step")] = 32
+    lr: Annotated[float, arg(help="learning rate")] = 2e-3
+    replay: Annotated[float, arg(help="share of every batch that comes from the drawn world")] = 0.5
+    rank: Annotated[int, arg(help="of the adapters: more learns more and forgets more")] = 16
+    seed: Annotated[int, arg(help="of order and noise")] = 0
+    model: Annotated[str, arg(metavar="NAME", help="nano, or a model folder")] = "nano"
+    device: Device = "auto"
+
+    def run(self, unknown: Sequence[str]) -> int:
+        refuse(unknown, type(self))
+        check_seed(self.seed)
+        check_writable(self.output / "config.json")
+        from starflow2.checkpoint import read_config
+        from starflow2.finetune import FinetuneConfig, finetune, read_album
+        from starflow2.lora import LoraConfig
+        from starflow2.model import NANO, pick_device
+
+        config = FinetuneConfig(
+            steps=self.steps,
+            batch=self.batch,
+            lr=self.lr,
+            replay=self.replay,
+            lora=LoraConfig(rank=self.rank),
+            seed=self.seed,
+        )
+        size: dict[str, Any] = read_config(NANO if self.model == "nano" else Path(self.model))["model"]
+        album = read_album(self.folder, size["fae"]["image_size"])
+        device = pick_device(self.device).type
+        rows, columns = size["flow"]["deep"]["grid"]
+        with _training_bar(config.stage(), rows * columns) as report:
+            print(finetune(album, self.model, self.output, config, device=device, report=report))
+        return 0
+
+
 def _overrides(stage: StageConfig) -> tuple[type[StageConfig], StageConfig]:
     """A config class whose stage name cannot be set, and `stage` as an instance of it, for tyro."""
     fixed = [("name", Annotated[str, Suppress, Fixed], dataclasses.field(default=stage.name))]
@@ -578,6 +628,7 @@ COMMANDS: tuple[type[Command], ...] = (
     Demo,
     Prepare,
     Train,
+    Finetune,
     Eval,
     Analyze,
     Data,

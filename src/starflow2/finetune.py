@@ -28,6 +28,7 @@ from starflow2.errors import ConfigError, DataError
 from starflow2.files import check_writable
 from starflow2.images import read_picture
 from starflow2.lora import LoraConfig
+from starflow2.model import NANO
 from starflow2.parts import Parts
 from starflow2.prompts import heard
 from starflow2.sequence import Layout, pack
@@ -141,20 +142,20 @@ _PLACE = Scene(things=(), background=0)
 
 def finetune(
     album: Album,
-    model: Path,
+    model: str | Path,
     output: Path,
     config: FinetuneConfig,
     *,
     device: str = "cpu",
     report: Callable[[StepReport], None] | None = None,
 ) -> Path:
-    """Teach the model in folder `model` an album; writes a whole model to `output` and the adapter alone into it.
+    """Teach a model, "nano" or a folder, an album; writes a whole model to `output` and the adapter alone into it.
 
     The adapter is adapter.safetensors; `lora.load` puts it back on the model it came from. Raises ConfigError for a
     model that does not draw yet, DataError for captions it cannot read, CheckpointError, OutputError.
     """
     check_writable(output / "config.json")
-    parts = load_parts(model, device)
+    parts = load_parts(NANO if str(model) == "nano" else model, device)
     task, stage = _task(parts, album, config), config.stage()
     fit_task(task, stage, config.seed, device=device, report=report)
     adapter = output.with_name(f".{output.name}.adapter")
