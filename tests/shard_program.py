@@ -3,7 +3,8 @@
     python shard_program.py '[{"folder": "runs/two", "world": 2, "steps": 20, "stage": {"shard": {"mode": "fsdp"}}}]'
 
 Everything is imported once and the processes are forked, which is most of their price. A run with `dies` ends with
-SIGKILL of process 1 in that step, whereupon the others are killed, too.
+SIGKILL of process 1 in that step, whereupon the others are killed, too; one with `dies_saving` in the background, when
+all shards of that step's checkpoint are written and it has not taken the place of the one before.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from model_cases import tiny_run
-from starflow2 import stages, train
+from starflow2 import stages, train, trainstate
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.stages import OptimConfig, RunConfig, ShardConfig
 
@@ -57,6 +58,15 @@ def work(job: dict[str, Any], rank: int) -> None:
         return step(state, *rest)
 
     train._step = watched
+    if "dies_saving" in job:
+        take_over = trainstate._Shards._take_over
+
+        def killed(self: Any, new: Any, done: Any, settings: Any) -> None:
+            if done.name == str(job["dies_saving"]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            take_over(self, new, done, settings)
+
+        trainstate._Shards._take_over = killed  # type: ignore[method-assign]
     stages.joint_dialogue = often_words
     if "spoil" in job and rank == 1:
         loss = stages.JointTask.loss
@@ -104,7 +114,7 @@ def start(job: dict[str, Any]) -> list[int]:
 if __name__ == "__main__":
     for planned in json.loads(sys.argv[1]):
         expected = [0] * planned["world"]
-        if "dies" in planned:
+        if "dies" in planned or "dies_saving" in planned:
             expected = [-signal.SIGKILL] * planned["world"]
         if "asked" in planned:
             expected = [3] * planned["world"]

@@ -32,10 +32,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "half": {"world": 2, "steps": 3, "stage": {"shard": FSDP}, "precision": "bfloat16"},
     "spoilt": {"world": 2, "steps": 3, "stage": {"shard": FSDP}, "spoil": 2},
     "killed": {"world": 2, "steps": STEPS, "stage": {"shard": FSDP}, "dies": DIES},
+    "saving": {"world": 2, "steps": 10, "stage": {"shard": FSDP}, "dies_saving": 8},
     "asked": {"world": 2, "steps": 6, "stage": {"shard": FSDP}, "asked": 2},
 }
 LATER: dict[str, dict[str, Any]] = {
     "killed": {"world": 2, "steps": STEPS, "stage": {"shard": FSDP}},
+    "saving": {"world": 2, "steps": 10, "stage": {"shard": FSDP}},
     "asked": {"world": 2, "steps": 6, "stage": {"shard": FSDP}},
     "to one": {"world": 1, "steps": 5, "stage": {"shard": FSDP, "accumulate": 4}},
     "to four": {"world": 4, "steps": 5, "stage": {"shard": FSDP}},
@@ -57,6 +59,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in RUNS:
         shutil.copytree(base / "start", base / name)
     run(base, RUNS)
+    shutil.copytree(base / "saving", base / "as it died")
     for name in ("to one", "to four", "nothing left on one"):
         shutil.copytree(base / "frozen", base / name)
     run(base, LATER)
@@ -120,6 +123,13 @@ def test_a_run_one_of_whose_processes_was_killed_repeats_the_uninterrupted_one_b
     assert curve(base / "killed") == curve(base / "two"), f"killed in step {DIES}"
     one, other = weights(base / "two"), weights(base / "killed")
     assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_and_the_run_goes_on_from_there(base):
+    left = {path.name for path in (base / "as it died" / "state-joint").iterdir()}
+    assert left == {"4", ".8.new"} and (base / "as it died" / "state-joint" / ".8.new" / ".metadata").is_file()
+    assert curve(base / "saving") == curve(base / "two")[:10]
+    assert [path.name for path in (base / "saving" / "state-joint").iterdir()] == ["10"]
 
 
 def test_a_signal_to_one_process_ends_all_with_a_checkpoint_and_the_run_goes_on_from_there(base):

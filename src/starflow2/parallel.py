@@ -57,6 +57,11 @@ class Group:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def holders(self) -> int:
+        """Over how many processes one copy of the model is spread."""
+        return 1
+
     def wait(self) -> None:
         if self.world > 1:
             dist.barrier()
@@ -171,6 +176,10 @@ class Shards(Group):
         super().__init__(rank, world)
         self.shard, self.mesh = shard, _mesh(shard, world, device)
         self.root: _Loss | None = None
+
+    @property
+    def holders(self) -> int:
+        return self.mesh.size(self.mesh.ndim - 1)
 
     def place(self, task: Task, precision: str) -> None:
         super().place(task, precision)

@@ -86,7 +86,7 @@ def rehearse(run: RunConfig, stage_name: str, device: str = "meta") -> dict[str,
     with torch.device(device):
         task = TASKS[stage_name](parts, stage, run.seed)
     task.draw = _Made(parts, stage_name)
-    facts = _counted(parts, task, stage, group.world)
+    facts = _counted(parts, task, stage, group)
     if not is_real:
         return facts
     parts.requires_grad_(False)
@@ -101,18 +101,19 @@ def rehearse(run: RunConfig, stage_name: str, device: str = "meta") -> dict[str,
     }
 
 
-def _counted(parts: Parts, task: Task, stage: StageConfig, world: int) -> dict[str, Any]:
+def _counted(parts: Parts, task: Task, stage: StageConfig, group: Group) -> dict[str, Any]:
     trained, everything = _count([task.trained]), _count([parts, task.trained])
-    share = stage.batch // (world * stage.accumulate)
+    share = stage.batch // (group.world * stage.accumulate)
     data = task.draw(range(share))
     positions, pictures = _size(data, parts.layout.num_latents)
-    holders = world if stage.shard.mode == "fsdp" else 1
+    holders = group.holders
+    divided = _count(parts.vlm.layers) if stage.shard.frozen == "sharded" and "vlm" not in task.trained else 0
     moments = 2 if stage.optim.states == "8bit" else 8
     return {
         "parameters": {"trained": trained, "frozen": everything - trained},
         "microbatch": {"documents": share, "positions": positions, "pictures": pictures},
         "bytes_per_process": {
-            "frozen": 4 * (everything - trained),
+            "frozen": 4 * (everything - trained - divided + divided // holders),
             "weights_gradients_average": 4 * (3 if stage.optim.ema else 2) * trained // holders,
             "optimizer": moments * trained // holders,  # at most: Muon keeps half of it
         },
