@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +12,15 @@ import pytest
 import torch
 from torch import nn
 
-from model_cases import STAGES, tiny_parts, tiny_run
-from starflow2 import parallel, train
-from starflow2.errors import ConfigError, TrainingError
+from model_cases import STAGES, WHITEN, tiny_folder, tiny_parts, tiny_run, whiten_quickly
+from starflow2 import parallel, stages, train, trainstate
+from starflow2.checkpoint import load_parts
+from starflow2.errors import ConfigError, OutputError, TrainingError
 from starflow2.flow import Flow
 from starflow2.parallel import Group, check_shares, checkpoint_layers
 from starflow2.pretzel import Pretzel
 from starflow2.stages import TASKS, OptimConfig, ShardConfig, StageConfig, Task
-from starflow2.trainstate import State
+from starflow2.trainstate import State, store_for
 
 RUN = tiny_run(4)
 
@@ -142,3 +144,75 @@ def test_moments_of_eight_bits_are_small_close_and_go_on_bit_for_bit(tmp_path):
 def test_a_task_of_even_documents_counts_nothing():
     task: Task = TASKS["t2i"](tiny_parts(STAGES), RUN.stage("t2i"), 0)
     assert task.counts(task.draw(range(2))) == {}
+
+
+# -- one process with the code of many
+
+PLAIN = OptimConfig(lr=1e-3, matrix_lr=0.0, warmup_steps=1)
+
+
+@pytest.fixture
+def _alone() -> Iterator[None]:
+    """Takes down the process group of one that shards without torchrun begin."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_trains_in_shards_as_it_does_in_copies(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("starflow2.stages.length_groups", lambda lengths, _: [list(range(len(lengths)))])
+    monkeypatch.setattr(stages.T2iTask, "_whiten", WHITEN)  # is put back
+    whiten_quickly()
+    told: dict[str, list[float]] = {}
+    for mode in ("none", "fsdp"):
+        folder = tiny_folder(tmp_path / mode, STAGES[: STAGES.index(name)])
+        run = tiny_run(3, 2)
+        shard = ShardConfig(mode=mode, frozen="sharded" if mode == "fsdp" else "replicated")  # type: ignore[arg-type]
+        run = replace(run, stages=tuple(replace(s, shard=shard, optim=PLAIN) for s in run.stages))
+        losses: list[float] = []
+        train.fit(run, name, folder, report=lambda line, to=losses: to.append(line.metrics["loss"]))
+        told[mode] = losses
+    assert told["none"] == pytest.approx(told["fsdp"], abs=1e-5) and len(told["none"]) == 3
+    one, other = (load_parts(tmp_path / mode / "model").state_dict() for mode in ("none", "fsdp"))
+    assert one.keys() == other.keys() and all(torch.allclose(one[k], other[k], atol=1e-4) for k in one)
+
+
+@pytest.mark.usefixtures("_alone")
+def test_a_run_cannot_change_between_copies_and_shards_in_silence(tmp_path):
+    stage, sharded = RUN.stage("t2i"), replace(RUN.stage("t2i"), shard=ShardConfig(mode="fsdp"))
+    shards = Group.from_environment("cpu", sharded.shard)
+    (tmp_path / "state-t2i").mkdir()
+    with pytest.raises(TrainingError, match=r"another shard\.mode than none"):
+        store_for(tmp_path, stage, Group())
+    (tmp_path / "state-t2i").rmdir()
+    (tmp_path / "state-t2i.safetensors").touch()
+    with pytest.raises(TrainingError, match=r"another shard\.mode than fsdp"):
+        store_for(tmp_path, sharded, shards)
+    with pytest.raises(TrainingError, match="8bit and shard"):
+        check_shares(replace(sharded, optim=OptimConfig(states="8bit")), shards)
+    with pytest.raises(TrainingError, match="no process holds whole weights"):
+        check_shares(sharded, shards, evaluates=True)
+
+
+@pytest.mark.usefixtures("_alone")
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_of_shards(tmp_path, monkeypatch):
+    run = tiny_run(6, 2)
+    run = replace(run, stages=tuple(replace(s, shard=ShardConfig(mode="fsdp")) for s in run.stages))
+    folder, saved, right = tiny_folder(tmp_path, STAGES[:5]), [], trainstate.async_save
+
+    def full(tensors: Any, **options: Any) -> Any:
+        saved.append(1)
+        if len(saved) == 2:
+            raise OSError(28, "No space left on device")
+        return right(tensors, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainstate, "async_save", full)
+        with pytest.raises(OutputError, match="No space left"):
+            train.fit(run, "joint", folder)
+    assert (folder / "state-joint" / "2" / "settings.json").is_file()
+    steps: list[int] = []
+    train.fit(run, "joint", folder, report=lambda line: steps.append(line.step))
+    assert steps == [3, 4, 5, 6]

@@ -203,7 +203,10 @@ class _Shards:
             _emptied(new)
         dist.barrier(self.talk)
         tensors = {k: v.detach() for k, v in state.tensors().items()}
-        saving = async_save(tensors, checkpoint_id=new, process_group=self.talk)
+        try:
+            saving = async_save(tensors, checkpoint_id=new, process_group=self.talk)
+        except OSError as error:
+            raise OutputError(f"cannot write {new}: {error.strerror or error}.") from error
         assert isinstance(saving, Future)
         self.written = Future()
         finished = self.written
