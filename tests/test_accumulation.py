@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from model_cases import STAGES, WHITEN, tiny_folder, tiny_parts, tiny_run, whiten_quickly
+from starflow2 import nn as nn_module
 from starflow2 import parallel, stages, train, trainstate
 from starflow2.checkpoint import load_parts
 from starflow2.errors import ConfigError, OutputError, TrainingError
-from starflow2.flow import Flow
+from starflow2.flow import Affine, Flow
 from starflow2.parallel import Group, check_shares, checkpoint_layers
 from starflow2.pretzel import Pretzel
 from starflow2.stages import TASKS, OptimConfig, ShardConfig, StageConfig, Task
@@ -177,6 +178,33 @@ def test_every_stage_trains_in_shards_as_it_does_in_copies(name, tmp_path, monke
     assert told["none"] == pytest.approx(told["fsdp"], abs=1e-5) and len(told["none"]) == 3
     one, other = (load_parts(tmp_path / mode / "model").state_dict() for mode in ("none", "fsdp"))
     assert one.keys() == other.keys() and all(torch.allclose(one[k], other[k], atol=1e-4) for k in one)
+
+
+@pytest.mark.usefixtures("_alone")
+def test_under_bfloat16_layers_run_in_it_and_affine_maths_and_weights_stay_float32(tmp_path, monkeypatch):
+    affine, inside = set[torch.dtype](), set[torch.dtype]()
+    normalize, attend = Affine.normalize, nn_module.attention
+
+    def seen(self: Affine, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z, logdet = normalize(self, u)
+        affine.update(t.dtype for t in (self.mu, self.log_scale, z, logdet))
+        return z, logdet
+
+    def attended(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+        inside.add(q.dtype)
+        return attend(q, *rest)
+
+    monkeypatch.setattr(Affine, "normalize", seen)
+    monkeypatch.setattr(nn_module, "attention", attended)
+    run = tiny_run(1, 1, precision="bfloat16")
+    run = replace(run, stages=tuple(replace(s, shard=ShardConfig(mode="fsdp"), optim=PLAIN) for s in run.stages))
+    kept: list[State] = []
+    new_state = train._new_state
+    monkeypatch.setattr(train, "_new_state", lambda *a: kept.append(new_state(*a)) or kept[-1])
+    train.fit(run, "joint", tiny_folder(tmp_path, STAGES[:5]))
+    assert affine == {torch.float32} and torch.bfloat16 in inside
+    moments = {v.dtype for o in kept[0].optimizers for s in o.state_dict()["state"].values() for v in s.values()}
+    assert {p.dtype for p in kept[0].trained.parameters()} == moments == {torch.float32}
 
 
 @pytest.mark.usefixtures("_alone")

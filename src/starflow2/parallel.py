@@ -231,7 +231,6 @@ class _Loss(nn.Module):
         inside = {id(m) for unit in units for m in unit.modules()}
         rest = [m for m in self.trained.modules() if id(m) not in inside]
         self._own = [(m, name) for m in rest for name, p in m._parameters.items() if p is not None and p.requires_grad]
-
         self._zero: Tensor | None = None
         if frozen:
             frozen[0].register_forward_pre_hook(self._anchored, with_kwargs=True)
