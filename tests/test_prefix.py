@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from starflow2 import pretzel as module
 from starflow2.nn import Cache
 from starflow2.prefix import before_pictures, states_in_two_passes
 from starflow2.sequence import Batch, Document, Image, Text, pack
+from starflow2.stages import JointTask, MixConfig, ShardConfig, StageConfig
 
 CAPTION: Document = [Text((1, 20, 21, 22, 23, 24, 25, 2)), Image(is_target=True), Text((3,), is_target=True)]
 STORY: Document = [*CAPTION, Text((1, 30, 31, 2)), Image(is_target=True), Text((40, 41, 3), is_target=True)]
@@ -120,12 +121,29 @@ def test_training_keeps_less_and_gets_the_same_gradients(monkeypatch):
     assert all((a - b).abs().max() <= 1e-5 * scale for a, b in zip(ours, wanted, strict=True))
 
 
-def test_a_language_model_that_trains_is_read_in_one_pass(monkeypatch):
-    def never(*_: object) -> Tensor:
-        raise AssertionError("the first pass would have to be kept as well")
+def never(*_: object) -> Tensor:
+    raise AssertionError("read in two passes")
 
+
+def test_a_language_model_that_trains_is_read_in_one_pass(monkeypatch):
     monkeypatch.setattr(module, "states_in_two_passes", never)
     parts = tiny_parts(STAGES)
     parts.requires_grad_(True)
     x = torch.randn(1, parts.layout.num_latents, 4)
-    assert parts.pretzel.forward(replace(packed(CAPTION)), x, torch.full((1,), 0.2)).log_prob.isfinite().all()
+    assert parts.pretzel.forward(packed(CAPTION), x, torch.full((1,), 0.2)).log_prob.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"checkpoint_activations": "all"}, {"shard": ShardConfig(mode="fsdp", frozen="sharded")}, {}],
+    ids=["recomputed", "sharded", "neither"],
+)
+def test_layers_that_are_recomputed_or_sharded_run_once_for_each_batch(monkeypatch, changes):
+    monkeypatch.setattr(module, "states_in_two_passes", never)
+    parts = tiny_parts(STAGES)
+    parts.requires_grad_(False)
+    stage = StageConfig(name="joint", steps=1, batch=2, mix=MixConfig(understand=0, draw=1, edit=0, story=0), **changes)
+    task = JointTask(parts, stage, 0)
+    task.trained.requires_grad_(True)
+    with nullcontext() if changes else pytest.raises(AssertionError, match="two passes"):
+        task.loss(task.draw(range(2)), torch.Generator().manual_seed(0))

@@ -23,7 +23,7 @@ from starflow2.errors import ConfigError
 from starflow2.nn import StackConfig
 from starflow2.parts import ModelConfig, Parts, build
 from starflow2.stages import RunConfig, StageConfig
-from starflow2.train import _is_hidden_matrix
+from starflow2.train import is_hidden_matrix
 
 __all__ = ["SCHEMES", "Hardware", "Scheme", "Shape", "Sizes", "Work", "flops", "plan", "table", "works"]
 
@@ -255,7 +255,7 @@ def state_bytes(sizes: Sizes, stage: StageConfig, scheme: Scheme) -> dict[str, i
     """
     named = dict(sizes.trained(stage.name).named_parameters())
     count = sum(p.numel() for p in named.values())
-    single = sum(p.numel() for n, p in named.items() if stage.optim.matrix_lr and _is_hidden_matrix(n, p))
+    single = sum(p.numel() for n, p in named.items() if stage.optim.matrix_lr and is_hidden_matrix(n, p))
     kept = sizes.trained(stage.name).state_dict().values()
     return {
         "parameters": count * scheme.parameters,

@@ -202,6 +202,7 @@ class Pretzel:
     def __init__(self, vlm: LanguageStream, flow: Flow, joints: Joints) -> None:
         self.vlm, self.flow, self.joints = vlm, flow, joints
         self.skips: frozenset[Skip] = ALL_SKIPS
+        self.reads_apart = True  # what stands before pictures, where that saves work (`prefix`)
         self.trace: list[tuple[str, Tensor, Tensor]] | None = None
 
     def new_cache(self) -> PretzelCache:
@@ -246,7 +247,8 @@ class Pretzel:
     def _language(self, slots: Slots, embeds: tuple[Tensor, Tensor], cache: PretzelCache | None) -> Tensor:
         """The language model's states (B, T, E); embeds: words alone, and with latents in their places."""
         words, whole = embeds
-        if cache is None and slots.latent is not None and whole.requires_grad and not words.requires_grad:
+        trains = whole.requires_grad and not words.requires_grad
+        if cache is None and slots.latent is not None and trains and self.reads_apart:
             is_latent = torch.zeros_like(slots.ids, dtype=torch.bool)
             is_latent[slots.latent.row, slots.latent.at] = True
             first = before_pictures(is_latent, slots.attend)

@@ -240,7 +240,15 @@ def paper() -> RunConfig:
     return RunConfig(
         model=paper_model(),
         stages=(
-            StageConfig(name="fae", steps=1_000_000, batch=512, optim=_adamw(1e-4, 1000), save_every=2000),
+            StageConfig(
+                name="fae",
+                steps=1_000_000,
+                batch=512,
+                optim=_adamw(1e-4, 1000),
+                perceptual=0.5,
+                adversarial=0.1,
+                save_every=2000,
+            ),
             StageConfig(name="t2i", steps=781_250, batch=1024, optim=_adamw(1e-4), save_every=2000),
             StageConfig(name="adapter", steps=195_312, batch=1024, optim=_adamw(1e-4), distill=0.1, save_every=2000),
             StageConfig(

@@ -411,6 +411,9 @@ class JointTask:
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
         self.parts, self.stage, self.pretzel = parts, stage, parts.pretzel
+        # layers that all processes gather at once, or that run again in the backward pass, run once for each batch
+        is_sharded = stage.shard.mode != "none" and stage.shard.frozen == "sharded"
+        self.pretzel.reads_apart = not is_sharded and stage.checkpoint_activations != "all"
         self.draw: Callable[[range], Any] = Documents.of(parts, partial(joint_dialogue, stage, seed))
         self.trained = parts.joined
 

@@ -37,7 +37,7 @@ from starflow2.parts import ModelConfig, Parts
 from starflow2.stages import TASKS, OptimConfig, Precision, RunConfig, StageConfig, Task
 from starflow2.trainstate import State, store_for
 
-__all__ = ["StepReport", "fit", "fit_task", "try_step"]
+__all__ = ["StepReport", "fit", "fit_task", "is_hidden_matrix", "try_step"]
 
 TALKING = ("vlm", "adapter", "joint")  # stages that train on words beside captions
 
@@ -223,7 +223,7 @@ def _check_same(saved: ModelConfig, wanted: ModelConfig) -> None:
 def _new_state(task: Task, stage: StageConfig, group: Group) -> State:
     named = {k: p for k, p in task.trained.named_parameters() if p.requires_grad}
     o = stage.optim
-    matrices = {k: p for k, p in named.items() if o.matrix_lr and _is_hidden_matrix(k, p)}
+    matrices = {k: p for k, p in named.items() if o.matrix_lr and is_hidden_matrix(k, p)}
     rest = [p for k, p in named.items() if k not in matrices]
     optimizers = [adam(rest, o)]
     if matrices:
@@ -255,7 +255,8 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"] = rate
 
 
-def _is_hidden_matrix(name: str, p: Tensor) -> bool:
+def is_hidden_matrix(name: str, p: Tensor) -> bool:
+    """Whether Muon moves this weight: matrices inside layers, not those at the ends of a network."""
     outside = ("embed", "head", "proj_in", "position", "context_in", "noise", "patch")
     return p.ndim == 2 and not any(word in name for word in outside)
 
