@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("losses", "generate", "understand", "checkpoint", "prompts", "mot"),
     ("stages", "decode", "lora"),
     ("session", "batch", "parallel"),
-    ("scoring", "trainstate"),
+    ("scoring", "trainstate", "feed"),
     ("model", "train", "evals", "analysis"),
     ("recipes", "finetune", "rehearsal"),
     ("demo_talk",),

@@ -73,6 +73,14 @@ class Group:
             dist.broadcast_object_list(choices, 0)
         return choices[0]
 
+    def gathered(self, value: object) -> list[object]:
+        """What every process has, by rank."""
+        values: list[object] = [value]
+        if self.world > 1:
+            values *= self.world
+            dist.all_gather_object(values, value)
+        return values
+
     # -- weights
 
     def place(self, task: Task, precision: str) -> None:

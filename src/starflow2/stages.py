@@ -22,7 +22,7 @@ from starflow2.data.stories import story_dialogue, story_task
 from starflow2.data.tasks import draw_task
 from starflow2.data.understanding import understanding_dialogue
 from starflow2.data.world import Scene, render, stream
-from starflow2.errors import ConfigError, nearest
+from starflow2.errors import ConfigError, DataError, nearest
 from starflow2.flow.noise import add_noise
 from starflow2.generate import drawing_context
 from starflow2.losses import (
@@ -40,6 +40,7 @@ from starflow2.sequence import IGNORE, Batch, Layout, length_groups, pack, with_
 
 __all__ = [
     "TASKS",
+    "CorpusConfig",
     "MixConfig",
     "OptimConfig",
     "Precision",
@@ -105,12 +106,23 @@ class ShardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Real corpora in place of the drawn world; rows x width positions are one microbatch of one process."""
+
+    mixture: str = ""  # file that lists weighted sources (`data.mix`), "" = the drawn world
+    rows: int = 8
+    width: int = 1024  # positions of a row; longer documents are counted as broken
+    workers: int = 0  # processes that read ahead
+    broken: str = ""  # file that lists broken samples, "" = they are only counted
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One stage: how long, how much, how fast."""
 
     name: StageName
     steps: int
-    batch: int  # documents per step
+    batch: int  # documents per step; of real corpora as many as fit
     optim: OptimConfig = field(default_factory=OptimConfig)
     save_every: int = 200  # steps between checkpoints
     log_every: int = 10  # steps between metric lines
@@ -126,6 +138,7 @@ class StageConfig:
     # whose layers forget their activations and compute them again in the backward pass
     checkpoint_activations: Literal["none", "trained", "all"] = "none"
     shard: ShardConfig = field(default_factory=ShardConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,14 +187,29 @@ class Task(Protocol):
 
     def counts(self, data: Any) -> dict[str, int]: ...
 
+    def taken(self, images: Tensor, batch: Batch) -> Any:
+        """Packed documents of real corpora with their pictures (P, 3, s, s), in the form of `draw`'s items."""
+
     def loss(self, data: Any, generator: torch.Generator, share: Share = WHOLE) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
-class _Even:
-    """A task whose loss is a mean over documents."""
+class _Packed:
+    """A task that takes packed documents as they are."""
+
+    def taken(self, images: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
+        return images, batch
+
+
+class _Pictures:
+    """A task that takes pictures alone; its loss is a mean over them."""
 
     def counts(self, data: Any) -> dict[str, int]:
-        return {}
+        return {"pictures": len(data)}
+
+    def taken(self, images: Tensor, batch: Batch) -> Tensor:
+        if not len(images):
+            raise DataError("a batch of the mixture holds no picture; give this stage sources with pictures.")
+        return images
 
 
 def to_images(scenes: list[Scene]) -> Tensor:
@@ -237,7 +265,7 @@ class Documents:
         return images, pack([self.tokenizer.document(d.turns) for d in dialogues], self.layout)
 
 
-class FeaturesTask(_Even):
+class FeaturesTask(_Pictures):
     """Masked-picture training of the DINOv2 that nano freezes afterwards."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
@@ -256,10 +284,10 @@ class FeaturesTask(_Even):
         hidden = torch.rand(len(images), rows * cols, generator=generator) < rate
         feats = self.parts.features.features(images, hidden.to(images.device))
         loss = masked_picture_loss(feats, self.head, images, self.parts.cfg.features.patch_size)
-        return loss, {}
+        return share.of("pictures", loss), {}
 
 
-class FaeTask(_Even):
+class FaeTask(_Pictures):
     """Latents and decoders on frozen features."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
@@ -281,7 +309,7 @@ class FaeTask(_Even):
         extra |= self._seen(losses.drawn, images, feats)
         weights = {name: getattr(self.stage, name) for name in ("perceptual", "lpips", "adversarial")}
         added = sum(weight * extra[name] for name, weight in weights.items() if weight)
-        return losses.total + added + extra.get("judge", 0.0), extra
+        return share.of("pictures", losses.total + added + extra.get("judge", 0.0)), extra
 
     def _seen(self, drawn: Tensor, images: Tensor, feats: Tensor) -> dict[str, Tensor]:
         """The losses that look at pictures through another network, those that have a weight."""
@@ -313,7 +341,7 @@ def _lpips() -> nn.Module:
     return net
 
 
-class VlmTask:
+class VlmTask(_Packed):
     """Conversations about drawn pictures, seen through the model's own vision tower, and about words."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
@@ -332,7 +360,7 @@ class VlmTask:
         return share.of("text", _reading_loss(self.parts, self.parts.vlm.see(images), batch)), {}
 
 
-class T2iTask(_Even):
+class T2iTask:
     """Paper stage 1: the flow's exact NLL given the frozen VLM's states of the caption."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
@@ -351,6 +379,21 @@ class T2iTask(_Even):
         contexts = [drawing_context(self.parts, rows[i : i + batch]) for i in range(0, prompts, batch)]
         self.parts.flow.deep.whiten_context(torch.cat([c.states[c.attend] for c in contexts]))
 
+    def counts(self, data: tuple[Tensor, list[list[int]]]) -> dict[str, int]:
+        return {"pictures": len(data[0])}
+
+    def taken(self, images: Tensor, batch: Batch) -> tuple[Tensor, list[list[int]]]:
+        """Every drawn picture with the words in front of it. Raises DataError where that is more than words."""
+        pictures = batch.pictures
+        alone = pictures.is_target & (pictures.previous < 0)
+        if not len(images) or not bool(alone.all()):
+            raise DataError("stage t2i takes words with one drawn picture; leave other sources to stage joint.")
+        rows = []
+        for row, begin in zip(pictures.row.tolist(), pictures.begin.tolist(), strict=True):
+            own = batch.document[row, : begin + 1] == batch.document[row, begin]
+            rows.append(batch.ids[row, : begin + 1][own].tolist())
+        return images, rows
+
     def loss(
         self, data: tuple[Tensor, list[list[int]]], generator: torch.Generator, share: Share = WHOLE
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -367,10 +410,10 @@ class T2iTask(_Even):
             terms = ngp_loss(self.parts.flow, latents[group], context, generator)
             part = len(group) / len(rows)
             loss, nats = loss + part * terms[0], nats + part * terms[1]
-        return loss, {"nats_per_dim": nats}
+        return share.of("pictures", loss), {"nats_per_dim": nats}
 
 
-class AdapterTask:
+class AdapterTask(_Packed):
     """Paper stage 2: answers about pictures that the language model sees through the adapter; nothing else trains."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
@@ -406,7 +449,7 @@ class AdapterTask:
         return loss + self.stage.distill * far, {"distance": far}
 
 
-class JointTask:
+class JointTask(_Packed):
     """Paper stage 3: everything at once, with the skips open; the language model and the FAE stay frozen."""
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:

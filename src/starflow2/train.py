@@ -13,9 +13,7 @@ import json
 import signal
 import time
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from starflow2.data.stories import story_dialogue, story_task, story_words
 from starflow2.data.tasks import draw_task
 from starflow2.data.understanding import understanding_dialogue, understanding_words
 from starflow2.errors import ConfigError, TrainingError
+from starflow2.feed import feed_for
 from starflow2.files import replacing
 from starflow2.parallel import Group, check_shares, checkpoint_layers
 from starflow2.parts import ModelConfig, Parts
@@ -93,10 +92,12 @@ def fit(
     if saved is not None:
         store.load(state, saved)
     how = _Step(run.seed, precision, device, group)
+    position = saved.get("feed", "") if saved is not None else ""
+    feed = feed_for(task, stage, group, step=state.step, saved=position, workers=workers)
     with (
         _Terminated() as stop,
         _Metrics(folder, stage_name, state.step) if group.is_first else contextlib.nullcontext() as metrics,
-        _Prefetch(task, stage, state.step, group, workers) as batches,
+        feed as batches,
     ):
         for data in batches:
             started = time.perf_counter()
@@ -107,7 +108,8 @@ def fit(
                 if report is not None:
                     report(line)
             if state.step % stage.save_every == 0 or done or stopping:
-                store.save(state, state.settings(stage, {"precision": precision, "seed": str(run.seed)}))
+                kept = {"precision": precision, "seed": str(run.seed), **feed.settings()}
+                store.save(state, state.settings(stage, kept))
                 if metrics is not None and evaluate is not None:
                     with _averaged(state):
                         metrics.extra(state.step, evaluate(parts, state.step))
@@ -143,7 +145,7 @@ def fit_task(
     how = _Step(seed, _pick_precision("auto", device), device, group)
     values: dict[str, float] = {}
     started = time.perf_counter()
-    with _Terminated() as stop, _Prefetch(task, stage, 0, group, workers) as batches:
+    with _Terminated() as stop, feed_for(task, stage, group, step=0, workers=workers) as batches:
         for data in batches:
             values, stopping = _step(state, task, stage, data, how, stop)
             if report is not None and (state.step % stage.log_every == 0 or state.step == stage.steps):
@@ -163,7 +165,7 @@ def try_step(task: Task, stage: StageConfig, run: RunConfig, group: Group, devic
     checkpoint_layers(task, stage)
     group.place(task, precision)
     state = _new_state(task, stage, group)
-    with _Terminated() as stop, _Prefetch(task, replace(stage, steps=1), 0, group, 0) as batches:
+    with _Terminated() as stop, feed_for(task, replace(stage, steps=1), group, step=0) as batches:
         return _step(state, task, stage, next(batches), _Step(run.seed, precision, device, group), stop)[0]
 
 
@@ -179,7 +181,9 @@ def _start_parts(run: RunConfig, stage: str, folder: Path, device: str) -> Parts
                 f"stage {stage} starts from stages that {folder}/model has not seen: "
                 f"{', '.join(missing)}; run --stage {missing[0]} first."
             )
-        if stage in TALKING and parts.lexicon:
+        if run.stage(stage).corpus.mixture:
+            parts.lexicon = frozenset()  # real text: any word may stand in it
+        elif stage in TALKING and parts.lexicon:
             parts.lexicon |= _all_words()
         return parts
     if stage != names[0]:
@@ -370,7 +374,7 @@ def _pick_precision(asked: Precision, device: str) -> str:
     return "bfloat16" if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else "float32"
 
 
-# -- metrics, data ahead of time ------------------------------------------------------------------------
+# -- metrics --------------------------------------------------------------------------------------------
 
 
 class _Metrics:
@@ -428,40 +432,6 @@ def _tensorboard(folder: Path) -> Any:
     except ImportError:
         return None
     return SummaryWriter(str(folder))
-
-
-class _Prefetch:
-    """Draws coming batches while the current one trains: one in a thread, or several in `workers` processes."""
-
-    def __init__(self, task: Task, stage: StageConfig, step: int, group: Group, workers: int) -> None:
-        self.draw, self.stage, self.step, self.group = task.draw, stage, step, group
-        self.ahead = 1 + 2 * workers
-        self.pool: Executor = ThreadPoolExecutor(1)
-        if workers:
-            self.pool = ProcessPoolExecutor(workers, torch.multiprocessing.get_context("spawn"))
-
-    def __enter__(self) -> Iterator[list[Any]]:
-        return self._batches()
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
-
-    def _ask(self, step: int) -> list[Future[Any]]:
-        """This process's shares of a step, one for each microbatch."""
-        count = self.stage.accumulate
-        share = self.stage.batch // (self.group.world * count)
-        first = step * self.stage.batch + self.group.rank * count * share
-        firsts = range(first, first + count * share, share)
-        return [self.pool.submit(self.draw, range(at, at + share)) for at in firsts]
-
-    def _batches(self) -> Iterator[list[Any]]:
-        coming: deque[list[Future[Any]]] = deque()
-        asked = self.step
-        for _ in range(self.step, self.stage.steps):
-            while len(coming) <= self.ahead and asked < self.stage.steps:
-                coming.append(self._ask(asked))
-                asked += 1
-            yield [share.result() for share in coming.popleft()]
 
 
 class _Terminated:

@@ -1,0 +1,104 @@
+"""Stages on a mixture of real corpora: every task takes it, a resumed run repeats the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from model_cases import STAGES, tiny_parts, tiny_run
+from starflow2.checkpoint import load_parts, save_parts
+from starflow2.data.tasks import draw_task
+from starflow2.errors import DataError, TrainingError
+from starflow2.images import to_pil
+from starflow2.sequence import Image, Text, pack
+from starflow2.stages import CorpusConfig, StageConfig, T2iTask, to_images
+from starflow2.train import StepReport, fit
+
+pytest.importorskip("torchdata", reason="real corpora need the extra train")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty captioned pictures in a folder, one of them broken, and a file that names it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(20):
+        drawing = draw_task(5, i)
+        to_pil(to_images([drawing.scene])[0]).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(f"{drawing.prompt}, zebra {i}")
+    (folder / "07.png").write_bytes(b"no picture")
+    file = folder.with_name("mixture.json")
+    file.write_text(json.dumps([{"corpus": "captions", "url": str(folder), "weight": 1.0}]))
+    return file
+
+
+def on(mixture: Path, stage: StageConfig, steps: int) -> StageConfig:
+    corpus = CorpusConfig(mixture=str(mixture), rows=2, width=200, broken=str(mixture.with_name("broken.jsonl")))
+    return replace(stage, steps=steps, corpus=corpus, distill=0.0)
+
+
+def trained(folder: Path, stage: str, mixture: Path, steps: int, dies_at: int = -1) -> list[float]:
+    """The losses in the metrics file of a run over all stages before `stage`; it may be killed at a step."""
+
+    def report(line: StepReport) -> None:
+        if line.step == dies_at:
+            raise KeyboardInterrupt
+
+    if not (folder / "model").is_dir():
+        save_parts(tiny_parts(STAGES[: STAGES.index(stage)]), folder / "model")
+    run = tiny_run(steps=steps)
+    run = replace(run, stages=tuple(on(mixture, s, steps) if s.name == stage else s for s in run.stages))
+    fit(run, stage, folder, report=report)
+    lines = (folder / f"metrics-{stage}.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("stage", ["t2i", "joint"])
+def test_a_resumed_run_on_a_mixture_repeats_the_uninterrupted_one(tmp_path, mixture, stage):
+    whole = trained(tmp_path / "whole", stage, mixture, 4)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "parts", stage, mixture, 4, dies_at=3)
+    assert trained(tmp_path / "parts", stage, mixture, 4) == whole and len(set(whole)) == 4
+
+
+@pytest.mark.parametrize("stage", ["features", "fae", "vlm", "adapter"])
+def test_every_other_stage_takes_a_mixture_too(tmp_path, mixture, stage):
+    folder = tmp_path / "run"
+    save_parts(tiny_parts(STAGES[: STAGES.index(stage)]), folder / "model")
+    assert all(loss > 0 for loss in trained(folder, stage, mixture, 2))
+
+
+def test_a_model_that_saw_real_text_refuses_no_word_and_broken_pictures_are_listed(tmp_path, mixture):
+    trained(tmp_path, "t2i", mixture, 4)
+    assert load_parts(tmp_path / "model").lexicon == frozenset()
+    listed = [json.loads(line) for line in mixture.with_name("broken.jsonl").read_text().splitlines()]
+    assert {line["key"].split("/")[-1].split(".")[0] for line in listed} == {"07"}
+
+
+def test_a_stream_goes_on_in_as_many_processes_only(tmp_path, mixture):
+    from starflow2.feed import feed_for
+    from starflow2.parallel import Group
+
+    parts = tiny_parts(STAGES[:3])
+    stage = on(mixture, StageConfig(name="t2i", steps=2, batch=4), 2)
+    feed = feed_for(T2iTask(parts, stage, 0), stage, Group(), step=0)
+    with feed as batches:
+        next(batches)
+        saved = feed.settings()["feed"]
+    with pytest.raises(TrainingError, match="1 processes"):
+        feed_for(T2iTask(parts, stage, 0), stage, Group(0, 2), step=1, saved=saved)
+
+
+def test_captions_come_out_of_packed_rows_as_they_went_in_and_pictures_before_pictures_are_refused():
+    parts = tiny_parts(STAGES[:3])
+    task, layout = T2iTask(parts, StageConfig(name="t2i", steps=1, batch=2), 0), parts.layout
+    words = [(20, 21), (30, 31, 32)]
+    batch = pack([[Text(w), Image(is_target=True), Text((3,))] for w in words], layout, 200)
+    _, rows = task.taken(torch.zeros(2, 3, 64, 64), batch)
+    assert rows == [[*w, layout.begin] for w in words] and len(batch.ids) == 1
+    edit = pack([[Image(), Text((20,)), Image(is_target=True)]], layout)
+    with pytest.raises(DataError, match="stage joint"):
+        task.taken(torch.zeros(2, 3, 64, 64), edit)
