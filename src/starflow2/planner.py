@@ -11,6 +11,7 @@ per layer and the rest computed again. Not counted: communication, data loading,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -374,8 +375,8 @@ def table(facts: dict[str, Any]) -> Group:
     for name in ("stage", "documents", "TFLOP each", "step", "days", "GPU hours"):
         times.add_column(name, justify="left" if name == "stage" else "right")
     parts = ("frozen", "parameters", "gradients", "optimizer", "average")
-    for name in ("stage", "scheme", *parts, "activations", "logits", "microbatch"):
-        memory.add_column(name, justify="left" if name in ("stage", "scheme") else "right")
+    memory.add_column("of stage")
+    columns: list[list[str]] = []
     for row in facts["stages"]:
         times.add_row(
             row["stage"],
@@ -387,10 +388,15 @@ def table(facts: dict[str, Any]) -> Group:
         )
         best = next((p for p in row["plans"] if p["fits"]), None)
         if best is None:
-            memory.add_row(row["stage"], "nothing fits")
+            columns.append(["nothing fits"])
             continue
         each = [best["microbatch"] * n for n in best["bytes_per_document"].values()]
         numbers = [f"{n / 1e9:.1f}" for n in (*(best["bytes"][p] for p in parts), *each)]
         scheme = best["scheme"] + (", recomputing" if best["recomputes"] else "")
-        memory.add_row(row["stage"], scheme, *numbers, str(best["microbatch"]))
+        columns.append([scheme, *numbers, str(best["microbatch"])])
+    for row in facts["stages"]:
+        memory.add_column(row["stage"], justify="right")
+    heads = ("scheme", *parts, "activations", "logits", "microbatch")
+    for head, cells in zip(heads, itertools.zip_longest(*columns, fillvalue=""), strict=False):
+        memory.add_row(head, *cells)
     return Group(times, memory)
