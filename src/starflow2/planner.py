@@ -12,7 +12,7 @@ per layer and the rest computed again. Not counted: communication, data loading,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from starflow2.errors import ConfigError
+from starflow2.losses import LOGITS_AT_ONCE
 from starflow2.nn import StackConfig
 from starflow2.parts import ModelConfig, Parts, build
 from starflow2.stages import RunConfig, StageConfig
@@ -307,9 +308,9 @@ def _kept(cfg: ModelConfig, part: str) -> list[_Layers]:
     return [_Layers(depth, 2 * width, 2 * (8 + 2 * ratio) * width) for depth, width, ratio in plain.get(part, [])]
 
 
-def logit_bytes(sizes: Sizes, shape: Shape) -> float:
-    """Bytes of one document's logits: bfloat16, their float32 copy, and its gradient."""
-    return shape.labels * sizes.cfg.vlm.vocab * (2.0 + 4 + 4)
+def logit_bytes(shapes: Iterable[Shape]) -> float:
+    """Bytes of the logits that exist at once, however many documents: bfloat16, a float32 copy, and its gradient."""
+    return LOGITS_AT_ONCE * (2.0 + 4 + 4) if any(shape.labels for shape in shapes) else 0.0
 
 
 # -- the plan -----------------------------------------------------------------------------------------------
@@ -350,15 +351,15 @@ def _fit(sizes: Sizes, stage: StageConfig, scheme: Scheme, hardware: Hardware, *
     state = {name: count / hardware.gpus for name, count in state_bytes(sizes, stage, scheme).items()}
     shapes = SHAPES[stage.name]
     kept = max(activation_bytes(sizes, stage.name, shape, recomputes=recomputes) for shape in shapes)
-    logits = max(logit_bytes(sizes, shape) for shape in shapes)
-    left = hardware.gpu_memory * GIB - RESERVED - frozen - sum(state.values())
+    fixed = {"frozen": frozen, **state, "logits": logit_bytes(shapes), "reserved": RESERVED}
+    left = hardware.gpu_memory * GIB - sum(fixed.values())
     share = max(1, stage.batch // hardware.gpus)
-    fits = int(max(0.0, left) // max(1.0, kept + logits))
+    fits = int(max(0.0, left) // max(1.0, kept))
     return {
         "scheme": scheme.name,
         "recomputes": recomputes,
-        "bytes": {"frozen": frozen, **state, "reserved": RESERVED},
-        "bytes_per_document": {"activations": kept, "logits": logits},
+        "bytes": fixed,
+        "bytes_per_document": {"activations": kept},
         "left": left,
         "microbatch": min(share, fits),
         "fits": fits > 0,
@@ -374,7 +375,7 @@ def table(facts: dict[str, Any]) -> Group:
     memory = Table(title="memory of one GPU in GB", title_justify="left")
     for name in ("stage", "documents", "TFLOP each", "step", "days", "GPU hours"):
         times.add_column(name, justify="left" if name == "stage" else "right")
-    parts = ("frozen", "parameters", "gradients", "optimizer", "average")
+    parts = ("frozen", "parameters", "gradients", "optimizer", "average", "logits")
     memory.add_column("of stage")
     columns: list[list[str]] = []
     for row in facts["stages"]:
@@ -396,7 +397,7 @@ def table(facts: dict[str, Any]) -> Group:
         columns.append([scheme, *numbers, str(best["microbatch"])])
     for row in facts["stages"]:
         memory.add_column(row["stage"], justify="right")
-    heads = ("scheme", *parts, "activations", "logits", "microbatch")
+    heads = ("scheme", *parts, "activations", "microbatch")
     for head, cells in zip(heads, itertools.zip_longest(*columns, fillvalue=""), strict=False):
         memory.add_row(head, *cells)
     return Group(times, memory)
