@@ -287,7 +287,10 @@ def test_help_of_a_stage_lists_its_settings(capsys):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["nanno"], "no recipe 'nanno'; expected nano or module:function. Did you mean \"nano\"?"),
+        (
+            ["nanno"],
+            "no recipe 'nanno'; expected nano, mini, paper, paper-siglip or module:function. Did you mean \"nano\"?",
+        ),
         (["no_such_module:recipe"], "cannot use 'no_such_module:recipe' as a recipe: No module named"),
         (["json:dumps"], "as a recipe: missing a required argument"),
         (["os:getcwd"], "gave str; expected a function that returns RunConfig"),
