@@ -89,6 +89,7 @@ def nano_model() -> ModelConfig:
             noise=NoiseConfig(noise_min=0.01, noise_max=0.5, max_share=0.8),
         ),
         joints=JointsConfig(adapter_width=192, adapter_stencil=True, reference=True, words=True),
+        prior_scale=0.57,
     )
 
 
