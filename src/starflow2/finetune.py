@@ -43,7 +43,7 @@ _ALBUM_STREAM = 31
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """How long, how much, how fast, and how large an adapter. About ten minutes on two CPU cores with nano."""
+    """How long, how much, how fast, and how large an adapter. Time and gain with nano: open (scripts/teach_word.py)."""
 
     steps: int = 400
     batch: int = 32  # pictures per step
