@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from starflow2.nn import attention_mask
 from starflow2.protocols import LanguageStream
 
 __all__ = ["before_pictures", "states_in_two_passes"]
@@ -35,8 +34,8 @@ def states_in_two_passes(
     """
     words, whole = embeds
     if attend is None:
-        (attend,) = (m.squeeze(1) for m in (attention_mask(whole, 0, None),) if m is not None)
-        attend = attend.expand(len(whole), -1, -1)
+        count = whole.shape[1]
+        attend = torch.ones(count, count, dtype=torch.bool, device=whole.device).tril().expand(len(whole), -1, -1)
     (early, is_early), (late, is_late) = _places(first), _places(~first)
     cache = vlm.new_cache()
     before = vlm.states(_take(words, early), _mrope(mrope, early), cache, _mask(attend, early, early, is_early))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from starflow2.backbones import ChatTokenizer
-from starflow2.data.dialogue import Dialogue, Turn
+from starflow2.data.dialogue import Dialogue, Turn, pictures
 from starflow2.data.edits import edit_chain_dialogue, edit_dialogue, edit_task
 from starflow2.data.stories import story_dialogue, story_task
 from starflow2.data.tasks import draw_task
@@ -510,13 +510,11 @@ def dropped(dialogue: Dialogue, rng: np.random.Generator, share: float) -> Dialo
 
     That is what guidance calls the unconditional branch (docs/choices.md#guidance).
     """
-    drawn = any(isinstance(p, Scene) for turn in dialogue.turns for p in turn.told)
+    drawn = any(pictures(turn.told) for turn in dialogue.turns)
     if not drawn or rng.random() >= share:
         return dialogue
     shows = rng.random() < 0.5
-    turns = tuple(
-        Turn(tuple(p for p in turn.asked if shows and isinstance(p, Scene)), turn.told) for turn in dialogue.turns
-    )
+    turns = tuple(Turn(pictures(turn.asked) if shows else (), turn.told) for turn in dialogue.turns)
     return Dialogue(turns, dialogue.kind)
 
 

@@ -5,13 +5,21 @@ The one type that every task yields; `sequence` knows how a model reads it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from starflow2.data.world import Scene
 
-__all__ = ["Dialogue", "Part", "Turn"]
+__all__ = ["Dialogue", "Part", "Turn", "pictures"]
 
 Part = str | Scene
+P = TypeVar("P")
+
+
+def pictures(parts: Iterable[P]) -> tuple[P, ...]:
+    """The parts of a turn that are no words, drawn scenes or photos."""
+    return tuple(part for part in parts if not isinstance(part, str))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from starflow2.config import from_dict, read_json
-from starflow2.data.corpora import Broken, Conversation, Corpus, Exchange, Photo, decode, understand
+from starflow2.data.corpora import Broken, Conversation, Corpus, Exchange, decode, understand
+from starflow2.data.dialogue import pictures
 from starflow2.data.shards import Format, Sample, Samples, Share, needs
 from starflow2.errors import ConfigError, DataError
 from starflow2.files import check_writable
@@ -138,13 +139,10 @@ def dropped(conversation: Conversation, rng: np.random.Generator, share: float) 
     As stages.dropped does with drawn scenes: guidance needs the unconditional branch.
     """
     chance, shows = rng.random(2)
-    drawn = any(isinstance(part, Photo) for turn in conversation.turns for part in turn.told)
+    drawn = any(pictures(turn.told) for turn in conversation.turns)
     if not drawn or chance >= share:
         return conversation
-    turns = tuple(
-        Exchange(tuple(p for p in turn.asked if shows < 0.5 and isinstance(p, Photo)), turn.told)
-        for turn in conversation.turns
-    )
+    turns = tuple(Exchange(pictures(turn.asked) if shows < 0.5 else (), turn.told) for turn in conversation.turns)
     return Conversation(turns, conversation.kind)
 
 
