@@ -492,8 +492,8 @@ def _drawing(seed: int, index: int) -> Dialogue:
 
 
 def _edit(seed: int, index: int) -> Dialogue:
-    """Single edits, and every fourth time a chain of them."""
-    return edit_chain_dialogue(seed, index) if index % 4 == 0 else edit_dialogue(edit_task(seed, index))
+    """Single edits and chains of them in turn; a chain tells more about each picture that it shows."""
+    return edit_chain_dialogue(seed, index) if index % 2 == 0 else edit_dialogue(edit_task(seed, index))
 
 
 _JOINT_STREAM = 21

@@ -80,11 +80,11 @@ __all__ = [
 FAMILIES: Final = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 T2I_MIX: Final[Mapping[str, float]] = MappingProxyType(
     {
-        "single_object": 0.08,
-        "two_object": 0.16,
-        "counting": 0.15,
-        "colors": 0.14,  # short captions that say most about the picture teach the words fastest
-        "position": 0.23,  # which word belongs to what is learnt last
+        "single_object": 0.06,
+        "two_object": 0.28,
+        "counting": 0.14,
+        "colors": 0.10,  # short captions that say most about the picture teach the words fastest
+        "position": 0.18,  # which word belongs to what is learnt last
         "color_attr": 0.22,
         "dense": 0.02,
     }
