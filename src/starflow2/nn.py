@@ -121,10 +121,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None) -> Tensor:
     """Softmax attention; q, k, v: (B, H, T, K), attend: (B, 1, Tq, Tk) bool, True = may, or None.
 
-    Written out on CPU, where it trains about three times faster than the fused kernel
-    (docs/LOG.md#attention); the fused kernel elsewhere.
+    Written out in bfloat16 on CPU, where the fused kernel trains three times slower (docs/LOG.md#attention).
     """
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, Tq, Tk)
     if attend is not None:
