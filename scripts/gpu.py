@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shutil
 import signal
 import sys
 import tarfile
@@ -27,7 +28,7 @@ from typing import get_args
 
 import torch
 
-from starflow2.compare import CompareConfig, compare, write
+from starflow2.compare import CompareConfig, compare, load, write
 from starflow2.decode import Sampler
 from starflow2.errors import TrainingError
 from starflow2.evals.report import write_json
@@ -39,6 +40,7 @@ from starflow2.stages import RunConfig
 from starflow2.train import StepReport, fit
 
 RUN = Path("runs/gpu")
+BEFORE_JOINT = Path("runs/gpu-before-joint")  # what the comparisons start from
 PIECE = 15 * 2**20  # bytes of one file that comes back
 
 
@@ -59,6 +61,8 @@ def train(limit: float, scale: int, device: str) -> None:
         done = RUN / f"{stage.name}.done"
         if done.is_file():
             continue
+        if stage.name == "joint" and not BEFORE_JOINT.exists():
+            shutil.copytree(RUN / "model", BEFORE_JOINT)
         print(f"{stage.name}: {stage.steps} steps of {stage.batch}", flush=True)
         try:
             fit(run, stage.name, RUN, device=device, report=_tell, workers=max(1, (os.cpu_count() or 2) - 2))
@@ -122,10 +126,12 @@ def suites(out: Path, device: str) -> None:
 
 def comparisons(out: Path, device: str) -> None:
     """compare.json and compare.md: arms on equal budgets from the frozen parts that are there."""
-    config = CompareConfig(steps=1500, batch=128, adapter_steps=300)
+    config, done = CompareConfig(steps=1500, batch=128), load(CompareConfig(steps=1500, batch=128), out)
     workers = max(1, (os.cpu_count() or 2) - 2)
-    rows = compare(RUN / "model", config, device=device, workers=workers, progress=lambda t: print(t, flush=True))
-    write(rows, config, out)
+    rows = []
+    for row in compare(BEFORE_JOINT, config, done=done, device=device, workers=workers, progress=print):
+        rows.append(row)
+        write(rows, config, out)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from starflow2.errors import DataError
 
 
 def arm(low: float, mean: float, high: float) -> dict[str, object]:
-    return {"geneval": {"mean": mean, "low": low, "high": high}, "mme": {"mean": mean, "low": low, "high": high}}
+    return {name: {"mean": mean, "low": low, "high": high} for name in ("geneval", "mme", "flow", "text")}
 
 
 def suite(ours: float, own: float, name: str) -> dict[str, object]:
@@ -30,8 +30,9 @@ RESULTS = {
             "stage 1": arm(0.2, 0.25, 0.3),
             "stage 3": arm(0.35, 0.4, 0.45),
             "stage 3, skips closed": arm(0.3, 0.36, 0.4),
-            "mot frozen": arm(0.5, 0.6, 0.7),
-            "mot finetuned": arm(0.1, 0.2, 0.3),
+            "fresh": arm(0.6, 0.8, 0.9),
+            "mot frozen": arm(0.3, 0.4, 0.5),
+            "mot finetuned": arm(0.1, 0.15, 0.2),
         }
     },
     "turns": {"turns": [{"slower_to_start": 1.0}] * 3 + [{"slower_to_start": 3.2}]},

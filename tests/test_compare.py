@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from model_cases import tiny_parts
+from model_cases import STAGES, tiny_parts
 from starflow2 import compare
-from starflow2.checkpoint import save_parts
-from starflow2.compare import CompareConfig, summary, write
-from starflow2.errors import ConfigError
+from starflow2.checkpoint import load_parts, save_parts
+from starflow2.compare import CompareConfig, load, summary, write
+from starflow2.errors import CheckpointError, ConfigError
 from starflow2.parts import Parts
 
-CONFIG = CompareConfig(steps=2, batch=4, adapter_steps=1, seeds=(0, 1))
+CONFIG = CompareConfig(steps=2, batch=4, seeds=(0, 1), unseen=4)
+READY = ("features", "fae", "vlm", "t2i", "adapter")
 
 
 @pytest.fixture
@@ -24,39 +27,75 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Parts, bool]]:
 
     def scores(parts: Parts, *, closed: bool, config: CompareConfig) -> dict[str, float]:
         found.append((parts, closed))
-        return {"geneval": float(len(found)), "mme": 300.0}
+        return {"geneval": float(len(found)), "mme": 300.0, "flow": 0.5, "text": 2.0}
 
     monkeypatch.setattr(compare, "_scores", scores)
     return found
 
 
+def kept(tmp_path: Path) -> Path:
+    """The folder of a model before stage 3."""
+    save_parts(tiny_parts(READY), tmp_path / "model")
+    return tmp_path / "model"
+
+
 def test_arms_start_alike_and_change_nothing_that_is_frozen(tmp_path, seen):
-    save_parts(tiny_parts(("features", "fae", "vlm")), tmp_path / "model")
-    original = tiny_parts()
     arms = ("stage 1", "stage 3", "stage 3, skips closed", "closed in use")
-    rows = compare.compare(tmp_path / "model", CONFIG, arms=arms)
+    rows = list(compare.compare(kept(tmp_path), CONFIG, arms=arms))
+    original = tiny_parts()
     assert [row["arm"] for row in rows] == 2 * ["stage 1", "stage 3", "closed in use", "stage 3, skips closed"]
     assert [closed for _, closed in seen] == 2 * [True, False, True, True]
     for parts, _ in seen:
         for name, value in original.vlm.state_dict().items():
             assert torch.equal(value, parts.vlm.state_dict()[name]), name
-    closed = seen[3][0].joints
-    assert not closed.visual_skip.weight.any() and not closed.text_skip.weight.any(), "a closed skip learns nothing"
-    assert seen[1][0].joints.visual_skip.weight.any()
+    before, skips = original.joints, ("visual_skip", "text_skip")
+    first, opened, _, shut = (parts.joints for parts, _ in seen[:4])
+    for name, value in before.state_dict().items():
+        assert torch.equal(first.state_dict()[name], value), f"stage 1 trains {name}"
+    for name in skips:
+        was, is_open, is_shut = (getattr(joints, name).weight for joints in (before, opened, shut))
+        assert torch.equal(was, is_shut) and not torch.equal(was, is_open), name
     table = write(rows, CONFIG, tmp_path / "out").read_text()
     assert "| stage 3 |" in table and "2 steps of 4 documents" in table
     told = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert told["summary"] == summary(rows) and told["summary"]["stage 1"]["geneval"]["high"] == 5.0
 
 
-def test_mixtures_of_transformers_are_arms_too(tmp_path, seen):
-    save_parts(tiny_parts(("features", "fae", "vlm")), tmp_path / "model")
-    one_seed = CompareConfig(steps=1, batch=2, seeds=(0,))
-    rows = compare.compare(tmp_path / "model", one_seed, arms=("stage 3", "mot frozen", "mot finetuned"))
+def test_a_comparison_goes_on_where_it_stopped(tmp_path, seen):
+    folder = kept(tmp_path)
+    rows = list(compare.compare(folder, CONFIG, arms=("stage 1", "stage 3", "closed in use")))
+    write(rows[:4], CONFIG, tmp_path)  # stopped between seed 1's first arm and the rest
+    assert load(CONFIG, tmp_path) == rows[:4] and load(replace(CONFIG, steps=3), tmp_path) == []
+    seen.clear()
+    again = compare.compare(folder, CONFIG, arms=("stage 1", "stage 3", "closed in use"), done=rows[:4])
+    assert [(r["arm"], r["seed"]) for r in again] == [(r["arm"], r["seed"]) for r in rows]
+    assert len(seen) == 2, "stage 3 of seed 1, open and closed"
+
+
+def test_mixtures_of_transformers_start_afresh_beside_a_fresh_pretzel(tmp_path, seen):
+    one_seed = replace(CONFIG, steps=1, batch=2, seeds=(0,))
+    rows = list(compare.compare(kept(tmp_path), one_seed, arms=("fresh", "mot frozen", "mot finetuned")))
     pretzel, frozen, finetuned = (row["trained"] for row in rows)
     assert abs(frozen / pretzel - 1) < 0.05 and finetuned > frozen
+    trained = load_parts(tmp_path / "model").flow.state_dict()
+    fresh = seen[0][0].flow.state_dict()
+    assert any(not torch.allclose(fresh[name], value, atol=0.1) for name, value in trained.items())
+
+
+def test_losses_on_unseen_documents_are_the_same_each_time_and_see_closed_skips():
+    parts = tiny_parts(STAGES)
+    open_, again, closed = (compare._losses(parts, closed=c, count=4, batch=4) for c in (False, False, True))
+    assert open_ == again and set(open_) == {"flow", "text"}
+    assert abs(open_["flow"] - closed["flow"]) > 1e-4 and abs(open_["text"] - closed["text"]) > 1e-4
+
+
+@pytest.mark.parametrize("stages", [("features", "fae", "vlm"), (*READY, "joint")])
+def test_a_model_from_before_stage_2_or_from_after_stage_3_is_refused(tmp_path, stages):
+    save_parts(tiny_parts(stages), tmp_path / "model")
+    with pytest.raises(CheckpointError, match="needs a model of stages 1 and 2"):
+        next(compare.compare(tmp_path / "model", CONFIG))
 
 
 def test_an_unknown_arm_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="stage 4"):
-        compare.compare(tmp_path, CONFIG, arms=("stage 4",))
+        next(compare.compare(tmp_path, CONFIG, arms=("stage 4",)))

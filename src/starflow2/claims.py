@@ -95,7 +95,8 @@ def _finetuned_forgets(results: Results) -> Finding:
 
 
 def _beats_frozen_mot(results: Results) -> Finding:
-    return _apart(*_arms(results, "stage 3", "mot frozen", "geneval", 3))
+    worse, better, told = _arms(results, "mot frozen", "fresh", "flow", 4)
+    return _apart(worse, better, f"loss on unseen drawings: {told}")
 
 
 def _ratios(results: Results) -> Finding:

@@ -1,15 +1,18 @@
 """The paper's comparisons, each arm on equal data, steps and seeds: skips, stage 3, and a mixture of transformers.
 
-Every arm starts from the same frozen language model and FAE with a flow of its own that knows nothing yet, so that
-none profits from what another was trained on. Scores are of a quick share of the suites: small on purpose, for
-several seeds. Not here: the figures of the shipped model (evals), plots (analysis).
+Table 4 in two steps: "stage 1" goes on with pictures from words alone, "stage 3, skips closed" adds the other data,
+"stage 3" opens the skips; all go on from the same model of stages 1 and 2. A mixture of transformers has no weights in
+common with that flow, so section 5.3 starts afresh: "fresh", "mot frozen" and "mot finetuned" have the same frozen
+language model and FAE, as many new parameters, and the same documents. Scores are of a quick share of the suites, small
+on purpose, for several seeds, and of losses on documents that nobody was trained on, which tell arms apart long before
+they draw well. Not here: the figures of the shipped model (evals), plots (analysis).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,7 +20,7 @@ import numpy as np
 import torch
 
 from starflow2.checkpoint import load_parts
-from starflow2.errors import ConfigError, nearest
+from starflow2.errors import CheckpointError, ConfigError, nearest
 from starflow2.evals.answering import evaluate_mme
 from starflow2.evals.drawing import evaluate_geneval
 from starflow2.evals.world import to_bytes, to_floats
@@ -25,14 +28,17 @@ from starflow2.files import replacing
 from starflow2.model import StarFlow2
 from starflow2.mot import MotParts
 from starflow2.parts import Parts
-from starflow2.stages import AdapterTask, JointTask, MixConfig, OptimConfig, StageConfig, T2iTask
+from starflow2.stages import AdapterTask, JointTask, MixConfig, OptimConfig, StageConfig, T2iTask, Task
 from starflow2.train import fit_task
 
-__all__ = ["ARMS", "Arm", "CompareConfig", "compare", "summary", "write"]
+__all__ = ["ARMS", "Arm", "CompareConfig", "compare", "load", "summary", "write"]
 
-Arm = Literal["stage 1", "stage 3", "stage 3, skips closed", "closed in use", "mot frozen", "mot finetuned"]
+Arm = Literal["stage 1", "stage 3", "stage 3, skips closed", "closed in use", "fresh", "mot frozen", "mot finetuned"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
-DONE = ("features", "fae", "vlm", "t2i", "adapter", "joint")
+AFRESH = ("fresh", "mot frozen", "mot finetuned")
+NEEDED = ("features", "fae", "vlm", "t2i", "adapter")
+UNSEEN_SEED = 77_000  # of the documents whose losses are reported
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +47,16 @@ class CompareConfig:
 
     steps: int = 300
     batch: int = 32
-    adapter_steps: int = 100  # of stage 2 in front of the Pretzel's stage 3
     seeds: tuple[int, ...] = (0, 1, 2)
+    lr: float = 2e-3
+    matrix_lr: float = 3e-3
     mix: MixConfig = field(default_factory=lambda: MixConfig(understand=0.3, draw=0.7, edit=0.0, story=0.0))
+    unseen: int = 128  # documents of each kind whose loss is reported
     quick: bool = True
 
-    def stage(self, name: Literal["t2i", "adapter", "joint"], steps: int) -> StageConfig:
-        optim = OptimConfig(warmup_steps=min(60, steps))
-        return StageConfig(name=name, steps=steps, batch=self.batch, optim=optim, mix=self.mix)
+    def stage(self, name: Literal["t2i", "adapter", "joint"]) -> StageConfig:
+        optim = OptimConfig(lr=self.lr, matrix_lr=self.matrix_lr, warmup_steps=min(60, self.steps))
+        return StageConfig(name=name, steps=self.steps, batch=self.batch, optim=optim, mix=self.mix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +67,32 @@ class _Workplace:
     device: str
     workers: int
 
-    def fresh(self, seed: int) -> Parts:
-        """The frozen parts of the model with a flow and joints that were never trained."""
+    def start(self, arm: Arm, config: CompareConfig, seed: int) -> Parts:
+        """What an arm begins with. Raises CheckpointError for a model without stages 1 and 2."""
         parts = load_parts(self.folder, self.device)
+        missing = [stage for stage in NEEDED if stage not in parts.stages]
+        if missing or "joint" in parts.stages:
+            raise CheckpointError(
+                f"{self.folder} has finished {', '.join(parts.stages)}; the comparison needs a model of stages 1 and 2 "
+                f"({', '.join(NEEDED)}) from before stage 3."
+            )
+        if arm not in AFRESH:
+            return parts.requires_grad_(False)
+        self._forget(parts, seed)
+        if arm != "fresh":
+            return MotParts(parts, "frozen" if arm == "mot frozen" else "finetuned", seed)
+        for prepare in (T2iTask, AdapterTask):  # both set a scale when they meet weights that are new
+            prepare(parts, config.stage("t2i"), seed)
+        return parts.requires_grad_(False)
+
+    def _forget(self, parts: Parts, seed: int) -> None:
+        """Flow and joints as if they had never been trained."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             new = Parts(parts.cfg)
         parts.flow.load_state_dict(new.flow.state_dict())
         parts.joints.load_state_dict(new.joints.state_dict())
         parts.stages = ("features", "fae", "vlm")
-        return parts.requires_grad_(False)
 
 
 def compare(
@@ -76,58 +100,55 @@ def compare(
     config: CompareConfig,
     *,
     arms: Iterable[str] = ARMS,
+    done: Iterable[Row] = (),
     device: str = "cpu",
     workers: int = 0,
     progress: Callable[[str], None] | None = None,
-) -> list[dict[str, Any]]:
-    """One row per arm and seed: arm, seed, trained parameters, geneval (ID, lenient), mme (ID, of 1,200).
+) -> Iterator[Row]:
+    """One row per arm and seed, as they come; those in `done` are handed on instead of being trained again.
 
-    folder: a model that has finished features, fae and vlm. "closed in use" is "stage 3" with the skips closed after
-    training. Raises ConfigError for an unknown arm.
+    A row: arm, seed, trained parameters, geneval (ID, lenient), mme (ID, of 1,200), flow and text (losses on unseen
+    documents: weighted nats per dim without the constant, nats per reply). folder: a model that has finished stages 1
+    and 2. "closed in use" is "stage 3" with the skips closed after training. Raises ConfigError for an unknown arm.
     """
     arms = list(arms)
     for arm in arms:
         if arm not in ARMS:
             raise ConfigError(f"there is no arm {arm!r}; expected some of {', '.join(ARMS)}.{nearest(arm, ARMS)}")
     place = _Workplace(Path(folder), device, workers)
-    rows: list[dict[str, Any]] = []
+    known = {(row["arm"], row["seed"]): row for row in done}
     for seed in config.seeds:
-        for arm in (a for a in arms if a != "closed in use"):
+        for arm in (a for a in ARMS if a in arms and a != "closed in use"):
+            wanted = [a for a in (arm, "closed in use") if a == arm or (arm == "stage 3" and a in arms)]
+            if all((a, seed) in known for a in wanted):
+                yield from (known[a, seed] for a in wanted)
+                continue
             if progress is not None:
                 progress(f"{arm}, seed {seed}")
-            rows += _rows(arm, seed, config, place, with_closed="closed in use" in arms)
-    return rows
+            yield from _rows(wanted, seed, config, place)
 
 
-def _rows(
-    arm: str, seed: int, config: CompareConfig, place: _Workplace, *, with_closed: bool
-) -> Iterator[dict[str, Any]]:
+def _rows(wanted: list[Any], seed: int, config: CompareConfig, place: _Workplace) -> Iterator[Row]:
     """Train one arm and score it; "stage 3" is scored once more with its skips closed."""
-    parts, closed, trained = _trained(arm, seed, config, place)
-    yield {"arm": arm, "seed": seed, "trained": trained} | _scores(parts, closed=closed, config=config)
-    if arm == "stage 3" and with_closed:
-        yield {"arm": "closed in use", "seed": seed, "trained": trained} | _scores(parts, closed=True, config=config)
+    arm = wanted[0]
+    parts, task = _trained(arm, seed, config, place)
+    trained = sum(p.numel() for p in task.trained.parameters())
+    for name in wanted:
+        closed = name in ("stage 1", "stage 3, skips closed", "closed in use")
+        yield {"arm": name, "seed": seed, "trained": trained} | _scores(parts, closed=closed, config=config)
 
 
-def _trained(arm: str, seed: int, config: CompareConfig, place: _Workplace) -> tuple[Parts, bool, int]:
-    """The arm's parts after training, whether its skips are closed, and how many parameters were trained."""
-    parts = place.fresh(seed)
-    if arm.startswith("mot"):
-        parts = MotParts(parts, "frozen" if arm == "mot frozen" else "finetuned", seed)
-    stage = config.stage("joint", config.steps)
-    if arm == "stage 1":
-        first = T2iTask(parts, config.stage("t2i", config.steps), seed)
-        fit_task(first, config.stage("t2i", config.steps), seed, device=place.device, workers=place.workers)
-    else:
-        joint = JointTask(parts, stage, seed)
-        if arm == "stage 3, skips closed":
-            joint.pretzel.skips = frozenset()
-        fit_task(joint, stage, seed, device=place.device, workers=place.workers)
-    if arm == "stage 1":  # reads pictures through the adapter alone
-        adapter = config.stage("adapter", config.adapter_steps)
-        fit_task(AdapterTask(parts, adapter, seed), adapter, seed, device=place.device, workers=place.workers)
-    parts.stages = DONE
-    return parts, arm in ("stage 1", "stage 3, skips closed"), sum(p.numel() for p in parts.joined.parameters())
+def _trained(arm: Arm, seed: int, config: CompareConfig, place: _Workplace) -> tuple[Parts, Task]:
+    """The arm's parts after training, and what trained them."""
+    parts = place.start(arm, config, seed)
+    stage = config.stage("t2i" if arm == "stage 1" else "joint")
+    task: Task = T2iTask(parts, stage, seed) if arm == "stage 1" else JointTask(parts, stage, seed)
+    if arm == "stage 3, skips closed":
+        assert isinstance(task, JointTask)
+        task.pretzel.skips = frozenset()
+    fit_task(task, stage, seed, device=place.device, workers=place.workers)
+    parts.stages = (*NEEDED, "joint")
+    return parts, task
 
 
 def _scores(parts: Parts, *, closed: bool, config: CompareConfig) -> dict[str, float]:
@@ -146,17 +167,34 @@ def _scores(parts: Parts, *, closed: bool, config: CompareConfig) -> dict[str, f
     return {
         "geneval": drawn["parts"]["id"]["overall"]["lenient"]["score"],
         "mme": said["parts"]["id"]["total"]["score"],
+        **_losses(parts, closed=closed, count=config.unseen),
     }
 
 
+@torch.no_grad()
+def _losses(parts: Parts, *, closed: bool, count: int, batch: int = 32) -> dict[str, float]:
+    """Both losses on `count` drawings and as many questions that nobody was trained on, the same for all arms."""
+    found: dict[str, float] = {}
+    for term, kind in (("flow", "draw"), ("text", "understand")):
+        only = MixConfig(**{name: float(name == kind) for name in asdict(MixConfig())})
+        stage = StageConfig(name="joint", steps=1, batch=batch, caption_drop=0.0, mix=only)
+        task = JointTask(parts, stage, UNSEEN_SEED)
+        if closed:
+            task.pretzel.skips = frozenset()
+        generator = torch.Generator().manual_seed(UNSEEN_SEED)
+        chunks = [task.draw(range(at, at + batch)) for at in range(0, count, batch)]
+        found[term] = float(np.mean([float(task.loss(data, generator)[1][term]) for data in chunks]))
+    return found
+
+
 def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean and range over seeds of both scores, by arm."""
+    """Mean and range over seeds of all scores, by arm."""
     by_arm: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_arm.setdefault(row["arm"], []).append(row)
     return {
         arm: {"seeds": [row["seed"] for row in same], "trained": same[0]["trained"]}
-        | {name: _over_seeds([row[name] for row in same]) for name in ("geneval", "mme")}
+        | {name: _over_seeds([row[name] for row in same]) for name in SCORES}
         for arm, same in by_arm.items()
     }
 
@@ -165,17 +203,16 @@ def _over_seeds(values: list[float]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "low": min(values), "high": max(values)}
 
 
-def write(rows: list[dict[str, Any]], config: CompareConfig, folder: str | Path) -> Path:
+def write(rows: list[Row], config: CompareConfig, folder: str | Path) -> Path:
     """compare.json and compare.md in `folder`. Raises OutputError."""
     folder = Path(folder)
     found = summary(rows)
-    told = config
     with replacing(folder / "compare.json") as temp:
-        settings = {"steps": told.steps, "batch": told.batch, "seeds": list(told.seeds)}
-        temp.write_text(json.dumps({"config": settings, "rows": rows, "summary": found}, indent=1) + "\n")
-    lines = ["| arm | trained parameters | W-GenEval, dev, ID | W-MME-p, dev, ID |", "|---|---:|---:|---:|"]
+        temp.write_text(json.dumps({"config": asdict(config), "rows": rows, "summary": found}, indent=1) + "\n")
+    titles = " | ".join(title for title, _ in SCORES.values())
+    lines = [f"| arm | trained parameters | {titles} |", "|---|---:" + "|---:" * len(SCORES) + "|"]
     for arm, row in found.items():
-        cells = [f"{row[n]['mean']:.{d}f} [{row[n]['low']:.{d}f}, {row[n]['high']:.{d}f}]" for n, d in _DIGITS]
+        cells = [_cell(row[name], digits) for name, (_, digits) in SCORES.items()]
         lines.append(f"| {arm} | {row['trained']:,} | {' | '.join(cells)} |")
     text = (
         f"{config.steps} steps of {config.batch} documents for every arm, seeds {list(config.seeds)}: mean [range].\n"
@@ -185,4 +222,22 @@ def write(rows: list[dict[str, Any]], config: CompareConfig, folder: str | Path)
     return folder / "compare.md"
 
 
-_DIGITS = (("geneval", 3), ("mme", 0))
+def _cell(found: Mapping[str, float], digits: int) -> str:
+    mean, low, high = (f"{found[name]:.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def load(config: CompareConfig, folder: str | Path) -> list[Row]:
+    """The rows of an earlier call with the same settings, by which a long comparison goes on; [] if there are none."""
+    path = Path(folder) / "compare.json"
+    told = json.loads(path.read_text()) if path.is_file() else {}
+    same = json.loads(json.dumps(asdict(config)))
+    return list(told["rows"]) if told.get("config") == same else []
+
+
+SCORES = {  # title and digits
+    "geneval": ("W-GenEval, dev, ID", 3),
+    "flow": ("flow loss, unseen", 4),
+    "mme": ("W-MME-p, dev, ID", 0),
+    "text": ("nats per reply, unseen", 3),
+}

@@ -161,8 +161,9 @@ class Analyze:
     """Look inside a model of stage 3: skips, cost of turns, sheets, comparisons, and the paper's claims beside it.
 
     skips: what both skips carry, over 50 prompts. turns: a session against reading everything anew. sheets: edits and
-    stories as pictures. compare: the paper's arms on equal budgets, trained here (hours on CPU). paper: claims.md from
-    the JSON files in the folder, skips and turns measured first where they are missing.
+    stories as pictures. compare: the paper's arms on equal budgets, trained here (hours on CPU; a call that was stopped
+    goes on) from a model of stages 1 and 2. paper: claims.md from the JSON files in the folder, skips and turns measured
+    first where they are missing.
     """
 
     verb: ClassVar[str] = "analyze"
@@ -231,13 +232,17 @@ class Analyze:
         return {"files": [str(file) for file in files]}
 
     def _compare(self) -> Any:
-        from starflow2.compare import CompareConfig, compare, write
+        from starflow2.compare import CompareConfig, compare, load, write
         from starflow2.model import NANO, pick_device
 
         config = CompareConfig() if self.steps is None else CompareConfig(steps=self.steps)
         folder = NANO if self.model == "nano" else Path(self.model)
-        rows = compare(folder, config, device=str(pick_device(self.device)), progress=print)
-        print(write(rows, config, self.output))
+        rows: list[dict[str, Any]] = []
+        device, done = str(pick_device(self.device)), load(config, self.output)
+        for row in compare(folder, config, done=done, device=device, progress=print):
+            rows.append(row)
+            path = write(rows, config, self.output)
+        print(path)
         return {"rows": rows}
 
     def _paper(self) -> Any:
