@@ -161,7 +161,7 @@ class Analyze:
     """Look inside a model of stage 3: skips, cost of turns, sheets, comparisons, and the paper's claims beside it.
 
     skips: what both skips carry, over 50 prompts. turns: a session against reading everything anew. sheets: edits and
-    stories as pictures. compare: the paper's arms on equal budgets, trained here (hours on CPU; a call that was stopped
+    stories as pictures. compare: the paper's arms on equal budgets, trained here (hours on CPU; a stopped call
     goes on) from a model of stages 1 and 2. paper: claims.md from the JSON files in the folder, skips and turns measured
     first where they are missing.
     """
