@@ -162,8 +162,8 @@ class Analyze:
 
     skips: what both skips carry, over 50 prompts. turns: a session against reading everything anew. sheets: edits and
     stories as pictures. compare: the paper's arms on equal budgets, trained here (hours on CPU; a stopped call
-    goes on) from a model of stages 1 and 2. paper: claims.md from the JSON files in the folder, skips and turns measured
-    first where they are missing.
+    goes on) from a model of stages 1 and 2. paper: claims.md from the JSON files in the folder, skips and turns
+    measured first where they are missing.
     """
 
     verb: ClassVar[str] = "analyze"
