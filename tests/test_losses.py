@@ -20,6 +20,7 @@ from starflow2.losses import (
     FeatureJudge,
     JointTerms,
     adversarial_losses,
+    changed_latents,
     joint_loss,
     masked_picture_loss,
     ngp_loss,
@@ -282,3 +283,42 @@ def test_the_perceptual_loss_is_zero_for_equal_features_and_blind_to_their_scale
     a, b = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     assert perceptual_loss(a, a).item() == 0 and perceptual_loss(3 * a, a).item() == pytest.approx(0, abs=1e-4)
     assert perceptual_loss(a, b).item() > 0.5
+
+
+# -- what an edit changes
+
+EDITED: Document = (Text((1,)), Image(), Text((40, 2)), Image(is_target=True), Text((3,), is_target=True))
+
+
+def test_changed_latents_are_those_of_targets_that_differ_from_the_picture_before(parts):
+    batch = pack([EDITED, DRAWN, (*DRAWN, *DRAWN)], parts.layout)  # pictures: shown, edited, drawn, drawn, drawn again
+    latents = torch.randn(5, 64, 4)
+    latents[1], latents[4] = latents[0], latents[3]
+    latents[1, 7] += 1.0  # drawn anew
+    latents[1, 8] += 0.1  # as little as the encoder moves what was left alone
+    latents[4, :3] -= 1.0
+    found = changed_latents(latents, batch).nonzero().tolist()
+    assert found == [[1, 7], [4, 0], [4, 1], [4, 2]]
+
+
+def test_the_loss_of_changed_latents_is_that_of_the_deep_flow_at_each_of_them(parts):
+    batch = pack([EDITED, DRAWN], parts.layout)
+    x, level = torch.randn(3, 64, 4), torch.tensor([0.01, 0.2, 0.5])
+    changed = torch.zeros(3, 64, dtype=torch.bool)
+    changed[1, [3, 9]] = True
+    terms = joint_loss(parts.pretzel, batch, (x, level), parts.cfg.flow.noise, changed)
+    out = parts.pretzel.forward(batch, x, level)
+    z = (out.u - out.affine.mu) / out.affine.scale
+    nats = 0.5 * z.square() + out.affine.log_scale  # of each number, without the constant
+    slow = 0.2 * sum(nats[1, k].sum() for k in (3, 9)) / 256 / 2  # two targets of 256 numbers
+    assert terms.changed.item() == pytest.approx(float(slow), rel=1e-4)
+    assert joint_loss(parts.pretzel, batch, (x, level), parts.cfg.flow.noise).changed.item() == 0
+
+
+def test_the_loss_of_changed_latents_cannot_be_lowered_by_shrinking_them(parts):
+    batch = pack([EDITED], parts.layout)
+    out = parts.pretzel.forward(batch, torch.randn(2, 64, 4), torch.tensor([0.01, 0.2]))
+    changed = torch.zeros(2, 64, dtype=torch.bool)
+    changed[1, 0] = True  # nothing of its own picture stands in front of the first latent
+    (grad,) = torch.autograd.grad(losses._changed_nats(out, torch.ones(2), changed), out.u)
+    assert grad[1].abs().max() == 0 and grad[0].abs().max() > 0

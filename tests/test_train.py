@@ -734,13 +734,24 @@ def test_the_joint_loss_is_that_of_pictures_and_a_share_of_that_of_words():
     assert RUN.stage("joint").text_weight == 0.25
 
 
+def test_latents_that_an_edit_changes_count_as_often_as_is_asked():
+    parts, told = tiny_parts(STAGES), {}
+    for weight in (0.0, 3.0):
+        only_edits = MixConfig(understand=0, draw=0, edit=1, story=0)
+        task = TASKS["joint"](parts, replace(RUN.stage("joint"), change_weight=weight, mix=only_edits), 0)
+        told[weight] = task.loss(task.draw(range(4)), torch.Generator().manual_seed(1))
+    (plain, without), (loss, terms) = told[0.0], told[3.0]
+    assert "changed" not in without and terms["changed"].abs() > 1e-3
+    assert loss.item() == pytest.approx((plain + 3 * terms["changed"]).item(), abs=1e-5)
+
+
 def levels_of(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise levels of many pictures in stage 3, those that are shown and those that are drawn."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def look(pretzel: Any, batch: Batch, pictures: Any, noise: Any) -> Any:
+    def look(pretzel: Any, batch: Batch, pictures: Any, noise: Any, changed: Any) -> Any:
         seen.append((pictures[1], batch.pictures.is_target))
-        return JointTerms(torch.zeros(()), torch.zeros(()))
+        return JointTerms(*torch.zeros(3))
 
     monkeypatch.setattr(stages, "joint_loss", look)
     task = TASKS["joint"](parts, RUN.stage("joint"), 0)
@@ -820,7 +831,9 @@ def test_a_scene_is_shown_and_drawn_as_it_is_rendered():
     scenes = [s for i in range(1, 4) for s in joint_dialogue(stage, 0, i).scenes]
     assert all(isinstance(s, Scene) for s in scenes) and len(images) == len(scenes) == len(batch.pictures)
     assert all(torch.equal(to_bytes(image), to_bytes(render(s))) for image, s in zip(images, scenes, strict=True))
-    assert batch.pictures.is_target.tolist() == [False, True] * 3
+    turns = [len(joint_dialogue(stage, 0, i).turns) for i in range(1, 4)]
+    assert max(turns) > 1, "of edits in chains, too"
+    assert batch.pictures.is_target.tolist() == [flag for n in turns for flag in (False, *n * (True,))]
 
 
 KILLED_LATER = """

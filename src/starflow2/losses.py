@@ -18,7 +18,7 @@ from starflow2.flow import Context, Flow
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.flow.noise import NoiseConfig, add_noise
 from starflow2.nn import at_least_fp32
-from starflow2.pretzel import Pretzel
+from starflow2.pretzel import Output, Pretzel
 from starflow2.sequence import IGNORE, Batch
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "FeatureJudge",
     "JointTerms",
     "adversarial_losses",
+    "changed_latents",
     "count_replies",
     "joint_loss",
     "latent_penalty",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 Head = Callable[..., Tensor]
+CHANGED = 0.25  # mean square of a latent's change; what is kept stays under 0.01, what is drawn anew is over 0.5
 LOGITS_AT_ONCE = 2**24  # 64 MiB in float32, their gradient as much again
 
 
@@ -112,16 +114,35 @@ def _reply_starts(labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class JointTerms:
-    """Both losses of eq. 3.7: the flow's, in weighted nats per dim without the constant, and the next-token loss."""
+    """Both losses of eq. 3.7: the flow's, in weighted nats per dim without the constant, and the next-token loss.
+
+    changed: the deep flow's part of the first at the latents that `joint_loss` was told of, over as many dims as the
+    first, so that adding k times this one counts those latents 1 + k times.
+    """
 
     flow: Tensor
     text: Tensor
+    changed: Tensor
 
 
-def joint_loss(pretzel: Pretzel, batch: Batch, pictures: tuple[Tensor, Tensor], noise: NoiseConfig) -> JointTerms:
-    """Both losses of packed documents; a term without anything to predict is 0.
+def changed_latents(latents: Tensor, batch: Batch) -> Tensor:
+    """Which clean latents (P, N, D) of targets differ from the picture before in their document: (P, N) bool."""
+    previous = batch.pictures.previous
+    far = (latents - latents[previous]).square().mean(-1) > CHANGED
+    return far & (batch.pictures.is_target & (previous >= 0))[:, None]
+
+
+def joint_loss(
+    pretzel: Pretzel,
+    batch: Batch,
+    pictures: tuple[Tensor, Tensor],
+    noise: NoiseConfig,
+    changed: Tensor | None = None,
+) -> JointTerms:
+    """All losses of packed documents; a term without anything to predict is 0.
 
     pictures: noisy latents (P, N, D) and their levels (P,). Only pictures that are targets count in the flow's loss.
+    changed: (P, N) bool, see `JointTerms`; the shallow flow has no gradient from u there, or it would shrink it.
     """
     noisy, level = pictures
     out = pretzel.forward(batch, noisy, level)
@@ -130,7 +151,17 @@ def joint_loss(pretzel: Pretzel, batch: Batch, pictures: tuple[Tensor, Tensor], 
     weighted = (noise.loss_weight(level) * nats)[is_target]
     flow = weighted.mean() if len(weighted) else out.log_prob.sum() * 0
     text = ntp_loss(pretzel.logits, (out.h, out.g), batch.labels)
-    return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text)
+    edited = _changed_nats(out, noise.loss_weight(level), changed) / max(1, len(weighted))
+    return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, edited)
+
+
+def _changed_nats(out: Output, weight: Tensor, changed: Tensor | None) -> Tensor:
+    """Weighted nats per dim of each picture's changed latents, summed over pictures. weight: (P,)."""
+    if changed is None or not bool(changed.any()):
+        return out.log_prob.sum() * 0
+    dims = math.prod(out.u.shape[1:])
+    nats = -out.affine.log_prob(out.u.detach()) - 0.5 * math.log(2 * math.pi) * out.u.shape[-1]  # (P, N)
+    return (weight[:, None] * nats / dims)[changed].sum()
 
 
 def masked_picture_loss(feats: Tensor, head: nn.Linear, images: Tensor, patch: int) -> Tensor:

@@ -28,6 +28,7 @@ from starflow2.generate import drawing_context
 from starflow2.losses import (
     FeatureJudge,
     adversarial_losses,
+    changed_latents,
     count_replies,
     joint_loss,
     masked_picture_loss,
@@ -132,6 +133,7 @@ class StageConfig:
     lpips: float = 0.0  # weight of LPIPS, where the package lpips and its weights are there (fae)
     adversarial: float = 0.0  # weight of the judge of features (fae)
     text_weight: float = 0.25  # of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
+    change_weight: float = 0.0  # how much more latents count that differ from the picture before (joint)
     distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
     mix: MixConfig = field(default_factory=MixConfig)  # of documents (joint)
     accumulate: int = 1  # microbatches of a step in every process
@@ -473,9 +475,14 @@ class JointTask(_Packed):
             latents = self.parts.codec.encode(images).float()
         drawn = noise.draw(len(images), generator).to(latents.device)
         level = torch.where(batch.pictures.is_target, drawn, _source_levels(self.parts, len(images), generator))
-        terms = joint_loss(self.pretzel, batch, (add_noise(latents, level, generator), level), noise)
+        changed = changed_latents(latents, batch) if self.stage.change_weight else None
+        terms = joint_loss(self.pretzel, batch, (add_noise(latents, level, generator), level), noise, changed)
         flow, text = share.of("flow", terms.flow), share.of("text", terms.text)
-        return flow + self.stage.text_weight * text, {"flow": flow, "text": text}
+        loss, told = flow + self.stage.text_weight * text, {"flow": flow, "text": text}
+        if changed is not None:
+            told["changed"] = share.of("flow", terms.changed)
+            loss = loss + self.stage.change_weight * told["changed"]
+        return loss, told
 
 
 def joint_dialogue(stage: StageConfig, seed: int, index: int) -> Dialogue:
