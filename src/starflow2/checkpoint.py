@@ -28,7 +28,7 @@ from starflow2.config import from_dict, to_dict
 from starflow2.errors import CheckpointError, ConfigError, OutputError, nearest
 from starflow2.fae import Fae
 from starflow2.files import replacing
-from starflow2.flow import Flow
+from starflow2.flow import AffineBlock, Flow
 from starflow2.parts import ModelConfig, Parts
 from starflow2.pretrained import Pretrained, fingerprint, locate
 from starflow2.pretzel import Joints, JointsConfig
@@ -129,8 +129,12 @@ def _swap(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_parts(folder: str | Path, device: str | torch.device = "cpu") -> Parts:
-    """Parts from a model folder. Raises CheckpointError for what is missing, foreign or truncated."""
+def load_parts(folder: str | Path, device: str | torch.device = "cpu", waiting: tuple[str, ...] = ()) -> Parts:
+    """Parts from a model folder. Raises CheckpointError for what is missing, foreign or truncated.
+
+    waiting: parts whose transformer layers stay on the CPU, in the mapped file, until they are used or moved, so that
+    a run in shards never holds them whole; see `parallel.Shards.place`.
+    """
     folder = Path(folder)
     config = read_config(folder)
     cfg = from_dict(ModelConfig, config["model"])
@@ -140,25 +144,33 @@ def load_parts(folder: str | Path, device: str | torch.device = "cpu") -> Parts:
             raise CheckpointError(f"{folder} has no {name}; it is no complete starflow2 model.")
     with torch.device("meta"):
         parts = Parts(cfg)
-    for module in (parts.fae, parts.flow, parts.joints):
-        module.to_empty(device="cpu")
     tensors = load_tensors(folder / "model.safetensors")
     if not any(name.startswith("joints.") for name in tensors) and "adapter" not in config["stages"]:
         tensors |= _fresh_joints(cfg)
-    state = {k: v for k, v in parts.state_dict().items() if k.startswith(OWN)}
-    _fill(state, tensors, folder / "model.safetensors")
+    _fill(parts, tensors, folder / "model.safetensors", waiting)
     for name in BACKBONES:
         if name in cfg.references:
             place = folder / name if (folder / name).is_dir() else None
-            _refer(parts, name, place, config.get("fingerprints", {}).get(name, ""), device)
+            known = config.get("fingerprints", {}).get(name, "")
+            _refer(parts, name, place, known, "cpu" if name in waiting else device)
         else:
             _load_backbone(getattr(parts, name), folder / name)
-    _rebuild_buffers(parts, cfg)
+    for block in parts.flow.modules():
+        if isinstance(block, AffineBlock):
+            block.rebuild_buffers()
     parts.tokenizer = _tokenizer(folder / "tokenizer.json", cfg)
     lexicon = folder / "lexicon.txt"
     parts.lexicon = frozenset(lexicon.read_text().split()) if lexicon.is_file() else frozenset()
     parts.stages = tuple(config["stages"])
-    return parts.to(device).eval()
+    for name, module in parts.named_modules():
+        if not _waits(name, waiting):
+            module._apply(lambda value: value.to(device), recurse=False)
+    return parts.eval()
+
+
+def _waits(name: str, waiting: tuple[str, ...]) -> bool:
+    """Whether a module or weight of this name is in a transformer layer of one of these parts."""
+    return name.split(".")[0] in waiting and ".layers." in name
 
 
 def start_parts(cfg: ModelConfig, device: str | torch.device = "cpu") -> Parts:
@@ -205,13 +217,6 @@ def _refer(parts: Parts, name: str, place: Path | None, known: str, device: str 
     _load_backbone(backbone, folder, getattr(torch, ref.precision))
     backbone.model.to(device)
     parts.fingerprints[name] = found
-
-
-def _rebuild_buffers(parts: Parts, cfg: ModelConfig) -> None:
-    """Give back the buffers that are derived from the config and never saved."""
-    fresh = dict(Flow(cfg.flow).named_buffers())
-    for name, buffer in parts.flow.named_buffers():
-        buffer.copy_(fresh[name])
 
 
 def _load_backbone(
@@ -323,7 +328,9 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         raise OutputError(f"cannot write {path}: {error}.") from error
 
 
-def _fill(state: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+def _fill(parts: Parts, tensors: dict[str, Tensor], path: Path, waiting: tuple[str, ...]) -> None:
+    """Give our own parts, built without weights, copies of `tensors`; layers that wait get the mapped ones."""
+    state = {k: v for k, v in parts.state_dict().items() if k.startswith(OWN)}
     missing, extra = sorted(set(state) - set(tensors)), sorted(set(tensors) - set(state))
     if missing or extra:
         hint = nearest(missing[0], extra) if missing else ""
@@ -332,8 +339,10 @@ def _fill(state: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> N
             f"{len(extra)} unknown {extra[:3]}.{hint}"
         )
     for name, target in state.items():
-        if target.shape != tensors[name].shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}."
-            )
-        target.copy_(tensors[name])
+        value = tensors[name]
+        if target.shape != value.shape:
+            raise CheckpointError(f"{path}: {name} has shape {tuple(value.shape)}, expected {tuple(target.shape)}.")
+        state[name] = value.to(target.dtype, copy=not _waits(name, waiting))
+    for prefix in OWN:
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        getattr(parts, prefix.removesuffix(".")).load_state_dict(own, assign=True)

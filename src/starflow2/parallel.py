@@ -8,7 +8,7 @@ Not here: the loop, optimiser settings, files.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from starflow2.backbones import QwenStream
 from starflow2.errors import ConfigError, TrainingError
-from starflow2.nn import CausalStack
+from starflow2.nn import CausalStack, at_least_fp32
 from starflow2.stages import ShardConfig, Share, StageConfig, Task
 
 __all__ = ["Group", "Shards", "check_shares", "checkpoint_layers", "layers_of", "whole"]
@@ -83,14 +83,15 @@ class Group:
 
     # -- weights
 
-    def place(self, task: Task, precision: str) -> None:
-        """Make the trained weights of all processes the first one's, and ready for `loss`."""
-        self._equalize(task.trained)
+    def divides(self, stage: StageConfig) -> tuple[str, ...]:
+        """The parts of a model whose layers `place` cuts in shards: they may wait in their files until then."""
+        return ()
 
-    @torch.no_grad()
-    def _equalize(self, trained: nn.Module) -> None:
+    def place(self, task: Task, precision: str, device: str) -> None:
+        """Make the trained weights of all processes the first one's, on `device` and ready for `loss`."""
+        task.trained.to(device)
         if self.world > 1:
-            for value in trained.state_dict().values():
+            for value in task.trained.state_dict().values():
                 dist.broadcast(value, 0)
 
     def optimizer(
@@ -147,7 +148,7 @@ class Group:
     ) -> tuple[bool, dict[str, Tensor]]:
         values = values + [b for b in trained.buffers() if b.is_floating_point()]
         like = next(iter(told.values()))
-        flags = torch.stack([torch.full_like(like, float(asked)), *told.values()]).float()
+        flags = at_least_fp32(torch.stack([torch.full_like(like, float(asked)), *told.values()]))
         flat = torch.cat([v.flatten() for v in values] + [flags]) / self.world
         dist.all_reduce(flat)
         parts = flat.split([v.numel() for v in values] + [len(flags)])
@@ -177,7 +178,8 @@ class Shards(Group):
 
     Transformer layers are gathered one by one; everything else is one unit that stays gathered during a step, so
     that a process without a picture, which calls no adapter, still takes part in every exchange. Under bfloat16 the
-    layers that train are gathered and run in it; weights, heads and the affine maths stay float32.
+    layers that train are gathered and run in it; weights, heads and the affine maths stay float32. Frozen layers stay
+    in the format they are held in. Layers are whole one at a time, while they are cut.
     """
 
     def __init__(self, rank: int, world: int, shard: ShardConfig, device: str) -> None:
@@ -189,20 +191,40 @@ class Shards(Group):
     def holders(self) -> int:
         return self.mesh.size(self.mesh.ndim - 1)
 
-    def place(self, task: Task, precision: str) -> None:
-        super().place(task, precision)
+    def divides(self, stage: StageConfig) -> tuple[str, ...]:
+        trained = ("flow",) if stage.name in ("t2i", "joint") else ()
+        # a fresh stage t2i measures states of the language model before anything is cut
+        frozen = ("vlm",) if self.shard.frozen == "sharded" and stage.name in ("adapter", "joint") else ()
+        return trained + frozen
+
+    def place(self, task: Task, precision: str, device: str) -> None:
         half = torch.bfloat16 if precision == "bfloat16" else None
-        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
         as_they_are = MixedPrecisionPolicy(cast_forward_inputs=False)
         units = layers_of(task.trained)
         language = task.parts.vlm.layers if self.shard.frozen == "sharded" else []
         frozen = [layer for layer in language if not any(layer is unit for unit in units)]
         for layers, how in ((units, policy), (frozen, as_they_are)):
             for layer in layers:
+                if how is policy:
+                    self._equalize(layer.parameters(), device)
                 fully_shard(layer, mesh=self.mesh, mp_policy=how, reshard_after_forward=self.shard.reshards)
+        self._equalize((p for p in task.trained.parameters() if not isinstance(p, DTensor)), device)
+        self._equalize(task.trained.buffers(), device)
         root = _Loss(task, units, frozen)
         fully_shard(root, mesh=self.mesh, mp_policy=as_they_are)
         self.root = root
+
+    @torch.no_grad()
+    def _equalize(self, values: Iterable[Tensor], device: str) -> None:
+        """Give all processes the first one's values, on `device`; the others never read theirs from a mapped file."""
+        for value in values:
+            if self.world == 1:
+                value.data = value.detach().to(device)
+                continue
+            first = value.detach().to(device, copy=True) if self.is_first else torch.empty_like(value, device=device)
+            dist.broadcast(first, 0)
+            value.data = first
 
     def optimizer(
         self, kind: type[torch.optim.Optimizer], params: list[nn.Parameter], settings: dict[str, Any]
@@ -223,6 +245,11 @@ class Shards(Group):
 
     @torch.no_grad()
     def agree(self, trained: nn.Module, asked: bool, told: dict[str, Tensor]) -> tuple[bool, dict[str, Tensor]]:
+        assert self.root is not None
+        used = torch.tensor(self.root.used, device=next(iter(told.values())).device)
+        if self.world > 1:
+            dist.all_reduce(used)
+        self.root.forget_unused(used.tolist())
         return self._averaged([], trained, asked, told) if self.world > 1 else (asked, told)
 
     def clip(self, trained: nn.Module, largest: float) -> Tensor:
@@ -240,6 +267,7 @@ class _Loss(nn.Module):
         rest = [m for m in self.trained.modules() if id(m) not in inside]
         self._own = [(m, name) for m in rest for name, p in m._parameters.items() if p is not None and p.requires_grad]
         self._zero: Tensor | None = None
+        self.used = [0.0] * len(self._own)  # by how many of this step's microbatches
         if frozen:
             frozen[0].register_forward_pre_hook(self._anchored, with_kwargs=True)
 
@@ -249,7 +277,16 @@ class _Loss(nn.Module):
         self._zero = zero
         loss, told = self.task.loss(data, generator, share)
         self._zero = None
+        reached = _weights_of(loss, zero)
+        self.used = [n + (getattr(m, name) in reached) for n, (m, name) in zip(self.used, self._own, strict=True)]
         return loss + zero, {name: value.detach() for name, value in told.items()}
+
+    def forget_unused(self, used: list[float]) -> None:
+        """No gradient, as in one process, where all that came was that zero: such a weight must not decay."""
+        for count, (module, name) in zip(used, self._own, strict=True):
+            if not count:
+                getattr(module, name).grad = None
+        self.used = [0.0] * len(self._own)
 
     def _anchored(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         """Frozen layers are gathered again in the backward pass, so it must reach them even where only words stand."""
@@ -259,6 +296,21 @@ class _Loss(nn.Module):
             return (args[0] + self._zero.to(args[0].dtype), *args[1:]), kwargs
         hidden = kwargs["hidden_states"]
         return args, {**kwargs, "hidden_states": hidden + self._zero.to(hidden.dtype)}
+
+
+def _weights_of(loss: Tensor, besides: Tensor) -> set[Tensor]:
+    """The leaves that a loss has a gradient for other than by way of `besides`; none is computed."""
+    leaves, seen = set[Tensor](), {None, besides.grad_fn}
+    ahead = [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        ahead += [after for after, _ in node.next_functions]
+    return leaves
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:

@@ -77,17 +77,17 @@ def fit(
     group = Group.from_environment(device, stage.shard)
     check_shares(stage, group, evaluates=evaluate is not None)
     store = store_for(folder, stage, group)
-    parts = _start_parts(run, stage_name, folder, device)
+    parts = _start_parts(run, stage_name, folder, device, group.divides(stage))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)  # of what a task makes for itself, such as a head
         task = TASKS[stage_name](parts, stage, run.seed)
     parts.stages = (*(s for s in parts.stages if s != stage_name), stage_name)
     parts.requires_grad_(False)
-    task.trained.to(device).requires_grad_(True)
+    task.trained.requires_grad_(True)
     saved = store.settings(run, stage) if resume else None
     precision = group.agreed(saved["precision"] if saved else _pick_precision(run.precision, device))
     checkpoint_layers(task, stage)
-    group.place(task, precision)
+    group.place(task, precision, device)
     state = _new_state(task, stage, group)
     if saved is not None:
         store.load(state, saved)
@@ -160,20 +160,23 @@ def fit_task(
 def try_step(task: Task, stage: StageConfig, run: RunConfig, group: Group, device: str) -> dict[str, float]:
     """The first step of a stage as `fit` takes it, without files; returns its metrics. For rehearsals."""
     check_shares(stage, group)
-    task.trained.to(device).requires_grad_(True)
+    task.trained.requires_grad_(True)
     precision = group.agreed(_pick_precision(run.precision, device))
     checkpoint_layers(task, stage)
-    group.place(task, precision)
+    group.place(task, precision, device)
     state = _new_state(task, stage, group)
     with _Terminated() as stop, feed_for(task, replace(stage, steps=1), group, step=0) as batches:
         return _step(state, task, stage, next(batches), _Step(run.seed, precision, device, group), stop)[0]
 
 
-def _start_parts(run: RunConfig, stage: str, folder: Path, device: str) -> Parts:
-    """The parts that earlier stages left, or fresh ones with a new tokenizer at the first stage."""
+def _start_parts(run: RunConfig, stage: str, folder: Path, device: str, waiting: tuple[str, ...] = ()) -> Parts:
+    """The parts that earlier stages left, or fresh ones with a new tokenizer at the first stage.
+
+    waiting: parts whose layers stay in their files; see `load_parts`.
+    """
     names: list[str] = [s.name for s in run.stages]
     if (folder / "model" / "config.json").is_file():
-        parts = load_parts(folder / "model", device)
+        parts = load_parts(folder / "model", device, waiting)
         _check_same(parts.cfg, run.model)
         missing = [name for name in names[: names.index(stage)] if name not in parts.stages]
         if missing:

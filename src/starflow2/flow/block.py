@@ -134,6 +134,10 @@ class AffineBlock(nn.Module):
         self.above: Tensor
         self.register_buffer("above", _above(cfg.grid), persistent=False)
 
+    def rebuild_buffers(self) -> None:
+        """Compute what the config says and no file holds, behind a construction on the meta device."""
+        self.above = _above(self.cfg.grid)
+
     # -- data to prior, one parallel pass --------------------------------------------------------
 
     def forward(
