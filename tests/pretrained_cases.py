@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from helpers import wake
-from starflow2.backbones import DinoFeatures, PixelConfig, QwenStream, QwenTokenizer, SpecialIds
+from starflow2.backbones import DinoConfig, DinoFeatures, PixelConfig, QwenStream, QwenTokenizer, SpecialIds
 from starflow2.parts import ModelConfig
 from starflow2.pretrained import Pretrained
 from starflow2.recipes import CLIP, IMAGENET, paper, smoke
@@ -56,11 +56,13 @@ def qwen_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_upstream(folder: Path) -> ModelConfig:
-    """Make both folders, in several shards each, and return the model that refers to them."""
-    cfg = paper_in_miniature(folder)
+def write_upstream(folder: Path, cfg: ModelConfig | None = None) -> ModelConfig:
+    """Make both folders, in several shards each, and return the model that refers to them, by default the miniature."""
+    cfg, size = cfg or paper_in_miniature(folder), SHARD if cfg is None else "40MB"
+    assert cfg.vlm_from is not None and isinstance(cfg.features, DinoConfig)
     torch.manual_seed(7)
-    wake(QwenStream(cfg.vlm), 0.2).model.save_pretrained(folder / "vlm", max_shard_size=SHARD)
+    vlm = wake(QwenStream(cfg.vlm), 0.2).model.to(getattr(torch, cfg.vlm_from.precision))
+    vlm.save_pretrained(folder / "vlm", max_shard_size=size)
     wake(DinoFeatures(cfg.features), 0.2).model.save_pretrained(folder / "dino", max_shard_size=SHARD)
     qwen_tokenizer().save(str(folder / "vlm" / "tokenizer.json"))
     return cfg

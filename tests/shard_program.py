@@ -4,7 +4,8 @@
 
 Everything is imported once and the processes are forked, which is most of their price. A run with `dies` ends with
 SIGKILL of process 1 in that step, whereupon the others are killed, too; one with `dies_saving` in the background, when
-all shards of that step's checkpoint are written and it has not taken the place of the one before.
+all shards of that step's checkpoint are written and it has not taken the place of the one before. `double` trains in
+float64.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -67,6 +69,9 @@ def work(job: dict[str, Any], rank: int) -> None:
             take_over(self, new, done, settings)
 
         trainstate._Shards._take_over = killed  # type: ignore[method-assign]
+    if job.get("double"):
+        start_parts = train._start_parts
+        train._start_parts = lambda *args: start_parts(*args).double()
     stages.joint_dialogue = often_words
     if "spoil" in job and rank == 1:
         loss = stages.JointTask.loss
@@ -81,7 +86,7 @@ def work(job: dict[str, Any], rank: int) -> None:
     train.fit(run, "joint", job["folder"])
 
 
-def start(job: dict[str, Any]) -> list[int]:
+def start(job: dict[str, Any], work: Callable[[dict[str, Any], int], None] = work) -> list[int]:
     """Fork the processes of a run; returns their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

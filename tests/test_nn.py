@@ -305,3 +305,17 @@ def test_branches_of_a_fork_continue_as_if_they_had_been_alone() -> None:
         cache.truncate(5)
         assert torch.equal(body(x[:, 5:], where[:, 5:], None, cache), first)  # a rewind leaves no trace
         assert torch.equal(body(x[:, 5:], where[:, 5:], None, before), first)
+
+
+def test_a_bias_of_keys_moves_no_output_and_its_gradient_is_rounding_alone():
+    """It adds the same to all scores of a query. Runs that sum in another order may differ there, and nowhere else."""
+    stack = wake(CausalStack(StackConfig(width=64, depth=1))).double()
+    x, positions = torch.randn(2, 7, 64, dtype=torch.float64), torch.zeros(2, 7, 3, dtype=torch.float64)
+    before = stack(x, positions)
+    before.square().sum().backward()
+    bias = stack.layers[0].attention.qkv.bias
+    q, k, v = bias.grad.chunk(3)
+    assert k.abs().max() < 1e-13 < 1e-6 < min(q.abs().max(), v.abs().max())
+    with torch.no_grad():
+        bias.chunk(3)[1].add_(1.0)
+    assert (stack(x, positions) - before).abs().max() < 1e-12

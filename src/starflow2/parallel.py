@@ -300,11 +300,11 @@ class _Loss(nn.Module):
 
 def _weights_of(loss: Tensor, besides: Tensor) -> set[Tensor]:
     """The leaves that a loss has a gradient for other than by way of `besides`; none is computed."""
-    leaves, seen = set[Tensor](), {None, besides.grad_fn}
+    leaves, seen = set[Tensor](), {besides.grad_fn}
     ahead = [loss.grad_fn]
     while ahead:
         node = ahead.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):

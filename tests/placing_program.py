@@ -1,0 +1,148 @@
+"""A program for tests of where weights are: stage 3 over two processes, each telling what it holds when it begins.
+
+    python placing_program.py RUN_FOLDER UPSTREAM_FOLDER sharded
+
+Writes RUN_FOLDER/found-RANK.json. Bytes are those of memory that no file backs, the most since the model was opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+
+from pretrained_cases import paper_in_miniature, write_upstream
+from shard_program import start
+from starflow2 import pretzel, train
+from starflow2.checkpoint import save_parts, start_parts
+from starflow2.nn import StackConfig
+from starflow2.parts import ModelConfig
+from starflow2.pretrained import Pretrained
+from starflow2.recipes import paper, smoke
+from starflow2.stages import MixConfig, OptimConfig, RunConfig, ShardConfig
+
+WIDTH = 512
+
+
+def large(folder: Path) -> ModelConfig:
+    """The miniature with 120 MB in the layers of its flow, in float32, and of its language model, in bfloat16."""
+    small = paper_in_miniature(folder, 64)
+    stack = StackConfig(width=WIDTH, depth=6)
+    deep = replace(small.flow.deep, stack=stack, context_dim=WIDTH)
+    vlm = replace(small.vlm, width=WIDTH, heads=8, kv_heads=2, depth=6, mlp_width=2048, mrope_section=(8, 12, 12))
+    return replace(
+        small,
+        vlm=vlm,
+        vlm_from=Pretrained(source=str(folder / "vlm"), precision="bfloat16"),
+        flow=replace(small.flow, deep=deep),
+    )
+
+
+def write_run(folder: Path, upstream: Path) -> None:
+    """The run folder of a model that is ready for stage 3, over weights that stand in `upstream`."""
+    cfg = large(upstream)
+    write_upstream(upstream, cfg)
+    torch.manual_seed(5)
+    parts = start_parts(cfg)
+    parts.stages = ("fae", "t2i", "adapter")
+    save_parts(parts, folder / "model")
+
+
+def recipe(upstream: Path, frozen: str) -> RunConfig:
+    run = smoke(paper())
+    stage = replace(
+        run.stage("joint"),
+        steps=2,
+        batch=2,
+        log_every=1,
+        mix=MixConfig(understand=0.0, draw=1.0, edit=0.0, story=0.0),
+        optim=OptimConfig(matrix_lr=0.0, warmup_steps=1, ema=0.0),
+        shard=ShardConfig(mode="fsdp", frozen=frozen),  # type: ignore[arg-type]
+    )
+    others = tuple(s for s in run.stages if s.name != "joint")
+    return replace(run, model=large(upstream), stages=(*others, stage), precision="float32")
+
+
+class Watch:
+    """The most anonymous memory since the start, looked at every millisecond."""
+
+    def __init__(self) -> None:
+        self.first = self.most = anonymous()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+        self.thread.start()
+
+    def _look(self) -> None:
+        while not self.done.wait(0.001):
+            self.most = max(self.most, anonymous())
+
+    def stop(self) -> int:
+        self.done.set()
+        self.thread.join()
+        return self.most - self.first
+
+
+def anonymous() -> int:
+    (line,) = (s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a folder, in their mapped files."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def held(parts: Any, folder: Path, upstream: Path) -> dict[str, Any]:
+    """What this process has of the layers of flow and language model, against what the files have."""
+    own = {f"flow.{k}": p for k, p in parts.flow.named_parameters() if ".layers." in k}
+    files = stored(folder / "model")
+    language = parts.vlm.model.model.language_model
+    own |= {f"vlm.{k}": p for k, p in language.named_parameters() if k.startswith("layers.")}
+    files |= {f"vlm.layers.{k.split('layers.')[1]}": v for k, v in stored(upstream / "vlm").items() if "layers." in k}
+    found: dict[str, Any] = {"whole": 0, "here": 0, "wrong": [], "dtypes": []}
+    for name, p in own.items():
+        is_cut = isinstance(p, DTensor)
+        mine = p.to_local() if is_cut else p.detach()
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        expected = files[name].chunk(world)[rank] if is_cut else files[name]
+        found["wrong"] += [] if torch.equal(mine, expected) else [name]
+        found["whole"] += p.numel() * p.element_size()
+        found["here"] += mine.numel() * mine.element_size()
+        found["dtypes"] += [
+            f"{name.split('.')[0]} {str(p.dtype).removeprefix('torch.')} {'cut' if is_cut else 'whole'}"
+        ]
+    return found | {"dtypes": sorted(set(found["dtypes"]))}
+
+
+def work(job: dict[str, Any], rank: int) -> None:
+    torch.set_num_threads(1)
+    folder, upstream = Path(job["folder"]), Path(job["upstream"])
+    pretzel.PREFIX_SHARE = 2.0  # one pass through the language model with and without shards: two round otherwise
+    new_state, watch = train._new_state, Watch()
+
+    def looked(task: Any, *rest: Any) -> Any:
+        peak = watch.stop()
+        found = held(task.parts, folder, upstream) | {"peak": peak}
+        (folder / f"found-{rank}.json").write_text(json.dumps(found))
+        return new_state(task, *rest)
+
+    train._new_state = looked
+    train.fit(recipe(upstream, job["frozen"]), "joint", folder)
+
+
+if __name__ == "__main__":
+    planned = {"folder": sys.argv[1], "upstream": sys.argv[2], "frozen": sys.argv[3], "world": 2}
+    if start(planned, work) != [0, 0]:
+        sys.exit(1)

@@ -1,0 +1,81 @@
+"""The script that measures packing: both arms hold the same documents, and give the same losses."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model_cases import STAGES, tiny_parts, tiny_run
+from starflow2.losses import joint_loss
+from starflow2.sequence import Batch
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    path = Path(__file__).parent.parent / "scripts" / "packing_speed.py"
+    spec = importlib.util.spec_from_file_location("packing_speed", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def words_of(batches: list[Batch]) -> list[list[int]]:
+    """The ids of every document, sorted."""
+    found = []
+    for batch in batches:
+        for row, documents in zip(batch.ids, batch.document, strict=True):
+            found += [row[documents == d].tolist() for d in documents.unique() if d >= 0]
+    return sorted(found)
+
+
+def test_lengths_are_those_of_captions_and_of_interleaved_documents(script):
+    parts = tiny_parts(STAGES)
+    lengths = [script.length(d, parts.layout) for d in script.documents(parts.layout, 320, 400, 0)]
+    captions = [n - 66 for n in lengths if n < 200]
+    assert len(captions) == 200 and max(captions) <= 128 and 55 < sum(captions) / 200 < 65
+    others = [n for n in lengths if n >= 200]
+    assert min(others) >= 300 and max(others) <= 1200 and max(others) > 1000
+
+
+def test_both_arms_hold_the_same_documents_within_the_same_budget(script):
+    layout = tiny_parts(STAGES).layout
+    made = script.documents(layout, 320, 24, 0)
+    packed, alone = (arm(made, layout, 4, 1280) for arm in (script.packed, script.one_a_row))
+    assert words_of(packed) == words_of(alone) and len(words_of(alone)) == 24
+    assert script.real(packed) == script.real(alone) == sum(script.length(d, layout) for d in made)
+    assert all(batch.ids.numel() <= 4 * 1280 for batch in packed + alone)
+    assert all(batch.attend is None for batch in alone), "one document a row needs no mask of blocks"
+    assert script.slots(packed) < script.slots(alone)
+
+
+def test_documents_alone_in_their_rows_have_the_losses_of_packed_ones(script, monkeypatch):
+    parts = tiny_parts(STAGES)
+    monkeypatch.setattr(script, "INTERLEAVED", (150, 260))
+    made = script.documents(parts.layout, 320, 4, 1)
+    noise = parts.cfg.flow.noise
+    losses = []
+    for arm in (script.packed, script.one_a_row):
+        (batch,) = arm(made, parts.layout, 8, 400)
+        pictures = torch.sin(torch.arange(64 * 4.0)).view(1, 64, 4).expand(len(batch.pictures), -1, -1)
+        with torch.no_grad():
+            terms = joint_loss(parts.pretzel, batch, (pictures, torch.full((len(pictures),), 0.3)), noise)
+        losses.append(torch.stack([terms.flow, terms.text]))
+    assert (losses[0] - losses[1]).abs().max() < 1e-5
+
+
+def test_a_round_measures_both_and_tells_their_ratio(script, monkeypatch):
+    parts = tiny_parts(STAGES)
+    monkeypatch.setattr(script, "INTERLEAVED", (150, 260))
+    made = script.documents(parts.layout, 320, 4, 1)
+    arms = {
+        "packed": script.packed(made, parts.layout, 2, 300),
+        "one_a_row": script.one_a_row(made, parts.layout, 2, 300),
+    }
+    result = script.measure(script.joint_task(parts, tiny_run(1).stage("joint")), arms, 1)
+    rates = result["tokens_per_s"]
+    assert result["ratio"] == rates["packed"] / rates["one_a_row"] > 0
+    assert result["filled"]["packed"] > result["filled"]["one_a_row"]
