@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -101,11 +101,11 @@ def test_shares_must_be_equal_and_settings_must_fit():
         ShardConfig(mode="fsdp", processes=2)
 
 
-def test_moments_of_eight_bits_without_their_library_say_what_to_install():
-    if importlib.util.find_spec("torchao") is not None:
-        pytest.skip("torchao is installed")
-    with pytest.raises(ConfigError, match="pip install torchao"):
-        train.adam([nn.Parameter(torch.zeros(2))], OptimConfig(states="8bit"))
+@pytest.mark.parametrize(("states", "package"), [("8bit", "torchao"), ("8bit-bnb", "bitsandbytes")])
+def test_moments_of_eight_bits_without_their_library_say_what_to_install(states, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, f"{package}.optim", None)  # as if it were not there
+    with pytest.raises(ConfigError, match=f"pip install {package}"):
+        train.adam([nn.Parameter(torch.zeros(2))], OptimConfig(states=states))
 
 
 def stepped(state: State, steps: int) -> None:
@@ -120,9 +120,13 @@ def stepped(state: State, steps: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # torchao compiles its step
-def test_moments_of_eight_bits_are_small_close_and_go_on_bit_for_bit(tmp_path):
-    pytest.importorskip("torchao")
-    config = OptimConfig(lr=1e-3, states="8bit")
+@pytest.mark.parametrize(
+    ("states", "package", "moment"),
+    [("8bit", "torchao", "exp_avg/codes"), ("8bit-bnb", "bitsandbytes", "__bnb_optimizer_quant_state__/state1")],
+)
+def test_moments_of_eight_bits_are_small_close_and_go_on_bit_for_bit(states, package, moment, tmp_path):
+    pytest.importorskip(package)
+    config = OptimConfig(lr=1e-3, states=states)
 
     def fresh(o: OptimConfig) -> State:
         torch.manual_seed(1)
@@ -134,7 +138,7 @@ def test_moments_of_eight_bits_are_small_close_and_go_on_bit_for_bit(tmp_path):
     stepped(plain, 4)
     stepped(broken, 2)
     tensors = {k: v.detach().clone() for k, v in broken.tensors().items()}
-    assert tensors["optim/0/0/exp_avg/codes"].dtype == torch.uint8
+    assert tensors[f"optim/0/0/{moment}"].dtype == torch.uint8
     again = fresh(config)
     again.fill(tensors, {"step": "2"}, tmp_path)
     stepped(again, 2)

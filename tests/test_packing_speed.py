@@ -69,13 +69,11 @@ def test_documents_alone_in_their_rows_have_the_losses_of_packed_ones(script, mo
 
 def test_a_round_measures_both_and_tells_their_ratio(script, monkeypatch):
     parts = tiny_parts(STAGES)
-    monkeypatch.setattr(script, "INTERLEAVED", (150, 260))
-    made = script.documents(parts.layout, 320, 4, 1)
-    arms = {
-        "packed": script.packed(made, parts.layout, 2, 300),
-        "one_a_row": script.one_a_row(made, parts.layout, 2, 300),
-    }
+    monkeypatch.setattr(script, "INTERLEAVED", (250, 400))
+    made = script.documents(parts.layout, 320, 8, 1)
+    arms = {name: getattr(script, name)(made, parts.layout, 3, 400) for name in ("packed", "one_a_row")}
     result = script.measure(script.joint_task(parts, tiny_run(1).stage("joint")), arms, 1)
     rates = result["tokens_per_s"]
     assert result["ratio"] == rates["packed"] / rates["one_a_row"] > 0
     assert result["filled"]["packed"] > result["filled"]["one_a_row"]
+    assert all(p.grad is None and p.requires_grad for p in parts.flow.parameters())

@@ -387,7 +387,8 @@ def check_shares(stage: StageConfig, group: Group, *, evaluates: bool = False) -
             f"batch {stage.batch} cannot be shared equally by {group.world} processes of {stage.accumulate} "
             "microbatches; expected a multiple of their product."
         )
-    if stage.optim.states == "8bit" and isinstance(group, Shards):
-        raise TrainingError("optim.states 8bit and shard.mode are both set; shards divide float32 states already.")
+    states = stage.optim.states
+    if states != "float32" and isinstance(group, Shards):
+        raise TrainingError(f"optim.states {states} and shard.mode are both set; shards divide float32 states already.")
     if evaluates and isinstance(group, Shards):
         raise TrainingError("evaluate is given, but no process holds whole weights; score the model folder afterwards.")

@@ -108,7 +108,7 @@ def _counted(parts: Parts, task: Task, stage: StageConfig, group: Group) -> dict
     positions, pictures = _size(data, parts.layout.num_latents)
     holders = group.holders
     divided = _count(parts.vlm.layers) if stage.shard.frozen == "sharded" and "vlm" not in task.trained else 0
-    moments = 2 if stage.optim.states == "8bit" else 8
+    moments = 8 if stage.optim.states == "float32" else 2
     return {
         "parameters": {"trained": trained, "frozen": everything - trained},
         "microbatch": {"documents": share, "positions": positions, "pictures": pictures},

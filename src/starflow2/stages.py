@@ -67,7 +67,8 @@ class OptimConfig:
     decay_share: float = 0.6  # share of all steps at the end over which the rate falls
     clip: float = 1.0  # global gradient norm
     ema: float = 0.995  # decay of the averaged weights that are kept; 0 = none
-    states: Literal["float32", "8bit"] = "float32"  # AdamW's moments; 8bit needs torchao
+    # AdamW's moments; 8bit needs torchao, 8bit-bnb bitsandbytes
+    states: Literal["float32", "8bit", "8bit-bnb"] = "float32"
 
     def rate(self, step: int, steps: int) -> float:
         """Factor on both learning rates at `step` of `steps`."""

@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from starflow2.trainstate import State, store_for
 
 __all__ = ["StepReport", "fit", "fit_task", "is_hidden_matrix", "try_step"]
 
+ADAMW_8BIT = {"8bit": ("torchao", "torchao.optim"), "8bit-bnb": ("bitsandbytes", "bitsandbytes.optim")}
 TALKING = ("vlm", "adapter", "joint")  # stages that train on words beside captions
 
 
@@ -246,11 +248,14 @@ def adam(params: list[nn.Parameter], o: OptimConfig) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": o.lr, "betas": (0.9, 0.95), "weight_decay": o.weight_decay}
     if o.states == "float32":
         return torch.optim.AdamW(params, **settings, fused=True)
+    package, module = ADAMW_8BIT[o.states]
     try:
-        from torchao.optim import AdamW8bit
+        kind = import_module(module).AdamW8bit
     except ImportError as error:
-        raise ConfigError("optim.states is 8bit, which torchao does; pip install torchao, or use float32.") from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(params, **settings)
+        raise ConfigError(
+            f"optim.states is {o.states}, which {package} does; pip install {package}, or use float32."
+        ) from error
+    optimizer: torch.optim.Optimizer = kind(params, **settings)
     return optimizer
 
 

@@ -74,7 +74,7 @@ class State:
             ) from error
         self.ema = _under(tensors, "ema/")
         for i, optimizer in enumerate(self.optimizers):
-            values: dict[int, dict[str, Tensor]] = {}
+            values: dict[int, dict[str, Any]] = {}
             for key, value in _closed(_under(tensors, f"optim/{i}/")).items():
                 j, name = key.split("/")
                 values.setdefault(int(j), {})[name] = value
@@ -279,20 +279,27 @@ def _flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 def _opened(name: str, value: Any) -> dict[str, Tensor]:
     """A value of an optimiser by name; moments of 8 bits as what they are made of, since no file knows their class."""
+    if isinstance(value, dict):  # bitsandbytes keeps them in one of its own
+        return {f"{name}/{part}": v for part, v in value.items()}
     if type(value).__name__ != "OptimState8bit":
         return {name: torch.as_tensor(value)}
     return {f"{name}/{part}": getattr(value, part) for part in ("codes", "scale", "qmap")}
 
 
-def _closed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _closed(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The reverse for all of an optimiser's values, by PARAMETER/NAME."""
-    whole = {name: value for name, value in tensors.items() if name.count("/") == 1}
+    whole: dict[str, Any] = {name: value for name, value in tensors.items() if name.count("/") == 1}
+    is_bnb = False
     for name in {name.rsplit("/", 1)[0] for name in set(tensors) - set(whole)}:
+        parts = _under(tensors, f"{name}/")
+        if "codes" not in parts:
+            whole[name], is_bnb = parts, True
+            continue
         from torchao.optim.subclass_8bit import OptimState8bit
 
-        codes, scale, qmap = (tensors[f"{name}/{part}"] for part in ("codes", "scale", "qmap"))
-        whole[name] = OptimState8bit(codes, scale, qmap, signed=name.endswith("exp_avg"))
-    return whole
+        whole[name] = OptimState8bit(*(parts[k] for k in ("codes", "scale", "qmap")), signed=name.endswith("exp_avg"))
+    # its kernels take the step as a number, where torch's own want a tensor
+    return {k: int(v) if is_bnb and k.endswith("/step") else v for k, v in whole.items()}
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
