@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
 
-from model_cases import STAGES, tiny_parts, tiny_run
+from model_cases import STAGES, WHITEN, tiny_parts, tiny_run
+from starflow2 import stages
 from starflow2.checkpoint import load_parts, save_parts
 from starflow2.data.tasks import draw_task
 from starflow2.errors import DataError, TrainingError
@@ -33,6 +35,12 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder.with_name("mixture.json")
     file.write_text(json.dumps([{"corpus": "captions", "url": str(folder), "weight": 1.0}]))
     return file
+
+
+@pytest.fixture(autouse=True)
+def _few_captions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh stage t2i looks at a few captions instead of thousands."""
+    monkeypatch.setattr(T2iTask, "_whiten", partialmethod(WHITEN, 64, 32))
 
 
 def on(mixture: Path, stage: StageConfig, steps: int) -> StageConfig:
@@ -90,6 +98,19 @@ def test_a_stream_goes_on_in_as_many_processes_only(tmp_path, mixture):
         saved = feed.settings()["feed"]
     with pytest.raises(TrainingError, match="1 processes"):
         feed_for(T2iTask(parts, stage, 0), stage, Group(0, 2), step=1, saved=saved)
+
+
+def test_a_fresh_flow_is_whitened_by_the_captions_of_the_mixture(mixture, monkeypatch):
+    seen = list[list[int]]()
+    context = stages.drawing_context
+    monkeypatch.setattr(stages, "drawing_context", lambda parts, rows: seen.extend(rows) or context(parts, rows))
+    parts = tiny_parts(STAGES[:3])
+    before = parts.flow.deep.context_in.weight.clone()
+    T2iTask(parts, on(mixture, StageConfig(name="t2i", steps=2, batch=4), 2), 0)
+    told = [parts.tokenizer.decode(row) for row in seen]
+    expected = {f"{draw_task(5, i).prompt}, zebra {i}" for i in range(20) if i != 7}
+    assert len(told) == 64 and set(told) == expected
+    assert not torch.equal(parts.flow.deep.context_in.weight, before)
 
 
 def test_captions_come_out_of_packed_rows_as_they_went_in_and_pictures_before_pictures_are_refused():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from starflow2.backbones import ChatTokenizer
 from starflow2.data.dialogue import Dialogue, Turn, pictures
 from starflow2.data.edits import edit_chain_dialogue, edit_dialogue, edit_task
+from starflow2.data.mix import BatchConfig, Batches, Spelling, read_mixture
 from starflow2.data.stories import story_dialogue, story_task
 from starflow2.data.tasks import draw_task
 from starflow2.data.understanding import understanding_dialogue
@@ -376,11 +377,24 @@ class T2iTask:
 
     def _whiten(self, prompts: int = 2048, batch: int = 128) -> None:
         """Fresh flows start from whitened text states; see `AffineBlock.whiten_context`."""
-        tokenizer = self.parts.tokenizer
-        assert tokenizer is not None
-        rows = [tokenizer.drawing_prompt(draw_task(self.seed, i).prompt) for i in range(prompts)]
+        rows = self._captions(prompts)
         contexts = [drawing_context(self.parts, rows[i : i + batch]) for i in range(0, prompts, batch)]
         self.parts.flow.deep.whiten_context(torch.cat([c.states[c.attend] for c in contexts]))
+
+    def _captions(self, count: int) -> list[list[int]]:
+        """Token ids of the first captions of the mixture, or of the drawn world where the stage has none."""
+        parts, corpus = self.parts, self.stage.corpus
+        assert parts.tokenizer is not None
+        if not corpus.mixture:
+            return [parts.tokenizer.drawing_prompt(draw_task(self.seed, i).prompt) for i in range(count)]
+        spelling = Spelling(parts.tokenizer, parts.layout, parts.cfg.fae.image_size)
+        config = BatchConfig(rows=corpus.rows, width=corpus.width, caption_drop=0.0)
+        rows = list[list[int]]()
+        for images, batch in Batches(read_mixture(corpus.mixture), spelling, config):  # without end
+            rows += self.taken(images, batch)[1]
+            if len(rows) >= count:
+                break
+        return rows[:count]
 
     def counts(self, data: tuple[Tensor, list[list[int]]]) -> dict[str, int]:
         return {"pictures": len(data[0])}
