@@ -33,11 +33,11 @@ WIDTH = 512
 
 
 def large(folder: Path) -> ModelConfig:
-    """The miniature with 120 MB in the layers of its flow, in float32, and of its language model, in bfloat16."""
+    """The miniature with 130 MB in the layers of its flow, in float32, and of its language model, in bfloat16."""
     small = paper_in_miniature(folder, 64)
-    stack = StackConfig(width=WIDTH, depth=6)
+    stack = StackConfig(width=WIDTH, depth=8)
     deep = replace(small.flow.deep, stack=stack, context_dim=WIDTH)
-    vlm = replace(small.vlm, width=WIDTH, heads=8, kv_heads=2, depth=6, mlp_width=2048, mrope_section=(8, 12, 12))
+    vlm = replace(small.vlm, width=WIDTH, heads=8, kv_heads=2, depth=4, mlp_width=2048, mrope_section=(8, 12, 12))
     return replace(
         small,
         vlm=vlm,

@@ -46,10 +46,13 @@ def test_every_process_begins_with_the_values_that_the_files_hold(base, frozen):
 
 
 def test_no_process_ever_holds_all_of_what_is_cut(base):
-    """120 MB of layers: each keeps half of them, for a moment one whole layer, and all that is not cut."""
+    """130 MB of layers: each keeps half of them, for a moment one whole layer, and all that is not cut.
+
+    85 MB in all; where the flow is loaded before it is cut, 118.
+    """
     for process in found(base, "sharded"):
         assert process["whole"] > 120e6 and process["here"] == process["whole"] // 2
-        assert process["here"] < process["peak"] < 0.8 * process["whole"]
+        assert process["here"] < process["peak"] < 0.75 * process["whole"]
 
 
 def test_a_frozen_language_model_stays_in_bfloat16_beside_float32_masters(base):
