@@ -106,7 +106,7 @@ class Eval:
 
         parts = StarFlow2.from_pretrained(self.model, device=self.device).parts
         images = codec_pictures(self.images, parts.codec.image_size, self.split, 64 if self.quick else 512)
-        report = evaluate_codec(parts.codec, parts.features, images.to(parts.device))
+        report = evaluate_codec(parts.codec, parts.extractor, images.to(parts.device))
         report["model"] = parts.cfg.name
         console().print(codec_table(report))
         if self.json is not None:
