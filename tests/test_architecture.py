@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipes", "finetune", "rehearsal"),
     ("demo_talk",),
     ("selfcheck", "info", "planner", "demo", "chat", "compare", "claims", "gallery"),
-    ("server", "ui"),
+    ("server", "ui", "codecs"),
     ("commands",),
     ("measuring",),
     ("cli",),

@@ -28,7 +28,7 @@ from starflow2.parts import Parts
 from starflow2.stages import AdapterTask, JointTask, MixConfig, OptimConfig, StageConfig, T2iTask
 from starflow2.train import fit_task
 
-__all__ = ["ARMS", "Arm", "CompareConfig", "compare", "summary", "write"]
+__all__ = ["ARMS", "Arm", "CompareConfig", "compare", "fresh_parts", "summary", "write"]
 
 Arm = Literal["stage 1", "stage 3", "stage 3, skips closed", "closed in use", "mot frozen", "mot finetuned"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -60,15 +60,19 @@ class _Workplace:
     workers: int
 
     def fresh(self, seed: int) -> Parts:
-        """The frozen parts of the model with a flow and joints that were never trained."""
-        parts = load_parts(self.folder, self.device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            new = Parts(parts.cfg)
-        parts.flow.load_state_dict(new.flow.state_dict())
-        parts.joints.load_state_dict(new.joints.state_dict())
-        parts.stages = ("features", "fae", "vlm")
-        return parts.requires_grad_(False)
+        return fresh_parts(self.folder, seed, self.device)
+
+
+def fresh_parts(folder: str | Path, seed: int, device: str = "cpu") -> Parts:
+    """The frozen parts of the model in `folder` with a flow and joints that were never trained, those of `seed`."""
+    parts = load_parts(folder, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = Parts(parts.cfg)
+    parts.flow.load_state_dict(new.flow.state_dict())
+    parts.joints.load_state_dict(new.joints.state_dict())
+    parts.stages = ("features", "fae", "vlm")
+    return parts.requires_grad_(False)
 
 
 def compare(

@@ -58,7 +58,7 @@ class FaeConfig:
 
 @dataclass(frozen=True, slots=True)
 class FaeLosses:
-    """Scalars: feature MSE, KL in nats per channel, pixel L1, pyramid L1 and their weighted sum. Of what, stands below."""
+    """Scalars: feature MSE, KL in nats per channel, pixel L1, pyramid L1, their weighted sum; and of what they are."""
 
     total: Tensor
     feature: Tensor

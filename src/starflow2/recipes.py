@@ -22,12 +22,13 @@ from starflow2.pretrained import Pretrained
 from starflow2.pretzel import JointsConfig
 from starflow2.stages import MixConfig, OptimConfig, RunConfig, StageConfig
 
-__all__ = ["find", "mini", "nano", "nano_end_to_end", "nano_patches", "paper", "paper_siglip", "smoke"]
+__all__ = ["find", "mini", "nano", "nano_end_to_end", "nano_patches", "paper", "paper_siglip", "smoke", "with_patches"]
 
 NANO_SPECIAL = SpecialIds(pad=0, user=1, assistant=2, end=3, vision_start=4, vision_end=5, image_pad=6)
 QWEN_SPECIAL = SpecialIds(
     pad=151643, user=151644, assistant=151644, end=151645, vision_start=151652, vision_end=151653, image_pad=151655
 )
+WORLD_MEAN, WORLD_STD = (0.74, 0.76, 0.71), (0.31, 0.34, 0.37)  # of the drawn world's colours in [-1, 1]
 PICTURE = 256  # pixels of paper's pictures, square
 CLIP = PixelConfig(
     picture_size=PICTURE,
@@ -135,13 +136,19 @@ def nano_patches() -> RunConfig:
     Noise is at most 0.15 of a colour's deviation, 0.05 in [-1, 1] (TARFlow's): nothing behind the flow takes it away
     but `--cleanup tweedie`. Nobody has trained this recipe to the end here.
     """
-    run, model = nano(), nano_model()
-    codec = PatchConfig(image_size=64, patch_size=8, mean=(0.74, 0.76, 0.71), std=(0.31, 0.34, 0.37))
+    run = nano()
+    stages = tuple(s for s in run.stages if s.name not in ("features", "fae"))
+    return replace(run, model=with_patches(run.model), stages=stages)
+
+
+def with_patches(model: ModelConfig) -> ModelConfig:
+    """The same model over as many patches of pixels as it has latents; statistics are those of the drawn world."""
+    side = model.fae.image_size // model.fae.grid[0]
+    codec = PatchConfig(image_size=model.fae.image_size, patch_size=side, mean=WORLD_MEAN, std=WORLD_STD)
     deep, *shallow = (replace(block, dim=codec.latent_dim) for block in (model.flow.deep, *model.flow.shallow))
     noise = NoiseConfig(noise_min=0.01, noise_max=0.15, max_share=0.8)
     flow = replace(model.flow, deep=deep, shallow=tuple(shallow), noise=noise)
-    model = replace(model, name="nano-patches", features=None, fae=codec, flow=flow)
-    return replace(run, model=model, stages=tuple(s for s in run.stages if s.name not in ("features", "fae")))
+    return replace(model, name=f"{model.name}-patches", features=None, features_from=None, fae=codec, flow=flow)
 
 
 # -- over pretrained parts ------------------------------------------------------------------------------
