@@ -1,4 +1,4 @@
-"""FAE and flow trained end to end: no scale of the latents is rewarded, both learn, and weight 0 is stage t2i as it was."""
+"""FAE and flow end to end: no scale of the latents is rewarded, both learn, and weight 0 is stage t2i as it was."""
 
 from __future__ import annotations
 

@@ -161,9 +161,9 @@ def test_a_joint_model_of_patches_talks_scores_and_never_encodes_what_it_drew():
     assert abs(float(found.patches.sum()) + found.shallow_logdet - found.log_prob) / found.dims <= 1e-6
     calls: list[None] = []
     hook = model.parts.encoder.register_forward_hook(lambda *_: calls.append(None))
-    session = model.session().add(image, "what is this").add("draw a red circle")
+    session = model.session().add(image, "a blue square")
     made = session.draw().picture
-    session.add("again").draw()
+    session.add("a red circle").draw()
     hook.remove()
     assert len(calls) == 1 and made.x.shape == (64, 192)
     assert torch.allclose(made.image, model.parts.codec.decode(made.x.float())[0])
