@@ -48,14 +48,16 @@ def slope_of_scale(task: T2iTask, data: Any) -> tuple[float, float]:
     head = task.parts.fae.encoder.head
     weight, bias = torch.autograd.grad(flow_loss(task, data), [head.weight, head.bias])
     means = (weight[:LATENT] * head.weight[:LATENT]).sum() + (bias[:LATENT] * head.bias[:LATENT]).sum()
-    return float(means + 2 * bias[LATENT:].sum()), float(weight.norm() + bias.norm())
+    return float((means + 2 * bias[LATENT:].sum()).detach()), float(weight.norm() + bias.norm())
 
 
 def spread(task: T2iTask) -> None:
-    """Means of the encoder far above the constant that batch norm adds to variances."""
+    """Means far above the constant that batch norm adds to variances, log-variances far from where they are clamped."""
+    head = task.parts.fae.encoder.head
     with torch.no_grad():
-        task.parts.fae.encoder.head.weight.mul_(30)
-        task.parts.fae.encoder.head.bias[LATENT:] = -2
+        head.weight[:LATENT].mul_(30)
+        head.weight[LATENT:] = 0
+        head.bias[LATENT:] = -2
 
 
 def test_no_scale_of_the_latents_makes_them_likelier():

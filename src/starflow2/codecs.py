@@ -121,7 +121,9 @@ def _rows(arm: Arm, seed: int, config: CodecsConfig, folder: str | Path, device:
     seconds = time.perf_counter() - started
     parts.stages = (*parts.stages, "t2i")
     told = {"trained": sum(p.numel() for p in task.trained.parameters()), "seconds": round(seconds, 1)}
-    cleanups: dict[str, Cleanup] = {arm: "none"} | ({CLEANED: "tweedie"} if arm == "patches" else {})
+    cleanups: dict[str, Cleanup] = {arm: "none"}
+    if arm == "patches":
+        cleanups[CLEANED] = "tweedie"
     for name, cleanup in cleanups.items():
         drawer = _Drawer(StarFlow2(parts), DrawConfig.for_model(parts, cleanup=cleanup))
         yield {"arm": name, "seed": seed, **told} | _scores(drawer, judge, quick=config.quick)
