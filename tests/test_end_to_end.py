@@ -96,7 +96,7 @@ def test_both_learn_on_a_repeated_batch_and_nothing_else_moves():
         loss, _ = task.loss(data, torch.Generator().manual_seed(1))
         with torch.no_grad():
             flow.append(float(flow_loss(task, data)))
-        codec.append((float(loss) - flow[-1]) / task.stage.codec_weight)
+        codec.append((float(loss.detach()) - flow[-1]) / task.stage.codec_weight)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -166,7 +166,7 @@ def test_a_joint_model_of_patches_talks_scores_and_never_encodes_what_it_drew():
     session.add("a red circle").draw()
     hook.remove()
     assert len(calls) == 1 and made.x.shape == (64, 192)
-    assert torch.allclose(made.image, model.parts.codec.decode(made.x.float())[0])
+    assert torch.allclose(made.image, model.parts.codec.decode(made.x.float()[None])[0])
 
 
 def test_a_code_of_patches_gives_the_picture_back():
