@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "nn", "images", "heatmap", "terminal"),
     ("protocols", "pretrained"),
     ("flow",),  # the standalone library ends here
-    ("sequence", "fae", "prefix", "convert"),
+    ("sequence", "fae", "patches", "prefix", "convert"),
     ("pretzel", "backbones", "data"),
     ("parts",),
     ("losses", "generate", "understand", "checkpoint", "prompts", "mot"),
@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipes", "finetune", "rehearsal"),
     ("demo_talk",),
     ("selfcheck", "info", "planner", "demo", "chat", "compare", "claims", "gallery"),
-    ("server", "ui"),
+    ("server", "ui", "codecs"),
     ("commands",),
     ("measuring",),
     ("cli",),

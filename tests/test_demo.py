@@ -126,7 +126,7 @@ class Talker(Oracle):
 
     def __init__(self, wrong: str = "", spoil=lambda story, told: None) -> None:
         super().__init__("test", wrong)
-        self.parts.fae, self.spoil = SimpleNamespace(encoder=torch.nn.Identity()), spoil
+        self.parts.encoder, self.spoil = torch.nn.Identity(), spoil
         items = (*answering.mme_items("test"), *answering.gqa_items("test"))
         self.known = {(i.question.text, render(i.scene).tobytes()): i.question.answer for i in items}
         edits = [edit for part in ("id", "cg") for edit in editing._suite("test", part)]

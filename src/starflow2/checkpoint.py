@@ -1,7 +1,7 @@
 """A model folder: config.json, our weights, and the backbones in transformers' own layout beside them.
 
     config.json          format number, sizes, stages done
-    model.safetensors    FAE, flow and joints
+    model.safetensors    FAE if there is one, flow and joints
     vlm/  features/      config.json + model.safetensors as transformers writes them
     tokenizer.json       byte-level BPE;  lexicon.txt: the words that training used
 
@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from starflow2.backbones import ChatTokenizer, DinoFeatures, QwenStream, SiglipFeatures, load_tokenizer
 from starflow2.config import from_dict, to_dict
 from starflow2.errors import CheckpointError, ConfigError, OutputError, nearest
-from starflow2.fae import Fae
+from starflow2.fae import Fae, FaeConfig
 from starflow2.files import replacing
 from starflow2.flow import AffineBlock, Flow
 from starflow2.parts import ModelConfig, Parts
@@ -97,7 +97,7 @@ def _keep_others(folder: Path, new: Path) -> None:
 
 def _write_folder(parts: Parts, folder: Path) -> None:
     assert parts.tokenizer is not None
-    for name in BACKBONES:
+    for name in _backbones(parts.cfg):
         if name not in parts.cfg.references:
             getattr(parts, name).save(folder / name)
     own = {k: v for k, v in parts.state_dict().items() if k.startswith(OWN)}
@@ -138,7 +138,7 @@ def load_parts(folder: str | Path, device: str | torch.device = "cpu", waiting: 
     folder = Path(folder)
     config = read_config(folder)
     cfg = from_dict(ModelConfig, config["model"])
-    own = [f"{name}/model.safetensors" for name in BACKBONES if name not in cfg.references]
+    own = [f"{name}/model.safetensors" for name in _backbones(cfg) if name not in cfg.references]
     for name in ("model.safetensors", *own, "tokenizer.json"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}; it is no complete starflow2 model.")
@@ -148,7 +148,7 @@ def load_parts(folder: str | Path, device: str | torch.device = "cpu", waiting: 
     if not any(name.startswith("joints.") for name in tensors) and "adapter" not in config["stages"]:
         tensors |= _fresh_joints(cfg)
     _fill(parts, tensors, folder / "model.safetensors", waiting)
-    for name in BACKBONES:
+    for name in _backbones(cfg):
         if name in cfg.references:
             place = folder / name if (folder / name).is_dir() else None
             known = config.get("fingerprints", {}).get(name, "")
@@ -183,16 +183,23 @@ def start_parts(cfg: ModelConfig, device: str | torch.device = "cpu") -> Parts:
         raise ConfigError(f"model {cfg.name} has no vlm_from; it starts from its own stages, nothing pretrained.")
     with torch.device("meta"):
         parts = Parts(cfg)
-    fresh = {"fae": Fae(cfg.fae), "flow": Flow(cfg.flow), "joints": _new_joints(cfg)}
+    fresh: dict[str, nn.Module] = {"flow": Flow(cfg.flow), "joints": _new_joints(cfg)}
+    if isinstance(cfg.fae, FaeConfig):
+        fresh["fae"] = Fae(cfg.fae)
     for name, module in fresh.items():
         setattr(parts, name, module)
-    for name in BACKBONES:
+    for name in _backbones(cfg):
         if name in cfg.references:
             _refer(parts, name, None, "", device)
         else:
             getattr(parts, name).model = type(getattr(parts, name))(getattr(parts, name).cfg).model
     parts.tokenizer = _tokenizer(locate(cfg.vlm_from) / "tokenizer.json", cfg)
     return parts.to(device).eval()
+
+
+def _backbones(cfg: ModelConfig) -> tuple[str, ...]:
+    """Those of `BACKBONES` that a model has."""
+    return tuple(name for name in BACKBONES if getattr(cfg, name) is not None)
 
 
 def _refer(parts: Parts, name: str, place: Path | None, known: str, device: str | torch.device) -> None:
@@ -343,6 +350,6 @@ def _fill(parts: Parts, tensors: dict[str, Tensor], path: Path, waiting: tuple[s
         if target.shape != value.shape:
             raise CheckpointError(f"{path}: {name} has shape {tuple(value.shape)}, expected {tuple(target.shape)}.")
         state[name] = value.to(target.dtype, copy=not _waits(name, waiting))
-    for prefix in OWN:
+    for prefix in (prefix for prefix in OWN if any(k.startswith(prefix) for k in state)):
         own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         getattr(parts, prefix.removesuffix(".")).load_state_dict(own, assign=True)

@@ -31,7 +31,7 @@ from starflow2.parts import Parts
 from starflow2.stages import AdapterTask, JointTask, MixConfig, OptimConfig, StageConfig, T2iTask, Task
 from starflow2.train import fit_task
 
-__all__ = ["ARMS", "Arm", "CompareConfig", "compare", "load", "summary", "write"]
+__all__ = ["ARMS", "Arm", "CompareConfig", "compare", "fresh_parts", "load", "summary", "write"]
 
 Arm = Literal["stage 1", "stage 3", "stage 3, skips closed", "closed in use", "fresh", "mot frozen", "mot finetuned"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -69,30 +69,35 @@ class _Workplace:
 
     def start(self, arm: Arm, config: CompareConfig, seed: int) -> Parts:
         """What an arm begins with. Raises CheckpointError for a model without stages 1 and 2."""
-        parts = load_parts(self.folder, self.device)
-        missing = [stage for stage in NEEDED if stage not in parts.stages]
-        if missing or "joint" in parts.stages:
-            raise CheckpointError(
-                f"{self.folder} has finished {', '.join(parts.stages)}; the comparison needs a model of stages 1 and 2 "
-                f"({', '.join(NEEDED)}) from before stage 3."
-            )
         if arm not in AFRESH:
-            return parts.requires_grad_(False)
-        self._forget(parts, seed)
+            return self._ready()
+        parts = fresh_parts(self.folder, seed, self.device)
         if arm != "fresh":
             return MotParts(parts, "frozen" if arm == "mot frozen" else "finetuned", seed)
         for prepare in (T2iTask, AdapterTask):  # both set a scale when they meet weights that are new
             prepare(parts, config.stage("t2i"), seed)
         return parts.requires_grad_(False)
 
-    def _forget(self, parts: Parts, seed: int) -> None:
-        """Flow and joints as if they had never been trained."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            new = Parts(parts.cfg)
-        parts.flow.load_state_dict(new.flow.state_dict())
-        parts.joints.load_state_dict(new.joints.state_dict())
-        parts.stages = ("features", "fae", "vlm")
+    def _ready(self) -> Parts:
+        parts = load_parts(self.folder, self.device)
+        if "joint" in parts.stages or set(NEEDED) - set(parts.stages):
+            raise CheckpointError(
+                f"{self.folder} has finished {', '.join(parts.stages)}; the comparison needs a model of stages 1 and 2 "
+                f"({', '.join(NEEDED)}) from before stage 3."
+            )
+        return parts.requires_grad_(False)
+
+
+def fresh_parts(folder: str | Path, seed: int, device: str = "cpu") -> Parts:
+    """The frozen parts of the model in `folder` with a flow and joints that were never trained, those of `seed`."""
+    parts = load_parts(folder, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = Parts(parts.cfg)
+    parts.flow.load_state_dict(new.flow.state_dict())
+    parts.joints.load_state_dict(new.joints.state_dict())
+    parts.stages = ("features", "fae", "vlm")
+    return parts.requires_grad_(False)
 
 
 def compare(

@@ -185,7 +185,21 @@ def _read_union(options: tuple[Any, ...], value: object, path: str) -> Any:
             return _read(option, value, path)
         except ConfigError:
             continue
+    meant = _meant(members, value)
+    if meant is not None:
+        return _read(meant, value, path)  # its message says which key is wrong
     raise ConfigError(f"{path}: got {_show(value)}, expected {' or '.join(map(_name, options))}.")
+
+
+def _meant(members: list[Any], value: object) -> Any:
+    """The config class that shares most keys with `value`; None where none shares any, or two as many."""
+    if not isinstance(value, Mapping):
+        return None
+    classes = [option for option in members if dataclasses.is_dataclass(option)]
+    shared = {cls: len({f.name for f in dataclasses.fields(cls)} & set(value)) for cls in classes}
+    best = max(shared.values(), default=0)
+    most = [cls for cls, count in shared.items() if count == best]
+    return most[0] if best and len(most) == 1 else None
 
 
 def _read_tuple(items: tuple[Any, ...], value: object, path: str) -> Any:

@@ -544,7 +544,7 @@ class Rows:
         u = self.canvas.u[rows, :-1]
         levels = self._levels(len(rows), level)
         x = sampler.pretzel.flow.shallow.inverse(u, levels, sampler.config.shallow_solver)
-        images = sampler.parts.fae.decode(x.to(sampler.parts.flow.deep.head.weight.dtype))
+        images = sampler.parts.codec.decode(x.to(sampler.parts.flow.deep.head.weight.dtype))
         self._turn_page(rows)
         made: list[RowEvent] = []
         for i, row in enumerate(rows):

@@ -198,7 +198,7 @@ class _Listener:
 def _encodings(parts: Parts) -> Iterator[list[None]]:
     """Inside, the list grows by one entry whenever the codec's encoder runs."""
     calls: list[None] = []
-    hook = parts.fae.encoder.register_forward_hook(lambda *_: calls.append(None))
+    hook = parts.encoder.register_forward_hook(lambda *_: calls.append(None))
     try:
         yield calls
     finally:

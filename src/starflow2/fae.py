@@ -58,7 +58,7 @@ class FaeConfig:
 
 @dataclass(frozen=True, slots=True)
 class FaeLosses:
-    """Scalars: feature MSE, KL in nats per channel, pixel L1, pyramid L1 and their weighted sum; and what was drawn."""
+    """Scalars: feature MSE, KL in nats per channel, pixel L1, pyramid L1, their weighted sum; and of what they are."""
 
     total: Tensor
     feature: Tensor
@@ -66,6 +66,7 @@ class FaeLosses:
     pixel: Tensor
     edge: Tensor
     drawn: Tensor  # (B, 3, height, width), not clamped
+    latents: Tensor  # (B, N, D) a sample of the posterior, standardised, without the decoders' noise
 
 
 class Encoder(nn.Module):
@@ -178,9 +179,8 @@ class Fae(nn.Module):
         mean, log_var = self.encoder(feats)
         draw = torch.randn(2, *mean.shape, generator=generator).to(mean.device)
         level = torch.rand(len(mean), 1, 1, generator=generator).to(mean.device)
-        x = self._standardized(mean + torch.exp(0.5 * log_var) * draw[0])
-        x = x + self.cfg.noise_max * level * draw[1]
-        rebuilt = self.feature_decoder(x)
+        latents = self._standardized(mean + torch.exp(0.5 * log_var) * draw[0])
+        rebuilt = self.feature_decoder(latents + self.cfg.noise_max * level * draw[1])
         drawn = at_least_fp32(self.pixel_decoder(rebuilt))
         kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
         feature = F.mse_loss(at_least_fp32(rebuilt), at_least_fp32(feats))
@@ -188,7 +188,7 @@ class Fae(nn.Module):
         edge = _pyramid_l1(drawn, images)
         cfg = self.cfg
         total = pixel + cfg.edge_weight * edge + cfg.feature_weight * feature + cfg.kl_weight * kl
-        return FaeLosses(total, feature, kl, pixel, edge, drawn)
+        return FaeLosses(total, feature, kl, pixel, edge, drawn, latents)
 
     def _standardized(self, x: Tensor) -> Tensor:
         flat: Tensor = self.standardize(at_least_fp32(x).flatten(0, 1))

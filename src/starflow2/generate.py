@@ -195,4 +195,4 @@ def _halves(both: Context, rows: int) -> tuple[Context, Context]:
 
 
 def _decode(parts: Parts, latents: Tensor, batch: int = 64) -> Tensor:
-    return torch.cat([parts.fae.decode(chunk) for chunk in latents.split(batch)])
+    return torch.cat([parts.codec.decode(chunk) for chunk in latents.split(batch)])

@@ -48,10 +48,10 @@ def describe(cfg: ModelConfig) -> dict[str, Any]:
     parts = build(cfg, "meta")
     vision = _count(parts.vlm.model.model.visual)
     counts = {
-        "features": _count(parts.features),
+        "features": _count(parts.features) if parts.has_fae else 0,
         "vlm.vision": vision,
         "vlm.language": _count(parts.vlm) - vision,
-        "fae": _count(parts.fae),
+        "fae": _count(parts.fae) if parts.has_fae else 0,
         "flow.deep": _count(parts.flow.deep),
         "flow.shallow": _count(parts.flow.shallow),
         "adapter": _count(parts.joints.adapter),

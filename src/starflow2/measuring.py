@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -106,7 +106,7 @@ class Eval:
 
         parts = StarFlow2.from_pretrained(self.model, device=self.device).parts
         images = codec_pictures(self.images, parts.codec.image_size, self.split, 64 if self.quick else 512)
-        report = evaluate_codec(parts.codec, parts.features, images.to(parts.device))
+        report = evaluate_codec(parts.codec, parts.extractor, images.to(parts.device))
         report["model"] = parts.cfg.name
         console().print(codec_table(report))
         if self.json is not None:
@@ -163,16 +163,21 @@ class Analyze:
     skips: what both skips carry, over 50 prompts. turns: a session against reading everything anew. sheets: edits and
     stories as pictures. compare: the paper's arms on equal budgets, trained here (hours on CPU; a stopped call
     goes on) from a model of stages 1 and 2. paper: claims.md from the JSON files in the folder, skips and turns
-    measured first where they are missing.
+    measured first where they are missing. codecs: an FAE that trains with the flow, and no FAE at all,
+    beside the default (likewise).
     """
 
     verb: ClassVar[str] = "analyze"
 
     what: Positional[
-        Annotated[Literal["skips", "turns", "sheets", "compare", "paper"], arg(metavar="NAME", help="see above")]
+        Annotated[
+            Literal["skips", "turns", "sheets", "compare", "paper", "codecs"], arg(metavar="NAME", help="see above")
+        ]
     ]
     output: Annotated[Path, arg(aliases=("-o",), metavar="FOLDER", help="where files go")] = Path("docs/results")
-    steps: Annotated[int | None, own("INT", "of compare: training steps of every arm", "300")] = None
+    steps: Annotated[int | None, own("INT", "of compare and codecs: training steps of every arm", "300; 1000")] = None
+    batch: Annotated[int | None, own("INT", "of both: documents per step", "32; 64")] = None
+    seeds: Annotated[int | None, own("INT", "of both: how many seeds, 0 and up", "3; 1")] = None
     json: JsonFile = None
     model: Model = "nano"
     device: Device = "auto"
@@ -181,19 +186,30 @@ class Analyze:
         refuse(unknown, type(self))
         check_json(self.json)
         check_writable(self.output / "claims.md")
-        if self.steps is not None and self.what != "compare":
-            raise ConfigError(f"--steps is of compare; {self.what} trains nothing.")
+        if self._budget() and self.what not in ("compare", "codecs"):
+            given = ", ".join(f"--{name}" for name in self._budget())
+            raise ConfigError(f"{given}: of compare and codecs; {self.what} trains nothing.")
         doing: dict[str, Callable[[], Any]] = {
             "skips": self._skips,
             "turns": self._turns,
             "sheets": self._sheets,
             "compare": self._compare,
             "paper": self._paper,
+            "codecs": self._codecs,
         }
         told = doing[self.what]()
         if self.json is not None:
             _write(told, self.json)
         return 0
+
+    def _budget(self) -> dict[str, Any]:
+        """What was said of steps, batch and seeds. Raises ConfigError for less than one."""
+        given = {name: getattr(self, name) for name in ("steps", "batch", "seeds")}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            if value < 1:
+                raise ConfigError(f"--{name} is {value}; expected at least 1.")
+        return given | ({"seeds": tuple(range(given["seeds"]))} if "seeds" in given else {})
 
     def _joint(self) -> StarFlow2:
         return conversing(self.model, self.device, f"analyze {self.what}")
@@ -235,7 +251,7 @@ class Analyze:
         from starflow2.compare import CompareConfig, compare, load, write
         from starflow2.model import NANO, pick_device
 
-        config = CompareConfig() if self.steps is None else CompareConfig(steps=self.steps)
+        config = replace(CompareConfig(), **self._budget())
         folder = NANO if self.model == "nano" else Path(self.model)
         rows: list[dict[str, Any]] = []
         device, done = str(pick_device(self.device)), load(config, self.output)
@@ -243,6 +259,17 @@ class Analyze:
             rows.append(row)
             path = write(rows, config, self.output)
         print(path)
+        return {"rows": rows}
+
+    def _codecs(self) -> Any:
+        from starflow2.codecs import CodecsConfig, compare_codecs, write
+        from starflow2.model import find_model, pick_device
+
+        config = replace(CodecsConfig(), **self._budget())
+        rows = compare_codecs(
+            find_model(self.model), config, self.output, device=str(pick_device(self.device)), progress=print
+        )
+        print(write(rows, config, self.output))
         return {"rows": rows}
 
     def _paper(self) -> Any:

@@ -243,11 +243,11 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         return to_pil(decode_code(self.sampler(), code.z, heard(self.parts, prompt)).image)
 
     def roundtrip(self, images: Tensor, noise_level: float = 0.0, seed: int = 0) -> Tensor:
-        """images (B, 3, h, w) through the FAE and back, with noise on the latents if asked."""
+        """images (B, 3, h, w) through the codec and back, with noise on the latents if asked."""
         with torch.no_grad():
             latents = self.parts.codec.encode(images.to(self.device))
             eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-            return self.parts.fae.decode(latents + noise_level * eps.to(latents)).cpu()
+            return self.parts.codec.decode(latents + noise_level * eps.to(latents)).cpu()
 
     @property
     def sampling_noise(self) -> float:

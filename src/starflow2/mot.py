@@ -322,7 +322,7 @@ def _flow_config(parts: Parts) -> FlowConfig:
 class MotParts(Parts):
     """The parts of a model with the baseline in place of both streams: what takes Parts takes these.
 
-    Text experts start as the language model of `parts`, all else is fresh; features, FAE and tokenizer are shared.
+    Text experts start as the language model of `parts`, all else is fresh; features, codec and tokenizer are shared.
     Both variants add as many parameters as the Pretzel's flow and joints have (`matched_width`); "finetuned" trains
     the text experts besides, so that the totals are equal in both, and in "frozen" what trains is, too.
     """
@@ -335,7 +335,8 @@ class MotParts(Parts):
         self.text = text
         self.tokenizer, self.lexicon = parts.tokenizer, parts.lexicon
         self.stages = tuple(stage for stage in parts.stages if stage in ("features", "vlm", "fae"))
-        self.features, self.fae = parts.features, parts.fae
+        for name in ("features", "fae") if parts.has_fae else ("patches",):
+            setattr(self, name, getattr(parts, name))
         self.cfg = replace(parts.cfg, name=f"{parts.cfg.name}-mot-{text}", flow=_flow_config(parts))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The parts of a model side by side: features, language model, FAE, flow, joints, tokenizer. No files here.
+"""The parts of a model side by side: features, language model, codec, flow, joints, tokenizer. No files here.
 
 What each part is lives in its own module; this one only knows which belong together.
 """
@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from starflow2.backbones import ChatTokenizer, DinoConfig, LanguageConfig, QwenStream, SiglipConfig, features_of
+from starflow2.errors import ConfigError
 from starflow2.fae import Fae, FaeCodec, FaeConfig
 from starflow2.flow import Flow, FlowConfig
+from starflow2.patches import PatchCodec, PatchConfig
 from starflow2.pretrained import Pretrained
 from starflow2.pretzel import Joints, JointsConfig, Pretzel
+from starflow2.protocols import Codec, FeatureExtractor
 from starflow2.sequence import Layout
 
 __all__ = ["ModelConfig", "Parts", "build"]
@@ -25,9 +28,9 @@ class ModelConfig:
     """Every size of a model, and the sampling defaults it was tuned for."""
 
     name: str
-    features: DinoConfig | SiglipConfig
+    features: DinoConfig | SiglipConfig | None  # what the FAE reads; None where there is no FAE
     vlm: LanguageConfig
-    fae: FaeConfig
+    fae: FaeConfig | PatchConfig  # the codec: an FAE, or patches of pixels in its place
     flow: FlowConfig
     joints: JointsConfig
     guidance: float = 2.0  # 0 = off
@@ -36,6 +39,17 @@ class ModelConfig:
     max_positions: int = 4096  # of one conversation
     features_from: Pretrained | None = None  # where the frozen extractor comes from; None: trained and kept by us
     vlm_from: Pretrained | None = None  # the same of the language model and its tower
+
+    def __post_init__(self) -> None:
+        deep, codec = self.flow.deep, self.fae
+        if (codec.latent_dim, codec.grid) != (deep.dim, deep.grid):
+            raise ConfigError(
+                f"fae has {codec.grid} latents of {codec.latent_dim} channels, flow.deep {deep.grid} of {deep.dim}; "
+                "expected the same."
+            )
+        if (self.features is None) != isinstance(codec, PatchConfig):
+            told = "none, and an FAE reads them" if self.features is None else "given, and patches read none"
+            raise ConfigError(f"features are {told}; expected features beside a FaeConfig and None beside patches.")
 
     @property
     def references(self) -> dict[str, Pretrained]:
@@ -53,9 +67,13 @@ class Parts(nn.Module):
         self.lexicon: frozenset[str] = frozenset()
         self.stages: tuple[str, ...] = ()
         self.fingerprints: dict[str, str] = {}  # of the parts that are only referred to, once they are loaded
-        self.features = features_of(cfg.features)
+        if cfg.features is not None:
+            self.features = features_of(cfg.features)
         self.vlm = QwenStream(cfg.vlm)
-        self.fae = Fae(cfg.fae)
+        if isinstance(cfg.fae, FaeConfig):
+            self.fae = Fae(cfg.fae)
+        else:
+            self.patches = PatchCodec(cfg.fae)
         self.flow = Flow(cfg.flow)
         deep = cfg.flow.deep
         self.joints = Joints(cfg.joints, deep.dim, cfg.vlm.width, deep.stack.width)
@@ -67,7 +85,7 @@ class Parts(nn.Module):
 
     @property
     def joined(self) -> nn.ModuleDict:
-        """What stage 3 trains: everything but the language model and the FAE."""
+        """What stage 3 trains: everything but the language model and the codec."""
         return nn.ModuleDict({"flow": self.flow, "joints": self.joints})
 
     @property
@@ -82,8 +100,23 @@ class Parts(nn.Module):
         return replace(self.layout, grid=self.cfg.vlm.image_grid)
 
     @property
-    def codec(self) -> FaeCodec:
-        return FaeCodec(self.fae, self.features)
+    def codec(self) -> Codec:
+        """Pictures to latents and back, without gradients to an FAE."""
+        return FaeCodec(self.fae, self.features) if self.has_fae else self.patches
+
+    @property
+    def has_fae(self) -> bool:
+        """Whether there are `fae` and `features`; else there are `patches`."""
+        return isinstance(self.cfg.fae, FaeConfig)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The module that runs once whenever pictures are encoded."""
+        return self.fae.encoder if self.has_fae else self.patches
+
+    @property
+    def extractor(self) -> FeatureExtractor | None:
+        return self.features if self.has_fae else None
 
     @property
     def device(self) -> torch.device:

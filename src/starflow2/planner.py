@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from starflow2.errors import ConfigError
+from starflow2.fae import FaeConfig
 from starflow2.losses import LOGITS_AT_ONCE
 from starflow2.nn import StackConfig
 from starflow2.parts import ModelConfig, Parts, build
@@ -30,6 +31,7 @@ from starflow2.train import is_hidden_matrix
 __all__ = ["SCHEMES", "Hardware", "Scheme", "Shape", "Sizes", "Work", "flops", "plan", "table", "works"]
 
 Mode = Literal["forward", "through", "train"]  # frozen; frozen, but gradients pass; trained
+END_TO_END = "t2i end to end"  # t2i with a codec_weight
 TIMES = {"forward": 1, "through": 2, "train": 3}  # the cost of a forward pass
 RESERVED = 2e9  # bytes of a GPU that its context and the allocator's gaps take
 GIB = 2**30
@@ -96,6 +98,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "fae": (CAPTIONED,),
     "vlm": (ANSWERED,),
     "t2i": (CAPTIONED,),
+    END_TO_END: (CAPTIONED,),
     "adapter": (ANSWERED,),
     "joint": (replace(CAPTIONED, share=0.5), replace(INTERLEAVED, share=0.5)),  # 80 M of each in the paper
 }
@@ -138,11 +141,12 @@ class Sizes:
         head = cfg.vlm.vocab * cfg.vlm.width
         vision = _count(p.vlm.model.model.visual)
         embeddings = head if cfg.vlm.ties_embeddings else 2 * head
-        decoders = _count(p.fae.feature_decoder) + _count(p.fae.pixel_decoder)
+        codec = dict.fromkeys(("features", "fae encoder", "fae decoders"), 0)
+        if p.has_fae:
+            decoders = _count(p.fae.feature_decoder) + _count(p.fae.pixel_decoder)
+            codec = {"features": _count(p.features), "fae encoder": _count(p.fae.encoder), "fae decoders": decoders}
         return {
-            "features": _count(p.features),
-            "fae encoder": _count(p.fae.encoder),
-            "fae decoders": decoders,
+            **codec,
             "language": _count(p.vlm) - vision - embeddings,
             "head": head,
             "vision": vision,
@@ -154,18 +158,16 @@ class Sizes:
     def trained(self, stage: str) -> nn.ModuleDict:
         """The same modules as the stage's own task trains."""
         p = self.parts
-        cfg = self.cfg.features
         table: dict[str, dict[str, nn.Module]] = {
-            "features": {
-                "features": p.features,
-                "pixel_head": nn.Linear(cfg.width, 3 * cfg.patch_size**2, device="meta"),
-            },
-            "fae": {"fae": p.fae},
             "vlm": {"vlm": p.vlm},
             "t2i": {"flow": p.flow},
             "adapter": {"adapter": p.joints.adapter},
             "joint": {"flow": p.flow, "joints": p.joints},
         }
+        if (cfg := self.cfg.features) is not None:
+            head = nn.Linear(cfg.width, 3 * cfg.patch_size**2, device="meta")
+            table |= {"features": {"features": p.features, "pixel_head": head}, "fae": {"fae": p.fae}}
+            table[END_TO_END] = {"flow": p.flow, "fae": p.fae}
         return nn.ModuleDict(table[stage])
 
 
@@ -189,7 +191,7 @@ def works(sizes: Sizes, stage: str, shape: Shape) -> Iterator[Work]:
         return Work("language", w["language"], tokens, mode, language, length)
 
     yield Work("features", w["features"], patches + shape.pictures, "train" if stage == "features" else "forward")
-    if stage == "fae":
+    if stage in ("fae", END_TO_END):
         yield Work("fae", w["fae encoder"] + w["fae decoders"], patches, "train")
     if stage in ("features", "fae"):
         return
@@ -199,8 +201,9 @@ def works(sizes: Sizes, stage: str, shape: Shape) -> Iterator[Work]:
         yield Work("language", w["language"], all_, "train", language, all_)
         yield Work("head", w["head"], shape.labels, "train")
         return
-    yield Work("fae", w["fae encoder"], patches, "forward")
-    if stage == "t2i":
+    if stage != END_TO_END:
+        yield Work("fae", w["fae encoder"], patches, "forward")
+    if stage in ("t2i", END_TO_END):
         yield vlm(shape.text, "forward", shape.text)
         yield Work("deep", w["deep"], all_, "train", deep, all_)
         yield Work("shallow", w["shallow"], visual, "train", shallow, visual)
@@ -235,13 +238,7 @@ def flops(sizes: Sizes, stage: str) -> dict[str, float]:
 def frozen_bytes(sizes: Sizes, stage: str) -> dict[str, int]:
     """Bytes of what stands by and does not train, by part, in the format each is held in."""
     cfg = sizes.cfg
-    parts: dict[str, nn.Module] = {
-        "features": sizes.parts.features,
-        "vlm": sizes.parts.vlm,
-        "fae": sizes.parts.fae,
-        "flow": sizes.parts.flow,
-        "joints": sizes.parts.joints,
-    }
+    parts = dict(sizes.parts.named_children())
     trained = {id(p) for p in sizes.trained(stage).parameters()}
     held = {name: 2 if ref.precision == "bfloat16" else 4 for name, ref in cfg.references.items()}
     return {
@@ -255,10 +252,11 @@ def state_bytes(sizes: Sizes, stage: StageConfig, scheme: Scheme) -> dict[str, i
 
     Muon keeps one moment of a hidden matrix where Adam keeps two.
     """
-    named = dict(sizes.trained(stage.name).named_parameters())
+    trains = sizes.trained(_kind(stage))
+    named = dict(trains.named_parameters())
     count = sum(p.numel() for p in named.values())
     single = sum(p.numel() for n, p in named.items() if stage.optim.matrix_lr and is_hidden_matrix(n, p))
-    kept = sizes.trained(stage.name).state_dict().values()
+    kept = trains.state_dict().values()
     return {
         "parameters": count * scheme.parameters,
         "gradients": count * scheme.gradients,
@@ -301,10 +299,12 @@ def _kept(cfg: ModelConfig, part: str) -> list[_Layers]:
     plain = {
         "deep": [(cfg.flow.deep.stack.depth, cfg.flow.deep.stack.width, cfg.flow.deep.stack.mlp_ratio)],
         "shallow": [(b.stack.depth, b.stack.width, b.stack.mlp_ratio) for b in cfg.flow.shallow],
-        "fae": [(s.depth, s.width, s.mlp_ratio) for s in (cfg.fae.feature_decoder, cfg.fae.pixel_decoder)],
-        "features": [(cfg.features.depth, cfg.features.width, 4)],
         "vision": [(v.vision_depth, v.vision_width, 4)],
-    }  # the head's are its logits, see logit_bytes; the adapter's are a thousandth of the rest
+    }
+    if isinstance(cfg.fae, FaeConfig) and cfg.features is not None:
+        plain["fae"] = [(s.depth, s.width, s.mlp_ratio) for s in (cfg.fae.feature_decoder, cfg.fae.pixel_decoder)]
+        plain["features"] = [(cfg.features.depth, cfg.features.width, 4)]
+    # the head's are its logits, see logit_bytes; the adapter's are a thousandth of the rest
     return [_Layers(depth, 2 * width, 2 * (8 + 2 * ratio) * width) for depth, width, ratio in plain.get(part, [])]
 
 
@@ -327,7 +327,7 @@ def plan(run: RunConfig, hardware: Hardware) -> dict[str, Any]:
 
 
 def _stage(sizes: Sizes, stage: StageConfig, hardware: Hardware) -> dict[str, Any]:
-    by_part = flops(sizes, stage.name)
+    by_part = flops(sizes, _kind(stage))
     each = sum(by_part.values())
     step = stage.batch * each / (hardware.gpus * hardware.peak * hardware.mfu)
     hours = stage.steps * step / 3600
@@ -345,12 +345,17 @@ def _stage(sizes: Sizes, stage: StageConfig, hardware: Hardware) -> dict[str, An
     }
 
 
+def _kind(stage: StageConfig) -> str:
+    """Under which name a stage stands in `SHAPES`."""
+    return END_TO_END if stage.codec_weight else stage.name
+
+
 def _fit(sizes: Sizes, stage: StageConfig, scheme: Scheme, hardware: Hardware, *, recomputes: bool) -> dict[str, Any]:
     """Memory of one GPU by component, and how many documents fit beside it at once (of the stage's longest shape)."""
-    frozen = sum(frozen_bytes(sizes, stage.name).values())
+    frozen = sum(frozen_bytes(sizes, _kind(stage)).values())
     state = {name: count / hardware.gpus for name, count in state_bytes(sizes, stage, scheme).items()}
-    shapes = SHAPES[stage.name]
-    kept = max(activation_bytes(sizes, stage.name, shape, recomputes=recomputes) for shape in shapes)
+    shapes = SHAPES[_kind(stage)]
+    kept = max(activation_bytes(sizes, _kind(stage), shape, recomputes=recomputes) for shape in shapes)
     fixed = {"frozen": frozen, **state, "logits": logit_bytes(shapes), "reserved": RESERVED}
     left = hardware.gpu_memory * GIB - sum(fixed.values())
     share = max(1, stage.batch // hardware.gpus)

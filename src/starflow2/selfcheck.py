@@ -532,7 +532,7 @@ def _inversion(m: _Material) -> float:
     x = sampler.noisy(image[None], torch.tensor([sampler.noise_level]))
     code = invert(sampler, image, m.prompts[0])
     with torch.no_grad():
-        seen = m.model.parts.fae.decode(x.to(m.x.dtype))[0]
+        seen = m.model.parts.codec.decode(x.to(m.x.dtype))[0]
     return _gap(decode_code(sampler, code.z, m.prompts[0]).image, seen)
 
 
@@ -569,7 +569,7 @@ def _encodings(m: _Material) -> float:
     """How often the codec's encoder ran behind the upload of a conversation in which two pictures are drawn."""
     calls: list[None] = []
     session = m.model.session()
-    hook = m.model.parts.fae.encoder.register_forward_hook(lambda *_: calls.append(None))
+    hook = m.model.parts.encoder.register_forward_hook(lambda *_: calls.append(None))
     try:
         session.add(m.prompts[0], _upload(m.model.parts))
         if len(calls) != 1:

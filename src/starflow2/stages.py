@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from starflow2.backbones import ChatTokenizer
+from starflow2.backbones import ChatTokenizer, DinoConfig, SiglipConfig
 from starflow2.data.dialogue import Dialogue, Turn, pictures
 from starflow2.data.edits import edit_chain_dialogue, edit_dialogue, edit_task
 from starflow2.data.mix import BatchConfig, Batches, Spelling, read_mixture
@@ -137,12 +137,20 @@ class StageConfig:
     text_weight: float = 0.25  # of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
     change_weight: float = 0.0  # how much more latents count that differ from the picture before (joint)
     distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
+    codec_weight: float = 0.0  # of the FAE's own losses, 0 = frozen; above, FAE and flow train end to end (t2i)
     mix: MixConfig = field(default_factory=MixConfig)  # of documents (joint)
     accumulate: int = 1  # microbatches of a step in every process
     # whose layers forget their activations and compute them again in the backward pass
     checkpoint_activations: Literal["none", "trained", "all"] = "none"
     shard: ShardConfig = field(default_factory=ShardConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
+
+    def __post_init__(self) -> None:
+        if self.codec_weight < 0 or (self.codec_weight and self.name != "t2i"):
+            raise ConfigError(
+                f"codec_weight is {self.codec_weight} in stage {self.name}; expected 0, or more in stage t2i, "
+                "where FAE and flow can train together."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +283,8 @@ class FeaturesTask(_Pictures):
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
         self.parts, self.stage = parts, stage
         self.draw: Callable[[range], Any] = Scenes(seed)
-        cfg = parts.cfg.features
+        cfg = _features_of(parts, "stage features")
+        self.patch = cfg.patch_size
         self.head = nn.Linear(cfg.width, 3 * cfg.patch_size**2)
         self.trained = nn.ModuleDict({"features": parts.features, "pixel_head": self.head})
 
@@ -287,7 +296,7 @@ class FeaturesTask(_Pictures):
         rate = self.stage.hidden_share * torch.rand(len(images), 1, generator=generator)
         hidden = torch.rand(len(images), rows * cols, generator=generator) < rate
         feats = self.parts.features.features(images, hidden.to(images.device))
-        loss = masked_picture_loss(feats, self.head, images, self.parts.cfg.features.patch_size)
+        loss = masked_picture_loss(feats, self.head, images, self.patch)
         return share.of("pictures", loss), {}
 
 
@@ -297,6 +306,7 @@ class FaeTask(_Pictures):
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
         self.parts, self.stage = parts, stage
         self.draw: Callable[[range], Any] = Scenes(seed)
+        _features_of(parts, "codec_weight" if stage.codec_weight else "stage fae")
         self.trained = nn.ModuleDict({"fae": parts.fae})
         if stage.adversarial:
             self.trained["judge"] = FeatureJudge(parts.features.feature_dim)
@@ -305,7 +315,11 @@ class FaeTask(_Pictures):
     def loss(
         self, images: Tensor, generator: torch.Generator, share: Share = WHOLE
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        images = images.to(self.parts.device)
+        loss, extra, _ = self.terms(images.to(self.parts.device), generator)
+        return share.of("pictures", loss), extra
+
+    def terms(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss, what it is made of, and the latents (B, N, D) it was taken at, with their gradient."""
         with torch.no_grad():
             feats = self.parts.features.features(images)
         losses = self.parts.fae.losses(images, feats.float(), generator)
@@ -313,7 +327,7 @@ class FaeTask(_Pictures):
         extra |= self._seen(losses.drawn, images, feats)
         weights = {name: getattr(self.stage, name) for name in ("perceptual", "lpips", "adversarial")}
         added = sum(weight * extra[name] for name, weight in weights.items() if weight)
-        return share.of("pictures", losses.total + added + extra.get("judge", 0.0)), extra
+        return losses.total + added + extra.get("judge", 0.0), extra, losses.latents
 
     def _seen(self, drawn: Tensor, images: Tensor, feats: Tensor) -> dict[str, Tensor]:
         """The losses that look at pictures through another network, those that have a weight."""
@@ -330,6 +344,16 @@ class FaeTask(_Pictures):
             assert isinstance(judge, FeatureJudge)
             extra["adversarial"], extra["judge"] = adversarial_losses(judge, given, feats)
         return extra
+
+
+def _features_of(parts: Parts, what: str) -> DinoConfig | SiglipConfig:
+    """The sizes of what an FAE reads. Raises ConfigError for a model of native patches, which has neither."""
+    if parts.cfg.features is None:
+        raise ConfigError(
+            f"{what} trains an FAE or what it reads, and {parts.cfg.name} has native patches in its place; "
+            "leave it out, or use a recipe with a FaeConfig."
+        )
+    return parts.cfg.features
 
 
 def _lpips() -> nn.Module:
@@ -365,13 +389,20 @@ class VlmTask(_Packed):
 
 
 class T2iTask:
-    """Paper stage 1: the flow's exact NLL given the frozen VLM's states of the caption."""
+    """Paper stage 1: the flow's exact NLL given the frozen VLM's states of the caption.
+
+    With `codec_weight` the FAE trains, too: on its own losses, and through its latents on the flow's. Those stay
+    standardised over the batch, so that no scale of them makes them likelier (docs/choices.md#end-to-end).
+    """
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
         self.parts, self.stage, self.seed = parts, stage, seed
         assert parts.tokenizer is not None
         self.draw: Callable[[range], Any] = Captions(parts.tokenizer, seed, stage.caption_drop)
         self.trained = nn.ModuleDict({"flow": parts.flow})
+        self.codec = FaeTask(parts, stage, seed) if stage.codec_weight else None
+        if self.codec is not None:
+            self.trained.update(dict(self.codec.trained.items()))
         if "t2i" not in parts.stages:
             self._whiten()
 
@@ -415,9 +446,8 @@ class T2iTask:
         self, data: tuple[Tensor, list[list[int]]], generator: torch.Generator, share: Share = WHOLE
     ) -> tuple[Tensor, dict[str, Tensor]]:
         images, rows = data
-        with torch.no_grad():
-            latents = self.parts.codec.encode(images.to(self.parts.device)).float()
-        loss, nats = latents.new_zeros(()), latents.new_zeros(())
+        latents, loss, extra = self._encoded(images.to(self.parts.device), generator)
+        nats = latents.new_zeros(())
         picture = self.parts.cfg.flow.deep.num_latents
         lengths = [len(r) for r in rows]
         # sharded layers are gathered by all processes at once, so all must read as many groups
@@ -427,7 +457,16 @@ class T2iTask:
             terms = ngp_loss(self.parts.flow, latents[group], context, generator)
             part = len(group) / len(rows)
             loss, nats = loss + part * terms[0], nats + part * terms[1]
-        return share.of("pictures", loss), {"nats_per_dim": nats}
+        return share.of("pictures", loss), {"nats_per_dim": nats, **extra}
+
+    def _encoded(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Latents (B, N, D), and what the FAE itself pays for them where it trains."""
+        if self.codec is None:
+            with torch.no_grad():
+                latents = self.parts.codec.encode(images).float()
+            return latents, latents.new_zeros(()), {}
+        loss, extra, latents = self.codec.terms(images, generator)
+        return latents, self.stage.codec_weight * loss, extra
 
 
 class AdapterTask(_Packed):

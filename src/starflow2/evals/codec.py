@@ -33,18 +33,18 @@ _BATCH = 64
 
 @torch.no_grad()
 def evaluate_codec(
-    codec: Codec, extractor: FeatureExtractor, images: Tensor, levels: Sequence[float] = (0.0, 0.3, 0.5)
+    codec: Codec, extractor: FeatureExtractor | None, images: Tensor, levels: Sequence[float] = (0.0, 0.3, 0.5)
 ) -> dict[str, Any]:
     """One row per noise level: psnr in dB, ssim, feature_fd, and rfid (None without torch-fidelity).
 
-    images: (B, 3, s, s) in [-1, 1], s = codec.image_size. Raises DataError for fewer than two, ConfigError where
-    torchmetrics is missing.
+    extractor: None where a model has none; then feature_fd is None. images: (B, 3, s, s) in [-1, 1], s =
+    codec.image_size. Raises DataError for fewer than two, ConfigError where torchmetrics is missing.
     """
     if len(images) < 2:
         raise DataError(f"{len(images)} pictures; expected at least two to compare distributions.")
     if find_spec("torchmetrics") is None:
         raise ConfigError("eval fae needs torchmetrics; install it with pip install 'starflow2[eval]'.")
-    truth = _features(extractor, images)
+    truth = None if extractor is None else _features(extractor, images)
     rows = []
     for level in levels:
         given = _roundtrip(codec, images, level)
@@ -52,7 +52,7 @@ def evaluate_codec(
             {
                 "noise_level": level,
                 **_distances(given, images),
-                "feature_fd": frechet_distance(_features(extractor, given), truth),
+                "feature_fd": _feature_distance(extractor, given, truth),
                 "rfid": _rfid(given, images),
             }
         )
@@ -80,8 +80,9 @@ def codec_table(report: dict[str, Any]) -> Table:
         grid.add_column(heading, justify="right")
     for row in report["rows"]:
         rfid = "needs torch-fidelity" if row["rfid"] is None else f"{row['rfid']:.2f}"
-        cells = (f"{row['noise_level']:.2f}", f"{row['psnr']:.2f}", f"{row['ssim']:.4f}", f"{row['feature_fd']:.4f}")
-        grid.add_row(*cells, rfid)
+        distance = "no features" if row["feature_fd"] is None else f"{row['feature_fd']:.4f}"
+        cells = (f"{row['noise_level']:.2f}", f"{row['psnr']:.2f}", f"{row['ssim']:.4f}")
+        grid.add_row(*cells, distance, rfid)
     return grid
 
 
@@ -100,6 +101,12 @@ def _distances(given: Tensor, truth: Tensor) -> dict[str, float]:
     psnr = peak_signal_noise_ratio(given, truth, data_range=(-1.0, 1.0), reduction="elementwise_mean", dim=(1, 2, 3))
     ssim = structural_similarity_index_measure(given, truth, data_range=(-1.0, 1.0))
     return {"psnr": float(psnr), "ssim": float(ssim)}  # type: ignore[arg-type]  # a tuple only with return_full_image
+
+
+def _feature_distance(
+    extractor: FeatureExtractor | None, given: Tensor, truth: NDArray[np.float64] | None
+) -> float | None:
+    return None if extractor is None or truth is None else frechet_distance(_features(extractor, given), truth)
 
 
 def _features(extractor: FeatureExtractor, images: Tensor) -> NDArray[np.float64]:

@@ -1,0 +1,220 @@
+"""The paper's future work beside the default: an FAE that trains with the flow, and no FAE at all.
+
+Every arm gets a fresh flow and equal steps, batches and seeds of stage t2i, over the same frozen language model. Rows
+are kept as they come, so that a comparison that was cut off goes on. Not here: the paper's own comparisons (compare).
+Letters: B pictures, N latents, D latent dim.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from starflow2.compare import fresh_parts
+from starflow2.config import read_json
+from starflow2.data.tasks import FAMILIES, suite_drawings
+from starflow2.data.world import render
+from starflow2.errors import ConfigError
+from starflow2.evals.codec import codec_pictures, evaluate_codec
+from starflow2.evals.world import score_geneval, to_floats
+from starflow2.files import replacing
+from starflow2.flow.noise import add_noise
+from starflow2.generate import Cleanup, DrawConfig, drawing_context
+from starflow2.model import StarFlow2
+from starflow2.parts import Parts
+from starflow2.protocols import FeatureExtractor
+from starflow2.recipes import with_patches
+from starflow2.stages import OptimConfig, StageConfig, T2iTask
+from starflow2.train import fit_task
+
+__all__ = ["ARMS", "Arm", "CodecsConfig", "compare_codecs", "held_out_nats", "start", "write"]
+
+Arm = Literal["frozen FAE", "end to end", "patches"]
+ARMS: tuple[Arm, ...] = get_args(Arm)
+CLEANED = "patches, cleaned"  # the same model, drawn with Tweedie's step: a codec of pixels takes no noise away
+PICTURES = 128  # for round trips and held-out likelihood
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecsConfig:
+    """One budget for all arms."""
+
+    steps: int = 1000
+    batch: int = 64
+    seeds: tuple[int, ...] = (0,)
+    codec_weight: float = 4.0  # of the FAE's losses where it trains with the flow
+    quick: bool = True
+
+    def stage(self, arm: Arm) -> StageConfig:
+        """Stage t2i as nano has it, but for its length."""
+        weight = self.codec_weight if arm == "end to end" else 0.0
+        optim = OptimConfig(lr=3e-3, warmup_steps=min(60, self.steps))
+        return StageConfig(name="t2i", steps=self.steps, batch=self.batch, optim=optim, codec_weight=weight)
+
+
+def start(arm: Arm, folder: str | Path, seed: int, device: str = "cpu") -> Parts:
+    """Where an arm starts: the language model of `folder`, its FAE and features unless of patches, and a fresh flow."""
+    parts = fresh_parts(folder, seed, device)
+    if arm != "patches":
+        return parts
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = Parts(with_patches(parts.cfg), parts.tokenizer)
+    new.vlm, new.lexicon, new.stages = parts.vlm, parts.lexicon, ("vlm",)
+    return new.to(device).eval().requires_grad_(False)
+
+
+def compare_codecs(
+    folder: str | Path,
+    config: CodecsConfig,
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """One row per arm and seed, those of patches twice; see `_scores` for what is in it.
+
+    folder: a model that has finished features, fae and vlm. Rows stand in output/codecs.json as soon as they are
+    there, and are not measured again. Raises ConfigError where that file is of another budget or model.
+    """
+    path = Path(output) / "codecs.json"
+    told = {**asdict(config), "seeds": list(config.seeds), "model": str(Path(folder).resolve())}
+    rows = _kept(path, told)
+    for seed in config.seeds:
+        for arm in ARMS:
+            if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
+                continue
+            if progress is not None:
+                progress(f"{arm}, seed {seed}")
+            rows += _rows(arm, seed, config, folder, device)
+            with replacing(path) as temp:
+                temp.write_text(json.dumps({"config": told, "rows": rows}, indent=1) + "\n")
+    return rows
+
+
+def _kept(path: Path, told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that an earlier run of the same comparison left."""
+    if not path.is_file():
+        return []
+    kept = read_json(path)
+    if not isinstance(kept, dict) or kept.get("config") != told:
+        raise ConfigError(f"{path} holds a comparison of another budget or model; give another --output.")
+    return list(kept["rows"])
+
+
+def _rows(arm: Arm, seed: int, config: CodecsConfig, folder: str | Path, device: str) -> Iterator[dict[str, Any]]:
+    """Train one arm and score it; patches once more with clean-up."""
+    parts, stage = start(arm, folder, seed, device), config.stage(arm)
+    judge = fresh_parts(folder, seed, device).extractor  # one for all, also for those that have none
+    started = time.perf_counter()
+    task = T2iTask(parts, stage, seed)
+    fit_task(task, stage, seed, device=device)
+    seconds = time.perf_counter() - started
+    parts.stages = (*parts.stages, "t2i")
+    told = {"trained": sum(p.numel() for p in task.trained.parameters()), "seconds": round(seconds, 1)}
+    cleanups: dict[str, Cleanup] = {arm: "none"}
+    if arm == "patches":
+        cleanups[CLEANED] = "tweedie"
+    for name, cleanup in cleanups.items():
+        drawer = _Drawer(StarFlow2(parts), DrawConfig.for_model(parts, cleanup=cleanup))
+        yield {"arm": name, "seed": seed, **told} | _scores(drawer, judge, quick=config.quick)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawer:
+    """A model that draws with one setting."""
+
+    model: StarFlow2
+    config: DrawConfig
+
+    @property
+    def sampling_noise(self) -> float:
+        return self.model.sampling_noise
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        return self.model.draw(prompts, seeds, self.config)
+
+    def roundtrip(self, images: Tensor, noise_level: float = 0.0, seed: int = 0) -> Tensor:
+        return self.model.roundtrip(images, noise_level, seed)
+
+
+def _scores(drawer: _Drawer, judge: FeatureExtractor | None, *, quick: bool) -> dict[str, float]:
+    """Of pictures drawn: id, cg, lenient. Of true ones through the codec, clean and at the level of drawing: psnr in
+    dB, recognised (what the detector says of them), feature_fd. Of held-out latents: nats_per_dim at that level, and
+    its floor: what the noise alone costs.
+    """
+    parts, level = drawer.model.parts, drawer.sampling_noise
+    report = score_geneval(drawer, "dev", quick=quick, samples=1)
+    images = codec_pictures(None, parts.codec.image_size, "dev", PICTURES).to(parts.device)
+    clean, noisy = evaluate_codec(parts.codec, judge, images, (0.0, level))["rows"]
+    drawn = {part: report["parts"][part]["overall"]["lenient"]["score"] for part in ("id", "cg")}
+    seen = {name: report["ceiling"][name]["overall"]["lenient"]["score"] for name in ("clean", "noise")}
+    return {
+        **drawn,
+        "psnr": clean["psnr"],
+        "psnr_noise": noisy["psnr"],
+        "recognised": seen["clean"],
+        "recognised_noise": seen["noise"],
+        "feature_fd": clean["feature_fd"],
+        "nats_per_dim": held_out_nats(parts, level),
+        "floor": 0.5 * math.log(2 * math.pi * math.e) + math.log(level),
+    }
+
+
+@torch.no_grad()
+def held_out_nats(parts: Parts, level: float, pictures: int = PICTURES, batch: int = 32) -> float:
+    """Mean nats per latent channel of dev pictures under noise of `level`, given their captions."""
+    assert parts.tokenizer is not None
+    drawings = suite_drawings("geneval", "dev", "id", -(-pictures // len(FAMILIES)))[:pictures]
+    generator, found = torch.Generator().manual_seed(0), []
+    for first in range(0, len(drawings), batch):
+        some = drawings[first : first + batch]
+        images = to_floats(np.stack([render(d.scene) for d in some])).to(parts.device)
+        levels = torch.full((len(some),), level, device=parts.device)
+        x = add_noise(parts.codec.encode(images).float(), levels, generator)
+        context = drawing_context(parts, [parts.tokenizer.drawing_prompt(d.prompt) for d in some])
+        found.append(parts.flow.nats_per_dim(x, context, levels))
+    return float(torch.cat(found).mean())
+
+
+def write(rows: Iterable[Mapping[str, Any]], config: CodecsConfig, folder: str | Path) -> Path:
+    """codecs.md in `folder`: means over seeds. Raises OutputError."""
+    by_arm: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_arm.setdefault(row["arm"], []).append(row)
+    lines = [f"| arm | {' | '.join(heading for heading, _, _ in _COLUMNS)} |", "|---" * (1 + len(_COLUMNS)) + "|"]
+    for arm, same in by_arm.items():
+        cells = [f"{np.mean([row[name] for row in same]):{form}}" for _, name, form in _COLUMNS]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    text = (
+        f"{config.steps} steps of {config.batch} pictures of stage t2i for every arm, from a fresh flow, seeds "
+        f"{list(config.seeds)}: means. Guidance and prior scale are those tuned for the default. Nats are of each "
+        "codec's own latents under its own noise: they compare with their floor and between seeds, not between arms.\n"
+    )
+    path = Path(folder) / "codecs.md"
+    with replacing(path) as temp:
+        temp.write_text("\n".join(lines) + "\n\n" + text)
+    return path
+
+
+_COLUMNS = (
+    ("W-GenEval dev, ID", "id", ".3f"),
+    ("CG", "cg", ".3f"),
+    ("PSNR dB", "psnr", ".1f"),
+    ("at sampling noise", "psnr_noise", ".1f"),
+    ("recognised", "recognised", ".3f"),
+    ("at sampling noise", "recognised_noise", ".3f"),
+    ("nats/dim", "nats_per_dim", ".3f"),
+    ("floor", "floor", ".3f"),
+    ("trained", "trained", ",.0f"),
+    ("seconds", "seconds", ",.0f"),
+)

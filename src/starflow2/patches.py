@@ -1,0 +1,88 @@
+"""Native patches: the pixels themselves as latents, without an auto-encoder (the paper's future work).
+
+A codec without weights: a patch of pixels is a latent, shifted and scaled by one constant per colour. Its inverse is
+exact up to clipping. What `fae` offers beside `Codec`, features and losses, does not exist here.
+Letters: B batch, N latents, D latent dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from starflow2.errors import ConfigError
+from starflow2.nn import at_least_fp32, check
+
+__all__ = ["PatchCodec", "PatchConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchConfig:
+    """Sizes of the patches, and the statistics that bring each colour to zero mean and unit variance."""
+
+    image_size: int  # pixels, square
+    patch_size: int  # pixels, square
+    mean: tuple[float, float, float]  # of red, green and blue in [-1, 1], over training pictures
+    std: tuple[float, float, float]  # their standard deviations
+
+    def __post_init__(self) -> None:
+        if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
+            raise ConfigError(
+                f"image_size is {self.image_size} and patch_size {self.patch_size}; "
+                "expected a picture of whole patches: image_size a multiple of patch_size."
+            )
+        if min(self.std) <= 0:
+            raise ConfigError(f"std is {self.std}; expected three numbers above 0.")
+
+    @property
+    def latent_dim(self) -> int:
+        return 3 * self.patch_size**2
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return (self.image_size // self.patch_size,) * 2
+
+
+class PatchCodec(nn.Module):
+    """`Codec` whose latents are patches of pixels.
+
+    >>> codec = PatchCodec(PatchConfig(image_size=4, patch_size=2, mean=(0.0, 0.0, 0.0), std=(0.5, 0.5, 0.5)))
+    >>> codec.encode(torch.ones(1, 3, 4, 4)).shape, float(codec.encode(torch.ones(1, 3, 4, 4)).max())
+    (torch.Size([1, 4, 12]), 2.0)
+    """
+
+    def __init__(self, cfg: PatchConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.dim, self.grid, self.image_size = cfg.latent_dim, cfg.grid, cfg.image_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`encode`, so that a hook can count how often it runs."""
+        check(images, "B C H W", "images", C=3, H=self.image_size, W=self.image_size)
+        side = self.cfg.patch_size
+        x = rearrange(at_least_fp32(images), "b c (r p) (l q) -> b (r l) (c p q)", p=side, q=side)
+        mean, std = self._statistics(x)
+        return (x - mean) / std
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images: (B, 3, height, width) in [-1, 1] -> latents (B, N, D), colour by colour, each row by row."""
+        latents: Tensor = self(images)
+        return latents
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents (B, N, D) -> images in [-1, 1]; noise on latents is noise on pixels, nothing takes it away."""
+        check(latents, "B N D", "latents", D=self.dim)
+        x = at_least_fp32(latents)
+        mean, std = self._statistics(x)
+        side, rows = self.cfg.patch_size, self.grid[0]
+        images = rearrange(x * std + mean, "b (r l) (c p q) -> b c (r p) (l q)", r=rows, p=side, q=side)
+        return images.clamp(-1, 1)
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of every channel of a latent, 2 x (D,)."""
+        both = torch.tensor([self.cfg.mean, self.cfg.std], dtype=like.dtype, device=like.device)
+        mean, std = repeat(both, "s c -> s (c n)", n=self.cfg.patch_size**2)
+        return mean, std

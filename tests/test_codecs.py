@@ -1,0 +1,71 @@
+"""The comparison of codecs: equal starts, what each arm trains, rows that are kept, a table that says what it is of."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model_cases import WHITEN, tiny_parts
+from starflow2 import codecs
+from starflow2.checkpoint import save_parts
+from starflow2.codecs import ARMS, CodecsConfig, compare_codecs, held_out_nats, start, write
+from starflow2.errors import ConfigError
+
+CONFIG = CodecsConfig(steps=1, batch=2, seeds=(0,))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A model to compare on; scores of drawings are made up, eight pictures stand for all."""
+    monkeypatch.setattr("starflow2.stages.T2iTask._whiten", lambda self: WHITEN(self, 64, 32))
+    drawn = []
+
+    def scores(drawer, split, *, quick, samples):
+        image = drawer.draw(["a red circle"], [len(drawn)])
+        drawn.append((drawer.config.cleanup, float(image.mean())))
+        score = {"overall": {"lenient": {"score": 0.5}}}
+        return {"parts": {"id": score, "cg": score}, "ceiling": {"clean": score, "noise": score}}
+
+    monkeypatch.setattr(codecs, "score_geneval", scores)
+    monkeypatch.setattr(codecs, "PICTURES", 8)
+    monkeypatch.setattr(held_out_nats, "__defaults__", (8, 4))
+    save_parts(tiny_parts(("features", "fae", "vlm")), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_every_arm_is_trained_and_scored_and_a_second_call_trains_nothing(folder, tmp_path, monkeypatch):
+    pytest.importorskip("torchmetrics")
+    rows = compare_codecs(folder, CONFIG, tmp_path / "out")
+    assert [row["arm"] for row in rows] == [*ARMS, codecs.CLEANED]
+    flow, both, patches, cleaned = rows
+    parts = tiny_parts()
+    count = sum(p.numel() for p in parts.fae.parameters())
+    assert both["trained"] == flow["trained"] + count and patches["trained"] == cleaned["trained"] != flow["trained"]
+    assert patches["psnr"] > 60 > flow["psnr"] and flow["psnr"] != both["psnr"]
+    assert flow["floor"] == pytest.approx(1.419 + math.log(0.5), abs=1e-3) and flow["nats_per_dim"] > flow["floor"]
+    assert patches["feature_fd"] is not None, "one judge for all arms"
+    table = write(rows, CONFIG, tmp_path / "out").read_text()
+    assert all(f"| {row['arm']} |" in table for row in rows) and "not between arms" in table
+    monkeypatch.setattr(codecs, "fit_task", None)
+    again = compare_codecs(folder, CONFIG, tmp_path / "out")
+    assert again == json.loads(json.dumps(rows))
+    with pytest.raises(ConfigError, match="another budget or model"):
+        compare_codecs(folder, replace(CONFIG, steps=2), tmp_path / "out")
+
+
+def test_arms_start_alike_from_what_is_frozen(folder):
+    torch.manual_seed(9)
+    default, both, patches = (start(arm, folder, 1) for arm in ARMS)
+    for name in ("vlm", "fae", "features", "flow"):
+        one, other = (getattr(parts, name).state_dict() for parts in (default, both))
+        assert all(torch.equal(one[k], other[k]) for k in one), name
+    words = default.vlm.state_dict()
+    assert all(torch.equal(words[k], v) for k, v in patches.vlm.state_dict().items()) and not patches.has_fae
+    again = start("patches", folder, 1).flow.state_dict()
+    assert all(torch.equal(again[k], v) for k, v in patches.flow.state_dict().items()), "a seed is a start"
+    assert not torch.equal(start("patches", folder, 2).flow.deep.proj_in.weight, patches.flow.deep.proj_in.weight)
+    assert CONFIG.stage("end to end").codec_weight > 0 == CONFIG.stage("patches").codec_weight
