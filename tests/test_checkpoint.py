@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model_cases import STAGES, tiny_model, tiny_parts
+from model_cases import STAGES, tiny_model, tiny_parts, tiny_tokenizer
 from starflow2 import checkpoint
 from starflow2.checkpoint import FORMAT, load_parts, read_config, save_parts
 from starflow2.data.tasks import draw_task
@@ -255,12 +255,13 @@ def without_joints(folder: Path, stages: tuple[str, ...] = STAGES[:4], number: i
         del model["joints"], model["max_positions"]
     if number == 2:
         del model["joints"]["words"]
+        model["joints"]["reference"] = True
     edit(folder, format=number, stages=list(stages), model=model)
 
 
 def test_a_folder_says_its_format_and_holds_the_joints(saved):
     config = json.loads((saved / "config.json").read_text())
-    assert config["format"] == FORMAT == 4 and config["model"]["joints"]["adapter_width"] == 192
+    assert config["format"] == FORMAT == 5 and config["model"]["joints"]["adapter_width"] == 192
     names = {k for k in load_file(saved / "model.safetensors") if k.startswith("joints.")}
     assert names == {f"joints.{k}" for k in tiny_parts().joints.state_dict()} and len(names) > 8
 
@@ -286,8 +287,22 @@ def test_a_model_from_before_there_were_joints_gets_fresh_ones_the_same_every_ti
         assert not skip.weight.any(), "nothing of what it could do before may change"
     assert one["adapter.mlp.0.weight"].std() > 0.01
     then, now = loaded[0], tiny_parts()
-    assert then.cfg.fae == now.cfg.fae and then.cfg.joints == replace(now.cfg.joints, words=False)
+    assert then.cfg.fae == now.cfg.fae and then.cfg.joints == replace(now.cfg.joints, words=False, reference=1)
     assert torch.equal(then.flow.deep.head.weight, now.flow.deep.head.weight)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_model_from_before_the_window_reads_the_same_place_or_nothing(tmp_path, reads):
+    cfg = tiny_model()
+    before = Parts(replace(cfg, joints=replace(cfg.joints, reference=int(reads))), tiny_tokenizer())
+    folder = save_parts(before, tmp_path / "model")
+    model = json.loads((folder / "config.json").read_text())["model"]
+    model["joints"]["reference"] = reads
+    edit(folder, format=4, model=model)
+    after = load_parts(folder)
+    assert after.cfg == before.cfg and hasattr(after.joints, "reference") == reads
+    if reads:
+        assert torch.equal(after.joints.reference.weight, before.joints.reference.weight)
 
 
 def test_the_shipped_model_has_no_joints_yet_and_gets_fresh_ones_that_are_saved(tmp_path):

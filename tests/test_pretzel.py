@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from helpers import wake
-from model_cases import LATENT, STAGES, tiny_model, tiny_parts
+from model_cases import LATENT, STAGES, tiny_model, tiny_parts, tiny_tokenizer
 from starflow2.data.dialogue import Turn
 from starflow2.data.tasks import draw_task
-from starflow2.errors import ShapeError
+from starflow2.errors import ConfigError, ShapeError
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.generate import drawing_context
 from starflow2.losses import joint_loss, ngp_loss
@@ -203,7 +203,7 @@ def small_parts(rows: int, cols: int) -> Parts:
         shallow=tuple(replace(b, stack=stack, **cut) for b in cfg.flow.shallow),
     )
     torch.manual_seed(3)
-    return wake(Parts(replace(cfg, flow=flow)), 0.15).double().eval()
+    return wake(Parts(replace(cfg, flow=flow, fae=replace(cfg.fae, **cut))), 0.15).double().eval()
 
 
 def slopes(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-5) -> Tensor:
@@ -315,20 +315,43 @@ def test_the_noise_level_of_a_picture_is_known_from_its_begin_slot_on(parts):
     assert torch.equal(before.g[:, :at], after.g[:, :at]) and (before.g[:, at] != after.g[:, at]).any()
 
 
-def test_the_flow_reads_the_picture_before_and_only_that_one():
-    """With the language stream, attention and skips out of the way, only the reference is left between pictures."""
+def reads(pretzel: Pretzel, targets: Tensor, reference: Tensor | None, *, has: bool = True) -> Tensor:
+    """What the flow reads in front of targets (1, n) of a picture that is the same everywhere: (n, C)."""
+    buffer = pictures(1)[:, :1].repeat(1, 65, 1)
+    buffer[:, -1] = 0
+    _, base = pretzel.latents(buffer, targets, torch.tensor([0.3]), reference, torch.tensor([has]))
+    return base[0]
+
+
+@pytest.mark.parametrize(("side", "near"), [(1, {27}), (3, {18, 19, 20, 26, 27, 28, 34, 35, 36})])
+def test_the_flow_reads_the_picture_before_around_the_targets_place(side, near):
+    cfg = tiny_model()
+    parts = wake(Parts(replace(cfg, joints=replace(cfg.joints, reference=side)), tiny_tokenizer()))
+    before = pictures(1, 7)[:, :1].repeat(1, 65, 1)
+    target, seen = torch.tensor([[27]]), set()
+    for place in range(64):
+        changed = before.clone()
+        changed[:, place] += 1
+        if not torch.equal(reads(parts.pretzel, target, before), reads(parts.pretzel, target, changed)):
+            seen.add(place)
+    assert seen == near, "row 3, column 3 of an 8x8 picture"
+    alone = reads(parts.pretzel, target, None)
+    assert torch.equal(alone, reads(parts.pretzel, target, before, has=False))
+    assert not torch.equal(alone, reads(parts.pretzel, target, before))
+
+
+def test_a_window_ends_where_the_picture_ends_and_is_empty_behind_its_last_latent():
     parts = tiny_parts(STAGES)
-    pretzel = parts.pretzel
-    buffer, reference = pictures(1)[:, :1].expand(-1, 65, -1), pictures(1, 7)[:, :1].repeat(1, 65, 1)
-    targets, has = torch.tensor([[5, 6]]), torch.tensor([True])
-    _, base = pretzel.latents(buffer, targets, torch.tensor([0.3]), reference, has)
-    changed = reference.clone()
-    changed[:, 5] += 1
-    _, other = pretzel.latents(buffer, targets, torch.tensor([0.3]), changed, has)
-    assert (base[:, 0] != other[:, 0]).any() and torch.equal(base[:, 1], other[:, 1]), "latent 5 is for target 5"
-    _, without = pretzel.latents(buffer, targets, torch.tensor([0.3]), None, None)
-    _, none = pretzel.latents(buffer, targets, torch.tensor([0.3]), reference, ~has)
-    assert torch.equal(without, none) and not torch.equal(without, base)
+    window = parts.pretzel._window(torch.tensor([[0, 15, 64]]))[0].view(3, 5, 5)
+    assert window[0, 2:, 2:].tolist() == [[0, 1, 2], [8, 9, 10], [16, 17, 18]] and int((window[0] == 64).sum()) == 16
+    assert window[1, 1:4, :3].tolist() == [[5, 6, 7], [13, 14, 15], [21, 22, 23]] and (window[1, :, 3:] == 64).all()
+    assert (window[2] == 64).all()
+
+
+@pytest.mark.parametrize("side", [-1, 2])
+def test_a_window_without_a_middle_is_refused(side):
+    with pytest.raises(ConfigError, match=f"reference is {side}.*odd"):
+        JointsConfig(adapter_width=16, reference=side)
 
 
 def nats(

@@ -45,7 +45,7 @@ __all__ = [
     "write_config",
 ]
 
-FORMAT = 4
+FORMAT = 5
 OWN = ("fae.", "flow.", "joints.")  # what model.safetensors holds
 BACKBONES = ("vlm", "features")  # what stands beside it, or is referred to
 
@@ -271,7 +271,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config["format"] not in range(1, FORMAT + 1):
         raise CheckpointError(f"{path} has format {config['format']}; this version reads up to {FORMAT}.")
     try:
-        for migrate in (_as_format_2, _as_format_3, _as_format_4)[config["format"] - 1 :]:
+        for migrate in (_as_format_2, _as_format_3, _as_format_4, _as_format_5)[config["format"] - 1 :]:
             config = migrate(config)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not of a starflow2 model of its format: {error!r}.") from error
@@ -280,7 +280,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _as_format_2(config: dict[str, Any]) -> dict[str, Any]:
     """A model from before the streams were joined: it gets the joints of that time's only recipe."""
-    joints = to_dict(JointsConfig(adapter_width=192, adapter_stencil=True, reference=True))
+    joints = to_dict(JointsConfig(adapter_width=192, adapter_stencil=True)) | {"reference": True}
     del joints["words"]
     new = {"joints": joints, "max_positions": 4096}
     return {**config, "format": 2, "model": {**config["model"], **new}}
@@ -301,6 +301,13 @@ def _as_format_4(config: dict[str, Any]) -> dict[str, Any]:
     vlm = {"vision_window": 0, "vision_whole": [], "pixels": None, **model["vlm"]}
     new = {"features_from": None, "vlm_from": None, "flow": flow, "features": features, "vlm": vlm}
     return {**config, "format": 4, "model": {**model, **new}}
+
+
+def _as_format_5(config: dict[str, Any]) -> dict[str, Any]:
+    """A model from before the way from the picture before was a window: it reads the target's place or nothing."""
+    model = config["model"]
+    joints = {**model["joints"], "reference": int(model["joints"]["reference"])}
+    return {**config, "format": 5, "model": {**model, "joints": joints}}
 
 
 def _fresh_joints(cfg: ModelConfig) -> dict[str, Tensor]:

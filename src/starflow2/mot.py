@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from starflow2.backbones import LanguageConfig
 from starflow2.errors import ConfigError
 from starflow2.flow import Flow, FlowConfig
-from starflow2.nn import Cache, StackConfig, at_least_fp32, attention, attention_mask, check, zero_linear
+from starflow2.nn import Cache, StackConfig, at_least_fp32, attention, attention_mask, check
 from starflow2.parts import Parts
-from starflow2.pretzel import Joints, JointsConfig, Pretzel, PretzelCache, Slots, States
+from starflow2.pretzel import Joints, JointsConfig, Pretzel, PretzelCache, Slots, States, reference_in
 
 __all__ = [
     "Experts",
@@ -233,7 +233,7 @@ class MotJoints(Joints):
         nn.Module.__init__(self)  # not that of Joints, whose adapter and skips have no place here
         self.cfg = cfg
         if cfg.reference:
-            self.reference = zero_linear(dim, width, bias=False)
+            self.reference = reference_in(cfg, dim, width)
 
 
 class Mot(Pretzel):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from starflow2.errors import ShapeError
+from starflow2.errors import ConfigError, ShapeError
 from starflow2.flow import Affine, Flow
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.flow.noise import NoiseEmbedding
@@ -57,8 +57,14 @@ class JointsConfig:
     adapter_width: int  # hidden width of the adapter's MLP
     noise_width: int = 64  # width of the adapter's embedding of the noise level
     adapter_stencil: bool = False  # the adapter also reads the latents left and above (our choice, off in the paper)
-    reference: bool = False  # the flow also reads the latent before, at the target's place (our choice, likewise)
+    # the flow also reads the picture before around the target's place: side of that window of latents, odd; 0 = not at
+    # all (our choice, likewise)
+    reference: int = 0
     words: bool = False  # the flow also reads each token's own embedding beside its state (our choice, likewise)
+
+    def __post_init__(self) -> None:
+        if self.reference < 0 or (self.reference and self.reference % 2 == 0):
+            raise ConfigError(f"reference is {self.reference}; expected 0 or the odd side of a window of latents.")
 
 
 def text_context(cfg: JointsConfig, embeds: Tensor, h: Tensor) -> Tensor:
@@ -105,7 +111,12 @@ class Joints(nn.Module):
         self.visual_skip = zero_linear(width, flow_width, bias=False)  # W_v, eq. 3.1
         self.text_skip = zero_linear(flow_width, width, bias=False)  # W_t, eq. 3.2
         if cfg.reference:
-            self.reference = zero_linear(dim, flow_width, bias=False)
+            self.reference = reference_in(cfg, dim, flow_width)
+
+
+def reference_in(cfg: JointsConfig, dim: int, width: int) -> nn.Linear:
+    """From the window of latents of the picture before, in reading order, into the flow."""
+    return zero_linear(cfg.reference**2 * dim, width, bias=False)
 
 
 # -- what goes in and comes out ---------------------------------------------------------------------------
@@ -327,12 +338,23 @@ class Pretzel:
         return torch.cat([own, buffer[rows[..., None], near].flatten(2).to(own)], dim=-1)
 
     def _reference(self, reference: Tensor | None, has_reference: Tensor | None, targets: Tensor) -> Tensor:
-        """The previous picture's latents at the targets' places, projected: (P, n, C)."""
+        """The previous picture's latents around the targets' places, projected: (P, n, C)."""
         if reference is None or has_reference is None or not self.joints.cfg.reference:
             return torch.zeros(*targets.shape, self.flow.deep.cfg.stack.width, device=targets.device)
-        rows = torch.arange(len(reference), device=reference.device)[:, None]
-        projected: Tensor = self.joints.reference(reference[rows, targets].to(self.joints.reference.weight.dtype))
+        rows = torch.arange(len(reference), device=reference.device)[:, None, None]
+        seen = reference[rows, self._window(targets)].flatten(2)  # (P, n, side^2 D)
+        projected: Tensor = self.joints.reference(seen.to(self.joints.reference.weight.dtype))
         return projected * has_reference[:, None, None]
+
+    def _window(self, targets: Tensor) -> Tensor:
+        """Latents around targets (P, n) in reading order, N where there is none: (P, n, side^2)."""
+        height, width = self.flow.deep.cfg.grid
+        reach = self.joints.cfg.reference // 2
+        steps = torch.arange(-reach, reach + 1, device=targets.device)
+        at = targets[..., None, None]
+        row, column = at // width + steps[:, None], at % width + steps
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (at < height * width)
+        return torch.where(inside, row * width + column, height * width).flatten(-2)
 
     # -- a whole batch in parallel
 

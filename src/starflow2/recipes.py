@@ -91,7 +91,7 @@ def nano_model() -> ModelConfig:
             shallow=(block(shallow, "l2r"), block(shallow, "r2l")),
             noise=NoiseConfig(noise_min=0.01, noise_max=0.5, max_share=0.8),
         ),
-        joints=JointsConfig(adapter_width=192, adapter_stencil=True, reference=True, words=True),
+        joints=JointsConfig(adapter_width=192, adapter_stencil=True, reference=5, words=True),
         prior_scale=0.65,
     )
 
