@@ -17,11 +17,13 @@ from model_cases import STAGES, WIDTH, tiny_model, tiny_parts
 from starflow2 import losses
 from starflow2.flow import Context, Flow
 from starflow2.losses import (
+    Emphasis,
     FeatureJudge,
     JointTerms,
     adversarial_losses,
     changed_latents,
     joint_loss,
+    last_edits,
     masked_picture_loss,
     ngp_loss,
     ntp_loss,
@@ -301,24 +303,63 @@ def test_changed_latents_are_those_of_targets_that_differ_from_the_picture_befor
     assert found == [[1, 7], [4, 0], [4, 1], [4, 2]]
 
 
-def test_the_loss_of_changed_latents_is_that_of_the_deep_flow_at_each_of_them(parts):
-    batch = pack([EDITED, DRAWN], parts.layout)
-    x, level = torch.randn(3, 64, 4), torch.tensor([0.01, 0.2, 0.5])
-    changed = torch.zeros(3, 64, dtype=torch.bool)
-    changed[1, [3, 9]] = True
-    terms = joint_loss(parts.pretzel, batch, (x, level), parts.cfg.flow.noise, changed)
-    out = parts.pretzel.forward(batch, x, level)
+def test_last_edits_have_a_picture_before_them_and_none_behind(parts):
+    chain = (*EDITED, Text((1,)), Image(is_target=True), Text((3,), is_target=True))
+    batch = pack([EDITED, DRAWN, SHOWN, chain], parts.layout)  # pictures: 0 1, 2, 3, 4 5 6
+    assert last_edits(batch).nonzero().flatten().tolist() == [1, 6]
+
+
+def terms_of(
+    parts: Parts, documents: list[Document], weight: torch.Tensor, blind: torch.Tensor
+) -> tuple[JointTerms, JointTerms]:
+    """All losses with an emphasis, and without."""
+    batch = pack(documents, parts.layout)
+    generator = torch.Generator().manual_seed(0)
+    x, level = torch.randn(len(blind), 64, 4, generator=generator), torch.linspace(0.1, 0.5, len(blind))
+    given = parts.pretzel, batch, (x, level), parts.cfg.flow.noise
+    return joint_loss(*given, Emphasis(weight, blind)), joint_loss(*given)
+
+
+def test_emphasized_latents_count_by_the_deep_flows_gaussians(parts):
+    weight, blind = torch.zeros(3, 64), torch.zeros(3, dtype=torch.bool)
+    weight[1, 3], weight[1, 9] = 1.0, 2.5
+    terms, plain = terms_of(parts, [EDITED, DRAWN], weight, blind)
+    assert terms.flow == plain.flow and terms.text == plain.text and plain.emphasized == 0
+    batch, x = pack([EDITED, DRAWN], parts.layout), torch.randn(3, 64, 4, generator=torch.Generator().manual_seed(0))
+    out = parts.pretzel.forward(batch, x, torch.tensor([0.1, 0.3, 0.5]))
     z = (out.u - out.affine.mu) / out.affine.scale
-    nats = 0.5 * z.square() + out.affine.log_scale  # of each number, without the constant
-    slow = 0.2 * sum(nats[1, k].sum() for k in (3, 9)) / 256 / 2  # two targets of 256 numbers
-    assert terms.changed.item() == pytest.approx(float(slow), rel=1e-4)
-    assert joint_loss(parts.pretzel, batch, (x, level), parts.cfg.flow.noise).changed.item() == 0
+    nats = (0.5 * z.square() + out.affine.log_scale)[1].sum(-1)  # of each latent, without the constant
+    slow = 0.3 * (nats[3] + 2.5 * nats[9]) / 256 / 2  # two targets of 256 numbers, one of them at level 0.3
+    assert terms.emphasized.item() == pytest.approx(float(slow), rel=1e-4)
 
 
-def test_the_loss_of_changed_latents_cannot_be_lowered_by_shrinking_them(parts):
-    batch = pack([EDITED], parts.layout)
-    out = parts.pretzel.forward(batch, torch.randn(2, 64, 4), torch.tensor([0.01, 0.2]))
-    changed = torch.zeros(2, 64, dtype=torch.bool)
-    changed[1, 0] = True  # nothing of its own picture stands in front of the first latent
-    (grad,) = torch.autograd.grad(losses._changed_nats(out, torch.ones(2), changed), out.u)
+def test_a_blind_picture_counts_by_its_emphasis_alone_and_leaves_others_as_they_are(parts):
+    blind = torch.tensor([False, True, False])
+    terms, plain = terms_of(parts, [EDITED, DRAWN], torch.zeros(3, 64), blind)
+    drawn, _ = terms_of(parts, [EDITED, DRAWN], torch.zeros(3, 64), blind.roll(1))
+    assert terms.emphasized == 0 and terms.flow != plain.flow
+    batch, x = pack([EDITED, DRAWN], parts.layout), torch.randn(3, 64, 4, generator=torch.Generator().manual_seed(0))
+    nats = -parts.pretzel.forward(batch, x, torch.tensor([0.1, 0.3, 0.5])).log_prob / 256 - HALF_LOG_TAU
+    assert terms.flow.item() == pytest.approx(0.5 * nats[2].item() / 2, abs=1e-6), "of two targets one is exact"
+    assert drawn.flow.item() == pytest.approx(0.3 * nats[1].item() / 2, abs=1e-6)
+
+
+def test_neither_stream_sees_the_latents_of_a_blind_picture_but_both_see_the_one_before(parts):
+    batch, blind = pack([EDITED], parts.layout), torch.tensor([False, True])
+    x, level = torch.randn(2, 64, 4), torch.tensor([0.1, 0.3])
+    predicted = []
+    for changed in (None, 0, 1):
+        other = x.clone()
+        if changed is not None:
+            other[changed] += 1.0
+        predicted.append(parts.pretzel.forward(batch, other, level, blind).affine.mu[1])
+    assert torch.equal(predicted[0], predicted[2]) and not torch.equal(predicted[0], predicted[1])
+    assert not torch.equal(predicted[0], parts.pretzel.forward(batch, x, level).affine.mu[1])
+
+
+def test_an_emphasis_cannot_be_lowered_by_shrinking_what_is_predicted(parts):
+    out = parts.pretzel.forward(pack([EDITED], parts.layout), torch.randn(2, 64, 4), torch.tensor([0.01, 0.2]))
+    weight = torch.zeros(2, 64)
+    weight[1, 0] = 1.0  # nothing of its own picture stands in front of the first latent
+    (grad,) = torch.autograd.grad(losses._emphasized(out, weight), out.u)
     assert grad[1].abs().max() == 0 and grad[0].abs().max() > 0

@@ -23,12 +23,14 @@ from starflow2.sequence import IGNORE, Batch
 
 __all__ = [
     "LOGITS_AT_ONCE",
+    "Emphasis",
     "FeatureJudge",
     "JointTerms",
     "adversarial_losses",
     "changed_latents",
     "count_replies",
     "joint_loss",
+    "last_edits",
     "latent_penalty",
     "masked_picture_loss",
     "ngp_loss",
@@ -116,13 +118,24 @@ def _reply_starts(labels: Tensor) -> Tensor:
 class JointTerms:
     """Both losses of eq. 3.7: the flow's, in weighted nats per dim without the constant, and the next-token loss.
 
-    changed: the deep flow's part of the first at the latents that `joint_loss` was told of, over as many dims as the
-    first, so that adding k times this one counts those latents 1 + k times.
+    emphasized: what an `Emphasis` adds to the first.
     """
 
     flow: Tensor
     text: Tensor
-    changed: Tensor
+    emphasized: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Emphasis:
+    """What the deep flow learns beside exact likelihoods (our choice: docs/choices.md#what-an-edit-changes).
+
+    weight: (P, N), how many times more each latent's Gaussian counts. blind: (P,) bool, pictures whose own latents
+    are hidden while they are predicted; their likelihood is not exact and counts by `weight` alone.
+    """
+
+    weight: Tensor
+    blind: Tensor
 
 
 def changed_latents(latents: Tensor, batch: Batch) -> Tensor:
@@ -132,36 +145,46 @@ def changed_latents(latents: Tensor, batch: Batch) -> Tensor:
     return far & (batch.pictures.is_target & (previous >= 0))[:, None]
 
 
+def last_edits(batch: Batch) -> Tensor:
+    """Targets that have a picture before them in their document and none behind: (P,) bool."""
+    previous = batch.pictures.previous
+    is_last = torch.ones_like(batch.pictures.is_target)
+    is_last[previous[previous >= 0]] = False
+    return is_last & batch.pictures.is_target & (previous >= 0)
+
+
 def joint_loss(
     pretzel: Pretzel,
     batch: Batch,
     pictures: tuple[Tensor, Tensor],
     noise: NoiseConfig,
-    changed: Tensor | None = None,
+    emphasis: Emphasis | None = None,
 ) -> JointTerms:
     """All losses of packed documents; a term without anything to predict is 0.
 
     pictures: noisy latents (P, N, D) and their levels (P,). Only pictures that are targets count in the flow's loss.
-    changed: (P, N) bool, see `JointTerms`; the shallow flow has no gradient from u there, or it would shrink it.
     """
     noisy, level = pictures
-    out = pretzel.forward(batch, noisy, level)
-    is_target = batch.pictures.is_target
+    out = pretzel.forward(batch, noisy, level, None if emphasis is None else emphasis.blind)
+    is_target, weight = batch.pictures.is_target, noise.loss_weight(level)
+    targets = max(1, int(is_target.sum()))
     nats = -out.log_prob / math.prod(noisy.shape[1:]) - 0.5 * math.log(2 * math.pi)
-    weighted = (noise.loss_weight(level) * nats)[is_target]
-    flow = weighted.mean() if len(weighted) else out.log_prob.sum() * 0
+    exact = is_target if emphasis is None else is_target & ~emphasis.blind
+    flow = (weight * nats)[exact].sum() / targets if bool(exact.any()) else out.log_prob.sum() * 0
     text = ntp_loss(pretzel.logits, (out.h, out.g), batch.labels)
-    edited = _changed_nats(out, noise.loss_weight(level), changed) / max(1, len(weighted))
-    return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, edited)
+    emphasized = (
+        nats.new_zeros(()) if emphasis is None else _emphasized(out, weight[:, None] * emphasis.weight) / targets
+    )
+    return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, emphasized)
 
 
-def _changed_nats(out: Output, weight: Tensor, changed: Tensor | None) -> Tensor:
-    """Weighted nats per dim of each picture's changed latents, summed over pictures. weight: (P,)."""
-    if changed is None or not bool(changed.any()):
-        return out.log_prob.sum() * 0
-    dims = math.prod(out.u.shape[1:])
+def _emphasized(out: Output, weight: Tensor) -> Tensor:
+    """Weighted nats per dim of the deep flow's Gaussians, summed over pictures. weight: (P, N).
+
+    u has no gradient as what is predicted, or the shallow flow would shrink it: its log-determinant counts once.
+    """
     nats = -out.affine.log_prob(out.u.detach()) - 0.5 * math.log(2 * math.pi) * out.u.shape[-1]  # (P, N)
-    return (weight[:, None] * nats / dims)[changed].sum()
+    return (weight * nats).sum() / math.prod(out.u.shape[1:])
 
 
 def masked_picture_loss(feats: Tensor, head: nn.Linear, images: Tensor, patch: int) -> Tensor:

@@ -358,14 +358,15 @@ class Pretzel:
 
     # -- a whole batch in parallel
 
-    def forward(self, batch: Batch, x: Tensor, noise_level: Tensor) -> Output:
+    def forward(self, batch: Batch, x: Tensor, noise_level: Tensor, blind: Tensor | None = None) -> Output:
         """Read documents whole, for training and scoring.
 
-        x: (P, N, D) noisy latents of the batch's pictures in order, noise_level: (P,) their levels.
+        x: (P, N, D) noisy latents of the batch's pictures in order, noise_level: (P,) their levels. blind: (P,) bool,
+        pictures whose own latents neither stream sees, for training: their `log_prob` is not that of an exact density.
         """
         check(x, "P N D", P=len(batch.pictures), N=self.flow.deep.cfg.num_latents, D=self.flow.deep.cfg.dim)
         u, shallow_logdet = self.flow.shallow(x, noise_level)
-        states = self.read(self._slots(batch, u, noise_level))
+        states = self.read(self._slots(batch, u, noise_level, blind))
         index = batch.pictures.begin[:, None] + torch.arange(u.shape[1], device=u.device)
         affine = self.flow.deep.affine(states.g[batch.pictures.row[:, None], index])
         z, logdet = affine.normalize(u)
@@ -383,7 +384,7 @@ class Pretzel:
             documents=batch.document[has_label],
         )
 
-    def _slots(self, batch: Batch, u: Tensor, noise_level: Tensor) -> Slots:
+    def _slots(self, batch: Batch, u: Tensor, noise_level: Tensor, blind: Tensor | None) -> Slots:
         slots = Slots(batch.ids, batch.mrope, batch.places, attend=batch.attend)
         pictures, count = batch.pictures, u.shape[1]
         if not len(pictures):
@@ -391,7 +392,8 @@ class Pretzel:
         buffer = F.pad(u, (0, 0, 0, 1))  # (P, N + 1, D)
         reference, has_reference = buffer[pictures.previous], pictures.previous >= 0
         targets = torch.arange(1, count + 1, device=u.device).expand(len(u), -1)
-        adapted, base = self.latents(buffer, targets, noise_level, reference, has_reference)
+        own = buffer if blind is None else buffer.masked_fill(blind[:, None, None], 0)
+        adapted, base = self.latents(own, targets, noise_level, reference, has_reference)
         row = pictures.row[:, None].expand(-1, count).flatten()
         at = (pictures.begin[:, None] + targets).flatten()
         begins = self.begins(noise_level, reference, has_reference)
