@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import wake
 from model_cases import WHITEN, tiny_model, tiny_run, tiny_tokenizer
-from starflow2.checkpoint import load_parts, save_parts
+from starflow2.checkpoint import FORMAT, load_parts, save_parts
 from starflow2.data.tasks import draw_task, lexicon
 from starflow2.errors import CheckpointError, ConfigError, ShapeError
 from starflow2.evals.codec import codec_table, evaluate_codec
@@ -123,7 +123,7 @@ def test_the_density_of_pixels_is_exact():
 def test_a_model_of_patches_is_saved_and_loaded_strictly(tmp_path):
     before = patch_parts()
     folder = save_parts(before, tmp_path / "model")
-    assert not (folder / "features").exists() and json.loads((folder / "config.json").read_text())["format"] == 4
+    assert not (folder / "features").exists() and json.loads((folder / "config.json").read_text())["format"] == FORMAT
     after = load_parts(folder)
     old, new = before.state_dict(), after.state_dict()
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)

@@ -112,7 +112,14 @@ def nano() -> RunConfig:
             StageConfig(name="vlm", steps=4000, batch=48, optim=OptimConfig(decay_share=0.2)),
             StageConfig(name="t2i", steps=6000, batch=64, optim=OptimConfig(lr=3e-3)),
             StageConfig(name="adapter", steps=800, batch=48, distill=0.1),
-            StageConfig(name="joint", steps=8000, batch=32),
+            StageConfig(
+                name="joint",
+                steps=8000,
+                batch=32,
+                change_weight=3.0,
+                blind_share=0.5,
+                mix=MixConfig(understand=0.1, draw=0.25, edit=0.5, story=0.15),
+            ),
         ),
     )
 
