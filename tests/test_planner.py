@@ -172,7 +172,7 @@ def test_flops_of_a_trained_layer_are_those_that_torch_counts():
     assert work.tokens == 192
     written_out = (
         work.flops + 3 * 192 * 2.0 * 192 * work.attention
-    )  # written out, attention computes the masked half, too
+    )  # written out, the masked half is there, too
     assert close(counter.get_total_flops(), written_out, 0.01)
 
 
