@@ -170,9 +170,7 @@ def test_flops_of_a_trained_layer_are_those_that_torch_counts():
         body(x, places).sum().backward()
     (work,) = (w for w in works(sizes, "t2i", CAPTIONED) if w.part == "deep")
     assert work.tokens == 192
-    written_out = (
-        work.flops + 3 * 192 * 2.0 * 192 * work.attention
-    )  # written out, the masked half is there, too
+    written_out = work.flops + 3 * 192 * 2.0 * 192 * work.attention  # written out, the masked half is there, too
     assert close(counter.get_total_flops(), written_out, 0.01)
 
 
