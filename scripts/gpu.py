@@ -28,7 +28,7 @@ from typing import get_args
 
 import torch
 
-from starflow2.compare import CompareConfig, compare, load, write
+from starflow2.compare import CompareConfig, compare_and_keep
 from starflow2.decode import Sampler
 from starflow2.errors import TrainingError
 from starflow2.evals.report import write_json
@@ -126,12 +126,8 @@ def suites(out: Path, device: str) -> None:
 
 def comparisons(out: Path, device: str) -> None:
     """compare.json and compare.md: arms on equal budgets from the frozen parts that are there."""
-    config, done = CompareConfig(steps=1500, batch=128), load(CompareConfig(steps=1500, batch=128), out)
-    workers = max(1, (os.cpu_count() or 2) - 2)
-    rows = []
-    for row in compare(BEFORE_JOINT, config, done=done, device=device, workers=workers, progress=print):
-        rows.append(row)
-        write(rows, config, out)
+    config, workers = CompareConfig(steps=1500, batch=128), max(1, (os.cpu_count() or 2) - 2)
+    compare_and_keep(BEFORE_JOINT, config, out, device=device, workers=workers, progress=print)
 
 
 def main() -> None:

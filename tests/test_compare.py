@@ -70,6 +70,11 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, seen):
     again = compare.compare(folder, CONFIG, arms=("stage 1", "stage 3", "closed in use"), done=rows[:4])
     assert [(r["arm"], r["seed"]) for r in again] == [(r["arm"], r["seed"]) for r in rows]
     assert len(seen) == 2, "stage 3 of seed 1, open and closed"
+    seen.clear()
+    told = compare.compare_and_keep(folder, replace(CONFIG, seeds=(0,)), tmp_path / "new")
+    assert load(replace(CONFIG, seeds=(0,)), tmp_path / "new") == told and len(seen) == len(told)
+    assert compare.compare_and_keep(folder, replace(CONFIG, seeds=(0,)), tmp_path / "new") == told
+    assert len(seen) == len(told), "nothing is trained twice"
 
 
 def test_mixtures_of_transformers_start_afresh_beside_a_fresh_pretzel(tmp_path, seen):

@@ -31,7 +31,7 @@ from starflow2.parts import Parts
 from starflow2.stages import AdapterTask, JointTask, MixConfig, OptimConfig, StageConfig, T2iTask, Task
 from starflow2.train import fit_task
 
-__all__ = ["ARMS", "Arm", "CompareConfig", "compare", "fresh_parts", "load", "summary", "write"]
+__all__ = ["ARMS", "Arm", "CompareConfig", "compare", "compare_and_keep", "fresh_parts", "load", "summary", "write"]
 
 Arm = Literal["stage 1", "stage 3", "stage 3, skips closed", "closed in use", "fresh", "mot frozen", "mot finetuned"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -131,6 +131,24 @@ def compare(
             if progress is not None:
                 progress(f"{arm}, seed {seed}")
             yield from _rows(wanted, seed, config, place)
+
+
+def compare_and_keep(
+    folder: str | Path,
+    config: CompareConfig,
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    workers: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[Row]:
+    """`compare` with all arms, its rows in the folder `output` as soon as they are there; a stopped call goes on."""
+    rows: list[Row] = []
+    done = load(config, output)
+    for row in compare(folder, config, done=done, device=device, workers=workers, progress=progress):
+        rows.append(row)
+        write(rows, config, output)
+    return rows
 
 
 def _rows(wanted: list[Any], seed: int, config: CompareConfig, place: _Workplace) -> Iterator[Row]:

@@ -172,9 +172,9 @@ def joint_loss(
     exact = is_target if emphasis is None else is_target & ~emphasis.blind
     flow = (weight * nats)[exact].sum() / targets if bool(exact.any()) else out.log_prob.sum() * 0
     text = ntp_loss(pretzel.logits, (out.h, out.g), batch.labels)
-    emphasized = (
-        nats.new_zeros(()) if emphasis is None else _emphasized(out, weight[:, None] * emphasis.weight) / targets
-    )
+    emphasized = nats.new_zeros(())
+    if emphasis is not None:
+        emphasized = _emphasized(out, weight[:, None] * emphasis.weight) / targets
     return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, emphasized)
 
 

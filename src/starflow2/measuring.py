@@ -248,17 +248,14 @@ class Analyze:
         return {"files": [str(file) for file in files]}
 
     def _compare(self) -> Any:
-        from starflow2.compare import CompareConfig, compare, load, write
+        from starflow2.compare import CompareConfig, compare_and_keep
         from starflow2.model import NANO, pick_device
 
         config = replace(CompareConfig(), **self._budget())
         folder = NANO if self.model == "nano" else Path(self.model)
-        rows: list[dict[str, Any]] = []
-        device, done = str(pick_device(self.device)), load(config, self.output)
-        for row in compare(folder, config, done=done, device=device, progress=print):
-            rows.append(row)
-            path = write(rows, config, self.output)
-        print(path)
+        device = str(pick_device(self.device))
+        rows = compare_and_keep(folder, config, self.output, device=device, progress=print)
+        print(self.output / "compare.md")
         return {"rows": rows}
 
     def _codecs(self) -> Any:
