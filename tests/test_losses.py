@@ -17,11 +17,9 @@ from model_cases import STAGES, WIDTH, tiny_model, tiny_parts
 from starflow2 import losses
 from starflow2.flow import Context, Flow
 from starflow2.losses import (
-    Emphasis,
     FeatureJudge,
     JointTerms,
     adversarial_losses,
-    changed_latents,
     joint_loss,
     last_edits,
     masked_picture_loss,
@@ -292,56 +290,32 @@ def test_the_perceptual_loss_is_zero_for_equal_features_and_blind_to_their_scale
 EDITED: Document = (Text((1,)), Image(), Text((40, 2)), Image(is_target=True), Text((3,), is_target=True))
 
 
-def test_changed_latents_are_those_of_targets_that_differ_from_the_picture_before(parts):
-    batch = pack([EDITED, DRAWN, (*DRAWN, *DRAWN)], parts.layout)  # pictures: shown, edited, drawn, drawn, drawn again
-    latents = torch.randn(5, 64, 4)
-    latents[1], latents[4] = latents[0], latents[3]
-    latents[1, 7] += 1.0  # drawn anew
-    latents[1, 8] += 0.1  # as little as the encoder moves what was left alone
-    latents[4, :3] -= 1.0
-    found = changed_latents(latents, batch).nonzero().tolist()
-    assert found == [[1, 7], [4, 0], [4, 1], [4, 2]]
-
-
 def test_last_edits_have_a_picture_before_them_and_none_behind(parts):
     chain = (*EDITED, Text((1,)), Image(is_target=True), Text((3,), is_target=True))
     batch = pack([EDITED, DRAWN, SHOWN, chain], parts.layout)  # pictures: 0 1, 2, 3, 4 5 6
     assert last_edits(batch).nonzero().flatten().tolist() == [1, 6]
 
 
-def terms_of(
-    parts: Parts, documents: list[Document], weight: torch.Tensor, blind: torch.Tensor
-) -> tuple[JointTerms, JointTerms]:
-    """All losses with an emphasis, and without."""
-    batch = pack(documents, parts.layout)
-    generator = torch.Generator().manual_seed(0)
-    x, level = torch.randn(len(blind), 64, 4, generator=generator), torch.linspace(0.1, 0.5, len(blind))
-    given = parts.pretzel, batch, (x, level), parts.cfg.flow.noise
-    return joint_loss(*given, Emphasis(weight, blind)), joint_loss(*given)
+def test_a_blind_picture_counts_by_the_deep_flows_gaussians_and_leaves_others_as_they_are(parts):
+    batch, level = pack([EDITED, DRAWN], parts.layout), torch.tensor([0.1, 0.3, 0.5])
+    x = torch.randn(3, 64, 4)
+    for edited, drawn in ((True, False), (False, True)):
+        blind = torch.tensor([False, edited, drawn])
+        terms = joint_loss(parts.pretzel, batch, (x, level), parts.cfg.flow.noise, blind)
+        sighted, out = parts.pretzel.forward(batch, x, level), parts.pretzel.forward(batch, x, level, blind)
+        z = (out.u - out.affine.mu) / out.affine.scale
+        hidden = (0.5 * z.square() + out.affine.log_scale).sum((1, 2)) / 256  # without the constant, of 256 numbers
+        exact = -sighted.log_prob / 256 - HALF_LOG_TAU
+        told, counted = (1, 2) if edited else (2, 1)
+        assert terms.blind.item() == pytest.approx(level[told].item() * hidden[told].item() / 2, rel=1e-4)
+        assert terms.flow.item() == pytest.approx(level[counted].item() * exact[counted].item() / 2, abs=1e-6)
 
 
-def test_emphasized_latents_count_by_the_deep_flows_gaussians(parts):
-    weight, blind = torch.zeros(3, 64), torch.zeros(3, dtype=torch.bool)
-    weight[1, 3], weight[1, 9] = 1.0, 2.5
-    terms, plain = terms_of(parts, [EDITED, DRAWN], weight, blind)
-    assert terms.flow == plain.flow and terms.text == plain.text and plain.emphasized == 0
-    batch, x = pack([EDITED, DRAWN], parts.layout), torch.randn(3, 64, 4, generator=torch.Generator().manual_seed(0))
-    out = parts.pretzel.forward(batch, x, torch.tensor([0.1, 0.3, 0.5]))
-    z = (out.u - out.affine.mu) / out.affine.scale
-    nats = (0.5 * z.square() + out.affine.log_scale)[1].sum(-1)  # of each latent, without the constant
-    slow = 0.3 * (nats[3] + 2.5 * nats[9]) / 256 / 2  # two targets of 256 numbers, one of them at level 0.3
-    assert terms.emphasized.item() == pytest.approx(float(slow), rel=1e-4)
-
-
-def test_a_blind_picture_counts_by_its_emphasis_alone_and_leaves_others_as_they_are(parts):
-    blind = torch.tensor([False, True, False])
-    terms, plain = terms_of(parts, [EDITED, DRAWN], torch.zeros(3, 64), blind)
-    drawn, _ = terms_of(parts, [EDITED, DRAWN], torch.zeros(3, 64), blind.roll(1))
-    assert terms.emphasized == 0 and terms.flow != plain.flow
-    batch, x = pack([EDITED, DRAWN], parts.layout), torch.randn(3, 64, 4, generator=torch.Generator().manual_seed(0))
-    nats = -parts.pretzel.forward(batch, x, torch.tensor([0.1, 0.3, 0.5])).log_prob / 256 - HALF_LOG_TAU
-    assert terms.flow.item() == pytest.approx(0.5 * nats[2].item() / 2, abs=1e-6), "of two targets one is exact"
-    assert drawn.flow.item() == pytest.approx(0.3 * nats[1].item() / 2, abs=1e-6)
+def test_without_blind_pictures_all_likelihoods_are_exact(parts):
+    batch, level = pack([EDITED, DRAWN], parts.layout), torch.tensor([0.1, 0.3, 0.5])
+    given = parts.pretzel, batch, (torch.randn(3, 64, 4), level), parts.cfg.flow.noise
+    plain, none = joint_loss(*given), joint_loss(*given, torch.zeros(3, dtype=torch.bool))
+    assert (plain.flow, plain.text, plain.blind) == (none.flow, none.text, none.blind) and plain.blind == 0
 
 
 def test_neither_stream_sees_the_latents_of_a_blind_picture_but_both_see_the_one_before(parts):
@@ -357,9 +331,8 @@ def test_neither_stream_sees_the_latents_of_a_blind_picture_but_both_see_the_one
     assert not torch.equal(predicted[0], parts.pretzel.forward(batch, x, level).affine.mu[1])
 
 
-def test_an_emphasis_cannot_be_lowered_by_shrinking_what_is_predicted(parts):
-    out = parts.pretzel.forward(pack([EDITED], parts.layout), torch.randn(2, 64, 4), torch.tensor([0.01, 0.2]))
-    weight = torch.zeros(2, 64)
-    weight[1, 0] = 1.0  # nothing of its own picture stands in front of the first latent
-    (grad,) = torch.autograd.grad(losses._emphasized(out, weight), out.u)
+def test_a_blind_prediction_cannot_be_had_cheaper_by_shrinking_what_is_predicted(parts):
+    batch, blind = pack([EDITED], parts.layout), torch.tensor([False, True])
+    out = parts.pretzel.forward(batch, torch.randn(2, 64, 4), torch.tensor([0.01, 0.2]), blind)
+    (grad,) = torch.autograd.grad(losses._gaussian_nats(out)[1], out.u)
     assert grad[1].abs().max() == 0 and grad[0].abs().max() > 0

@@ -23,11 +23,9 @@ from starflow2.sequence import IGNORE, Batch
 
 __all__ = [
     "LOGITS_AT_ONCE",
-    "Emphasis",
     "FeatureJudge",
     "JointTerms",
     "adversarial_losses",
-    "changed_latents",
     "count_replies",
     "joint_loss",
     "last_edits",
@@ -40,7 +38,6 @@ __all__ = [
 ]
 
 Head = Callable[..., Tensor]
-CHANGED = 0.25  # mean square of a latent's change; what is kept stays under 0.01, what is drawn anew is over 0.5
 LOGITS_AT_ONCE = 2**24  # 64 MiB in float32, their gradient as much again
 
 
@@ -118,31 +115,12 @@ def _reply_starts(labels: Tensor) -> Tensor:
 class JointTerms:
     """Both losses of eq. 3.7: the flow's, in weighted nats per dim without the constant, and the next-token loss.
 
-    emphasized: what an `Emphasis` adds to the first.
+    blind: what pictures add to the first whose own latents are hidden while they are predicted.
     """
 
     flow: Tensor
     text: Tensor
-    emphasized: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Emphasis:
-    """What the deep flow learns beside exact likelihoods (our choice: docs/choices.md#what-an-edit-changes).
-
-    weight: (P, N), how many times more each latent's Gaussian counts. blind: (P,) bool, pictures whose own latents
-    are hidden while they are predicted; their likelihood is not exact and counts by `weight` alone.
-    """
-
-    weight: Tensor
     blind: Tensor
-
-
-def changed_latents(latents: Tensor, batch: Batch) -> Tensor:
-    """Which clean latents (P, N, D) of targets differ from the picture before in their document: (P, N) bool."""
-    previous = batch.pictures.previous
-    far = (latents - latents[previous]).square().mean(-1) > CHANGED
-    return far & (batch.pictures.is_target & (previous >= 0))[:, None]
 
 
 def last_edits(batch: Batch) -> Tensor:
@@ -158,33 +136,34 @@ def joint_loss(
     batch: Batch,
     pictures: tuple[Tensor, Tensor],
     noise: NoiseConfig,
-    emphasis: Emphasis | None = None,
+    blind: Tensor | None = None,
 ) -> JointTerms:
     """All losses of packed documents; a term without anything to predict is 0.
 
     pictures: noisy latents (P, N, D) and their levels (P,). Only pictures that are targets count in the flow's loss.
+    blind: (P,) bool, targets that are predicted without sight of their own latents (our choice:
+    docs/choices.md#what-an-edit-changes); what they cost is no exact likelihood and is told apart.
     """
     noisy, level = pictures
-    out = pretzel.forward(batch, noisy, level, None if emphasis is None else emphasis.blind)
-    is_target, weight = batch.pictures.is_target, noise.loss_weight(level)
-    targets = max(1, int(is_target.sum()))
+    out = pretzel.forward(batch, noisy, level, blind)
+    exact, weight = batch.pictures.is_target, noise.loss_weight(level)
+    targets = max(1, int(exact.sum()))
+    if blind is not None:
+        exact = exact & ~blind
     nats = -out.log_prob / math.prod(noisy.shape[1:]) - 0.5 * math.log(2 * math.pi)
-    exact = is_target if emphasis is None else is_target & ~emphasis.blind
     flow = (weight * nats)[exact].sum() / targets if bool(exact.any()) else out.log_prob.sum() * 0
     text = ntp_loss(pretzel.logits, (out.h, out.g), batch.labels)
-    emphasized = nats.new_zeros(())
-    if emphasis is not None:
-        emphasized = _emphasized(out, weight[:, None] * emphasis.weight) / targets
-    return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, emphasized)
+    hidden = nats.new_zeros(()) if blind is None else (weight * _gaussian_nats(out))[blind].sum() / targets
+    return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, hidden)
 
 
-def _emphasized(out: Output, weight: Tensor) -> Tensor:
-    """Weighted nats per dim of the deep flow's Gaussians, summed over pictures. weight: (P, N).
+def _gaussian_nats(out: Output) -> Tensor:
+    """Nats per dim of the deep flow's Gaussians alone, without the constant: (P,).
 
     u has no gradient as what is predicted, or the shallow flow would shrink it: its log-determinant counts once.
     """
-    nats = -out.affine.log_prob(out.u.detach()) - 0.5 * math.log(2 * math.pi) * out.u.shape[-1]  # (P, N)
-    return (weight * nats).sum() / math.prod(out.u.shape[1:])
+    nats = -out.affine.log_prob(out.u.detach()).sum(-1) / math.prod(out.u.shape[1:])
+    return nats - 0.5 * math.log(2 * math.pi)
 
 
 def masked_picture_loss(feats: Tensor, head: nn.Linear, images: Tensor, patch: int) -> Tensor:

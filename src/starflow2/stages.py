@@ -27,10 +27,8 @@ from starflow2.errors import ConfigError, DataError, nearest
 from starflow2.flow.noise import add_noise
 from starflow2.generate import drawing_context
 from starflow2.losses import (
-    Emphasis,
     FeatureJudge,
     adversarial_losses,
-    changed_latents,
     count_replies,
     joint_loss,
     last_edits,
@@ -137,7 +135,6 @@ class StageConfig:
     lpips: float = 0.0  # weight of LPIPS, where the package lpips and its weights are there (fae)
     adversarial: float = 0.0  # weight of the judge of features (fae)
     text_weight: float = 0.25  # of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
-    change_weight: float = 0.0  # how much more latents count that differ from the picture before (joint)
     blind_share: float = 0.0  # of last edits, predicted without sight of their own latents (joint)
     distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
     codec_weight: float = 0.0  # of the FAE's own losses, 0 = frozen; above, FAE and flow train end to end (t2i)
@@ -532,23 +529,21 @@ class JointTask(_Packed):
             latents = self.parts.codec.encode(images).float()
         drawn = noise.draw(len(images), generator).to(latents.device)
         level = torch.where(batch.pictures.is_target, drawn, _source_levels(self.parts, len(images), generator))
-        emphasis = self._emphasis(latents, batch, generator)
-        terms = joint_loss(self.pretzel, batch, (add_noise(latents, level, generator), level), noise, emphasis)
-        flow, text = share.of("flow", terms.flow), share.of("text", terms.text)
-        loss, told = flow + self.stage.text_weight * text, {"flow": flow, "text": text}
-        if emphasis is not None:
-            told["emphasized"] = share.of("flow", terms.emphasized)
-            loss = loss + told["emphasized"]
+        blind = self._blind(batch, generator)
+        terms = joint_loss(self.pretzel, batch, (add_noise(latents, level, generator), level), noise, blind)
+        told = {"flow": share.of("flow", terms.flow), "text": share.of("text", terms.text)}
+        loss = told["flow"] + self.stage.text_weight * told["text"]
+        if blind is not None:
+            told["blind"] = share.of("flow", terms.blind)
+            loss = loss + told["blind"]
         return loss, told
 
-    def _emphasis(self, latents: Tensor, batch: Batch, generator: torch.Generator) -> Emphasis | None:
-        stage = self.stage
-        if not (stage.change_weight or stage.blind_share):
+    def _blind(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
+        """Which edits are predicted without sight of their own latents, (P,) bool; None where none are asked for."""
+        if not self.stage.blind_share:
             return None
-        weight = stage.change_weight * changed_latents(latents, batch).float()
-        blind = torch.rand(len(latents), generator=generator).to(latents.device) < stage.blind_share
-        blind &= last_edits(batch)
-        return Emphasis(weight + blind[:, None], blind)
+        drawn = torch.rand(len(batch.pictures.is_target), generator=generator).to(batch.pictures.is_target.device)
+        return (drawn < self.stage.blind_share) & last_edits(batch)
 
 
 def joint_dialogue(stage: StageConfig, seed: int, index: int) -> Dialogue:
