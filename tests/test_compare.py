@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import torch
 from model_cases import STAGES, tiny_parts
 from starflow2 import compare
 from starflow2.checkpoint import load_parts, save_parts
-from starflow2.compare import CompareConfig, load, summary, write
+from starflow2.compare import CompareConfig, compare_and_keep, summary, write
+from starflow2.config import read_json
 from starflow2.errors import CheckpointError, ConfigError
 from starflow2.parts import Parts
 
@@ -57,24 +57,33 @@ def test_arms_start_alike_and_change_nothing_that_is_frozen(tmp_path, seen):
         assert torch.equal(was, is_shut) and not torch.equal(was, is_open), name
     table = write(rows, CONFIG, tmp_path / "out").read_text()
     assert "| stage 3 |" in table and "2 steps of 4 documents" in table
-    told = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert told["summary"] == summary(rows) and told["summary"]["stage 1"]["geneval"]["high"] == 5.0
+    assert summary(rows)["stage 1"]["geneval"]["high"] == 5.0
 
 
 def test_a_comparison_goes_on_where_it_stopped(tmp_path, seen):
-    folder = kept(tmp_path)
-    rows = list(compare.compare(folder, CONFIG, arms=("stage 1", "stage 3", "closed in use")))
-    write(rows[:4], CONFIG, tmp_path)  # stopped between seed 1's first arm and the rest
-    assert load(CONFIG, tmp_path) == rows[:4] and load(replace(CONFIG, steps=3), tmp_path) == []
+    folder, arms = kept(tmp_path), ("stage 1", "stage 3", "closed in use")
+    rows = list(compare.compare(folder, CONFIG, arms=arms))
     seen.clear()
-    again = compare.compare(folder, CONFIG, arms=("stage 1", "stage 3", "closed in use"), done=rows[:4])
+    again = compare.compare(folder, CONFIG, arms=arms, done=rows[:4])  # stopped between seed 1's first arm and the rest
     assert [(r["arm"], r["seed"]) for r in again] == [(r["arm"], r["seed"]) for r in rows]
     assert len(seen) == 2, "stage 3 of seed 1, open and closed"
-    seen.clear()
-    told = compare.compare_and_keep(folder, replace(CONFIG, seeds=(0,)), tmp_path / "new")
-    assert load(replace(CONFIG, seeds=(0,)), tmp_path / "new") == told and len(seen) == len(told)
-    assert compare.compare_and_keep(folder, replace(CONFIG, seeds=(0,)), tmp_path / "new") == told
-    assert len(seen) == len(told), "nothing is trained twice"
+
+
+def test_a_comparison_is_kept_and_never_written_over_by_another(tmp_path, seen):
+    folder, config, output = kept(tmp_path), replace(CONFIG, seeds=(0,)), tmp_path / "out"
+    rows = compare_and_keep(folder, config, output)
+    told = read_json(output / "compare.json")
+    assert told["rows"] == rows and told["summary"] == summary(rows) and len(seen) == len(rows) == len(compare.ARMS)
+    assert compare_and_keep(folder, config, output) == rows
+    assert len(seen) == len(rows), "nothing is trained twice"
+    other = tmp_path / "other"
+    parts = tiny_parts(READY)
+    parts.flow.deep.proj_in.weight.data.add_(1.0)
+    save_parts(parts, other)
+    for asked in ((folder, replace(config, steps=3)), (other, config)):
+        with pytest.raises(ConfigError, match="another budget or model"):
+            compare_and_keep(*asked, output)
+    assert read_json(output / "compare.json") == told
 
 
 def test_mixtures_of_transformers_start_afresh_beside_a_fresh_pretzel(tmp_path, seen):

@@ -7,7 +7,6 @@ Letters: B pictures, N latents, D latent dim.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,17 +19,17 @@ import torch
 from torch import Tensor
 
 from starflow2.compare import fresh_parts
-from starflow2.config import read_json
 from starflow2.data.tasks import FAMILIES, suite_drawings
 from starflow2.data.world import render
-from starflow2.errors import ConfigError
 from starflow2.evals.codec import codec_pictures, evaluate_codec
+from starflow2.evals.report import KeptRows
 from starflow2.evals.world import score_geneval, to_floats
 from starflow2.files import replacing
 from starflow2.flow.noise import add_noise
 from starflow2.generate import Cleanup, DrawConfig, drawing_context
 from starflow2.model import StarFlow2
 from starflow2.parts import Parts
+from starflow2.pretrained import fingerprint
 from starflow2.protocols import FeatureExtractor
 from starflow2.recipes import with_patches
 from starflow2.stages import OptimConfig, StageConfig, T2iTask
@@ -86,9 +85,8 @@ def compare_codecs(
     folder: a model that has finished features, fae and vlm. Rows stand in output/codecs.json as soon as they are
     there, and are not measured again. Raises ConfigError where that file is of another budget or model.
     """
-    path = Path(output) / "codecs.json"
-    told = {**asdict(config), "seeds": list(config.seeds), "model": str(Path(folder).resolve())}
-    rows = _kept(path, told)
+    kept = KeptRows(Path(output) / "codecs.json", asdict(config) | {"model": fingerprint(Path(folder))})
+    rows = kept.read()
     for seed in config.seeds:
         for arm in ARMS:
             if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
@@ -96,19 +94,8 @@ def compare_codecs(
             if progress is not None:
                 progress(f"{arm}, seed {seed}")
             rows += _rows(arm, seed, config, folder, device)
-            with replacing(path) as temp:
-                temp.write_text(json.dumps({"config": told, "rows": rows}, indent=1) + "\n")
+            kept.write(rows)
     return rows
-
-
-def _kept(path: Path, told: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The rows that an earlier run of the same comparison left."""
-    if not path.is_file():
-        return []
-    kept = read_json(path)
-    if not isinstance(kept, dict) or kept.get("config") != told:
-        raise ConfigError(f"{path} holds a comparison of another budget or model; give another --output.")
-    return list(kept["rows"])
 
 
 def _rows(arm: Arm, seed: int, config: CodecsConfig, folder: str | Path, device: str) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,6 @@ they draw well. Not here: the figures of the shipped model (evals), plots (analy
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,15 +22,17 @@ from starflow2.checkpoint import load_parts
 from starflow2.errors import CheckpointError, ConfigError, nearest
 from starflow2.evals.answering import evaluate_mme
 from starflow2.evals.drawing import evaluate_geneval
+from starflow2.evals.report import KeptRows
 from starflow2.evals.world import to_bytes, to_floats
 from starflow2.files import replacing
 from starflow2.model import StarFlow2
 from starflow2.mot import MotParts
 from starflow2.parts import Parts
+from starflow2.pretrained import fingerprint
 from starflow2.stages import AdapterTask, JointTask, MixConfig, OptimConfig, StageConfig, T2iTask, Task
 from starflow2.train import fit_task
 
-__all__ = ["ARMS", "Arm", "CompareConfig", "compare", "compare_and_keep", "fresh_parts", "load", "summary", "write"]
+__all__ = ["ARMS", "Arm", "CompareConfig", "compare", "compare_and_keep", "fresh_parts", "summary", "write"]
 
 Arm = Literal["stage 1", "stage 3", "stage 3, skips closed", "closed in use", "fresh", "mot frozen", "mot finetuned"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -142,11 +143,15 @@ def compare_and_keep(
     workers: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[Row]:
-    """`compare` with all arms, its rows in the folder `output` as soon as they are there; a stopped call goes on."""
+    """`compare` with all arms, its rows in output/compare.json and compare.md as soon as they are there.
+
+    A stopped call goes on. Raises ConfigError where compare.json is of another budget or model.
+    """
+    kept = KeptRows(Path(output) / "compare.json", asdict(config) | {"model": fingerprint(Path(folder))})
     rows: list[Row] = []
-    done = load(config, output)
-    for row in compare(folder, config, done=done, device=device, workers=workers, progress=progress):
+    for row in compare(folder, config, done=kept.read(), device=device, workers=workers, progress=progress):
         rows.append(row)
+        kept.write(rows, summary=summary(rows))
         write(rows, config, output)
     return rows
 
@@ -226,36 +231,25 @@ def _over_seeds(values: list[float]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "low": min(values), "high": max(values)}
 
 
-def write(rows: list[Row], config: CompareConfig, folder: str | Path) -> Path:
-    """compare.json and compare.md in `folder`. Raises OutputError."""
-    folder = Path(folder)
-    found = summary(rows)
-    with replacing(folder / "compare.json") as temp:
-        temp.write_text(json.dumps({"config": asdict(config), "rows": rows, "summary": found}, indent=1) + "\n")
+def write(rows: Iterable[Row], config: CompareConfig, folder: str | Path) -> Path:
+    """compare.md in `folder`. Raises OutputError."""
     titles = " | ".join(title for title, _ in SCORES.values())
     lines = [f"| arm | trained parameters | {titles} |", "|---|---:" + "|---:" * len(SCORES) + "|"]
-    for arm, row in found.items():
+    for arm, row in summary(rows).items():
         cells = [_cell(row[name], digits) for name, (_, digits) in SCORES.items()]
         lines.append(f"| {arm} | {row['trained']:,} | {' | '.join(cells)} |")
     text = (
         f"{config.steps} steps of {config.batch} documents for every arm, seeds {list(config.seeds)}: mean [range].\n"
     )
-    with replacing(folder / "compare.md") as temp:
+    path = Path(folder) / "compare.md"
+    with replacing(path) as temp:
         temp.write_text("\n".join(lines) + "\n\n" + text)
-    return folder / "compare.md"
+    return path
 
 
 def _cell(found: Mapping[str, float], digits: int) -> str:
     mean, low, high = (f"{found[name]:.{digits}f}" for name in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
-
-
-def load(config: CompareConfig, folder: str | Path) -> list[Row]:
-    """The rows of an earlier call with the same settings, by which a long comparison goes on; [] if there are none."""
-    path = Path(folder) / "compare.json"
-    told = json.loads(path.read_text()) if path.is_file() else {}
-    same = json.loads(json.dumps(asdict(config)))
-    return list(told["rows"]) if told.get("config") == same else []
 
 
 SCORES = {  # title and digits

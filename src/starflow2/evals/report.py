@@ -1,4 +1,4 @@
-"""Reports of the drawing suite for people and files: a table for the terminal, Markdown, JSON, the ledger.
+"""Reports of the drawing suite for people and files: a table for the terminal, Markdown, JSON, the ledger; kept rows.
 
 A score means nothing without what chance and the codec allow, so every table has the floor and the ceiling beside it
 and says so where one was not measured.
@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from starflow2.config import read_json
 from starflow2.errors import ConfigError, OutputError
 from starflow2.files import replacing
 
-__all__ = ["append_ledger", "commit", "ledger_record", "markdown", "notes", "table", "write_json"]
+__all__ = ["KeptRows", "append_ledger", "commit", "ledger_record", "markdown", "notes", "table", "write_json"]
 
 Report = Mapping[str, Any]
 ABSENT = "–"
@@ -74,6 +76,32 @@ def write_json(report: Report, path: str | Path) -> None:
     """Writes the report; an earlier file survives a failure. Raises OutputError."""
     with replacing(path) as temp:
         temp.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRows:
+    """Rows of a measurement that takes hours, in a JSON file as soon as they are there, so that a stopped one goes on.
+
+    asked: what the rows depend on, as JSON can hold it; a file of anything else is never written over.
+    """
+
+    path: Path
+    asked: Mapping[str, Any]
+
+    def read(self) -> list[dict[str, Any]]:
+        """What an earlier call left, [] if there is no file. Raises ConfigError for a file of something else."""
+        if not self.path.is_file():
+            return []
+        kept = read_json(self.path)
+        if not isinstance(kept, dict) or kept.get("config") != json.loads(json.dumps(self.asked)):
+            raise ConfigError(
+                f"{self.path} holds a comparison of another budget or model: give another --output, or move it away."
+            )
+        return list(kept["rows"])
+
+    def write(self, rows: Iterable[Mapping[str, Any]], **more: Any) -> None:
+        """All rows so far, and what is told about them. Raises OutputError."""
+        write_json({"config": dict(self.asked), "rows": list(rows)} | more, self.path)
 
 
 # ----------------------------------------------------------------------------------------------------------- the ledger
