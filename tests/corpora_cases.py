@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from starflow2.data.corpora import Corpus, Exchange, Photo
+from starflow2.data.corpora import Corpus, Photo
+from starflow2.data.dialogue import Turn
 from starflow2.images import to_tensor
 from starflow2.sequence import Image as Picture
 from starflow2.sequence import Layout, Segment, Text
@@ -25,7 +26,7 @@ LAYOUT = Layout(grid=(2, 2), begin=1, end=2, latent=3, pad=0)
 class Letters:
     """A tokenizer whose tokens are characters; 4, 5 and 6 stand for user, assistant and end."""
 
-    def document(self, turns: Sequence[Exchange]) -> list[Segment]:
+    def document(self, turns: Sequence[Turn[Photo]]) -> list[Segment]:
         segments: list[Segment] = []
         for turn in turns:
             segments += [Text((4,)), *self._parts(turn.asked, False)]

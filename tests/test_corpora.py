@@ -313,4 +313,4 @@ def test_rows_may_hold_a_path_in_place_of_bytes(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(1))
     write_rows(tmp_path / "x.parquet", [{"image": {"bytes": None, "path": "a.png"}, "text": "one"}])
     (sample,) = Samples(str(tmp_path / "x.parquet"))
-    assert understand("captions", sample).photos == (Photo(encoded(1)),)
+    assert understand("captions", sample).pictures == (Photo(encoded(1)),)

@@ -139,10 +139,10 @@ def test_dialogues_start_with_a_picture_and_answer_each_instruction_with_the_nex
         dialogue = edit_chain_dialogue(22, index)
         first, *rest = dialogue.turns
         assert len(first.asked) == 2 and all(len(turn.asked) == len(turn.told) == 1 for turn in rest)
-        assert all(bucket(scene) == "train" and not leaks(scene) for scene in dialogue.scenes)
+        assert all(bucket(scene) == "train" and not leaks(scene) for scene in dialogue.pictures)
         assert not any(text_leaks(turn.asked[-1]) for turn in dialogue.turns)
-        assert len(set(dialogue.scenes)) == len(dialogue.turns) + 1
-        for a, b in zip(dialogue.scenes, dialogue.scenes[1:], strict=False):
+        assert len(set(dialogue.pictures)) == len(dialogue.turns) + 1
+        for a, b in zip(dialogue.pictures, dialogue.pictures[1:], strict=False):
             assert len(set(a.things) ^ set(b.things)) <= 2  # one edit apart
         lengths[len(dialogue.turns)] += 1
     assert set(lengths) == {2, 3}

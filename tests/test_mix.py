@@ -19,7 +19,8 @@ from torch import Tensor
 
 from corpora_cases import LAYOUT, PUBLISHED, SIDE, Letters, captioned, encoded, seen, write_lines, write_tar
 from starflow2.data import shards
-from starflow2.data.corpora import Conversation, Exchange, Photo
+from starflow2.data.corpora import Photo
+from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.data.mix import (
     WAITING,
     BatchConfig,
@@ -376,8 +377,8 @@ def test_a_place_with_nothing_to_read_is_refused_at_once(tmp_path):
 
 def test_words_are_dropped_from_drawings_alone_and_half_of_the_shown_pictures_stay():
     photo = Photo(b"x")
-    edit = Conversation((Exchange((photo, "redder"), (photo,)),), "edit")
-    answer = Conversation((Exchange((photo, "what?"), ("a cat",)),), "understand")
+    edit = Dialogue((Turn((photo, "redder"), (photo,)),), "edit")
+    answer = Dialogue((Turn((photo, "what?"), ("a cat",)),), "understand")
     rng = np.random.default_rng(0)
     kinds = Counter(dropped(edit, rng, 0.5).turns[0].asked for _ in range(2000))
     assert all(dropped(answer, rng, 1.0) == answer for _ in range(20))

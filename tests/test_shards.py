@@ -130,7 +130,7 @@ def test_whatever_is_divided_recomputed_or_copied_the_losses_stay(base, name, li
 
 def test_some_steps_gave_a_process_no_picture_at_all():
     stage = tiny_run(1).stage("joint")
-    pictures = [len(often_words(stage, 0, i).scenes) for i in range(4 * STEPS)]
+    pictures = [len(often_words(stage, 0, i).pictures) for i in range(4 * STEPS)]
     halves = [(sum(pictures[i : i + 2]), sum(pictures[i + 2 : i + 4])) for i in range(0, len(pictures), 4)]
     assert any(a == 0 < b for a, b in halves) and any(b == 0 < a for a, b in halves)
 

@@ -623,7 +623,7 @@ def test_the_language_stage_and_its_adapter_learn_answers_and_not_questions(stag
         assert [parts.tokenizer.decode(part) for part in split(told, special.end)] == [
             " ".join(str(p) for p in turn.told) for turn in dialogue.turns
         ]
-    scenes = [scene for dialogue in dialogues for scene in dialogue.scenes]
+    scenes = [scene for dialogue in dialogues for scene in dialogue.pictures]
     assert len(images) == len(batch.pictures) == len(scenes) and not batch.pictures.is_target.any()
     assert all(torch.equal(to_bytes(image), to_bytes(render(s))) for image, s in zip(images, scenes, strict=True))
 
@@ -831,7 +831,7 @@ def test_a_scene_is_shown_and_drawn_as_it_is_rendered():
     parts = tiny_parts(STAGES)
     stage = replace(RUN.stage("joint"), mix=MixConfig(understand=0, draw=0, edit=1, story=0), caption_drop=0.0)
     images, batch = TASKS["joint"](parts, stage, 0).draw(range(1, 4))
-    scenes = [s for i in range(1, 4) for s in joint_dialogue(stage, 0, i).scenes]
+    scenes = [s for i in range(1, 4) for s in joint_dialogue(stage, 0, i).pictures]
     assert all(isinstance(s, Scene) for s in scenes) and len(images) == len(scenes) == len(batch.pictures)
     assert all(torch.equal(to_bytes(image), to_bytes(render(s))) for image, s in zip(images, scenes, strict=True))
     turns = [len(joint_dialogue(stage, 0, i).turns) for i in range(1, 4)]

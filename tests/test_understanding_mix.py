@@ -58,7 +58,7 @@ def text_leaks(text: str) -> list[str]:
 
 def test_no_conversation_shows_or_says_anything_held_out(dialogues):
     for dialogue in dialogues:
-        assert all(is_trainable(scene) for scene in dialogue.scenes), dialogue
+        assert all(is_trainable(scene) for scene in dialogue.pictures), dialogue
         assert not [leak for text in texts(dialogue) for leak in text_leaks(text)], dialogue
 
 
@@ -90,11 +90,13 @@ def test_kinds_come_in_the_promised_shares_with_the_promised_pictures(dialogues)
         assert abs(counts[kind] / COUNT - share) < 0.035, kind
     pictures = {"picture": {1}, "pictures": {2, 3}, "choice": {1}, "reading": {0}, "game": {0}}
     for dialogue in dialogues:
-        assert len(dialogue.scenes) in pictures[dialogue.kind]
+        assert len(dialogue.pictures) in pictures[dialogue.kind]
         assert all(len(turn.told) == 1 and isinstance(turn.told[0], str) for turn in dialogue.turns)
         assert all(isinstance(turn.asked[-1], str) for turn in dialogue.turns)
     together = [
-        len(d.scenes) == sum(isinstance(p, Scene) for p in d.turns[0].asked) for d in dialogues if d.kind == "pictures"
+        len(d.pictures) == sum(isinstance(p, Scene) for p in d.turns[0].asked)
+        for d in dialogues
+        if d.kind == "pictures"
     ]
     assert 0.3 < sum(together) / len(together) < 0.85, "both all at once and one by one"
 
@@ -162,7 +164,9 @@ def test_questions_about_several_pictures_are_about_the_picture_they_name():
     checked = Counter()
     for index in range(250):
         dialogue = understanding_dialogue(24, index, weights={"pictures": 1.0})
-        scenes = dict(zip(("first", "second", "third"), dialogue.scenes, strict=False)) | {"last": dialogue.scenes[-1]}
+        scenes = dict(zip(("first", "second", "third"), dialogue.pictures, strict=False)) | {
+            "last": dialogue.pictures[-1]
+        }
         for text, answer in asked(dialogue):
             if match := re.fullmatch(r"is there an? (.+) in the (\w+) picture\?", text):
                 there = any(match[1] in f"{COLORS[t.color]} {SHAPES[t.shape]}" for t in scenes[match[2]].things)
@@ -172,7 +176,7 @@ def test_questions_about_several_pictures_are_about_the_picture_they_name():
                 counts = {n: sum(t.shape in nouns[match[1]] for t in scenes[n].things) for n in match.groups()[1:]}
                 assert answer == max(counts, key=lambda name: counts[name])
             elif text == "are the two pictures the same?":
-                assert answer == ("yes" if dialogue.scenes[0] == dialogue.scenes[1] else "no")
+                assert answer == ("yes" if dialogue.pictures[0] == dialogue.pictures[1] else "no")
             else:
                 continue
             checked[text.split()[0]] += 1

@@ -124,7 +124,7 @@ class _Mixed:
         rng = stream(self.config.seed, index, _ALBUM_STREAM)
         if rng.random() < self.config.replay:
             dialogue = self._replayed(index, rng)
-            return dialogue, list(to_images(list(dialogue.scenes))) if dialogue.scenes else []
+            return dialogue, list(to_images(list(dialogue.pictures))) if dialogue.pictures else []
         number = int(rng.integers(len(self.album.captions)))
         said = () if rng.random() < self.stage.caption_drop else (self.album.captions[number],)
         return Dialogue((Turn(said, (_PLACE,)),), "album"), [self.album.pictures[number]]

@@ -272,7 +272,7 @@ class Documents:
 
     def __call__(self, indices: range) -> tuple[Tensor, Batch]:
         dialogues = [self.dialogue(i) for i in indices]
-        scenes = [scene for dialogue in dialogues for scene in dialogue.scenes]
+        scenes = [scene for dialogue in dialogues for scene in dialogue.pictures]
         images = to_images(scenes) if scenes else torch.zeros(0, 3, self.image_size, self.image_size)
         return images, pack([self.tokenizer.document(d.turns) for d in dialogues], self.layout)
 

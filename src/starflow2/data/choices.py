@@ -17,7 +17,7 @@ from typing import Final
 
 import numpy as np
 
-from starflow2.data.dialogue import Dialogue, Part, Turn
+from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.data.tasks import NUMBERS, PLACES, PLURALS, article
 from starflow2.data.world import (
     BACKGROUND_NAMES,
@@ -615,7 +615,7 @@ def _game_take(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
 def several_pictures(rng: np.random.Generator) -> Dialogue:
     """A training conversation about two or three pictures, shown together or one by one.
 
-    >>> len(several_pictures(np.random.default_rng(0)).scenes) in (2, 3)
+    >>> len(several_pictures(np.random.default_rng(0)).pictures) in (2, 3)
     True
     """
     make = pick(rng, (_conversation, _conversation, _comparison, _puzzle))
@@ -681,7 +681,7 @@ def _shown(rng: np.random.Generator, scenes: Sequence[Scene], asked: tuple[str, 
     """The turns that show all pictures: all in the first turn, or each with a question about it, then what is asked."""
     question, answer = asked
     if chance(rng, 0.5):
-        parts: tuple[Part, ...] = (*scenes, question)
+        parts: tuple[str | Scene, ...] = (*scenes, question)
         return [Turn(parts, (answer,))]
     turns = []
     for scene in scenes:

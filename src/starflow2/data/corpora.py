@@ -18,6 +18,7 @@ from PIL import Image as PilImage
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
+from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.data.shards import PICTURES, Sample, inside, read_file
 from starflow2.errors import DataError
 from starflow2.images import read_picture
@@ -26,10 +27,7 @@ __all__ = [
     "CORPORA",
     "REASONS",
     "Broken",
-    "Conversation",
     "Corpus",
-    "Exchange",
-    "Part",
     "Photo",
     "decode",
     "understand",
@@ -74,28 +72,7 @@ class Photo:
 Part = str | Photo
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """What the user says or shows, and what the model says or draws in reply, in order."""
-
-    asked: tuple[Part, ...]
-    told: tuple[Part, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Turns in order. `kind`: draw, understand, edit, story or reason, for counts only."""
-
-    turns: tuple[Exchange, ...]
-    kind: str
-
-    @property
-    def photos(self) -> tuple[Photo, ...]:
-        """Every picture in order of appearance."""
-        return tuple(p for turn in self.turns for p in (*turn.asked, *turn.told) if isinstance(p, Photo))
-
-
-def understand(corpus: Corpus, sample: Sample, pictures: str = "") -> Conversation:
+def understand(corpus: Corpus, sample: Sample, pictures: str = "") -> Dialogue[Photo]:
     """The conversation that a raw sample of a corpus holds.
 
     `pictures`: the folder that paths of pictures are relative to, by default the folder of the sample's file.
@@ -213,16 +190,16 @@ def _typed(value: object, kind: type, name: str) -> Any:
 # -- pictures from words ----------------------------------------------------------------------------------------------
 
 
-def _drawing(words: str, picture: Photo) -> Conversation:
-    return Conversation((Exchange((words,), (picture,)),), "draw")
+def _drawing(words: str, picture: Photo) -> Dialogue[Photo]:
+    return Dialogue((Turn((words,), (picture,)),), "draw")
 
 
-def _pair(record: _Record) -> Conversation:
+def _pair(record: _Record) -> Dialogue[Photo]:
     """cc12m, blip3o: members .jpg and .txt of a tar."""
     return _drawing(record.text("txt"), record.picture(*PICTURES))
 
 
-def _captions(record: _Record) -> Conversation:
+def _captions(record: _Record) -> Dialogue[Photo]:
     """captions: any picture with words beside it: a .txt, or `text`, `caption` or `prompt` of a JSON or a row."""
     if record.has("txt"):
         return _pair(record)
@@ -231,7 +208,7 @@ def _captions(record: _Record) -> Conversation:
     return _drawing(told.text(name), record.picture(*PICTURES, "image"))
 
 
-def _journeydb(record: _Record) -> Conversation:
+def _journeydb(record: _Record) -> Dialogue[Photo]:
     """journeydb: lines {img_path, prompt, Task2: {Caption}}; the prompt, less its --options, where no caption is."""
     told = record.json
     about = _Record(_typed(told.values.get("Task2") or {}, dict, "Task2"), told.folder)
@@ -250,7 +227,7 @@ def _without_options(prompt: str) -> str:
 # -- answers about pictures -------------------------------------------------------------------------------------------
 
 
-def _cambrian(record: _Record) -> Conversation:
+def _cambrian(record: _Record) -> Dialogue[Photo]:
     """cambrian: lines {image?, conversations: [{from: human | gpt, value}]}, "<image>" where a picture is shown."""
     told = record.json
     named = told.values.get("image") or []
@@ -269,7 +246,7 @@ def _cambrian(record: _Record) -> Conversation:
     left = iter(photos)
     shown = [_marked(words, "<image>", lambda _: next(left)) for words in asked]
     answers = [(turn.text("value"),) for turn in turns[1::2]]
-    return Conversation(tuple(map(Exchange, shown, answers)), "understand")
+    return Dialogue(tuple(map(Turn, shown, answers)), "understand")
 
 
 def _marked(words: str, mark: str, photo: Callable[[re.Match[str]], Photo | None]) -> tuple[Part, ...]:
@@ -285,7 +262,7 @@ def _marked(words: str, mark: str, photo: Callable[[re.Match[str]], Photo | None
 # -- edits ------------------------------------------------------------------------------------------------------------
 
 
-def _omniedit(record: _Record) -> Conversation:
+def _omniedit(record: _Record) -> Dialogue[Photo]:
     """omniedit: rows {omni_edit_id, src_img, edited_img, edited_prompt_list}; the id picks one of its wordings."""
     wordings = [words.strip() for words in record.items("edited_prompt_list", str)]
     if not any(wordings):
@@ -293,10 +270,10 @@ def _omniedit(record: _Record) -> Conversation:
     wordings = [words for words in wordings if words]
     words = wordings[zlib.crc32(str(record.values.get("omni_edit_id")).encode()) % len(wordings)]
     asked = (record.picture("src_img"), words)
-    return Conversation((Exchange(asked, (record.picture("edited_img"),)),), "edit")
+    return Dialogue((Turn(asked, (record.picture("edited_img"),)),), "edit")
 
 
-def _pico_banana(record: _Record) -> Conversation:
+def _pico_banana(record: _Record) -> Dialogue[Photo]:
     """pico-banana: lines {local_input_image, text, output_image}; of several turns {files, metadata_edit_turn_prompts}.
 
     Sources are not downloaded: the release's own script writes local_input_image, or the file has the URL's last name.
@@ -306,7 +283,7 @@ def _pico_banana(record: _Record) -> Conversation:
         return _edit_chain(told)
     edited = told.file(_present(told.values.get("output_image"), "output_image"))
     asked = (_source(told, told.values.get("open_image_input_url")), told.text("text"))
-    return Conversation((Exchange(asked, (edited,)),), "edit")
+    return Dialogue((Turn(asked, (edited,)),), "edit")
 
 
 def _source(told: _Record, url: object) -> Photo:
@@ -321,7 +298,7 @@ def _present(value: object, name: str) -> object:
     return value
 
 
-def _edit_chain(told: _Record) -> Conversation:
+def _edit_chain(told: _Record) -> Dialogue[Photo]:
     """Edits one on another: edit_turn1, edit_turn2, ..., final_image, one for each prompt."""
     files = {item.get("id"): item.get("url") for item in told.items("files", dict)}
     prompts = [words.strip() for words in told.items("metadata_edit_turn_prompts", str)]
@@ -331,13 +308,13 @@ def _edit_chain(told: _Record) -> Conversation:
     made = [told.file(_present(files.get(name), name)) for name in names]
     source: tuple[Part, ...] = (_source(told, files.get("original_input_image")),)
     asked = [(*source, prompts[0]), *((words,) for words in prompts[1:])]
-    return Conversation(tuple(Exchange(words, (photo,)) for words, photo in zip(asked, made, strict=True)), "edit")
+    return Dialogue(tuple(Turn(words, (photo,)) for words, photo in zip(asked, made, strict=True)), "edit")
 
 
 # -- words and pictures in turn ---------------------------------------------------------------------------------------
 
 
-def _comm(record: _Record) -> Conversation:
+def _comm(record: _Record) -> Dialogue[Photo]:
     """comm: lines {title, step_info: [[{type: text, content} | {type: image, image_path}]]}: a title, then its steps.
 
     The release is a pickle, which we do not read; docs/choices.md#corpora says how to make lines of it.
@@ -347,7 +324,7 @@ def _comm(record: _Record) -> Conversation:
     if not parts:
         raise Broken("empty text", "step_info holds nothing")
     title = (told.text("title"),) if told.values.get("title") else ()
-    return Conversation((Exchange(title, tuple(parts)),), "story")
+    return Dialogue((Turn(title, tuple(parts)),), "story")
 
 
 def _content(told: _Record, item: object) -> Part:
@@ -365,7 +342,7 @@ def _content(told: _Record, item: object) -> Part:
 _MARK = r"(?:<image_start>)?\[((problem|reasoning)_image_\d+)\](?:<image_end>)?"
 
 
-def _zebra_cot(record: _Record) -> Conversation:
+def _zebra_cot(record: _Record) -> Dialogue[Photo]:
     """zebra-cot: rows {Question, Text Reasoning Trace, Final Answer, problem_image_N, reasoning_image_N}.
 
     A picture stands at its mark [reasoning_image_1]. One of the problem that the question does not mark comes first.
@@ -379,15 +356,15 @@ def _zebra_cot(record: _Record) -> Conversation:
     problem = sorted((n for n in held if n.startswith("problem") and f"[{n}]" not in question), key=_number)
     asked = _marked(question, _MARK, lambda found: record.picture(found[1]))
     told = _marked(trace, _MARK, lambda found: record.picture(found[1]) if found[2] == "reasoning" else None)
-    turn = Exchange((*map(record.picture, problem), *asked), (*told, record.text("Final Answer")))
-    return Conversation((turn,), "reason")
+    turn = Turn((*map(record.picture, problem), *asked), (*told, record.text("Final Answer")))
+    return Dialogue((turn,), "reason")
 
 
 def _number(name: str) -> int:
     return int(name.rpartition("_")[2])
 
 
-CORPORA: dict[Corpus, Callable[[_Record], Conversation]] = {
+CORPORA: dict[Corpus, Callable[[_Record], Dialogue[Photo]]] = {
     "captions": _captions,
     "cc12m": _pair,
     "journeydb": _journeydb,

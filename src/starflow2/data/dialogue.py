@@ -1,43 +1,45 @@
-"""A conversation about the drawn world: turns of words and scenes. No tensors, no token ids here.
+"""A conversation of words and pictures: turns, and what each side brings. No tensors, no token ids here.
 
-The one type that every task yields; `sequence` knows how a model reads it.
+The one type that every task and every corpus yields; `sequence` knows how a model reads it. A picture is whatever its
+source has, P: a Scene of the drawn world, a Photo of a corpus.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic
+
+from typing_extensions import TypeVar
 
 from starflow2.data.world import Scene
 
-__all__ = ["Dialogue", "Part", "Turn", "pictures"]
+__all__ = ["Dialogue", "Turn", "pictures"]
 
-Part = str | Scene
-P = TypeVar("P")
+P = TypeVar("P", default=Scene)
 
 
-def pictures(parts: Iterable[P]) -> tuple[P, ...]:
-    """The parts of a turn that are no words, drawn scenes or photos."""
+def pictures(parts: Iterable[str | P]) -> tuple[P, ...]:
+    """The parts of a turn that are no words."""
     return tuple(part for part in parts if not isinstance(part, str))
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(Generic[P]):
     """What the user says or shows, and what the model says or draws in reply, in order."""
 
-    asked: tuple[Part, ...]
-    told: tuple[Part, ...]
+    asked: tuple[str | P, ...]
+    told: tuple[str | P, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Dialogue:
-    """Turns in order. `kind` names the task they came from, for metrics only: no layout depends on it."""
+class Dialogue(Generic[P]):
+    """Turns in order. `kind` names the task or the sort of document, for metrics only: no layout depends on it."""
 
-    turns: tuple[Turn, ...]
+    turns: tuple[Turn[P], ...]
     kind: str
 
     @property
-    def scenes(self) -> tuple[Scene, ...]:
-        """Every scene in order of appearance."""
-        return tuple(p for turn in self.turns for p in (*turn.asked, *turn.told) if isinstance(p, Scene))
+    def pictures(self) -> tuple[P, ...]:
+        """Every picture in order of appearance."""
+        return pictures(part for turn in self.turns for part in (*turn.asked, *turn.told))

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from starflow2.config import from_dict, read_json
-from starflow2.data.corpora import Broken, Conversation, Corpus, Exchange, decode, understand
-from starflow2.data.dialogue import pictures
+from starflow2.data.corpora import Broken, Corpus, Photo, decode, understand
+from starflow2.data.dialogue import Dialogue, Turn, pictures
 from starflow2.data.shards import Format, Sample, Samples, Share, needs
 from starflow2.errors import ConfigError, DataError
 from starflow2.files import check_writable
@@ -102,7 +102,7 @@ def read_mixture(path: str | Path) -> tuple[Source, ...]:
 class Speller(Protocol):
     """What a tokenizer has to offer here."""
 
-    def document(self, turns: Sequence[Exchange]) -> list[Segment]: ...
+    def document(self, turns: Sequence[Turn[Photo]]) -> list[Segment]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +123,17 @@ class Spelling:
     layout: Layout
     image_size: int
 
-    def item(self, conversation: Conversation, width: int = 0) -> Item:
+    def item(self, conversation: Dialogue[Photo], width: int = 0) -> Item:
         """The conversation as a document of at most `width` positions (0: any). Raises Broken where it is not."""
         document = self.tokenizer.document(conversation.turns)
         length = sum(len(self.layout.ids(segment)) for segment in document)
         if width and length > width:
             raise Broken("too long", f"{length} positions, a row has {width}")
-        images = tuple(decode(photo, self.image_size) for photo in conversation.photos)
+        images = tuple(decode(photo, self.image_size) for photo in conversation.pictures)
         return Item(document, images, conversation.kind, length)
 
 
-def dropped(conversation: Conversation, rng: np.random.Generator, share: float) -> Conversation:
+def dropped(conversation: Dialogue[Photo], rng: np.random.Generator, share: float) -> Dialogue[Photo]:
     """In `share` of those with a drawn picture the user says nothing; in half of these, shows nothing either.
 
     As stages.dropped does with drawn scenes: guidance needs the unconditional branch.
@@ -142,8 +142,8 @@ def dropped(conversation: Conversation, rng: np.random.Generator, share: float) 
     drawn = any(pictures(turn.told) for turn in conversation.turns)
     if not drawn or chance >= share:
         return conversation
-    turns = tuple(Exchange(pictures(turn.asked) if shows < 0.5 else (), turn.told) for turn in conversation.turns)
-    return Conversation(turns, conversation.kind)
+    turns = tuple(Turn(pictures(turn.asked) if shows < 0.5 else (), turn.told) for turn in conversation.turns)
+    return Dialogue(turns, conversation.kind)
 
 
 class _Stock:
