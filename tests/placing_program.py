@@ -63,7 +63,7 @@ def recipe(upstream: Path, frozen: str) -> RunConfig:
         steps=2,
         batch=2,
         log_every=1,
-        mix=MixConfig(understand=0.0, draw=1.0, edit=0.0, story=0.0),
+        mix=MixConfig(understand=0.0, draw=1.0, edit=0.0, chain=0.0, story=0.0),
         optim=OptimConfig(matrix_lr=0.0, warmup_steps=1, ema=0.0),
         shard=ShardConfig(mode="fsdp", frozen=frozen),  # type: ignore[arg-type]
     )

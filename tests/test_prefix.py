@@ -142,7 +142,9 @@ def test_layers_that_are_recomputed_or_sharded_run_once_for_each_batch(monkeypat
     monkeypatch.setattr(module, "states_in_two_passes", never)
     parts = tiny_parts(STAGES)
     parts.requires_grad_(False)
-    stage = StageConfig(name="joint", steps=1, batch=2, mix=MixConfig(understand=0, draw=1, edit=0, story=0), **changes)
+    stage = StageConfig(
+        name="joint", steps=1, batch=2, mix=MixConfig(understand=0, draw=1, edit=0, chain=0, story=0), **changes
+    )
     task = JointTask(parts, stage, 0)
     task.trained.requires_grad_(True)
     with nullcontext() if changes else pytest.raises(AssertionError, match="two passes"):

@@ -735,7 +735,7 @@ def test_the_joint_loss_is_that_of_pictures_and_a_share_of_that_of_words():
 
 
 def test_as_many_edits_are_predicted_blindly_as_is_asked():
-    only_edits = MixConfig(understand=0, draw=0, edit=1, story=0)
+    only_edits = MixConfig(understand=0, draw=0, edit=0.5, chain=0.5, story=0)
     told: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
     for share in (0.0, 1.0):
         parts = tiny_parts(STAGES)
@@ -775,15 +775,16 @@ def test_pictures_that_are_shown_are_often_as_clean_as_uploads_and_often_as_nois
 
 
 def kinds(**mix: float) -> set[str]:
-    stage = replace(RUN.stage("joint"), mix=MixConfig(**{"understand": 0, "draw": 0, "edit": 0, "story": 0} | mix))
+    nothing = dict.fromkeys(("understand", "draw", "edit", "chain", "story"), 0.0)
+    stage = replace(RUN.stage("joint"), mix=MixConfig(**nothing | mix))
     return {joint_dialogue(stage, 0, i).kind for i in range(12)}
 
 
 def test_documents_of_stage_three_are_mixed_as_the_config_says():
-    parts = {name: kinds(**{name: 1.0}) for name in ("understand", "draw", "edit", "story")}
+    parts = {name: kinds(**{name: 1.0}) for name in ("understand", "draw", "edit", "chain", "story")}
     assert parts["draw"] == {"draw"}
     assert not parts["understand"] & (parts["draw"] | parts["edit"] | parts["story"])
-    assert not parts["edit"] & parts["story"]
+    assert not (parts["edit"] | parts["chain"]) & parts["story"] and not parts["edit"] & parts["chain"]
     assert kinds(draw=0.5, story=0.5) == parts["draw"] | parts["story"]
     for shares in ({"draw": -1.0}, {}):
         with pytest.raises(ConfigError, match="mix is"):
@@ -829,7 +830,9 @@ def test_a_dropped_drawing_is_read_as_the_unconditional_branch_of_guidance():
 
 def test_a_scene_is_shown_and_drawn_as_it_is_rendered():
     parts = tiny_parts(STAGES)
-    stage = replace(RUN.stage("joint"), mix=MixConfig(understand=0, draw=0, edit=1, story=0), caption_drop=0.0)
+    stage = replace(
+        RUN.stage("joint"), mix=MixConfig(understand=0, draw=0, edit=0.5, chain=0.5, story=0), caption_drop=0.0
+    )
     images, batch = TASKS["joint"](parts, stage, 0).draw(range(1, 4))
     scenes = [s for i in range(1, 4) for s in joint_dialogue(stage, 0, i).pictures]
     assert all(isinstance(s, Scene) for s in scenes) and len(images) == len(scenes) == len(batch.pictures)

@@ -51,7 +51,7 @@ class CompareConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     lr: float = 2e-3
     matrix_lr: float = 3e-3
-    mix: MixConfig = field(default_factory=lambda: MixConfig(understand=0.3, draw=0.7, edit=0.0, story=0.0))
+    mix: MixConfig = field(default_factory=lambda: MixConfig(understand=0.3, draw=0.7, edit=0.0, chain=0.0, story=0.0))
     unseen: int = 128  # documents of each kind whose loss is reported
     quick: bool = True
 

@@ -117,7 +117,7 @@ def nano() -> RunConfig:
                 steps=8000,
                 batch=32,
                 blind_share=0.6,
-                mix=MixConfig(understand=0.1, draw=0.25, edit=0.5, story=0.15),
+                mix=MixConfig(understand=0.1, draw=0.25, edit=0.25, chain=0.25, story=0.15),
             ),
         ),
     )
@@ -301,7 +301,7 @@ def paper() -> RunConfig:
                 steps=156_250,
                 batch=1024,
                 optim=_adamw(5e-5),
-                mix=MixConfig(understand=0.2, draw=0.5, edit=0.2, story=0.1),
+                mix=MixConfig(understand=0.2, draw=0.5, edit=0.1, chain=0.1, story=0.1),
                 save_every=2000,
             ),
         ),

@@ -80,11 +80,12 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MixConfig:
-    """Shares of stage 3's documents: questions about pictures, pictures from words, edits, stories."""
+    """Shares of stage 3's documents: questions about pictures, pictures from words, edits, edits in chains, stories."""
 
     understand: float = 0.25
     draw: float = 0.35
-    edit: float = 0.3
+    edit: float = 0.15
+    chain: float = 0.15
     story: float = 0.1
 
     def __post_init__(self) -> None:
@@ -559,16 +560,12 @@ def _drawing(seed: int, index: int) -> Dialogue:
     return Dialogue((Turn((drawing.prompt,), (drawing.scene,)),), "draw")
 
 
-def _edit(seed: int, index: int) -> Dialogue:
-    """Single edits and chains of them in turn; a chain tells more about each picture that it shows."""
-    return edit_chain_dialogue(seed, index) if index % 2 == 0 else edit_dialogue(edit_task(seed, index))
-
-
 _JOINT_STREAM = 21
 _JOINT: dict[str, Callable[[int, int], Dialogue]] = {
     "understand": understanding_dialogue,
     "draw": _drawing,
-    "edit": _edit,
+    "edit": lambda seed, index: edit_dialogue(edit_task(seed, index)),
+    "chain": edit_chain_dialogue,
     "story": lambda seed, index: story_dialogue(story_task(seed, index)),
 }
 

@@ -165,11 +165,9 @@ class _Shards:
 
     def settings(self, run: RunConfig, stage: StageConfig) -> dict[str, str] | None:
         last = self._last()
-        return (
-            None
-            if last is None
-            else _check_settings(last, json.loads((last / "settings.json").read_text()), run, stage)
-        )
+        if last is None:
+            return None
+        return _check_settings(last, json.loads((last / "settings.json").read_text()), run, stage)
 
     def load(self, state: State, settings: dict[str, str]) -> None:
         last = self._last()
