@@ -35,7 +35,7 @@ from starflow2.losses import JointTerms
 from starflow2.model import StarFlow2
 from starflow2.parts import Parts
 from starflow2.sequence import IGNORE, Batch, length_groups
-from starflow2.stages import TASKS, MixConfig, OptimConfig, RunConfig, dropped, joint_dialogue
+from starflow2.stages import TASKS, MixConfig, OpeningConfig, OptimConfig, RunConfig, dropped, joint_dialogue
 from starflow2.train import StepReport, fit
 
 STEPS, EVERY = 6, 2
@@ -789,6 +789,14 @@ def test_documents_of_stage_three_are_mixed_as_the_config_says():
     for shares in ({"draw": -1.0}, {}):
         with pytest.raises(ConfigError, match="mix is"):
             kinds(**shares)
+
+
+def test_the_first_steps_have_a_mix_of_their_own():
+    nothing = dict.fromkeys(("understand", "draw", "edit", "chain", "story"), 0.0)
+    drawings, stories = (MixConfig(**nothing | {name: 1.0}) for name in ("draw", "story"))
+    stage = replace(RUN.stage("joint"), mix=stories, opening=OpeningConfig(steps=2, mix=drawings))
+    assert {joint_dialogue(stage, 0, i).kind for i in range(2 * stage.batch)} == {"draw"}
+    assert {joint_dialogue(stage, 0, 2 * stage.batch + i).kind for i in range(2 * stage.batch)} == {"story"}
 
 
 def drawing_dialogue() -> Dialogue:

@@ -20,7 +20,7 @@ from starflow2.parts import ModelConfig
 from starflow2.patches import PatchConfig
 from starflow2.pretrained import Pretrained
 from starflow2.pretzel import JointsConfig
-from starflow2.stages import MixConfig, OptimConfig, RunConfig, StageConfig
+from starflow2.stages import MixConfig, OpeningConfig, OptimConfig, RunConfig, StageConfig
 
 __all__ = ["find", "mini", "nano", "nano_end_to_end", "nano_patches", "paper", "paper_siglip", "smoke", "with_patches"]
 
@@ -116,8 +116,11 @@ def nano() -> RunConfig:
                 name="joint",
                 steps=8000,
                 batch=32,
-                blind_share=0.6,
-                mix=MixConfig(understand=0.1, draw=0.25, edit=0.25, chain=0.25, story=0.15),
+                blind_share=0.8,
+                opening=OpeningConfig(
+                    steps=3000, mix=MixConfig(understand=0.05, draw=0.15, edit=0.8, chain=0.0, story=0.0)
+                ),
+                mix=MixConfig(understand=0.15, draw=0.25, edit=0.25, chain=0.2, story=0.15),
             ),
         ),
     )

@@ -44,6 +44,7 @@ __all__ = [
     "TASKS",
     "CorpusConfig",
     "MixConfig",
+    "OpeningConfig",
     "OptimConfig",
     "Precision",
     "RunConfig",
@@ -95,6 +96,14 @@ class MixConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OpeningConfig:
+    """A stage's first steps, with another mix of documents: what is hard is learnt sooner from nothing else."""
+
+    steps: int = 0
+    mix: MixConfig = field(default_factory=MixConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardConfig:
     """How the processes of a run divide a model among them; see `parallel`."""
 
@@ -140,6 +149,7 @@ class StageConfig:
     distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
     codec_weight: float = 0.0  # of the FAE's own losses, 0 = frozen; above, FAE and flow train end to end (t2i)
     mix: MixConfig = field(default_factory=MixConfig)  # of documents (joint)
+    opening: OpeningConfig = field(default_factory=OpeningConfig)  # what comes in front of that (joint)
     accumulate: int = 1  # microbatches of a step in every process
     # whose layers forget their activations and compute them again in the backward pass
     checkpoint_activations: Literal["none", "trained", "all"] = "none"
@@ -550,8 +560,9 @@ class JointTask(_Packed):
 def joint_dialogue(stage: StageConfig, seed: int, index: int) -> Dialogue:
     """Document number `index` of stage 3, its words dropped now and then."""
     rng = stream(seed, index, _JOINT_STREAM)
-    shares = np.array([getattr(stage.mix, f.name) for f in fields(stage.mix)])
-    name = fields(stage.mix)[int(rng.choice(len(shares), p=shares / shares.sum()))].name
+    mix = stage.opening.mix if index < stage.opening.steps * stage.batch else stage.mix
+    shares = np.array([getattr(mix, f.name) for f in fields(mix)])
+    name = fields(mix)[int(rng.choice(len(shares), p=shares / shares.sum()))].name
     return dropped(_JOINT[name](seed, index), rng, stage.caption_drop)
 
 

@@ -66,6 +66,8 @@ Operation = Literal["recolor", "reshape", "resize", "move", "add", "remove", "ba
 Part = Literal["id", "cg", "paraphrase"]
 
 OPERATIONS: Final[tuple[Operation, ...]] = ("recolor", "reshape", "resize", "move", "add", "remove", "background")
+_NAMING: Final[tuple[Operation, ...]] = ("recolor", "reshape", "resize", "move", "remove")  # which object is said
+_TRAINED: Final = OPERATIONS + _NAMING  # twice as often, in training: which one is meant is what takes long to learn
 CLEAR: Final = 12.0  # pixels that a move covers at least
 THIRD: Final = IMAGE_SIZE / 3  # pixels
 
@@ -483,7 +485,7 @@ def edit_task(seed: int, index: int) -> Edit:
     True
     """
     rng = stream(seed, index, _EDIT)
-    operation = pick(rng, OPERATIONS)
+    operation = pick(rng, _TRAINED)
     (step,) = _chain(rng, "train", [operation])
     return _worded(step, rng, "train")
 
