@@ -115,14 +115,12 @@ def _reply_starts(labels: Tensor) -> Tensor:
 class JointTerms:
     """Both losses of eq. 3.7: the flow's, in weighted nats per dim without the constant, and the next-token loss.
 
-    blind: what pictures add to the first whose own latents are hidden while they are predicted. u: (P, N, D), detached,
-    the intermediate latents of all pictures.
+    blind: what pictures add to the first whose own latents are hidden while they are predicted.
     """
 
     flow: Tensor
     text: Tensor
     blind: Tensor
-    u: Tensor
 
 
 def last_edits(batch: Batch) -> Tensor:
@@ -156,7 +154,7 @@ def joint_loss(
     flow = (weight * nats)[exact].sum() / targets if bool(exact.any()) else out.log_prob.sum() * 0
     text = ntp_loss(pretzel.logits, (out.h, out.g), batch.labels)
     hidden = nats.new_zeros(()) if blind is None else (weight * _gaussian_nats(out))[blind].sum() / targets
-    return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, hidden, out.u.detach())
+    return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, hidden)
 
 
 def _gaussian_nats(out: Output) -> Tensor:

@@ -116,7 +116,6 @@ def nano() -> RunConfig:
                 name="joint",
                 steps=8000,
                 batch=32,
-                distill=0.1,
                 blind_share=0.8,
                 opening=OpeningConfig(
                     steps=3000, mix=MixConfig(understand=0.05, draw=0.15, edit=0.8, chain=0.0, story=0.0)

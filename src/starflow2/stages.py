@@ -146,7 +146,7 @@ class StageConfig:
     adversarial: float = 0.0  # weight of the judge of features (fae)
     text_weight: float = 0.25  # of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
     blind_share: float = 0.0  # of last edits, predicted without sight of their own latents (joint)
-    distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter, joint)
+    distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
     codec_weight: float = 0.0  # of the FAE's own losses, 0 = frozen; above, FAE and flow train end to end (t2i)
     mix: MixConfig = field(default_factory=MixConfig)  # of documents (joint)
     opening: OpeningConfig = field(default_factory=OpeningConfig)  # what comes in front of that (joint)
@@ -487,7 +487,9 @@ class AdapterTask(_Packed):
         self.parts, self.stage = parts, stage
         self.draw: Callable[[range], Any] = Documents.of(parts, partial(understanding_dialogue, seed))
         self.trained = nn.ModuleDict({"adapter": parts.joints.adapter})
-        _check_distill(parts, stage)
+        seen, latents = parts.cfg.vlm.image_grid, parts.cfg.flow.deep.grid
+        if stage.distill and seen != latents:
+            raise ConfigError(f"distill is {stage.distill}, but the tower sees {seen}, latents are {latents}; use 0.")
         if "adapter" not in parts.stages:
             parts.joints.adapter.set_scale(_rms_of_tower(parts, seed))
 
@@ -507,7 +509,10 @@ class AdapterTask(_Packed):
         loss = share.of("text", _reading_loss(self.parts, adapted, batch))
         if not self.stage.distill:
             return loss, {}
-        far = share.of("distance", _distance(self.parts, adapted, images))
+        with torch.no_grad():
+            seen = self.parts.vlm.see(images)
+        far = (adapted - seen).square().mean() / seen.square().mean() if len(images) else adapted.sum()
+        far = share.of("distance", far)  # over shares a mean of ratios, by pictures, not the ratio of means
         return loss + self.stage.distill * far, {"distance": far}
 
 
@@ -516,7 +521,6 @@ class JointTask(_Packed):
 
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
         self.parts, self.stage, self.pretzel = parts, stage, parts.pretzel
-        _check_distill(parts, stage)
         # layers that all processes gather at once, or that run again in the backward pass, run once for each batch
         is_sharded = stage.shard.mode != "none" and stage.shard.frozen == "sharded"
         self.pretzel.reads_apart = not is_sharded and stage.checkpoint_activations != "all"
@@ -524,8 +528,7 @@ class JointTask(_Packed):
         self.trained = parts.joined
 
     def counts(self, data: tuple[Tensor, Batch]) -> dict[str, int]:
-        targets = int(data[1].pictures.is_target.sum())
-        return {"text": count_replies(data[1].labels), "flow": targets, "distance": len(data[0])}
+        return {"text": count_replies(data[1].labels), "flow": int(data[1].pictures.is_target.sum())}
 
     def loss(
         self, data: tuple[Tensor, Batch], generator: torch.Generator, share: Share = WHOLE
@@ -544,10 +547,6 @@ class JointTask(_Packed):
         if blind is not None:
             told["blind"] = share.of("flow", terms.blind)
             loss = loss + told["blind"]
-        if self.stage.distill:
-            adapted = self.pretzel.adapted(terms.u, level)
-            told["distance"] = share.of("distance", _distance(self.parts, adapted, images))
-            loss = loss + self.stage.distill * told["distance"]
         return loss, told
 
     def _blind(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
@@ -593,24 +592,6 @@ def dropped(dialogue: Dialogue, rng: np.random.Generator, share: float) -> Dialo
     shows = rng.random() < 0.5
     turns = tuple(Turn(pictures(turn.asked) if shows else (), turn.told) for turn in dialogue.turns)
     return Dialogue(turns, dialogue.kind)
-
-
-def _check_distill(parts: Parts, stage: StageConfig) -> None:
-    seen, latents = parts.cfg.vlm.image_grid, parts.cfg.flow.deep.grid
-    if stage.distill and seen != latents:
-        raise ConfigError(f"distill is {stage.distill}, but the tower sees {seen}, latents are {latents}; use 0.")
-
-
-def _distance(parts: Parts, adapted: Tensor, images: Tensor) -> Tensor:
-    """Of the adapter's tokens (P, N, E) to those of the language model's own tower, squared, as a share of their size.
-
-    Over shares of a batch a mean of ratios, by pictures, not the ratio of means.
-    """
-    if not len(images):
-        return adapted.sum()
-    with torch.no_grad():
-        seen = parts.vlm.see(images)
-    return (adapted - seen).square().mean() / seen.square().mean()
 
 
 def _reading_loss(parts: Parts, seen: Tensor, batch: Batch) -> Tensor:
