@@ -1,11 +1,12 @@
 """Teach nano a colour that it has never seen, and say what that cost: a measurement of `starflow2 finetune`.
 
-    PYTHONPATH=src python scripts/teach_word.py --out out/teach            # 200 pictures of teal things
+    PYTHONPATH=src python scripts/teach_word.py --out out/teach            # 200 pictures of brown things
     PYTHONPATH=src python scripts/teach_word.py --out out/smoke --steps 2 --pictures 8 --samples 1 --quick-suite no
 
 Draws pictures of the world with objects in a new colour, captioned in the world's words, fine-tunes the model on the
 folder, and scores it before and after: the share of drawn pictures that show the shape asked for in the new colour,
-judged with a palette that has it, and W-GenEval on the dev split. Writes OUT/result.json.
+judged with a palette that has it, and W-GenEval on the dev split. Beside it stands what the codec leaves of true
+pictures: of some colours, teal for one, nothing. Writes OUT/result.json.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from starflow2.data import world
@@ -27,9 +29,10 @@ from starflow2.data.tasks import draw_task
 from starflow2.evals import judge
 from starflow2.evals.world import score_geneval, to_bytes
 from starflow2.finetune import FinetuneConfig, finetune, read_album
+from starflow2.images import read_picture
 from starflow2.model import NANO, StarFlow2
 
-WORD, RGB = "teal", (20, 150, 150)  # more than 0.3 from every colour of the world, the judge's tolerance
+WORD, RGB = "brown", (110, 50, 10)  # more than 0.3 from every colour of the world, the judge's tolerance
 WRITTEN_LIKE = ("red", "yellow", "green", "blue", "purple", "pink", "black")  # not orange: "an" would be wrong
 
 
@@ -83,6 +86,14 @@ def new_word_score(model: StarFlow2, samples: int) -> dict[str, float]:
     return {"colour": coloured / len(prompts), "colour_and_shape": right / len(prompts), "pictures": len(prompts)}
 
 
+def codec_ceiling(model: StarFlow2, album: Path) -> float:
+    """Share of the album's pictures that show the new colour after the codec, at the noise of drawing."""
+    true = torch.stack([read_picture(file, model.parts.cfg.fae.image_size) for file in sorted(album.glob("*.png"))])
+    images = to_bytes(model.roundtrip(true, model.sampling_noise))
+    with one_more_colour() as new:
+        return float(np.mean([any(d.color == new for d in scan.detections) for scan in judge.detect(images)]))
+
+
 def scores(model: StarFlow2, samples: int, suite: bool) -> dict[str, Any]:
     geneval = score_geneval(model, "dev", quick=True) if suite else None
     return {"new_word": new_word_score(model, samples), "w_geneval_dev_quick": geneval}
@@ -103,7 +114,8 @@ def main() -> None:
     asked = parser.parse_args()
     write_album(asked.out / "album", asked.pictures, seed=7)
     before = StarFlow2.from_pretrained(asked.model, device=asked.device)
-    result: dict[str, Any] = {"before": scores(before, asked.samples, asked.quick_suite == "yes")}
+    result: dict[str, Any] = {"codec_ceiling": codec_ceiling(before, asked.out / "album")}
+    result["before"] = scores(before, asked.samples, asked.quick_suite == "yes")
     album = read_album(asked.out / "album", before.parts.cfg.fae.image_size)
     config = FinetuneConfig(steps=asked.steps, lr=asked.lr, replay=asked.replay, batch=asked.batch)
     started = time.perf_counter()
@@ -120,7 +132,8 @@ def main() -> None:
     after.check_prompt(f"a {WORD} circle")
     result["after"] = scores(after, asked.samples, asked.quick_suite == "yes")
     (asked.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    print({k: result[k]["new_word"] for k in ("before", "after")}, f"{result['seconds']:.0f} s")
+    print({k: result[k]["new_word"] for k in ("before", "after")}, f"ceiling {result['codec_ceiling']:.3f}")
+    print(f"{result['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -186,12 +187,25 @@ def script() -> Any:
     return module
 
 
+def test_the_ceiling_is_what_the_codec_leaves_of_the_new_colour(tmp_path):
+    teach = script()
+    teach.write_album(tmp_path, 4, seed=3)
+    grey = torch.full((4, 3, 64, 64), 0.5)
+    for left, share in ((lambda images, noise: images, 1.0), (lambda images, noise: grey, 0.0)):
+        model = SimpleNamespace(
+            parts=SimpleNamespace(cfg=SimpleNamespace(fae=SimpleNamespace(image_size=64))),
+            sampling_noise=0.5,
+            roundtrip=left,
+        )
+        assert teach.codec_ceiling(model, tmp_path) == share
+
+
 def test_the_pictures_of_the_new_colour_show_it_and_the_judge_with_its_palette_sees_it():
     from starflow2.evals import judge
 
     teach = script()
     made = list(teach.captioned(12, 3))
-    assert all(text.split().count("teal") == 1 for _, text in made)
+    assert all(text.split().count(teach.WORD) == 1 for _, text in made)
     images = np.stack([pixels for pixels, _ in made])
     with teach.one_more_colour() as new:
         assert all(any(d.color == new for d in scan.detections) for scan in judge.detect(images))

@@ -398,9 +398,9 @@ class Finetune:
     output: Annotated[Path, arg(aliases=("-o",), metavar="FOLDER", help="where the new model goes")] = (
         Path("out") / "finetuned"
     )
-    steps: Annotated[int, arg(help="optimiser steps")] = 400
+    steps: Annotated[int, arg(help="optimiser steps")] = 1000
     batch: Annotated[int, arg(help="pictures per step")] = 32
-    lr: Annotated[float, arg(help="learning rate")] = 2e-3
+    lr: Annotated[float, arg(help="learning rate")] = 1e-3
     replay: Annotated[float, arg(help="share of every batch that comes from the drawn world")] = 0.5
     rank: Annotated[int, arg(help="of the adapters: more learns more and forgets more")] = 16
     seed: Annotated[int, arg(help="of order and noise")] = 0
