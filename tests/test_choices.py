@@ -84,7 +84,7 @@ def test_answers_are_true_by_another_reading_of_the_questions():
 def test_training_riddles_show_trainable_pictures_and_only_known_words(kind):
     for index in range(40):
         made = riddle(stream(5, index), kind)
-        assert all(is_trainable(scene) for scene in made.pictures)
+        assert all(is_trainable(scene) for scene in made.scenes)
         assert set(re.findall(r"[a-z]+", made.text + " " + made.answer)) <= choice_words() | lexicon()
         assert made.answer in (made.options or (made.answer,)) and len(set(made.options)) == len(made.options)
 
