@@ -1,0 +1,93 @@
+"""How well a model knows which object an edit means, long before its pictures show it.
+
+    PYTHONPATH=src python scripts/binding.py runs/nano/model --items 40
+
+Edits of the dev split that name one of several objects. The edited picture is predicted without sight of its own
+latents, and the prediction is projected on the way from the source to the source with one object changed as told: 1 if
+that object is changed in the prediction, 0 if it is left alone. Told for the object that was named and for the others,
+with the share of pairs in which the named one is ahead (AUC; 0.5 = it is not known which one is meant).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from starflow2.checkpoint import load_parts
+from starflow2.data.edits import Edit, edit_dialogue, suite_edits
+from starflow2.data.world import Scene, render
+from starflow2.evals.world import to_floats
+from starflow2.flow.noise import add_noise
+from starflow2.parts import Parts
+from starflow2.sequence import pack
+
+OPERATIONS = ("remove", "recolor", "reshape")  # a change of one object that could be done to any other
+MOVED = 0.25  # mean square over channels of a latent that an object's change concerns
+LEVEL, CLEAN, BATCH = 0.3, 0.01, 16
+
+
+def changed(edit: Edit, index: int) -> Scene:
+    """The source with object `index` changed as the edit changes the one that it names."""
+    things = list(edit.source.things)
+    if edit.operation == "remove":
+        del things[index]
+    else:
+        assert edit.after is not None
+        name, goal = "color" if edit.operation == "recolor" else "shape", edit.target.things[edit.after]
+        things[index] = replace(things[index], **{name: getattr(goal, name)})
+    return replace(edit.source, things=tuple(things))
+
+
+def encode(parts: Parts, scenes: Sequence[Scene]) -> Tensor:
+    return parts.codec.encode(to_floats(np.stack([render(s) for s in scenes]))).float()
+
+
+def predicted(parts: Parts, edits: Sequence[Edit]) -> tuple[Tensor, Tensor]:
+    """Latents (B, N, D) of the sources, and of what comes of them without sight of what came."""
+    assert parts.tokenizer is not None
+    batch = pack([parts.tokenizer.document(edit_dialogue(e).turns) for e in edits], parts.layout)
+    latents = encode(parts, [scene for e in edits for scene in (e.source, e.target)])
+    blind = batch.pictures.is_target
+    level = torch.where(blind, torch.tensor(LEVEL), torch.tensor(CLEAN))
+    noisy = add_noise(latents, level, torch.Generator().manual_seed(0))
+    mean = parts.pretzel.forward(batch, noisy, level, blind).affine.mu[blind]
+    return latents[~blind], parts.flow.shallow.inverse(mean, level[blind])
+
+
+def ways(parts: Parts, edits: Sequence[Edit]) -> Iterator[tuple[bool, float]]:
+    """Of every object of every edit: whether it was named, and how far the prediction went to change it."""
+    for first in range(0, len(edits), BATCH):
+        some = edits[first : first + BATCH]
+        for edit, source, found in zip(some, *predicted(parts, some), strict=True):
+            for index in range(len(edit.source.things)):
+                way = encode(parts, [changed(edit, index)])[0] - source
+                way = way * (way.square().mean(-1, keepdim=True) > MOVED)
+                if way.any():
+                    yield index == edit.before, float(((found - source) * way).sum() / way.square().sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument(
+        "--items", type=int, default=40, help="edits of each operation, those of a single object left out"
+    )
+    asked = parser.parse_args()
+    parts = load_parts(asked.model, "cpu")
+    every = [e for e in suite_edits("dev", "id", asked.items) if len(e.source.things) > 1]
+    with torch.no_grad():
+        for operation in OPERATIONS:
+            told = list(ways(parts, [e for e in every if e.operation == operation]))
+            named, others = ([way for is_named, way in told if is_named == which] for which in (True, False))
+            ahead = np.mean([a > b for a in named for b in others])
+            print(f"{operation}: named {np.mean(named):.3f}, others {np.mean(others):.3f}, AUC {ahead:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The script that measures which object an edit is understood to mean."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model_cases import STAGES, tiny_parts
+from starflow2.data.edits import Edit, suite_edits
+
+
+@pytest.fixture
+def binding() -> Any:
+    path = Path(__file__).parent.parent / "scripts" / "binding.py"
+    spec = importlib.util.spec_from_file_location("binding", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def naming(binding: Any) -> list[Edit]:
+    edits = suite_edits("dev", "id", 4)
+    return [e for e in edits if e.operation in binding.OPERATIONS and len(e.source.things) > 1]
+
+
+def test_the_named_object_changed_as_told_is_the_target(binding):
+    edits = naming(binding)
+    assert {e.operation for e in edits} == set(binding.OPERATIONS)
+    for edit in edits:
+        made, asked = binding.changed(edit, edit.before), edit.target
+        assert made.background == asked.background and set(made.things) == set(asked.things)
+
+
+def test_a_prediction_of_the_target_changes_the_named_object_alone_and_one_of_the_source_none(binding, monkeypatch):
+    parts, edits = tiny_parts(STAGES), naming(binding)[:3]
+    monkeypatch.setattr(binding, "MOVED", 0.0)  # random weights leave no latent far behind
+    for show, goal in (("target", 1.0), ("source", 0.0)):
+
+        def told(parts: Any, edits: Any, show: str = show) -> Any:
+            return tuple(binding.encode(parts, [getattr(e, name) for e in edits]) for name in ("source", show))
+
+        monkeypatch.setattr(binding, "predicted", told)
+        with torch.no_grad():
+            found = list(binding.ways(parts, edits))
+        assert [way for named, way in found if named] == pytest.approx([goal] * len(edits), abs=1e-4)
+        assert show == "target" or all(way == 0 for _, way in found)
+
+
+def test_what_is_predicted_does_not_depend_on_the_target(binding):
+    parts, edits = tiny_parts(STAGES), naming(binding)[:2]
+    with torch.no_grad():
+        source, found = binding.predicted(parts, edits)
+        _, other = binding.predicted(parts, [replace(e, target=e.source) for e in edits])
+        _, moved = binding.predicted(parts, [replace(e, source=e.target) for e in edits])
+    assert source.shape == found.shape and torch.equal(found, other) and not torch.equal(found, moved)
