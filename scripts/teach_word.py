@@ -29,7 +29,6 @@ from starflow2.data.tasks import draw_task
 from starflow2.evals import judge
 from starflow2.evals.world import score_geneval, to_bytes
 from starflow2.finetune import FinetuneConfig, finetune, read_album
-from starflow2.images import read_picture
 from starflow2.model import NANO, StarFlow2
 
 WORD, RGB = "brown", (110, 50, 10)  # more than 0.3 from every colour of the world, the judge's tolerance
@@ -86,9 +85,8 @@ def new_word_score(model: StarFlow2, samples: int) -> dict[str, float]:
     return {"colour": coloured / len(prompts), "colour_and_shape": right / len(prompts), "pictures": len(prompts)}
 
 
-def codec_ceiling(model: StarFlow2, album: Path) -> float:
-    """Share of the album's pictures that show the new colour after the codec, at the noise of drawing."""
-    true = torch.stack([read_picture(file, model.parts.cfg.fae.image_size) for file in sorted(album.glob("*.png"))])
+def codec_ceiling(model: StarFlow2, true: torch.Tensor) -> float:
+    """Share of true pictures (n, 3, s, s) that show the new colour after the codec, at the noise of drawing."""
     images = to_bytes(model.roundtrip(true, model.sampling_noise))
     with one_more_colour() as new:
         return float(np.mean([any(d.color == new for d in scan.detections) for scan in judge.detect(images)]))
@@ -114,9 +112,9 @@ def main() -> None:
     asked = parser.parse_args()
     write_album(asked.out / "album", asked.pictures, seed=7)
     before = StarFlow2.from_pretrained(asked.model, device=asked.device)
-    result: dict[str, Any] = {"codec_ceiling": codec_ceiling(before, asked.out / "album")}
-    result["before"] = scores(before, asked.samples, asked.quick_suite == "yes")
     album = read_album(asked.out / "album", before.parts.cfg.fae.image_size)
+    result: dict[str, Any] = {"codec_ceiling": codec_ceiling(before, album.pictures)}
+    result["before"] = scores(before, asked.samples, asked.quick_suite == "yes")
     config = FinetuneConfig(steps=asked.steps, lr=asked.lr, replay=asked.replay, batch=asked.batch)
     started = time.perf_counter()
     taught = finetune(

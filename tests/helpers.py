@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import importlib.util
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,4 +23,13 @@ def wake(module: M, scale: float = 0.07, seed: int = 0) -> M:
         for parameter in module.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(scale * noise.to(parameter))
+    return module
+
+
+def script(name: str) -> Any:
+    """The module of scripts/`name`.py, which no package holds."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from helpers import script
 from model_cases import STAGES, tiny_parts
 from starflow2.data.edits import Edit, suite_edits
 
 
 @pytest.fixture
 def binding() -> Any:
-    path = Path(__file__).parent.parent / "scripts" / "binding.py"
-    spec = importlib.util.spec_from_file_location("binding", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("binding")
 
 
 def naming(binding: Any) -> list[Edit]:

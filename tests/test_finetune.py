@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from helpers import script
 from model_cases import STAGES, tiny_folder, tiny_parts
 from starflow2 import lora
 from starflow2.checkpoint import load_parts
@@ -177,33 +177,20 @@ def test_a_model_that_does_not_draw_yet_is_refused(album_folder):
         _task(tiny_parts(STAGES[:3]), read_album(album_folder, 64), SMALL)
 
 
-def script() -> Any:
-    import importlib.util
-
-    path = Path(__file__).parent.parent / "scripts" / "teach_word.py"
-    spec = importlib.util.spec_from_file_location("teach_word", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_ceiling_is_what_the_codec_leaves_of_the_new_colour(tmp_path):
-    teach = script()
+    teach = script("teach_word")
     teach.write_album(tmp_path, 4, seed=3)
+    true = read_album(tmp_path, 64).pictures
     grey = torch.full((4, 3, 64, 64), 0.5)
     for left, share in ((lambda images, noise: images, 1.0), (lambda images, noise: grey, 0.0)):
-        model = SimpleNamespace(
-            parts=SimpleNamespace(cfg=SimpleNamespace(fae=SimpleNamespace(image_size=64))),
-            sampling_noise=0.5,
-            roundtrip=left,
-        )
-        assert teach.codec_ceiling(model, tmp_path) == share
+        model = SimpleNamespace(sampling_noise=0.5, roundtrip=left)
+        assert teach.codec_ceiling(model, true) == share
 
 
 def test_the_pictures_of_the_new_colour_show_it_and_the_judge_with_its_palette_sees_it():
     from starflow2.evals import judge
 
-    teach = script()
+    teach = script("teach_word")
     made = list(teach.captioned(12, 3))
     assert all(text.split().count(teach.WORD) == 1 for _, text in made)
     images = np.stack([pixels for pixels, _ in made])

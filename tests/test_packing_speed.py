@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from helpers import script
 from model_cases import STAGES, tiny_parts, tiny_run
 from starflow2.losses import joint_loss
 from starflow2.sequence import Batch
 
 
 @pytest.fixture(scope="module")
-def script() -> Any:
-    path = Path(__file__).parent.parent / "scripts" / "packing_speed.py"
-    spec = importlib.util.spec_from_file_location("packing_speed", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def packing() -> Any:
+    return script("packing_speed")
 
 
 def words_of(batches: list[Batch]) -> list[list[int]]:
@@ -32,33 +27,33 @@ def words_of(batches: list[Batch]) -> list[list[int]]:
     return sorted(found)
 
 
-def test_lengths_are_those_of_captions_and_of_interleaved_documents(script):
+def test_lengths_are_those_of_captions_and_of_interleaved_documents(packing):
     parts = tiny_parts(STAGES)
-    lengths = [script.length(d, parts.layout) for d in script.documents(parts.layout, 320, 400, 0)]
+    lengths = [packing.length(d, parts.layout) for d in packing.documents(parts.layout, 320, 400, 0)]
     captions = [n - 66 for n in lengths if n < 200]
     assert len(captions) == 200 and max(captions) <= 128 and 55 < sum(captions) / 200 < 65
     others = [n for n in lengths if n >= 200]
     assert min(others) >= 300 and max(others) <= 1200 and max(others) > 1000
 
 
-def test_both_arms_hold_the_same_documents_within_the_same_budget(script):
+def test_both_arms_hold_the_same_documents_within_the_same_budget(packing):
     layout = tiny_parts(STAGES).layout
-    made = script.documents(layout, 320, 24, 0)
-    packed, alone = (arm(made, layout, 4, 1280) for arm in (script.packed, script.one_a_row))
+    made = packing.documents(layout, 320, 24, 0)
+    packed, alone = (arm(made, layout, 4, 1280) for arm in (packing.packed, packing.one_a_row))
     assert words_of(packed) == words_of(alone) and len(words_of(alone)) == 24
-    assert script.real(packed) == script.real(alone) == sum(script.length(d, layout) for d in made)
+    assert packing.real(packed) == packing.real(alone) == sum(packing.length(d, layout) for d in made)
     assert all(batch.ids.numel() <= 4 * 1280 for batch in packed + alone)
     assert all(batch.attend is None for batch in alone), "one document a row needs no mask of blocks"
-    assert script.slots(packed) < script.slots(alone)
+    assert packing.slots(packed) < packing.slots(alone)
 
 
-def test_documents_alone_in_their_rows_have_the_losses_of_packed_ones(script, monkeypatch):
+def test_documents_alone_in_their_rows_have_the_losses_of_packed_ones(packing, monkeypatch):
     parts = tiny_parts(STAGES)
-    monkeypatch.setattr(script, "INTERLEAVED", (150, 260))
-    made = script.documents(parts.layout, 320, 4, 1)
+    monkeypatch.setattr(packing, "INTERLEAVED", (150, 260))
+    made = packing.documents(parts.layout, 320, 4, 1)
     noise = parts.cfg.flow.noise
     losses = []
-    for arm in (script.packed, script.one_a_row):
+    for arm in (packing.packed, packing.one_a_row):
         (batch,) = arm(made, parts.layout, 8, 400)
         pictures = torch.sin(torch.arange(64 * 4.0)).view(1, 64, 4).expand(len(batch.pictures), -1, -1)
         with torch.no_grad():
@@ -67,12 +62,12 @@ def test_documents_alone_in_their_rows_have_the_losses_of_packed_ones(script, mo
     assert (losses[0] - losses[1]).abs().max() < 1e-5
 
 
-def test_a_round_measures_both_and_tells_their_ratio(script, monkeypatch):
+def test_a_round_measures_both_and_tells_their_ratio(packing, monkeypatch):
     parts = tiny_parts(STAGES)
-    monkeypatch.setattr(script, "INTERLEAVED", (250, 400))
-    made = script.documents(parts.layout, 320, 8, 1)
-    arms = {name: getattr(script, name)(made, parts.layout, 3, 400) for name in ("packed", "one_a_row")}
-    result = script.measure(script.joint_task(parts, tiny_run(1).stage("joint")), arms, 1)
+    monkeypatch.setattr(packing, "INTERLEAVED", (250, 400))
+    made = packing.documents(parts.layout, 320, 8, 1)
+    arms = {name: getattr(packing, name)(made, parts.layout, 3, 400) for name in ("packed", "one_a_row")}
+    result = packing.measure(packing.joint_task(parts, tiny_run(1).stage("joint")), arms, 1)
     rates = result["tokens_per_s"]
     assert result["ratio"] == rates["packed"] / rates["one_a_row"] > 0
     assert result["filled"]["packed"] > result["filled"]["one_a_row"]
