@@ -18,7 +18,7 @@ from starflow2.flow import NoiseConfig
 from starflow2.nn import StackConfig
 from starflow2.parts import ModelConfig, Parts
 from starflow2.recipes import nano_model, smoke
-from starflow2.stages import OptimConfig, RunConfig, StageConfig
+from starflow2.stages import MixConfig, OptimConfig, RunConfig, StageConfig
 
 WHITEN = stages.T2iTask._whiten
 WIDTH, LATENT = 40, 4  # of every stream; channels of a latent
@@ -93,6 +93,11 @@ def tiny_parts(stages: tuple[str, ...] = STAGES[:4], scale: float = 0.05, side: 
     parts = wake(Parts(tiny_model(side), tiny_tokenizer()), scale)
     parts.lexicon, parts.stages = lexicon(), stages
     return parts.eval()
+
+
+def mix_of(**shares: float) -> MixConfig:
+    """Stage 3's mix with these shares, and nothing else in it."""
+    return MixConfig(**dict.fromkeys(("understand", "draw", "edit", "chain", "story"), 0.0) | shares)
 
 
 def tiny_run(steps: int = 4, save_every: int = 2, precision: str = "float32") -> RunConfig:

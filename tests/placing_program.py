@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor
 
+from model_cases import mix_of
 from pretrained_cases import paper_in_miniature, write_upstream
 from shard_program import start
 from starflow2 import pretzel, train
@@ -27,7 +28,7 @@ from starflow2.nn import StackConfig
 from starflow2.parts import ModelConfig
 from starflow2.pretrained import Pretrained
 from starflow2.recipes import paper, smoke
-from starflow2.stages import MixConfig, OptimConfig, RunConfig, ShardConfig
+from starflow2.stages import OptimConfig, RunConfig, ShardConfig
 
 WIDTH = 512
 
@@ -63,7 +64,7 @@ def recipe(upstream: Path, frozen: str) -> RunConfig:
         steps=2,
         batch=2,
         log_every=1,
-        mix=MixConfig(understand=0.0, draw=1.0, edit=0.0, chain=0.0, story=0.0),
+        mix=mix_of(draw=1.0),
         optim=OptimConfig(matrix_lr=0.0, warmup_steps=1, ema=0.0),
         shard=ShardConfig(mode="fsdp", frozen=frozen),  # type: ignore[arg-type]
     )

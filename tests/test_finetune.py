@@ -18,7 +18,7 @@ from helpers import script
 from model_cases import STAGES, tiny_folder, tiny_parts
 from starflow2 import lora
 from starflow2.checkpoint import load_parts
-from starflow2.cli import main
+from starflow2.cli import Finetune, main
 from starflow2.data.tasks import draw_task
 from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
 from starflow2.finetune import FinetuneConfig, _task, finetune, read_album
@@ -170,6 +170,13 @@ def test_the_command_teaches_a_folder_and_says_where_the_model_is(tmp_path, albu
     assert capsys.readouterr().out.strip() == str(out) and (out / "adapter.safetensors").is_file()
     assert main(["finetune", str(tmp_path), "--model", str(base), "-o", str(out), *sizes]) == 2
     assert "holds no pictures" in capsys.readouterr().err
+
+
+def test_the_command_and_the_library_begin_from_the_same_settings():
+    command, library = Finetune(folder=Path("album")), FinetuneConfig()
+    for name in ("steps", "batch", "lr", "replay", "seed"):
+        assert getattr(command, name) == getattr(library, name), name
+    assert command.rank == library.lora.rank
 
 
 def test_a_model_that_does_not_draw_yet_is_refused(album_folder):

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_cases import STAGES, WIDTH, tiny_parts
+from model_cases import STAGES, WIDTH, mix_of, tiny_parts
 from starflow2 import pretzel as module
 from starflow2.nn import Cache
 from starflow2.prefix import before_pictures, states_in_two_passes
 from starflow2.sequence import Batch, Document, Image, Text, pack
-from starflow2.stages import JointTask, MixConfig, ShardConfig, StageConfig
+from starflow2.stages import JointTask, ShardConfig, StageConfig
 
 CAPTION: Document = [Text((1, 20, 21, 22, 23, 24, 25, 2)), Image(is_target=True), Text((3,), is_target=True)]
 STORY: Document = [*CAPTION, Text((1, 30, 31, 2)), Image(is_target=True), Text((40, 41, 3), is_target=True)]
@@ -142,9 +142,7 @@ def test_layers_that_are_recomputed_or_sharded_run_once_for_each_batch(monkeypat
     monkeypatch.setattr(module, "states_in_two_passes", never)
     parts = tiny_parts(STAGES)
     parts.requires_grad_(False)
-    stage = StageConfig(
-        name="joint", steps=1, batch=2, mix=MixConfig(understand=0, draw=1, edit=0, chain=0, story=0), **changes
-    )
+    stage = StageConfig(name="joint", steps=1, batch=2, mix=mix_of(draw=1.0), **changes)
     task = JointTask(parts, stage, 0)
     task.trained.requires_grad_(True)
     with nullcontext() if changes else pytest.raises(AssertionError, match="two passes"):

@@ -21,7 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from helpers import wake
-from model_cases import STAGES, WHITEN, tiny_folder, tiny_model, tiny_parts, tiny_run, tiny_tokenizer, whiten_quickly
+from model_cases import (
+    STAGES,
+    WHITEN,
+    mix_of,
+    tiny_folder,
+    tiny_model,
+    tiny_parts,
+    tiny_run,
+    tiny_tokenizer,
+    whiten_quickly,
+)
 from starflow2 import checkpoint, stages, train
 from starflow2.checkpoint import load_parts, save_parts
 from starflow2.data.dialogue import Dialogue, Turn
@@ -35,7 +45,7 @@ from starflow2.losses import JointTerms
 from starflow2.model import StarFlow2
 from starflow2.parts import Parts
 from starflow2.sequence import IGNORE, Batch, length_groups
-from starflow2.stages import TASKS, MixConfig, OpeningConfig, OptimConfig, RunConfig, dropped, joint_dialogue
+from starflow2.stages import TASKS, OpeningConfig, OptimConfig, RunConfig, dropped, joint_dialogue
 from starflow2.train import StepReport, fit
 
 STEPS, EVERY = 6, 2
@@ -735,7 +745,7 @@ def test_the_joint_loss_is_that_of_pictures_and_a_share_of_that_of_words():
 
 
 def test_as_many_edits_are_predicted_blindly_as_is_asked():
-    only_edits = MixConfig(understand=0, draw=0, edit=0.5, chain=0.5, story=0)
+    only_edits = mix_of(edit=0.5, chain=0.5)
     told: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
     for share in (0.0, 1.0):
         parts = tiny_parts(STAGES)
@@ -775,8 +785,7 @@ def test_pictures_that_are_shown_are_often_as_clean_as_uploads_and_often_as_nois
 
 
 def kinds(**mix: float) -> set[str]:
-    nothing = dict.fromkeys(("understand", "draw", "edit", "chain", "story"), 0.0)
-    stage = replace(RUN.stage("joint"), mix=MixConfig(**nothing | mix))
+    stage = replace(RUN.stage("joint"), mix=mix_of(**mix))
     return {joint_dialogue(stage, 0, i).kind for i in range(12)}
 
 
@@ -792,9 +801,8 @@ def test_documents_of_stage_three_are_mixed_as_the_config_says():
 
 
 def test_the_first_steps_have_a_mix_of_their_own():
-    nothing = dict.fromkeys(("understand", "draw", "edit", "chain", "story"), 0.0)
-    drawings, stories = (MixConfig(**nothing | {name: 1.0}) for name in ("draw", "story"))
-    stage = replace(RUN.stage("joint"), mix=stories, opening=OpeningConfig(steps=2, mix=drawings))
+    opening = OpeningConfig(steps=2, mix=mix_of(draw=1.0))
+    stage = replace(RUN.stage("joint"), mix=mix_of(story=1.0), opening=opening)
     assert {joint_dialogue(stage, 0, i).kind for i in range(2 * stage.batch)} == {"draw"}
     assert {joint_dialogue(stage, 0, 2 * stage.batch + i).kind for i in range(2 * stage.batch)} == {"story"}
 
@@ -838,9 +846,7 @@ def test_a_dropped_drawing_is_read_as_the_unconditional_branch_of_guidance():
 
 def test_a_scene_is_shown_and_drawn_as_it_is_rendered():
     parts = tiny_parts(STAGES)
-    stage = replace(
-        RUN.stage("joint"), mix=MixConfig(understand=0, draw=0, edit=0.5, chain=0.5, story=0), caption_drop=0.0
-    )
+    stage = replace(RUN.stage("joint"), mix=mix_of(edit=0.5, chain=0.5), caption_drop=0.0)
     images, batch = TASKS["joint"](parts, stage, 0).draw(range(1, 4))
     scenes = [s for i in range(1, 4) for s in joint_dialogue(stage, 0, i).pictures]
     assert all(isinstance(s, Scene) for s in scenes) and len(images) == len(scenes) == len(batch.pictures)
