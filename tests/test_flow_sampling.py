@@ -37,6 +37,14 @@ def normal(mu: float, scale: float) -> Affine:
     return Affine(torch.tensor([[[mu]]], dtype=F64), torch.tensor([[[scale]]], dtype=F64).log())
 
 
+def test_the_divergence_of_two_gaussians_is_that_of_torch():
+    mu, log_scale = torch.randn(2, 2, 3, 4, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
+    one, other = (Affine(m, 0.5 * s) for m, s in zip(mu, log_scale, strict=True))
+    p, q = (torch.distributions.Normal(a.mu, a.scale) for a in (one, other))
+    torch.testing.assert_close(one.kl(other), torch.distributions.kl_divergence(p, q))
+    assert not one.kl(one).any()
+
+
 def text_flow() -> tuple[Flow, Tensor, Context, Context]:
     """A woken deep-shallow flow with context, prior draws, a context and an unconditional one."""
     case = PIECES["deep-shallow with context"]()

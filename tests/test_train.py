@@ -45,7 +45,7 @@ from starflow2.losses import JointTerms
 from starflow2.model import StarFlow2
 from starflow2.parts import Parts
 from starflow2.sequence import IGNORE, Batch, length_groups
-from starflow2.stages import TASKS, OpeningConfig, OptimConfig, RunConfig, dropped, joint_dialogue
+from starflow2.stages import TASKS, OpeningConfig, OptimConfig, RunConfig, ShardConfig, dropped, joint_dialogue
 from starflow2.train import StepReport, fit
 
 STEPS, EVERY = 6, 2
@@ -758,13 +758,54 @@ def test_as_many_edits_are_predicted_blindly_as_is_asked():
     assert loss.item() == pytest.approx((blind["flow"] + 0.25 * blind["text"] + blind["blind"]).item(), abs=1e-5)
 
 
+def kept_task(parts: Parts, keep: float = 2.0) -> stages.Task:
+    return TASKS["joint"](parts, replace(RUN.stage("joint"), keep=keep, caption_drop=0.0), 0)
+
+
+def test_drawings_are_kept_near_what_the_flow_drew_before_the_stage():
+    parts = tiny_parts(STAGES[:5])
+    for skip in (parts.joints.visual_skip, parts.joints.text_skip):
+        torch.nn.init.zeros_(skip.weight)
+    task = kept_task(parts)
+    data = task.draw(range(8))
+    loss, terms = task.loss(data, torch.Generator().manual_seed(1))
+    assert abs(terms["kept"].item()) < 1e-6, "nothing has moved yet"
+    wake(parts.flow.deep, 0.02, seed=3)
+    loss, terms = task.loss(data, torch.Generator().manual_seed(1))
+    assert terms["kept"].item() > 1e-3
+    assert loss.item() == pytest.approx((terms["flow"] + 0.25 * terms["text"] + 2 * terms["kept"]).item(), abs=1e-5)
+    (slope,) = torch.autograd.grad(terms["kept"], [parts.flow.deep.head.weight])
+    with torch.no_grad():
+        parts.flow.deep.head.weight -= 0.01 * slope / slope.norm()
+    assert task.loss(data, torch.Generator().manual_seed(1))[1]["kept"] < terms["kept"]
+
+
+def test_what_is_kept_is_measured_on_intermediate_latents_that_do_not_train():
+    parts = tiny_parts(STAGES[:5])
+    names = set(dict(kept_task(parts).trained.named_parameters()))
+    whole = set(dict(kept_task(parts, 0.0).trained.named_parameters()))
+    assert whole - names == {f"flow.shallow.{name}" for name, _ in parts.flow.shallow.named_parameters()}
+
+
+def test_a_stage_that_is_kept_near_the_one_before_it_has_to_come_behind_it():
+    parts = tiny_parts(STAGES)
+    task = kept_task(parts)
+    with pytest.raises(ConfigError, match="has finished joint"):
+        task.loss(task.draw(range(4)), torch.Generator().manual_seed(1))
+    for wrong in ({"keep": -1.0}, {"keep": 1.0, "shard": ShardConfig(mode="fsdp")}):
+        with pytest.raises(ConfigError, match="keep is"):
+            replace(RUN.stage("joint"), **wrong)
+    with pytest.raises(ConfigError, match="stage t2i"):
+        replace(RUN.stage("t2i"), keep=1.0)
+
+
 def levels_of(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise levels of many pictures in stage 3, those that are shown and those that are drawn."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def look(pretzel: Any, batch: Batch, pictures: Any, noise: Any, blind: Any) -> Any:
         seen.append((pictures[1], batch.pictures.is_target))
-        return JointTerms(*torch.zeros(3))
+        return JointTerms(*torch.zeros(3), out=None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stages, "joint_loss", look)
     task = TASKS["joint"](parts, RUN.stage("joint"), 0)

@@ -115,12 +115,14 @@ def _reply_starts(labels: Tensor) -> Tensor:
 class JointTerms:
     """Both losses of eq. 3.7: the flow's, in weighted nats per dim without the constant, and the next-token loss.
 
-    blind: what pictures add to the first whose own latents are hidden while they are predicted.
+    blind: what pictures add to the first whose own latents are hidden while they are predicted. out: what was
+    predicted, of every picture of the batch.
     """
 
     flow: Tensor
     text: Tensor
     blind: Tensor
+    out: Output
 
 
 def last_edits(batch: Batch) -> Tensor:
@@ -154,7 +156,7 @@ def joint_loss(
     flow = (weight * nats)[exact].sum() / targets if bool(exact.any()) else out.log_prob.sum() * 0
     text = ntp_loss(pretzel.logits, (out.h, out.g), batch.labels)
     hidden = nats.new_zeros(()) if blind is None else (weight * _gaussian_nats(out))[blind].sum() / targets
-    return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, hidden)
+    return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, hidden, out)
 
 
 def _gaussian_nats(out: Output) -> Tensor:

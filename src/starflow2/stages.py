@@ -6,13 +6,15 @@ Letters: B documents, T positions, N latents, P pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from starflow2.backbones import ChatTokenizer, DinoConfig, SiglipConfig
@@ -24,6 +26,7 @@ from starflow2.data.tasks import draw_task
 from starflow2.data.understanding import understanding_dialogue
 from starflow2.data.world import Scene, render, stream
 from starflow2.errors import ConfigError, DataError, nearest
+from starflow2.flow.affine import Affine
 from starflow2.flow.noise import add_noise
 from starflow2.generate import drawing_context
 from starflow2.losses import (
@@ -38,6 +41,7 @@ from starflow2.losses import (
     perceptual_loss,
 )
 from starflow2.parts import ModelConfig, Parts
+from starflow2.pretzel import Output
 from starflow2.sequence import IGNORE, Batch, Layout, length_groups, pack, with_pictures
 
 __all__ = [
@@ -146,6 +150,7 @@ class StageConfig:
     adversarial: float = 0.0  # weight of the judge of features (fae)
     text_weight: float = 0.25  # of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
     blind_share: float = 0.0  # of last edits, predicted without sight of their own latents (joint)
+    keep: float = 0.0  # weight of the distance to what the flow of stage t2i draws from words alone (joint)
     distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
     codec_weight: float = 0.0  # of the FAE's own losses, 0 = frozen; above, FAE and flow train end to end (t2i)
     mix: MixConfig = field(default_factory=MixConfig)  # of documents (joint)
@@ -161,6 +166,11 @@ class StageConfig:
             raise ConfigError(
                 f"codec_weight is {self.codec_weight} in stage {self.name}; expected 0, or more in stage t2i, "
                 "where FAE and flow can train together."
+            )
+        if self.keep < 0 or (self.keep and (self.name != "joint" or self.shard.mode != "none")):
+            raise ConfigError(
+                f"keep is {self.keep} in stage {self.name} under shard.mode {self.shard.mode}; expected 0, or more in "
+                "stage joint of processes that each hold a copy."
             )
 
 
@@ -447,11 +457,7 @@ class T2iTask:
         alone = pictures.is_target & (pictures.previous < 0)
         if not len(images) or not bool(alone.all()):
             raise DataError("stage t2i takes words with one drawn picture; leave other sources to stage joint.")
-        rows = []
-        for row, begin in zip(pictures.row.tolist(), pictures.begin.tolist(), strict=True):
-            own = batch.document[row, : begin + 1] == batch.document[row, begin]
-            rows.append(batch.ids[row, : begin + 1][own].tolist())
-        return images, rows
+        return images, _words_before(batch, range(len(images)))
 
     def loss(
         self, data: tuple[Tensor, list[list[int]]], generator: torch.Generator, share: Share = WHOLE
@@ -478,6 +484,15 @@ class T2iTask:
             return latents, latents.new_zeros(()), {}
         loss, extra, latents = self.codec.terms(images, generator)
         return latents, self.stage.codec_weight * loss, extra
+
+
+def _words_before(batch: Batch, pictures: Sequence[int]) -> list[list[int]]:
+    """Token ids of the documents of some pictures, up to the slots that begin them."""
+    rows = []
+    for row, begin in ((int(batch.pictures.row[i]), int(batch.pictures.begin[i])) for i in pictures):
+        own = batch.document[row, : begin + 1] == batch.document[row, begin]
+        rows.append(batch.ids[row, : begin + 1][own].tolist())
+    return rows
 
 
 class AdapterTask(_Packed):
@@ -525,7 +540,8 @@ class JointTask(_Packed):
         is_sharded = stage.shard.mode != "none" and stage.shard.frozen == "sharded"
         self.pretzel.reads_apart = not is_sharded and stage.checkpoint_activations != "all"
         self.draw: Callable[[range], Any] = Documents.of(parts, partial(joint_dialogue, stage, seed))
-        self.trained = parts.joined
+        self.before = _Before(parts) if stage.keep else None
+        self.trained = self.before.others if self.before else parts.joined
 
     def counts(self, data: tuple[Tensor, Batch]) -> dict[str, int]:
         return {"text": count_replies(data[1].labels), "flow": int(data[1].pictures.is_target.sum())}
@@ -547,6 +563,9 @@ class JointTask(_Packed):
         if blind is not None:
             told["blind"] = share.of("flow", terms.blind)
             loss = loss + told["blind"]
+        if self.before is not None:
+            told["kept"] = share.of("flow", self.before.distance(terms.out, batch, level))
+            loss = loss + self.stage.keep * told["kept"]
         return loss, told
 
     def _blind(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
@@ -555,6 +574,44 @@ class JointTask(_Packed):
             return None
         drawn = torch.rand(len(batch.pictures.is_target), generator=generator).to(batch.pictures.is_target.device)
         return (drawn < self.stage.blind_share) & last_edits(batch)
+
+
+class _Before:
+    """The deep flow as stage t2i left it, which stage joint is kept near where it draws from words alone.
+
+    Distances are of Gaussians of the same intermediate latents, so the shallow blocks stay as they are:
+    `others` is what else trains (docs/choices.md#what-stage-3-keeps).
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.is_late = parts, "joint" in parts.stages
+        self.deep = copy.deepcopy(parts.flow.deep).requires_grad_(False)
+        self.others = nn.ModuleDict({"flow": nn.ModuleDict({"deep": parts.flow.deep}), "joints": parts.joints})
+
+    def distance(self, out: Output, batch: Batch, level: Tensor) -> Tensor:
+        """Weighted KL per dim, summed over drawings without a picture before them, over all drawings of the batch."""
+        if self.is_late:
+            raise ConfigError(
+                "keep needs the flow as stage t2i left it, and this run folder's model has finished joint; go on from "
+                "a copy of the folder with the model as it was, or with keep 0."
+            )
+        noise = self.parts.cfg.flow.noise
+        assert noise is not None
+        pictures, total = batch.pictures, out.u.new_zeros(())
+        alone = (pictures.is_target & (pictures.previous < 0)).nonzero()[:, 0]
+        rows = _words_before(batch, alone.tolist())
+        for group in length_groups([len(row) for row in rows], out.u.shape[1]):
+            index = alone[group]
+            was = self._affine([rows[i] for i in group], out.u[index].detach(), level[index])
+            far = was.kl(Affine(out.affine.mu[index], out.affine.log_scale[index])).mean((1, 2))
+            total = total + (noise.loss_weight(level[index]) * far).sum()
+        return total / max(1, int(pictures.is_target.sum()))
+
+    @torch.no_grad()
+    def _affine(self, rows: list[list[int]], u: Tensor, level: Tensor) -> Affine:
+        deep = self.deep.to(u.device)
+        run = deep.begin(len(u), drawing_context(self.parts, rows), level)
+        return deep.predict(F.pad(u, (0, 0, 0, 1)), (0, u.shape[1]), run)
 
 
 def joint_dialogue(stage: StageConfig, seed: int, index: int) -> Dialogue:

@@ -67,6 +67,12 @@ class Affine:
         z = (at_least_fp32(u) - self.mu) * torch.exp(-self.log_scale)
         return -(0.5 * z.square() + self.log_scale + 0.5 * math.log(2 * math.pi)).sum(-1)
 
+    def kl(self, other: Affine) -> Tensor:
+        """KL(self | other) of each channel, (B, N, D) nats: what predicting `other` costs where `self` is right."""
+        log_ratio = self.log_scale - other.log_scale
+        far = (self.mu - other.mu) * torch.exp(-other.log_scale)
+        return 0.5 * (torch.exp(2 * log_ratio) + far.square() - 1) - log_ratio
+
     def guide(self, unconditional: Affine, guidance: float, rule: Guidance = "starflow") -> Affine:
         """The Gaussian of classifier-free guidance; guidance 0 returns `self` unchanged.
 
