@@ -82,6 +82,7 @@ def test_length_groups_hold_every_row_once_and_split_at_the_best_place_or_not_at
 
 
 def test_rows_of_one_length_stay_together_and_very_unequal_ones_do_not():
+    assert length_groups([], 64) == []
     assert len(length_groups([7] * 64, 64)) == 1
     assert len(length_groups([6] * 32 + [90] * 32, 64)) == 2
 

@@ -780,6 +780,17 @@ def test_drawings_are_kept_near_what_the_flow_drew_before_the_stage():
     assert task.loss(data, torch.Generator().manual_seed(1))[1]["kept"] < terms["kept"]
 
 
+@pytest.mark.parametrize(("kind", "counts"), [("draw", True), ("story", False), ("edit", False)])
+def test_only_pictures_alone_in_their_documents_are_kept(kind, counts):
+    """Stage t2i has read captions, not the words a story begins with."""
+    parts = tiny_parts(STAGES[:5])
+    stage = replace(RUN.stage("joint"), keep=1.0, mix=mix_of(**{kind: 1.0}), caption_drop=0.0)
+    task = TASKS["joint"](parts, stage, 0)
+    wake(parts.flow.deep, 0.02, seed=3)
+    _, terms = task.loss(task.draw(range(3)), torch.Generator().manual_seed(1))
+    assert (terms["kept"].item() > 1e-3) if counts else (terms["kept"].item() == 0)
+
+
 def test_what_is_kept_is_measured_on_intermediate_latents_that_do_not_train():
     parts = tiny_parts(STAGES[:5])
     names = set(dict(kept_task(parts).trained.named_parameters()))

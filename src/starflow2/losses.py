@@ -30,6 +30,7 @@ __all__ = [
     "joint_loss",
     "last_edits",
     "latent_penalty",
+    "lone_drawings",
     "masked_picture_loss",
     "ngp_loss",
     "ntp_loss",
@@ -127,10 +128,19 @@ class JointTerms:
 
 def last_edits(batch: Batch) -> Tensor:
     """Targets that have a picture before them in their document and none behind: (P,) bool."""
+    return _last_targets(batch) & (batch.pictures.previous >= 0)
+
+
+def lone_drawings(batch: Batch) -> Tensor:
+    """Targets that are the only picture of their document: (P,) bool."""
+    return _last_targets(batch) & (batch.pictures.previous < 0)
+
+
+def _last_targets(batch: Batch) -> Tensor:
     previous = batch.pictures.previous
     is_last = torch.ones_like(batch.pictures.is_target)
     is_last[previous[previous >= 0]] = False
-    return is_last & batch.pictures.is_target & (previous >= 0)
+    return is_last & batch.pictures.is_target
 
 
 def joint_loss(

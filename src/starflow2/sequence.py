@@ -297,12 +297,14 @@ def image_mrope(grid: tuple[int, int], start: int) -> tuple[Tensor, int]:
 
 
 def length_groups(lengths: Sequence[int], extra: int) -> list[list[int]]:
-    """Row indices as one or two groups of similar length, whichever wastes less on padding.
+    """Row indices as one or two groups of similar length, whichever wastes less on padding; none of no rows.
 
     `extra` positions follow each row. A second pass over the network costs about as much as the
     padding of `_PASS_COST` positions, so rows are split only where that pays. Exact: a mean over
     rows weighted by group size is the mean over all.
     """
+    if not lengths:
+        return []
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
 
     def cost(first: int, last: int) -> int:

@@ -35,6 +35,7 @@ from starflow2.losses import (
     count_replies,
     joint_loss,
     last_edits,
+    lone_drawings,
     masked_picture_loss,
     ngp_loss,
     ntp_loss,
@@ -589,7 +590,7 @@ class _Before:
         self.others = nn.ModuleDict({"flow": nn.ModuleDict({"deep": parts.flow.deep}), "joints": parts.joints})
 
     def distance(self, out: Output, batch: Batch, level: Tensor) -> Tensor:
-        """Weighted KL per dim, summed over drawings without a picture before them, over all drawings of the batch."""
+        """Weighted KL per dim, summed over pictures alone in their documents, over all drawings of the batch."""
         if self.is_late:
             raise ConfigError(
                 "keep needs the flow as stage t2i left it, and this run folder's model has finished joint; go on from "
@@ -597,15 +598,14 @@ class _Before:
             )
         noise = self.parts.cfg.flow.noise
         assert noise is not None
-        pictures, total = batch.pictures, out.u.new_zeros(())
-        alone = (pictures.is_target & (pictures.previous < 0)).nonzero()[:, 0]
+        total, alone = out.u.new_zeros(()), lone_drawings(batch).nonzero()[:, 0]
         rows = _words_before(batch, alone.tolist())
         for group in length_groups([len(row) for row in rows], out.u.shape[1]):
             index = alone[group]
             was = self._affine([rows[i] for i in group], out.u[index].detach(), level[index])
             far = was.kl(Affine(out.affine.mu[index], out.affine.log_scale[index])).mean((1, 2))
             total = total + (noise.loss_weight(level[index]) * far).sum()
-        return total / max(1, int(pictures.is_target.sum()))
+        return total / max(1, int(batch.pictures.is_target.sum()))
 
     @torch.no_grad()
     def _affine(self, rows: list[list[int]], u: Tensor, level: Tensor) -> Affine:
