@@ -32,6 +32,7 @@ __all__ = ["SCHEMES", "Hardware", "Scheme", "Shape", "Sizes", "Work", "flops", "
 
 Mode = Literal["forward", "through", "train"]  # frozen; frozen, but gradients pass; trained
 END_TO_END = "t2i end to end"  # t2i with a codec_weight
+KEPT = "joint kept"  # joint with keep
 TIMES = {"forward": 1, "through": 2, "train": 3}  # the cost of a forward pass
 RESERVED = 2e9  # bytes of a GPU that its context and the allocator's gaps take
 GIB = 2**30
@@ -93,6 +94,7 @@ class Shape:
 CAPTIONED = Shape(text=128, pictures=1, prefix=128)
 ANSWERED = Shape(text=128, pictures=1, labels=128)
 INTERLEAVED = Shape(text=512, pictures=2, prefix=64, labels=512)
+MIXED = (replace(CAPTIONED, share=0.5), replace(INTERLEAVED, share=0.5))  # 80 M documents of each in the paper
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "features": (CAPTIONED,),
     "fae": (CAPTIONED,),
@@ -100,7 +102,8 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "t2i": (CAPTIONED,),
     END_TO_END: (CAPTIONED,),
     "adapter": (ANSWERED,),
-    "joint": (replace(CAPTIONED, share=0.5), replace(INTERLEAVED, share=0.5)),  # 80 M of each in the paper
+    "joint": MIXED,
+    KEPT: MIXED,
 }
 
 
@@ -163,6 +166,7 @@ class Sizes:
             "t2i": {"flow": p.flow},
             "adapter": {"adapter": p.joints.adapter},
             "joint": {"flow": p.flow, "joints": p.joints},
+            KEPT: {"flow": nn.ModuleDict({"deep": p.flow.deep}), "joints": p.joints},
         }
         if (cfg := self.cfg.features) is not None:
             head = nn.Linear(cfg.width, 3 * cfg.patch_size**2, device="meta")
@@ -216,7 +220,9 @@ def works(sizes: Sizes, stage: str, shape: Shape) -> Iterator[Work]:
         yield Work("shallow", w["shallow"], visual, "forward", shallow, visual)
         return
     yield Work("deep", w["deep"], all_, "train", deep, all_)
-    yield Work("shallow", w["shallow"], visual, "train", shallow, visual)
+    if stage == KEPT:  # the flow as it was reads drawings alone; here all documents, which is an upper bound
+        yield Work("deep", w["deep"], all_, "forward", deep, all_)
+    yield Work("shallow", w["shallow"], visual, "forward" if stage == KEPT else "train", shallow, visual)
 
 
 def _attention(stack: StackConfig) -> int:
@@ -241,10 +247,11 @@ def frozen_bytes(sizes: Sizes, stage: str) -> dict[str, int]:
     parts = dict(sizes.parts.named_children())
     trained = {id(p) for p in sizes.trained(stage).parameters()}
     held = {name: 2 if ref.precision == "bfloat16" else 4 for name, ref in cfg.references.items()}
-    return {
+    found = {
         name: held.get(name, 4) * sum(p.numel() for p in module.parameters() if id(p) not in trained)
         for name, module in parts.items()
     }
+    return found | ({"flow as it was": 4 * _count(sizes.parts.flow.deep)} if stage == KEPT else {})
 
 
 def state_bytes(sizes: Sizes, stage: StageConfig, scheme: Scheme) -> dict[str, int]:
@@ -347,6 +354,8 @@ def _stage(sizes: Sizes, stage: StageConfig, hardware: Hardware) -> dict[str, An
 
 def _kind(stage: StageConfig) -> str:
     """Under which name a stage stands in `SHAPES`."""
+    if stage.keep:
+        return KEPT
     return END_TO_END if stage.codec_weight else stage.name
 
 
