@@ -21,11 +21,11 @@ from torch import Tensor
 
 from starflow2.checkpoint import load_parts
 from starflow2.data.edits import Edit, edit_dialogue, suite_edits
-from starflow2.data.world import Scene, render
-from starflow2.evals.world import to_floats
+from starflow2.data.world import Scene
 from starflow2.flow.noise import add_noise
 from starflow2.parts import Parts
 from starflow2.sequence import pack
+from starflow2.stages import to_images
 
 OPERATIONS = ("remove", "recolor", "reshape")  # a change of one object that could be done to any other
 MOVED = 0.25  # mean square over channels of a latent that an object's change concerns
@@ -45,7 +45,7 @@ def changed(edit: Edit, index: int) -> Scene:
 
 
 def encode(parts: Parts, scenes: Sequence[Scene]) -> Tensor:
-    return parts.codec.encode(to_floats(np.stack([render(s) for s in scenes]))).float()
+    return parts.codec.encode(to_images(list(scenes))).float()
 
 
 def predicted(parts: Parts, edits: Sequence[Edit]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache, partialmethod
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def tiny_parts(stages: tuple[str, ...] = STAGES[:4], scale: float = 0.05, side: 
 
 def mix_of(**shares: float) -> MixConfig:
     """Stage 3's mix with these shares, and nothing else in it."""
-    return MixConfig(**dict.fromkeys(("understand", "draw", "edit", "chain", "story"), 0.0) | shares)
+    return MixConfig(**{f.name: 0.0 for f in fields(MixConfig)} | shares)
 
 
 def tiny_run(steps: int = 4, save_every: int = 2, precision: str = "float32") -> RunConfig:

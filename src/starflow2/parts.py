@@ -89,6 +89,11 @@ class Parts(nn.Module):
         return nn.ModuleDict({"flow": self.flow, "joints": self.joints})
 
     @property
+    def joined_above(self) -> nn.ModuleDict:
+        """The same without the shallow blocks, under the same names."""
+        return nn.ModuleDict({"flow": nn.ModuleDict({"deep": self.flow.deep}), "joints": self.joints})
+
+    @property
     def layout(self) -> Layout:
         """How documents of this model spell a picture."""
         ids = self.cfg.vlm.special

@@ -165,8 +165,8 @@ class Sizes:
             "vlm": {"vlm": p.vlm},
             "t2i": {"flow": p.flow},
             "adapter": {"adapter": p.joints.adapter},
-            "joint": {"flow": p.flow, "joints": p.joints},
-            KEPT: {"flow": nn.ModuleDict({"deep": p.flow.deep}), "joints": p.joints},
+            "joint": dict(p.joined.items()),
+            KEPT: dict(p.joined_above.items()),
         }
         if (cfg := self.cfg.features) is not None:
             head = nn.Linear(cfg.width, 3 * cfg.patch_size**2, device="meta")

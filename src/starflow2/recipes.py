@@ -97,8 +97,8 @@ def nano_model() -> ModelConfig:
 
 
 def nano() -> RunConfig:
-    """The embedded default: about five hours on two CPU cores (features 5 minutes, FAE 13, language model 105,
-    t2i 120, adapter 15, joint about 190; without that four and a quarter).
+    """The embedded default: about seven and a half hours on two CPU cores (features 5 minutes, FAE 13, language
+    model 105, t2i 120, adapter 15, joint about 190).
 
     The shipped weights took 665,600 pictures in t2i, which changed on the way, and score W-GenEval 0.866 on seen and
     0.742 on unseen combinations, test split, against a ceiling of 0.995: see the model card and docs/LOG.md. This very

@@ -454,9 +454,7 @@ class T2iTask:
 
     def taken(self, images: Tensor, batch: Batch) -> tuple[Tensor, list[list[int]]]:
         """Every drawn picture with the words in front of it. Raises DataError where that is more than words."""
-        pictures = batch.pictures
-        alone = pictures.is_target & (pictures.previous < 0)
-        if not len(images) or not bool(alone.all()):
+        if not len(images) or not bool(lone_drawings(batch).all()):
             raise DataError("stage t2i takes words with one drawn picture; leave other sources to stage joint.")
         return images, _words_before(batch, range(len(images)))
 
@@ -489,8 +487,8 @@ class T2iTask:
 
 def _words_before(batch: Batch, pictures: Sequence[int]) -> list[list[int]]:
     """Token ids of the documents of some pictures, up to the slots that begin them."""
-    rows = []
-    for row, begin in ((int(batch.pictures.row[i]), int(batch.pictures.begin[i])) for i in pictures):
+    rows, places = [], list(zip(batch.pictures.row.tolist(), batch.pictures.begin.tolist(), strict=True))
+    for row, begin in (places[i] for i in pictures):
         own = batch.document[row, : begin + 1] == batch.document[row, begin]
         rows.append(batch.ids[row, : begin + 1][own].tolist())
     return rows
@@ -542,7 +540,7 @@ class JointTask(_Packed):
         self.pretzel.reads_apart = not is_sharded and stage.checkpoint_activations != "all"
         self.draw: Callable[[range], Any] = Documents.of(parts, partial(joint_dialogue, stage, seed))
         self.before = _Before(parts) if stage.keep else None
-        self.trained = self.before.others if self.before else parts.joined
+        self.trained = parts.joined_above if stage.keep else parts.joined
 
     def counts(self, data: tuple[Tensor, Batch]) -> dict[str, int]:
         return {"text": count_replies(data[1].labels), "flow": int(data[1].pictures.is_target.sum())}
@@ -581,13 +579,12 @@ class _Before:
     """The deep flow as stage t2i left it, which stage joint is kept near where it draws from words alone.
 
     Distances are of Gaussians of the same intermediate latents, so the shallow blocks stay as they are:
-    `others` is what else trains (docs/choices.md#what-stage-3-keeps).
+    `Parts.joined_above` trains (docs/choices.md#what-stage-3-keeps).
     """
 
     def __init__(self, parts: Parts) -> None:
         self.parts, self.is_late = parts, "joint" in parts.stages
         self.deep = copy.deepcopy(parts.flow.deep).requires_grad_(False)
-        self.others = nn.ModuleDict({"flow": nn.ModuleDict({"deep": parts.flow.deep}), "joints": parts.joints})
 
     def distance(self, out: Output, batch: Batch, level: Tensor) -> Tensor:
         """Weighted KL per dim, summed over pictures alone in their documents, over all drawings of the batch."""
