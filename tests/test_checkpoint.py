@@ -305,13 +305,22 @@ def test_a_model_from_before_the_window_reads_the_same_place_or_nothing(tmp_path
         assert torch.equal(after.joints.reference.weight, before.joints.reference.weight)
 
 
-def test_the_shipped_model_has_no_joints_yet_and_gets_fresh_ones_that_are_saved(tmp_path):
+def test_the_shipped_model_is_joint_and_keeps_every_value_when_it_is_saved_again(tmp_path):
     config = json.loads((NANO / "config.json").read_text())
-    assert config["format"] == FORMAT and tuple(config["stages"]) == STAGES[:4], "a joint model ships its joints"
-    assert not any(name.startswith("joints.") for name in load_file(NANO / "model.safetensors"))
-    before = load_parts(NANO)
-    after = load_parts(save_parts(before, tmp_path / "nano"))
-    old, new = before.state_dict(), after.state_dict()
+    assert config["format"] == FORMAT and tuple(config["stages"]) == STAGES
+    assert any(name.startswith("joints.") for name in load_file(NANO / "model.safetensors"))
+    assert_kept(load_parts(NANO), tmp_path)
+
+
+def test_a_model_of_stage_1_without_joints_gets_fresh_ones_that_are_saved(folder, tmp_path):
+    path = folder / "model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if not k.startswith("joints.")}, path, metadata={"format": "pt"})
+    edit(folder, stages=list(STAGES[:4]))
+    assert_kept(load_parts(folder), tmp_path)
+
+
+def assert_kept(before: Parts, tmp_path: Path) -> None:
+    old, new = before.state_dict(), load_parts(save_parts(before, tmp_path / "again")).state_dict()
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
 
 

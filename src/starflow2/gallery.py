@@ -46,9 +46,9 @@ def story_sheet(model: StarFlow2, path: str | Path, stories: int = 4) -> None:
     for story, asked, replies in zip(suite, talks, told, strict=True):
         for words, blocks in zip(asked[:-1], replies[:-1], strict=True):
             images.append(to_pil(_picture(blocks)))
-            labels.append(f"{words} — {_words(blocks)}")
+            labels.append(f"{words} / {_words(blocks)}")
         images.append(to_pil(BLANK))
-        labels.append(f"{asked[-1]} — {_words(replies[-1])} (right: {story.answer})")
+        labels.append(f"{asked[-1]} / {_words(replies[-1])} (right: {story.answer})")
     save_png(contact_sheet(images, labels, columns=5), path, {"model": model.parts.cfg.name, "split": SPLIT})
 
 
