@@ -314,7 +314,8 @@ def test_the_shipped_model_is_joint_and_keeps_every_value_when_it_is_saved_again
 
 def test_a_model_of_stage_1_without_joints_gets_fresh_ones_that_are_saved(folder, tmp_path):
     path = folder / "model.safetensors"
-    save_file({k: v for k, v in load_file(path).items() if not k.startswith("joints.")}, path, metadata={"format": "pt"})
+    bare = {k: v for k, v in load_file(path).items() if not k.startswith("joints.")}
+    save_file(bare, path, metadata={"format": "pt"})
     edit(folder, stages=list(STAGES[:4]))
     assert_kept(load_parts(folder), tmp_path)
 

@@ -19,7 +19,7 @@ from starflow2.errors import CheckpointError, ConfigError, DataError, DeviceErro
 from starflow2.flow import Context, SampleConfig
 from starflow2.generate import DrawConfig, draw, drawing_context, prompt_context
 from starflow2.images import read_picture, save_png, to_pil
-from starflow2.model import NANO, pick_device
+from starflow2.model import pick_device
 from starflow2.session import Session
 
 PROMPTS = [
