@@ -36,7 +36,7 @@ setup: .venv/.stamp ## .venv with exact versions, about 20 seconds
 	  || $(BIN)/python -m pip install -q $(PACKAGES)
 	@touch $@
 
-demo: setup ## draw pictures from words with the shipped weights, into out/demo
+demo: setup ## draw, edit, answer and tell with the shipped weights, into out/demo
 	$(BIN)/starflow2 demo
 
 test: check ## lint, types and the tests that need neither time nor an accelerator
