@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +87,19 @@ def test_rows_that_draw_are_sessions_that_draw(sampler):
     assert [[len(turn) for turn in talk] for talk in told] == [[1, 1, 1], [1, 1], [1], [1, 1]]
     for talk, seed, mine in zip(TALKS, SEEDS, told, strict=True):
         assert_equal(mine, alone(sampler, talk, seed, Replying(tokens=0, pictures=1), draws=True))
+
+
+def test_linear_guidance_leaves_the_first_latent_of_every_picture_alone_and_guides_the_rest(sampler):
+    def drawn(**changes: object) -> Tensor:
+        at = Sampler(sampler.parts, replace(sampler.config, **changes))  # type: ignore[arg-type]
+        told = converse(at, TALKS[:1], SEEDS[:1], Replying(pictures=1), draws=True)
+        return torch.stack([turn[0].u for turn in told[0]])  # type: ignore[union-attr]
+
+    free, guided = drawn(guidance=0.0), drawn(guidance=2.0, schedule="linear")
+    assert (guided[0, 0] - free[0, 0]).abs().max() <= 1e-9
+    assert ((guided - free)[0, 1:].abs().amax(-1) > 1e-3).all()
+    constant = drawn(guidance=2.0)
+    assert (constant[:, 0] - free[:, 0]).abs().max() > 1e-3 and (constant - guided).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -261,7 +261,7 @@ def without_joints(folder: Path, stages: tuple[str, ...] = STAGES[:4], number: i
 
 def test_a_folder_says_its_format_and_holds_the_joints(saved):
     config = json.loads((saved / "config.json").read_text())
-    assert config["format"] == FORMAT == 5 and config["model"]["joints"]["adapter_width"] == 192
+    assert config["format"] == FORMAT == 6 and config["model"]["joints"]["adapter_width"] == 192
     names = {k for k in load_file(saved / "model.safetensors") if k.startswith("joints.")}
     assert names == {f"joints.{k}" for k in tiny_parts().joints.state_dict()} and len(names) > 8
 
@@ -289,6 +289,16 @@ def test_a_model_from_before_there_were_joints_gets_fresh_ones_the_same_every_ti
     then, now = loaded[0], tiny_parts()
     assert then.cfg.fae == now.cfg.fae and then.cfg.joints == replace(now.cfg.joints, words=False, reference=1)
     assert torch.equal(then.flow.deep.head.weight, now.flow.deep.head.weight)
+
+
+def test_a_model_from_before_guidance_had_a_course_is_guided_constantly(tmp_path):
+    before = Parts(replace(tiny_model(), guidance_schedule="linear"), tiny_tokenizer())
+    folder = save_parts(before, tmp_path / "model")
+    assert load_parts(folder).cfg.guidance_schedule == "linear"
+    model = json.loads((folder / "config.json").read_text())["model"]
+    del model["guidance_schedule"]
+    edit(folder, format=5, model=model)
+    assert load_parts(folder).cfg == replace(before.cfg, guidance_schedule="constant")
 
 
 @pytest.mark.parametrize("reads", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from starflow2.flow import (
     SampleConfig,
     solve,
 )
+from starflow2.flow.affine import Schedule, strengths
 from starflow2.flow.noise import add_noise
 from starflow2.flow.solve import Guide
 from starflow2.nn import StackConfig
@@ -111,8 +113,21 @@ def test_negative_guidance_is_refused() -> None:
 # -- guidance in whole samples ----------------------------------------------------------------------
 
 
+def test_linear_guidance_rises_from_none_at_the_first_latent_to_all_at_the_last() -> None:
+    mu, log_scale = torch.randn(2, 2, 6, 3)
+    affine, other = Affine(mu, log_scale), Affine(mu + 1, log_scale + 0.3)
+    guided = affine.guide(other, strengths(3.0, "linear", torch.arange(6)[:, None], 6))
+    assert torch.equal(guided.mu[:, 0], mu[:, 0]) and torch.equal(guided.log_scale[:, 0], log_scale[:, 0])
+    for n, guidance in ((1, 0.6), (5, 3.0)):
+        wanted = affine.guide(other, guidance)
+        assert gap(guided.mu[:, n], wanted.mu[:, n]) <= 1e-6
+        assert gap(guided.log_scale[:, n], wanted.log_scale[:, n]) <= 1e-6
+    assert strengths(3.0, "constant", torch.arange(6), 6) == 3.0
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
 @pytest.mark.parametrize("rule", RULES)
-def test_guided_samples_equal_two_separate_branches_stepped_by_hand(rule: str) -> None:
+def test_guided_samples_equal_two_separate_branches_stepped_by_hand(rule: str, schedule: str) -> None:
     flow, z, context, empty = text_flow()
     block = flow.deep
     runs = [block.begin(2, c, None) for c in (context, empty)]
@@ -120,12 +135,14 @@ def test_guided_samples_equal_two_separate_branches_stepped_by_hand(rule: str) -
     with torch.no_grad():
         for n in range(6):  # no cache, no doubled batch; both branches read the guided past
             cond, uncond = (block.predict(buffer, (0, n + 1), run) for run in runs)
-            buffer[:, n] = cond.guide(uncond, 1.5, rule).denormalize(z[:, : n + 1])[:, n]
-    got = solve(block, z, context, guide=Guide(empty, 1.5, rule)).x
+            strength = 1.5 if schedule == "constant" else 1.5 * n / 5
+            buffer[:, n] = cond.guide(uncond, strength, rule).denormalize(z[:, : n + 1])[:, n]
+    guide = Guide(empty, 1.5, rule, schedule)
+    got = solve(block, z, context, guide=guide).x
     assert gap(got, buffer[:, :-1]) <= 1e-4
-    parallel = solve(block, z, context, guide=Guide(empty, 1.5, rule), solver=Jacobi())
+    parallel = solve(block, z, context, guide=guide, solver=Jacobi())
     assert gap(parallel.x, got) <= 1e-4
-    config = SampleConfig(guidance=1.5, rule=rule)
+    config = SampleConfig(guidance=1.5, rule=rule, schedule=schedule)
     assert gap(flow.sample(z, context, empty, config=config), flow.shallow.inverse(got)) <= 1e-6
     assert gap(got, solve(block, z, context).x) > 1e-2
 

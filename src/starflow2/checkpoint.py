@@ -45,7 +45,7 @@ __all__ = [
     "write_config",
 ]
 
-FORMAT = 5
+FORMAT = 6
 OWN = ("fae.", "flow.", "joints.")  # what model.safetensors holds
 BACKBONES = ("vlm", "features")  # what stands beside it, or is referred to
 
@@ -271,7 +271,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config["format"] not in range(1, FORMAT + 1):
         raise CheckpointError(f"{path} has format {config['format']}; this version reads up to {FORMAT}.")
     try:
-        for migrate in (_as_format_2, _as_format_3, _as_format_4, _as_format_5)[config["format"] - 1 :]:
+        for migrate in _MIGRATIONS[config["format"] - 1 :]:
             config = migrate(config)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not of a starflow2 model of its format: {error!r}.") from error
@@ -308,6 +308,14 @@ def _as_format_5(config: dict[str, Any]) -> dict[str, Any]:
     model = config["model"]
     joints = {**model["joints"], "reference": int(model["joints"]["reference"])}
     return {**config, "format": 5, "model": {**model, "joints": joints}}
+
+
+def _as_format_6(config: dict[str, Any]) -> dict[str, Any]:
+    """A model from before guidance had a course: it is constant."""
+    return {**config, "format": 6, "model": {**config["model"], "guidance_schedule": "constant"}}
+
+
+_MIGRATIONS = (_as_format_2, _as_format_3, _as_format_4, _as_format_5, _as_format_6)
 
 
 def _fresh_joints(cfg: ModelConfig) -> dict[str, Tensor]:

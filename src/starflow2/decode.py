@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from starflow2.errors import ConfigError, DataError
-from starflow2.flow.affine import Affine
+from starflow2.flow.affine import Affine, strengths
 from starflow2.generate import DrawConfig
 from starflow2.parts import Parts
 from starflow2.pretzel import Latent, PretzelCache, Slots
@@ -474,12 +474,16 @@ class Rows:
         affine, blank = told, None
         if self.blank is not None:
             blank = deep.affine(self.blank.g[index][:, None])
-            affine = told.guide(blank, self.sampler.config.guidance, self.sampler.config.rule)
+            affine = told.guide(blank, self._strength(at[:, None, None]), self.sampler.config.rule)
         u = affine.denormalize(self.canvas.z[index, at][:, None])  # (R, 1, D)
         if not bool(torch.isfinite(u).all()):
             raise DataError("a latent is not finite; try a lower guidance.")
         self.canvas.u[index, at] = u[:, 0].to(self.canvas.u.dtype)
         self._note(rows, states, (told, blank), u)
+
+    def _strength(self, at: Tensor) -> Tensor | float:
+        config = self.sampler.config
+        return strengths(config.guidance, config.schedule, at, self.sampler.layout.num_latents)
 
     def _note(
         self, rows: list[int], states: dict[int, _Row], branches: tuple[Affine, Affine | None], u: Tensor

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from starflow2.errors import ConfigError, DataError, nearest
 from starflow2.flow import Context, Flow, SampleConfig
-from starflow2.flow.affine import Guidance
+from starflow2.flow.affine import Guidance, Schedule
 from starflow2.flow.solve import SEQUENTIAL, Solver
 from starflow2.parts import Parts
 from starflow2.pretzel import text_context
@@ -37,6 +37,7 @@ class DrawConfig:
     guidance: float = 2.0  # 0 = off
     prior_scale: float = 0.8  # 1 = exact sampling
     rule: Guidance = "starflow"
+    schedule: Schedule = "constant"  # linear: guidance rises from 0 at a picture's first latent
     # none: the pixel decoder takes latents at their sampling noise; tweedie: one self-denoising step
     cleanup: Cleanup = "none"
     batch: int = 32  # pictures at once
@@ -50,7 +51,7 @@ class DrawConfig:
             raise ConfigError(f"guidance is {self.guidance}; expected 0 (off) or more.")
         if not 0 < self.prior_scale < math.inf:
             raise ConfigError(f"prior_scale is {self.prior_scale}; expected more than 0.")
-        literals = {"rule": Guidance, "cleanup": Cleanup, "precision": Precision}
+        literals = {"rule": Guidance, "schedule": Schedule, "cleanup": Cleanup, "precision": Precision}
         for name, known in ((name, get_args(literal)) for name, literal in literals.items()):
             if (value := getattr(self, name)) not in known:
                 hint = nearest(str(value), known)
@@ -65,7 +66,8 @@ class DrawConfig:
         for name in changes:
             if name not in known:
                 raise ConfigError(f"unknown setting {name!r}; expected {', '.join(known)}.{nearest(name, known)}")
-        base = cls(guidance=parts.cfg.guidance, prior_scale=parts.cfg.prior_scale)
+        cfg = parts.cfg
+        base = cls(guidance=cfg.guidance, schedule=cfg.guidance_schedule, prior_scale=cfg.prior_scale)
         given = {k: v for k, v in changes.items() if v is not None}
         return replace(base, **given)  # type: ignore[arg-type]
 
@@ -153,6 +155,7 @@ def sample_latents(
         config=SampleConfig(
             guidance=config.guidance,
             rule=config.rule,
+            schedule=config.schedule,
             prior_scale=config.prior_scale,
             shallow_solver=config.shallow_solver,
         ),

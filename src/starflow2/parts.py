@@ -14,6 +14,7 @@ from starflow2.backbones import ChatTokenizer, DinoConfig, LanguageConfig, QwenS
 from starflow2.errors import ConfigError
 from starflow2.fae import Fae, FaeCodec, FaeConfig
 from starflow2.flow import Flow, FlowConfig
+from starflow2.flow.affine import Schedule
 from starflow2.patches import PatchCodec, PatchConfig
 from starflow2.pretrained import Pretrained
 from starflow2.pretzel import Joints, JointsConfig, Pretzel
@@ -34,6 +35,7 @@ class ModelConfig:
     flow: FlowConfig
     joints: JointsConfig
     guidance: float = 2.0  # 0 = off
+    guidance_schedule: Schedule = "constant"
     prior_scale: float = 0.65  # 1 = exact sampling
     max_prompt_tokens: int = 256
     max_positions: int = 4096  # of one conversation

@@ -306,7 +306,7 @@ def _parallel_sampling(m: _Material) -> float:
     In float32 they end up to 5e-4 apart in a latent of nano.
     """
     base = DrawConfig.for_model(m.model.parts)
-    config = SampleConfig(guidance=base.guidance, rule=base.rule, prior_scale=base.prior_scale)
+    config = SampleConfig(guidance=base.guidance, rule=base.rule, schedule=base.schedule, prior_scale=base.prior_scale)
     parallel = replace(config, deep_solver=JACOBI, shallow_solver=JACOBI)
     flow, (context, unconditional), level = _sampler(m)
     z = flow.prior(list(range(len(m.x)))).to(level)

@@ -21,7 +21,7 @@ from starflow2.backbones import ChatTokenizer, DinoConfig, SiglipConfig
 from starflow2.data.dialogue import Dialogue, Turn, pictures
 from starflow2.data.edits import edit_chain_dialogue, edit_dialogue, edit_task
 from starflow2.data.mix import BatchConfig, Batches, Spelling, read_mixture
-from starflow2.data.stories import story_dialogue, story_task
+from starflow2.data.stories import story_beginning, story_dialogue, story_task
 from starflow2.data.tasks import draw_task
 from starflow2.data.understanding import understanding_dialogue
 from starflow2.data.world import Scene, render, stream
@@ -86,12 +86,14 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MixConfig:
-    """Shares of stage 3's documents: questions about pictures, pictures from words, edits, edits in chains, stories."""
+    """Shares of stage 3's documents: questions about pictures, pictures from words, edits, edits in chains, first
+    pictures of stories, whole stories."""
 
     understand: float = 0.25
     draw: float = 0.35
     edit: float = 0.15
     chain: float = 0.15
+    beginning: float = 0.0
     story: float = 0.1
 
     def __post_init__(self) -> None:
@@ -631,6 +633,7 @@ _JOINT: dict[str, Callable[[int, int], Dialogue]] = {
     "draw": _drawing,
     "edit": lambda seed, index: edit_dialogue(edit_task(seed, index)),
     "chain": edit_chain_dialogue,
+    "beginning": story_beginning,
     "story": lambda seed, index: story_dialogue(story_task(seed, index)),
 }
 

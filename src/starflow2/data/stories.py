@@ -25,6 +25,7 @@ from starflow2.data.tasks import NUMBERS, Wording
 from starflow2.data.world import (
     COLORS,
     HELD_OUT,
+    IMAGE_SIZE,
     MAX_THINGS,
     OPPOSITES,
     RECOLOR_HELD_OUT,
@@ -63,6 +64,7 @@ __all__ = [
     "agrees",
     "answer_question",
     "parse_sentence",
+    "story_beginning",
     "story_dialogue",
     "story_task",
     "story_words",
@@ -89,8 +91,11 @@ _RELATED: Final = frozenset({"position", "left_right", "above_below"})  # about 
 CG_ROWS: Final = ("pair", "fact", "shapes", "count", "edit")  # what "cg" items show of the held-out, in turn
 
 _STORY: Final = 40  # a number of its own in every stream
+_BEGINNING: Final = 41
+_TWO: Final = 0.6  # share of beginnings that stop at the second picture
 _SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
 _REPEATS: Final = 0.3  # share of stories in which two objects have the same shape
+_CASTS: Final = 4  # places tried for a training story's cast, for one that stands near the middle
 _SCRIPTS: Final = 16  # tries at a script for one cast: placing a cast costs more than what is done with it
 
 
@@ -488,8 +493,23 @@ def _cast(rng: np.random.Generator, plan: _Plan, rules: _Rules) -> Scene | None:
     shapes = shuffled(rng, [*plan.required, *others[: plan.num_cast - len(plan.required)]])
     if not all(_may_meet(shapes, s, rules.row_of(s)) for s in get_args(Split)):
         return None
-    cast = sample_scene(rng, shapes=shapes)
+    cast = sample_scene(rng, shapes=shapes) if rules.split != "train" else _roomy_cast(rng, shapes)
     return cast if all(held_out(cast, s) <= {"pair", rules.row_of(s)} for s in get_args(Split)) else None
+
+
+def _roomy_cast(rng: np.random.Generator, shapes: Sequence[int]) -> Scene:
+    """A cast whose first object is as near to the middle as any of a few allows: whoever draws it alone cannot know on
+    which side of it the next will be asked for, and must leave room on all (docs/choices.md#room-in-a-story).
+    """
+    casts = [sample_scene(rng, shapes=shapes) for _ in range(_CASTS)]
+    cast, middle = min(((cast, i) for cast in casts for i in range(len(shapes))), key=lambda c: _off_centre(*c))
+    things = list(cast.things)
+    return replace(cast, things=(things.pop(middle), *things))
+
+
+def _off_centre(scene: Scene, number: int) -> float:
+    thing, middle = scene.things[number], IMAGE_SIZE / 2
+    return max(abs(thing.x - middle), abs(thing.y - middle))
 
 
 def _may_meet(shapes: Sequence[int], split: Split, row: str) -> bool:
@@ -757,6 +777,19 @@ def suite_stories(split: Split, part: Part = "id", count: int = 64) -> list[Stor
         wording: Bucket = split if part == "paraphrase" else "train"
         stories.append(_worded(draft, wording, stream(*where, 1)))  # words do not share the stream of the scenes
     return stories
+
+
+def story_beginning(seed: int, index: int) -> Dialogue:
+    """Training dialogue number `index` of a story that stops at its second or third picture: no question follows.
+
+    What a request changes is learnt most from a dialogue's last picture (docs/choices.md#beginnings).
+
+    >>> len(story_beginning(0, 0).turns) in (2, 3)
+    True
+    """
+    steps = 2 if stream(seed, index, _BEGINNING).random() < _TWO else 3
+    dialogue = story_dialogue(story_task(seed, index))
+    return Dialogue(dialogue.turns[:steps], "story beginning")
 
 
 # ------------------------------------------------------------------------------------------- lexicon

@@ -16,16 +16,23 @@ from torch import Tensor
 from starflow2.errors import ConfigError
 from starflow2.nn import at_least_fp32
 
-__all__ = ["Affine", "Guidance", "Scale", "soft_clip", "standard_normal_log_prob"]
+__all__ = ["Affine", "Guidance", "Scale", "Schedule", "soft_clip", "standard_normal_log_prob", "strengths"]
 
 Scale = Literal["exp", "softplus"]
 Guidance = Literal["starflow", "tarflow"]
+Schedule = Literal["constant", "linear"]
 SOFTPLUS_SHIFT = 0.541324854612918  # softplus(shift) = 1, so a raw output of 0 is the identity
 
 
 def soft_clip(x: Tensor, bound: float) -> Tensor:
     """x squashed smoothly into (-bound, bound); bound 0 leaves it alone (STARFlow 3.2)."""
     return bound * torch.tanh(x / bound) if bound else x
+
+
+def strengths(guidance: float, schedule: Schedule, at: Tensor, count: int) -> Tensor | float:
+    """Guidance for latents number `at` of `count`: the same for all or, "linear", rising from 0 at the first latent to
+    `guidance` at the last (TARFlow's annealed guidance; docs/choices.md#guidance)."""
+    return guidance if schedule == "constant" else guidance * at / max(1, count - 1)
 
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:
@@ -73,16 +80,17 @@ class Affine:
         far = (self.mu - other.mu) * torch.exp(-other.log_scale)
         return 0.5 * (torch.exp(2 * log_ratio) + far.square() - 1) - log_ratio
 
-    def guide(self, unconditional: Affine, guidance: float, rule: Guidance = "starflow") -> Affine:
-        """The Gaussian of classifier-free guidance; guidance 0 returns `self` unchanged.
+    def guide(self, unconditional: Affine, guidance: float | Tensor, rule: Guidance = "starflow") -> Affine:
+        """The Gaussian of classifier-free guidance; guidance 0 returns `self` unchanged. A tensor broadcasts over mu.
 
         "starflow": p_c^(1+g) / p_u^g with the variance ratio clipped to at most 1, so that
         guidance never widens (STARFlow prop. 2). "tarflow": both parameters extrapolated.
         """
-        if guidance < 0:
-            raise ConfigError(f"guidance is {guidance}; expected 0 (off) or more.")
-        if guidance == 0:
-            return self
+        if isinstance(guidance, float | int):
+            if guidance < 0:
+                raise ConfigError(f"guidance is {guidance}; expected 0 (off) or more.")
+            if guidance == 0:
+                return self
         if rule == "tarflow":
             mu = self.mu + guidance * (self.mu - unconditional.mu)
             log_scale = self.log_scale + guidance * (self.log_scale - unconditional.log_scale)

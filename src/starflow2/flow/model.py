@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from starflow2.errors import ConfigError
-from starflow2.flow.affine import Guidance, standard_normal_log_prob
+from starflow2.flow.affine import Guidance, Schedule, standard_normal_log_prob
 from starflow2.flow.block import AffineBlock, BlockConfig, Context
 from starflow2.flow.noise import NoiseConfig
 from starflow2.flow.solve import SEQUENTIAL, Guide, Solver, solve
@@ -46,6 +46,7 @@ class SampleConfig:
 
     guidance: float = 0.0
     rule: Guidance = "starflow"
+    schedule: Schedule = "constant"
     prior_scale: float = 1.0
     deep_solver: Solver = SEQUENTIAL
     shallow_solver: Solver = SEQUENTIAL
@@ -134,7 +135,7 @@ class Flow(nn.Module):
                     f"guidance is {config.guidance} but unconditional is None; pass the context "
                     "of the empty prompt, or guidance 0."
                 )
-            guide = Guide(unconditional, config.guidance, config.rule)
+            guide = Guide(unconditional, config.guidance, config.rule, config.schedule)
         u = solve(
             self.deep,
             z * config.prior_scale,

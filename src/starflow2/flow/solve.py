@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from starflow2.errors import ConfigError
-from starflow2.flow.affine import Affine, Guidance
+from starflow2.flow.affine import Affine, Guidance, Schedule, strengths
 from starflow2.flow.block import AffineBlock, Context, scan
 from starflow2.nn import Cache, at_least_fp32, check
 
@@ -63,11 +63,12 @@ class Solution:
 
 @dataclass(frozen=True, slots=True)
 class Guide:
-    """Classifier-free guidance inside the inverse: the unconditional context, strength and rule."""
+    """Classifier-free guidance inside the inverse: the unconditional context, strength, its course, and rule."""
 
     unconditional: Context
     guidance: float
     rule: Guidance = "starflow"
+    schedule: Schedule = "constant"
 
 
 @torch.no_grad()
@@ -101,7 +102,7 @@ def solve(
 
     def gaussians(targets: tuple[int, int]) -> Affine:
         affine = block.predict(buffer, targets, run)
-        return affine if guide is None else _guided(affine, guide)
+        return affine if guide is None else _guided(affine, guide, torch.arange(*targets, device=z.device), z.shape[1])
 
     chunk = solver.chunk or z.shape[1]
     evaluations, residual = 0, 0.0
@@ -144,6 +145,7 @@ def _doubled(x: Tensor, buffer: Tensor) -> Tensor:
     return x if len(x) == len(buffer) else x.repeat(2, 1, 1)
 
 
-def _guided(both: Affine, guide: Guide) -> Affine:
+def _guided(both: Affine, guide: Guide, at: Tensor, count: int) -> Affine:
     (mu_c, mu_u), (log_c, log_u) = both.mu.chunk(2), both.log_scale.chunk(2)
-    return Affine(mu_c, log_c).guide(Affine(mu_u, log_u), guide.guidance, guide.rule)
+    strength = strengths(guide.guidance, guide.schedule, at[:, None], count)
+    return Affine(mu_c, log_c).guide(Affine(mu_u, log_u), strength, guide.rule)
