@@ -69,6 +69,7 @@ def tiny_model(side: int = 8) -> ModelConfig:
             noise=NoiseConfig(noise_min=0.01, noise_max=0.5, max_share=0.5),
         ),
         guidance=1.0,
+        edit_guidance=None,
         max_prompt_tokens=160,
     )
 

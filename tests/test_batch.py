@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -100,6 +101,32 @@ def test_linear_guidance_leaves_the_first_latent_of_every_picture_alone_and_guid
     assert ((guided - free)[0, 1:].abs().amax(-1) > 1e-3).all()
     constant = drawn(guidance=2.0)
     assert (constant[:, 0] - free[:, 0]).abs().max() > 1e-3 and (constant - guided).abs().max() > 1e-2
+
+
+def test_a_picture_that_follows_another_has_a_guidance_of_its_own(sampler):
+    def drawn(talk: Talk, **changes: object) -> list[Picture]:
+        at = Sampler(sampler.parts, replace(sampler.config, **changes))  # type: ignore[arg-type]
+        told = converse(at, [talk], [3], Replying(tokens=0, pictures=1), draws=True)[0]
+        return [turn[0] for turn in told]  # type: ignore[misc]
+
+    both, strong, weak = ({"guidance": 2.0, "edit_guidance": 0.5}, {"guidance": 2.0}, {"guidance": 0.5})
+    assert torch.equal(drawn([[photo(0), "a ring"]], **both)[0].u, drawn([[photo(0), "a ring"]], **weak)[0].u)
+    first, second = drawn(TALKS[0][:2], **both)
+    assert torch.equal(first.u, drawn(TALKS[0][:1], **strong)[0].u)
+    assert (second.u - drawn(TALKS[0][:2], **strong)[1].u).abs().max() > 1e-3
+    off = drawn([[photo(0), "a ring"]], guidance=2.0, edit_guidance=0.0)[0]
+    assert (off.u - drawn([[photo(0), "a ring"]], guidance=0.0)[0].u).abs().max() <= 1e-9
+
+
+def test_a_guidance_that_is_given_guides_edits_too(sampler):
+    parts = copy.copy(sampler.parts)
+    parts.cfg = replace(parts.cfg, guidance=2.0, edit_guidance=1.0)
+    strengths = [DrawConfig.for_model(parts).strength(follows=f) for f in (False, True)]
+    assert strengths == [2.0, 1.0]
+    assert DrawConfig.for_model(parts, guidance=3.0).strength(follows=True) == 3.0
+    assert DrawConfig.for_model(parts, guidance=3.0, edit_guidance=0.5).strength(follows=True) == 0.5
+    with pytest.raises(ConfigError, match="edit_guidance is -1"):
+        DrawConfig(edit_guidance=-1.0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -292,13 +292,13 @@ def test_a_model_from_before_there_were_joints_gets_fresh_ones_the_same_every_ti
 
 
 def test_a_model_from_before_guidance_had_a_course_is_guided_constantly(tmp_path):
-    before = Parts(replace(tiny_model(), guidance_schedule="linear"), tiny_tokenizer())
+    before = Parts(replace(tiny_model(), guidance_schedule="linear", edit_guidance=0.5), tiny_tokenizer())
     folder = save_parts(before, tmp_path / "model")
-    assert load_parts(folder).cfg.guidance_schedule == "linear"
+    assert load_parts(folder).cfg == before.cfg
     model = json.loads((folder / "config.json").read_text())["model"]
-    del model["guidance_schedule"]
+    del model["guidance_schedule"], model["edit_guidance"]
     edit(folder, format=5, model=model)
-    assert load_parts(folder).cfg == replace(before.cfg, guidance_schedule="constant")
+    assert load_parts(folder).cfg == replace(before.cfg, guidance_schedule="constant", edit_guidance=None)
 
 
 @pytest.mark.parametrize("reads", [True, False])

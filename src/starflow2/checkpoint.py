@@ -311,8 +311,9 @@ def _as_format_5(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_format_6(config: dict[str, Any]) -> dict[str, Any]:
-    """A model from before guidance had a course: it is constant."""
-    return {**config, "format": 6, "model": {**config["model"], "guidance_schedule": "constant"}}
+    """A model from before guidance had a course, and edits one of their own: it is constant, and the same for all."""
+    new = {"guidance_schedule": "constant", "edit_guidance": None}
+    return {**config, "format": 6, "model": {**config["model"], **new}}
 
 
 _MIGRATIONS = (_as_format_2, _as_format_3, _as_format_4, _as_format_5, _as_format_6)

@@ -139,7 +139,7 @@ class Sampler:
     def with_code(self, z: Tensor) -> Sampler:
         """The same, but every picture starts from z (N, D), whatever the seed, without guidance: exact inversion."""
         twin = copy.copy(self)
-        twin.config = replace(self.config, guidance=0.0)
+        twin.config = replace(self.config, guidance=0.0, edit_guidance=None)
         twin.prior = lambda shape, generator: z  # type: ignore[method-assign]
         return twin
 
@@ -441,7 +441,7 @@ class Rows:
             states[row].pictures += 1
             z = self.sampler.prior(shape, states[row].generator)
             self.canvas.z[row] = z.to(self.canvas.z)
-        if self.sampler.config.guidance:
+        if self.sampler.config.guidance or self.sampler.config.edit_guidance:
             self._begin_blank(index, level)
         return [Begun(row) for row in rows]
 
@@ -474,16 +474,21 @@ class Rows:
         affine, blank = told, None
         if self.blank is not None:
             blank = deep.affine(self.blank.g[index][:, None])
-            affine = told.guide(blank, self._strength(at[:, None, None]), self.sampler.config.rule)
+            affine = told.guide(blank, self._strengths(index, at), self.sampler.config.rule)
         u = affine.denormalize(self.canvas.z[index, at][:, None])  # (R, 1, D)
         if not bool(torch.isfinite(u).all()):
             raise DataError("a latent is not finite; try a lower guidance.")
         self.canvas.u[index, at] = u[:, 0].to(self.canvas.u.dtype)
         self._note(rows, states, (told, blank), u)
 
-    def _strength(self, at: Tensor) -> Tensor | float:
-        config = self.sampler.config
-        return strengths(config.guidance, config.schedule, at, self.sampler.layout.num_latents)
+    def _strengths(self, index: Tensor, at: Tensor) -> Tensor:
+        """Guidance (R, 1, 1) of latents number `at` (R,) of the pictures that rows `index` are drawing."""
+        config, at = self.sampler.config, at.to(self.canvas.u)[:, None, None]
+        first, later = (
+            torch.as_tensor(strengths(config.strength(follows=f), config.schedule, at, self.canvas.z.shape[1])).to(at)
+            for f in (False, True)
+        )
+        return torch.where(self.canvas.has_previous[index][:, None, None], later, first)
 
     def _note(
         self, rows: list[int], states: dict[int, _Row], branches: tuple[Affine, Affine | None], u: Tensor

@@ -35,6 +35,7 @@ class DrawConfig:
     """How a picture is sampled. Defaults of a model come from its own config, see `for_model`."""
 
     guidance: float = 2.0  # 0 = off
+    edit_guidance: float | None = None  # of a picture that follows another in its conversation; None: as `guidance`
     prior_scale: float = 0.8  # 1 = exact sampling
     rule: Guidance = "starflow"
     schedule: Schedule = "constant"  # linear: guidance rises from 0 at a picture's first latent
@@ -47,8 +48,9 @@ class DrawConfig:
     shallow_solver: Solver = SEQUENTIAL
 
     def __post_init__(self) -> None:
-        if not 0 <= self.guidance < math.inf:
-            raise ConfigError(f"guidance is {self.guidance}; expected 0 (off) or more.")
+        for name in ("guidance", "edit_guidance"):
+            if (strength := getattr(self, name)) is not None and not 0 <= strength < math.inf:
+                raise ConfigError(f"{name} is {strength}; expected 0 (off) or more.")
         if not 0 < self.prior_scale < math.inf:
             raise ConfigError(f"prior_scale is {self.prior_scale}; expected more than 0.")
         literals = {"rule": Guidance, "schedule": Schedule, "cleanup": Cleanup, "precision": Precision}
@@ -59,16 +61,26 @@ class DrawConfig:
         if self.batch < 1:
             raise ConfigError(f"batch is {self.batch}; expected at least 1.")
 
+    def strength(self, *, follows: bool) -> float:
+        """Guidance of a picture that does or does not follow another in its conversation."""
+        return self.edit_guidance if follows and self.edit_guidance is not None else self.guidance
+
     @classmethod
     def for_model(cls, parts: Parts, **changes: object) -> DrawConfig:
-        """The model's own defaults with `changes`; None keeps a default."""
+        """The model's own defaults with `changes`; None keeps a default. A guidance that is given guides edits too."""
         known = [f.name for f in fields(cls)]
         for name in changes:
             if name not in known:
                 raise ConfigError(f"unknown setting {name!r}; expected {', '.join(known)}.{nearest(name, known)}")
         cfg = parts.cfg
-        base = cls(guidance=cfg.guidance, schedule=cfg.guidance_schedule, prior_scale=cfg.prior_scale)
         given = {k: v for k, v in changes.items() if v is not None}
+        edits = None if "guidance" in given else cfg.edit_guidance
+        base = cls(
+            guidance=cfg.guidance,
+            edit_guidance=edits,
+            schedule=cfg.guidance_schedule,
+            prior_scale=cfg.prior_scale,
+        )
         return replace(base, **given)  # type: ignore[arg-type]
 
 

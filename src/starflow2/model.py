@@ -198,7 +198,11 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         session = self.session(seed=seed, config=config)
         made = session.add(_shown(image), instruction).draw()
         used = session.sampler.config
-        settings = {"guidance": used.guidance, "prior_scale": used.prior_scale, "model": self.parts.cfg.name}
+        settings = {
+            "guidance": used.strength(follows=True),
+            "prior_scale": used.prior_scale,
+            "model": self.parts.cfg.name,
+        }
         return Picture(made.image, instruction, seed, settings, _gain(made.picture))
 
     # -- many at once, for suites

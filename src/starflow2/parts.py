@@ -36,6 +36,7 @@ class ModelConfig:
     joints: JointsConfig
     guidance: float = 2.0  # 0 = off
     guidance_schedule: Schedule = "constant"
+    edit_guidance: float | None = None  # of a picture that follows another in its conversation; None: as `guidance`
     prior_scale: float = 0.65  # 1 = exact sampling
     max_prompt_tokens: int = 256
     max_positions: int = 4096  # of one conversation

@@ -92,6 +92,7 @@ def nano_model() -> ModelConfig:
             noise=NoiseConfig(noise_min=0.01, noise_max=0.5, max_share=0.8),
         ),
         joints=JointsConfig(adapter_width=192, adapter_stencil=True, reference=5, words=True),
+        edit_guidance=1.0,
         prior_scale=0.65,
     )
 
@@ -122,7 +123,7 @@ def nano() -> RunConfig:
                 opening=OpeningConfig(
                     steps=3000, mix=MixConfig(understand=0.05, draw=0.15, edit=0.8, chain=0.0, story=0.0)
                 ),
-                mix=MixConfig(understand=0.04, draw=0.4, edit=0.37, chain=0.04, story=0.15),
+                mix=MixConfig(understand=0.04, draw=0.42, edit=0.24, chain=0.03, beginning=0.18, story=0.09),
             ),
         ),
     )

@@ -221,7 +221,8 @@ def _words_of(seed: int, index: int) -> Iterator[str]:
 
 def _check_same(saved: ModelConfig, wanted: ModelConfig) -> None:
     old, new = to_dict(saved), to_dict(wanted)
-    differ = [k for k in old if old[k] != new.get(k) and k not in ("guidance", "guidance_schedule", "prior_scale")]
+    sampling = ("guidance", "guidance_schedule", "edit_guidance", "prior_scale")
+    differ = [k for k in old if old[k] != new.get(k) and k not in sampling]
     if differ:
         raise TrainingError(
             f"the model in the run folder has another {', '.join(differ)} than the recipe; "

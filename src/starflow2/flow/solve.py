@@ -102,7 +102,7 @@ def solve(
 
     def gaussians(targets: tuple[int, int]) -> Affine:
         affine = block.predict(buffer, targets, run)
-        return affine if guide is None else _guided(affine, guide, torch.arange(*targets, device=z.device), z.shape[1])
+        return affine if guide is None else _guided(affine, guide, torch.arange(*targets).to(z), z.shape[1])
 
     chunk = solver.chunk or z.shape[1]
     evaluations, residual = 0, 0.0
