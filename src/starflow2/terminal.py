@@ -55,7 +55,7 @@ def own(metavar: str, text: str, default: str = "the model's own") -> Any:
 Model = Annotated[str, arg(metavar="NAME", help="nano, a model folder, or a Hub id (owner/name)")]
 Device = Annotated[str, arg(metavar="{auto,cpu,cuda,mps}", help="where to compute")]
 JsonFile = Annotated[Path | None, own("FILE", "also write the outcome to this file as JSON", "")]
-Guidance = Annotated[float | None, own("FLOAT", "how hard to follow the words, 0 = off")]
+Guidance = Annotated[float | None, own("FLOAT", "how hard to follow the words, in edits too; 0 = off")]
 PriorScale = Annotated[float | None, own("FLOAT", "spread of the prior, 1 = exact sampling")]
 
 
