@@ -483,12 +483,10 @@ class Rows:
 
     def _strengths(self, index: Tensor, at: Tensor) -> Tensor:
         """Guidance (R, 1, 1) of latents number `at` (R,) of the pictures that rows `index` are drawing."""
-        config, at = self.sampler.config, at.to(self.canvas.u)[:, None, None]
-        first, later = (
-            torch.as_tensor(strengths(config.strength(follows=f), config.schedule, at, self.canvas.z.shape[1])).to(at)
-            for f in (False, True)
-        )
-        return torch.where(self.canvas.has_previous[index][:, None, None], later, first)
+        config, canvas = self.sampler.config, self.canvas
+        known = canvas.u.new_tensor([config.strength(follows=f) for f in (False, True)])
+        guidance = known[canvas.has_previous[index].long()]
+        return strengths(guidance, config.schedule, at.to(guidance), canvas.z.shape[1])[:, None, None]
 
     def _note(
         self, rows: list[int], states: dict[int, _Row], branches: tuple[Affine, Affine | None], u: Tensor

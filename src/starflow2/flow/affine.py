@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ __all__ = ["Affine", "Guidance", "Scale", "Schedule", "soft_clip", "standard_nor
 Scale = Literal["exp", "softplus"]
 Guidance = Literal["starflow", "tarflow"]
 Schedule = Literal["constant", "linear"]
+Strength = TypeVar("Strength", float, Tensor)
 SOFTPLUS_SHIFT = 0.541324854612918  # softplus(shift) = 1, so a raw output of 0 is the identity
 
 
@@ -29,7 +30,7 @@ def soft_clip(x: Tensor, bound: float) -> Tensor:
     return bound * torch.tanh(x / bound) if bound else x
 
 
-def strengths(guidance: float, schedule: Schedule, at: Tensor, count: int) -> Tensor | float:
+def strengths(guidance: Strength, schedule: Schedule, at: Tensor, count: int) -> Strength | Tensor:
     """Guidance for latents number `at` of `count`: the same for all or, "linear", rising from 0 at the first latent to
     `guidance` at the last (TARFlow's annealed guidance; docs/choices.md#guidance)."""
     return guidance if schedule == "constant" else guidance * at / max(1, count - 1)
