@@ -631,6 +631,7 @@ def test_chat_takes_turns_from_a_pipe_and_ends_with_it(joint, monkeypatch, capsy
     assert out == "[album/picture-001.png]\n" and "never learnt 'zebra'" in err.splitlines()[0]
     said = read_metadata("album/picture-001.png")
     assert (said["prompt"], said["seed"], json.loads(said["settings"])["guidance"]) == ("two red hearts", "3", 1.5)
+    assert json.loads(said["settings"])["edit_guidance"] == 1.5, "edits are guided as asked, and say so"
     assert len(Session.load("talk.safetensors", joint.sampler()).pieces) == 2
     monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
     assert cli.main(["chat", "--save-dir", "album", "--load", "talk.safetensors"]) == 0

@@ -152,7 +152,11 @@ class Chat:
 
         session = self._session()
         used = session.sampler.config
-        settings = {"guidance": used.guidance, "prior_scale": used.prior_scale}
+        settings = {
+            "guidance": used.guidance,
+            "edit_guidance": used.strength(follows=True),
+            "prior_scale": used.prior_scale,
+        }
         album = chat.Album(self.save_dir, settings | {"model": session.sampler.parts.cfg.name})
         album.check()
         screen = chat.Screen(sys.stdout, sys.stderr, chat.graphics_of(sys.stdout, os.environ))
