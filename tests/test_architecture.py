@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("session", "batch", "parallel"),
     ("scoring", "trainstate", "feed"),
     ("model", "train", "evals", "analysis"),
-    ("recipes", "finetune", "rehearsal"),
+    ("recipes", "finetune", "rehearsal", "arms"),
     ("demo_talk",),
     ("selfcheck", "info", "planner", "demo", "chat", "compare", "claims", "gallery"),
     ("server", "ui", "codecs"),

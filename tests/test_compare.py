@@ -64,7 +64,7 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, seen):
     folder, arms = kept(tmp_path), ("stage 1", "stage 3", "closed in use")
     rows = list(compare.compare(folder, CONFIG, arms=arms))
     seen.clear()
-    again = compare.compare(folder, CONFIG, arms=arms, done=rows[:4])  # stopped between seed 1's first arm and the rest
+    again = compare.compare(folder, CONFIG, arms=arms, done=rows[:4])  # stopped after seed 1's first arm
     assert [(r["arm"], r["seed"]) for r in again] == [(r["arm"], r["seed"]) for r in rows]
     assert len(seen) == 2, "stage 3 of seed 1, open and closed"
 

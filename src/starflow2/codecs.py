@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from starflow2.arms import StepTeller, side_by_side
 from starflow2.compare import fresh_parts
 from starflow2.data.tasks import FAMILIES, suite_drawings
 from starflow2.data.world import render
@@ -40,6 +42,8 @@ __all__ = ["ARMS", "Arm", "CodecsConfig", "compare_codecs", "held_out_nats", "st
 Arm = Literal["frozen FAE", "end to end", "patches"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 CLEANED = "patches, cleaned"  # the same model, drawn with Tweedie's step: a codec of pixels takes no noise away
+ROWS = (*ARMS, CLEANED)
+Row = dict[str, Any]
 PICTURES = 128  # for round trips and held-out likelihood
 
 
@@ -73,47 +77,43 @@ def start(arm: Arm, folder: str | Path, seed: int, device: str = "cpu") -> Parts
 
 
 def compare_codecs(
-    folder: str | Path,
-    config: CodecsConfig,
-    output: str | Path,
-    *,
-    device: str = "cpu",
-    progress: Callable[[str], None] | None = None,
-) -> list[dict[str, Any]]:
+    folder: str | Path, config: CodecsConfig, output: str | Path, *, device: str = "cpu", jobs: int = 1
+) -> list[Row]:
     """One row per arm and seed, those of patches twice; see `_scores` for what is in it.
 
-    folder: a model that has finished features, fae and vlm. Rows stand in output/codecs.json as soon as they are
-    there, and are not measured again. Raises ConfigError where that file is of another budget or model.
+    folder: a model that has finished features, fae and vlm. jobs: arms at a time, each in a process of its own if
+    several. Rows stand in output/codecs.json as soon as they are there, and are not measured again. Raises ConfigError
+    where that file is of another budget or model.
     """
     kept = KeptRows(Path(output) / "codecs.json", asdict(config) | {"model": fingerprint(Path(folder))})
     rows = kept.read()
-    for seed in config.seeds:
-        for arm in ARMS:
-            if any((row["arm"], row["seed"]) == (arm, seed) for row in rows):
-                continue
-            if progress is not None:
-                progress(f"{arm}, seed {seed}")
-            rows += _rows(arm, seed, config, folder, device)
-            kept.write(rows)
+    known = {(row["arm"], row["seed"]) for row in rows}
+    units = [(arm, seed) for seed in config.seeds for arm in ARMS if (arm, seed) not in known]
+    for new in side_by_side(partial(_rows, config=config, folder=folder, device=device), units, jobs):
+        rows = sorted(rows + new, key=lambda row: (row["seed"], ROWS.index(row["arm"])))
+        kept.write(rows)
     return rows
 
 
-def _rows(arm: Arm, seed: int, config: CodecsConfig, folder: str | Path, device: str) -> Iterator[dict[str, Any]]:
+def _rows(unit: tuple[Arm, int], config: CodecsConfig, folder: str | Path, device: str) -> list[Row]:
     """Train one arm and score it; patches once more with clean-up."""
+    arm, seed = unit
     parts, stage = start(arm, folder, seed, device), config.stage(arm)
     judge = fresh_parts(folder, seed, device).extractor  # one for all, also for those that have none
     started = time.perf_counter()
     task = T2iTask(parts, stage, seed)
-    fit_task(task, stage, seed, device=device)
+    fit_task(task, stage, seed, device=device, report=StepTeller(arm, seed))
     seconds = time.perf_counter() - started
     parts.stages = (*parts.stages, "t2i")
     told = {"trained": sum(p.numel() for p in task.trained.parameters()), "seconds": round(seconds, 1)}
     cleanups: dict[str, Cleanup] = {arm: "none"}
     if arm == "patches":
         cleanups[CLEANED] = "tweedie"
+    rows = []
     for name, cleanup in cleanups.items():
         drawer = _Drawer(StarFlow2(parts), DrawConfig.for_model(parts, cleanup=cleanup))
-        yield {"arm": name, "seed": seed, **told} | _scores(drawer, judge, quick=config.quick)
+        rows.append({"arm": name, "seed": seed, **told} | _scores(drawer, judge, quick=config.quick))
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,16 @@ they draw well. Not here: the figures of the shipped model (evals), plots (analy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
+from starflow2.arms import StepTeller, side_by_side
 from starflow2.checkpoint import load_parts
 from starflow2.errors import CheckpointError, ConfigError, nearest
 from starflow2.evals.answering import evaluate_mme
@@ -61,12 +63,19 @@ class CompareConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class _Unit:
+    """One training, and the arms that are scored after it."""
+
+    seed: int
+    arms: tuple[Arm, ...]  # the one that is trained, then those that are another use of it
+
+
+@dataclass(frozen=True, slots=True)
 class _Workplace:
     """Where arms come from and where they run."""
 
     folder: Path
     device: str
-    workers: int
 
     def start(self, arm: Arm, config: CompareConfig, seed: int) -> Parts:
         """What an arm begins with. Raises CheckpointError for a model without stages 1 and 2."""
@@ -108,40 +117,28 @@ def compare(
     arms: Iterable[str] = ARMS,
     done: Iterable[Row] = (),
     device: str = "cpu",
-    workers: int = 0,
-    progress: Callable[[str], None] | None = None,
+    jobs: int = 1,
 ) -> Iterator[Row]:
-    """One row per arm and seed, as they come; those in `done` are handed on instead of being trained again.
+    """One row per arm and seed: those in `done`, which are not trained again, then the others as they come.
 
     A row: arm, seed, trained parameters, geneval (ID, lenient), mme (ID, of 1,200), flow and text (losses on unseen
     documents: weighted nats per dim without the constant, nats per reply). folder: a model that has finished stages 1
-    and 2. "closed in use" is "stage 3" with the skips closed after training. Raises ConfigError for an unknown arm.
+    and 2. "closed in use" is "stage 3" with the skips closed after training. jobs: arms at a time, each in a process
+    of its own if several. Raises ConfigError for an unknown arm.
     """
     arms = list(arms)
     for arm in arms:
         if arm not in ARMS:
             raise ConfigError(f"there is no arm {arm!r}; expected some of {', '.join(ARMS)}.{nearest(arm, ARMS)}")
-    place = _Workplace(Path(folder), device, workers)
-    known = {(row["arm"], row["seed"]): row for row in done}
-    for seed in config.seeds:
-        for arm in (a for a in ARMS if a in arms and a != "closed in use"):
-            wanted = [a for a in (arm, "closed in use") if a == arm or (arm == "stage 3" and a in arms)]
-            if all((a, seed) in known for a in wanted):
-                yield from (known[a, seed] for a in wanted)
-                continue
-            if progress is not None:
-                progress(f"{arm}, seed {seed}")
-            yield from _rows(wanted, seed, config, place)
+    done = list(done)
+    yield from done
+    work = partial(_rows, config=config, place=_Workplace(Path(folder), device))
+    for rows in side_by_side(work, list(_units(arms, config.seeds, done)), jobs):
+        yield from rows
 
 
 def compare_and_keep(
-    folder: str | Path,
-    config: CompareConfig,
-    output: str | Path,
-    *,
-    device: str = "cpu",
-    workers: int = 0,
-    progress: Callable[[str], None] | None = None,
+    folder: str | Path, config: CompareConfig, output: str | Path, *, device: str = "cpu", jobs: int = 1
 ) -> list[Row]:
     """`compare` with all arms, its rows in output/compare.json and compare.md as soon as they are there.
 
@@ -149,32 +146,45 @@ def compare_and_keep(
     """
     kept = KeptRows(Path(output) / "compare.json", asdict(config) | {"model": fingerprint(Path(folder))})
     rows: list[Row] = []
-    for row in compare(folder, config, done=kept.read(), device=device, workers=workers, progress=progress):
-        rows.append(row)
+    for row in compare(folder, config, done=kept.read(), device=device, jobs=jobs):
+        rows = sorted([*rows, row], key=lambda row: (row["seed"], ARMS.index(row["arm"])))
         kept.write(rows, summary=summary(rows))
         write(rows, config, output)
     return rows
 
 
-def _rows(wanted: list[Any], seed: int, config: CompareConfig, place: _Workplace) -> Iterator[Row]:
-    """Train one arm and score it; "stage 3" is scored once more with its skips closed."""
-    arm = wanted[0]
-    parts, task = _trained(arm, seed, config, place)
+def _units(arms: Iterable[str], seeds: Iterable[int], done: Iterable[Row]) -> Iterator[_Unit]:
+    """What is still to be trained; "stage 3" is scored once more with its skips closed, if that is asked for."""
+    known = {(row["arm"], row["seed"]) for row in done}
+    for seed in seeds:
+        for arm in (a for a in ARMS if a in arms and a != "closed in use"):
+            wanted: tuple[Arm, ...] = (arm, "closed in use") if arm == "stage 3" and "closed in use" in arms else (arm,)
+            if not all((a, seed) in known for a in wanted):
+                yield _Unit(seed, wanted)
+
+
+def _rows(unit: _Unit, config: CompareConfig, place: _Workplace) -> list[Row]:
+    """Train one arm and score it."""
+    parts, task = _trained(unit, config, place)
     trained = sum(p.numel() for p in task.trained.parameters())
-    for name in wanted:
-        closed = name in ("stage 1", "stage 3, skips closed", "closed in use")
-        yield {"arm": name, "seed": seed, "trained": trained} | _scores(parts, closed=closed, config=config)
+    rows = []
+    for arm in unit.arms:
+        closed = arm in ("stage 1", "stage 3, skips closed", "closed in use")
+        scores = _scores(parts, closed=closed, config=config)
+        rows.append({"arm": arm, "seed": unit.seed, "trained": trained} | scores)
+    return rows
 
 
-def _trained(arm: Arm, seed: int, config: CompareConfig, place: _Workplace) -> tuple[Parts, Task]:
+def _trained(unit: _Unit, config: CompareConfig, place: _Workplace) -> tuple[Parts, Task]:
     """The arm's parts after training, and what trained them."""
+    arm, seed = unit.arms[0], unit.seed
     parts = place.start(arm, config, seed)
     stage = config.stage("t2i" if arm == "stage 1" else "joint")
     task: Task = T2iTask(parts, stage, seed) if arm == "stage 1" else JointTask(parts, stage, seed)
     if arm == "stage 3, skips closed":
         assert isinstance(task, JointTask)
         task.pretzel.skips = frozenset()
-    fit_task(task, stage, seed, device=place.device, workers=place.workers)
+    fit_task(task, stage, seed, device=place.device, report=StepTeller(arm, seed))
     parts.stages = (*NEEDED, "joint")
     return parts, task
 

@@ -178,6 +178,7 @@ class Analyze:
     steps: Annotated[int | None, own("INT", "of compare and codecs: training steps of every arm", "300; 1000")] = None
     batch: Annotated[int | None, own("INT", "of both: documents per step", "32; 64")] = None
     seeds: Annotated[int | None, own("INT", "of both: how many seeds, 0 and up", "3; 1")] = None
+    jobs: Annotated[int | None, own("INT", "of both: arms at a time, each in its own process", "1")] = None
     json: JsonFile = None
     model: Model = "nano"
     device: Device = "auto"
@@ -186,8 +187,8 @@ class Analyze:
         refuse(unknown, type(self))
         check_json(self.json)
         check_writable(self.output / "claims.md")
-        if self._budget() and self.what not in ("compare", "codecs"):
-            given = ", ".join(f"--{name}" for name in self._budget())
+        if self._given() and self.what not in ("compare", "codecs"):
+            given = ", ".join(f"--{name}" for name in self._given())
             raise ConfigError(f"{given}: of compare and codecs; {self.what} trains nothing.")
         doing: dict[str, Callable[[], Any]] = {
             "skips": self._skips,
@@ -202,13 +203,18 @@ class Analyze:
             _write(told, self.json)
         return 0
 
-    def _budget(self) -> dict[str, Any]:
-        """What was said of steps, batch and seeds. Raises ConfigError for less than one."""
-        given = {name: getattr(self, name) for name in ("steps", "batch", "seeds")}
+    def _given(self) -> dict[str, int]:
+        """What was said of steps, batch, seeds and jobs. Raises ConfigError for less than one."""
+        given = {name: getattr(self, name) for name in ("steps", "batch", "seeds", "jobs")}
         given = {name: value for name, value in given.items() if value is not None}
         for name, value in given.items():
             if value < 1:
                 raise ConfigError(f"--{name} is {value}; expected at least 1.")
+        return given
+
+    def _budget(self) -> dict[str, Any]:
+        """The same as fields of a comparison's settings."""
+        given: dict[str, Any] = {name: value for name, value in self._given().items() if name != "jobs"}
         return given | ({"seeds": tuple(range(given["seeds"]))} if "seeds" in given else {})
 
     def _joint(self) -> StarFlow2:
@@ -254,7 +260,7 @@ class Analyze:
         config = replace(CompareConfig(), **self._budget())
         folder = NANO if self.model == "nano" else Path(self.model)
         device = str(pick_device(self.device))
-        rows = compare_and_keep(folder, config, self.output, device=device, progress=print)
+        rows = compare_and_keep(folder, config, self.output, device=device, jobs=self.jobs or 1)
         print(self.output / "compare.md")
         return {"rows": rows}
 
@@ -263,9 +269,8 @@ class Analyze:
         from starflow2.model import find_model, pick_device
 
         config = replace(CodecsConfig(), **self._budget())
-        rows = compare_codecs(
-            find_model(self.model), config, self.output, device=str(pick_device(self.device)), progress=print
-        )
+        device = str(pick_device(self.device))
+        rows = compare_codecs(find_model(self.model), config, self.output, device=device, jobs=self.jobs or 1)
         print(write(rows, config, self.output))
         return {"rows": rows}
 
