@@ -321,3 +321,20 @@ def test_a_story_is_a_conversation_of_five_turns(trained):
     assert [len(turn.told) for turn in dialogue.turns] == [2, 2, 2, 2, 1]
     assert dialogue.turns[2].asked == (story.steps[2].instruction,) and dialogue.turns[2].told[0].startswith("there ")
     assert dialogue.turns[4].asked == (story.question,) and dialogue.turns[4].told == (story.answer,)
+
+
+def test_training_stories_leave_room_around_what_comes_first(trained, suites):
+    def off_centre(stories):
+        firsts = [story.steps[0].scene.things[0] for story in stories]
+        return sorted(max(abs(thing.x - 32), abs(thing.y - 32)) for thing in firsts)
+
+    def is_large(stories, is_told):
+        comers = [step for story in stories for step in story.steps if step.change.op in ("start", "add")]
+        comers = [step for step in comers if (step.change.after.size is not None) == is_told]
+        return sum(step.scene.things[-1].size for step in comers) / len(comers)
+
+    places = off_centre(trained)
+    assert places[len(places) // 2] < 8 and places[-len(places) // 20] < 12
+    assert is_large(trained, is_told=False) < 0.1 and 0.35 < is_large(trained, is_told=True) < 0.65
+    frozen = [story for part in suites.values() for story in part]
+    assert off_centre(frozen)[len(frozen) // 2] > 15 and is_large(frozen, is_told=False) > 0.3, "as they were"

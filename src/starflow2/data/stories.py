@@ -95,7 +95,9 @@ _BEGINNING: Final = 41
 _TWO: Final = 0.6  # share of beginnings that stop at the second picture
 _SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
 _REPEATS: Final = 0.3  # share of stories in which two objects have the same shape
-_CASTS: Final = 4  # places tried for a training story's cast, for one that stands near the middle
+_CASTS: Final = 12  # places tried for a training story's cast, for one that stands near the middle
+_LARGE: Final = 0.3  # share of large objects in training stories
+_TELLS_SIZE: Final = (0.4, 0.9)  # how often training stories tell the size of small and of large ones
 _SCRIPTS: Final = 16  # tries at a script for one cast: placing a cast costs more than what is done with it
 
 
@@ -501,7 +503,8 @@ def _roomy_cast(rng: np.random.Generator, shapes: Sequence[int]) -> Scene:
     """A cast whose first object is as near to the middle as any of a few allows: whoever draws it alone cannot know on
     which side of it the next will be asked for, and must leave room on all (docs/choices.md#room-in-a-story).
     """
-    casts = [sample_scene(rng, shapes=shapes) for _ in range(_CASTS)]
+    sizes = (rng.random(len(shapes)) < _LARGE).astype(int).tolist()
+    casts = [sample_scene(rng, shapes=shapes, sizes=sizes) for _ in range(_CASTS)]
     cast, middle = min(((cast, i) for cast in casts for i in range(len(shapes))), key=lambda c: _off_centre(*c))
     things = list(cast.things)
     return replace(cast, things=(things.pop(middle), *things))
@@ -589,9 +592,8 @@ def _is_allowed(scenes: Sequence[Scene], rules: _Rules) -> bool:
 class _Teller:
     """Tells played acts: what words say of each object, and what they leave to the picture."""
 
-    def __init__(self, rng: np.random.Generator, num_things: int) -> None:
-        self.rng = rng
-        self.tells_size = [bool(rng.random() < 0.5) for _ in range(num_things)]
+    def __init__(self, rng: np.random.Generator, tells_size: Sequence[bool]) -> None:
+        self.rng, self.tells_size = rng, tells_size  # by number in the cast
         self.related: set[frozenset[int]] = set()  # two whose relation was told
         self.only_named = -1  # the one object that the last request named; "it" may mean no other
 
@@ -709,22 +711,25 @@ def _draft(rng: np.random.Generator, plan: _Plan, rules: _Rules) -> _Draft | Non
         played = _played(acts, cast) if acts else []
         scenes = [Scene(things=tuple(here.values()), background=cast.background) for here in played]
         if acts and _is_allowed(scenes, rules):
-            return _told(rng, acts, played, scenes, plan.kind)
+            things = cast.things[: 1 + max(act.number for act in acts)]
+            shares = (0.5, 0.5) if rules.split != "train" else _TELLS_SIZE
+            teller = _Teller(rng, [bool(rng.random() < shares[thing.size]) for thing in things])
+            return _told(teller, acts, played, scenes, plan.kind)
     return None
 
 
 def _told(
-    rng: np.random.Generator, acts: Sequence[_Act], played: Sequence[_Here], scenes: Sequence[Scene], kind: str
+    teller: _Teller, acts: Sequence[_Act], played: Sequence[_Here], scenes: Sequence[Scene], kind: str
 ) -> _Draft | None:
     """The acts in the order of their telling, and a question; None if words cannot do it."""
-    teller, moves, before = _Teller(rng, 1 + max(act.number for act in acts)), [], dict[int, Thing]()
+    moves, before = [], dict[int, Thing]()
     for act, scene, after in zip(acts, scenes, played, strict=True):
         move = teller.move(act, before, scene, after)
         if move is None:
             return None
         moves.append(move)
         before = dict(after)
-    question = _Asker(rng, played, acts, teller).ask(kind)
+    question = _Asker(teller.rng, played, acts, teller).ask(kind)
     answer = answer_question(question, scenes[-1].things) if question else None
     return _Draft(tuple(moves), question, answer, kind) if question and answer else None
 
