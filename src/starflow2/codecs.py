@@ -8,7 +8,6 @@ Letters: B pictures, N latents, D latent dim.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -100,19 +99,17 @@ def _rows(unit: tuple[Arm, int], config: CodecsConfig, folder: str | Path, devic
     arm, seed = unit
     parts, stage = start(arm, folder, seed, device), config.stage(arm)
     judge = fresh_parts(folder, seed, device).extractor  # one for all, also for those that have none
-    started = time.perf_counter()
     task = T2iTask(parts, stage, seed)
     fit_task(task, stage, seed, device=device, report=StepTeller(arm, seed))
-    seconds = time.perf_counter() - started
     parts.stages = (*parts.stages, "t2i")
-    told = {"trained": sum(p.numel() for p in task.trained.parameters()), "seconds": round(seconds, 1)}
+    trained = sum(p.numel() for p in task.trained.parameters())
     cleanups: dict[str, Cleanup] = {arm: "none"}
     if arm == "patches":
         cleanups[CLEANED] = "tweedie"
     rows = []
     for name, cleanup in cleanups.items():
         drawer = _Drawer(StarFlow2(parts), DrawConfig.for_model(parts, cleanup=cleanup))
-        rows.append({"arm": name, "seed": seed, **told} | _scores(drawer, judge, quick=config.quick))
+        rows.append({"arm": name, "seed": seed, "trained": trained} | _scores(drawer, judge, quick=config.quick))
     return rows
 
 
@@ -203,5 +200,4 @@ _COLUMNS = (
     ("nats/dim", "nats_per_dim", ".3f"),
     ("floor", "floor", ".3f"),
     ("trained", "trained", ",.0f"),
-    ("seconds", "seconds", ",.0f"),
 )
