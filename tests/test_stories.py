@@ -335,6 +335,6 @@ def test_training_stories_leave_room_around_what_comes_first(trained, suites):
 
     places = off_centre(trained)
     assert places[len(places) // 2] < 8 and places[-len(places) // 20] < 12
-    assert is_large(trained, is_told=False) < 0.1 and 0.35 < is_large(trained, is_told=True) < 0.65
+    assert is_large(trained, is_told=False) < 0.2 and 0.35 < is_large(trained, is_told=True) < 0.65
     frozen = [story for part in suites.values() for story in part]
     assert off_centre(frozen)[len(frozen) // 2] > 15 and is_large(frozen, is_told=False) > 0.3, "as they were"

@@ -447,6 +447,16 @@ class _Plan:
         """How many objects there ever are."""
         return 1 + self.ops.count("add")
 
+    @property
+    def large(self) -> float:
+        """Share of large objects in training: few, but for a question about a size that nothing has told."""
+        return 0.5 if self.kind == "size" else _LARGE
+
+    @property
+    def tells_size(self) -> tuple[float, float]:
+        """How often training tells the size of small and of large ones."""
+        return (0.5, 0.5) if self.kind == "size" else _TELLS_SIZE
+
     def is_sound(self, rules: _Rules) -> bool:
         """Whether such a story can be told and asked about; a plan that cannot would be tried for ever."""
         heads = [self.ops[: end + 1] for end in range(STEPS)]
@@ -495,15 +505,15 @@ def _cast(rng: np.random.Generator, plan: _Plan, rules: _Rules) -> Scene | None:
     shapes = shuffled(rng, [*plan.required, *others[: plan.num_cast - len(plan.required)]])
     if not all(_may_meet(shapes, s, rules.row_of(s)) for s in get_args(Split)):
         return None
-    cast = sample_scene(rng, shapes=shapes) if rules.split != "train" else _roomy_cast(rng, shapes)
+    cast = sample_scene(rng, shapes=shapes) if rules.split != "train" else _roomy_cast(rng, shapes, plan.large)
     return cast if all(held_out(cast, s) <= {"pair", rules.row_of(s)} for s in get_args(Split)) else None
 
 
-def _roomy_cast(rng: np.random.Generator, shapes: Sequence[int]) -> Scene:
+def _roomy_cast(rng: np.random.Generator, shapes: Sequence[int], large: float) -> Scene:
     """A cast whose first object is as near to the middle as any of a few allows: whoever draws it alone cannot know on
     which side of it the next will be asked for, and must leave room on all (docs/choices.md#room-in-a-story).
     """
-    sizes = (rng.random(len(shapes)) < _LARGE).astype(int).tolist()
+    sizes = (rng.random(len(shapes)) < large).astype(int).tolist()
     casts = [sample_scene(rng, shapes=shapes, sizes=sizes) for _ in range(_CASTS)]
     cast, middle = min(((cast, i) for cast in casts for i in range(len(shapes))), key=lambda c: _off_centre(*c))
     things = list(cast.things)
@@ -712,7 +722,7 @@ def _draft(rng: np.random.Generator, plan: _Plan, rules: _Rules) -> _Draft | Non
         scenes = [Scene(things=tuple(here.values()), background=cast.background) for here in played]
         if acts and _is_allowed(scenes, rules):
             things = cast.things[: 1 + max(act.number for act in acts)]
-            shares = (0.5, 0.5) if rules.split != "train" else _TELLS_SIZE
+            shares = plan.tells_size if rules.split == "train" else (0.5, 0.5)
             teller = _Teller(rng, [bool(rng.random() < shares[thing.size]) for thing in things])
             return _told(teller, acts, played, scenes, plan.kind)
     return None
