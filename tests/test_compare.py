@@ -67,6 +67,8 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, seen):
     again = compare.compare(folder, CONFIG, arms=arms, done=rows[:4])  # stopped after seed 1's first arm
     assert [(r["arm"], r["seed"]) for r in again] == [(r["arm"], r["seed"]) for r in rows]
     assert len(seen) == 2, "stage 3 of seed 1, open and closed"
+    half = compare.compare(folder, CONFIG, arms=arms, done=rows[:5])  # stopped between both uses of one training
+    assert [(r["arm"], r["seed"]) for r in half] == [(r["arm"], r["seed"]) for r in rows], "no row comes twice"
 
 
 def test_a_comparison_is_kept_and_never_written_over_by_another(tmp_path, seen):

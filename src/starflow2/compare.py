@@ -130,10 +130,16 @@ def compare(
     for arm in arms:
         if arm not in ARMS:
             raise ConfigError(f"there is no arm {arm!r}; expected some of {', '.join(ARMS)}.{nearest(arm, ARMS)}")
-    done = list(done)
-    yield from done
+    known = {(row["arm"], row["seed"]): row for row in done}
+    missing = []
+    for unit in _units(arms, config.seeds):
+        keys = [(arm, unit.seed) for arm in unit.arms]
+        if known.keys() >= set(keys):
+            yield from (known[key] for key in keys)
+        else:
+            missing.append(unit)
     work = partial(_rows, config=config, place=_Workplace(Path(folder), device))
-    for rows in side_by_side(work, list(_units(arms, config.seeds, done)), jobs):
+    for rows in side_by_side(work, missing, jobs):
         yield from rows
 
 
@@ -153,14 +159,11 @@ def compare_and_keep(
     return rows
 
 
-def _units(arms: Iterable[str], seeds: Iterable[int], done: Iterable[Row]) -> Iterator[_Unit]:
-    """What is still to be trained; "stage 3" is scored once more with its skips closed, if that is asked for."""
-    known = {(row["arm"], row["seed"]) for row in done}
+def _units(arms: Iterable[str], seeds: Iterable[int]) -> Iterator[_Unit]:
+    """What is to be trained; "stage 3" is scored once more with its skips closed, if that is asked for."""
     for seed in seeds:
         for arm in (a for a in ARMS if a in arms and a != "closed in use"):
-            wanted: tuple[Arm, ...] = (arm, "closed in use") if arm == "stage 3" and "closed in use" in arms else (arm,)
-            if not all((a, seed) in known for a in wanted):
-                yield _Unit(seed, wanted)
+            yield _Unit(seed, (arm, "closed in use") if arm == "stage 3" and "closed in use" in arms else (arm,))
 
 
 def _rows(unit: _Unit, config: CompareConfig, place: _Workplace) -> list[Row]:
