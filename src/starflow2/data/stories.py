@@ -96,8 +96,6 @@ _TWO: Final = 0.6  # share of beginnings that stop at the second picture
 _SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
 _REPEATS: Final = 0.3  # share of stories in which two objects have the same shape
 _CASTS: Final = 12  # places tried for a training story's cast, for one that stands near the middle
-_LARGE: Final = 0.3  # share of large objects in training stories
-_TELLS_SIZE: Final = (0.4, 0.9)  # how often training stories tell the size of small and of large ones
 _SCRIPTS: Final = 16  # tries at a script for one cast: placing a cast costs more than what is done with it
 
 
@@ -435,6 +433,18 @@ _Here = Mapping[int, Thing]  # what is to be seen, by number in the cast, in the
 
 
 @dataclass(frozen=True, slots=True)
+class _Sizes:
+    """How often the objects of a story are large, and how often words tell the size of small and of large ones."""
+
+    large: float
+    told: tuple[float, float]
+
+
+_ALIKE: Final = _Sizes(0.5, (0.5, 0.5))
+_ROOMY: Final = _Sizes(0.3, (0.4, 0.9))  # small where words leave it open
+
+
+@dataclass(frozen=True, slots=True)
 class _Plan:
     """What is drawn once for a story, so that nothing suffers for being hard to place or to ask."""
 
@@ -447,15 +457,9 @@ class _Plan:
         """How many objects there ever are."""
         return 1 + self.ops.count("add")
 
-    @property
-    def large(self) -> float:
-        """Share of large objects in training: few, but for a question about a size that nothing has told."""
-        return 0.5 if self.kind == "size" else _LARGE
-
-    @property
-    def tells_size(self) -> tuple[float, float]:
-        """How often training tells the size of small and of large ones."""
-        return (0.5, 0.5) if self.kind == "size" else _TELLS_SIZE
+    def sizes(self, rules: _Rules) -> _Sizes:
+        """Both alike in suites, and where training asks for a size that nothing has told."""
+        return _ALIKE if rules.split != "train" or self.kind == "size" else _ROOMY
 
     def is_sound(self, rules: _Rules) -> bool:
         """Whether such a story can be told and asked about; a plan that cannot would be tried for ever."""
@@ -505,7 +509,8 @@ def _cast(rng: np.random.Generator, plan: _Plan, rules: _Rules) -> Scene | None:
     shapes = shuffled(rng, [*plan.required, *others[: plan.num_cast - len(plan.required)]])
     if not all(_may_meet(shapes, s, rules.row_of(s)) for s in get_args(Split)):
         return None
-    cast = sample_scene(rng, shapes=shapes) if rules.split != "train" else _roomy_cast(rng, shapes, plan.large)
+    is_training, large = rules.split == "train", plan.sizes(rules).large
+    cast = _roomy_cast(rng, shapes, large) if is_training else sample_scene(rng, shapes=shapes)
     return cast if all(held_out(cast, s) <= {"pair", rules.row_of(s)} for s in get_args(Split)) else None
 
 
@@ -722,8 +727,8 @@ def _draft(rng: np.random.Generator, plan: _Plan, rules: _Rules) -> _Draft | Non
         scenes = [Scene(things=tuple(here.values()), background=cast.background) for here in played]
         if acts and _is_allowed(scenes, rules):
             things = cast.things[: 1 + max(act.number for act in acts)]
-            shares = plan.tells_size if rules.split == "train" else (0.5, 0.5)
-            teller = _Teller(rng, [bool(rng.random() < shares[thing.size]) for thing in things])
+            told = plan.sizes(rules).told
+            teller = _Teller(rng, [bool(rng.random() < told[thing.size]) for thing in things])
             return _told(teller, acts, played, scenes, plan.kind)
     return None
 
