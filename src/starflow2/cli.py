@@ -158,12 +158,7 @@ class Generate:
         model = conversing(self.model, self.device, "--mode interleaved")
         config = self._config(model)
         blocks = _replied(model.session(seed=self.seed, config=config).add(prompt))
-        settings = {
-            "guidance": config.guidance,
-            "edit_guidance": config.strength(follows=True),
-            "prior_scale": config.prior_scale,
-            "model": model.parts.cfg.name,
-        }
+        settings = config.told() | {"model": model.parts.cfg.name}
         rows = _save_blocks(blocks, paths, png_text(prompt, self.seed, settings))
         if self.json:
             _print_json(rows)

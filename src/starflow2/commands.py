@@ -151,13 +151,8 @@ class Chat:
         from starflow2 import chat
 
         session = self._session()
-        used = session.sampler.config
-        settings = {
-            "guidance": used.guidance,
-            "edit_guidance": used.strength(follows=True),
-            "prior_scale": used.prior_scale,
-        }
-        album = chat.Album(self.save_dir, settings | {"model": session.sampler.parts.cfg.name})
+        sampler = session.sampler
+        album = chat.Album(self.save_dir, sampler.config.told() | {"model": sampler.parts.cfg.name})
         album.check()
         screen = chat.Screen(sys.stdout, sys.stderr, chat.graphics_of(sys.stdout, os.environ))
         talk = chat.Chat(session, screen, album)

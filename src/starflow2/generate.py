@@ -65,6 +65,11 @@ class DrawConfig:
         """Guidance of a picture that does or does not follow another in its conversation."""
         return self.edit_guidance if follows and self.edit_guidance is not None else self.guidance
 
+    def told(self) -> dict[str, float]:
+        """What the pictures of a conversation record of it."""
+        strengths = {"guidance": self.guidance, "edit_guidance": self.strength(follows=True)}
+        return strengths | {"prior_scale": self.prior_scale}
+
     @classmethod
     def for_model(cls, parts: Parts, **changes: object) -> DrawConfig:
         """The model's own defaults with `changes`; None keeps a default. A guidance that is given guides edits too."""
