@@ -127,7 +127,7 @@ def suites(out: Path, device: str) -> None:
 def comparisons(out: Path, device: str) -> None:
     """compare.json and compare.md: arms on equal budgets from the frozen parts that are there."""
     config, workers = CompareConfig(steps=1500, batch=128), max(1, (os.cpu_count() or 2) - 2)
-    compare_and_keep(BEFORE_JOINT, config, out, device=device, workers=workers, progress=print)
+    compare_and_keep(BEFORE_JOINT, config, out, device=device, workers=workers)
 
 
 def main() -> None:

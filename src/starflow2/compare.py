@@ -76,6 +76,7 @@ class _Workplace:
 
     folder: Path
     device: str
+    workers: int
 
     def start(self, arm: Arm, config: CompareConfig, seed: int) -> Parts:
         """What an arm begins with. Raises CheckpointError for a model without stages 1 and 2."""
@@ -118,13 +119,14 @@ def compare(
     done: Iterable[Row] = (),
     device: str = "cpu",
     jobs: int = 1,
+    workers: int = 0,
 ) -> Iterator[Row]:
     """One row per arm and seed: those in `done`, which are not trained again, then the others as they come.
 
     A row: arm, seed, trained parameters, geneval (ID, lenient), mme (ID, of 1,200), flow and text (losses on unseen
     documents: weighted nats per dim without the constant, nats per reply). folder: a model that has finished stages 1
     and 2. "closed in use" is "stage 3" with the skips closed after training. jobs: arms at a time, each in a process
-    of its own if several. Raises ConfigError for an unknown arm.
+    of its own if several. workers: processes that draw an arm's data. Raises ConfigError for an unknown arm.
     """
     arms = list(arms)
     for arm in arms:
@@ -138,13 +140,19 @@ def compare(
             yield from (known[key] for key in keys)
         else:
             missing.append(unit)
-    work = partial(_rows, config=config, place=_Workplace(Path(folder), device))
+    work = partial(_rows, config=config, place=_Workplace(Path(folder), device, workers))
     for rows in side_by_side(work, missing, jobs):
         yield from rows
 
 
 def compare_and_keep(
-    folder: str | Path, config: CompareConfig, output: str | Path, *, device: str = "cpu", jobs: int = 1
+    folder: str | Path,
+    config: CompareConfig,
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    jobs: int = 1,
+    workers: int = 0,
 ) -> list[Row]:
     """`compare` with all arms, its rows in output/compare.json and compare.md as soon as they are there.
 
@@ -152,7 +160,7 @@ def compare_and_keep(
     """
     kept = KeptRows(Path(output) / "compare.json", asdict(config) | {"model": fingerprint(Path(folder))})
     rows: list[Row] = []
-    for row in compare(folder, config, done=kept.read(), device=device, jobs=jobs):
+    for row in compare(folder, config, done=kept.read(), device=device, jobs=jobs, workers=workers):
         rows = sorted([*rows, row], key=lambda row: (row["seed"], ARMS.index(row["arm"])))
         kept.write(rows, summary=summary(rows))
         write(rows, config, output)
@@ -187,7 +195,7 @@ def _trained(unit: _Unit, config: CompareConfig, place: _Workplace) -> tuple[Par
     if arm == "stage 3, skips closed":
         assert isinstance(task, JointTask)
         task.pretzel.skips = frozenset()
-    fit_task(task, stage, seed, device=place.device, report=StepTeller(arm, seed))
+    fit_task(task, stage, seed, device=place.device, report=StepTeller(arm, seed), workers=place.workers)
     parts.stages = (*NEEDED, "joint")
     return parts, task
 
