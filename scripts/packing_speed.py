@@ -16,6 +16,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -179,7 +180,7 @@ def main() -> None:
     made = documents(parts.layout, parts.cfg.vlm.vocab, asked.documents, asked.seed)
     budget = (parts.layout, asked.rows, asked.width)
     arms = {"packed": packed(made, *budget), "one_a_row": one_a_row(made, *budget)}
-    result = measure(joint_task(parts, nano().stage("joint")), arms, asked.rounds)
+    result = measure(joint_task(parts, replace(nano().stage("joint"), keep=0.0)), arms, asked.rounds)
     how = {"threads": torch.get_num_threads(), "cpus": os.cpu_count(), "machine": platform.machine()}
     result |= {"documents": asked.documents, "rows": asked.rows, "width": asked.width, **how}
     print(json.dumps(result, indent=1))
