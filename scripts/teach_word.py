@@ -41,10 +41,10 @@ def one_more_colour() -> Iterator[int]:
     palette = np.vstack([world.PALETTE, np.array([RGB], dtype=np.uint8)])
     kept = world.PALETTE
     try:
-        world.PALETTE = judge.PALETTE = palette  # type: ignore[misc]
+        world.PALETTE = judge.PALETTE = palette  # type: ignore[misc, attr-defined]
         yield len(palette) - 1
     finally:
-        world.PALETTE = judge.PALETTE = kept  # type: ignore[misc]
+        world.PALETTE = judge.PALETTE = kept  # type: ignore[misc, attr-defined]
 
 
 def captioned(count: int, seed: int) -> Iterator[tuple[np.ndarray, str]]:
