@@ -107,6 +107,25 @@ def test_cached_steps_equal_the_full_pass_also_through_a_picture(chunk):
 
 
 @torch.no_grad()
+def test_fused_attention_between_the_documents_of_a_row_equals_transformers_written_out_attention():
+    stream = a_stream()
+    images, ids, positions = a_document(stream)
+    embeds, length = our_embeds(stream, images, ids), ids.shape[1]
+    document = torch.arange(length) > length - 7  # the last six positions belong to a second one
+    attend = ((document[:, None] == document) & torch.ones(length, length).tril().bool()).expand(len(ids), -1, -1)
+    ours = stream.states(embeds, positions, attend=attend)
+    stream.model.set_attn_implementation("eager")
+    added = torch.zeros(attend.shape).masked_fill(~attend, torch.finfo(torch.float32).min)[:, None]
+    theirs = stream.model.model.language_model(
+        inputs_embeds=embeds, position_ids=positions, attention_mask={"full_attention": added}
+    ).last_hidden_state
+    assert (ours - theirs).abs().max() <= 1e-5
+    stream.model.set_attn_implementation("sdpa")
+    together = stream.states(embeds, positions)
+    assert (ours - together)[:, -6:].abs().max() > 0.01
+
+
+@torch.no_grad()
 def test_states_never_look_ahead():
     stream = a_stream()
     images, ids, positions = a_document(stream)
