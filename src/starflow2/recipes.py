@@ -101,8 +101,8 @@ def nano() -> RunConfig:
     """The embedded default: about nine and a half hours on two CPU cores (features 5 minutes, FAE 13, language
     model 105, t2i 120, adapter 15, joint about 300).
 
-    The shipped weights took 665,600 pictures in t2i and 560,000 documents in joint, both of which changed on the way,
-    and score W-GenEval 0.849 on seen combinations and W-Edit 0.682, test split: see the model card and docs/LOG.md.
+    The shipped weights took 665,600 pictures in t2i and 608,000 documents in joint, both of which changed on the way,
+    and score W-GenEval 0.847 on seen combinations and W-Edit 0.708, test split: see the model card and docs/LOG.md.
     This very schedule has not been run from the start; joint reads 16-24 documents a second.
     """
     return RunConfig(

@@ -96,6 +96,7 @@ _TWO: Final = 0.6  # share of beginnings that stop at the second picture
 _SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
 _REPEATS: Final = 0.3  # share of stories in which two objects have the same shape
 _CASTS: Final = 12  # places tried for a training story's cast, for one that stands near the middle
+_MIDDLE: Final = IMAGE_SIZE / 2 + 1  # pixels, x and y; guidance draws what is near it a pixel or two above and left
 _SCRIPTS: Final = 16  # tries at a script for one cast: placing a cast costs more than what is done with it
 
 
@@ -526,8 +527,8 @@ def _roomy_cast(rng: np.random.Generator, shapes: Sequence[int], large: float) -
 
 
 def _off_centre(scene: Scene, number: int) -> float:
-    thing, middle = scene.things[number], IMAGE_SIZE / 2
-    return max(abs(thing.x - middle), abs(thing.y - middle))
+    thing = scene.things[number]
+    return max(abs(thing.x - _MIDDLE), abs(thing.y - _MIDDLE))
 
 
 def _may_meet(shapes: Sequence[int], split: Split, row: str) -> bool:
