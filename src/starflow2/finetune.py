@@ -45,7 +45,7 @@ _ALBUM_STREAM = 31
 class FinetuneConfig:
     """How long, how much, how fast, and how large an adapter.
 
-    With nano on two cores: 7 minutes, after which 47 of 64 pictures show a colour that it had never seen, where the
+    With nano on two cores: 14 minutes, after which 50 of 64 pictures show a colour that it had never seen, where the
     codec leaves 84 % of true ones recognisable (`scripts/teach_word.py`, docs/LOG.md).
     """
 
