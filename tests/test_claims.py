@@ -31,8 +31,8 @@ RESULTS = {
             "stage 3": arm(0.35, 0.4, 0.45),
             "stage 3, skips closed": arm(0.3, 0.36, 0.4),
             "fresh": arm(0.6, 0.8, 0.9),
-            "mot frozen": arm(0.3, 0.4, 0.5),
-            "mot finetuned": arm(0.1, 0.15, 0.2),
+            "mot frozen": arm(0.3, 0.4, 0.5) | {"mme": {"mean": 700, "low": 650, "high": 750}},
+            "mot finetuned": arm(0.1, 0.15, 0.2) | {"mme": {"mean": 500, "low": 480, "high": 510}},
         }
     },
     "turns": {"turns": [{"slower_to_start": 1.0}] * 3 + [{"slower_to_start": 3.2}]},
@@ -53,6 +53,15 @@ def test_verdicts_follow_the_numbers_and_overlapping_seeds_leave_a_claim_open():
     assert verdicts["the language model's understanding is kept"] == "confirmed"
     lost = RESULTS | {"gqa": suite(0.7, 0.8, "accuracy")}
     assert find(CLAIMS[0], lost).verdict == "refuted"
+
+
+@pytest.mark.parametrize(
+    ("frozen", "finetuned", "verdict"), [(700, 500, "confirmed"), (500, 700, "refuted"), (430, 410, "open")]
+)
+def test_what_neither_learnt_tells_nothing_about_forgetting(frozen, finetuned, verdict):
+    rows = {"mot frozen": arm(frozen, frozen, frozen), "mot finetuned": arm(finetuned, finetuned, finetuned)}
+    found = {claim.text: find(claim, {"compare": {"summary": rows}}) for claim in CLAIMS if "finetuned" in claim.text}
+    assert [f.verdict for f in found.values()] == [verdict]
 
 
 def test_write_claims_reads_what_is_there_and_refuses_what_is_no_json(tmp_path):
