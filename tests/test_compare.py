@@ -56,7 +56,7 @@ def test_arms_start_alike_and_change_nothing_that_is_frozen(tmp_path, seen):
         was, is_open, is_shut = (getattr(joints, name).weight for joints in (before, opened, shut))
         assert torch.equal(was, is_shut) and not torch.equal(was, is_open), name
     table = write(rows, CONFIG, tmp_path / "out").read_text()
-    assert "| stage 3 |" in table and "2 steps of 4 documents" in table
+    assert "| stage 3 |" in table and "| 0, 1 |" in table and "2 steps of 4 documents" in table
     assert summary(rows)["stage 1"]["geneval"]["high"] == 5.0
 
 

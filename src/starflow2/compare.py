@@ -255,13 +255,12 @@ def _over_seeds(values: list[float]) -> dict[str, float]:
 def write(rows: Iterable[Row], config: CompareConfig, folder: str | Path) -> Path:
     """compare.md in `folder`. Raises OutputError."""
     titles = " | ".join(title for title, _ in SCORES.values())
-    lines = [f"| arm | trained parameters | {titles} |", "|---|---:" + "|---:" * len(SCORES) + "|"]
+    lines = [f"| arm | trained parameters | seeds | {titles} |", "|---|---:|---" + "|---:" * len(SCORES) + "|"]
     for arm, row in summary(rows).items():
         cells = [_cell(row[name], digits) for name, (_, digits) in SCORES.items()]
-        lines.append(f"| {arm} | {row['trained']:,} | {' | '.join(cells)} |")
-    text = (
-        f"{config.steps} steps of {config.batch} documents for every arm, seeds {list(config.seeds)}: mean [range].\n"
-    )
+        seeds = ", ".join(str(seed) for seed in sorted(row["seeds"]))
+        lines.append(f"| {arm} | {row['trained']:,} | {seeds} | {' | '.join(cells)} |")
+    text = f"{config.steps} steps of {config.batch} documents for every arm: mean [range] over seeds.\n"
     path = Path(folder) / "compare.md"
     with replacing(path) as temp:
         temp.write_text("\n".join(lines) + "\n\n" + text)
