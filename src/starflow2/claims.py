@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from starflow2.data.tasks import SUBTASKS
 from starflow2.errors import DataError
+from starflow2.evals.answering import COIN
 from starflow2.files import replacing
 
 __all__ = ["CLAIMS", "Claim", "Finding", "find", "write_claims"]
@@ -22,7 +24,6 @@ Results = Mapping[str, Any]  # by file name without .json
 KEPT = 0.95  # share of the language model's own score that counts as kept
 SMALL = 0.5  # the text ratio is "far smaller" if below this share of the visual one
 FLAT = 0.2  # a cosine that counts as near zero
-COIN = 450  # W-MME-p of a coin, of 1,200
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,9 @@ def _skips_help(results: Results) -> Finding:
 
 def _finetuned_forgets(results: Results) -> Finding:
     frozen, finetuned, told = _arms(results, "mot frozen", "mot finetuned", "mme", 0)
-    if max(frozen["high"], finetuned["high"]) <= COIN:
-        return Finding("open", f"W-MME-p: {told}; on this budget neither reads pictures (a coin has {COIN})")
+    coin = COIN * len(SUBTASKS)
+    if max(frozen["high"], finetuned["high"]) <= coin:
+        return Finding("open", f"W-MME-p: {told}; on this budget neither reads pictures (a coin has {coin:.0f})")
     return _apart(frozen, finetuned, f"W-MME-p: {told}")
 
 
