@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from model_cases import (
 from starflow2 import checkpoint, stages, train
 from starflow2.checkpoint import load_parts, save_parts
 from starflow2.data.dialogue import Dialogue, Turn
-from starflow2.data.tasks import draw_task
+from starflow2.data.tasks import T2I_MIX, draw_task
 from starflow2.data.understanding import understanding_dialogue
 from starflow2.data.world import Scene, render, stream
 from starflow2.errors import CheckpointError, ConfigError, OutputError, TrainingError
@@ -45,7 +45,17 @@ from starflow2.losses import JointTerms
 from starflow2.model import StarFlow2
 from starflow2.parts import Parts
 from starflow2.sequence import IGNORE, Batch, length_groups
-from starflow2.stages import TASKS, OpeningConfig, OptimConfig, RunConfig, ShardConfig, dropped, joint_dialogue
+from starflow2.stages import (
+    TASKS,
+    CaptionConfig,
+    OpeningConfig,
+    OptimConfig,
+    RunConfig,
+    ShardConfig,
+    T2iTask,
+    dropped,
+    joint_dialogue,
+)
 from starflow2.train import StepReport, fit
 
 STEPS, EVERY = 6, 2
@@ -848,8 +858,24 @@ def test_documents_of_stage_three_are_mixed_as_the_config_says():
     assert not (parts["edit"] | parts["chain"]) & parts["story"] and not parts["edit"] & parts["chain"]
     assert kinds(draw=0.5, story=0.5) == parts["draw"] | parts["story"]
     for shares in ({"draw": -1.0}, {}):
-        with pytest.raises(ConfigError, match="mix is"):
+        with pytest.raises(ConfigError, match="MixConfig is"):
             kinds(**shares)
+
+
+def test_captions_of_drawings_are_about_what_the_config_says_in_both_stages_that_draw():
+    parts, only = tiny_parts(STAGES), CaptionConfig(**{name: float(name == "counting") for name in T2I_MIX})
+    wanted = {draw_task(0, i, weights={"counting": 1.0}).prompt for i in range(8)}
+    stage = replace(RUN.stage("joint"), mix=mix_of(draw=1.0), captions=only, caption_drop=0.0)
+    assert {str(joint_dialogue(stage, 0, i).turns[0].asked[0]) for i in range(8)} == wanted
+    task = T2iTask(parts, replace(RUN.stage("t2i"), captions=only, caption_drop=0.0), 0)
+    _, prompts = task.draw(range(8))
+    assert prompts == [
+        parts.tokenizer.drawing_prompt(draw_task(0, i, weights={"counting": 1.0}).prompt) for i in range(8)
+    ]
+    assert asdict(CaptionConfig()) == dict(T2I_MIX)
+    for shares in ({"counting": -1.0}, dict.fromkeys(T2I_MIX, 0.0)):
+        with pytest.raises(ConfigError, match="CaptionConfig is"):
+            CaptionConfig(**shares)
 
 
 def test_the_first_steps_have_a_mix_of_their_own():

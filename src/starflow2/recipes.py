@@ -20,7 +20,7 @@ from starflow2.parts import ModelConfig
 from starflow2.patches import PatchConfig
 from starflow2.pretrained import Pretrained
 from starflow2.pretzel import JointsConfig
-from starflow2.stages import MixConfig, OpeningConfig, OptimConfig, RunConfig, StageConfig
+from starflow2.stages import CaptionConfig, MixConfig, OpeningConfig, OptimConfig, RunConfig, StageConfig
 
 __all__ = ["find", "mini", "nano", "nano_end_to_end", "nano_patches", "paper", "paper_siglip", "smoke", "with_patches"]
 
@@ -124,6 +124,14 @@ def nano() -> RunConfig:
                     steps=3000, mix=MixConfig(understand=0.05, draw=0.15, edit=0.8, chain=0.0, story=0.0)
                 ),
                 mix=MixConfig(understand=0.04, draw=0.42, edit=0.24, chain=0.03, beginning=0.18, story=0.09),
+                captions=CaptionConfig(  # numbers and places are what edits and stories wear off first
+                    single_object=0.04,
+                    two_object=0.18,
+                    counting=0.22,
+                    colors=0.06,
+                    position=0.28,
+                    color_attr=0.20,
+                ),
             ),
         ),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -22,7 +22,7 @@ from starflow2.data.dialogue import Dialogue, Turn, pictures
 from starflow2.data.edits import edit_chain_dialogue, edit_dialogue, edit_task
 from starflow2.data.mix import BatchConfig, Batches, Spelling, read_mixture
 from starflow2.data.stories import story_beginning, story_dialogue, story_task
-from starflow2.data.tasks import draw_task
+from starflow2.data.tasks import T2I_MIX, draw_task
 from starflow2.data.understanding import understanding_dialogue
 from starflow2.data.world import Scene, render, stream
 from starflow2.errors import ConfigError, DataError, nearest
@@ -47,6 +47,7 @@ from starflow2.sequence import IGNORE, Batch, Layout, length_groups, pack, with_
 
 __all__ = [
     "TASKS",
+    "CaptionConfig",
     "CorpusConfig",
     "MixConfig",
     "OpeningConfig",
@@ -84,8 +85,30 @@ class OptimConfig:
         return up * min(1.0, left)
 
 
+class _Shares:
+    """Shares of a whole, one per field."""
+
+    def __post_init__(self) -> None:
+        shares = asdict(self)  # type: ignore[call-overload]
+        if min(shares.values()) < 0 or sum(shares.values()) <= 0:
+            raise ConfigError(f"{type(self).__name__} is {shares}; expected shares of at least 0, not all of them 0.")
+
+
 @dataclass(frozen=True, kw_only=True)
-class MixConfig:
+class CaptionConfig(_Shares):
+    """Shares of what captions of drawings are about: GenEval's six families, and those that tell all."""
+
+    single_object: float = T2I_MIX["single_object"]
+    two_object: float = T2I_MIX["two_object"]
+    counting: float = T2I_MIX["counting"]
+    colors: float = T2I_MIX["colors"]
+    position: float = T2I_MIX["position"]
+    color_attr: float = T2I_MIX["color_attr"]
+    dense: float = T2I_MIX["dense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig(_Shares):
     """Shares of stage 3's documents: questions about pictures, pictures from words, edits, edits in chains, first
     pictures of stories, whole stories."""
 
@@ -95,11 +118,6 @@ class MixConfig:
     chain: float = 0.15
     beginning: float = 0.0
     story: float = 0.1
-
-    def __post_init__(self) -> None:
-        shares = [getattr(self, f.name) for f in fields(self)]
-        if min(shares) < 0 or sum(shares) <= 0:
-            raise ConfigError(f"mix is {self}; expected shares of at least 0, not all of them 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +174,7 @@ class StageConfig:
     keep: float = 0.0  # weight of the distance to what the flow of stage t2i draws from words alone (joint)
     distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
     codec_weight: float = 0.0  # of the FAE's own losses, 0 = frozen; above, FAE and flow train end to end (t2i)
+    captions: CaptionConfig = field(default_factory=CaptionConfig)  # of drawings (t2i, joint)
     mix: MixConfig = field(default_factory=MixConfig)  # of documents (joint)
     opening: OpeningConfig = field(default_factory=OpeningConfig)  # what comes in front of that (joint)
     accumulate: int = 1  # microbatches of a step in every process
@@ -271,9 +290,10 @@ class Captions:
     tokenizer: ChatTokenizer
     seed: int
     drop: float
+    shares: CaptionConfig
 
     def __call__(self, indices: range) -> tuple[Tensor, list[list[int]]]:
-        drawings = [draw_task(self.seed, i) for i in indices]
+        drawings = [draw_task(self.seed, i, weights=asdict(self.shares)) for i in indices]
         drops = np.random.default_rng([self.seed, indices.start]).random(len(indices)) < self.drop
         prompts = ["" if gone else d.prompt for d, gone in zip(drawings, drops, strict=True)]
         return to_images([d.scene for d in drawings]), [self.tokenizer.drawing_prompt(p) for p in prompts]
@@ -422,7 +442,7 @@ class T2iTask:
     def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
         self.parts, self.stage, self.seed = parts, stage, seed
         assert parts.tokenizer is not None
-        self.draw: Callable[[range], Any] = Captions(parts.tokenizer, seed, stage.caption_drop)
+        self.draw: Callable[[range], Any] = Captions(parts.tokenizer, seed, stage.caption_drop, stage.captions)
         self.trained = nn.ModuleDict({"flow": parts.flow})
         self.codec = FaeTask(parts, stage, seed) if stage.codec_weight else None
         if self.codec is not None:
@@ -619,18 +639,18 @@ def joint_dialogue(stage: StageConfig, seed: int, index: int) -> Dialogue:
     mix = stage.opening.mix if index < stage.opening.steps * stage.batch else stage.mix
     shares = np.array([getattr(mix, f.name) for f in fields(mix)])
     name = fields(mix)[int(rng.choice(len(shares), p=shares / shares.sum()))].name
-    return dropped(_JOINT[name](seed, index), rng, stage.caption_drop)
+    dialogue = _JOINT[name](seed, index) if name != "draw" else _drawing(stage.captions, seed, index)
+    return dropped(dialogue, rng, stage.caption_drop)
 
 
-def _drawing(seed: int, index: int) -> Dialogue:
-    drawing = draw_task(seed, index)
+def _drawing(shares: CaptionConfig, seed: int, index: int) -> Dialogue:
+    drawing = draw_task(seed, index, weights=asdict(shares))
     return Dialogue((Turn((drawing.prompt,), (drawing.scene,)),), "draw")
 
 
 _JOINT_STREAM = 21
 _JOINT: dict[str, Callable[[int, int], Dialogue]] = {
     "understand": understanding_dialogue,
-    "draw": _drawing,
     "edit": lambda seed, index: edit_dialogue(edit_task(seed, index)),
     "chain": edit_chain_dialogue,
     "beginning": story_beginning,
