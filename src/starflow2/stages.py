@@ -293,7 +293,8 @@ class Captions:
     shares: CaptionConfig
 
     def __call__(self, indices: range) -> tuple[Tensor, list[list[int]]]:
-        drawings = [draw_task(self.seed, i, weights=asdict(self.shares)) for i in indices]
+        weights = asdict(self.shares)
+        drawings = [draw_task(self.seed, i, weights=weights) for i in indices]
         drops = np.random.default_rng([self.seed, indices.start]).random(len(indices)) < self.drop
         prompts = ["" if gone else d.prompt for d, gone in zip(drawings, drops, strict=True)]
         return to_images([d.scene for d in drawings]), [self.tokenizer.drawing_prompt(p) for p in prompts]
@@ -639,8 +640,7 @@ def joint_dialogue(stage: StageConfig, seed: int, index: int) -> Dialogue:
     mix = stage.opening.mix if index < stage.opening.steps * stage.batch else stage.mix
     shares = np.array([getattr(mix, f.name) for f in fields(mix)])
     name = fields(mix)[int(rng.choice(len(shares), p=shares / shares.sum()))].name
-    dialogue = _JOINT[name](seed, index) if name != "draw" else _drawing(stage.captions, seed, index)
-    return dropped(dialogue, rng, stage.caption_drop)
+    return dropped(_makers(stage.captions)[name](seed, index), rng, stage.caption_drop)
 
 
 def _drawing(shares: CaptionConfig, seed: int, index: int) -> Dialogue:
@@ -649,13 +649,18 @@ def _drawing(shares: CaptionConfig, seed: int, index: int) -> Dialogue:
 
 
 _JOINT_STREAM = 21
-_JOINT: dict[str, Callable[[int, int], Dialogue]] = {
-    "understand": understanding_dialogue,
-    "edit": lambda seed, index: edit_dialogue(edit_task(seed, index)),
-    "chain": edit_chain_dialogue,
-    "beginning": story_beginning,
-    "story": lambda seed, index: story_dialogue(story_task(seed, index)),
-}
+
+
+def _makers(captions: CaptionConfig) -> dict[str, Callable[[int, int], Dialogue]]:
+    """What makes stage 3's documents from (seed, index), by the names of `MixConfig`."""
+    return {
+        "understand": understanding_dialogue,
+        "draw": partial(_drawing, captions),
+        "edit": lambda seed, index: edit_dialogue(edit_task(seed, index)),
+        "chain": edit_chain_dialogue,
+        "beginning": story_beginning,
+        "story": lambda seed, index: story_dialogue(story_task(seed, index)),
+    }
 
 
 def dropped(dialogue: Dialogue, rng: np.random.Generator, share: float) -> Dialogue:
