@@ -11,7 +11,9 @@ from starflow2.errors import DataError
 
 
 def arm(low: float, mean: float, high: float) -> dict[str, object]:
-    return {name: {"mean": mean, "low": low, "high": high} for name in ("geneval", "mme", "flow", "text")}
+    """An arm of a comparison whose drawings lose the better the more of them are right."""
+    drawn = {name: {"mean": mean, "low": low, "high": high} for name in ("geneval", "mme", "text")}
+    return drawn | {"flow": {"mean": -mean, "low": -high, "high": -low}}
 
 
 def suite(ours: float, own: float, name: str) -> dict[str, object]:
@@ -35,7 +37,7 @@ RESULTS = {
             "mot finetuned": arm(0.1, 0.15, 0.2) | {"mme": {"mean": 500, "low": 480, "high": 510}},
         }
     },
-    "turns": {"turns": [{"slower_to_start": 1.0}] * 3 + [{"slower_to_start": 3.2}]},
+    "turns": {"turns": [{"slower_to_start": 1.0, "slower": 1.0}] * 3 + [{"slower_to_start": 3.2, "slower": 1.1}]},
 }
 
 
@@ -49,10 +51,34 @@ def test_verdicts_follow_the_numbers_and_overlapping_seeds_leave_a_claim_open():
     verdicts = {claim.text: find(claim, RESULTS).verdict for claim in CLAIMS}
     assert verdicts["stage 3 draws better than stage 1"] == "confirmed"
     assert verdicts["... because of the skips and not of the added data"] == "open"
-    assert verdicts["a frozen mixture of transformers draws worse"] == "refuted"
+    assert verdicts["a frozen mixture of transformers draws worse"] == "confirmed"
     assert verdicts["the language model's understanding is kept"] == "confirmed"
     lost = RESULTS | {"gqa": suite(0.7, 0.8, "accuracy")}
     assert find(CLAIMS[0], lost).verdict == "refuted"
+
+
+FLAT = {"mean": 0.8, "low": 0.7, "high": 0.9}
+LOW, HIGH = ({"mean": mean, "low": mean - 0.01, "high": mean + 0.01} for mean in (0.1, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("drawn", "lost", "verdict"),
+    [
+        ((FLAT, FLAT), (HIGH, LOW), "confirmed"),  # what pictures cannot tell apart, the loss can
+        ((FLAT, FLAT), (LOW, HIGH), "refuted"),
+        ((HIGH, LOW), (LOW, HIGH), "open"),  # two measures that contradict each other
+        ((HIGH, LOW), (FLAT, FLAT), "confirmed"),
+        ((LOW, HIGH), (FLAT, FLAT), "refuted"),
+        (({"mean": 0.02, "low": 0.0, "high": 0.05}, {"mean": 0.0, "low": 0.0, "high": 0.0}), (HIGH, LOW), "open"),
+    ],
+)
+def test_arms_are_judged_by_pictures_and_by_loss_alike(drawn, lost, verdict):
+    rows = {}
+    for better, worse in (("stage 3", "stage 1"), ("stage 3", "stage 3, skips closed"), ("fresh", "mot frozen")):
+        rows[better] = {"geneval": drawn[0], "flow": lost[1]}
+        rows[worse] = {"geneval": drawn[1], "flow": lost[0]}
+    claims = [claim for claim in CLAIMS if claim.needs == ("compare",) and "finetuned" not in claim.text]
+    assert [find(claim, {"compare": {"summary": rows}}).verdict for claim in claims] == [verdict] * 3
 
 
 @pytest.mark.parametrize(
@@ -68,7 +94,7 @@ def test_write_claims_reads_what_is_there_and_refuses_what_is_no_json(tmp_path):
     for name, value in RESULTS.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     text = write_claims(tmp_path).read_text()
-    assert text.count("**confirmed**") == 6 and text.count("**refuted**") == 1 and text.count("**open**") == 1
+    assert text.count("**confirmed**") == 7 and text.count("**refuted**") == 0 and text.count("**open**") == 1
     (tmp_path / "mme.json").write_text("{")
     with pytest.raises(DataError, match=r"mme\.json is not JSON"):
         write_claims(tmp_path)
