@@ -318,6 +318,24 @@ def test_without_blind_pictures_all_likelihoods_are_exact(parts):
     assert (plain.flow, plain.text, plain.blind) == (none.flow, none.text, none.blind) and plain.blind == 0
 
 
+def test_words_behind_a_blind_picture_do_not_count_and_all_others_count_as_before(parts):
+    cut: Document = (Text((1,)), Image(), Text((40, 2)), Image(is_target=True))
+    asked: Document = (*cut, Text((3,), is_target=True), Text((7,)), Text((6, 3), is_target=True))
+    told: Document = (Text((40, 2)), Image(is_target=True), Text((1,)), Text((5, 3), is_target=True))
+    x, level = torch.randn(3, 64, 4), torch.tensor([0.1, 0.3, 0.5])
+
+    def text(documents: list[Document], which: slice, blind: list[bool]) -> float:
+        batch, noise = pack(documents, parts.layout), parts.cfg.flow.noise
+        given = parts.pretzel, batch, (x[which], level[which]), noise, torch.tensor(blind)
+        return joint_loss(*given).text.item()
+
+    both = text([asked, told], slice(3), [False, True, False])
+    begin, alone = text([cut], slice(2), [False, True]), text([told], slice(2, 3), [False])
+    assert both == pytest.approx((begin + 2 * alone) / 5, rel=1e-5), "of five replies, two stand behind what is hidden"
+    sighted = text([asked, told], slice(3), [False, False, False])
+    assert both < 0.9 * sighted
+
+
 def test_neither_stream_sees_the_latents_of_a_blind_picture_but_both_see_the_one_before(parts):
     batch, blind = pack([EDITED], parts.layout), torch.tensor([False, True])
     x, level = torch.randn(2, 64, 4), torch.tensor([0.1, 0.3])

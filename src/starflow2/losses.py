@@ -154,7 +154,8 @@ def joint_loss(
 
     pictures: noisy latents (P, N, D) and their levels (P,). Only pictures that are targets count in the flow's loss.
     blind: (P,) bool, targets that are predicted without sight of their own latents (our choice:
-    docs/choices.md#what-an-edit-changes); what they cost is no exact likelihood and is told apart.
+    docs/choices.md#what-an-edit-changes); what they cost is no exact likelihood and is told apart, and labels behind
+    them do not count.
     """
     noisy, level = pictures
     out = pretzel.forward(batch, noisy, level, blind)
@@ -164,9 +165,25 @@ def joint_loss(
         exact = exact & ~blind
     nats = -out.log_prob / math.prod(noisy.shape[1:]) - 0.5 * math.log(2 * math.pi)
     flow = (weight * nats)[exact].sum() / targets if bool(exact.any()) else out.log_prob.sum() * 0
-    text = ntp_loss(pretzel.logits, (out.h, out.g), batch.labels)
+    text = _text_loss(pretzel, batch, out, blind)
     hidden = nats.new_zeros(()) if blind is None else (weight * _gaussian_nats(out))[blind].sum() / targets
     return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, hidden, out)
+
+
+def _text_loss(pretzel: Pretzel, batch: Batch, out: Output, blind: Tensor | None) -> Tensor:
+    """The next-token loss; a reply that could only be guessed, behind a hidden picture, adds nothing to the mean."""
+    seen = batch.labels if blind is None else batch.labels.masked_fill(_behind(batch, blind), IGNORE)
+    kept = (seen != IGNORE)[batch.labels != IGNORE]  # (M,)
+    loss = ntp_loss(pretzel.logits, (out.h[kept], out.g[kept]), seen)
+    return loss * (count_replies(seen) / max(1, count_replies(batch.labels)))
+
+
+def _behind(batch: Batch, chosen: Tensor) -> Tensor:
+    """(B, T) bool, positions behind the begin of a chosen picture in its document; chosen: (P,) bool."""
+    row, begin = batch.pictures.row[chosen], batch.pictures.begin[chosen]
+    is_same = batch.document[row] == batch.document[row, begin][:, None]
+    is_behind = is_same & (torch.arange(batch.ids.shape[1], device=row.device) > begin[:, None])
+    return torch.zeros_like(batch.ids).index_add_(0, row, is_behind.long()).bool()
 
 
 def _gaussian_nats(out: Output) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from starflow2.backbones import ChatTokenizer, DinoConfig, SiglipConfig
-from starflow2.data.dialogue import Dialogue, Turn, pictures
+from starflow2.data.dialogue import Dialogue, Turn, pictures, without_words
 from starflow2.data.edits import edit_chain_dialogue, edit_dialogue, edit_task
 from starflow2.data.mix import BatchConfig, Batches, Spelling, read_mixture
 from starflow2.data.stories import story_beginning, story_dialogue, story_task
@@ -671,9 +671,7 @@ def dropped(dialogue: Dialogue, rng: np.random.Generator, share: float) -> Dialo
     drawn = any(pictures(turn.told) for turn in dialogue.turns)
     if not drawn or rng.random() >= share:
         return dialogue
-    shows = rng.random() < 0.5
-    turns = tuple(Turn(pictures(turn.asked) if shows else (), turn.told) for turn in dialogue.turns)
-    return Dialogue(turns, dialogue.kind)
+    return without_words(dialogue, shows=bool(rng.random() < 0.5))
 
 
 def _reading_loss(parts: Parts, seen: Tensor, batch: Batch) -> Tensor:

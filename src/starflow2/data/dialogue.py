@@ -14,7 +14,7 @@ from typing_extensions import TypeVar
 
 from starflow2.data.world import Scene
 
-__all__ = ["Dialogue", "Turn", "pictures"]
+__all__ = ["Dialogue", "Turn", "pictures", "without_words"]
 
 P = TypeVar("P", default=Scene)
 
@@ -43,3 +43,12 @@ class Dialogue(Generic[P]):
     def pictures(self) -> tuple[P, ...]:
         """Every picture in order of appearance."""
         return pictures(part for turn in self.turns for part in (*turn.asked, *turn.told))
+
+
+def without_words(dialogue: Dialogue[P], *, shows: bool) -> Dialogue[P]:
+    """What is left where the user says nothing: the pictures that the model draws, and with `shows` the user's own.
+
+    Turns of words alone go: an answer without its question teaches guessing.
+    """
+    turns = (Turn(pictures(turn.asked) if shows else (), pictures(turn.told)) for turn in dialogue.turns)
+    return Dialogue(tuple(turn for turn in turns if turn.told), dialogue.kind)

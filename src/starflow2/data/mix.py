@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from starflow2.config import from_dict, read_json
 from starflow2.data.corpora import Broken, Corpus, Photo, decode, understand
-from starflow2.data.dialogue import Dialogue, Turn, pictures
+from starflow2.data.dialogue import Dialogue, Turn, pictures, without_words
 from starflow2.data.shards import Format, Sample, Samples, Share, needs
 from starflow2.errors import ConfigError, DataError
 from starflow2.files import check_writable
@@ -142,8 +142,7 @@ def dropped(conversation: Dialogue[Photo], rng: np.random.Generator, share: floa
     drawn = any(pictures(turn.told) for turn in conversation.turns)
     if not drawn or chance >= share:
         return conversation
-    turns = tuple(Turn(pictures(turn.asked) if shows < 0.5 else (), turn.told) for turn in conversation.turns)
-    return Dialogue(turns, conversation.kind)
+    return without_words(conversation, shows=bool(shows < 0.5))
 
 
 class _Stock:
