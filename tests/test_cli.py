@@ -356,13 +356,16 @@ def test_eval_prints_a_table_and_writes_the_report(scored, capsys, monkeypatch):
     assert (call["split"], call["quick"], call["samples"]) == ("dev", True, 1)
 
 
-def test_a_full_test_run_adds_a_line_to_the_ledger(scored, monkeypatch):
+def test_a_full_test_run_adds_a_line_to_the_ledger(scored, model, monkeypatch):
     assert measuring._ledger() == ROOT / "docs" / "results" / "ledger.jsonl"
     monkeypatch.setattr(measuring, "_ledger", lambda: Path("ledger.jsonl"))
     for _ in range(2):
         assert cli.main(["eval", "world", "--split", "test"]) == 0
+        with torch.no_grad():
+            model.parts.joints.text_skip.weight[0, 0] += 1  # other weights under the same name
     lines = [json.loads(line) for line in Path("ledger.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and lines[0]["model"] == "tiny" and lines[0]["id"]["lenient"] == 0.5
+    assert lines[0]["weights"] != lines[1]["weights"]
 
 
 def test_info_writes_what_it_prints(capsys):

@@ -73,6 +73,7 @@ class Eval:
 
     def run(self, unknown: Sequence[str]) -> int:
         refuse(unknown, type(self))
+        from starflow2.checkpoint import weights_digest
         from starflow2.evals.report import append_ledger, write_json
 
         check_json(self.json)
@@ -83,12 +84,13 @@ class Eval:
         model = self._model()
         with progress("scoring", "items") as step:
             report = self._scored(model, step)
-        report["model"] = model.parts.cfg.name
+        made_by = {"model": model.parts.cfg.name, "weights": weights_digest(model.parts)}
+        report |= made_by
         console().print(_table(report))
         if self.json is not None:
             write_json(report, self.json)
         if ledger is not None:
-            append_ledger(ledger, {**_record(report), "model": report["model"]})
+            append_ledger(ledger, _record(report) | made_by)
         return 0
 
     def _check(self) -> None:
