@@ -1,8 +1,8 @@
-"""Jobs for a GPU that is lent for minutes at a time; each fits a single call and goes on where it stopped.
+"""Jobs for a GPU that is there for minutes at a time; each fits a single call and goes on where it stopped.
 
     PYTHONPATH=src python scripts/gpu.py train --limit 560      # the stages of nano, again until all are done
     PYTHONPATH=src python scripts/gpu.py export --out "$OUT"    # the weights, in pieces that are small enough to carry
-    PYTHONPATH=src python scripts/gpu.py join PIECES FOLDER     # at home: the pieces as a model folder again
+    PYTHONPATH=src python scripts/gpu.py join PIECES FOLDER     # elsewhere: the pieces as a model folder again
     PYTHONPATH=src python scripts/gpu.py speed                  # seconds per picture at several batch sizes
     PYTHONPATH=src python scripts/gpu.py suites --out "$OUT"    # every suite, test split, as JSON
     PYTHONPATH=src python scripts/gpu.py compare --out "$OUT"   # the paper's comparisons, three seeds

@@ -85,14 +85,14 @@ def refuse(unknown: Sequence[str], command: type[Command], hint: str = "", known
 
 
 def flags(kind: type[Any], prefix: str = "") -> list[str]:
-    """Long options of a dataclass: --steps, --optim.lr."""
+    """Long options of a dataclass: --steps, --optim.lr, --shard.no-reshards for what is on by default."""
     found = []
     for field in dataclasses.fields(kind):
         default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
             found += flags(type(default), f"{prefix}{field.name}.")
         else:
-            found.append(f"--{prefix}{field.name}".replace("_", "-"))
+            found.append(f"--{prefix}{'no-' if default is True else ''}{field.name}".replace("_", "-"))
     return found
 
 
