@@ -110,13 +110,12 @@ def _write_folder(parts: Parts, folder: Path) -> None:
 
 
 def weights_digest(parts: Parts) -> str:
-    """Which weights these are, in 16 hexadecimal digits: all of FAE, flow and joints, adapters of a fine-tune included."""
+    """Which weights these are, in 16 hexadecimal digits: FAE, flow and joints, adapters of a fine-tune included."""
     said = hashlib.blake2b(digest_size=8)
     for name, value in sorted(parts.state_dict().items()):
         if name.startswith(OWN):
-            said.update(
-                name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-            )
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            said.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
     return said.hexdigest()
 
 

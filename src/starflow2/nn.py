@@ -121,7 +121,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None) -> Tensor:
     """Softmax attention; q, k, v: (B, H, T, K), attend: (B, 1, Tq, Tk) bool, True = may, or None.
 
-    Written out in bfloat16 on CPU, where the fused kernel trains three times slower (docs/LOG.md, 2026-11-22, attention).
+    Written out in bfloat16 on CPU, where the fused kernel trains three times slower (docs/LOG.md, "attention").
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
@@ -260,7 +260,7 @@ class _Attention(nn.Module):
 
 
 class _SquaredRelu(torch.autograd.Function):
-    """relu(x)^2 in two passes over memory each way instead of three and four (docs/LOG.md, 2026-11-22, relu2)."""
+    """relu(x)^2 in two passes over memory each way instead of three and four (docs/LOG.md, "relu2")."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
