@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from model_cases import STAGES, tiny_parts
-from starflow2.batch import Block, Talk, converse
+from starflow2.batch import Block, Exchange, Part, Talk, converse, reply_after
+from starflow2.data.dialogue import Turn
 from starflow2.decode import Completed, Ended, Picture, Replying, RowEvent, Sampler, Stepped
 from starflow2.errors import ConfigError
 from starflow2.generate import DrawConfig
+from starflow2.sequence import pack
 from starflow2.session import Session
 
 SIDE, SIZE = 2, 16
@@ -194,3 +196,44 @@ def test_a_reply_that_begins_with_a_picture_needs_room_for_one(sampler):
 def test_limits_that_leave_nothing_to_say_are_refused(limits):
     with pytest.raises(ConfigError, match="expected nothing below 0"):
         Replying(**limits)
+
+
+# -- after a past that others made
+
+
+def likeliest(sampler: Sampler, past: list[Exchange], question: list[Part]) -> str:
+    """The first word of a reply, from one pass over the whole conversation with some word in its place."""
+    word, tokenizer = "star", sampler.parts.tokenizer
+    turns = [Turn(tuple(asked), tuple(told)) for asked, told in (*past, (question, [word]))]  # type: ignore[type-var]
+    images = [part for turn in turns for part in (*turn.asked, *turn.told) if not isinstance(part, str)]
+    levels = torch.full((len(images),), sampler.upload_level, dtype=sampler.dtype)
+    deep = sampler.parts.cfg.flow.deep
+    x = sampler.noisy(torch.stack(images), levels) if images else torch.zeros(0, deep.num_latents, deep.dim)
+    with torch.no_grad():
+        out = sampler.pretzel.forward(pack([tokenizer.document(turns)], sampler.layout), x.to(sampler.dtype), levels)
+        logits = out.head(out.h, out.g)[-1 - len(tokenizer.encode(word))]
+    s = sampler.parts.cfg.vlm.special
+    logits[[s.pad, s.user, s.assistant, s.vision_end, s.image_pad, sampler.layout.begin]] = -torch.inf
+    logits[tokenizer.vocab :] = -torch.inf
+    return tokenizer.decode([int(logits.argmax())]).rstrip("\ufffd \n")
+
+
+def test_a_reply_after_a_past_is_what_one_pass_over_it_all_finds_likeliest(sampler):
+    pasts: list[list[Exchange]] = [
+        [(["a red circle"], ["two red hearts", photo(0)]), (["a blue star"], [photo(1)])],
+        [],
+        [(["a green ring", photo(2)], ["a blue star"])],
+        [(["a red circle"], ["a blue star"])] * 3,
+    ]
+    asked: list[list[Part]] = [["a blue star"], ["a red circle", photo(3)], ["two red hearts"], ["a green ring"]]
+    replying = Replying(tokens=1, pictures=0)
+    told = ["".join(map(str, blocks)) for blocks in reply_after(sampler, pasts, asked, replying)]
+    assert told == [likeliest(sampler, past, question) for past, question in zip(pasts, asked, strict=True)]
+    assert len(set(told)) > 1 and "" not in told
+    chunks = reply_after(Sampler(sampler.parts, replace(sampler.config, batch=2)), pasts, asked, replying)
+    assert ["".join(map(str, blocks)) for blocks in chunks] == told
+
+
+def test_as_many_pasts_as_questions(sampler):
+    with pytest.raises(ConfigError, match="1 pasts and 2 questions"):
+        reply_after(sampler, [[]], [["a star"], ["a ring"]], Replying(tokens=1, pictures=0))

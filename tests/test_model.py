@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import pytest
 import torch
 
 from model_cases import STAGES, tiny_parts
-from starflow2 import StarFlow2, checkpoint
-from starflow2.errors import CheckpointError, ConfigError, DataError, DeviceError, PromptError
+from starflow2 import StarFlow2, checkpoint, lora
+from starflow2.errors import CheckpointError, ConfigError, DataError, DeviceError, PromptError, ShapeError
 from starflow2.flow import Context, SampleConfig
 from starflow2.generate import DrawConfig, draw, drawing_context, prompt_context
 from starflow2.images import read_picture, save_png, to_pil
+from starflow2.lora import LoraConfig
 from starflow2.model import pick_device
+from starflow2.scoring import score
 from starflow2.session import Session
 
 PROMPTS = [
@@ -350,6 +353,35 @@ def test_a_picture_comes_back_from_its_code_as_the_codec_shows_it_and_changes_wi
     shown = to_pil(joint.parts.codec.decode(x.float())[0])
     assert same_picture(joint.from_code(code, "a red circle"), shown)
     assert not same_picture(joint.from_code(code, "two red hearts"), shown)
+
+
+def test_pictures_follow_the_weights_when_these_change_behind_a_sampler(joint):
+    other = StarFlow2(copy.deepcopy(joint.parts))
+    before = other.draw(["two red hearts"], [0])
+    with torch.no_grad():
+        other.parts.joints.visual_skip.weight.add_(0.3)
+    changed = other.draw(["two red hearts"], [0])
+    assert gap(before, changed) > 1e-3
+    adapters = lora.attach(other.parts, LoraConfig())
+    with torch.no_grad():
+        for value in adapters.parameters():
+            value.add_(0.2)
+    assert gap(other.draw(["two red hearts"], [0]), changed) > 1e-3
+
+
+def test_likelihoods_take_what_sessions_take_and_refuse_what_they_refuse(joint, tmp_path):
+    image = joint.draw(["two red hearts"], [0])[0]
+    save_png(to_pil(image), tmp_path / "hearts.png", {})
+    shown = read_picture(tmp_path / "hearts.png", image.shape[-1])
+    assert joint.score([tmp_path / "hearts.png"], ["a star"]) == joint.score([shown], ["a star"])
+    assert torch.equal(joint.invert(tmp_path / "hearts.png").z, joint.invert(shown).z)
+    for refused in (lambda: joint.score(["a zebra"], ["red"]), lambda: joint.invert(shown, "a zebra")):
+        with pytest.raises(PromptError, match="zebra"):
+            refused()
+    with pytest.raises(ShapeError, match="code has shape"):
+        joint.from_code(replace(joint.invert(shown), z=torch.zeros(1, 4)))
+    with pytest.raises(ConfigError, match="noise_level is 0; expected one that was trained"):
+        score(joint.sampler(), [], [shown], noise_level=0)
 
 
 def test_a_sampler_is_made_once_for_each_setting(joint):

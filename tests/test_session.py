@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -556,6 +557,15 @@ def test_a_saved_session_goes_on_bit_for_bit(sampler, tmp_path):
     assert equal_future(again, session)
 
 
+def test_a_saved_session_keeps_its_guidance_and_prior_scale(sampler, tmp_path):
+    config = DrawConfig(guidance=0.0, edit_guidance=3.0, prior_scale=0.3, schedule="linear", rule="tarflow")
+    session = begun(Sampler(sampler.parts, config), 6)
+    session.save(tmp_path / "talk")
+    again = Session.load(tmp_path / "talk", sampler)
+    assert again.sampler.config == replace(config, batch=sampler.config.batch) and sampler.config != config
+    assert equal_future(again, session)
+
+
 def test_a_model_of_the_same_weights_loads_it_too(past, tmp_path):
     session = past.fork()
     session.save(tmp_path / "talk")
@@ -648,9 +658,58 @@ def test_while_a_reply_is_being_made_nothing_else_can_happen_to_the_session(samp
     session.add("a red circle")
     events = session.run()
     next(events)
-    for forbidden in (lambda: session.add("a star"), session.write, session.fork, lambda: session.save(tmp_path / "s")):
+    save = lambda: session.save(tmp_path / "s")  # noqa: E731
+    for forbidden in (lambda: session.add("a star"), session.write, session.fork, session.mark, save):
         with pytest.raises(ConfigError, match="still being made"):
             forbidden()
     events.close()
     assert [piece.text for piece in session.pieces] == ["a red circle"]
     session.add("a star").write(tokens=1)
+
+
+def test_without_words_the_model_draws_or_ends_as_it_finds_likelier(sampler):
+    session = begun(sampler, 3).add("a blue star")
+    layout, end = sampler.layout, sampler.parts.cfg.vlm.special.end
+    probe = session.fork()
+    probe._open()
+    probe._rows.read([probe._tokenizer.opens_reply()])
+    scores = sampler.pretzel.logits(probe._rows.main.h, probe._rows.main.g)[0]
+    logits, lead = sampler.pretzel.logits, float((scores[layout.begin] - scores[end]).detach())
+
+    def by(shift: float) -> Any:
+        def favours(h: Any, g: Any) -> Any:
+            found = logits(h, g).clone()
+            found[:, layout.begin] += shift - lead
+            return found
+
+        return favours
+
+    for shift, draws in ((1.0, True), (-1.0, False)):
+        twin = session.fork()
+        twin.sampler = twin._rows.sampler = copy.copy(sampler)
+        twin.sampler.pretzel = copy.copy(sampler.pretzel)
+        twin.sampler.pretzel.logits = by(shift)
+        events = list(twin.run(tokens=0))
+        assert any(isinstance(event, Made) for event in events) is draws
+        assert isinstance(events[-1], Finished)
+
+
+def test_room_for_a_picture_alone_leaves_a_word_where_words_are_asked_for(sampler):
+    session = Session(sampler).add("a red circle")
+    per_picture = sampler.layout.num_latents + 2
+    kept: list[tuple[int, int]] = []
+
+    def reply(seeds: Any, config: Any, draws: bool = False) -> Any:
+        kept.append((config.tokens, config.pictures))
+        return iter(())
+
+    session._rows.reply = reply  # type: ignore[method-assign]
+    room = session._overhead + per_picture
+    cfg = sampler.parts.cfg
+    for tokens in (64, 0):
+        twin = copy.copy(session)
+        twin.sampler = copy.copy(sampler)
+        twin.sampler.parts = copy.copy(sampler.parts)
+        twin.sampler.parts.cfg = replace(cfg, max_positions=session.length + room)
+        list(twin.run(tokens=tokens))
+    assert kept == [(per_picture, 0), (0, 1)]

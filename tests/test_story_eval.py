@@ -91,6 +91,7 @@ def test_nothing_told_scores_nothing():
         "low": None,
         "high": None,
         "n": 0,
+        "guess": None,
     }
 
 
@@ -251,6 +252,16 @@ def test_the_guess_is_what_always_giving_the_usual_answer_scores():
 
     row = evaluate_story(Truth(spoil=guess), "dev", parts=("id",))["parts"]["id"]
     assert row["answer"]["true"]["score"] == row["floor"]["guess"]
+
+
+def test_the_reader_of_words_is_right_where_the_requests_settle_it_and_guesses_elsewhere():
+    usual = stories._guesses()
+
+    def read(story, told):
+        told[4] = [("text", story.answer if story.kind in TOLD_KINDS else usual[story.kind])]
+
+    row = evaluate_story(Truth(spoil=read), "dev", parts=("id",))["parts"]["id"]
+    assert row["floor"]["guess"] < row["answer"]["true"]["score"] == row["floor"]["words"]
 
 
 def test_who_is_asked_with_and_without_true_pictures_never_sees_the_answer():

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from starflow2.data.stories import suite_stories
 from starflow2.errors import ConfigError
 from starflow2.evals import suites
 from starflow2.evals.lines import HEADINGS, lines, suite_markdown, suite_table
@@ -24,6 +25,7 @@ class Fake:
 
     def __init__(self) -> None:
         self.noise: list[float] = []
+        self.pasts: Sequence[Any] = ()
         self.shown: list[int] = []
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
@@ -36,6 +38,10 @@ class Fake:
     def answers(self, images: Sequence[Sequence[Tensor]], questions: Sequence[str]) -> list[str]:
         self.shown += [len(some) for some in images]
         return ["yes"] * len(questions)
+
+    def answers_after(self, pasts: Sequence[Any], questions: Sequence[str]) -> list[str]:
+        self.pasts = pasts
+        return ["after"] * len(questions)
 
     def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:
         return ["no"] * len(questions)
@@ -75,6 +81,24 @@ def test_stories_come_back_as_blocks_of_words_and_bytes(monkeypatch):
     ((first, _),) = score_suite(Fake(), "story", "dev")["told"]
     assert [kind for kind, _ in first] == ["text", "image"]
     assert first[1][1].shape == (64, 64, 3) and first[1][1].dtype == np.uint8
+
+
+def test_questions_after_the_true_story_come_behind_its_words_with_and_without_its_pictures(monkeypatch):
+    story = suite_stories("dev", "id", 1)[0]
+
+    def evaluate_story(tell: Any, split: str, *, ask: Any, **_: Any) -> dict[str, Any]:
+        return {"said": ask([story], images)}
+
+    monkeypatch.setattr(suites, "evaluate_story", evaluate_story)
+    monkeypatch.setattr(suites, "story_ceiling", lambda split, **_: {})
+    for images in (np.full((1, 4, 64, 64, 3), 255, np.uint8), None):
+        fake = Fake()
+        assert score_suite(fake, "story", "dev")["said"] == ["after"]
+        (past,) = fake.pasts
+        assert [said for said, _ in past] == [[step.instruction] for step in story.steps]
+        for step, (_, replied) in zip(story.steps, past, strict=True):
+            assert replied[0] == step.sentence and len(replied) == (1 if images is None else 2)
+            assert images is None or (replied[1] == 1).all()
 
 
 def test_understanding_is_set_beside_the_language_models_own(monkeypatch):

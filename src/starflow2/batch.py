@@ -14,10 +14,11 @@ from torch import Tensor
 from starflow2.decode import Completed, Picture, Replying, RowEvent, Rows, Sampler, Token
 from starflow2.errors import ConfigError
 
-__all__ = ["Block", "Part", "Talk", "converse"]
+__all__ = ["Block", "Exchange", "Part", "Talk", "converse", "reply_after"]
 
 Part = str | Tensor  # words, or a picture (3, s, s) in [-1, 1]
 Talk = Sequence[Sequence[Part]]  # what the user says in each turn
+Exchange = tuple[Sequence[Part], Sequence[Part]]  # a turn that is over: what the user said, and what was replied
 Block = str | Picture  # what the model wrote or drew
 Watch = Callable[[RowEvent], None]
 
@@ -42,6 +43,39 @@ def converse(
         chunk = slice(first, first + sampler.config.batch)
         told += _chunk(sampler, talks[chunk], seeds[chunk], _Style(replying, draws, watch))
     return told
+
+
+def reply_after(
+    sampler: Sampler, pasts: Sequence[Sequence[Exchange]], asked: Sequence[Sequence[Part]], replying: Replying
+) -> list[list[Block]]:
+    """What the model replies to `asked` after a past that it did not make itself, row by row.
+
+    Pictures of the past, also those that stand in replies, enter as uploads do.
+    """
+    if len(pasts) != len(asked):
+        raise ConfigError(f"{len(pasts)} pasts and {len(asked)} questions; expected equally many.")
+    told: list[list[Block]] = []
+    for first in range(0, len(asked), sampler.config.batch):
+        chunk = slice(first, first + sampler.config.batch)
+        rows = _recall(sampler, pasts[chunk])
+        going = list(range(rows.rows))
+        for is_first in (True, False):
+            _ask(rows, {i: asked[first + i] for i in going if is_first == (not pasts[first + i])}, is_first=is_first)
+        listened = _listen(rows, going, [0] * len(going), _Style(replying, draws=False, watch=None))
+        told += [listened[i] for i in going]
+    return told
+
+
+def _recall(sampler: Sampler, pasts: Sequence[Sequence[Exchange]]) -> Rows:
+    """Rows that hold these pasts."""
+    rows = Rows(sampler, len(pasts))
+    end = [sampler.parts.cfg.vlm.special.end]
+    for turn in range(max(map(len, pasts))):
+        here = {i: past[turn] for i, past in enumerate(pasts) if turn < len(past)}
+        _ask(rows, {i: said for i, (said, _) in here.items()}, is_first=not turn)
+        _take(rows, {i: replied for i, (_, replied) in here.items()})
+        _read(rows, dict.fromkeys(here, end))
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +103,16 @@ def _ask(rows: Rows, asked: dict[int, Sequence[Part]], *, is_first: bool) -> Non
     tokenizer = rows.sampler.parts.tokenizer
     assert tokenizer is not None
     _read(rows, {i: tokenizer.opens_user(is_first=is_first) for i in asked})
-    for at in range(max(map(len, asked.values()), default=0)):
-        here = {i: parts[at] for i, parts in asked.items() if at < len(parts)}
+    _take(rows, asked)
+    _read(rows, {i: tokenizer.opens_reply() for i in asked})
+
+
+def _take(rows: Rows, given: dict[int, Sequence[Part]]) -> None:
+    """Let rows read words and see pictures in order."""
+    for at in range(max(map(len, given.values()), default=0)):
+        here = {i: parts[at] for i, parts in given.items() if at < len(parts)}
         _read(rows, {i: _ids(rows.sampler, part) for i, part in here.items() if isinstance(part, str)})
         _see(rows, {i: part for i, part in here.items() if isinstance(part, Tensor)})
-    _read(rows, {i: tokenizer.opens_reply() for i in asked})
 
 
 def _ids(sampler: Sampler, text: str) -> list[int]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow.affine import Affine, strengths
 from starflow2.generate import DrawConfig
+from starflow2.nn import check
 from starflow2.parts import Parts
 from starflow2.pretzel import Latent, PretzelCache, Slots
 from starflow2.sequence import Cursor, Layout
@@ -74,7 +75,8 @@ class Picture:
     """A picture in both of its forms, and how likely the model thought it while drawing it.
 
     x: (N, D) latents at their noise level; u: (N, D) what the cache holds; image: (3, height, width) in [-1, 1].
-    log_prob, unconditional: nats of u under both branches, None where the picture was not drawn or not guided.
+    log_prob, unconditional: nats of u under both branches, None where the picture was not drawn; unconditional also
+    where it was not guided.
     """
 
     x: Tensor
@@ -136,10 +138,20 @@ class Sampler:
         eps = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
         return x + levels[:, None, None] * eps.to(x)
 
-    def with_code(self, z: Tensor) -> Sampler:
-        """The same, but every picture starts from z (N, D), whatever the seed, without guidance: exact inversion."""
+    def changed(self, **settings: Any) -> Sampler:
+        """The same with other settings of `DrawConfig`, all but precision; nothing is copied."""
         twin = copy.copy(self)
-        twin.config = replace(self.config, guidance=0.0, edit_guidance=None)
+        twin.config = replace(self.config, **settings)
+        return twin
+
+    def with_code(self, z: Tensor) -> Sampler:
+        """The same, but every picture starts from z (N, D), whatever the seed, without guidance: exact inversion.
+
+        Raises ShapeError for any other shape.
+        """
+        deep = self.parts.cfg.flow.deep
+        check(z, "N D", "code", N=deep.num_latents, D=deep.dim)
+        twin = self.changed(guidance=0.0, edit_guidance=None)
         twin.prior = lambda shape, generator: z  # type: ignore[method-assign]
         return twin
 
@@ -414,6 +426,8 @@ class Rows:
         begin = self.sampler.layout.begin
         if state.pictures >= config.pictures:
             scores[begin] = -torch.inf
+        elif not config.tokens:  # a picture or nothing
+            return begin if scores[begin] > scores[self._end] else self._end
         if state.tokens >= config.tokens:
             state.reason = "limit"
             return self._end

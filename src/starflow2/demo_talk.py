@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from starflow2.batch import Exchange
 from starflow2.data.edits import OPERATIONS, Edit, suite_edits
 from starflow2.data.stories import STEPS, suite_stories
 from starflow2.data.tasks import SUBTASKS
@@ -178,6 +179,9 @@ class _Listener:
         rows = zip(images, questions, told, strict=True)
         self.asked += [_Asked(to_bytes(shown[0][None])[0], question, said) for shown, question, said in rows]
         return told
+
+    def answers_after(self, pasts: Sequence[Sequence[Exchange]], questions: Sequence[str]) -> list[str]:
+        return self.model.answers_after(pasts, questions)
 
     def edits(self, images: Tensor, instructions: Sequence[str], seeds: Sequence[int]) -> Tensor:
         made = self.model.edits(images, instructions, seeds)

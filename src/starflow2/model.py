@@ -16,7 +16,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from starflow2.batch import converse
+from starflow2.batch import Exchange, converse, reply_after
 from starflow2.checkpoint import load_parts, save_parts, write_config
 from starflow2.decode import Picture as Drawn
 from starflow2.decode import Replying, RowEvent, Sampler, Stepped
@@ -27,7 +27,7 @@ from starflow2.images import to_pil
 from starflow2.parts import Parts
 from starflow2.prompts import check_words, heard
 from starflow2.scoring import Code, Score, decode_code, invert, score
-from starflow2.session import Session
+from starflow2.session import Said, Session, checked_part
 from starflow2.understand import answer
 
 __all__ = ["Picture", "StarFlow2", "find_model", "pick_device"]
@@ -88,6 +88,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self._sampler: Sampler | None = None
+        self._held: list[tuple[int, int]] = []  # the tensors that it was made of, and how often each had changed
 
     @property
     def device(self) -> torch.device:
@@ -155,10 +156,14 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         return "joint" in self.parts.stages
 
     def sampler(self, config: DrawConfig | None = None) -> Sampler:
-        """Both streams ready for sampling; made once per setting, since it copies them where it has to."""
+        """Both streams ready for sampling; made once per setting, since it copies them where it has to.
+
+        Made anew where weights have changed since, or adapters were loaded or merged.
+        """
         config = config or DrawConfig.for_model(self.parts)
-        if self._sampler is None or self._sampler.config != config:
-            self._sampler = Sampler(self.parts, config)
+        held = [(id(t), t._version) for t in (*self.parts.parameters(), *self.parts.buffers())]
+        if self._sampler is None or self._sampler.config != config or self._held != held:
+            self._sampler, self._held = Sampler(self.parts, config), held
         return self._sampler
 
     def _drawn(
@@ -215,6 +220,17 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         told = converse(self.sampler(), talks, [0] * len(talks), Replying(tokens=tokens, pictures=0))
         return [" ".join(b for b in blocks if isinstance(b, str)) for (blocks,) in told]
 
+    def answers_after(self, pasts: Sequence[Sequence[Exchange]], questions: Sequence[str]) -> list[str]:
+        """One greedy answer per question, each after a past of (said, replied), words and pictures (3, s, s)."""
+
+        def taken(side: Sequence[str | Tensor]) -> list[str | Tensor]:
+            return [heard(self.parts, part) if isinstance(part, str) else part for part in side]
+
+        held = [[(taken(said), taken(replied)) for said, replied in past] for past in pasts]
+        asked = [[heard(self.parts, question)] for question in questions]
+        told = reply_after(self.sampler(), held, asked, Replying(tokens=48, pictures=0))
+        return [" ".join(b for b in blocks if isinstance(b, str)) for blocks in told]
+
     def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:
         """What the language model alone answers, seeing pictures (B, 3, s, s) through its own vision tower."""
         return answer(self.parts, images, [heard(self.parts, q) for q in questions])
@@ -233,18 +249,31 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
     # -- likelihood -----------------------------------------------------------------------------------
 
-    def score(self, asked: Sequence[str | Tensor], told: Sequence[str | Tensor]) -> Score:
-        """How likely the reply `told` is after `asked`, token by token and patch by patch; see `scoring.score`."""
-        said, replied = ([heard(self.parts, p) if isinstance(p, str) else p for p in side] for side in (asked, told))
+    def score(self, asked: Sequence[Said], told: Sequence[Said]) -> Score:
+        """How likely the reply `told` is after `asked`, token by token and patch by patch; see `scoring.score`.
+
+        Parts are words (str), or pictures: a Path, a PIL image, or a tensor (3, s, s) in [-1, 1]. Raises PromptError
+        for words the model does not know, DataError and ShapeError for pictures it cannot take.
+        """
+        said, replied = ([checked_part(self.parts, part) for part in side] for side in (asked, told))
         return score(self.sampler(), said, replied)
 
-    def invert(self, image: Tensor, prompt: str = "") -> Code:
-        """The latent code from which `prompt` draws this picture; see `scoring.invert`."""
-        return invert(self.sampler(), image, heard(self.parts, prompt))
+    def invert(self, image: str | Path | Image | Tensor, prompt: str = "") -> Code:
+        """The latent code from which `prompt` draws this picture; see `scoring.invert`. Raises as `score` does."""
+        shown = checked_part(self.parts, _shown(image))
+        assert isinstance(shown, Tensor)
+        return invert(self.sampler(), shown, self._prompt(prompt))
 
     def from_code(self, code: Code, prompt: str = "") -> Image:
-        """The picture that `prompt` draws from a code: with the prompt of `invert` the same one, else an edit."""
-        return to_pil(decode_code(self.sampler(), code.z, heard(self.parts, prompt)).image)
+        """The picture that `prompt` draws from a code: with the prompt of `invert` the same one, else an edit.
+
+        Raises PromptError, and ShapeError for a code of another model's size.
+        """
+        return to_pil(decode_code(self.sampler(), code.z, self._prompt(prompt)).image)
+
+    def _prompt(self, prompt: str) -> str:
+        """As the model reads it; an empty one is none."""
+        return str(checked_part(self.parts, prompt)) if prompt.strip() else ""
 
     def roundtrip(self, images: Tensor, noise_level: float = 0.0, seed: int = 0) -> Tensor:
         """images (B, 3, h, w) through the codec and back, with noise on the latents if asked."""

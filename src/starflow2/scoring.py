@@ -72,10 +72,13 @@ def score(sampler: Sampler, asked: Sequence[Part], told: Sequence[Part], *, nois
     """Log probability of the reply `told` to `asked`; parts are words, or pictures (3, s, s) in [-1, 1].
 
     noise_level: of the pictures in the reply, whose latents get noise of seed 0; default the lowest. Densities at
-    different levels do not compare. Raises ConfigError for an empty reply.
+    different levels do not compare. Raises ConfigError for an empty reply or a level that was not trained.
     """
     if not told:
         raise ConfigError("there is nothing to score: the reply is empty.")
+    low, high = sampler.upload_level, sampler.noise_level
+    if noise_level is not None and not low <= noise_level <= high:
+        raise ConfigError(f"noise_level is {noise_level}; expected one that was trained, {low:g} to {high:g}.")
     output, levels = _read(sampler, _Turn(asked, told), noise_level)
     tokenizer = sampler.parts.tokenizer
     assert tokenizer is not None
@@ -129,13 +132,12 @@ class Code:
 
 
 @torch.no_grad()
-def invert(sampler: Sampler, image: Tensor, prompt: str, *, noise_level: float | None = None) -> Code:
+def invert(sampler: Sampler, image: Tensor, prompt: str) -> Code:
     """The code from which `prompt` draws this picture again: image (3, s, s) in [-1, 1] -> z (N, D).
 
-    At the level at which pictures are drawn (or another that was trained), with noise of seed 0.
+    At the level at which pictures are drawn, with noise of seed 0.
     """
-    level = sampler.noise_level if noise_level is None else noise_level
-    output, _ = _read(sampler, _Turn([prompt] if prompt else [], [image]), level)
+    output, _ = _read(sampler, _Turn([prompt] if prompt else [], [image]), sampler.noise_level)
     return Code(output.z[0], float(standard_normal_log_prob(output.z)[0]))
 
 

@@ -28,11 +28,15 @@ from starflow2.errors import CheckpointError, ConfigError, DataError, PromptErro
 from starflow2.images import Picture as Image
 from starflow2.images import read_picture, to_pil
 from starflow2.nn import Cache, check
+from starflow2.parts import Parts
 from starflow2.pretzel import PretzelCache
 from starflow2.prompts import check_words, heard
 from starflow2.sequence import Cursor
 
-__all__ = ["Drew", "Event", "Finished", "Made", "Mark", "Piece", "Session", "Started", "Wrote"]
+__all__ = ["Drew", "Event", "Finished", "Made", "Mark", "Piece", "Said", "Session", "Started", "Wrote", "checked_part"]
+
+Said = str | Path | Image | Tensor  # words, or a picture: a file, a PIL image, or a tensor (3, s, s) in [-1, 1]
+SAMPLING = ("guidance", "edit_guidance", "prior_scale", "rule", "schedule")  # settings that a saved session keeps
 
 _BRANCHES = itertools.count()
 
@@ -132,7 +136,7 @@ class Session:
 
     # -- what the user says and shows
 
-    def add(self, *parts: str | Path | Image | Tensor) -> Session:
+    def add(self, *parts: Said) -> Session:
         """Words (str), or pictures: a Path, a PIL image, or a tensor (3, s, s) in [-1, 1]. Encoded once, here.
 
         All of it is checked before any of it is added. Raises PromptError for words the model cannot take or a
@@ -141,14 +145,7 @@ class Session:
         self._check_idle()
         if not parts:
             raise PromptError("there is nothing to add; say or show something.")
-        size = self.sampler.parts.cfg.fae.image_size
-        ready: list[str | Tensor] = []
-        for part in parts:
-            if isinstance(part, str):
-                check_words(self.sampler.parts, part)
-                ready.append(heard(self.sampler.parts, part))
-            else:
-                ready.append(_checked(part, size) if isinstance(part, Tensor) else read_picture(part, size))
+        ready = [checked_part(self.sampler.parts, part) for part in parts]
         self._check_room(sum(self._slots_of(part) for part in ready) + self._overhead)
         start = self.mark()
         try:
@@ -218,7 +215,7 @@ class Session:
         per_picture = self.sampler.layout.num_latents + 2
         self._check_room(self._overhead + (per_picture if draws or not config.tokens else 1))
         room = self.room - self._overhead
-        pictures = min(config.pictures, room // per_picture)
+        pictures = min(config.pictures, (room - min(config.tokens, 1)) // per_picture)
         tokens = min(config.tokens, room - pictures * per_picture)
         start = self.mark()
         seed = self.seed + self._replies
@@ -291,6 +288,7 @@ class Session:
 
     def mark(self) -> Mark:
         """This moment, to `rewind` to."""
+        self._check_idle()
         main, canvas = self._rows.main, self._rows.canvas
         return Mark(
             branch=self._branch,
@@ -355,6 +353,7 @@ class Session:
         meta = {
             "model": self.sampler.fingerprint,
             "pieces": json.dumps([_told_of(piece) for piece in self.pieces]),
+            "sampling": json.dumps({name: getattr(self.sampler.config, name) for name in SAMPLING}),
             "state": json.dumps(self._state()),
         }
         whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
@@ -373,7 +372,7 @@ class Session:
 
     @classmethod
     def load(cls, path: str | Path, sampler: Sampler) -> Session:
-        """A saved session, to go on exactly where it was.
+        """A saved session, to go on exactly where it was, with the guidance and prior scale that it had.
 
         Raises CheckpointError for a file that is not whole, or is of another model or precision.
         """
@@ -387,7 +386,7 @@ class Session:
             raise CheckpointError(f"{path} is no saved session of starflow2.")
         if meta["model"] != sampler.fingerprint:
             raise CheckpointError(f"{path} was saved with another model or precision; load it with the one it is of.")
-        session = cls(sampler)
+        session = cls(sampler.changed(**json.loads(meta.get("sampling", "{}"))))  # older files do not say
         session._restore(tensors, json.loads(meta["pieces"]), json.loads(meta["state"]))
         return session
 
@@ -409,6 +408,18 @@ class Session:
                 x, u, image = (tensors[f"picture.{i}.{name}"] for name in ("x", "u", "image"))
                 picture = Picture(x, u, told["noise_level"], image, *told["nats"])
             self.pieces.append(Piece(told["who"], told["text"], picture))
+
+
+def checked_part(parts: Parts, part: Said) -> str | Tensor:
+    """Words as the model reads them, or a picture (3, s, s) in [-1, 1].
+
+    Raises PromptError for words it does not know, DataError and ShapeError for pictures it cannot take.
+    """
+    size = parts.cfg.fae.image_size
+    if isinstance(part, str):
+        check_words(parts, part)
+        return heard(parts, part)
+    return _checked(part, size) if isinstance(part, Tensor) else read_picture(part, size)
 
 
 def _checked(image: Tensor, size: int) -> Tensor:

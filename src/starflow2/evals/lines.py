@@ -78,6 +78,12 @@ def _row(name: str, pair: tuple[Report | None, Report | None], bounds: tuple[str
     return name, _score(pair[0], digits), _score(pair[1], digits), _gap(*pair, digits), floor, ceiling
 
 
+def _with_gap(line: Line, gap: Report | None) -> Line:
+    """The same with the gap of the report, where that is more than a difference of two cells."""
+    name, id_score, cg_score, _, *bounds = line
+    return name, id_score, cg_score, _score(gap), *bounds  # type: ignore[return-value]
+
+
 def _at(tree: Report | None, *path: str) -> Any:
     """What stands at a path of keys, None where it ends early."""
     for key in path:
@@ -106,7 +112,8 @@ def _mme(report: Report) -> Iterator[Line]:
 
 def _gqa(report: Report) -> Iterator[Line]:
     seen = _both(_pair({"parts": report.get("vlm", {})}, "accuracy", "score"))
-    yield _row("accuracy", _pair(report, "accuracy"), (_both(_pair(report, "prior")), seen))
+    total = _row("accuracy", _pair(report, "accuracy"), (_both(_pair(report, "prior")), seen))
+    yield _with_gap(total, _at(report.get("gap"), "overall"))
     for name in report["parts"]["id"]["by_kind"]:
         prior = _both(_pair(report, "by_kind", name, "prior"))
         yield _row(name, _pair(report, "by_kind", name, "accuracy"), (prior, ABSENT))
@@ -143,9 +150,13 @@ def _story(report: Report) -> Iterator[Line]:
         best = _at(report, "ceiling", name, "score")
         ceiling = ABSENT if best is None else f"{best:.3f}"
         yield _row(name, _pair(report, name), (_both(_pair(report, "floor", name)), ceiling))
-    guess = _both(_pair(report, "floor", "guess"))
-    yield _row("answer", _pair(report, "answer", "true"), (guess, ABSENT))
-    yield _row("answer by its own picture", _pair(report, "answer", "drawn"), (guess, ABSENT))
+    guess, words = (_both(_pair(report, "floor", name)) for name in ("guess", "words"))
+    yield _row("answer by the true story", _pair(report, "answer", "true"), (f"guess {guess}; words {words}", ABSENT))
+    own = _both(_pair(report, "answer", "drawn", "guess"))
+    yield _row("answer by its own picture", _pair(report, "answer", "drawn"), (f"guess {own}", ABSENT))
+    for name in ("true_pictures", "no_pictures"):
+        told = f"the same, after the story with {name.replace('_', ' ')}"
+        yield _row(told, _pair(report, "asked", name), (ABSENT, ABSENT))
 
 
 _LINES: Mapping[str, Callable[[Report], Iterator[Line]]] = {
@@ -158,9 +169,11 @@ _LINES: Mapping[str, Callable[[Report], Iterator[Line]]] = {
 }
 _NOTES: Mapping[str, str] = {
     "mme": "Ceiling: the frozen language model through its own vision tower.",
-    "gqa": "Floor: the question-only prior. Ceiling: the frozen language model through its own vision tower.",
+    "gqa": "Gap: the mean over kinds of both. Floor: the question-only prior. Ceiling: the language model alone, "
+    "through its own vision tower.",
     "mcq": "Floor: chance, and a reader of the question alone. Circular: right in every rotation of the options.",
     "dpg": "Floor: pictures of other prompts. Ceiling: true pictures after the codec, clean / at the sampling noise.",
     "edit": "Floor: the picture handed back unchanged. Ceiling: the true result after the codec. Overall is of 10.",
-    "story": "Prefix: steps without any fault, of 4. Floor: other stories' pictures, and guessing from the question.",
+    "story": "Prefix: steps without any fault, of 4. Floor: other stories' pictures; of answers, guessing by the kind "
+    "of question, and by the words of the requests where they settle it.",
 }

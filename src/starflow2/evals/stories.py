@@ -347,6 +347,9 @@ def _answers(pairs: Sequence[tuple[Story, _Reading]], right: Grades, rng: np.ran
     is_settled = np.array([word is not None for word in shown])
     kinds = np.array([story.kind for story, _ in pairs])
     report = {"told": _row(right[np.isin(kinds, list(TOLD_KINDS))], rng), "drawn": _row(drawn[is_settled], rng)}
+    guesses = [_guesses().get(story.kind) for story, _ in pairs]
+    guessed = np.array([guess == word for guess, word in zip(guesses, shown, strict=True)], float)
+    report["drawn"]["guess"] = float(guessed[is_settled].mean()) if is_settled.any() else None
     by_kind = {
         kind: {"true": _row(right[kinds == kind], rng), "drawn": _row(drawn[(kinds == kind) & is_settled], rng)}
         for kind in sorted(set(kinds.tolist()))
@@ -383,15 +386,18 @@ def _gap(parts: Mapping[str, Report], resampled: Mapping[str, Mapping[str, Grade
 
 @cache
 def _bounds(split: Split, part: Part, quick: bool) -> Report:
-    """`ceiling`: the truth told. `floor`: each story answered by the truth of the next one; `guess`, without pictures,
-    by the answer that training gave most often to that kind of question."""
+    """`ceiling`: the truth told. `floor`: each story answered by the truth of the next one; `guess`, by the answer that
+    training gave most often to that kind of question; `words`, the same where the requests do not settle it, and right
+    where they do."""
     items = _items(split, part, quick)
     readings = [row for chunk in chunks(items, TELL_CHUNK) for row in read_told(_truth(chunk, None))]
     truth, _ = _summary(items, readings, np.random.default_rng(0))
     other, _ = _summary(items, readings[1:] + readings[:1], np.random.default_rng(0))
     guesses = _guesses()
-    right = [item.story.answer == guesses.get(item.story.kind) for item in items]
-    return {"ceiling": _plain(truth), "floor": _plain(other) | {"guess": float(np.mean(right))}}
+    right = np.array([item.story.answer == guesses.get(item.story.kind) for item in items])
+    told = np.array([item.story.kind in TOLD_KINDS for item in items])
+    floors = {"guess": float(right.mean()), "words": float((right | told).mean())}
+    return {"ceiling": _plain(truth), "floor": _plain(other) | floors}
 
 
 def _plain(report: Report) -> Report:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from starflow2.data.stories import Story
 from starflow2.data.world import Split
 from starflow2.errors import ConfigError, nearest
 from starflow2.evals.answering import evaluate_gqa, evaluate_mme
@@ -36,6 +37,12 @@ class Talker(Drawer, Protocol):
 
     def answers(self, images: Sequence[Sequence[Tensor]], questions: Sequence[str]) -> list[str]:
         """One answer per (pictures, question)."""
+        ...
+
+    def answers_after(
+        self, pasts: Sequence[Sequence[tuple[Sequence[str | Tensor], Sequence[str | Tensor]]]], questions: Sequence[str]
+    ) -> list[str]:
+        """One answer per question, each after turns that are over: (what the user said, what was replied)."""
         ...
 
     def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:
@@ -86,6 +93,17 @@ class _Run:
         told = self.model.tell(talks, seeds)
         return [[[_block(block) for block in turn] for turn in talk] for talk in told]
 
+    def ask(self, stories: Sequence[Story], pictures: Images | None) -> list[str]:
+        """The question after the story as it should have gone, its pictures left out where there are none."""
+        pasts: list[list[tuple[list[str | Tensor], list[str | Tensor]]]] = []
+        for i, story in enumerate(stories):
+            shown: list[list[Tensor]] = [[] for _ in story.steps]
+            if pictures is not None:
+                shown = [[image] for image in to_floats(pictures[i])]
+            told = zip(story.steps, shown, strict=True)
+            pasts.append([([step.instruction], [step.sentence, *images]) for step, images in told])
+        return self.model.answers_after(pasts, [story.question for story in stories])
+
 
 def _block(block: str | Tensor) -> tuple[str, Any]:
     return ("text", block) if isinstance(block, str) else ("image", to_bytes(block[None])[0])
@@ -130,7 +148,7 @@ def _edit(run: _Run) -> Report:
 
 
 def _story(run: _Run) -> Report:
-    report = evaluate_story(run.tell, run.split, quick=run.quick, progress=run.progress)
+    report = evaluate_story(run.tell, run.split, quick=run.quick, ask=run.ask, progress=run.progress)
     return report | {"ceiling": story_ceiling(run.split, quick=run.quick, roundtrip=run.noisy_codec)}
 
 
