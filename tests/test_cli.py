@@ -481,6 +481,7 @@ def test_keep_best_writes_the_picture_that_its_prompt_explains_best(joint, capsy
         (["--keep", "best"], "-n is 1, expected 2 or more"),
         (["--keep", "best", "-n", "2", "--guidance", "0"], "--guidance is 0"),
         (["--mode", "interleaved", "-n", "2"], "replies to one prompt once"),
+        (["--mode", "interleaved", "--batch", "2"], "--batch is of --mode image"),
         (["a blue star", "--mode", "interleaved"], "starflow2 chat takes turn after turn"),
         (["--mode", "interleaved", "--cleanup", "tweedie"], "conversations take 'none'"),
         (["--mode", "interleaved", "-o", "x.jpg"], "ends in .png"),
@@ -608,6 +609,7 @@ def test_a_picture_that_would_have_to_be_guessed_about_is_refused_by_name(verb, 
         (["chat", "--save-dir", "file"], "cannot write file/picture-001.png"),
         (["chat", "--load", "none.safetensors"], "not a whole session file"),
         (["chat", "--load", "x", "--seed", "1"], "--seed and --load are both given"),
+        (["chat", "--load", "x", "--guidance", "0"], "--load goes on with the guidance"),
     ],
 )
 def test_what_a_conversation_cannot_take_is_refused_and_nothing_is_written(argv, says, joint, photo, capsys):

@@ -153,6 +153,8 @@ class Generate:
                 f"--mode interleaved replies to one prompt once, not to {len(prompts)} with -n {self.n}; "
                 f"{PROGRAM} chat takes turn after turn."
             )
+        if self.batch is not None:
+            raise ConfigError("--batch is of --mode image; --mode interleaved makes one reply, picture after picture.")
         (prompt,) = prompts
         paths = _numbered(self.output, prompt)
         model = conversing(self.model, self.device, "--mode interleaved")

@@ -66,7 +66,9 @@ class Eval:
         arg(help="of geneval: seen combinations, new ones, other wording"),
     ] = ("id", "cg")
     samples: Annotated[int, arg(help="of geneval: pictures of each prompt, 1 to 4")] = 4
-    images: Annotated[Path | None, own("FOLDER", "of fae: pictures to encode", "512 of the drawn world")] = None
+    images: Annotated[
+        Path | None, own("FOLDER", "of fae: the first 512 pictures by name", "512 of the drawn world")
+    ] = None
     json: JsonFile = None
     model: Model = "nano"
     device: Device = "auto"
@@ -94,12 +96,26 @@ class Eval:
         return 0
 
     def _check(self) -> None:
+        if self.benchmark == "fae":
+            self._check_codec()
         if not self.part:
             raise ConfigError("--part names no part; expected one or more of id, cg, paraphrase.")
         if self.suite != "geneval" and (self.part != ("id", "cg") or self.samples != 4):
             raise ConfigError(f"--part and --samples are of suite geneval; {self.suite} takes neither.")
         if self.benchmark == "world" and self.images is not None:
             raise ConfigError("--images is of eval fae; eval world draws its own.")
+
+    def _check_codec(self) -> None:
+        """Raise ConfigError for options that `eval fae` would not look at."""
+        theirs = {
+            "--suite": self.suite != "geneval",
+            "--part": self.part != ("id", "cg"),
+            "--samples": self.samples != 4,
+        }
+        theirs["--split"] = self.split != "dev" and self.images is not None
+        for name in (name for name, is_given in theirs.items() if is_given):
+            why = "--images says which pictures" if name == "--split" else "it is of eval world"
+            raise ConfigError(f"eval fae does not take {name} here: {why}.")
 
     def _codec(self) -> int:
         from starflow2.evals.codec import codec_pictures, codec_table, evaluate_codec
