@@ -15,8 +15,6 @@ from starflow2 import analysis
 from starflow2.analysis import (
     Contribution,
     TurnCost,
-    cache_trace,
-    likelihood_by_position,
     plot_skips,
     plot_turn_costs,
     skip_contributions,
@@ -28,7 +26,6 @@ from starflow2.errors import ConfigError, ShapeError
 from starflow2.generate import DrawConfig
 from starflow2.images import CURVES, Panel, histogram_outline, plot_panels
 from starflow2.mot import MotParts
-from starflow2.scoring import score
 from starflow2.session import Session
 
 SIDE = 2
@@ -107,35 +104,6 @@ def test_dev_prompts_take_the_families_in_turn():
 
 
 # -- likelihood and cost ------------------------------------------------------------------------------------------
-
-
-def test_the_map_of_nats_adds_up_to_the_score(sampler):
-    images = [torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(i)) * 2 - 1 for i in range(2)]
-    prompts = ["a red circle", "a blue square"]
-    places = likelihood_by_position(sampler, prompts, images, 0.3)
-    assert places.shape == (SIDE, SIDE)
-    assert places.std() > 0
-    told = [score(sampler, [p], [i], noise_level=0.3).pictures[0] for p, i in zip(prompts, images, strict=True)]
-    wanted = sum(t.shallow_logdet - t.log_prob for t in told) / 2
-    assert float(places.sum()) == pytest.approx(wanted, abs=1e-2)
-    with pytest.raises(ConfigError, match="2 prompts and 1 images"):
-        likelihood_by_position(sampler, prompts, images[:1])
-
-
-def test_the_cache_is_accounted_for_to_the_last_position_and_byte(sampler):
-    session = Session(sampler)
-    session.add("a red circle", torch.zeros(3, 16, 16)).draw()
-    session.add("a blue square").write(tokens=3)
-    trace = cache_trace(session)
-    assert [(s.who, s.kind) for s in trace][:4] == [
-        ("user", "text"), ("user", "picture"), ("model", "picture"), ("user", "text"),
-    ]  # fmt: skip
-    assert trace[1].positions == trace[2].positions == COUNT + 2
-    assert trace[-1].kind == "marks" and trace[-1].positions >= 5
-    assert sum(s.positions for s in trace) == session.length
-    cache = session._rows.main.cache
-    held = sum(t.nbytes for half in (cache.vlm, cache.flow) for pair in half.filled() for t in pair)
-    assert sum(s.nbytes for s in trace) == held
 
 
 def test_turns_are_timed_against_sessions_that_read_everything_anew(sampler, monkeypatch, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,8 +16,33 @@ from torch import Tensor
 from starflow2.data.stories import suite_stories
 from starflow2.errors import ConfigError
 from starflow2.evals import suites
-from starflow2.evals.lines import HEADINGS, lines, suite_markdown, suite_table
+from starflow2.evals.lines import HEADINGS, lines, suite_table
 from starflow2.evals.suites import score_suite
+
+
+class Talking:
+    """A session that draws in turn what is darker by one step, and knows what it was told since its beginning."""
+
+    told: ClassVar[list[list[object]]] = []  # of every session, all that it was ever told
+
+    def __init__(self, seed: int) -> None:
+        self.history: list[object] = []
+        Talking.told.append([])
+
+    def add(self, *parts: object) -> Talking:
+        self.history += [p if isinstance(p, str) else "picture" for p in parts]
+        Talking.told[-1] += [p if isinstance(p, str) else "picture" for p in parts]
+        return self
+
+    def draw(self) -> Any:
+        image = torch.full((3, 64, 64), 1 - 0.1 * len(self.history))
+        return SimpleNamespace(picture=SimpleNamespace(image=image))
+
+    def mark(self) -> int:
+        return len(self.history)
+
+    def rewind(self, mark: int) -> None:
+        del self.history[mark:]
 
 
 class Fake:
@@ -42,6 +69,9 @@ class Fake:
     def answers_after(self, pasts: Sequence[Any], questions: Sequence[str]) -> list[str]:
         self.pasts = pasts
         return ["after"] * len(questions)
+
+    def session(self, *, seed: int = 0) -> Any:
+        return Talking(seed)
 
     def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:
         return ["no"] * len(questions)
@@ -111,6 +141,25 @@ def test_understanding_is_set_beside_the_language_models_own(monkeypatch):
     assert report["parts"]["id"] == "yes" and report["vlm"]["id"] == "no"
 
 
+def test_edits_of_a_session_go_on_from_the_picture_there_is_and_going_back_forgets(monkeypatch):
+    source = np.full((64, 64, 3), 255, np.uint8)
+
+    def evaluate(start: Any, split: str, **_: Any) -> dict[str, Any]:
+        for turns in (1, 2):
+            talk = start(source, 7)
+            first, second = talk.edit("a"), talk.edit("b")
+            assert first.mean() > second.mean()
+            assert np.array_equal(talk.undo(turns), first if turns == 1 else source)
+            third = talk.edit("c")
+            assert np.array_equal(third, second if turns == 1 else first), "as many words since, so as dark"
+        return {}
+
+    monkeypatch.setattr(suites, "evaluate_edit_sessions", evaluate)
+    Talking.told.clear()
+    score_suite(Fake(), "sessions", "dev")
+    assert Talking.told == [["picture", "a", "b", "c"], ["picture", "a", "b", "picture", "c"]]
+
+
 def test_questions_about_any_number_of_pictures(monkeypatch):
     def evaluate_mcq(answer: Any, split: str, **_: Any) -> dict[str, Any]:
         picture = np.zeros((64, 64, 3), np.uint8)
@@ -171,8 +220,8 @@ def test_lines_put_floor_and_ceiling_beside_every_headline():
 
 
 def test_tables_say_which_suite_and_whether_it_was_a_quick_run():
-    console = Console(width=160, record=True, quiet=True)
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(suite_table(EDIT))
-    text = suite_markdown(EDIT)
+    text = " ".join(console.export_text().split())
     assert "W-edit, quick dev, 63 items" in text and all(heading in text for heading in HEADINGS)
     assert "handed back unchanged" in text

@@ -22,17 +22,13 @@ from starflow2.decode import Completed, Picture, Replying, Rows, Sampler, Token
 from starflow2.errors import ConfigError
 from starflow2.images import Panel, histogram_outline, plot_panels, save_png
 from starflow2.prompts import heard
-from starflow2.scoring import score
 from starflow2.sequence import Document, Image, Text, pack
 from starflow2.session import Session
 
 __all__ = [
     "Contribution",
-    "Segment",
     "SkipReport",
     "TurnCost",
-    "cache_trace",
-    "likelihood_by_position",
     "plot_skips",
     "plot_turn_costs",
     "skip_contributions",
@@ -197,55 +193,7 @@ def _outlines(report: SkipReport, name: str) -> dict[str, list[tuple[float, floa
 # -- where a picture is surprising -------------------------------------------------------------------------------
 
 
-def likelihood_by_position(
-    sampler: Sampler, prompts: Sequence[str], images: Sequence[Tensor], noise_level: float | None = None
-) -> Tensor:
-    """Mean nats of the latent at every place, -log N(u_n; mu_n, sigma_n), given all before it: (rows, columns).
-
-    images: (3, s, s) in [-1, 1], each the reply to its prompt; noise_level as in `score`. Raises ConfigError for none.
-    """
-    if not prompts or len(prompts) != len(images):
-        raise ConfigError(f"{len(prompts)} prompts and {len(images)} images; expected equally many, at least one.")
-    patches = [
-        score(sampler, [heard(sampler.parts, prompt)], [image], noise_level=noise_level).pictures[0].patches
-        for prompt, image in zip(prompts, images, strict=True)
-    ]
-    return -torch.stack(patches).mean(0)
-
-
 # -- what a conversation costs -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """One piece of a session in its cache: who put it there, what it is, how many positions and bytes it fills."""
-
-    who: str
-    kind: str  # "text", "picture", or "marks": what opens and ends turns, all turns together
-    positions: int
-    nbytes: int
-
-
-def cache_trace(session: Session) -> list[Segment]:
-    """Positions and bytes of every piece of a session, both streams together, spare capacity not counted.
-
-    Words count as the tokenizer splits them; whatever is left of the session's length is its last row, the marks.
-    """
-    each = _bytes_per_position(session.sampler)
-    told: list[Segment] = []
-    for piece in session.pieces:
-        count = session.sampler.layout.num_latents + 2 if piece.text is None else len(_ids(session.sampler, piece.text))
-        told.append(Segment(piece.who, "picture" if piece.text is None else "text", count, count * each))
-    left = session.length - sum(segment.positions for segment in told)
-    return [*told, Segment("both", "marks", left, left * each)]
-
-
-def _bytes_per_position(sampler: Sampler) -> int:
-    """What one position fills in both halves of the cache, measured on one."""
-    rows = Rows(sampler, 1)
-    rows.read([[sampler.parts.cfg.vlm.special.user]])
-    cache = rows.main.cache
-    return sum(t.nbytes for half in (cache.vlm, cache.flow) for pair in half.filled() for t in pair)
 
 
 @dataclass(frozen=True, slots=True)

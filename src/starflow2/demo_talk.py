@@ -30,6 +30,7 @@ from starflow2.evals.world import to_bytes, to_floats
 from starflow2.images import Picture, to_pil
 from starflow2.model import StarFlow2
 from starflow2.parts import Parts
+from starflow2.session import Session
 
 __all__ = ["STYLE", "Talk", "data_url", "sections", "table", "talk"]
 
@@ -182,6 +183,9 @@ class _Listener:
 
     def answers_after(self, pasts: Sequence[Sequence[Exchange]], questions: Sequence[str]) -> list[str]:
         return self.model.answers_after(pasts, questions)
+
+    def session(self, *, seed: int = 0) -> Session:
+        return self.model.session(seed=seed)
 
     def edits(self, images: Tensor, instructions: Sequence[str], seeds: Sequence[int]) -> Tensor:
         made = self.model.edits(images, instructions, seeds)

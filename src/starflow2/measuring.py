@@ -56,8 +56,8 @@ class Eval:
         ]
     ]
     suite: Annotated[
-        Literal["geneval", "dpg", "mme", "gqa", "mcq", "edit", "story"],
-        arg(help="drawing: geneval, dpg; answering: mme, gqa, mcq; edits; stories"),
+        Literal["geneval", "dpg", "mme", "gqa", "mcq", "edit", "sessions", "story"],
+        arg(help="drawing: geneval, dpg; answering: mme, gqa, mcq; edits, alone and in sessions; stories"),
     ] = "geneval"
     split: Annotated[Literal["dev", "test"], arg(help="dev for every choice, test to report")] = "dev"
     quick: Annotated[bool, arg(help="one item in eight: noisy")] = False

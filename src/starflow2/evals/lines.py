@@ -14,7 +14,7 @@ from rich.table import Table
 from starflow2.errors import ConfigError
 from starflow2.evals.report import commit
 
-__all__ = ["HEADINGS", "lines", "suite_markdown", "suite_record", "suite_table"]
+__all__ = ["HEADINGS", "lines", "suite_record", "suite_table"]
 
 HEADINGS = ("measure", "ID", "CG", "gap", "floor", "ceiling")
 ABSENT = "–"
@@ -35,13 +35,6 @@ def suite_table(report: Report) -> Table:
     for i, row in enumerate(lines(report)):
         grid.add_row(*row, style="bold" if i == 0 else None)
     return grid
-
-
-def suite_markdown(report: Report) -> str:
-    """The same in Markdown."""
-    rows = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *lines(report)]
-    body = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"**{_title(report)}**\n\n{body}\n\n{_NOTES[report['suite']]}\n"
 
 
 def suite_record(report: Report) -> dict[str, Any]:
@@ -145,6 +138,17 @@ def _edit(report: Report) -> Iterator[Line]:
         yield _row(f"{name}: success", _pair(report, "by_operation", name, "success"), (ABSENT, ABSENT))
 
 
+def _sessions(report: Report) -> Iterator[Line]:
+    """Sessions have one part, ID."""
+    bounds = [_at(report["controls"], kind, "all_turns", "score") for kind in ("copy", "ceiling")]
+    yield _row("all three edits", (report["all_turns"], None), (f"{bounds[0]:.3f}", f"{bounds[1]:.3f}"))
+    for turn, scores in enumerate(report["turns"], 1):
+        for name in ("success", "preserved"):
+            yield _row(f"edit {turn}: {name}", (scores[name], None), (ABSENT, ABSENT))
+    for name in ("same", "exact"):
+        yield _row(f"undo: {name}", (report["undo"][name], None), (ABSENT, ABSENT))
+
+
 def _story(report: Report) -> Iterator[Line]:
     for name in ("prefix", "structure", "block", "image", "consistency"):
         best = _at(report, "ceiling", name, "score")
@@ -165,6 +169,7 @@ _LINES: Mapping[str, Callable[[Report], Iterator[Line]]] = {
     "mcq": _mcq,
     "dpg": _dpg,
     "edit": _edit,
+    "edit_sessions": _sessions,
     "story": _story,
 }
 _NOTES: Mapping[str, str] = {
@@ -174,6 +179,8 @@ _NOTES: Mapping[str, str] = {
     "mcq": "Floor: chance, and a reader of the question alone. Circular: right in every rotation of the options.",
     "dpg": "Floor: pictures of other prompts. Ceiling: true pictures after the codec, clean / at the sampling noise.",
     "edit": "Floor: the picture handed back unchanged. Ceiling: the true result after the codec. Overall is of 10.",
+    "edit_sessions": "Three edits of one picture, an undo before the third. Floor: the source handed back. Undo: the "
+    "picture is again what it was, and to the byte.",
     "story": "Prefix: steps without any fault, of 4. Floor: other stories' pictures; of answers, guessing by the kind "
     "of question, and by the words of the requests where they settle it.",
 }

@@ -20,7 +20,7 @@ from starflow2.config import read_json
 from starflow2.errors import ConfigError, OutputError
 from starflow2.files import replacing
 
-__all__ = ["KeptRows", "append_ledger", "commit", "ledger_record", "markdown", "notes", "table", "write_json"]
+__all__ = ["KeptRows", "append_ledger", "commit", "ledger_record", "notes", "table", "write_json"]
 
 Report = Mapping[str, Any]
 ABSENT = "–"
@@ -36,14 +36,6 @@ def table(report: Report) -> Table:
     for row in _rows(report):
         grid.add_row(*row, style="bold" if row[0] == "overall" else None)
     return grid
-
-
-def markdown(report: Report) -> str:
-    """The same table in Markdown, with the notes as a list."""
-    headings = _columns(report)
-    lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *_rows(report)]
-    body = "\n".join(f"| {' | '.join(row)} |" for row in lines)
-    return f"**{_title(report)}**\n\n{body}\n\n" + "".join(f"- {note}\n" for note in notes(report))
 
 
 def notes(report: Report) -> list[str]:

@@ -20,16 +20,30 @@ from starflow2.errors import ConfigError, nearest
 from starflow2.evals.answering import evaluate_gqa, evaluate_mme
 from starflow2.evals.choices import evaluate_mcq
 from starflow2.evals.dense import evaluate_dpg, roundtrip_ceiling
-from starflow2.evals.editing import evaluate_edit
+from starflow2.evals.editing import evaluate_edit, evaluate_edit_sessions
 from starflow2.evals.stories import evaluate_story, story_ceiling
 from starflow2.evals.world import Drawer, score_geneval, to_bytes, to_floats
 
 __all__ = ["Suite", "Talker", "score_suite"]
 
-Suite = Literal["geneval", "dpg", "mme", "gqa", "mcq", "edit", "story"]
+Suite = Literal["geneval", "dpg", "mme", "gqa", "mcq", "edit", "sessions", "story"]
 Images = NDArray[np.uint8]
 Progress = Callable[[int, int], None]
 Report = dict[str, Any]
+
+
+class Conversation(Protocol):
+    """What a session with one user offers, as `Session` does."""
+
+    def add(self, *parts: Any) -> Conversation: ...
+
+    def draw(self) -> Any:
+        """Something whose `picture.image` is (3, 64, 64) in [-1, 1]."""
+        ...
+
+    def mark(self) -> Any: ...
+
+    def rewind(self, mark: Any) -> None: ...
 
 
 class Talker(Drawer, Protocol):
@@ -51,6 +65,10 @@ class Talker(Drawer, Protocol):
 
     def edits(self, images: Tensor, instructions: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Every picture changed as told."""
+        ...
+
+    def session(self, *, seed: int = 0) -> Any:
+        """A new `Conversation`."""
         ...
 
     def tell(self, talks: Sequence[Sequence[str]], seeds: Sequence[int]) -> list[list[list[str | Tensor]]]:
@@ -109,6 +127,26 @@ def _block(block: str | Tensor) -> tuple[str, Any]:
     return ("text", block) if isinstance(block, str) else ("image", to_bytes(block[None])[0])
 
 
+class _Editing:
+    """A picture edited in one conversation; going back rewinds it."""
+
+    def __init__(self, conversation: Conversation, source: Images) -> None:
+        self.conversation, self.pictures = conversation, [source]
+        self.marks: list[Any] = []  # before each edit
+
+    def edit(self, instruction: str) -> Images:
+        self.marks.append(self.conversation.mark())
+        shown = [] if len(self.marks) > 1 else [to_floats(self.pictures[0][None])[0]]
+        made = self.conversation.add(*shown, instruction).draw()
+        self.pictures.append(to_bytes(made.picture.image[None])[0])
+        return self.pictures[-1]
+
+    def undo(self, turns: int) -> Images:
+        self.conversation.rewind(self.marks[-turns])
+        del self.marks[-turns:], self.pictures[-turns:]
+        return self.pictures[-1]
+
+
 def _geneval(run: _Run) -> Report:
     return score_geneval(run.model, run.split, quick=run.quick, progress=run.progress)
 
@@ -147,6 +185,13 @@ def _edit(run: _Run) -> Report:
     )
 
 
+def _edit_sessions(run: _Run) -> Report:
+    def start(source: Images, seed: int) -> _Editing:
+        return _Editing(run.model.session(seed=seed), source)
+
+    return evaluate_edit_sessions(start, run.split, quick=run.quick, codec=run.codec, progress=run.progress)
+
+
 def _story(run: _Run) -> Report:
     report = evaluate_story(run.tell, run.split, quick=run.quick, ask=run.ask, progress=run.progress)
     return report | {"ceiling": story_ceiling(run.split, quick=run.quick, roundtrip=run.noisy_codec)}
@@ -159,6 +204,7 @@ _SUITES: Mapping[str, Callable[[_Run], Report]] = {
     "gqa": _gqa,
     "mcq": _mcq,
     "edit": _edit,
+    "sessions": _edit_sessions,
     "story": _story,
 }
 
