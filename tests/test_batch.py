@@ -14,7 +14,7 @@ from model_cases import STAGES, tiny_parts
 from starflow2.batch import Block, Exchange, Part, Talk, converse, reply_after
 from starflow2.data.dialogue import Turn
 from starflow2.decode import Completed, Ended, Picture, Replying, RowEvent, Sampler, Stepped
-from starflow2.errors import ConfigError
+from starflow2.errors import ConfigError, PromptError
 from starflow2.generate import DrawConfig
 from starflow2.sequence import pack
 from starflow2.session import Session
@@ -237,3 +237,12 @@ def test_a_reply_after_a_past_is_what_one_pass_over_it_all_finds_likeliest(sampl
 def test_as_many_pasts_as_questions(sampler):
     with pytest.raises(ConfigError, match="1 pasts and 2 questions"):
         reply_after(sampler, [[]], [["a star"], ["a ring"]], Replying(tokens=1, pictures=0))
+
+
+def test_a_talk_longer_than_the_model_reads_is_refused_before_anything_is_read(sampler):
+    small = copy.copy(sampler)
+    small.parts = copy.copy(sampler.parts)
+    small.parts.cfg = replace(sampler.parts.cfg, max_positions=40)
+    with pytest.raises(PromptError, match="conversation 1 has 1 positions, this needs"):
+        converse(small, [[["a star"]], [["a blue star " * 20]]], [0, 0], Replying(tokens=2, pictures=0))
+    assert converse(small, [[["a star"]]], [0], Replying(tokens=2, pictures=0))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from starflow2.decode import Completed, Picture, Replying, RowEvent, Rows, Sampler, Token
-from starflow2.errors import ConfigError
+from starflow2.errors import ConfigError, PromptError
 
 __all__ = ["Block", "Exchange", "Part", "Talk", "converse", "reply_after"]
 
@@ -108,11 +108,24 @@ def _ask(rows: Rows, asked: dict[int, Sequence[Part]], *, is_first: bool) -> Non
 
 
 def _take(rows: Rows, given: dict[int, Sequence[Part]]) -> None:
-    """Let rows read words and see pictures in order."""
+    """Let rows read words and see pictures in order. Raises PromptError before a row is longer than the model reads."""
+    for row, parts in given.items():
+        _check_room(rows, row, parts)
     for at in range(max(map(len, given.values()), default=0)):
         here = {i: parts[at] for i, parts in given.items() if at < len(parts)}
         _read(rows, {i: _ids(rows.sampler, part) for i, part in here.items() if isinstance(part, str)})
         _see(rows, {i: part for i, part in here.items() if isinstance(part, Tensor)})
+
+
+def _check_room(rows: Rows, row: int, parts: Sequence[Part]) -> None:
+    sampler, per_picture = rows.sampler, rows.sampler.layout.num_latents + 2
+    held, most = int(rows.main.keep[row].sum()), sampler.parts.cfg.max_positions
+    wanted = sum(len(_ids(sampler, part)) if isinstance(part, str) else per_picture for part in parts)
+    if held + wanted + per_picture > most:  # a reply needs room, too
+        raise PromptError(
+            f"conversation {row} has {held} positions, this needs {wanted} more and a reply up to {per_picture}; this "
+            f"model reads up to {most}: say less."
+        )
 
 
 def _ids(sampler: Sampler, text: str) -> list[int]:

@@ -157,7 +157,8 @@ class Output:
     """A whole batch read in parallel.
 
     affine, u: Gaussians and intermediate latents (P, N, D) of every picture; z: (P, N, D) and log_prob: (P,) nats of
-    its noisy latents x; h: (M, E) and g: (M, C) of the M positions with a label, labels: (M,), documents: (M,).
+    its noisy latents x, shallow_logdet: (P,) nats, the part of the shallow blocks in it; h: (M, E) and g: (M, C) of the
+    M positions with a label, labels: (M,), documents: (M,). head: states of such positions, to logits (M, V).
     """
 
     affine: Affine

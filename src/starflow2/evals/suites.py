@@ -6,8 +6,9 @@ Letters: B pictures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -84,6 +85,7 @@ class _Run:
     split: Split
     quick: bool
     progress: Progress | None
+    noises: Iterator[int] = field(default_factory=count)
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
         return to_bytes(self.model.draw(prompts, seeds))
@@ -92,7 +94,8 @@ class _Run:
         return to_bytes(self.model.roundtrip(to_floats(images)))
 
     def noisy_codec(self, images: Images) -> Images:
-        return to_bytes(self.model.roundtrip(to_floats(images), self.model.sampling_noise))
+        """With noise of its own in every call."""
+        return to_bytes(self.model.roundtrip(to_floats(images), self.model.sampling_noise, next(self.noises)))
 
     def one_each(self, images: Images, questions: Sequence[str]) -> list[str]:
         return self.model.answers([[image] for image in to_floats(images)], questions)

@@ -68,7 +68,7 @@ class ShallowFlow(nn.Module):
         return x, logdet
 
     def inverse(self, u: Tensor, noise_level: Tensor | None = None, solver: Solver | None = None) -> Tensor:
-        """u -> x, blocks in reverse order."""
+        """u -> x, both (B, N, D), blocks in reverse order; noise_level: (B,) where the blocks were given one."""
         for block in reversed(self.blocks):
             assert isinstance(block, AffineBlock)
             u = solve(block, u, None, noise_level, solver=solver).x
