@@ -101,7 +101,7 @@ def nano() -> RunConfig:
     """The embedded default: about nine and a half hours on two CPU cores (features 5 minutes, FAE 13, language
     model 105, t2i 120, adapter 15, joint about 300).
 
-    The shipped weights took 665,600 pictures in t2i and 716,800 documents in joint, both of which changed on the way,
+    The shipped weights took 665,600 pictures in t2i and 835,200 documents in joint, both of which changed on the way,
     and score W-GenEval 0.864 on seen combinations and W-Edit 0.750, test split: see the model card and docs/LOG.md.
     This very schedule has not been run from the start; joint reads 16-24 documents a second.
     """
