@@ -102,7 +102,7 @@ def nano() -> RunConfig:
     model 105, t2i 120, adapter 15, joint about 300).
 
     The shipped weights took 665,600 pictures in t2i and 835,200 documents in joint, both of which changed on the way,
-    and score W-GenEval 0.864 on seen combinations and W-Edit 0.750, test split: see the model card and docs/LOG.md.
+    and score W-GenEval 0.872 on seen combinations and W-Edit 0.765, test split: see the model card and docs/LOG.md.
     This very schedule has not been run from the start; joint reads 16-24 documents a second.
     """
     return RunConfig(
