@@ -142,6 +142,10 @@ class Talker(Oracle):
     def tower_answers(self, images, questions):
         return ["no"] * len(questions)
 
+    def answers_after(self, pasts, questions):
+        rows = zip(pasts, questions, strict=True)
+        return [self.stories[(*(said[0] for said, _ in past), question)].answer for past, question in rows]
+
     def edits(self, images, instructions, seeds):
         rows = zip(to_bytes(images), instructions, strict=True)
         edits = [self.targets[instruction, image.tobytes()] for image, instruction in rows]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 
@@ -159,7 +162,13 @@ def test_a_rewind_that_leaves_something_behind_is_caught(joined, monkeypatch):
 
 def test_an_inversion_at_another_level_is_caught(joined, monkeypatch):
     right = selfcheck.invert
-    monkeypatch.setattr(selfcheck, "invert", lambda *args: right(*args, noise_level=0.4))
+
+    def elsewhere(sampler: Sampler, *args: Any) -> Any:
+        other = copy.copy(sampler)
+        other.__class__ = type("Other", (Sampler,), {"noise_level": 0.4})
+        return right(other, *args)
+
+    monkeypatch.setattr(selfcheck, "invert", elsewhere)
     assert selfcheck._inversion(joined) > FLOAT32
 
 
