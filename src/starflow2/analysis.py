@@ -190,9 +190,6 @@ def _outlines(report: SkipReport, name: str) -> dict[str, list[tuple[float, floa
     return curves
 
 
-# -- where a picture is surprising -------------------------------------------------------------------------------
-
-
 # -- what a conversation costs -----------------------------------------------------------------------------------
 
 

@@ -59,8 +59,7 @@ def reply_after(
         chunk = slice(first, first + sampler.config.batch)
         rows = _recall(sampler, pasts[chunk])
         going = list(range(rows.rows))
-        for is_first in (True, False):
-            _ask(rows, {i: asked[first + i] for i in going if is_first == (not pasts[first + i])}, is_first=is_first)
+        _ask(rows, {i: asked[first + i] for i in going})
         listened = _listen(rows, going, [0] * len(going), _Style(replying, draws=False, watch=None))
         told += [listened[i] for i in going]
     return told
@@ -72,7 +71,7 @@ def _recall(sampler: Sampler, pasts: Sequence[Sequence[Exchange]]) -> Rows:
     end = [sampler.parts.cfg.vlm.special.end]
     for turn in range(max(map(len, pasts))):
         here = {i: past[turn] for i, past in enumerate(pasts) if turn < len(past)}
-        _ask(rows, {i: said for i, (said, _) in here.items()}, is_first=not turn)
+        _ask(rows, {i: said for i, (said, _) in here.items()})
         _take(rows, {i: replied for i, (_, replied) in here.items()})
         _read(rows, dict.fromkeys(here, end))
     return rows
@@ -92,35 +91,36 @@ def _chunk(sampler: Sampler, talks: Sequence[Talk], seeds: Sequence[int], style:
     told: list[list[list[Block]]] = [[] for _ in talks]
     for turn in range(max((len(talk) for talk in talks), default=0)):
         going = [i for i, talk in enumerate(talks) if turn < len(talk)]
-        _ask(rows, {i: talks[i][turn] for i in going}, is_first=not turn)
+        _ask(rows, {i: talks[i][turn] for i in going})
         for i, blocks in _listen(rows, going, [seeds[i] + turn for i in going], style).items():
             told[i].append(blocks)
     return told
 
 
-def _ask(rows: Rows, asked: dict[int, Sequence[Part]], *, is_first: bool) -> None:
+def _ask(rows: Rows, asked: dict[int, Sequence[Part]]) -> None:
     """Let rows read a user's turn, part by part, and open the model's."""
     tokenizer = rows.sampler.parts.tokenizer
     assert tokenizer is not None
-    _read(rows, {i: tokenizer.opens_user(is_first=is_first) for i in asked})
+    _read(rows, {i: tokenizer.opens_user(is_first=not rows.main.cursors[i].step) for i in asked})
     _take(rows, asked)
     _read(rows, {i: tokenizer.opens_reply() for i in asked})
 
 
 def _take(rows: Rows, given: dict[int, Sequence[Part]]) -> None:
     """Let rows read words and see pictures in order. Raises PromptError before a row is longer than the model reads."""
-    for row, parts in given.items():
+    spelled = {i: [_ids(rows.sampler, p) if isinstance(p, str) else p for p in parts] for i, parts in given.items()}
+    for row, parts in spelled.items():
         _check_room(rows, row, parts)
-    for at in range(max(map(len, given.values()), default=0)):
-        here = {i: parts[at] for i, parts in given.items() if at < len(parts)}
-        _read(rows, {i: _ids(rows.sampler, part) for i, part in here.items() if isinstance(part, str)})
+    for at in range(max(map(len, spelled.values()), default=0)):
+        here = {i: parts[at] for i, parts in spelled.items() if at < len(parts)}
+        _read(rows, {i: part for i, part in here.items() if isinstance(part, list)})
         _see(rows, {i: part for i, part in here.items() if isinstance(part, Tensor)})
 
 
-def _check_room(rows: Rows, row: int, parts: Sequence[Part]) -> None:
+def _check_room(rows: Rows, row: int, parts: Sequence[list[int] | Tensor]) -> None:
     sampler, per_picture = rows.sampler, rows.sampler.layout.num_latents + 2
     held, most = int(rows.main.keep[row].sum()), sampler.parts.cfg.max_positions
-    wanted = sum(len(_ids(sampler, part)) if isinstance(part, str) else per_picture for part in parts)
+    wanted = sum(len(part) if isinstance(part, list) else per_picture for part in parts)
     if held + wanted + per_picture > most:  # a reply needs room, too
         raise PromptError(
             f"conversation {row} has {held} positions, this needs {wanted} more and a reply up to {per_picture}; this "

@@ -30,6 +30,7 @@ from starflow2.errors import CheckpointError, ConfigError, OutputError, nearest
 from starflow2.fae import Fae, FaeConfig
 from starflow2.files import replacing
 from starflow2.flow import AffineBlock, Flow
+from starflow2.nn import raw_bytes
 from starflow2.parts import ModelConfig, Parts
 from starflow2.pretrained import Pretrained, fingerprint, locate
 from starflow2.pretzel import Joints, JointsConfig
@@ -114,8 +115,7 @@ def weights_digest(parts: Parts) -> str:
     said = hashlib.blake2b(digest_size=8)
     for name, value in sorted(parts.state_dict().items()):
         if name.startswith(OWN):
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            said.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
+            said.update(name.encode() + raw_bytes(value))
     return said.hexdigest()
 
 

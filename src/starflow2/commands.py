@@ -202,14 +202,12 @@ class Score:
                 raise ConfigError(f"--map needs a picture as the reply, the last part; it is {self.parts[-1]!r}.")
             check_png(self.map, "--map")
         check_json(self.json)
-        from starflow2.images import read_picture
-
         model = conversing(self.model, self.device, self.verb)
-        parts = [_part(part) for part in self.parts]
+        parts = [_part(model, part) for part in self.parts]
         scored = model.score(parts[:-1], parts[-1:])
         console().print(_score_table(scored))
         if self.map is not None:
-            print(_save_map(read_picture(parts[-1], model.parts.cfg.fae.image_size), scored.pictures[-1], self.map))
+            print(_save_map(parts[-1], scored.pictures[-1], self.map))
         about = {"asked": list(self.parts[:-1]), "reply": self.parts[-1], "model": model.parts.cfg.name}
         write_json(about | _score_facts(scored), self.json)
         return 0
@@ -227,9 +225,11 @@ def _is_picture(part: str) -> bool:
     return False
 
 
-def _part(part: str) -> str | Path:
-    """A picture as its file, words as they are. Raises DataError."""
-    return Path(part) if _is_picture(part) else part
+def _part(model: StarFlow2, part: str) -> str | Tensor:
+    """A picture, read once, or words as they are. Raises DataError."""
+    from starflow2.images import read_picture
+
+    return read_picture(part, model.parts.cfg.fae.image_size) if _is_picture(part) else part
 
 
 def _score_table(scored: Scored) -> Table:
@@ -276,11 +276,12 @@ def _picture_facts(picture: PictureScore) -> dict[str, Any]:
     }
 
 
-def _save_map(image: Tensor, picture: PictureScore, path: Path) -> str:
+def _save_map(image: str | Tensor, picture: PictureScore, path: Path) -> str:
     """Write the map and say what its colours mean."""
     from starflow2.heatmap import heat_map
     from starflow2.images import save_png, to_pil
 
+    assert not isinstance(image, str)
     low, high = float(picture.patches.min()), float(picture.patches.max())
     about = {"likeliest": f"{high:.3f}", "unlikeliest": f"{low:.3f}", "unit": "nats per patch"}
     save_png(to_pil(heat_map(image, -picture.patches)), path, about)

@@ -23,7 +23,7 @@ from torch import Tensor
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow.affine import Affine, strengths
 from starflow2.generate import DrawConfig
-from starflow2.nn import check
+from starflow2.nn import check, raw_bytes
 from starflow2.parts import Parts
 from starflow2.pretzel import Latent, PretzelCache, Slots
 from starflow2.sequence import Cursor, Layout
@@ -161,7 +161,7 @@ class Sampler:
         found = blake2b(str(self.dtype).encode(), digest_size=16)
         for module in (self.parts.vlm, self.parts.flow, self.parts.joints):
             for value in module.state_dict().values():
-                found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                found.update(raw_bytes(value))
         return found.hexdigest()
 
     @property

@@ -22,6 +22,7 @@ from starflow2.checkpoint import load_tensors, save_tensors
 from starflow2.config import from_dict, to_dict
 from starflow2.errors import CheckpointError, ConfigError
 from starflow2.flow import AffineBlock
+from starflow2.nn import raw_bytes
 from starflow2.parts import Parts
 
 __all__ = ["Lora", "LoraConfig", "attach", "load", "merge", "save"]
@@ -95,7 +96,7 @@ def digest(parts: Parts) -> str:
     for layer in _targets(parts.flow.deep).values():
         found = _adapter(layer)
         plain = layer.weight if found is None else found[1]
-        said.update(plain.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        said.update(raw_bytes(plain))
     return said.hexdigest()
 
 

@@ -73,6 +73,11 @@ def _gain(picture: Drawn) -> float | None:
     return picture.log_prob - picture.unconditional
 
 
+def _words(blocks: Sequence[str | Drawn]) -> str:
+    """What a reply says."""
+    return " ".join(block for block in blocks if isinstance(block, str))
+
+
 def _shown(image: str | Path | Image | Tensor) -> Path | Image | Tensor:
     """A picture by its file name is a Path to a session, where a str is words."""
     return Path(image) if isinstance(image, str) else image
@@ -218,7 +223,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             [[*shown, heard(self.parts, q)]] for shown, q in zip(images, questions, strict=True)
         ]
         told = converse(self.sampler(), talks, [0] * len(talks), Replying(tokens=tokens, pictures=0))
-        return [" ".join(b for b in blocks if isinstance(b, str)) for (blocks,) in told]
+        return [_words(blocks) for (blocks,) in told]
 
     def answers_after(self, pasts: Sequence[Sequence[Exchange]], questions: Sequence[str]) -> list[str]:
         """One greedy answer per question, each after a past of (said, replied), words and pictures (3, s, s)."""
@@ -229,7 +234,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         held = [[(taken(said), taken(replied)) for said, replied in past] for past in pasts]
         asked = [[heard(self.parts, question)] for question in questions]
         told = reply_after(self.sampler(), held, asked, Replying(tokens=48, pictures=0))
-        return [" ".join(b for b in blocks if isinstance(b, str)) for blocks in told]
+        return [_words(blocks) for blocks in told]
 
     def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:
         """What the language model alone answers, seeing pictures (B, 3, s, s) through its own vision tower."""

@@ -45,6 +45,11 @@ def check(x: Tensor, shape: str, name: str = "x", **sizes: int) -> None:
         raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected ({wanted}).")
 
 
+def raw_bytes(x: Tensor) -> bytes:
+    """Every value of `x` as it stands in memory, for digests."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def at_least_fp32(x: Tensor) -> Tensor:
     """x in float32 if it was half precision; float32 and float64 pass unchanged."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
