@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starflow2.checkpoint import load_parts
-from starflow2.data.edits import Edit, edit_dialogue, suite_edits
-from starflow2.data.world import Scene
 from starflow2.flow.noise import add_noise
-from starflow2.parts import Parts
-from starflow2.sequence import pack
-from starflow2.stages import to_images
+from starflow2.models.checkpoint import load_parts
+from starflow2.models.components import Parts
+from starflow2.models.sequence import pack
+from starflow2.training.tasks import to_images
+from starflow2.world.edits import Edit, edit_dialogue, suite_edits
+from starflow2.world.scene import Scene
 
 OPERATIONS = ("remove", "recolor", "reshape")  # a change of one object that could be done to any other
 MOVED = 0.25  # mean square over channels of a latent that an object's change concerns

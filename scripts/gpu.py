@@ -28,16 +28,16 @@ from typing import get_args
 
 import torch
 
-from starflow2.compare import CompareConfig, compare_and_keep
-from starflow2.decode import Sampler
 from starflow2.errors import TrainingError
 from starflow2.evals.report import write_json
-from starflow2.evals.suites import Suite, score_suite
-from starflow2.generate import DrawConfig
-from starflow2.model import StarFlow2
-from starflow2.recipes import nano
-from starflow2.stages import RunConfig
-from starflow2.train import StepReport, fit
+from starflow2.evals.runner import Suite, score_suite
+from starflow2.inference.decoder import Sampler
+from starflow2.inference.text_to_image import DrawConfig
+from starflow2.pipeline import StarFlow2
+from starflow2.research.ablations import CompareConfig, compare_and_keep
+from starflow2.training.loop import StepReport, fit
+from starflow2.training.recipes import nano
+from starflow2.training.tasks import RunConfig
 
 RUN = Path("runs/gpu")
 BEFORE_JOINT = Path("runs/gpu-before-joint")  # what the comparisons start from

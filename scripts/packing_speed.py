@@ -25,13 +25,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from starflow2.checkpoint import load_parts
-from starflow2.data.mix import fits
-from starflow2.model import NANO
-from starflow2.parts import Parts
-from starflow2.recipes import nano
-from starflow2.sequence import IGNORE, Batch, Document, Image, Layout, Pictures, Segment, Text, pack
-from starflow2.stages import TASKS, StageConfig, Task
+from starflow2.data.mixture import fits
+from starflow2.models.checkpoint import load_parts
+from starflow2.models.components import Parts
+from starflow2.models.hub import NANO
+from starflow2.models.sequence import IGNORE, Batch, Document, Image, Layout, Pictures, Segment, Text, pack
+from starflow2.training.recipes import nano
+from starflow2.training.tasks import TASKS, StageConfig, Task
 
 CAPTION = (6.0, 10.0, 8, 128)  # words of one: shape and scale of a gamma distribution, least, most
 INTERLEAVED = (300, 1200)  # positions of one, least and most

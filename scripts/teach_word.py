@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from starflow2.data import world
-from starflow2.data.tasks import draw_task
-from starflow2.evals import judge
-from starflow2.evals.world import score_geneval, to_bytes
-from starflow2.finetune import FinetuneConfig, finetune, read_album
-from starflow2.model import NANO, StarFlow2
+from starflow2.core.images import to_bytes
+from starflow2.evals.world import score_geneval
+from starflow2.models.hub import NANO
+from starflow2.pipeline import StarFlow2
+from starflow2.training.finetune import FinetuneConfig, finetune, read_album
+from starflow2.world import detector as judge
+from starflow2.world import scene as world
+from starflow2.world.questions import draw_task
 
 WORD, RGB = "brown", (110, 50, 10)  # more than 0.3 from every colour of the world, the judge's tolerance
 WRITTEN_LIKE = ("red", "yellow", "green", "blue", "purple", "pink", "black")  # not orange: "an" would be wrong

@@ -83,8 +83,11 @@ def smoke_model(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Pat
 
     Made once for all workers; its run folder is the parent. Copy it before changing anything in it.
     """
-    from starflow2.recipes import nano, smoke  # only here: most tests do without the seconds that this import takes
-    from starflow2.train import fit
+    from starflow2.training.loop import fit
+    from starflow2.training.recipes import (  # only here: most tests do without the seconds that this import takes
+        nano,
+        smoke,
+    )
 
     base = tmp_path_factory.getbasetemp()
     run = (base if worker_id == "master" else base.parent) / "smoke-run"

@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from starflow2.core.images import to_tensor
 from starflow2.data.corpora import Corpus, Photo
 from starflow2.data.dialogue import Turn
-from starflow2.images import to_tensor
-from starflow2.sequence import Image as Picture
-from starflow2.sequence import Layout, Segment, Text
+from starflow2.models.sequence import Image as Picture
+from starflow2.models.sequence import Layout, Segment, Text
 
 SIDE = 24  # pixels of every picture
 LAYOUT = Layout(grid=(2, 2), begin=1, end=2, latent=3, pad=0)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starflow2 import convert
 from starflow2.flow import AffineBlock, BlockConfig
+from starflow2.models import convert
 from starflow2.nn import StackConfig
 
 

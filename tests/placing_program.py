@@ -22,13 +22,14 @@ from torch.distributed.tensor import DTensor
 from model_cases import mix_of
 from pretrained_cases import paper_in_miniature, write_upstream
 from shard_program import start
-from starflow2 import pretzel, train
-from starflow2.checkpoint import save_parts, start_parts
+from starflow2.models import pretzel
+from starflow2.models.checkpoint import save_parts, start_parts
+from starflow2.models.components import ModelConfig
+from starflow2.models.pretrained import Pretrained
 from starflow2.nn import StackConfig
-from starflow2.parts import ModelConfig
-from starflow2.pretrained import Pretrained
-from starflow2.recipes import paper, smoke
-from starflow2.stages import OptimConfig, RunConfig, ShardConfig
+from starflow2.training import loop as train
+from starflow2.training.recipes import paper, smoke
+from starflow2.training.tasks import OptimConfig, RunConfig, ShardConfig
 
 WIDTH = 512
 

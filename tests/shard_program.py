@@ -23,9 +23,11 @@ from typing import Any
 import torch
 
 from model_cases import tiny_run
-from starflow2 import stages, train, trainstate
 from starflow2.data.dialogue import Dialogue, Turn
-from starflow2.stages import OptimConfig, RunConfig, ShardConfig
+from starflow2.training import checkpoint as trainstate
+from starflow2.training import loop as train
+from starflow2.training import tasks as stages
+from starflow2.training.tasks import OptimConfig, RunConfig, ShardConfig
 
 WORDS = Dialogue((Turn(("is it red",), ("no",)), Turn(("what colour is it",), ("blue and yellow",))), "words")
 RIGHT = stages.joint_dialogue

@@ -14,14 +14,18 @@ from torch import nn
 
 from model_cases import STAGES, WHITEN, tiny_folder, tiny_parts, tiny_run, whiten_quickly
 from starflow2 import nn as nn_module
-from starflow2 import parallel, pretzel, stages, train, trainstate
-from starflow2.checkpoint import load_parts
 from starflow2.errors import ConfigError, OutputError, TrainingError
 from starflow2.flow import Affine, Flow
-from starflow2.parallel import Group, check_shares, checkpoint_layers
-from starflow2.pretzel import Pretzel
-from starflow2.stages import TASKS, OptimConfig, ShardConfig, StageConfig, Task
-from starflow2.trainstate import State, store_for
+from starflow2.models import pretzel
+from starflow2.models.checkpoint import load_parts
+from starflow2.models.pretzel import Pretzel
+from starflow2.training import checkpoint as trainstate
+from starflow2.training import loop as train
+from starflow2.training import parallel
+from starflow2.training import tasks as stages
+from starflow2.training.checkpoint import State, store_for
+from starflow2.training.parallel import Group, check_shares, checkpoint_layers
+from starflow2.training.tasks import TASKS, OptimConfig, ShardConfig, StageConfig, Task
 
 RUN = tiny_run(4)
 
@@ -34,8 +38,8 @@ def gradients(name: str, batches: int, monkeypatch: pytest.MonkeyPatch, **change
     """Gradients and told values of the first step, with noise that every picture brings along."""
     stage = stage_of(name, accumulate=batches, **changes)
     parts = tiny_parts(STAGES)
-    monkeypatch.setattr("starflow2.stages._source_levels", lambda parts, count, _: torch.full((count,), 0.2))
-    monkeypatch.setattr("starflow2.stages.add_noise", lambda x, level, _: x + 0.1 * torch.sin(1e3 * x))
+    monkeypatch.setattr("starflow2.training.tasks._source_levels", lambda parts, count, _: torch.full((count,), 0.2))
+    monkeypatch.setattr("starflow2.training.tasks.add_noise", lambda x, level, _: x + 0.1 * torch.sin(1e3 * x))
     monkeypatch.setattr("starflow2.flow.noise.NoiseConfig.draw", lambda self, count, _: torch.full((count,), 0.3))
     task = TASKS[name](parts, stage, 0)
     parts.requires_grad_(False)
@@ -168,7 +172,7 @@ def _alone() -> Iterator[None]:
 @pytest.mark.usefixtures("_alone")
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_trains_in_shards_as_it_does_in_copies(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("starflow2.stages.length_groups", lambda lengths, _: [list(range(len(lengths)))])
+    monkeypatch.setattr("starflow2.training.tasks.length_groups", lambda lengths, _: [list(range(len(lengths)))])
     monkeypatch.setattr(stages.T2iTask, "_whiten", WHITEN)  # is put back
     whiten_quickly()
     told: dict[str, list[float]] = {}

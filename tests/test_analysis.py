@@ -11,8 +11,13 @@ import torch
 from PIL import Image
 
 from model_cases import STAGES, tiny_parts
-from starflow2 import analysis
-from starflow2.analysis import (
+from starflow2.core.images import CURVES, Panel, histogram_outline, plot_panels
+from starflow2.errors import ConfigError, ShapeError
+from starflow2.inference.decoder import Sampler
+from starflow2.inference.session import Session
+from starflow2.inference.text_to_image import DrawConfig
+from starflow2.research import analysis
+from starflow2.research.analysis import (
     Contribution,
     TurnCost,
     plot_skips,
@@ -20,13 +25,8 @@ from starflow2.analysis import (
     skip_contributions,
     turn_costs,
 )
-from starflow2.data.tasks import lexicon
-from starflow2.decode import Sampler
-from starflow2.errors import ConfigError, ShapeError
-from starflow2.generate import DrawConfig
-from starflow2.images import CURVES, Panel, histogram_outline, plot_panels
-from starflow2.mot import MotParts
-from starflow2.session import Session
+from starflow2.research.mot import MotParts
+from starflow2.world.questions import lexicon
 
 SIDE = 2
 COUNT = SIDE * SIDE

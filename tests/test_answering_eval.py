@@ -13,14 +13,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from model_cases import tiny_parts, tiny_run
 from starflow2.data.dialogue import Turn
-from starflow2.data.tasks import HELD_OUT_CHAINS, SUBTASKS, YES_NO, chain, draw_task
-from starflow2.data.world import bucket, held_out, render, scene_key
 from starflow2.errors import ConfigError, DataError, ShapeError
-from starflow2.evals import answering
-from starflow2.evals.answering import evaluate_gqa, evaluate_mme, parse_yes_no, question_prior, score_mme, verify_lock
-from starflow2.sequence import IGNORE, pack
-from starflow2.stages import VlmTask, to_images
-from starflow2.understand import answer
+from starflow2.evals import gqa as answering
+from starflow2.evals.gqa import evaluate_gqa, evaluate_mme, parse_yes_no, question_prior, score_mme, verify_lock
+from starflow2.inference.vlm_answer import answer
+from starflow2.models.sequence import IGNORE, pack
+from starflow2.training.tasks import VlmTask, to_images
+from starflow2.world.questions import HELD_OUT_CHAINS, SUBTASKS, YES_NO, chain, draw_task
+from starflow2.world.scene import bucket, held_out, render, scene_key
 
 SUITES = {"mme": (evaluate_mme, answering.mme_items), "gqa": (evaluate_gqa, answering.gqa_items)}
 

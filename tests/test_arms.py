@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from starflow2.arms import StepTeller, side_by_side
 from starflow2.errors import ConfigError, DataError
-from starflow2.train import StepReport
+from starflow2.research.runs import StepTeller, side_by_side
+from starflow2.training.loop import StepReport
 
 
 def trained(unit: int) -> list[dict[str, Any]]:

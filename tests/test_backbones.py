@@ -9,12 +9,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from helpers import wake
 from model_cases import texts, tiny_model, tiny_tokenizer
-from starflow2.backbones import DinoFeatures, QwenStream
-from starflow2.data.tasks import draw_task
-from starflow2.data.world import render
 from starflow2.errors import ShapeError
-from starflow2.sequence import image_mrope, text_mrope
-from starflow2.stages import to_images
+from starflow2.models.qwen import DinoFeatures, QwenStream
+from starflow2.models.sequence import image_mrope, text_mrope
+from starflow2.training.tasks import to_images
+from starflow2.world.questions import draw_task
+from starflow2.world.scene import render
 
 SPECIAL = tiny_model().vlm.special
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from model_cases import STAGES, tiny_parts
-from starflow2.batch import Block, Exchange, Part, Talk, converse, reply_after
 from starflow2.data.dialogue import Turn
-from starflow2.decode import Completed, Ended, Picture, Replying, RowEvent, Sampler, Stepped
 from starflow2.errors import ConfigError, PromptError
-from starflow2.generate import DrawConfig
-from starflow2.sequence import pack
-from starflow2.session import Session
+from starflow2.inference.conversations import Block, Exchange, Part, Talk, converse, reply_after
+from starflow2.inference.decoder import Completed, Ended, Picture, Replying, RowEvent, Sampler, Stepped
+from starflow2.inference.session import Session
+from starflow2.inference.text_to_image import DrawConfig
+from starflow2.models.sequence import pack
 
 SIDE, SIZE = 2, 16
 

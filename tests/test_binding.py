@@ -10,7 +10,7 @@ import torch
 
 from helpers import script
 from model_cases import STAGES, tiny_parts
-from starflow2.data.edits import Edit, suite_edits
+from starflow2.world.edits import Edit, suite_edits
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from PIL import Image
 from torch.nn.functional import one_hot
 
 from model_cases import tiny_parts
-from starflow2.chat import Album, Chat, Screen, graphics_of, inline, lines_of
+from starflow2.cli.repl import Album, Chat, Screen, graphics_of, inline, lines_of
+from starflow2.core.images import read_metadata
 from starflow2.errors import OutputError, PromptError
-from starflow2.images import read_metadata
-from starflow2.model import StarFlow2
-from starflow2.pretzel import Pretzel
-from starflow2.session import Session
+from starflow2.inference.session import Session
+from starflow2.models.pretzel import Pretzel
+from starflow2.pipeline import StarFlow2
 
 ESCAPE = "\x1b"
 SETTINGS = {"guidance": 1.0, "prior_scale": 0.65, "model": "tiny"}

@@ -9,12 +9,20 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from starflow2.data.choices import DIMENSIONS, OPEN_RIDDLES, RIDDLES, choice_about, choice_words, draw_scene, riddle
-from starflow2.data.tasks import NUMBERS, lexicon
-from starflow2.data.world import COLORS, SHAPES, bucket, held_out, is_trainable, relations, render, scene_key, stream
 from starflow2.errors import ConfigError, DataError
-from starflow2.evals import choices
-from starflow2.evals.choices import SUITES, evaluate_mcq, first_letter, leading_letter, text_prior, verify_lock
+from starflow2.evals import mcq as choices
+from starflow2.evals.mcq import SUITES, evaluate_mcq, first_letter, leading_letter, text_prior, verify_lock
+from starflow2.world.multiple_choice import (
+    DIMENSIONS,
+    OPEN_RIDDLES,
+    RIDDLES,
+    choice_about,
+    choice_words,
+    draw_scene,
+    riddle,
+)
+from starflow2.world.questions import NUMBERS, lexicon
+from starflow2.world.scene import COLORS, SHAPES, bucket, held_out, is_trainable, relations, render, scene_key, stream
 
 
 def all_items(split="dev"):

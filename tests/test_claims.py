@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from starflow2.claims import CLAIMS, find, write_claims
 from starflow2.errors import DataError
+from starflow2.research.paper_claims import CLAIMS, find, write_claims
 
 
 def arm(low: float, mean: float, high: float) -> dict[str, object]:

@@ -21,14 +21,16 @@ from PIL import Image
 
 from model_cases import tiny_folder, tiny_parts
 from pretrained_cases import write_upstream
-from starflow2 import __version__, cli, measuring
-from starflow2.checkpoint import save_parts
-from starflow2.evals.drawing import PARTS
-from starflow2.generate import DrawConfig
-from starflow2.heatmap import heat_map
-from starflow2.images import read_metadata, read_picture, to_pil
-from starflow2.model import StarFlow2
-from starflow2.session import Session
+from starflow2 import __version__
+from starflow2.cli import app as cli
+from starflow2.cli import evaluate as measuring
+from starflow2.core.heatmap import heat_map
+from starflow2.core.images import read_metadata, read_picture, to_pil
+from starflow2.evals.geneval import PARTS
+from starflow2.inference.session import Session
+from starflow2.inference.text_to_image import DrawConfig
+from starflow2.models.checkpoint import save_parts
+from starflow2.pipeline import StarFlow2
 
 ROOT = Path(__file__).resolve().parent.parent
 VERBS = [command.verb for command in cli.COMMANDS]
@@ -36,7 +38,7 @@ JOINT = ("features", "fae", "vlm", "t2i", "adapter", "joint")
 HEAVY = ("torch", "transformers", "numpy", "PIL", "rich")
 HELP = f"""
 import sys
-from starflow2.cli import COMMANDS, main
+from starflow2.cli.app import COMMANDS, main
 codes = [main(["--help"]), *(main([command.verb, "--help"]) for command in COMMANDS)]
 print(codes, [name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
 """
@@ -231,7 +233,7 @@ def test_a_full_disk_leaves_the_picture_that_was_there(model, monkeypatch, capsy
         raise OSError(errno.ENOSPC, "No space left on device")
 
     Path("old.png").write_bytes(b"old")
-    monkeypatch.setattr("starflow2.files.os.fsync", full)
+    monkeypatch.setattr("starflow2.core.files.os.fsync", full)
     assert "cannot write old.png: No space left on device" in refused(capsys, "generate", "a star", "-o", "old.png")
     assert Path("old.png").read_bytes() == b"old"
 
@@ -392,7 +394,7 @@ RECIPE = """
 from dataclasses import replace
 from pathlib import Path
 from pretrained_cases import paper_in_miniature
-from starflow2.recipes import paper, smoke
+from starflow2.training.recipes import paper, smoke
 def run():
     short = smoke(paper())
     stages = tuple(replace(s, steps=1, batch=2) for s in short.stages)
@@ -401,7 +403,7 @@ def run():
 
 
 def test_a_prepared_run_over_pretrained_folders_trains_its_first_stages(capsys, monkeypatch):
-    monkeypatch.setattr("starflow2.stages.T2iTask._whiten", lambda self: None)
+    monkeypatch.setattr("starflow2.training.tasks.T2iTask._whiten", lambda self: None)
     write_upstream(Path("up"))
     Path("mine.py").write_text(RECIPE)
     assert cli.main(["prepare", "mine:run", "-o", "work", "--json", "facts.json"]) == 0
@@ -449,7 +451,7 @@ def test_demo_says_where_its_page_is(monkeypatch, scored, capsys):
     made = SimpleNamespace(
         scores=report, shown=shown, report={"seconds_per_image": 0.25}, page=Path("out/demo/index.html")
     )
-    monkeypatch.setattr("starflow2.demo.make_demo", lambda *_, **__: made)
+    monkeypatch.setattr("starflow2.cli.demo.make_demo", lambda *_, **__: made)
     assert cli.main(["demo"]) == 0
     assert "1 of 1 pictures show what was asked, 0.25 s each. The page: out/demo/index.html" in capsys.readouterr().out
 
@@ -508,7 +510,7 @@ def replying(monkeypatch, joint: StarFlow2, *blocks: str | None) -> None:
     def logits(_: object, h: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
         return torch.eye(joint.parts.cfg.vlm.vocab, dtype=torch.float64)[[next(tokens)] * len(h)]
 
-    monkeypatch.setattr("starflow2.pretzel.Pretzel.logits", logits)
+    monkeypatch.setattr("starflow2.models.pretzel.Pretzel.logits", logits)
 
 
 def test_an_interleaved_reply_is_told_in_order_and_its_pictures_are_numbered(joint, monkeypatch, capsys):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from model_cases import WHITEN, tiny_parts
-from starflow2 import codecs
-from starflow2.checkpoint import save_parts
-from starflow2.codecs import ARMS, CodecsConfig, compare_codecs, held_out_nats, start, write
 from starflow2.errors import ConfigError
+from starflow2.models.checkpoint import save_parts
+from starflow2.research import codec_ablations as codecs
+from starflow2.research.codec_ablations import ARMS, CodecsConfig, compare_codecs, held_out_nats, start, write
 
 CONFIG = CodecsConfig(steps=1, batch=2, seeds=(0,))
 
@@ -21,7 +21,7 @@ CONFIG = CodecsConfig(steps=1, batch=2, seeds=(0,))
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A model to compare on; scores of drawings are made up, eight pictures stand for all."""
-    monkeypatch.setattr("starflow2.stages.T2iTask._whiten", lambda self: WHITEN(self, 64, 32))
+    monkeypatch.setattr("starflow2.training.tasks.T2iTask._whiten", lambda self: WHITEN(self, 64, 32))
     drawn = []
 
     def scores(drawer, split, *, quick, samples):

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from model_cases import STAGES, tiny_parts
-from starflow2 import compare
-from starflow2.checkpoint import load_parts, save_parts
-from starflow2.compare import CompareConfig, compare_and_keep, summary, write
-from starflow2.config import read_json
+from starflow2.core.serialize import read_json
 from starflow2.errors import CheckpointError, ConfigError
-from starflow2.parts import Parts
+from starflow2.models.checkpoint import load_parts, save_parts
+from starflow2.models.components import Parts
+from starflow2.research import ablations as compare
+from starflow2.research.ablations import CompareConfig, compare_and_keep, summary, write
 
 CONFIG = CompareConfig(steps=2, batch=4, seeds=(0, 1), unseen=4)
 READY = ("features", "fae", "vlm", "t2i", "adapter")

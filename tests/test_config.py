@@ -12,9 +12,9 @@ from typing import Literal
 
 import pytest
 
-from starflow2.config import from_dict, load_json, save_json, to_dict
+from starflow2.core.files import replacing
+from starflow2.core.serialize import from_dict, load_json, save_json, to_dict
 from starflow2.errors import ConfigError, OutputError, StarFlowError, nearest
-from starflow2.files import replacing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path):
 FULL_DISK = """
 import resource, sys
 from starflow2.errors import OutputError
-from starflow2.files import replacing
+from starflow2.core.files import replacing
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     with replacing(sys.argv[1]) as temp:

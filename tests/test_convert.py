@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from flow_keys import load_reference, starflow_config, weights_of
-from starflow2.convert import adopt, flow_state
 from starflow2.errors import CheckpointError
 from starflow2.flow import Context, Flow, FlowConfig
+from starflow2.models.convert import adopt, flow_state
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from corpora_cases import (
     write_tar,
 )
 from starflow2.data.corpora import CORPORA, REASONS, Broken, Photo, decode, understand
-from starflow2.data.mix import Spelling
+from starflow2.data.mixture import Spelling
 from starflow2.data.shards import PICTURES, Sample, Samples
 from starflow2.errors import DataError
 

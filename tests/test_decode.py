@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from model_cases import tiny_parts
-from starflow2.decode import Begun, Completed, Ended, Replying, Rows, Sampler, Token
-from starflow2.generate import DrawConfig
-from starflow2.pretzel import PretzelCache, Slots, States
-from starflow2.sequence import Image, Segment, Text, pack
+from starflow2.inference.decoder import Begun, Completed, Ended, Replying, Rows, Sampler, Token
+from starflow2.inference.text_to_image import DrawConfig
+from starflow2.models.pretzel import PretzelCache, Slots, States
+from starflow2.models.sequence import Image, Segment, Text, pack
 
 PRECISIONS = ("float32", "float64")
 

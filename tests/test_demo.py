@@ -11,16 +11,18 @@ import pytest
 import torch
 
 from model_cases import STAGES, tiny_parts
-from starflow2 import demo_talk
-from starflow2.data.edits import OPERATIONS
-from starflow2.data.tasks import FAMILIES, suite_drawings
-from starflow2.data.world import render
-from starflow2.demo import make_demo
+from starflow2.cli import demo_conversations as demo_talk
+from starflow2.cli.demo import make_demo
+from starflow2.core.images import read_metadata, to_bytes, to_floats, to_pil
 from starflow2.errors import OutputError
-from starflow2.evals import answering, editing, stories
-from starflow2.evals.world import score_geneval, to_bytes, to_floats
-from starflow2.images import read_metadata, to_pil
-from starflow2.model import StarFlow2
+from starflow2.evals import edit as editing
+from starflow2.evals import gqa as answering
+from starflow2.evals import story as stories
+from starflow2.evals.world import score_geneval
+from starflow2.pipeline import StarFlow2
+from starflow2.world.edits import OPERATIONS
+from starflow2.world.questions import FAMILIES, suite_drawings
+from starflow2.world.scene import render
 
 
 class Oracle:

@@ -9,11 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from starflow2.data.dense import CATEGORIES, PROMPTS, Node, suite_dense
-from starflow2.data.tasks import NUMBERS, lexicon
-from starflow2.data.world import BACKGROUND_NAMES, COLORS, SHAPES, bucket, held_out, relations, render, scene_key
 from starflow2.errors import ConfigError, DataError
-from starflow2.evals.dense import (
+from starflow2.evals.dpg import (
     SAMPLES,
     answers,
     evaluate_dpg,
@@ -22,7 +19,10 @@ from starflow2.evals.dense import (
     soft_score,
     verify_lock,
 )
-from starflow2.evals.judge import detect
+from starflow2.world.dense_prompts import CATEGORIES, PROMPTS, Node, suite_dense
+from starflow2.world.detector import detect
+from starflow2.world.questions import NUMBERS, lexicon
+from starflow2.world.scene import BACKGROUND_NAMES, COLORS, SHAPES, bucket, held_out, relations, render, scene_key
 
 
 def drawer(split="dev", change=lambda scene, seed: scene):

@@ -14,9 +14,9 @@ import pytest
 RUN = """
 import hashlib, sys
 from dataclasses import replace
-from starflow2 import train
-from starflow2.parallel import Group
-from starflow2.recipes import nano, smoke
+from starflow2.training import loop as train
+from starflow2.training.parallel import Group
+from starflow2.training.recipes import nano, smoke
 
 folder, steps = sys.argv[1], int(sys.argv[2])
 run = smoke(nano())

@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from starflow2.data.edits import OPERATIONS, fits
-from starflow2.data.world import Thing, render
 from starflow2.errors import ConfigError, DataError
-from starflow2.evals import editing
-from starflow2.evals._shared import lock_text
-from starflow2.evals.editing import evaluate_edit, evaluate_edit_sessions, grade_edits, verify_lock
+from starflow2.evals import edit as editing
+from starflow2.evals.edit import evaluate_edit, evaluate_edit_sessions, grade_edits, verify_lock
+from starflow2.evals.statistics import lock_text
+from starflow2.world.edits import OPERATIONS, fits
+from starflow2.world.scene import Thing, render
 
 
 @pytest.fixture

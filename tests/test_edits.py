@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from starflow2.data import edits
-from starflow2.data.edits import (
+from starflow2.errors import ConfigError, DataError
+from starflow2.world import edits
+from starflow2.world.edits import (
     EDIT_WORDINGS,
     OPERATIONS,
     Edit,
@@ -19,7 +20,7 @@ from starflow2.data.edits import (
     suite_edits,
     suite_sessions,
 )
-from starflow2.data.world import (
+from starflow2.world.scene import (
     BACKGROUND_NAMES,
     COLORS,
     SHAPES,
@@ -30,7 +31,6 @@ from starflow2.data.world import (
     scene_key,
     stream,
 )
-from starflow2.errors import ConfigError, DataError
 from test_tasks import leaks, text_leaks, words
 
 NOUN = re.compile(rf"the ((?:(?:{'|'.join((*SIZES, *COLORS))}) )*(?:{'|'.join(SHAPES)}))")

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from model_cases import LATENT, WHITEN, tiny_folder, tiny_parts, tiny_run
-from starflow2.checkpoint import load_parts
 from starflow2.errors import ConfigError
-from starflow2.generate import drawing_context
-from starflow2.losses import ngp_loss
-from starflow2.planner import SCHEMES, Hardware, Sizes, plan, state_bytes
-from starflow2.recipes import nano, nano_end_to_end, smoke
-from starflow2.rehearsal import rehearse
-from starflow2.sequence import length_groups
-from starflow2.stages import OptimConfig, StageConfig, T2iTask
-from starflow2.train import fit
+from starflow2.models.checkpoint import load_parts
+from starflow2.models.context import drawing_context
+from starflow2.models.sequence import length_groups
+from starflow2.training.dry_run import rehearse
+from starflow2.training.loop import fit
+from starflow2.training.losses import ngp_loss
+from starflow2.training.planner import SCHEMES, Hardware, Sizes, plan, state_bytes
+from starflow2.training.recipes import nano, nano_end_to_end, smoke
+from starflow2.training.tasks import OptimConfig, StageConfig, T2iTask
 
 STAGE = StageConfig(name="t2i", steps=1, batch=4, codec_weight=4.0)
 
@@ -121,7 +121,7 @@ def test_without_a_weight_the_stage_is_what_it_was_bit_for_bit():
 
 
 def test_a_run_trains_both_and_repeats_itself_when_it_is_resumed(tmp_path, monkeypatch):
-    monkeypatch.setattr("starflow2.stages.T2iTask._whiten", partialmethod(WHITEN, 64, 32))
+    monkeypatch.setattr("starflow2.training.tasks.T2iTask._whiten", partialmethod(WHITEN, 64, 32))
     monkeypatch.setattr(OptimConfig, "rate", lambda self, step, steps: 1.0)  # else it depends on the last step
     run, found = tiny_run(steps=2, save_every=1), []
     stages = tuple(replace(s, codec_weight=4.0, batch=2) if s.name == "t2i" else s for s in run.stages)

@@ -10,11 +10,11 @@ import torch
 
 from helpers import wake
 from model_cases import LATENT, WIDTH, tiny_model, tiny_parts
-from starflow2.data.tasks import draw_task
 from starflow2.errors import ConfigError, ShapeError
-from starflow2.fae import Fae, FaeCodec
-from starflow2.protocols import Codec, FeatureExtractor
-from starflow2.stages import FaeTask, StageConfig, to_images
+from starflow2.models.fae import Fae, FaeCodec
+from starflow2.models.protocols import Codec, FeatureExtractor
+from starflow2.training.tasks import FaeTask, StageConfig, to_images
+from starflow2.world.questions import draw_task
 
 
 def pictures(count: int, first: int = 0) -> torch.Tensor:

@@ -13,16 +13,16 @@ from transformers.models.qwen3_vl import Qwen3VLConfig
 from helpers import wake
 from model_cases import tiny_model, tiny_parts, tiny_tokenizer
 from pretrained_cases import SPECIAL, qwen_tokenizer
-from starflow2.backbones import ChatTokenizer, Qwen3Stream, QwenTokenizer, load_tokenizer
 from starflow2.data.dialogue import Turn
-from starflow2.data.tasks import draw_task
-from starflow2.decode import Sampler
 from starflow2.errors import CheckpointError
-from starflow2.generate import DrawConfig
-from starflow2.pretzel import Joints, Pretzel
-from starflow2.protocols import LanguageStream
-from starflow2.sequence import Image, Text, image_mrope, pack, text_mrope
-from starflow2.session import Session
+from starflow2.inference.decoder import Sampler
+from starflow2.inference.session import Session
+from starflow2.inference.text_to_image import DrawConfig
+from starflow2.models.pretzel import Joints, Pretzel
+from starflow2.models.protocols import LanguageStream
+from starflow2.models.qwen import ChatTokenizer, Qwen3Stream, QwenTokenizer, load_tokenizer
+from starflow2.models.sequence import Image, Text, image_mrope, pack, text_mrope
+from starflow2.world.questions import draw_task
 
 # What Qwen2.5-VL's own template renders, without its branches for video and numbered pictures.
 TEMPLATE = (

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from model_cases import STAGES, WHITEN, tiny_parts, tiny_run
-from starflow2 import stages
-from starflow2.checkpoint import load_parts, save_parts
-from starflow2.data.tasks import draw_task
+from starflow2.core.images import to_pil
 from starflow2.errors import DataError, TrainingError
-from starflow2.images import to_pil
-from starflow2.sequence import Image, Text, pack
-from starflow2.stages import CorpusConfig, StageConfig, T2iTask, to_images
-from starflow2.train import StepReport, fit
+from starflow2.models.checkpoint import load_parts, save_parts
+from starflow2.models.sequence import Image, Text, pack
+from starflow2.training import tasks as stages
+from starflow2.training.loop import StepReport, fit
+from starflow2.training.tasks import CorpusConfig, StageConfig, T2iTask, to_images
+from starflow2.world.questions import draw_task
 
 pytest.importorskip("torchdata", reason="real corpora need the extra train")
 
@@ -87,8 +87,8 @@ def test_a_model_that_saw_real_text_refuses_no_word_and_broken_pictures_are_list
 
 
 def test_a_stream_goes_on_in_as_many_processes_only(tmp_path, mixture):
-    from starflow2.feed import feed_for
-    from starflow2.parallel import Group
+    from starflow2.training.loader import feed_for
+    from starflow2.training.parallel import Group
 
     parts = tiny_parts(STAGES[:3])
     stage = on(mixture, StageConfig(name="t2i", steps=2, batch=4), 2)

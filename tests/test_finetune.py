@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 
 from helpers import script
 from model_cases import STAGES, tiny_folder, tiny_parts
-from starflow2 import lora
-from starflow2.checkpoint import load_parts
-from starflow2.cli import Finetune, main
-from starflow2.data.tasks import draw_task
+from starflow2.cli.app import Finetune, main
 from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
-from starflow2.finetune import FinetuneConfig, _task, finetune, read_album
-from starflow2.lora import LoraConfig
-from starflow2.parts import Parts
-from starflow2.prompts import check_words
-from starflow2.train import StepReport
+from starflow2.models import lora
+from starflow2.models.checkpoint import load_parts
+from starflow2.models.components import Parts
+from starflow2.models.lora import LoraConfig
+from starflow2.models.prompts import check_words
+from starflow2.training.finetune import FinetuneConfig, _task, finetune, read_album
+from starflow2.training.loop import StepReport
+from starflow2.world.questions import draw_task
 
 SMALL = FinetuneConfig(steps=3, batch=4, lora=LoraConfig(rank=2))
 
@@ -42,7 +42,7 @@ def album_folder(tmp_path: Path) -> Path:
 
 def density(parts: Parts) -> torch.Tensor:
     """Log density of some latents behind a caption, through the whole deep block."""
-    from starflow2.generate import drawing_context
+    from starflow2.models.context import drawing_context
 
     rows = [parts.tokenizer.drawing_prompt(draw_task(0, i).prompt) for i in range(2)]
     latents = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(1))
@@ -195,7 +195,7 @@ def test_the_ceiling_is_what_the_codec_leaves_of_the_new_colour(tmp_path):
 
 
 def test_the_pictures_of_the_new_colour_show_it_and_the_judge_with_its_palette_sees_it():
-    from starflow2.evals import judge
+    from starflow2.world import detector as judge
 
     teach = script("teach_word")
     made = list(teach.captioned(12, 3))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from starflow2.evals.drawing import Found, grade, relations
+from starflow2.evals.geneval import Found, grade, relations
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from starflow2.core.images import contact_sheet, read_metadata, read_picture, save_png, to_pil, to_tensor
 from starflow2.errors import DataError, OutputError, ShapeError
-from starflow2.images import contact_sheet, read_metadata, read_picture, save_png, to_pil, to_tensor
 
 
 def every_byte() -> np.ndarray:

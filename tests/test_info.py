@@ -7,11 +7,12 @@ import torch
 
 from model_cases import tiny_folder, tiny_model
 from starflow2.errors import CheckpointError, ConfigError
-from starflow2.info import describe, find_config
+from starflow2.models.components import build
+from starflow2.models.pretzel import PretzelCache, Slots
+from starflow2.models.sequence import text_mrope
+from starflow2.models.summary import describe
 from starflow2.nn import Cache
-from starflow2.parts import build
-from starflow2.pretzel import PretzelCache, Slots
-from starflow2.sequence import text_mrope
+from starflow2.training.recipes import find_config
 
 
 def test_every_parameter_is_counted_once_and_in_one_component():

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from starflow2.data.world import BACKGROUNDS, COLORS, SHAPES, Scene, Thing, render, sample_scene, stream
 from starflow2.errors import DataError
-from starflow2.evals.judge import MIN_PIXELS, Scan, _components, detect
+from starflow2.world.detector import MIN_PIXELS, Scan, _components, detect
+from starflow2.world.scene import BACKGROUNDS, COLORS, SHAPES, Scene, Thing, render, sample_scene, stream
 
 
 def scenes(count, seed=0):

@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from helpers import wake
 from model_cases import STAGES, WIDTH, tiny_model, tiny_parts
-from starflow2 import losses
 from starflow2.flow import Context, Flow
-from starflow2.losses import (
+from starflow2.models.components import Parts
+from starflow2.models.sequence import IGNORE, Document, Image, Text, pack
+from starflow2.training import losses
+from starflow2.training.losses import (
     FeatureJudge,
     JointTerms,
     adversarial_losses,
@@ -27,8 +29,6 @@ from starflow2.losses import (
     ntp_loss,
     perceptual_loss,
 )
-from starflow2.parts import Parts
-from starflow2.sequence import IGNORE, Document, Image, Text, pack
 
 HALF_LOG_TAU = 0.5 * math.log(2 * math.pi)
 

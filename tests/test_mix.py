@@ -21,7 +21,7 @@ from corpora_cases import LAYOUT, PUBLISHED, SIDE, Letters, captioned, encoded, 
 from starflow2.data import shards
 from starflow2.data.corpora import Photo
 from starflow2.data.dialogue import Dialogue, Turn
-from starflow2.data.mix import (
+from starflow2.data.mixture import (
     WAITING,
     BatchConfig,
     Batches,
@@ -35,7 +35,7 @@ from starflow2.data.mix import (
 )
 from starflow2.data.shards import Samples, Share
 from starflow2.errors import ConfigError, DataError
-from starflow2.sequence import Batch, Text, pack
+from starflow2.models.sequence import Batch, Text, pack
 
 SPELLING = Spelling(Letters(), LAYOUT, SIDE)
 PLAIN = BatchConfig(rows=3, width=64, block=7, caption_drop=0.0)
@@ -524,7 +524,7 @@ def test_paths_are_plain(tmp_path):
 def test_a_stage_trains_on_batches_of_real_corpora_as_on_drawn_ones(tmp_path):
     """The tiny model's own tokenizer and sizes; gradients reach the flow from pictures and words of two corpora."""
     from model_cases import tiny_parts
-    from starflow2.stages import JointTask, StageConfig
+    from starflow2.training.tasks import JointTask, StageConfig
 
     captioned(tmp_path / "a" / "0.tar", 8)
     url, _ = PUBLISHED["zebra-cot"](tmp_path / "b")

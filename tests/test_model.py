@@ -15,15 +15,17 @@ import pytest
 import torch
 
 from model_cases import STAGES, tiny_parts
-from starflow2 import StarFlow2, checkpoint, lora
+from starflow2 import StarFlow2
+from starflow2.core.images import read_picture, save_png, to_pil
 from starflow2.errors import CheckpointError, ConfigError, DataError, DeviceError, PromptError, ShapeError
 from starflow2.flow import Context, SampleConfig
-from starflow2.generate import DrawConfig, draw, drawing_context, prompt_context
-from starflow2.images import read_picture, save_png, to_pil
-from starflow2.lora import LoraConfig
-from starflow2.model import pick_device
-from starflow2.scoring import score
-from starflow2.session import Session
+from starflow2.inference.likelihood import score
+from starflow2.inference.session import Session
+from starflow2.inference.text_to_image import DrawConfig, draw
+from starflow2.models import checkpoint, lora
+from starflow2.models.context import drawing_context, prompt_context
+from starflow2.models.hub import pick_device
+from starflow2.models.lora import LoraConfig
 
 PROMPTS = [
     "two red hearts",
@@ -517,7 +519,7 @@ def test_a_hub_id_is_fetched_with_the_options_given_and_loaded_from_where_it_lie
         asked.append((name, options))
         return str(saved)
 
-    from starflow2 import model as home
+    from starflow2 import pipeline as home
 
     signature = inspect.signature(home.snapshot_download)
     fetched.__signature__ = signature  # type: ignore[attr-defined]

@@ -13,16 +13,16 @@ from torch.autograd.functional import jacobian
 
 from helpers import wake
 from model_cases import LATENT, STAGES, tiny_parts
-from starflow2.decode import Completed, Replying, Rows, Sampler, Token
 from starflow2.errors import ConfigError
 from starflow2.flow import NoiseConfig
-from starflow2.generate import DrawConfig
-from starflow2.losses import joint_loss
-from starflow2.mot import Mot, MotParts, Trains, matched_width, num_parameters
-from starflow2.parts import Parts
-from starflow2.pretzel import States
-from starflow2.recipes import nano_model
-from starflow2.sequence import Batch, Document, Image, Text, pack
+from starflow2.inference.decoder import Completed, Replying, Rows, Sampler, Token
+from starflow2.inference.text_to_image import DrawConfig
+from starflow2.models.components import Parts
+from starflow2.models.pretzel import States
+from starflow2.models.sequence import Batch, Document, Image, Text, pack
+from starflow2.research.mot import Mot, MotParts, Trains, matched_width, num_parameters
+from starflow2.training.losses import joint_loss
+from starflow2.training.recipes import nano_model
 
 LONG: Document = (
     Text((1, 30, 31)), Image(), Text((40, 41, 2)), Image(is_target=True), Text((50, 51, 3), is_target=True),

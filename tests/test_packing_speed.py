@@ -9,8 +9,8 @@ import torch
 
 from helpers import script
 from model_cases import STAGES, tiny_parts, tiny_run
-from starflow2.losses import joint_loss
-from starflow2.sequence import Batch
+from starflow2.models.sequence import Batch
+from starflow2.training.losses import joint_loss
 
 
 @pytest.fixture(scope="module")

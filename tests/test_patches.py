@@ -13,22 +13,22 @@ from safetensors.torch import load_file, save_file
 
 from helpers import wake
 from model_cases import WHITEN, tiny_model, tiny_run, tiny_tokenizer
-from starflow2.checkpoint import FORMAT, load_parts, save_parts
-from starflow2.data.tasks import draw_task, lexicon
 from starflow2.errors import CheckpointError, ConfigError, ShapeError
 from starflow2.evals.codec import codec_table, evaluate_codec
 from starflow2.flow import Context
-from starflow2.generate import DrawConfig
-from starflow2.info import describe
-from starflow2.model import StarFlow2
-from starflow2.parts import Parts
-from starflow2.patches import PatchCodec, PatchConfig
-from starflow2.protocols import Codec
-from starflow2.recipes import nano, nano_patches, smoke, with_patches
-from starflow2.rehearsal import rehearse
-from starflow2.scoring import decode_code
-from starflow2.stages import TASKS, StageConfig, to_images
-from starflow2.train import fit
+from starflow2.inference.likelihood import decode_code
+from starflow2.inference.text_to_image import DrawConfig
+from starflow2.models.checkpoint import FORMAT, load_parts, save_parts
+from starflow2.models.components import Parts
+from starflow2.models.patches import PatchCodec, PatchConfig
+from starflow2.models.protocols import Codec
+from starflow2.models.summary import describe
+from starflow2.pipeline import StarFlow2
+from starflow2.training.dry_run import rehearse
+from starflow2.training.loop import fit
+from starflow2.training.recipes import nano, nano_patches, smoke, with_patches
+from starflow2.training.tasks import TASKS, StageConfig, to_images
+from starflow2.world.questions import draw_task, lexicon
 
 PATCHES = PatchConfig(image_size=64, patch_size=8, mean=(0.74, 0.76, 0.71), std=(0.31, 0.34, 0.37))
 DONE = ("vlm", "t2i", "adapter", "joint")
@@ -202,7 +202,7 @@ def test_patches_have_no_codec_to_train_end_to_end():
 
 
 def test_patches_go_through_their_stages(tmp_path, monkeypatch):
-    monkeypatch.setattr("starflow2.stages.T2iTask._whiten", partialmethod(WHITEN, 64, 32))
+    monkeypatch.setattr("starflow2.training.tasks.T2iTask._whiten", partialmethod(WHITEN, 64, 32))
     save_parts(patch_parts(("vlm",)), tmp_path / "model")
     run = tiny_run(steps=1, save_every=1)
     stages = tuple(replace(s, batch=2) for s in run.stages if s.name in DONE)

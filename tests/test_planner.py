@@ -9,9 +9,10 @@ import torch
 
 from model_cases import tiny_tokenizer
 from starflow2.errors import ConfigError
-from starflow2.parallel import Group
-from starflow2.parts import Parts
-from starflow2.planner import (
+from starflow2.models.components import Parts
+from starflow2.training.loop import _new_state
+from starflow2.training.parallel import Group
+from starflow2.training.planner import (
     CAPTIONED,
     INTERLEAVED,
     SCHEMES,
@@ -27,9 +28,8 @@ from starflow2.planner import (
     state_bytes,
     works,
 )
-from starflow2.recipes import mini, nano, paper
-from starflow2.stages import TASKS
-from starflow2.train import _new_state
+from starflow2.training.recipes import mini, nano, paper
+from starflow2.training.tasks import TASKS
 
 H100 = Hardware(gpus=1, peak=1e15, mfu=0.4)  # 400 TFLOP/s
 
@@ -135,7 +135,7 @@ def test_mini_fits_on_one_consumer_gpu():
 
 @pytest.mark.parametrize("name", [s.name for s in nano().stages])
 def test_nanos_parameters_optimiser_and_average_are_those_of_the_real_tensors(name, monkeypatch):
-    monkeypatch.setattr("starflow2.stages.T2iTask._whiten", lambda self: None)
+    monkeypatch.setattr("starflow2.training.tasks.T2iTask._whiten", lambda self: None)
     run = nano()
     stage = run.stage(name)
     parts = Parts(run.model, tiny_tokenizer())

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from model_cases import STAGES, WIDTH, mix_of, tiny_parts
-from starflow2 import pretzel as module
+from starflow2.models import pretzel as module
+from starflow2.models.prefix import before_pictures, states_in_two_passes
+from starflow2.models.sequence import Batch, Document, Image, Text, pack
 from starflow2.nn import Cache
-from starflow2.prefix import before_pictures, states_in_two_passes
-from starflow2.sequence import Batch, Document, Image, Text, pack
-from starflow2.stages import JointTask, ShardConfig, StageConfig
+from starflow2.training.tasks import JointTask, ShardConfig, StageConfig
 
 CAPTION: Document = [Text((1, 20, 21, 22, 23, 24, 25, 2)), Image(is_target=True), Text((3,), is_target=True)]
 STORY: Document = [*CAPTION, Text((1, 30, 31, 2)), Image(is_target=True), Text((40, 41, 3), is_target=True)]

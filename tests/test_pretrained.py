@@ -20,14 +20,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from helpers import wake
 from pretrained_cases import SIZE, SPECIAL, write_upstream
-from starflow2.backbones import DinoConfig, DinoFeatures, SiglipConfig, SiglipFeatures
-from starflow2.checkpoint import load_parts, save_parts, start_parts
 from starflow2.data.dialogue import Turn
 from starflow2.errors import CheckpointError, ConfigError
-from starflow2.parts import ModelConfig, Parts
-from starflow2.pretrained import INDEX, Pretrained, fingerprint, inventory, locate
-from starflow2.recipes import nano_model, paper_siglip, smoke
-from starflow2.sequence import image_mrope, pack, text_mrope
+from starflow2.models.checkpoint import load_parts, save_parts, start_parts
+from starflow2.models.components import ModelConfig, Parts
+from starflow2.models.pretrained import INDEX, Pretrained, fingerprint, inventory, locate
+from starflow2.models.qwen import DinoConfig, DinoFeatures, SiglipConfig, SiglipFeatures
+from starflow2.models.sequence import image_mrope, pack, text_mrope
+from starflow2.training.recipes import nano_model, paper_siglip, smoke
 
 
 @pytest.fixture(scope="module")

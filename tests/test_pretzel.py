@@ -14,15 +14,15 @@ from torch.autograd.functional import jacobian
 from helpers import wake
 from model_cases import LATENT, STAGES, tiny_model, tiny_parts, tiny_tokenizer
 from starflow2.data.dialogue import Turn
-from starflow2.data.tasks import draw_task
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.flow.affine import standard_normal_log_prob
-from starflow2.generate import drawing_context
-from starflow2.losses import joint_loss, ngp_loss
-from starflow2.parts import Parts
-from starflow2.pretzel import Adapter, JointsConfig, Output, Pretzel, States
-from starflow2.sequence import IGNORE, Batch, Document, Image, Text, pack
-from starflow2.stages import AdapterTask, StageConfig, with_pictures
+from starflow2.models.components import Parts
+from starflow2.models.context import drawing_context
+from starflow2.models.pretzel import Adapter, JointsConfig, Output, Pretzel, States
+from starflow2.models.sequence import IGNORE, Batch, Document, Image, Text, pack
+from starflow2.training.losses import joint_loss, ngp_loss
+from starflow2.training.tasks import AdapterTask, StageConfig, with_pictures
+from starflow2.world.questions import draw_task
 
 LEVELS = (0.05, 0.5, 0.3)
 # words, a picture that is shown, words, a picture that is drawn, words, another one that is drawn

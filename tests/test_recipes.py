@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from starflow2.config import from_dict, to_dict
+from starflow2.core.serialize import from_dict, to_dict
 from starflow2.errors import ConfigError
-from starflow2.fae import Fae
 from starflow2.flow.noise import NoiseEmbedding
-from starflow2.info import describe
-from starflow2.losses import latent_penalty
-from starflow2.parts import build
-from starflow2.recipes import RECIPES, find, mini, nano, paper, paper_siglip, smoke
-from starflow2.stages import RunConfig
-from starflow2.train import fit
+from starflow2.models.components import build
+from starflow2.models.fae import Fae
+from starflow2.models.summary import describe
+from starflow2.training.loop import fit
+from starflow2.training.losses import latent_penalty
+from starflow2.training.recipes import RECIPES, find, mini, nano, paper, paper_siglip, smoke
+from starflow2.training.tasks import RunConfig
 
 LARGE = ("mini", "paper", "paper-siglip")
 
@@ -78,7 +78,7 @@ def test_nano_in_miniature_keeps_its_sizes():
 
 @pytest.mark.parametrize(("name", "count"), [("paper", 4), ("paper-siglip", 1)])
 def test_a_large_recipe_in_miniature_goes_through_its_stages(name, count, tmp_path, monkeypatch):
-    monkeypatch.setattr("starflow2.stages.T2iTask._whiten", lambda self: None)  # looks at 2048 captions
+    monkeypatch.setattr("starflow2.training.tasks.T2iTask._whiten", lambda self: None)  # looks at 2048 captions
     run = smoke(find(name))
     short = tuple(replace(s, steps=1, batch=2, save_every=1) for s in run.stages[:count])
     run, losses = replace(run, stages=short, precision="float32"), []

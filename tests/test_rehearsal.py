@@ -9,9 +9,9 @@ import torch
 
 from model_cases import STAGES, tiny_parts, tiny_run
 from starflow2.errors import TrainingError
-from starflow2.recipes import nano
-from starflow2.rehearsal import rehearse
-from starflow2.stages import TASKS
+from starflow2.training.dry_run import rehearse
+from starflow2.training.recipes import nano
+from starflow2.training.tasks import TASKS
 
 RUN = tiny_run(2)
 

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from model_cases import STAGES, tiny_parts
-from starflow2.batch import converse
 from starflow2.data.dialogue import Turn
-from starflow2.decode import Picture, Replying, Sampler, Token
 from starflow2.errors import ConfigError
 from starflow2.flow.affine import standard_normal_log_prob
-from starflow2.generate import DrawConfig
-from starflow2.losses import joint_loss, ntp_loss
-from starflow2.model import StarFlow2
-from starflow2.scoring import decode_code, invert, score
-from starflow2.sequence import Image as Slot
-from starflow2.sequence import Text, pack
-from starflow2.session import Session
+from starflow2.inference.conversations import converse
+from starflow2.inference.decoder import Picture, Replying, Sampler, Token
+from starflow2.inference.likelihood import decode_code, invert, score
+from starflow2.inference.session import Session
+from starflow2.inference.text_to_image import DrawConfig
+from starflow2.models.sequence import Image as Slot
+from starflow2.models.sequence import Text, pack
+from starflow2.pipeline import StarFlow2
+from starflow2.training.losses import joint_loss, ntp_loss
 
 SIDE, SIZE, DIMS = 2, 16, 16
 

@@ -10,11 +10,11 @@ import torch
 
 from model_cases import STAGES, tiny_parts
 from starflow2 import nn, selfcheck
-from starflow2.decode import Rows, Sampler
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow import Affine, Flow, Jacobi
-from starflow2.model import StarFlow2
-from starflow2.pretzel import Pretzel
+from starflow2.inference.decoder import Rows, Sampler
+from starflow2.models.pretzel import Pretzel
+from starflow2.pipeline import StarFlow2
 from starflow2.selfcheck import FLOAT32, FLOAT64, STREAMS64, Check, check_model
 
 
@@ -152,7 +152,7 @@ def test_rows_that_all_do_the_same_compare_nothing_and_fail(joined, monkeypatch)
 
 def test_a_rewind_that_leaves_something_behind_is_caught(joined, monkeypatch):
     monkeypatch.setattr(nn.Cache, "truncate", lambda self, length: None)
-    monkeypatch.setattr("starflow2.pretzel.PretzelCache.length", property(lambda self: self.flow.length))
+    monkeypatch.setattr("starflow2.models.pretzel.PretzelCache.length", property(lambda self: self.flow.length))
     planned = [row for row in selfcheck._JOINT_PLAN if row[1] is selfcheck._fork_and_rewind]
     monkeypatch.setattr(selfcheck, "_PLAN", ())
     monkeypatch.setattr(selfcheck, "_JOINT_PLAN", tuple(planned))
@@ -179,7 +179,7 @@ def test_patches_that_do_not_add_up_are_caught(joined, monkeypatch):
 
 
 def test_documents_that_see_each_other_are_caught(joined, monkeypatch):
-    monkeypatch.setattr("starflow2.sequence.Batch.attend", property(lambda self: None))
+    monkeypatch.setattr("starflow2.models.sequence.Batch.attend", property(lambda self: None))
     assert selfcheck._packed(joined) > FLOAT32
 
 

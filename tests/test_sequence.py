@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from starflow2.errors import DataError
-from starflow2.sequence import (
+from starflow2.models.sequence import (
     IGNORE,
     Cursor,
     Document,

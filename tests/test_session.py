@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model_cases import STAGES, tiny_parts
-from starflow2.decode import Rows, Sampler
+from starflow2.core.images import read_picture
 from starflow2.errors import CheckpointError, ConfigError, DataError, OutputError, PromptError, ShapeError
-from starflow2.fae import Fae
-from starflow2.generate import DrawConfig
-from starflow2.images import read_picture
-from starflow2.parts import Parts
-from starflow2.sequence import Image as Slot
-from starflow2.sequence import Text, pack
-from starflow2.session import Drew, Event, Finished, Made, Session, Started, Wrote
+from starflow2.inference.decoder import Rows, Sampler
+from starflow2.inference.session import Drew, Event, Finished, Made, Session, Started, Wrote
+from starflow2.inference.text_to_image import DrawConfig
+from starflow2.models.components import Parts
+from starflow2.models.fae import Fae
+from starflow2.models.sequence import Image as Slot
+from starflow2.models.sequence import Text, pack
 
 SIDE, SIZE = 2, 16  # latents and pixels a side
 COUNT = SIDE * SIDE

@@ -7,7 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from starflow2.data.stories import (
+from starflow2.errors import ConfigError
+from starflow2.world.questions import NUMBERS
+from starflow2.world.scene import COLORS, SHAPES, SIZES, Scene, bucket, coverage, held_out, is_trainable, relations
+from starflow2.world.stories import (
     CG_ROWS,
     KINDS,
     STORY_WORDINGS,
@@ -22,9 +25,6 @@ from starflow2.data.stories import (
     story_words,
     suite_stories,
 )
-from starflow2.data.tasks import NUMBERS
-from starflow2.data.world import COLORS, SHAPES, SIZES, Scene, bucket, coverage, held_out, is_trainable, relations
-from starflow2.errors import ConfigError
 
 SIDES = {"left": "left of", "right": "right of", "above": "above", "over": "above", "below": "below", "under": "below"}
 EDITS = {"test": 3, "dev": 5}

@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from starflow2.data.stories import TOLD_KINDS, agrees, answer_question, parse_sentence
-from starflow2.data.world import Scene, Thing, bucket, render
 from starflow2.errors import ConfigError, DataError
-from starflow2.evals import stories
-from starflow2.evals.stories import evaluate_story, story_ceiling, verify_lock
+from starflow2.evals import story as stories
+from starflow2.evals.story import evaluate_story, story_ceiling, verify_lock
+from starflow2.world.scene import Scene, Thing, bucket, render
+from starflow2.world.stories import TOLD_KINDS, agrees, answer_question, parse_sentence
 
 RUNGS = ("structure", "block", "image", "consistency")
 pytestmark = pytest.mark.timeout(600)  # seconds of one core, but the core may be shared

@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from starflow2.data.stories import suite_stories
 from starflow2.errors import ConfigError
-from starflow2.evals import suites
-from starflow2.evals.lines import HEADINGS, lines, suite_table
-from starflow2.evals.suites import score_suite
+from starflow2.evals import runner as suites
+from starflow2.evals.runner import score_suite
+from starflow2.evals.tables import HEADINGS, lines, suite_table
+from starflow2.world.stories import suite_stories
 
 
 class Talking:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from corpora_cases import LAYOUT, PUBLISHED, SIDE, Letters, captioned, encoded, write_tar
-from starflow2 import cli
+from starflow2.cli import app as cli
+from starflow2.data.check import survey
 from starflow2.data.corpora import Corpus
-from starflow2.data.mix import Source, Spelling
+from starflow2.data.mixture import Source, Spelling
 from starflow2.data.shards import Format
-from starflow2.data.survey import survey
 from starflow2.errors import DataError
 
 SPELLING = Spelling(Letters(), LAYOUT, SIDE)

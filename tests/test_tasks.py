@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import pytest
 
-from starflow2.data import tasks
-from starflow2.data.tasks import FAMILIES, draw_task, lexicon, understanding_task
-from starflow2.data.world import COLORS, SHAPES, Scene, bucket, held_out, relations, scene_key, stream
 from starflow2.errors import ConfigError
+from starflow2.world import questions as tasks
+from starflow2.world.questions import FAMILIES, draw_task, lexicon, understanding_task
+from starflow2.world.scene import COLORS, SHAPES, Scene, bucket, held_out, relations, scene_key, stream
 
 RULES = {
     "pair": lambda s, c: (c + 3 * s) % 8 in (0, 4),

@@ -32,21 +32,20 @@ from model_cases import (
     tiny_tokenizer,
     whiten_quickly,
 )
-from starflow2 import checkpoint, stages, train
-from starflow2.checkpoint import load_parts, save_parts
 from starflow2.data.dialogue import Dialogue, Turn
-from starflow2.data.stories import story_dialogue, story_task
-from starflow2.data.tasks import T2I_MIX, draw_task
-from starflow2.data.understanding import understanding_dialogue
-from starflow2.data.world import Scene, render, stream
 from starflow2.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from starflow2.flow import Flow
-from starflow2.generate import drawing_context
-from starflow2.losses import JointTerms
-from starflow2.model import StarFlow2
-from starflow2.parts import Parts
-from starflow2.sequence import IGNORE, Batch, length_groups
-from starflow2.stages import (
+from starflow2.models import checkpoint
+from starflow2.models.checkpoint import load_parts, save_parts
+from starflow2.models.components import Parts
+from starflow2.models.context import drawing_context
+from starflow2.models.sequence import IGNORE, Batch, length_groups
+from starflow2.pipeline import StarFlow2
+from starflow2.training import loop as train
+from starflow2.training import tasks as stages
+from starflow2.training.loop import StepReport, fit
+from starflow2.training.losses import JointTerms
+from starflow2.training.tasks import (
     TASKS,
     CaptionConfig,
     OpeningConfig,
@@ -57,7 +56,10 @@ from starflow2.stages import (
     dropped,
     joint_dialogue,
 )
-from starflow2.train import StepReport, fit
+from starflow2.world.conversations import understanding_dialogue
+from starflow2.world.questions import T2I_MIX, draw_task
+from starflow2.world.scene import Scene, render, stream
+from starflow2.world.stories import story_dialogue, story_task
 
 STEPS, EVERY = 6, 2
 RUN = tiny_run(STEPS, EVERY)
@@ -133,8 +135,8 @@ sys.path.insert(0, tests)
 import torch
 torch.set_num_threads(int(threads))
 from model_cases import tiny_run, whiten_quickly
-from starflow2 import checkpoint
-from starflow2.train import fit
+from starflow2.models import checkpoint
+from starflow2.training.loop import fit
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -941,7 +943,7 @@ sys.path.insert(0, tests)
 import torch
 torch.set_num_threads(int(threads))
 from model_cases import tiny_run
-from starflow2.train import fit
+from starflow2.training.loop import fit
 
 run = tiny_run(STEPS, EVERY)
 for stage, folder in zip(("adapter", "joint"), folders):
@@ -1001,7 +1003,8 @@ torch.set_num_threads(1)
 from dataclasses import replace
 from safetensors.torch import save_file
 from model_cases import tiny_run, whiten_quickly
-from starflow2 import stages, train
+from starflow2.training import tasks as stages
+from starflow2.training import loop as train
 
 whiten_quickly()
 with socket.socket() as free:

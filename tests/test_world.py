@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from starflow2.data import world
-from starflow2.data.world import COLORS, HELD_OUT, PALETTE, SHAPES, Scene, Thing, render, sample_scene, stream
 from starflow2.errors import ConfigError
+from starflow2.world import scene as world
+from starflow2.world.scene import COLORS, HELD_OUT, PALETTE, SHAPES, Scene, Thing, render, sample_scene, stream
 
 K = range(len(SHAPES))
 

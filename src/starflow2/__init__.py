@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from starflow2.errors import StarFlowError
 
 if TYPE_CHECKING:
-    from starflow2.model import StarFlow2
+    from starflow2.pipeline import StarFlow2
 
 __version__ = "0.1.0"
 __all__ = ["StarFlow2", "StarFlowError", "__version__"]
 
-_HOMES = {"StarFlow2": "starflow2.model"}
+_HOMES = {"StarFlow2": "starflow2.pipeline"}
 
 
 def __getattr__(name: str) -> object:

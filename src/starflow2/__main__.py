@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from starflow2.cli import main
+from starflow2.cli.app import main
 
 __all__: list[str] = []
 

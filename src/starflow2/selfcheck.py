@@ -22,19 +22,21 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from starflow2.data.tasks import draw_task
-from starflow2.decode import Completed, Picture, Replying, Rows, Sampler, Token
+from starflow2.core.images import to_floats
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow import AffineBlock, BlockConfig, Context, Flow, Jacobi, SampleConfig, solve
 from starflow2.flow.block import scan
 from starflow2.flow.solve import Guide
-from starflow2.generate import DrawConfig, drawing_context
-from starflow2.model import StarFlow2
-from starflow2.parts import Parts
-from starflow2.pretzel import Output, Pretzel, PretzelCache, Slots, States
-from starflow2.scoring import decode_code, invert
-from starflow2.sequence import IGNORE, Document, Image, Text, pack, with_pictures
-from starflow2.stages import to_images
+from starflow2.inference.decoder import Completed, Picture, Replying, Rows, Sampler, Token
+from starflow2.inference.likelihood import decode_code, invert
+from starflow2.inference.text_to_image import DrawConfig
+from starflow2.models.components import Parts
+from starflow2.models.context import drawing_context
+from starflow2.models.pretzel import Output, Pretzel, PretzelCache, Slots, States
+from starflow2.models.sequence import IGNORE, Document, Image, Text, pack, with_pictures
+from starflow2.pipeline import StarFlow2
+from starflow2.world.questions import draw_task
+from starflow2.world.scene import render_batch
 
 __all__ = ["Check", "check_model", "report", "table"]
 
@@ -164,7 +166,7 @@ def _material(model: StarFlow2) -> _Material:
 
 def _scenes(parts: Parts, count: int) -> Tensor:
     """The first training scenes as pictures of the model's size, (count, 3, s, s)."""
-    images = to_images([draw_task(0, index).scene for index in range(count)])
+    images = to_floats(render_batch([draw_task(0, index).scene for index in range(count)]))
     return F.interpolate(images, size=parts.cfg.fae.image_size, mode="area")
 
 

@@ -18,10 +18,10 @@ from PIL import Image as PilImage
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
+from starflow2.core.images import read_picture
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.data.shards import PICTURES, Sample, inside, read_file
 from starflow2.errors import DataError
-from starflow2.images import read_picture
 
 __all__ = [
     "CORPORA",

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Generic
-
-from typing_extensions import TypeVar
-
-from starflow2.data.world import Scene
+from typing import Generic, TypeVar
 
 __all__ = ["Dialogue", "Turn", "pictures", "without_words"]
 
-P = TypeVar("P", default=Scene)
+P = TypeVar("P")
 
 
 def pictures(parts: Iterable[str | P]) -> tuple[P, ...]:

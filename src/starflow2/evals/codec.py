@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor
 
-from starflow2.data.tasks import FAMILIES, suite_drawings
-from starflow2.data.world import Split, render
+from starflow2.core.images import read_picture, to_floats
 from starflow2.errors import ConfigError, DataError
-from starflow2.evals.world import to_floats
-from starflow2.images import read_picture
-from starflow2.protocols import Codec, FeatureExtractor
+from starflow2.models.protocols import Codec, FeatureExtractor
+from starflow2.world.questions import FAMILIES, suite_drawings
+from starflow2.world.scene import Split, render
 
 __all__ = ["codec_pictures", "codec_table", "evaluate_codec", "frechet_distance"]
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from rich.table import Table
 
-from starflow2.config import read_json
+from starflow2.core.files import replacing
+from starflow2.core.serialize import read_json
 from starflow2.errors import ConfigError, OutputError
-from starflow2.files import replacing
 
 __all__ = ["KeptRows", "append_ledger", "commit", "ledger_record", "notes", "table", "write_json"]
 

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from starflow2.data.world import Split
-from starflow2.evals.drawing import SAMPLES, Part, Progress, codec_ceiling, evaluate_geneval
+from starflow2.core.images import to_bytes, to_floats
+from starflow2.evals.geneval import SAMPLES, Part, Progress, codec_ceiling, evaluate_geneval
+from starflow2.world.scene import Split
 
-__all__ = ["Drawer", "score_geneval", "to_bytes", "to_floats"]
+__all__ = ["Drawer", "score_geneval"]
 
 Images = NDArray[np.uint8]
 PARTS: tuple[Part, ...] = ("id", "cg")
@@ -73,23 +73,3 @@ def _ceiling(model: Drawer, split: Split, level: float, *, quick: bool) -> dict[
         return to_bytes(model.roundtrip(to_floats(images), level, chunks))
 
     return codec_ceiling(roundtrip, split, quick=quick)
-
-
-def to_bytes(images: Tensor) -> Images:
-    """(B, 3, height, width) floats -> (B, height, width, 3) bytes, rounded as saved pictures are.
-
-    >>> to_bytes(torch.zeros(1, 3, 2, 2)).shape
-    (1, 2, 2, 3)
-    """
-    pixels = images.detach().float().cpu().permute(0, 2, 3, 1)  # (B, height, width, 3)
-    found: Images = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
-    return found
-
-
-def to_floats(images: Images) -> Tensor:
-    """(B, height, width, 3) bytes -> (B, 3, height, width) float32 in [-1, 1].
-
-    >>> to_floats(np.full((1, 2, 2, 3), 255, np.uint8)).max()
-    tensor(1.)
-    """
-    return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, height, width)

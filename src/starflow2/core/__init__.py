@@ -1,0 +1,5 @@
+"""What every wing uses: configs as JSON, files that are written whole or not at all, images in and out."""
+
+from __future__ import annotations
+
+__all__: list[str] = []

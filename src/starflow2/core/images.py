@@ -1,0 +1,321 @@
+"""Pictures in and out: PIL images, byte arrays and tensors, contact sheets, PNG files that say how they were made.
+
+With data, the only importer of PIL. A picture is `height` x `width` pixels; as a tensor it is (3, height, width)
+float32 in [-1, 1], which is how images enter and leave the codec.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor
+
+from starflow2.core.files import replacing
+from starflow2.errors import DataError, OutputError, ShapeError
+
+__all__ = [
+    "Panel",
+    "Picture",
+    "contact_sheet",
+    "histogram_outline",
+    "plot_panels",
+    "read_metadata",
+    "read_picture",
+    "save_png",
+    "to_bytes",
+    "to_floats",
+    "to_pil",
+    "to_tensor",
+]
+
+Bytes = NDArray[np.uint8]
+Picture = Image.Image  # for annotations elsewhere, without importing PIL there
+
+INK, PAPER, FRAME = (32, 32, 36), (255, 255, 255), (214, 214, 220)
+MIN_SIDE = 16  # pixels; less than that shows nothing
+MARGIN, FONT_SIZE, LABEL_LINES = 12, 15, 6  # pixels, pixels, lines
+CURVES = ((31, 99, 176), (208, 92, 24), (46, 134, 72), (150, 60, 150))  # readable side by side, also in grey
+PLOT = (400, 260)  # pixels of a panel within its axes
+
+
+def to_tensor(image: Picture | np.ndarray) -> Tensor:
+    """(3, height, width) float32 in [-1, 1] from a PIL image of any mode or a (height, width, 3) uint8 array.
+
+    Transparent pixels become white, as on a page. Raises ShapeError for an array of another shape or dtype.
+
+    >>> to_tensor(np.full((2, 2, 3), 255, dtype=np.uint8)).unique()
+    tensor([1.])
+    """
+    pixels = np.asarray(_rgb(image)) if isinstance(image, Image.Image) else image  # (height, width, 3)
+    if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
+        raise ShapeError(f"image: expected (height, width, 3) uint8, got {pixels.shape} {pixels.dtype}.")
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1  # (3, height, width)
+
+
+def to_pil(image: Tensor) -> Picture:
+    """A PIL image from (3, height, width) floats; what lies outside [-1, 1] is clipped.
+
+    Undoes to_tensor exactly. Raises ShapeError for another shape and DataError where a pixel is not a finite number.
+    """
+    if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+        raise ShapeError(f"image: expected (3, height, width) float, got {tuple(image.shape)} {image.dtype}.")
+    pixels = image.detach().float().cpu().permute(1, 2, 0)  # (height, width, 3)
+    if not pixels.isfinite().all():
+        raise DataError("image: expected finite numbers, got NaN or infinity; the model that drew it has diverged.")
+    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
+
+
+def read_picture(source: str | Path | Picture | bytes, size: int) -> Tensor:
+    """A picture for a model to look at, upright: its middle square, `size` pixels a side, (3, size, size) in [-1, 1].
+
+    `source`: the name of a file, the bytes of one, or a PIL image. Raises DataError, naming the remedy, for what could
+    only be read by guessing: no picture, a truncated one, one too large to be meant, several frames, CMYK, 16 bits,
+    transparency, or a side of less than 16 pixels.
+    """
+    name = "the picture" if isinstance(source, Image.Image | bytes) else str(source)
+    try:
+        image = source if isinstance(source, Image.Image) else _opened(source)
+        _check_readable(image, name)
+        pixels = ImageOps.exif_transpose(image).convert("RGB")  # here PIL meets the end of a truncated file
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        unknown = isinstance(error, UnidentifiedImageError) and isinstance(source, bytes)
+        reason = "its bytes are of no known format" if unknown else str(error).rstrip(".")
+        raise DataError(
+            f"cannot read {name} as a picture: {reason}; expected a whole picture of ordinary size: "
+            "save it anew, or smaller."
+        ) from error
+    side = min(pixels.size)
+    left, top = (pixels.width - side) // 2, (pixels.height - side) // 2
+    square = pixels.crop((left, top, left + side, top + side))
+    if side != size:
+        square = square.resize((size, size), Image.Resampling.LANCZOS)
+    return to_tensor(square)
+
+
+def _opened(source: str | Path | bytes) -> Picture:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source))
+
+
+def _check_readable(image: Picture, name: str) -> None:
+    """Raise DataError for a picture that is whole but that we would have to guess about."""
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1:
+        raise DataError(f"{name} has {frames} frames; expected a still picture: save the frame you mean.")
+    if image.mode not in ("1", "L", "P", "RGB", "RGBA", "LA", "PA"):
+        raise DataError(f"{name} has colour mode {image.mode}; expected 8-bit RGB or grey: convert it first.")
+    if any(";16" in str(tile.args) for tile in getattr(image, "tile", ())):  # PIL drops half of the bits
+        raise DataError(f"{name} has 16 bits per channel; expected 8-bit RGB or grey: convert it first.")
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise DataError(f"{name} has transparent pixels; expected an opaque picture: put it on a background first.")
+    if min(image.size) < MIN_SIDE:
+        raise DataError(f"{name} is {image.width} x {image.height} pixels; expected at least {MIN_SIDE} a side.")
+
+
+def contact_sheet(images: Sequence[Picture], labels: Sequence[str], columns: int = 8, scale: int = 3) -> Picture:
+    """One picture of all `images` in rows of `columns`, each enlarged `scale` times with its label beneath.
+
+    A label is wrapped to the width of its picture and ends in an ellipsis after six lines.
+    Raises ShapeError where there is no image, not one label for each, or no column.
+
+    >>> contact_sheet([Image.new("RGB", (64, 64))] * 3, ["one", "two", "three"], columns=2).size
+    (420, 468)
+    """
+    if not images or len(images) != len(labels) or columns < 1 or scale < 1:
+        raise ShapeError(
+            f"contact_sheet: expected one label for each of one or more images, columns and scale of at least 1; "
+            f"got {len(images)} images, {len(labels)} labels, columns={columns}, scale={scale}."
+        )
+    font = ImageFont.load_default(FONT_SIZE)
+    width, height = max(i.width for i in images) * scale, max(i.height for i in images) * scale
+    texts = [_wrap(label, width, font) for label in labels]
+    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
+    drops = [height + _text_height(max((texts[i] for i in row), key=lambda t: t.count("\n")), font) for row in rows]
+    sheet = Image.new(
+        "RGB",
+        (MARGIN + min(columns, len(images)) * (width + MARGIN), MARGIN + sum(drop + MARGIN for drop in drops)),
+        PAPER,
+    )
+    draw, top = ImageDraw.Draw(sheet), MARGIN
+    for row, drop in zip(rows, drops, strict=True):
+        for column, i in enumerate(row):
+            left = MARGIN + column * (width + MARGIN)
+            tile = _rgb(images[i])
+            tile = tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (left, top))
+            draw.rectangle((left - 1, top - 1, left + tile.width, top + tile.height), outline=FRAME)
+            draw.multiline_text((left, top + height + MARGIN // 2), texts[i], fill=INK, font=font, spacing=2)
+        top += drop + MARGIN
+    return sheet
+
+
+# -- plots ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One plot: curves by name, each a line through its points (x, y)."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: Mapping[str, Sequence[tuple[float, float]]]
+
+
+def histogram_outline(edges: Sequence[float], heights: Sequence[float]) -> list[tuple[float, float]]:
+    """The outline of a histogram as the points of a curve; one more edge than heights.
+
+    >>> histogram_outline([0.0, 1.0, 2.0], [3.0, 4.0])
+    [(0.0, 0.0), (0.0, 3.0), (1.0, 3.0), (1.0, 4.0), (2.0, 4.0), (2.0, 0.0)]
+    """
+    if len(edges) != len(heights) + 1:
+        raise ShapeError(f"histogram_outline: {len(edges)} edges and {len(heights)} heights; expected one edge more.")
+    sides = [(x, y) for left, right, y in zip(edges, edges[1:], heights, strict=False) for x in (left, right)]
+    return [(edges[0], 0.0), *sides, (edges[-1], 0.0)]
+
+
+def plot_panels(panels: Sequence[Panel]) -> Picture:
+    """Plots side by side, their y axes from 0 or below. Raises ShapeError for no panel or a panel without points.
+
+    >>> plot_panels([Panel(title="a", x_label="x", y_label="y", curves={"one": [(0, 1), (2, 3)]})]).size
+    (508, 368)
+    """
+    if not panels or any(not any(panel.curves.values()) for panel in panels):
+        raise ShapeError(f"plot_panels got {len(panels)} panels; expected at least one, each with a point to draw.")
+    left, top = 84, max(52, MARGIN + 20 * max(len(panel.curves) for panel in panels))
+    width, height = PLOT[0] + left + 2 * MARGIN, PLOT[1] + top + 56
+    page = Image.new("RGB", (width * len(panels), height), PAPER)
+    for i, panel in enumerate(panels):
+        _plot(ImageDraw.Draw(page), panel, (i * width + left, top))
+    return page
+
+
+def _plot(draw: ImageDraw.ImageDraw, panel: Panel, corner: tuple[int, int]) -> None:
+    """One panel, the upper left corner of its axes at `corner`."""
+    font = ImageFont.load_default(FONT_SIZE - 2)
+    left, top = corner
+    right, bottom = left + PLOT[0], top + PLOT[1]
+    points = [point for curve in panel.curves.values() for point in curve]
+    x_ticks, y_ticks = _ticks([x for x, _ in points]), _ticks([0.0, *(y for _, y in points)])
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return left + across * PLOT[0], bottom - up * PLOT[1]
+
+    draw.text((left, top - 40), panel.title, fill=INK, font=ImageFont.load_default(FONT_SIZE))
+    draw.text((left, top - 20), panel.y_label, fill=INK, font=font)
+    draw.text(((left + right) / 2, bottom + 28), panel.x_label, fill=INK, font=font, anchor="ma")
+    for x in x_ticks:
+        draw.line((place(x, y_ticks[0]), place(x, y_ticks[-1])), fill=FRAME)
+        draw.text((place(x, 0)[0], bottom + 6), f"{x:.4g}", fill=INK, font=font, anchor="ma")
+    for y in y_ticks:
+        draw.line((place(x_ticks[0], y), place(x_ticks[-1], y)), fill=FRAME)
+        draw.text((left - 6, place(0, y)[1]), f"{y:.4g}", fill=INK, font=font, anchor="rm")
+    for i, (name, curve) in enumerate(panel.curves.items()):
+        colour = CURVES[i % len(CURVES)]
+        draw.line([place(x, y) for x, y in curve], fill=colour, width=2, joint="curve")
+        draw.text((right, top - 20 * (len(panel.curves) - i)), name, fill=colour, font=font, anchor="ra")
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Round numbers, at most seven, from below the smallest value to above the largest."""
+    low, high = min(values), max(values)
+    span = high - low or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / 5))
+    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
+
+
+# -- files ------------------------------------------------------------------------------------------------
+
+
+def save_png(image: Picture, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a PNG with `metadata` as its text chunks, in one step: no half-written file, folders on the way are made.
+
+    Raises OutputError where the name does not end in .png or the file cannot be written (folder read-only, disk full).
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise OutputError(f"cannot write {path}: pictures are PNG files, expected a name that ends in .png.")
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in (metadata or {}).items():
+        chunks.add_text(key, text)  # tEXt, or iTXt where the text is not Latin-1
+    with replacing(path) as temp:
+        image.save(temp, format="PNG", pnginfo=chunks)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The text chunks of a PNG as `save_png` wrote them; empty for a picture that carries none.
+
+    Raises DataError for a file that is not there or is not a picture.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()  # text may stand after the pixels
+            return {key: str(text) for key, text in getattr(image, "text", {}).items()}
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all from PIL
+        raise DataError(f"cannot read {path} as a picture: {error}.") from error
+
+
+def _rgb(image: Picture) -> Picture:
+    if image.has_transparency_data:
+        page = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(page, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    """`text` in at most LABEL_LINES lines of at most `width` pixels; a word wider than that is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        while font.getlength(word) > width:
+            word = word[:-1]
+        lines.append(word)
+    lines = [line for line in lines if line]
+    if len(lines) > LABEL_LINES:
+        lines = [*lines[: LABEL_LINES - 1], lines[LABEL_LINES - 1] + " …"]
+        while font.getlength(lines[-1]) > width and len(lines[-1]) > 2:
+            lines[-1] = lines[-1][:-3].rstrip() + " …"
+    return "\n".join(lines)
+
+
+def _text_height(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> int:
+    """Pixels that `text` needs beneath a picture, measured on a line with ascenders and descenders."""
+    tall = "\n".join("Ag" for _ in range(text.count("\n") + 1))
+    box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), tall, font=font, spacing=2)
+    return int(box[3]) + MARGIN // 2
+
+
+def to_bytes(images: Tensor) -> Bytes:
+    """(B, 3, height, width) floats -> (B, height, width, 3) bytes, rounded as saved pictures are.
+
+    >>> to_bytes(torch.zeros(1, 3, 2, 2)).shape
+    (1, 2, 2, 3)
+    """
+    pixels = images.detach().float().cpu().permute(0, 2, 3, 1)  # (B, height, width, 3)
+    found: Bytes = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    return found
+
+
+def to_floats(images: Bytes) -> Tensor:
+    """(B, height, width, 3) bytes -> (B, 3, height, width) float32 in [-1, 1].
+
+    >>> to_floats(np.full((1, 2, 2, 3), 255, np.uint8)).max()
+    tensor(1.)
+    """
+    return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # (B, 3, height, width)

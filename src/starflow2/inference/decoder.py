@@ -1,0 +1,576 @@
+"""Rows of conversations continued step by step, each in its own modality, through one cache for both streams.
+
+A step appends one slot to every row that is going on: a word, a begin, a latent or an end. Rows that wait hold a slot
+that nobody sees, so that a row's result never depends on its neighbours. Both guidance branches of a picture take the
+same steps, the unconditional one in a cache of its own that lives as long as pictures are being drawn.
+Not here: pixels of uploads, files, the shape of conversations (session).
+Letters: B rows, T new positions, N latents, D latent dim, E language width, C flow width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import blake2b
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from starflow2.errors import ConfigError, DataError
+from starflow2.flow.affine import Affine, strengths
+from starflow2.inference.text_to_image import DrawConfig
+from starflow2.models.components import Parts
+from starflow2.models.pretzel import Latent, PretzelCache, Slots
+from starflow2.models.sequence import Cursor, Layout
+from starflow2.nn import check, raw_bytes
+
+__all__ = [
+    "Begun",
+    "Completed",
+    "Ended",
+    "Picture",
+    "Replying",
+    "RowEvent",
+    "Rows",
+    "Sampler",
+    "Stepped",
+    "Stream",
+    "Token",
+]
+
+
+# -- events -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token of text."""
+
+    row: int
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A picture has begun."""
+
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """`done` of `total` latents of a picture."""
+
+    row: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture in both of its forms, and how likely the model thought it while drawing it.
+
+    x: (N, D) latents at their noise level; u: (N, D) what the cache holds; image: (3, height, width) in [-1, 1].
+    log_prob, unconditional: nats of u under both branches, None where the picture was not drawn; unconditional also
+    where it was not guided.
+    """
+
+    x: Tensor
+    u: Tensor
+    noise_level: float
+    image: Tensor
+    log_prob: float | None = None
+    unconditional: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A picture is complete."""
+
+    row: int
+    picture: Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The reply is over: the model ended it, or a limit did."""
+
+    row: int
+    reason: Literal["end", "limit"]
+
+
+RowEvent = Token | Begun | Stepped | Completed | Ended
+
+
+# -- one branch -----------------------------------------------------------------------------------------------
+
+
+class Sampler:
+    """A model made ready for sampling: on CPU a float64 twin of both streams (docs/choices.md#sampling-in-float64)."""
+
+    def __init__(self, parts: Parts, config: DrawConfig | None = None) -> None:
+        self.parts = parts
+        self.config = config or DrawConfig.for_model(parts)
+        if self.config.cleanup != "none":
+            raise ConfigError(
+                f"cleanup is {self.config.cleanup!r}; conversations take 'none': their cache is the sample."
+            )
+        asked = self.config.precision
+        doubles = parts.device.type == "cpu" if asked == "auto" else asked == "float64"
+        self.dtype = torch.float64 if doubles else parts.flow.deep.head.weight.dtype
+        self.pretzel = parts.pretzel.in_float64() if doubles else parts.pretzel
+
+    def prior(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Where a picture starts, at the temperature that is set: z of `shape`, (N, D)."""
+        return self.config.prior_scale * torch.randn(tuple(shape), generator=generator)
+
+    def noisy(self, images: Tensor, levels: Tensor) -> Tensor:
+        """Latents (P, N, D) of pictures from outside (P, 3, s, s) at their levels (P,).
+
+        Their noise is that of seed 0 for each, so that no picture depends on where it stands or what stands beside it.
+        """
+        levels = levels.to(self.parts.device, self.dtype)
+        x = self.parts.codec.encode(images.to(levels.device)).to(self.dtype)
+        eps = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
+        return x + levels[:, None, None] * eps.to(x)
+
+    def changed(self, **settings: Any) -> Sampler:
+        """The same with other settings of `DrawConfig`, all but precision; nothing is copied."""
+        twin = copy.copy(self)
+        twin.config = replace(self.config, **settings)
+        return twin
+
+    def with_code(self, z: Tensor) -> Sampler:
+        """The same, but every picture starts from z (N, D), whatever the seed, without guidance: exact inversion.
+
+        Raises ShapeError for any other shape.
+        """
+        deep = self.parts.cfg.flow.deep
+        check(z, "N D", "code", N=deep.num_latents, D=deep.dim)
+        twin = self.changed(guidance=0.0, edit_guidance=None)
+        twin.prior = lambda shape, generator: z  # type: ignore[method-assign]
+        return twin
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells models apart, and precisions: saved sessions fit only their own."""
+        found = blake2b(str(self.dtype).encode(), digest_size=16)
+        for module in (self.parts.vlm, self.parts.flow, self.parts.joints):
+            for value in module.state_dict().values():
+                found.update(raw_bytes(value))
+        return found.hexdigest()
+
+    @property
+    def layout(self) -> Layout:
+        return self.parts.layout
+
+    @property
+    def noise_level(self) -> float:
+        """Level at which pictures are drawn."""
+        noise = self.parts.cfg.flow.noise
+        assert noise is not None
+        return noise.noise_max
+
+    @property
+    def upload_level(self) -> float:
+        """Level at which pictures from outside enter."""
+        noise = self.parts.cfg.flow.noise
+        assert noise is not None
+        return noise.noise_min
+
+
+class Stream:
+    """One branch of B rows: its cache, which of its positions are real, and the states at each row's last slot."""
+
+    def __init__(self, sampler: Sampler, rows: int) -> None:
+        self.sampler, self.rows = sampler, rows
+        self.cache: PretzelCache = sampler.pretzel.new_cache()
+        device = sampler.parts.device
+        self.keep = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+        self.cursors = [Cursor(sampler.layout.grid) for _ in range(rows)]
+        cfg = sampler.parts.cfg
+        self.h = torch.zeros(rows, cfg.vlm.width, dtype=sampler.dtype, device=device)
+        self.g = torch.zeros(rows, cfg.flow.deep.stack.width, dtype=sampler.dtype, device=device)
+
+    @torch.no_grad()
+    def append(
+        self,
+        ids: Sequence[Sequence[int]],
+        latents: _Latents | None = None,
+        begin: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Slots behind every row, as many as it has ids; rows may have none.
+
+        latents fill the slots with the latent id, which come first in their rows; begin: rows (P,) that end with a
+        begin slot, and what it adds (P, C).
+        """
+        width = max(len(row) for row in ids)
+        layout, device = self.sampler.layout, self.keep.device
+        padded = torch.full((self.rows, width), layout.pad)
+        mrope, places = torch.zeros(3, self.rows, width, dtype=torch.long), torch.zeros(self.rows, width, 3)
+        real = torch.zeros(self.rows, width, dtype=torch.bool)
+        for i, row in enumerate(ids):
+            if not row:
+                continue
+            count = len(row)
+            padded[i, :count], real[i, :count] = torch.tensor(row), True
+            span = latents.spans.get(i) if latents is not None else None
+            mrope[:, i, :count], places[i, :count] = self._positions(i, count, span)
+        self.keep = torch.cat([self.keep, real.to(device)], 1)
+        slots = Slots(
+            padded.to(device),
+            mrope.to(device),
+            places.to(device),
+            latent=None if latents is None else latents.slots(),
+            begin=None if begin is None else (begin[0], real.sum(1).to(device)[begin[0]] - 1, begin[1]),
+            attend=None if bool(self.keep.all()) else self.keep,
+        )
+        states = self.sampler.pretzel.read(slots, self.cache)
+        last = real.sum(1).to(device) - 1
+        moved = (last >= 0).nonzero().flatten()
+        self.h[moved], self.g[moved] = states.h[moved, last[moved]], states.g[moved, last[moved]].to(self.g.dtype)
+
+    def _positions(self, row: int, count: int, span: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+        cursor = self.cursors[row]
+        return cursor.text(count) if span is None else cursor.latents(*span)
+
+    def restart(self, rows: Sequence[int]) -> None:
+        """Let these rows begin anew: what they held is never seen again."""
+        self.keep[list(rows)] = False
+        for row in rows:
+            self.cursors[row] = Cursor(self.sampler.layout.grid)
+
+    def fork(self, copies: int = 1) -> Stream:
+        """A branch of its own with each row repeated; the two never share memory."""
+        twin = Stream(self.sampler, self.rows * copies)
+        twin.cache = self.cache.fork(copies)
+        twin.keep = self.keep.repeat_interleave(copies, 0)
+        twin.cursors = [replace(c) for c in self.cursors for _ in range(copies)]
+        twin.h, twin.g = (t.repeat_interleave(copies, 0) for t in (self.h, self.g))
+        return twin
+
+
+@dataclass(frozen=True, slots=True)
+class _Latents:
+    """Latents [first, last) of the pictures in some rows, embedded for both streams."""
+
+    rows: Tensor  # (R,)
+    adapted: Tensor  # (R, n, E)
+    base: Tensor  # (R, n, C)
+    spans: dict[int, tuple[int, int]]  # by row
+
+    def slots(self) -> Latent:
+        count = self.adapted.shape[1]
+        at = torch.arange(count, device=self.rows.device).expand(len(self.rows), -1)
+        row = self.rows[:, None].expand(-1, count)
+        return Latent(row.flatten(), at.flatten(), self.adapted.flatten(0, 1), self.base.flatten(0, 1))
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replying:
+    """What a reply may hold. `pictures` 0: words only; temperature 0: the likeliest token."""
+
+    tokens: int = 64
+    pictures: int = 1
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 0 or self.pictures < 0 or self.tokens + self.pictures < 1 or self.temperature < 0:
+            raise ConfigError(f"{self}: expected nothing below 0, and room for a token or a picture.")
+
+
+@dataclass(slots=True)
+class _Row:
+    """One row while it replies."""
+
+    generator: torch.Generator
+    doing: Literal["text", "draw", "close", "done"] = "text"
+    tokens: int = 0
+    pictures: int = 0
+    drawn: int = 0  # latents of the picture at hand
+    log_prob: float = 0.0
+    unconditional: float = 0.0
+    reason: Literal["end", "limit"] = "end"
+
+
+@dataclass(slots=True)
+class _Canvas:
+    """Latents of every row: those of the picture at hand, and those of the picture before it."""
+
+    u: Tensor  # (B, N + 1, D), last row zero
+    z: Tensor  # (B, N, D)
+    previous: Tensor  # (B, N + 1, D)
+    has_previous: Tensor  # (B,) bool
+
+    def fork(self, copies: int) -> _Canvas:
+        tensors = (getattr(self, name).repeat_interleave(copies, 0) for name in _Canvas.__slots__)
+        return _Canvas(*tensors)
+
+
+class Rows:
+    """B conversations side by side. `read` lets all go on with what is given, `reply` with what the model makes."""
+
+    def __init__(self, sampler: Sampler, rows: int) -> None:
+        self.sampler, self.rows = sampler, rows
+        self.main = Stream(sampler, rows)
+        self.blank: Stream | None = None  # the unconditional branch, while pictures are drawn
+        deep = sampler.parts.cfg.flow.deep
+        shape = rows, deep.num_latents + 1, deep.dim
+        zeros = torch.zeros(shape, dtype=sampler.dtype, device=sampler.parts.device)
+        flags = torch.zeros(rows, dtype=torch.bool, device=sampler.parts.device)
+        self.canvas = _Canvas(zeros, zeros[:, :-1].clone(), zeros.clone(), flags)
+
+    def fork(self, copies: int = 1) -> Rows:
+        """Rows of their own, each repeated; the two never share memory."""
+        twin = Rows(self.sampler, self.rows * copies)
+        twin.main, twin.canvas = self.main.fork(copies), self.canvas.fork(copies)
+        return twin
+
+    # -- what is given
+
+    def read(self, ids: Sequence[Sequence[int]]) -> None:
+        """Text behind every row; a row may get none."""
+        if any(ids):
+            self.main.append(ids)
+
+    @torch.no_grad()
+    def see(self, rows: Sequence[int], x: Tensor, noise_level: float) -> Tensor:
+        """A whole picture behind each of `rows`: x (R, N, D) latents at `noise_level`; returns their u (R, N, D)."""
+        index = torch.tensor(rows, device=x.device)
+        level = self._levels(len(rows), noise_level)
+        u, _ = self.sampler.pretzel.flow.shallow(x.to(self.sampler.dtype), level)
+        self._begin(index, level)
+        self.canvas.u[index] = F.pad(u, (0, 0, 0, 1))
+        self._put_latents(self.main, index, (0, u.shape[1]), level)
+        self._close(rows)
+        return u
+
+    # -- what the model makes
+
+    def reply(
+        self, seeds: Sequence[int], config: Replying, rows: Sequence[int] | None = None, *, draws: bool = False
+    ) -> Iterator[RowEvent]:
+        """Let `rows` (all) reply until each has ended; `draws`: every reply begins with a picture.
+
+        Picture and words of row i come from seeds[i] alone. Raises DataError if a latent is not finite.
+        """
+        going = range(self.rows) if rows is None else rows
+        states = {row: _Row(torch.Generator().manual_seed(seed)) for row, seed in zip(going, seeds, strict=True)}
+        if draws and config.pictures < 1:
+            raise ConfigError("a reply that begins with a picture needs room for one; pictures is 0.")
+        if draws:
+            yield from self._start([*states], states)
+        while any(s.doing != "done" for s in states.values()):
+            yield from self._step(states, config)
+        self.blank = None
+
+    @torch.no_grad()
+    def _step(self, states: dict[int, _Row], config: Replying) -> list[RowEvent]:
+        """One slot for every row that is going on."""
+        told: list[RowEvent] = []
+        ids: list[list[int]] = [[] for _ in range(self.rows)]
+        starting: list[int] = []
+        layout = self.sampler.layout
+        for row, token in self._words(states, config).items():
+            state = states[row]
+            if token == layout.begin:
+                starting.append(row)
+                continue
+            ids[row] = [token]
+            state.tokens += 1
+            if token == self._end:
+                state.doing = "done"
+                told.append(Ended(row, state.reason))
+            else:
+                told.append(Token(row, token))
+        drawing = [r for r, s in states.items() if s.doing == "draw" and r not in starting]
+        if drawing:
+            self._draw_next(drawing, states)
+            for row in drawing:
+                ids[row] = [layout.latent]
+        for row, state in states.items():
+            if state.doing == "close":
+                ids[row], state.doing = [layout.end], "text"
+        self._append(ids, drawing, states)
+        if starting:
+            told += self._start(starting, states)
+        told += [Stepped(row, states[row].drawn, layout.num_latents) for row in drawing]
+        return told + self._completed([r for r in drawing if states[r].drawn == layout.num_latents], states)
+
+    @property
+    def _end(self) -> int:
+        return self.sampler.parts.cfg.vlm.special.end
+
+    def _words(self, states: dict[int, _Row], config: Replying) -> dict[int, int]:
+        """The next token of every row that is writing."""
+        rows = [r for r, s in states.items() if s.doing == "text"]
+        if not rows:
+            return {}
+        logits = self.sampler.pretzel.logits(self.main.h[rows], self.main.g[rows]).float()  # (R, V)
+        s = self.sampler.parts.cfg.vlm.special
+        logits[:, [s.pad, s.user, s.assistant, s.vision_end, s.image_pad]] = -torch.inf
+        logits[:, self.sampler.parts.tokenizer.vocab :] = -torch.inf  # type: ignore[union-attr]
+        tokens: dict[int, int] = {}
+        for row, scores in zip(rows, logits, strict=True):
+            tokens[row] = self._choose(scores, states[row], config)
+        return tokens
+
+    def _choose(self, scores: Tensor, state: _Row, config: Replying) -> int:
+        begin = self.sampler.layout.begin
+        if state.pictures >= config.pictures:
+            scores[begin] = -torch.inf
+        elif not config.tokens:  # a picture or nothing
+            return begin if scores[begin] > scores[self._end] else self._end
+        if state.tokens >= config.tokens:
+            state.reason = "limit"
+            return self._end
+        if not config.temperature:
+            return int(scores.argmax())
+        chances = (scores.cpu() / config.temperature).softmax(-1)
+        return int(torch.multinomial(chances, 1, generator=state.generator))
+
+    # -- pictures
+
+    def _levels(self, count: int, level: float) -> Tensor:
+        return torch.full((count,), level, dtype=self.sampler.dtype, device=self.sampler.parts.device)
+
+    @torch.no_grad()
+    def _start(self, rows: list[int], states: dict[int, _Row]) -> list[RowEvent]:
+        """Feed begin slots, draw the prior, open the unconditional branch."""
+        index = torch.tensor(rows, device=self.main.keep.device)
+        level = self._levels(len(rows), self.sampler.noise_level)
+        self._begin(index, level)
+        self.canvas.u[index] = 0
+        shape = self.canvas.z.shape[1:]
+        for row in rows:
+            states[row].doing, states[row].drawn = "draw", 0
+            states[row].log_prob = states[row].unconditional = 0.0
+            states[row].pictures += 1
+            z = self.sampler.prior(shape, states[row].generator)
+            self.canvas.z[row] = z.to(self.canvas.z)
+        if self.sampler.config.guidance or self.sampler.config.edit_guidance:
+            self._begin_blank(index, level)
+        return [Begun(row) for row in rows]
+
+    def _begin(self, index: Tensor, level: Tensor) -> None:
+        """A begin slot behind each of these rows."""
+        previous, has = self.canvas.previous[index], self.canvas.has_previous[index]
+        added = self.sampler.pretzel.begins(level, previous, has)
+        ids: list[list[int]] = [[] for _ in range(self.rows)]
+        for row in index.tolist():
+            ids[row] = [self.sampler.layout.begin]
+        self.main.append(ids, begin=(index, added))
+
+    def _begin_blank(self, index: Tensor, level: Tensor) -> None:
+        """The empty prompt and a begin slot, for these rows of the unconditional branch."""
+        self.blank = self.blank or Stream(self.sampler, self.rows)
+        self.blank.restart(index.tolist())
+        assert self.sampler.parts.tokenizer is not None
+        empty = self.sampler.parts.tokenizer.drawing_prompt("")
+        ids: list[list[int]] = [[] for _ in range(self.rows)]
+        for row in index.tolist():
+            ids[row] = empty
+        self.blank.append(ids, begin=(index, self.sampler.pretzel.begins(level, None, None)))
+
+    def _draw_next(self, rows: list[int], states: dict[int, _Row]) -> None:
+        """The next latent of every row that is drawing, from its z (eq. 3.5)."""
+        index = torch.tensor(rows, device=self.main.keep.device)
+        at = torch.tensor([states[r].drawn for r in rows], device=index.device)
+        deep = self.sampler.pretzel.flow.deep
+        told = deep.affine(self.main.g[index][:, None])
+        affine, blank = told, None
+        if self.blank is not None:
+            blank = deep.affine(self.blank.g[index][:, None])
+            affine = told.guide(blank, self._strengths(index, at), self.sampler.config.rule)
+        u = affine.denormalize(self.canvas.z[index, at][:, None])  # (R, 1, D)
+        if not bool(torch.isfinite(u).all()):
+            raise DataError("a latent is not finite; try a lower guidance.")
+        self.canvas.u[index, at] = u[:, 0].to(self.canvas.u.dtype)
+        self._note(rows, states, (told, blank), u)
+
+    def _strengths(self, index: Tensor, at: Tensor) -> Tensor:
+        """Guidance (R, 1, 1) of latents number `at` (R,) of the pictures that rows `index` are drawing."""
+        config, canvas = self.sampler.config, self.canvas
+        known = canvas.u.new_tensor([config.strength(follows=f) for f in (False, True)])
+        guidance = known[canvas.has_previous[index].long()]
+        return strengths(guidance, config.schedule, at.to(guidance), canvas.z.shape[1])[:, None, None]
+
+    def _note(
+        self, rows: list[int], states: dict[int, _Row], branches: tuple[Affine, Affine | None], u: Tensor
+    ) -> None:
+        """Add the log density of the new latents under both branches."""
+        told, blank = branches
+        gained = told.log_prob(u)[:, 0].tolist()
+        lost = gained if blank is None else blank.log_prob(u)[:, 0].tolist()
+        for row, a, b in zip(rows, gained, lost, strict=True):
+            states[row].log_prob += a
+            states[row].unconditional += b
+            states[row].drawn += 1
+
+    def _append(self, ids: list[list[int]], drawing: list[int], states: dict[int, _Row]) -> None:
+        """Feed what every row goes on with; the latents just drawn go into both branches."""
+        if not any(ids):
+            return
+        latents = None
+        if drawing:
+            index = torch.tensor(drawing, device=self.main.keep.device)
+            spans = {r: (states[r].drawn - 1, states[r].drawn) for r in drawing}
+            level = self._levels(len(drawing), self.sampler.noise_level)
+            latents = self._embedded(index, spans, level, has=self.canvas.has_previous[index])
+            if self.blank is not None:
+                blind = self._embedded(index, spans, level, has=torch.zeros_like(index, dtype=torch.bool))
+                only = [row if i in spans else [] for i, row in enumerate(ids)]
+                self.blank.append(only, blind)
+        self.main.append(ids, latents)
+
+    def _put_latents(self, stream: Stream, index: Tensor, span: tuple[int, int], level: Tensor) -> None:
+        """The same latents of several rows' pictures, as one append."""
+        spans = {row: span for row in index.tolist()}
+        ids: list[list[int]] = [[] for _ in range(self.rows)]
+        for row in spans:
+            ids[row] = [self.sampler.layout.latent] * (span[1] - span[0])
+        stream.append(ids, self._embedded(index, spans, level, has=self.canvas.has_previous[index]))
+
+    def _embedded(self, index: Tensor, spans: dict[int, tuple[int, int]], level: Tensor, *, has: Tensor) -> _Latents:
+        targets = torch.stack([torch.arange(*spans[r], device=index.device) + 1 for r in index.tolist()])
+        buffer, previous = self.canvas.u[index], self.canvas.previous[index]
+        adapted, base = self.sampler.pretzel.latents(buffer, targets, level, previous, has)
+        return _Latents(index, adapted, base, spans)
+
+    def _close(self, rows: Sequence[int]) -> None:
+        """An end slot behind these rows; their picture becomes the previous one."""
+        ids: list[list[int]] = [[] for _ in range(self.rows)]
+        for row in rows:
+            ids[row] = [self.sampler.layout.end]
+        self.main.append(ids)
+        self._turn_page(rows)
+
+    def _turn_page(self, rows: Sequence[int]) -> None:
+        index = list(rows)
+        self.canvas.previous[index] = self.canvas.u[index]
+        self.canvas.has_previous[index] = True
+
+    def _completed(self, rows: list[int], states: dict[int, _Row]) -> list[RowEvent]:
+        """Decode finished pictures; what stays in the cache is what was sampled."""
+        if not rows:
+            return []
+        sampler, level = self.sampler, self.sampler.noise_level
+        u = self.canvas.u[rows, :-1]
+        levels = self._levels(len(rows), level)
+        x = sampler.pretzel.flow.shallow.inverse(u, levels, sampler.config.shallow_solver)
+        images = sampler.parts.codec.decode(x.to(sampler.parts.flow.deep.head.weight.dtype))
+        self._turn_page(rows)
+        made: list[RowEvent] = []
+        for i, row in enumerate(rows):
+            state = states[row]
+            state.doing = "close"
+            unconditional = None if self.blank is None else state.unconditional
+            made.append(Completed(row, Picture(x[i], u[i], level, images[i], state.log_prob, unconditional)))
+        return made

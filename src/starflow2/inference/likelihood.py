@@ -1,0 +1,150 @@
+"""Exact likelihood as a tool: how probable words and pictures are, token by token and patch by patch; latent codes.
+
+Letters: N latents, D latent dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from starflow2.errors import ConfigError
+from starflow2.flow.affine import standard_normal_log_prob
+from starflow2.inference.conversations import Part, converse
+from starflow2.inference.decoder import Picture, Replying, Sampler
+from starflow2.models.pretzel import Output
+from starflow2.models.sequence import pack
+from starflow2.models.token_loss import token_nats
+
+__all__ = ["Code", "PictureScore", "Score", "TokenScore", "decode_code", "invert", "score"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token of a reply and its log probability in nats."""
+
+    text: str
+    log_prob: float
+
+
+@dataclass(frozen=True, slots=True)
+class PictureScore:
+    """A picture at its noise level: log density of its latents, and the part of every patch.
+
+    patches: (rows, columns) nats, log N(u_n; mu_n, sigma_n); they and `shallow_logdet` add up to log_prob.
+    """
+
+    log_prob: float
+    shallow_logdet: float
+    patches: Tensor
+    noise_level: float
+    dims: int  # N * D
+
+    @property
+    def nats_per_dim(self) -> float:
+        return -self.log_prob / self.dims
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """All of a reply: log_prob is the sum over its tokens and pictures."""
+
+    tokens: tuple[TokenScore, ...]
+    pictures: tuple[PictureScore, ...]
+
+    @property
+    def log_prob(self) -> float:
+        return sum(t.log_prob for t in self.tokens) + sum(p.log_prob for p in self.pictures)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    asked: Sequence[Part]
+    told: Sequence[Part]
+
+
+@torch.no_grad()
+def score(sampler: Sampler, asked: Sequence[Part], told: Sequence[Part], *, noise_level: float | None = None) -> Score:
+    """Log probability of the reply `told` to `asked`; parts are words, or pictures (3, s, s) in [-1, 1].
+
+    noise_level: of the pictures in the reply, whose latents get noise of seed 0; default the lowest. Densities at
+    different levels do not compare. Raises ConfigError for an empty reply or a level that was not trained.
+    """
+    if not told:
+        raise ConfigError("there is nothing to score: the reply is empty.")
+    low, high = sampler.upload_level, sampler.noise_level
+    if noise_level is not None and not low <= noise_level <= high:
+        raise ConfigError(f"noise_level is {noise_level}; expected one that was trained, {low:g} to {high:g}.")
+    output, levels = _read(sampler, _Turn(asked, told), noise_level)
+    tokenizer = sampler.parts.tokenizer
+    assert tokenizer is not None
+    chances = -token_nats(output.head, (output.h, output.g), output.labels)
+    tokens = tuple(
+        TokenScore(str(tokenizer.tokenizer.id_to_token(int(i))), float(c))
+        for i, c in zip(output.labels, chances, strict=True)
+    )
+    first = sum(isinstance(p, Tensor) for p in asked)
+    return Score(tokens, tuple(_picture_scores(sampler, output, levels, first)))
+
+
+def _read(sampler: Sampler, turn: _Turn, noise_level: float | None) -> tuple[Output, Tensor]:
+    """One turn in parallel: pictures the user shows at the level of uploads, those of the reply at `noise_level`."""
+    parts = sampler.parts
+    assert parts.tokenizer is not None
+    shown, drawn = ([p for p in side if isinstance(p, Tensor)] for side in (turn.asked, turn.told))
+    lowest = sampler.upload_level if noise_level is None else noise_level
+    levels = torch.tensor([sampler.upload_level] * len(shown) + [lowest] * len(drawn), dtype=sampler.dtype)
+    levels = levels.to(parts.device)
+    batch = pack([parts.tokenizer.document([turn])], parts.layout).to(parts.device)
+    return sampler.pretzel.forward(batch, _noisy(sampler, shown + drawn, levels), levels), levels
+
+
+def _noisy(sampler: Sampler, images: Sequence[Tensor], levels: Tensor) -> Tensor:
+    """Latents (P, N, D) of pictures at their levels, noise from seed 0."""
+    deep = sampler.parts.cfg.flow.deep
+    if not images:
+        return torch.zeros(0, deep.num_latents, deep.dim, dtype=sampler.dtype, device=levels.device)
+    return sampler.noisy(torch.stack(list(images)), levels)
+
+
+def _picture_scores(sampler: Sampler, output: Output, levels: Tensor, first: int) -> Iterator[PictureScore]:
+    patches = output.affine.log_prob(output.u)  # (P, N)
+    for i in range(first, len(levels)):
+        yield PictureScore(
+            log_prob=float(output.log_prob[i]),
+            shallow_logdet=float(output.shallow_logdet[i]),
+            patches=patches[i].view(sampler.layout.grid).cpu(),
+            noise_level=float(levels[i]),
+            dims=math.prod(output.u.shape[1:]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """What a picture is to the model's prior, given the words: z (N, D), and log N(z; 0, I)."""
+
+    z: Tensor
+    log_prob: float
+
+
+@torch.no_grad()
+def invert(sampler: Sampler, image: Tensor, prompt: str) -> Code:
+    """The code from which `prompt` draws this picture again: image (3, s, s) in [-1, 1] -> z (N, D).
+
+    At the level at which pictures are drawn, with noise of seed 0.
+    """
+    output, _ = _read(sampler, _Turn([prompt] if prompt else [], [image]), sampler.noise_level)
+    return Code(output.z[0], float(standard_normal_log_prob(output.z)[0]))
+
+
+def decode_code(sampler: Sampler, z: Tensor, prompt: str) -> Picture:
+    """The picture that `prompt` draws from a code; the prompt of `invert` gives its picture back, another edits it."""
+    talk = [[[prompt] if prompt else []]]
+    reply = converse(sampler.with_code(z), talk, [0], Replying(tokens=0, pictures=1), draws=True)[0][0]
+    picture = reply[0]
+    assert isinstance(picture, Picture)
+    return picture

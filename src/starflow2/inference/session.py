@@ -1,0 +1,452 @@
+"""A conversation with the model: words and pictures go in, words and pictures come out, all through one cache.
+
+What was read or made is never read again: the cache only grows, and `rewind` cuts it. Commands, servers and tests
+consume the same stream of events. Not here: many conversations at once (decode), files of models (checkpoint).
+Letters: N latents, D latent dim.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from starflow2.core.images import Picture as Image
+from starflow2.core.images import read_picture, to_pil
+from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
+from starflow2.inference.decoder import (
+    Begun,
+    Completed,
+    Ended,
+    Picture,
+    Replying,
+    RowEvent,
+    Rows,
+    Sampler,
+    Stepped,
+    Token,
+)
+from starflow2.models.checkpoint import save_tensors
+from starflow2.models.components import Parts
+from starflow2.models.pretzel import PretzelCache
+from starflow2.models.prompts import check_words, heard
+from starflow2.models.qwen import ChatTokenizer
+from starflow2.models.sequence import Cursor
+from starflow2.nn import Cache, check
+
+__all__ = ["Drew", "Event", "Finished", "Made", "Mark", "Piece", "Said", "Session", "Started", "Wrote", "checked_part"]
+
+Said = str | Path | Image | Tensor  # words, or a picture: a file, a PIL image, or a tensor (3, s, s) in [-1, 1]
+SAMPLING = ("guidance", "edit_guidance", "prior_scale", "rule", "schedule")  # settings that a saved session keeps
+
+_BRANCHES = itertools.count()
+
+
+# -- events -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Wrote:
+    """A piece of text, as it comes."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The model begins something that takes a while."""
+
+    modality: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drew:
+    """`done` of `total` latents of a picture."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Something is complete: the picture for eyes, and as the model holds it."""
+
+    modality: str
+    image: Image
+    picture: Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The reply is over: the model ended it, or a limit did."""
+
+    reason: Literal["end", "limit"]
+
+
+Event = Wrote | Started | Drew | Made | Finished
+
+
+# -- the conversation -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One thing that was said or shown: `who` is "user" or "model"; exactly one of text and picture is there."""
+
+    who: str
+    text: str | None = None
+    picture: Picture | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A moment of a session to come back to."""
+
+    branch: int
+    length: int
+    cursor: Cursor
+    last: tuple[Tensor, Tensor]
+    previous: tuple[Tensor, Tensor]
+    pieces: int
+    replies: int
+    is_open: bool
+
+
+class Session:
+    """One conversation.
+
+    >>> session = Session(sampler)  # doctest: +SKIP
+    >>> session.add("a red circle").draw().image.save("circle.png")  # doctest: +SKIP
+    >>> session.add("make the circle blue").draw()  # doctest: +SKIP
+    """
+
+    def __init__(self, sampler: Sampler, seed: int = 0) -> None:
+        missing = [stage for stage in ("t2i", "adapter", "joint") if stage not in sampler.parts.stages]
+        if missing:
+            done = ", ".join(sampler.parts.stages) or "none"
+            raise ConfigError(f"this model has finished stages {done}; a session needs {missing[0]}, too.")
+        self.sampler, self.seed = sampler, seed
+        self.pieces: list[Piece] = []
+        self.encode_calls = 0  # how often a picture from outside was encoded
+        self._rows = Rows(sampler, 1)
+        self._is_open = False  # a user's turn
+        self._is_replying = False
+        self._replies = 0
+        self._branch = next(_BRANCHES)
+        self._valid: dict[int, float] = {self._branch: math.inf}  # how far marks of each branch of our past hold
+
+    # -- what the user says and shows
+
+    def add(self, *parts: Said) -> Session:
+        """Words (str), or pictures: a Path, a PIL image, or a tensor (3, s, s) in [-1, 1]. Encoded once, here.
+
+        All of it is checked before any of it is added. Raises PromptError for words the model cannot take or a
+        conversation longer than it reads, DataError and ShapeError for pictures it cannot.
+        """
+        self._check_idle()
+        if not parts:
+            raise PromptError("there is nothing to add; say or show something.")
+        ready = [checked_part(self.sampler.parts, part) for part in parts]
+        self._check_room(sum(self._slots_of(part) for part in ready) + self._overhead)
+        start = self.mark()
+        try:
+            self._open()
+            for part in ready:
+                if isinstance(part, str):
+                    self._rows.read([self._encoded(part)])
+                    self.pieces.append(Piece("user", text=part))
+                else:
+                    self._show(part)
+        except BaseException:  # half a turn is none
+            self.rewind(start)
+            raise
+        return self
+
+    def _slots_of(self, part: str | Tensor) -> int:
+        return len(self._encoded(part)) if isinstance(part, str) else self.sampler.layout.num_latents + 2
+
+    @property
+    def _tokenizer(self) -> ChatTokenizer:
+        assert self.sampler.parts.tokenizer is not None
+        return self.sampler.parts.tokenizer
+
+    @property
+    def _overhead(self) -> int:
+        """Slots that a turn needs beside what it holds: those that open it and the reply, and what ends both."""
+        return len(self._tokenizer.opens_user()) + len(self._tokenizer.opens_reply()) + 2
+
+    def _encoded(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def _open(self) -> None:
+        if not self._is_open:
+            self._rows.read([self._tokenizer.opens_user(is_first=not self.length)])
+            self._is_open = True
+
+    def _show(self, image: Tensor) -> None:
+        """An uploaded picture enters at the lowest noise level (docs/choices.md#picture-levels)."""
+        level = self.sampler.upload_level
+        self.encode_calls += 1
+        x = self.sampler.noisy(image[None], torch.tensor([level]))
+        u = self._rows.see([0], x, level)
+        picture = Picture(x[0], u[0], level, image)
+        self.pieces.append(Piece("user", picture=picture))
+
+    # -- what the model makes
+
+    def run(self, *, tokens: int = 64, pictures: int = 1, temperature: float = 0.0) -> Iterator[Event]:
+        """The model replies, deciding itself what comes next: words, a picture, or both.
+
+        Stopping early, by an error or by leaving the loop, takes the whole reply back.
+        """
+        yield from self._reply(Replying(tokens=tokens, pictures=pictures, temperature=temperature))
+
+    def write(self, *, tokens: int = 64, temperature: float = 0.0) -> str:
+        """The model replies in words."""
+        events = self._reply(Replying(tokens=tokens, pictures=0, temperature=temperature))
+        return "".join(e.text for e in events if isinstance(e, Wrote)).strip()
+
+    def draw(self) -> Made:
+        """The model replies with a picture and nothing else."""
+        made = [e for e in self._reply(Replying(tokens=0, pictures=1), draws=True) if isinstance(e, Made)]
+        return made[0]
+
+    def _reply(self, config: Replying, *, draws: bool = False) -> Iterator[Event]:
+        self._check_idle()
+        per_picture = self.sampler.layout.num_latents + 2
+        self._check_room(self._overhead + (per_picture if draws or not config.tokens else 1))
+        room = self.room - self._overhead
+        pictures = min(config.pictures, (room - min(config.tokens, 1)) // per_picture)
+        tokens = min(config.tokens, room - pictures * per_picture)
+        start = self.mark()
+        seed = self.seed + self._replies
+        self._is_replying = True
+        try:
+            self._open()
+            self._rows.read([self._tokenizer.opens_reply()])
+            self._is_open = False
+            yield from self._told(
+                self._rows.reply([seed], replace(config, pictures=pictures, tokens=tokens), draws=draws)
+            )
+        except BaseException:  # also of a consumer that leaves: half a reply would confuse all that follows
+            self._is_replying = False
+            self.rewind(start)
+            raise
+        self._is_replying = False
+        self._replies += 1
+
+    def _told(self, events: Iterator[RowEvent]) -> Iterator[Event]:
+        """Events of the row as those of a conversation; text is told as soon as its characters are whole."""
+        ids: list[int] = []
+        said = ""
+        for event in events:
+            match event:
+                case Token():
+                    ids.append(event.id)
+                    text = self._tokenizer.decode(ids)
+                    if not text.endswith("\ufffd") and text != said:
+                        piece, said = text[len(said) :], text
+                        yield Wrote(piece)
+                case Begun():
+                    self._keep_text(said)
+                    ids, said = [], ""
+                    yield Started("image")
+                case Stepped():
+                    yield Drew(event.done, event.total)
+                case Completed():
+                    self.pieces.append(Piece("model", picture=event.picture))
+                    yield Made("image", to_pil(event.picture.image), event.picture)
+                case Ended():
+                    self._keep_text(said)
+                    yield Finished(event.reason)
+
+    def _keep_text(self, text: str) -> None:
+        if text:
+            self.pieces.append(Piece("model", text=text))
+
+    # -- time
+
+    @property
+    def length(self) -> int:
+        """Positions in the cache."""
+        return self._rows.main.cache.length
+
+    @property
+    def room(self) -> int:
+        """Positions that are left."""
+        return self.sampler.parts.cfg.max_positions - self.length
+
+    def _check_idle(self) -> None:
+        if self._is_replying:
+            raise ConfigError("a reply is still being made; take its events to the end, or close the loop over them.")
+
+    def _check_room(self, wanted: int) -> None:
+        if wanted > self.room:
+            raise PromptError(
+                f"the conversation has {self.length} positions and this needs {wanted} more; this model reads up to "
+                f"{self.sampler.parts.cfg.max_positions}: rewind, or start a new session."
+            )
+
+    def mark(self) -> Mark:
+        """This moment, to `rewind` to."""
+        self._check_idle()
+        main, canvas = self._rows.main, self._rows.canvas
+        return Mark(
+            branch=self._branch,
+            length=self.length,
+            cursor=replace(main.cursors[0]),
+            last=(main.h.clone(), main.g.clone()),
+            previous=(canvas.previous.clone(), canvas.has_previous.clone()),
+            pieces=len(self.pieces),
+            replies=self._replies,
+            is_open=self._is_open,
+        )
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget all since `mark`; what was before stays bit-equal.
+
+        Raises ConfigError for a mark of another session, or of something that was taken back since.
+        """
+        self._check_idle()
+        if mark.length > self._valid.get(mark.branch, -1):
+            raise ConfigError("rewind got a mark of another session, or of something that was taken back since.")
+        main, canvas = self._rows.main, self._rows.canvas
+        main.cache.truncate(mark.length)
+        main.keep = main.keep[:, : mark.length]
+        main.cursors = [replace(mark.cursor)]
+        main.h, main.g = (t.clone() for t in mark.last)
+        canvas.previous, canvas.has_previous = (t.clone() for t in mark.previous)
+        self._rows.blank = None
+        del self.pieces[mark.pieces :]
+        self._is_open, self._replies = mark.is_open, mark.replies
+        self._start_branch(mark.length)
+
+    def _start_branch(self, length: int) -> None:
+        """From here on the past is shared up to `length` only: later marks of it hold no more."""
+        self._valid = {branch: min(end, length) for branch, end in self._valid.items()}
+        self._branch = next(_BRANCHES)
+        self._valid[self._branch] = math.inf
+
+    def fork(self) -> Session:
+        """A session of its own that shares the past and no memory with this one."""
+        self._check_idle()
+        twin = copy.copy(self)
+        twin.pieces = list(self.pieces)
+        twin._rows = self._rows.fork()
+        for branch in (self, twin):
+            branch._start_branch(self.length)
+        return twin
+
+    # -- files
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole state as one safetensors file. Raises OutputError."""
+        self._check_idle()
+        main, canvas = self._rows.main, self._rows.canvas
+        tensors = {"h": main.h, "g": main.g, "previous": canvas.previous, "has_previous": canvas.has_previous}
+        for name, cache in (("vlm", main.cache.vlm), ("flow", main.cache.flow)):
+            for i, (k, v) in enumerate(cache.filled()):
+                tensors |= {f"{name}.{i}.k": k, f"{name}.{i}.v": v}
+        for i, piece in enumerate(self.pieces):
+            if piece.picture is not None:
+                p = piece.picture
+                tensors |= {f"picture.{i}.x": p.x, f"picture.{i}.u": p.u, f"picture.{i}.image": p.image}
+        meta = {
+            "model": self.sampler.fingerprint,
+            "pieces": json.dumps([_told_of(piece) for piece in self.pieces]),
+            "sampling": json.dumps({name: getattr(self.sampler.config, name) for name in SAMPLING}),
+            "state": json.dumps(self._state()),
+        }
+        whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        save_tensors(whole, Path(path), meta)
+
+    def _state(self) -> dict[str, Any]:
+        cursor = self._rows.main.cursors[0]
+        return {
+            "mrope": cursor.mrope,
+            "step": cursor.step,
+            "seed": self.seed,
+            "replies": self._replies,
+            "is_open": self._is_open,
+            "encode_calls": self.encode_calls,
+        }
+
+    @classmethod
+    def load(cls, path: str | Path, sampler: Sampler) -> Session:
+        """A saved session, to go on exactly where it was, with the guidance and prior scale that it had.
+
+        Raises CheckpointError for a file that is not whole, or is of another model or precision.
+        """
+        try:
+            tensors = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is not a whole session file ({error}).") from error
+        if {"model", "pieces", "state"} - set(meta):
+            raise CheckpointError(f"{path} is no saved session of starflow2.")
+        if meta["model"] != sampler.fingerprint:
+            raise CheckpointError(f"{path} was saved with another model or precision; load it with the one it is of.")
+        session = cls(sampler.changed(**json.loads(meta.get("sampling", "{}"))))  # older files do not say
+        session._restore(tensors, json.loads(meta["pieces"]), json.loads(meta["state"]))
+        return session
+
+    def _restore(self, tensors: dict[str, Tensor], pieces: Sequence[dict[str, Any]], state: dict[str, Any]) -> None:
+        device = self.sampler.parts.device
+        tensors = {name: value.to(device) for name, value in tensors.items()}
+        main, canvas = self._rows.main, self._rows.canvas
+        main.h, main.g = tensors["h"], tensors["g"]
+        canvas.previous, canvas.has_previous = tensors["previous"], tensors["has_previous"]
+        if "flow.0.k" in tensors:
+            main.cache = PretzelCache(*(_cache_of(tensors, name) for name in ("vlm", "flow")))
+        main.keep = torch.ones(1, main.cache.length, dtype=torch.bool, device=device)
+        main.cursors = [Cursor(self.sampler.layout.grid, state["mrope"], state["step"])]
+        self.seed, self._replies, self._is_open = state["seed"], state["replies"], state["is_open"]
+        self.encode_calls = state["encode_calls"]
+        for i, told in enumerate(pieces):
+            picture = None
+            if told["text"] is None:
+                x, u, image = (tensors[f"picture.{i}.{name}"] for name in ("x", "u", "image"))
+                picture = Picture(x, u, told["noise_level"], image, *told["nats"])
+            self.pieces.append(Piece(told["who"], told["text"], picture))
+
+
+def checked_part(parts: Parts, part: Said) -> str | Tensor:
+    """Words as the model reads them, or a picture (3, s, s) in [-1, 1].
+
+    Raises PromptError for words it does not know, DataError and ShapeError for pictures it cannot take.
+    """
+    size = parts.cfg.fae.image_size
+    if isinstance(part, str):
+        check_words(parts, part)
+        return heard(parts, part)
+    return _checked(part, size) if isinstance(part, Tensor) else read_picture(part, size)
+
+
+def _checked(image: Tensor, size: int) -> Tensor:
+    """A picture that is a tensor already. Raises ShapeError, and DataError where a pixel is not a finite number."""
+    check(image, "C H W", "picture", C=3, H=size, W=size)
+    if not bool(image.isfinite().all()):
+        raise DataError("picture: expected finite numbers in [-1, 1], got NaN or infinity.")
+    return image
+
+
+def _told_of(piece: Piece) -> dict[str, Any]:
+    p = piece.picture
+    level, nats = (None, [None, None]) if p is None else (p.noise_level, [p.log_prob, p.unconditional])
+    return {"who": piece.who, "text": piece.text, "noise_level": level, "nats": nats}
+
+
+def _cache_of(tensors: dict[str, Tensor], name: str) -> Cache:
+    layers = sum(key.startswith(f"{name}.") and key.endswith(".k") for key in tensors)
+    return Cache.of([(tensors[f"{name}.{i}.k"], tensors[f"{name}.{i}.v"]) for i in range(layers)])

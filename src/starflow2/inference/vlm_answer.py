@@ -1,0 +1,85 @@
+"""Answers from a picture and words: the language model with its own vision tower, greedy and cached.
+
+Row i of a batch depends on its own picture and words alone: rows are run together only if they are equally long, so
+nothing is padded. Not here: the flow, which this path never touches, and the grading of answers.
+Letters: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from starflow2.errors import ConfigError
+from starflow2.models.components import Parts
+from starflow2.models.sequence import Batch, Image, Text, pack, text_mrope, with_pictures
+
+__all__ = ["answer"]
+
+_BATCH = 64  # rows at once
+
+
+@torch.no_grad()
+def answer(parts: Parts, images: Tensor, questions: Sequence[str], *, max_tokens: int = 48) -> list[str]:
+    """One answer per (picture, question), each of at most `max_tokens` tokens; the likeliest token at every step.
+
+    images: (B, 3, s, s) in [-1, 1], s = parts.cfg.vlm.image_size.
+    Raises ConfigError if lengths differ or the model's language part was not trained, ShapeError for other pictures.
+    """
+    if len(images) != len(questions):
+        raise ConfigError(f"{len(images)} images and {len(questions)} questions; expected equally many.")
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens is {max_tokens}; expected at least 1.")
+    if "vlm" not in parts.stages:
+        raise ConfigError(f"this model has finished stages {list(parts.stages)}; answering needs vlm.")
+    tokenizer = parts.tokenizer
+    assert tokenizer is not None
+    rows = [tokenizer.encode(question) for question in questions]
+    answers = [""] * len(rows)
+    for group in _equally_long(rows):
+        batch = _documents(parts, [rows[i] for i in group]).to(parts.device)
+        replies = _reply(parts, images[group].to(parts.device), batch, max_tokens)
+        for i, reply in zip(group, replies, strict=True):
+            answers[i] = tokenizer.decode(reply)
+    return answers
+
+
+def _documents(parts: Parts, questions: Sequence[list[int]]) -> Batch:
+    """A picture and a question up to where the answer begins, one row each; questions are equally long."""
+    assert parts.tokenizer is not None
+    before, after = (Text(tuple(ids)) for ids in (parts.tokenizer.opens_user(), parts.tokenizer.opens_reply()))
+    return pack([[before, Image(), Text(tuple(q)), after] for q in questions], parts.tower_layout)
+
+
+def _equally_long(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Indices of rows of one length, at most a batch at a time."""
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        by_length[len(row)].append(i)
+    for group in by_length.values():
+        yield from (group[at : at + _BATCH] for at in range(0, len(group), _BATCH))
+
+
+def _reply(parts: Parts, images: Tensor, batch: Batch, max_tokens: int) -> list[list[int]]:
+    """The tokens that follow each row, without the end token; rows that have ended leave the batch."""
+    vlm, end = parts.vlm, parts.cfg.vlm.special.end
+    cache = vlm.new_cache()
+    h = vlm.states(with_pictures(vlm.embed(batch.ids), vlm.see(images), batch), batch.mrope, cache=cache)
+    at = int(batch.mrope[0, 0, -1])
+    replies: list[list[int]] = [[] for _ in images]
+    rows = list(range(len(images)))  # that have not ended
+    while True:
+        told = vlm.logits(h[:, -1]).argmax(-1)  # (B,)
+        going = (told != end).nonzero().flatten()
+        rows, told = [rows[i] for i in going.tolist()], told[going]
+        for i, token in zip(rows, told.tolist(), strict=True):
+            replies[i].append(token)
+        if not rows or len(replies[rows[0]]) == max_tokens:
+            return replies
+        if len(going) < len(h):
+            cache.select(going)
+        at += 1
+        h = vlm.states(vlm.embed(told[:, None]), text_mrope(len(rows), 1, at).to(parts.device), cache=cache)

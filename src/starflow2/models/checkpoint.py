@@ -1,0 +1,383 @@
+"""A model folder: config.json, our weights, and the backbones in transformers' own layout beside them.
+
+    config.json          format number, sizes, stages done
+    model.safetensors    FAE if there is one, flow and joints
+    vlm/  features/      config.json + model.safetensors as transformers writes them
+    tokenizer.json       byte-level BPE;  lexicon.txt: the words that training used
+
+Backbones keep their upstream file layout because in-memory names change between releases. Those that came from
+elsewhere and are only referred to have no folder here: config.json holds source, revision and fingerprint
+(`pretrained`). A link vlm or features, to a folder with the same fingerprint, takes the place of a source that moved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from starflow2.core.files import replacing
+from starflow2.core.serialize import from_dict, to_dict
+from starflow2.errors import CheckpointError, ConfigError, OutputError, nearest
+from starflow2.flow import AffineBlock, Flow
+from starflow2.models.components import ModelConfig, Parts
+from starflow2.models.fae import Fae, FaeConfig
+from starflow2.models.pretrained import Pretrained, fingerprint, locate
+from starflow2.models.pretzel import Joints, JointsConfig
+from starflow2.models.qwen import ChatTokenizer, DinoFeatures, QwenStream, SiglipFeatures, load_tokenizer
+from starflow2.nn import raw_bytes
+
+__all__ = [
+    "FORMAT",
+    "load_parts",
+    "load_tensors",
+    "load_words",
+    "read_config",
+    "save_parts",
+    "save_tensors",
+    "start_parts",
+    "weights_digest",
+    "write_config",
+]
+
+FORMAT = 6
+OWN = ("fae.", "flow.", "joints.")  # what model.safetensors holds
+BACKBONES = ("vlm", "features")  # what stands beside it, or is referred to
+
+
+def save_parts(parts: Parts, folder: str | Path) -> Path:
+    """Write a model folder; an older one at the same place is replaced only when all is written.
+
+    Files of others in it (a model card) are kept. Raises CheckpointError where the folder cannot be
+    written or holds something that is not a model.
+    """
+    if parts.tokenizer is None:
+        raise CheckpointError("parts.tokenizer is None; a model is saved together with its tokenizer.")
+    folder = Path(folder).resolve()
+    _check_replaceable(folder)
+    temp = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temp, ignore_errors=True)
+    try:
+        temp.mkdir(parents=True)
+        _write_folder(parts, temp)
+        _keep_others(folder, temp)
+        _swap(temp, folder)
+    except (OSError, SafetensorError, shutil.Error) as error:  # safetensors has its own for a full disk
+        shutil.rmtree(temp, ignore_errors=True)
+        raise CheckpointError(f"cannot save to {folder}: {error}. What was there before is untouched.") from error
+    return folder
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to put a model where it would take the place of something else."""
+    there = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()
+    if there or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(
+            f"cannot save to {folder}: it is there already and is no model folder; give another name."
+        )
+
+
+def _keep_others(folder: Path, new: Path) -> None:
+    """Copy what stands beside our files in the old folder, such as a model card, into the new one."""
+    for other in folder.iterdir() if folder.is_dir() else ():
+        if (new / other.name).exists():
+            continue
+        if other.is_symlink():
+            (new / other.name).symlink_to(os.readlink(other))
+        elif other.is_dir():
+            shutil.copytree(other, new / other.name)
+        else:
+            shutil.copy2(other, new / other.name)
+
+
+def _write_folder(parts: Parts, folder: Path) -> None:
+    assert parts.tokenizer is not None
+    for name in _backbones(parts.cfg):
+        if name not in parts.cfg.references:
+            getattr(parts, name).save(folder / name)
+    own = {k: v for k, v in parts.state_dict().items() if k.startswith(OWN)}
+    save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / "model.safetensors")
+    parts.tokenizer.save(folder / "tokenizer.json")
+    (folder / "lexicon.txt").write_text("\n".join(sorted(parts.lexicon)) + "\n")
+    write_config(parts, folder)
+
+
+def weights_digest(parts: Parts) -> str:
+    """Which weights these are, in 16 hexadecimal digits: FAE, flow and joints, adapters of a fine-tune included."""
+    said = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(parts.state_dict().items()):
+        if name.startswith(OWN):
+            said.update(name.encode() + raw_bytes(value))
+    return said.hexdigest()
+
+
+def write_config(parts: Parts, folder: Path) -> None:
+    """config.json of a model folder: format number, stages done, every size, fingerprints of what is referred to."""
+    config = {"format": FORMAT, "stages": list(parts.stages), "model": to_dict(parts.cfg)}
+    config |= {"fingerprints": parts.fingerprints} if parts.fingerprints else {}
+    with replacing(folder / "config.json") as temp:
+        temp.write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _swap(new: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_parts(folder: str | Path, device: str | torch.device = "cpu", waiting: tuple[str, ...] = ()) -> Parts:
+    """Parts from a model folder. Raises CheckpointError for what is missing, foreign or truncated.
+
+    waiting: parts whose transformer layers stay on the CPU, in the mapped file, until they are used or moved, so that
+    a run in shards never holds them whole; see `parallel.Shards.place`.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    cfg = from_dict(ModelConfig, config["model"])
+    own = [f"{name}/model.safetensors" for name in _backbones(cfg) if name not in cfg.references]
+    for name in ("model.safetensors", *own, "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} has no {name}; it is no complete starflow2 model.")
+    with torch.device("meta"):
+        parts = Parts(cfg)
+    tensors = load_tensors(folder / "model.safetensors")
+    if not any(name.startswith("joints.") for name in tensors) and "adapter" not in config["stages"]:
+        tensors |= _fresh_joints(cfg)
+    _fill(parts, tensors, folder / "model.safetensors", waiting)
+    for name in _backbones(cfg):
+        if name in cfg.references:
+            place = folder / name if (folder / name).is_dir() else None
+            known = config.get("fingerprints", {}).get(name, "")
+            _refer(parts, name, place, known, "cpu" if name in waiting else device)
+        else:
+            _load_backbone(getattr(parts, name), folder / name)
+    for block in parts.flow.modules():
+        if isinstance(block, AffineBlock):
+            block.rebuild_buffers()
+    parts.tokenizer = _tokenizer(folder / "tokenizer.json", cfg)
+    lexicon = folder / "lexicon.txt"
+    parts.lexicon = frozenset(lexicon.read_text().split()) if lexicon.is_file() else frozenset()
+    parts.stages = tuple(config["stages"])
+    for name, module in parts.named_modules():
+        if not _waits(name, waiting):
+            module._apply(lambda value: value.to(device), recurse=False)
+    return parts.eval()
+
+
+def _waits(name: str, waiting: tuple[str, ...]) -> bool:
+    """Whether a module or weight of this name is in a transformer layer of one of these parts."""
+    return name.split(".")[0] in waiting and ".layers." in name
+
+
+def start_parts(cfg: ModelConfig, device: str | torch.device = "cpu") -> Parts:
+    """Parts for the first stage of a model over pretrained weights: those loaded, all else fresh, no stage done.
+
+    The tokenizer is that of the language model's folder. Raises CheckpointError for weights that are missing, broken
+    or of another model, and ConfigError for a config that refers to no language model.
+    """
+    if cfg.vlm_from is None:
+        raise ConfigError(f"model {cfg.name} has no vlm_from; it starts from its own stages, nothing pretrained.")
+    with torch.device("meta"):
+        parts = Parts(cfg)
+    fresh: dict[str, nn.Module] = {"flow": Flow(cfg.flow), "joints": _new_joints(cfg)}
+    if isinstance(cfg.fae, FaeConfig):
+        fresh["fae"] = Fae(cfg.fae)
+    for name, module in fresh.items():
+        setattr(parts, name, module)
+    for name in _backbones(cfg):
+        if name in cfg.references:
+            _refer(parts, name, None, "", device)
+        else:
+            getattr(parts, name).model = type(getattr(parts, name))(getattr(parts, name).cfg).model
+    parts.tokenizer = _tokenizer(locate(cfg.vlm_from) / "tokenizer.json", cfg)
+    return parts.to(device).eval()
+
+
+def _backbones(cfg: ModelConfig) -> tuple[str, ...]:
+    """Those of `BACKBONES` that a model has."""
+    return tuple(name for name in BACKBONES if getattr(cfg, name) is not None)
+
+
+def _refer(parts: Parts, name: str, place: Path | None, known: str, device: str | torch.device) -> None:
+    """Load a part that is only referred to, from its source or from `place`, and move it to `device` at once.
+
+    known: the fingerprint it had when the model was saved.
+    """
+    ref: Pretrained = parts.cfg.references[name]
+    folder = place or locate(ref)
+    found = fingerprint(folder)
+    for whose, wanted in (("this model was trained with", known), ("its config asks for", ref.sha256)):
+        if wanted and found != wanted:
+            raise CheckpointError(
+                f"{name} from {folder} has the fingerprint {found}, but {whose} {wanted}; "
+                f"give {ref.source} of revision {ref.revision or 'main'}, or link it as {name} in the model folder."
+            )
+    backbone = getattr(parts, name)
+    try:
+        backbone.check_settings(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load {folder}: {_first_line(error)}") from error
+    _load_backbone(backbone, folder, getattr(torch, ref.precision))
+    backbone.model.to(device)
+    parts.fingerprints[name] = found
+
+
+def _load_backbone(
+    backbone: DinoFeatures | SiglipFeatures | QwenStream, folder: Path, dtype: torch.dtype = torch.float32
+) -> None:
+    try:
+        backbone.load(folder, dtype)
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"cannot load {folder}: {_first_line(error)}") from error
+
+
+def load_words(folder: str | Path) -> tuple[ChatTokenizer, ModelConfig]:
+    """The tokenizer and the sizes of a model folder, without its weights. Raises CheckpointError."""
+    cfg = from_dict(ModelConfig, read_config(Path(folder))["model"])
+    return _tokenizer(Path(folder) / "tokenizer.json", cfg), cfg
+
+
+def _tokenizer(path: Path, cfg: ModelConfig) -> ChatTokenizer:
+    try:
+        tokenizer = load_tokenizer(path)
+    except Exception as error:  # tokenizers raises nothing more special than this
+        raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from error
+    if tokenizer.special != cfg.vlm.special or tokenizer.vocab > cfg.vlm.vocab:
+        raise CheckpointError(f"{path} is the tokenizer of another model: its tokens do not fit config.json.")
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, its format checked."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json; expected a starflow2 model folder.")
+    try:
+        config: Any = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict) or {"format", "stages"} - set(config):
+        raise CheckpointError(f"{path} is not of a starflow2 model (no format, model, stages).")
+    if not isinstance(config["stages"], list) or not all(type(s) is str for s in config["stages"]):
+        raise CheckpointError(f"{path} is not of a starflow2 model (stages is no list of names).")
+    if config["format"] not in range(1, FORMAT + 1):
+        raise CheckpointError(f"{path} has format {config['format']}; this version reads up to {FORMAT}.")
+    try:
+        for migrate in _MIGRATIONS[config["format"] - 1 :]:
+            config = migrate(config)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not of a starflow2 model of its format: {error!r}.") from error
+    return dict(config)
+
+
+def _as_format_2(config: dict[str, Any]) -> dict[str, Any]:
+    """A model from before the streams were joined: it gets the joints of that time's only recipe."""
+    joints = to_dict(JointsConfig(adapter_width=192, adapter_stencil=True)) | {"reference": True}
+    del joints["words"]
+    new = {"joints": joints, "max_positions": 4096}
+    return {**config, "format": 2, "model": {**config["model"], **new}}
+
+
+def _as_format_3(config: dict[str, Any]) -> dict[str, Any]:
+    """A model from before the flow could read words beside states: its flow reads states alone."""
+    model = config["model"]
+    return {**config, "format": 3, "model": {**model, "joints": {**model["joints"], "words": False}}}
+
+
+def _as_format_4(config: dict[str, Any]) -> dict[str, Any]:
+    """A model from before parts could be pretrained elsewhere: all its weights are its own, nothing is resized."""
+    model = config["model"]
+    flow = {"latent_penalty": 0.0, **model["flow"], "deep": {"noise_waves": 0, **model["flow"]["deep"]}}
+    flow["shallow"] = [{"noise_waves": 0, **block} for block in flow["shallow"]]
+    features = {"table_size": 0, "pixels": None, **model["features"]}
+    vlm = {"vision_window": 0, "vision_whole": [], "pixels": None, **model["vlm"]}
+    new = {"features_from": None, "vlm_from": None, "flow": flow, "features": features, "vlm": vlm}
+    return {**config, "format": 4, "model": {**model, **new}}
+
+
+def _as_format_5(config: dict[str, Any]) -> dict[str, Any]:
+    """A model from before the way from the picture before was a window: it reads the target's place or nothing."""
+    model = config["model"]
+    joints = {**model["joints"], "reference": int(model["joints"]["reference"])}
+    return {**config, "format": 5, "model": {**model, "joints": joints}}
+
+
+def _as_format_6(config: dict[str, Any]) -> dict[str, Any]:
+    """A model from before guidance had a course, and edits one of their own: it is constant, and the same for all."""
+    new = {"guidance_schedule": "constant", "edit_guidance": None}
+    return {**config, "format": 6, "model": {**config["model"], **new}}
+
+
+_MIGRATIONS = (_as_format_2, _as_format_3, _as_format_4, _as_format_5, _as_format_6)
+
+
+def _fresh_joints(cfg: ModelConfig) -> dict[str, Tensor]:
+    """Untrained joints for such a model, the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        joints = _new_joints(cfg)
+    return {f"joints.{name}": value for name, value in joints.state_dict().items()}
+
+
+def _new_joints(cfg: ModelConfig) -> Joints:
+    return Joints(cfg.joints, cfg.flow.deep.dim, cfg.vlm.width, cfg.flow.deep.stack.width)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; anything else, truncated or pickled, is refused by name."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}); only safetensors are read, never pickle."
+        ) from error
+    return tensors
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file in one step. Raises OutputError; what was there before then survives."""
+    try:
+        with replacing(path) as temp:
+            save_file(tensors, temp, metadata=metadata)
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {path}: {error}.") from error
+
+
+def _fill(parts: Parts, tensors: dict[str, Tensor], path: Path, waiting: tuple[str, ...]) -> None:
+    """Give our own parts, built without weights, copies of `tensors`; layers that wait get the mapped ones."""
+    state = {k: v for k, v in parts.state_dict().items() if k.startswith(OWN)}
+    missing, extra = sorted(set(state) - set(tensors)), sorted(set(tensors) - set(state))
+    if missing or extra:
+        hint = nearest(missing[0], extra) if missing else ""
+        raise CheckpointError(
+            f"{path} does not fit its config: {len(missing)} tensors missing {missing[:3]}, "
+            f"{len(extra)} unknown {extra[:3]}.{hint}"
+        )
+    for name, target in state.items():
+        value = tensors[name]
+        if target.shape != value.shape:
+            raise CheckpointError(f"{path}: {name} has shape {tuple(value.shape)}, expected {tuple(target.shape)}.")
+        state[name] = value.to(target.dtype, copy=not _waits(name, waiting))
+    for prefix in (prefix for prefix in OWN if any(k.startswith(prefix) for k in state)):
+        own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        getattr(parts, prefix.removesuffix(".")).load_state_dict(own, assign=True)

@@ -1,0 +1,137 @@
+"""The parts of a model side by side: features, language model, codec, flow, joints, tokenizer. No files here.
+
+What each part is lives in its own module; this one only knows which belong together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from starflow2.errors import ConfigError
+from starflow2.flow import Flow, FlowConfig
+from starflow2.flow.affine import Schedule
+from starflow2.models.fae import Fae, FaeCodec, FaeConfig
+from starflow2.models.patches import PatchCodec, PatchConfig
+from starflow2.models.pretrained import Pretrained
+from starflow2.models.pretzel import Joints, JointsConfig, Pretzel
+from starflow2.models.protocols import Codec, FeatureExtractor
+from starflow2.models.qwen import ChatTokenizer, DinoConfig, LanguageConfig, QwenStream, SiglipConfig, features_of
+from starflow2.models.sequence import Layout
+
+__all__ = ["ModelConfig", "Parts", "build"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Every size of a model, and the sampling defaults it was tuned for."""
+
+    name: str
+    features: DinoConfig | SiglipConfig | None  # what the FAE reads; None where there is no FAE
+    vlm: LanguageConfig
+    fae: FaeConfig | PatchConfig  # the codec: an FAE, or patches of pixels in its place
+    flow: FlowConfig
+    joints: JointsConfig
+    guidance: float = 2.0  # 0 = off
+    guidance_schedule: Schedule = "constant"
+    edit_guidance: float | None = None  # of a picture that follows another in its conversation; None: as `guidance`
+    prior_scale: float = 0.65  # 1 = exact sampling
+    max_prompt_tokens: int = 256
+    max_positions: int = 4096  # of one conversation
+    features_from: Pretrained | None = None  # where the frozen extractor comes from; None: trained and kept by us
+    vlm_from: Pretrained | None = None  # the same of the language model and its tower
+
+    def __post_init__(self) -> None:
+        deep, codec = self.flow.deep, self.fae
+        if (codec.latent_dim, codec.grid) != (deep.dim, deep.grid):
+            raise ConfigError(
+                f"fae has {codec.grid} latents of {codec.latent_dim} channels, flow.deep {deep.grid} of {deep.dim}; "
+                "expected the same."
+            )
+        if (self.features is None) != isinstance(codec, PatchConfig):
+            told = "none, and an FAE reads them" if self.features is None else "given, and patches read none"
+            raise ConfigError(f"features are {told}; expected features beside a FaeConfig and None beside patches.")
+
+    @property
+    def references(self) -> dict[str, Pretrained]:
+        """The parts that a model folder only refers to, by their names in `Parts`."""
+        refs = {"features": self.features_from, "vlm": self.vlm_from}
+        return {name: ref for name, ref in refs.items() if ref is not None}
+
+
+class Parts(nn.Module):
+    """The modules of a model and its tokenizer; which of them are trained is `stages`."""
+
+    def __init__(self, cfg: ModelConfig, tokenizer: ChatTokenizer | None = None) -> None:
+        super().__init__()
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.lexicon: frozenset[str] = frozenset()
+        self.stages: tuple[str, ...] = ()
+        self.fingerprints: dict[str, str] = {}  # of the parts that are only referred to, once they are loaded
+        if cfg.features is not None:
+            self.features = features_of(cfg.features)
+        self.vlm = QwenStream(cfg.vlm)
+        if isinstance(cfg.fae, FaeConfig):
+            self.fae = Fae(cfg.fae)
+        else:
+            self.patches = PatchCodec(cfg.fae)
+        self.flow = Flow(cfg.flow)
+        deep = cfg.flow.deep
+        self.joints = Joints(cfg.joints, deep.dim, cfg.vlm.width, deep.stack.width)
+
+    @property
+    def pretzel(self) -> Pretzel:
+        """Both streams joined, over these weights."""
+        return Pretzel(self.vlm, self.flow, self.joints)
+
+    @property
+    def joined(self) -> nn.ModuleDict:
+        """What stage 3 trains: everything but the language model and the codec."""
+        return nn.ModuleDict({"flow": self.flow, "joints": self.joints})
+
+    @property
+    def joined_above(self) -> nn.ModuleDict:
+        """The same without the shallow blocks, under the same names."""
+        return nn.ModuleDict({"flow": nn.ModuleDict({"deep": self.flow.deep}), "joints": self.joints})
+
+    @property
+    def layout(self) -> Layout:
+        """How documents of this model spell a picture."""
+        ids = self.cfg.vlm.special
+        return Layout(self.cfg.flow.deep.grid, ids.vision_start, ids.vision_end, ids.image_pad, ids.pad)
+
+    @property
+    def tower_layout(self) -> Layout:
+        """The same for documents whose pictures the language model's own vision tower sees."""
+        return replace(self.layout, grid=self.cfg.vlm.image_grid)
+
+    @property
+    def codec(self) -> Codec:
+        """Pictures to latents and back, without gradients to an FAE."""
+        return FaeCodec(self.fae, self.features) if self.has_fae else self.patches
+
+    @property
+    def has_fae(self) -> bool:
+        """Whether there are `fae` and `features`; else there are `patches`."""
+        return isinstance(self.cfg.fae, FaeConfig)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The module that runs once whenever pictures are encoded."""
+        return self.fae.encoder if self.has_fae else self.patches
+
+    @property
+    def extractor(self) -> FeatureExtractor | None:
+        return self.features if self.has_fae else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.flow.deep.head.weight.device
+
+
+def build(cfg: ModelConfig, device: str | torch.device = "cpu") -> Parts:
+    """Parts with fresh weights (or none, on the meta device)."""
+    with torch.device(device):
+        return Parts(cfg)

@@ -1,0 +1,280 @@
+"""The paper's comparisons, each arm on equal data, steps and seeds: skips, stage 3, and a mixture of transformers.
+
+Table 4 in two steps: "stage 1" goes on with pictures from words alone, "stage 3, skips closed" adds the other data,
+"stage 3" opens the skips; all go on from the same model of stages 1 and 2. A mixture of transformers has no weights in
+common with that flow, so section 5.3 starts afresh: "fresh", "mot frozen" and "mot finetuned" have the same frozen
+language model and FAE, as many new parameters, and the same documents. Scores are of a quick share of the suites, small
+on purpose, for several seeds, and of losses on documents that nobody was trained on, which tell arms apart long before
+they draw well. Not here: the figures of the shipped model (evals), plots (analysis).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from starflow2.core.files import replacing
+from starflow2.core.images import to_bytes, to_floats
+from starflow2.errors import CheckpointError, ConfigError, nearest
+from starflow2.evals.geneval import evaluate_geneval
+from starflow2.evals.gqa import evaluate_mme
+from starflow2.evals.report import KeptRows
+from starflow2.models.checkpoint import load_parts
+from starflow2.models.components import Parts
+from starflow2.models.pretrained import fingerprint
+from starflow2.pipeline import StarFlow2
+from starflow2.research.mot import MotParts
+from starflow2.research.runs import StepTeller, side_by_side
+from starflow2.training.loop import fit_task
+from starflow2.training.tasks import AdapterTask, JointTask, MixConfig, OptimConfig, StageConfig, T2iTask, Task
+
+__all__ = ["ARMS", "Arm", "CompareConfig", "compare", "compare_and_keep", "fresh_parts", "summary", "write"]
+
+Arm = Literal["stage 1", "stage 3", "stage 3, skips closed", "closed in use", "fresh", "mot frozen", "mot finetuned"]
+ARMS: tuple[Arm, ...] = get_args(Arm)
+AFRESH = ("fresh", "mot frozen", "mot finetuned")
+NEEDED = ("features", "fae", "vlm", "t2i", "adapter")
+UNSEEN_SEED = 77_000  # of the documents whose losses are reported
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """One budget for all arms."""
+
+    steps: int = 300
+    batch: int = 32
+    seeds: tuple[int, ...] = (0, 1, 2)
+    lr: float = 2e-3
+    matrix_lr: float = 3e-3
+    mix: MixConfig = field(default_factory=lambda: MixConfig(understand=0.3, draw=0.7, edit=0.0, chain=0.0, story=0.0))
+    unseen: int = 128  # documents of each kind whose loss is reported
+    quick: bool = True
+
+    def stage(self, name: Literal["t2i", "adapter", "joint"]) -> StageConfig:
+        optim = OptimConfig(lr=self.lr, matrix_lr=self.matrix_lr, warmup_steps=min(60, self.steps))
+        return StageConfig(name=name, steps=self.steps, batch=self.batch, optim=optim, mix=self.mix)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """One training, and the arms that are scored after it."""
+
+    seed: int
+    arms: tuple[Arm, ...]  # the one that is trained, then those that are another use of it
+
+
+@dataclass(frozen=True, slots=True)
+class _Workplace:
+    """Where arms come from and where they run."""
+
+    folder: Path
+    device: str
+    workers: int
+
+    def start(self, arm: Arm, config: CompareConfig, seed: int) -> Parts:
+        """What an arm begins with. Raises CheckpointError for a model without stages 1 and 2."""
+        if arm not in AFRESH:
+            return self._ready()
+        parts = fresh_parts(self.folder, seed, self.device)
+        if arm != "fresh":
+            return MotParts(parts, "frozen" if arm == "mot frozen" else "finetuned", seed)
+        for prepare in (T2iTask, AdapterTask):  # both set a scale when they meet weights that are new
+            prepare(parts, config.stage("t2i"), seed)
+        return parts.requires_grad_(False)
+
+    def _ready(self) -> Parts:
+        parts = load_parts(self.folder, self.device)
+        if "joint" in parts.stages or set(NEEDED) - set(parts.stages):
+            raise CheckpointError(
+                f"{self.folder} has finished {', '.join(parts.stages)}; the comparison needs a model of stages 1 and 2 "
+                f"({', '.join(NEEDED)}) from before stage 3."
+            )
+        return parts.requires_grad_(False)
+
+
+def fresh_parts(folder: str | Path, seed: int, device: str = "cpu") -> Parts:
+    """The frozen parts of the model in `folder` with a flow and joints that were never trained, those of `seed`."""
+    parts = load_parts(folder, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = Parts(parts.cfg)
+    parts.flow.load_state_dict(new.flow.state_dict())
+    parts.joints.load_state_dict(new.joints.state_dict())
+    parts.stages = ("features", "fae", "vlm")
+    return parts.requires_grad_(False)
+
+
+def compare(
+    folder: str | Path,
+    config: CompareConfig,
+    *,
+    arms: Iterable[str] = ARMS,
+    done: Iterable[Row] = (),
+    device: str = "cpu",
+    jobs: int = 1,
+    workers: int = 0,
+) -> Iterator[Row]:
+    """One row per arm and seed: those in `done`, which are not trained again, then the others as they come.
+
+    A row: arm, seed, trained parameters, geneval (ID, lenient), mme (ID, of 1,200), flow and text (losses on unseen
+    documents: weighted nats per dim without the constant, nats per reply). folder: a model that has finished stages 1
+    and 2. "closed in use" is "stage 3" with the skips closed after training. jobs: arms at a time, each in a process
+    of its own if several. workers: processes that draw an arm's data. Raises ConfigError for an unknown arm.
+    """
+    arms = list(arms)
+    for arm in arms:
+        if arm not in ARMS:
+            raise ConfigError(f"there is no arm {arm!r}; expected some of {', '.join(ARMS)}.{nearest(arm, ARMS)}")
+    known = {(row["arm"], row["seed"]): row for row in done}
+    missing = []
+    for unit in _units(arms, config.seeds):
+        keys = [(arm, unit.seed) for arm in unit.arms]
+        if known.keys() >= set(keys):
+            yield from (known[key] for key in keys)
+        else:
+            missing.append(unit)
+    work = partial(_rows, config=config, place=_Workplace(Path(folder), device, workers))
+    for rows in side_by_side(work, missing, jobs):
+        yield from rows
+
+
+def compare_and_keep(
+    folder: str | Path,
+    config: CompareConfig,
+    output: str | Path,
+    *,
+    device: str = "cpu",
+    jobs: int = 1,
+    workers: int = 0,
+) -> list[Row]:
+    """`compare` with all arms, its rows in output/compare.json and compare.md as soon as they are there.
+
+    A stopped call goes on. Raises ConfigError where compare.json is of another budget or model.
+    """
+    kept = KeptRows(Path(output) / "compare.json", asdict(config) | {"model": fingerprint(Path(folder))})
+    rows: list[Row] = []
+    for row in compare(folder, config, done=kept.read(), device=device, jobs=jobs, workers=workers):
+        rows = sorted([*rows, row], key=lambda row: (row["seed"], ARMS.index(row["arm"])))
+        kept.write(rows, summary=summary(rows))
+        write(rows, config, output)
+    return rows
+
+
+def _units(arms: Iterable[str], seeds: Iterable[int]) -> Iterator[_Unit]:
+    """What is to be trained; "stage 3" is scored once more with its skips closed, if that is asked for."""
+    for seed in seeds:
+        for arm in (a for a in ARMS if a in arms and a != "closed in use"):
+            yield _Unit(seed, (arm, "closed in use") if arm == "stage 3" and "closed in use" in arms else (arm,))
+
+
+def _rows(unit: _Unit, config: CompareConfig, place: _Workplace) -> list[Row]:
+    """Train one arm and score it."""
+    parts, task = _trained(unit, config, place)
+    trained = sum(p.numel() for p in task.trained.parameters())
+    rows = []
+    for arm in unit.arms:
+        closed = arm in ("stage 1", "stage 3, skips closed", "closed in use")
+        scores = _scores(parts, closed=closed, config=config)
+        rows.append({"arm": arm, "seed": unit.seed, "trained": trained} | scores)
+    return rows
+
+
+def _trained(unit: _Unit, config: CompareConfig, place: _Workplace) -> tuple[Parts, Task]:
+    """The arm's parts after training, and what trained them."""
+    arm, seed = unit.arms[0], unit.seed
+    parts = place.start(arm, config, seed)
+    stage = config.stage("t2i" if arm == "stage 1" else "joint")
+    task: Task = T2iTask(parts, stage, seed) if arm == "stage 1" else JointTask(parts, stage, seed)
+    if arm == "stage 3, skips closed":
+        assert isinstance(task, JointTask)
+        task.pretzel.skips = frozenset()
+    fit_task(task, stage, seed, device=place.device, report=StepTeller(arm, seed), workers=place.workers)
+    parts.stages = (*NEEDED, "joint")
+    return parts, task
+
+
+def _scores(parts: Parts, *, closed: bool, config: CompareConfig) -> dict[str, float]:
+    model = StarFlow2(parts)
+    if closed:
+        model.sampler().pretzel.skips = frozenset()
+
+    def draw(prompts: list[str], seeds: list[int]) -> Any:
+        return to_bytes(model.draw(prompts, seeds))
+
+    def answer(images: Any, questions: list[str]) -> list[str]:
+        return model.answers([[image] for image in to_floats(images)], questions)
+
+    drawn = evaluate_geneval(draw, "dev", quick=config.quick, samples=1, parts=("id",))
+    said = evaluate_mme(answer, "dev", quick=config.quick)
+    return {
+        "geneval": drawn["parts"]["id"]["overall"]["lenient"]["score"],
+        "mme": said["parts"]["id"]["total"]["score"],
+        **_losses(parts, closed=closed, count=config.unseen),
+    }
+
+
+@torch.no_grad()
+def _losses(parts: Parts, *, closed: bool, count: int, batch: int = 32) -> dict[str, float]:
+    """Both losses on `count` drawings and as many questions that nobody was trained on, the same for all arms."""
+    found: dict[str, float] = {}
+    for term, kind in (("flow", "draw"), ("text", "understand")):
+        only = MixConfig(**{name: float(name == kind) for name in asdict(MixConfig())})
+        stage = StageConfig(name="joint", steps=1, batch=batch, caption_drop=0.0, mix=only)
+        task = JointTask(parts, stage, UNSEEN_SEED)
+        if closed:
+            task.pretzel.skips = frozenset()
+        generator = torch.Generator().manual_seed(UNSEEN_SEED)
+        chunks = [task.draw(range(at, at + batch)) for at in range(0, count, batch)]
+        found[term] = float(np.mean([float(task.loss(data, generator)[1][term]) for data in chunks]))
+    return found
+
+
+def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Mean and range over seeds of all scores, by arm."""
+    by_arm: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_arm.setdefault(row["arm"], []).append(row)
+    return {
+        arm: {"seeds": [row["seed"] for row in same], "trained": same[0]["trained"]}
+        | {name: _over_seeds([row[name] for row in same]) for name in SCORES}
+        for arm, same in by_arm.items()
+    }
+
+
+def _over_seeds(values: list[float]) -> dict[str, float]:
+    return {"mean": float(np.mean(values)), "low": min(values), "high": max(values)}
+
+
+def write(rows: Iterable[Row], config: CompareConfig, folder: str | Path) -> Path:
+    """compare.md in `folder`. Raises OutputError."""
+    titles = " | ".join(title for title, _ in SCORES.values())
+    lines = [f"| arm | trained parameters | seeds | {titles} |", "|---|---:|---" + "|---:" * len(SCORES) + "|"]
+    for arm, row in summary(rows).items():
+        cells = [_cell(row[name], digits) for name, (_, digits) in SCORES.items()]
+        seeds = ", ".join(str(seed) for seed in sorted(row["seeds"]))
+        lines.append(f"| {arm} | {row['trained']:,} | {seeds} | {' | '.join(cells)} |")
+    text = f"{config.steps} steps of {config.batch} documents for every arm: mean [range] over seeds.\n"
+    path = Path(folder) / "compare.md"
+    with replacing(path) as temp:
+        temp.write_text("\n".join(lines) + "\n\n" + text)
+    return path
+
+
+def _cell(found: Mapping[str, float], digits: int) -> str:
+    mean, low, high = (f"{found[name]:.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+SCORES = {  # title and digits
+    "geneval": ("W-GenEval, dev, ID", 3),
+    "flow": ("flow loss, unseen", 4),
+    "mme": ("W-MME-p, dev, ID", 0),
+    "text": ("nats per reply, unseen", 3),
+}

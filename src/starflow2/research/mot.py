@@ -1,0 +1,359 @@
+"""A mixture of transformers to compare with (BAGEL's design, paper section 5.3), behind the Pretzel's interface.
+
+One stream instead of two: every layer of the language model has a second set of weights, its visual experts, for the
+slots of pictures. Slots are processed by the experts of their kind and meet in attention only. Text experts start as
+the language model itself and are frozen or finetuned; visual experts, flow head and shallow blocks are new.
+A begin slot is visual, although its token is a word: all it predicts is the first latent's Gaussian, and it carries
+the noise level, neither of which frozen text experts could do anything with. An end slot is text: it predicts words.
+Letters: B rows, T positions, M slots of one kind, P pictures, E width, H heads, G key heads, K head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from starflow2.errors import ConfigError
+from starflow2.flow import Flow, FlowConfig
+from starflow2.models.components import Parts
+from starflow2.models.pretzel import Joints, JointsConfig, Pretzel, PretzelCache, Slots, States, reference_in
+from starflow2.models.qwen import LanguageConfig
+from starflow2.nn import Cache, StackConfig, at_least_fp32, attention, attention_mask, check
+
+__all__ = [
+    "Experts",
+    "Mot",
+    "MotJoints",
+    "MotParts",
+    "TextExperts",
+    "Trains",
+    "VisualExperts",
+    "matched_width",
+    "num_parameters",
+]
+
+Trains = Literal["frozen", "finetuned"]  # what happens to the text experts
+
+
+# -- experts ------------------------------------------------------------------------------------------------
+
+
+class _RmsNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_fp32(x)
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+class _Attention(nn.Module):
+    """The projections around attention; attention itself belongs to both experts together."""
+
+    def __init__(self, cfg: LanguageConfig) -> None:
+        super().__init__()
+        head_dim = cfg.width // cfg.heads
+        self.q_proj = nn.Linear(cfg.width, cfg.width)
+        self.k_proj = nn.Linear(cfg.width, cfg.kv_heads * head_dim)
+        self.v_proj = nn.Linear(cfg.width, cfg.kv_heads * head_dim)
+        self.o_proj = nn.Linear(cfg.width, cfg.width, bias=False)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class _Expert(nn.Module):
+    """One layer's weights for one kind of slot; names as in Qwen2.5, so that its weights load by name."""
+
+    def __init__(self, cfg: LanguageConfig, mlp_width: int) -> None:
+        super().__init__()
+        self.input_layernorm = _RmsNorm(cfg.width)
+        self.self_attn = _Attention(cfg)
+        self.post_attention_layernorm = _RmsNorm(cfg.width)
+        self.mlp = _Mlp(cfg.width, mlp_width)
+
+    def qkv(self, x: Tensor) -> Tensor:
+        """(M, E) -> (M, (H + 2 G) K)."""
+        x = self.input_layernorm(x)
+        return torch.cat([self.self_attn.q_proj(x), self.self_attn.k_proj(x), self.self_attn.v_proj(x)], dim=-1)
+
+    def forward(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What this layer makes of x (M, E) and what it attended to (M, E): (M, E)."""
+        x = x + self.self_attn.o_proj(attended)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class TextExperts(nn.Module):
+    """The language model's own weights, under its own names."""
+
+    def __init__(self, cfg: LanguageConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab, cfg.width)
+        self.layers = nn.ModuleList(_Expert(cfg, cfg.mlp_width) for _ in range(cfg.depth))
+        self.norm = _RmsNorm(cfg.width)
+        self.lm_head = nn.Linear(cfg.width, cfg.vocab, bias=False)
+        if cfg.ties_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+
+class VisualExperts(nn.Module):
+    """The second set of weights of every layer."""
+
+    def __init__(self, cfg: LanguageConfig, mlp_width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Expert(cfg, mlp_width) for _ in range(cfg.depth))
+
+
+@dataclass(frozen=True, slots=True)
+class _Kinds:
+    """Which of B x T slots are text and which are visual."""
+
+    text: Tensor  # (M,) places among the B * T
+    visual: Tensor  # (M',)
+    back: Tensor  # (B * T,) where each place stands in text and visual, one behind the other
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, is_visual: Tensor) -> _Kinds:
+        flat = is_visual.flatten()
+        text, visual = (~flat).nonzero()[:, 0], flat.nonzero()[:, 0]
+        return cls(text, visual, torch.cat([text, visual]).argsort(), is_visual.shape)
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, F) -> (M, F), (M', F)."""
+        flat = x.flatten(0, 1)
+        return flat[self.text], flat[self.visual]
+
+    def together(self, text: Tensor, visual: Tensor) -> Tensor:
+        """(M, F), (M', F) -> (B, T, F)."""
+        return torch.cat([text, visual])[self.back].unflatten(0, self.shape)
+
+
+class Experts(nn.Module):
+    """A language model with visual experts beside its own weights; a `LanguageStream` where all slots are text."""
+
+    def __init__(self, cfg: LanguageConfig, visual_mlp_width: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.text = TextExperts(cfg)
+        self.visual = VisualExperts(cfg, visual_mlp_width)
+
+    @property
+    def width(self) -> int:
+        return self.cfg.width
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, E)."""
+        return self.text.embed_tokens(ids)
+
+    def new_cache(self) -> Cache:
+        return Cache(self.cfg.depth)
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(..., E) -> (..., V)."""
+        return self.text.lm_head(h)
+
+    def states(
+        self, embeds: Tensor, positions: Tensor, cache: Cache | None = None, attend: Tensor | None = None
+    ) -> Tensor:
+        """Last hidden states (B, T, E) where all slots are text; arguments as in `LanguageStream`."""
+        is_visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        return self.mixed(embeds, positions, is_visual, cache, attend)
+
+    def mixed(
+        self, x: Tensor, positions: Tensor, is_visual: Tensor, cache: Cache | None = None, attend: Tensor | None = None
+    ) -> Tensor:
+        """x: (B, T, E), each slot through the experts of its kind -> (B, T, E); text ends in the model's last norm.
+
+        is_visual: (B, T) bool; the rest as in `LanguageStream`.
+        """
+        check(positions, "A B T", "positions", A=3)
+        kinds = _Kinds.of(is_visual)
+        rotation = _rotation(positions, self.cfg, at_least_fp32(x).dtype)
+        mask = attention_mask(x, 0 if cache is None else cache.length, attend)
+        text, visual = kinds.apart(x)
+        for i, (words, sights) in enumerate(zip(self.text.layers, self.visual.layers, strict=True)):
+            assert isinstance(words, _Expert) and isinstance(sights, _Expert)
+            qkv = kinds.together(words.qkv(text), sights.qkv(visual))
+            q, k, v = self._heads(qkv, rotation)
+            if cache is not None:
+                k, v = cache.append(i, k, v)
+            groups = self.cfg.heads // self.cfg.kv_heads
+            out = attention(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), mask)  # (B, H, T, K)
+            for_text, for_visual = kinds.apart(out.transpose(1, 2).flatten(2))
+            text, visual = words(text, for_text), sights(visual, for_visual)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return kinds.together(self.text.norm(text), visual)
+
+    def _heads(self, qkv: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, (H + 2 G) K) -> q (B, H, T, K), k and v (B, G, T, K), the first two rotated."""
+        cfg = self.cfg
+        heads = qkv.unflatten(-1, (cfg.heads + 2 * cfg.kv_heads, -1)).transpose(1, 2)
+        q, k, v = heads.split((cfg.heads, cfg.kv_heads, cfg.kv_heads), dim=1)
+        return _rotated(q, rotation), _rotated(k, rotation), v
+
+
+def _rotation(positions: Tensor, cfg: LanguageConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of M-RoPE: positions (3, B, T) -> 2 x (B, 1, T, K / 2); each section of pairs has its axis."""
+    pairs = cfg.width // cfg.heads // 2
+    freqs = cfg.rope_theta ** -(torch.arange(pairs, dtype=dtype, device=positions.device) / pairs)
+    axis = torch.arange(3, device=positions.device).repeat_interleave(torch.tensor(cfg.mrope_section).to(positions))
+    angles = positions.to(dtype)[axis].movedim(0, -1) * freqs  # (B, T, K / 2)
+    return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+
+def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """x: (B, H, T, K), its first half rotated against its second (Qwen's layout of pairs)."""
+    cos, sin = (r.to(x.dtype) for r in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+# -- the baseline -----------------------------------------------------------------------------------------------
+
+
+class MotJoints(Joints):
+    """Of the joints only the way from the previous picture is left: there is one stream, so nothing to join."""
+
+    def __init__(self, cfg: JointsConfig, dim: int, width: int) -> None:
+        nn.Module.__init__(self)  # not that of Joints, whose adapter and skips have no place here
+        self.cfg = cfg
+        if cfg.reference:
+            self.reference = reference_in(cfg, dim, width)
+
+
+class Mot(Pretzel):
+    """The baseline behind the Pretzel's interface; owns no weights, and C = E: there is one stream.
+
+    `flow` has the shallow blocks, and as its deep block only what surrounds a body: embeddings, final norm, head.
+    """
+
+    def __init__(self, vlm: Experts, flow: Flow, joints: MotJoints) -> None:
+        super().__init__(vlm, flow, joints)
+        self.experts = vlm
+        self.skips = frozenset()
+
+    def read(self, slots: Slots, cache: PretzelCache | None = None) -> States:
+        """States at new positions, behind those in `cache`: h for words, g the same behind the visual final norm."""
+        x = self.experts.embed(slots.ids)
+        is_visual = torch.zeros_like(slots.ids, dtype=torch.bool)
+        if slots.begin is not None:
+            row, at, added = slots.begin
+            x = x.index_put((row, at), added.to(x.dtype), accumulate=True)
+            is_visual[row, at] = True
+        if slots.latent is not None:
+            row, at = slots.latent.row, slots.latent.at
+            x = x.index_put((row, at), slots.latent.base.to(x.dtype))
+            is_visual[row, at] = True
+        vlm, flow = (None, None) if cache is None else (cache.vlm, cache.flow)
+        h = self.experts.mixed(x, slots.mrope, is_visual, vlm, slots.attend)
+        return States(h, self.flow.deep.body(h, None, slots.attend, flow))
+
+    def adapted(self, u: Tensor, noise_level: Tensor) -> Tensor:
+        """Whole pictures as they are read: u (P, N, D), noise_level (P,) -> (P, N, E)."""
+        targets = torch.arange(1, u.shape[1] + 1, device=u.device).expand(len(u), -1)
+        return self.latents(F.pad(u, (0, 0, 0, 1)), targets, noise_level, None, None)[0]
+
+    def latents(
+        self,
+        buffer: Tensor,
+        targets: Tensor,
+        noise_level: Tensor,
+        reference: Tensor | None,
+        has_reference: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As in the Pretzel, but there is one stream: both are the same (P, n, E)."""
+        base = self._base(buffer, targets, noise_level, reference, has_reference)
+        return base, base
+
+
+# -- beside a model ---------------------------------------------------------------------------------------------
+
+
+def num_parameters(*modules: nn.Module) -> int:
+    """How many parameters these modules have together, shared ones once."""
+    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
+
+
+def matched_width(parts: Parts) -> int:
+    """The MLP width of the visual experts with which the baseline adds as many parameters as flow and joints have.
+
+    Raises ConfigError where even the narrowest is too large.
+    """
+
+    def new_parameters(width: int) -> int:
+        with torch.device("meta"):
+            return num_parameters(VisualExperts(parts.cfg.vlm, width), *_around(parts))
+
+    wanted = num_parameters(parts.flow, parts.joints)
+    one, two = new_parameters(1), new_parameters(2)  # linear in between and beyond
+    width = 1 + round((wanted - one) / (two - one))
+    if width < 1:
+        raise ConfigError(f"flow and joints have {wanted} parameters; expected at least {one}, the smallest baseline.")
+    return width
+
+
+def _around(parts: Parts) -> tuple[Flow, MotJoints]:
+    """What is new beside the visual experts."""
+    return Flow(_flow_config(parts)), MotJoints(parts.cfg.joints, parts.cfg.flow.deep.dim, parts.cfg.vlm.width)
+
+
+def _flow_config(parts: Parts) -> FlowConfig:
+    """The same shallow blocks; a deep block without layers, as wide as the language model."""
+    flow, vlm = parts.cfg.flow, parts.cfg.vlm
+    stack = StackConfig(width=vlm.width, depth=0, head_dim=vlm.width // vlm.heads, rope=False)
+    return replace(flow, deep=replace(flow.deep, stack=stack, context_dim=0, start="none"))
+
+
+class MotParts(Parts):
+    """The parts of a model with the baseline in place of both streams: what takes Parts takes these.
+
+    Text experts start as the language model of `parts`, all else is fresh; features, codec and tokenizer are shared.
+    Both variants add as many parameters as the Pretzel's flow and joints have (`matched_width`); "finetuned" trains
+    the text experts besides, so that the totals are equal in both, and in "frozen" what trains is, too.
+    """
+
+    vlm: Any  # Experts: a LanguageStream, without a vision tower
+
+    def __init__(self, parts: Parts, text: Trains = "frozen", seed: int = 0) -> None:
+        """`seed`: of all that is new."""
+        nn.Module.__init__(self)  # not that of Parts: most of its parts are taken over
+        self.text = text
+        self.tokenizer, self.lexicon = parts.tokenizer, parts.lexicon
+        self.stages = tuple(stage for stage in parts.stages if stage in ("features", "vlm", "fae"))
+        for name in ("features", "fae") if parts.has_fae else ("patches",):
+            setattr(self, name, getattr(parts, name))
+        self.cfg = replace(parts.cfg, name=f"{parts.cfg.name}-mot-{text}", flow=_flow_config(parts))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.vlm = Experts(parts.cfg.vlm, matched_width(parts))
+            self.flow, self.joints = _around(parts)
+        self.vlm.text.load_state_dict(parts.vlm.language_weights())
+        self.vlm.text.requires_grad_(text == "finetuned")
+        self.to(parts.device)
+
+    @property
+    def pretzel(self) -> Mot:
+        """The baseline over these weights."""
+        assert isinstance(self.joints, MotJoints)
+        return Mot(self.vlm, self.flow, self.joints)
+
+    @property
+    def joined(self) -> nn.ModuleDict:
+        """What training changes: all that is new, and text experts that are finetuned."""
+        parts: dict[str, nn.Module] = {"visual": self.vlm.visual, "flow": self.flow, "joints": self.joints}
+        return nn.ModuleDict(parts | ({"text": self.vlm.text} if self.text == "finetuned" else {}))

@@ -1,0 +1,215 @@
+"""Objectives: next-Gaussian prediction (flow NLL), next-token, and the masked-picture one of features.
+
+Letters: B batch, T positions, M labels, N latents, D latent dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from starflow2.flow import Context, Flow
+from starflow2.flow.affine import standard_normal_log_prob
+from starflow2.flow.noise import NoiseConfig, add_noise
+from starflow2.models.pretzel import Output, Pretzel
+from starflow2.models.sequence import IGNORE, Batch
+from starflow2.models.token_loss import Head, token_nats
+from starflow2.nn import at_least_fp32
+
+__all__ = [
+    "FeatureJudge",
+    "JointTerms",
+    "adversarial_losses",
+    "count_replies",
+    "joint_loss",
+    "last_edits",
+    "latent_penalty",
+    "lone_drawings",
+    "masked_picture_loss",
+    "ngp_loss",
+    "ntp_loss",
+    "perceptual_loss",
+]
+
+
+def ngp_loss(flow: Flow, latents: Tensor, context: Context, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Next-Gaussian prediction: the flow's exact NLL under multi-noise (paper eq. 3.4).
+
+    latents: (B, N, D) clean. Returns the weighted loss, nats per dim without the constant, and the
+    plain mean of nats per dim with it, whose floor on held-out data is 1.419 + E[ln level].
+    """
+    assert flow.cfg.noise is not None
+    level = flow.cfg.noise.draw(len(latents), generator).to(latents.device)
+    noisy = add_noise(latents, level, generator)
+    u, shallow_logdet = flow.shallow(noisy, level)
+    z, deep_logdet = flow.deep(u, context, level)
+    nats = -(standard_normal_log_prob(z) + (shallow_logdet + deep_logdet)) / math.prod(z.shape[1:])  # (B,)
+    weight = flow.cfg.noise.loss_weight(level)
+    loss = (weight * (nats - 0.5 * math.log(2 * math.pi))).mean()
+    return loss + latent_penalty(flow, u), nats.detach().mean()
+
+
+def latent_penalty(flow: Flow, u: Tensor) -> Tensor:
+    """What keeps intermediate latents u (P, N, D) small, a scalar; 0 where the flow's config asks for none."""
+    weight = flow.cfg.latent_penalty
+    return weight * at_least_fp32(u).square().mean() if weight and len(u) else u.new_zeros(())
+
+
+def ntp_loss(head: Head, states: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Next-token loss in nats, every reply counting alike.
+
+    head, states: see `token_nats`, of the M positions with a label; labels: (B, T), IGNORE where nothing is to be
+    predicted. A mean over tokens would let long lists drown one-word answers (our choice:
+    docs/choices.md#reply-weights). 0 where there is no label.
+    """
+    has_label = labels != IGNORE
+    nats = token_nats(head, states, labels[has_label])
+    if not len(nats):
+        return nats.sum()
+    starts = _reply_starts(labels)
+    reply = starts.flatten().cumsum(0).view_as(labels)[has_label] - 1  # (M,) which reply a label belongs to
+    count = torch.bincount(reply)
+    return (nats / count[reply]).sum() / len(count)
+
+
+def count_replies(labels: Tensor) -> int:
+    """How many replies `ntp_loss` is the mean of; labels: (B, T)."""
+    return int(_reply_starts(labels).sum())
+
+
+def _reply_starts(labels: Tensor) -> Tensor:
+    """(B, T) bool, the first label of every reply."""
+    has_label = labels != IGNORE
+    return has_label & ~F.pad(has_label[:, :-1], (1, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class JointTerms:
+    """Both losses of eq. 3.7: the flow's, in weighted nats per dim without the constant, and the next-token loss.
+
+    blind: what pictures add to the first whose own latents are hidden while they are predicted. out: what was
+    predicted, of every picture of the batch.
+    """
+
+    flow: Tensor
+    text: Tensor
+    blind: Tensor
+    out: Output
+
+
+def last_edits(batch: Batch) -> Tensor:
+    """Targets that have a picture before them in their document and none behind: (P,) bool."""
+    return _last_targets(batch) & (batch.pictures.previous >= 0)
+
+
+def lone_drawings(batch: Batch) -> Tensor:
+    """Targets that are the only picture of their document: (P,) bool."""
+    return _last_targets(batch) & (batch.pictures.previous < 0)
+
+
+def _last_targets(batch: Batch) -> Tensor:
+    previous = batch.pictures.previous
+    is_last = torch.ones_like(batch.pictures.is_target)
+    is_last[previous[previous >= 0]] = False
+    return is_last & batch.pictures.is_target
+
+
+def joint_loss(
+    pretzel: Pretzel,
+    batch: Batch,
+    pictures: tuple[Tensor, Tensor],
+    noise: NoiseConfig,
+    blind: Tensor | None = None,
+) -> JointTerms:
+    """All losses of packed documents; a term without anything to predict is 0.
+
+    pictures: noisy latents (P, N, D) and their levels (P,). Only pictures that are targets count in the flow's loss.
+    blind: (P,) bool, targets that are predicted without sight of their own latents (our choice:
+    docs/choices.md#what-an-edit-changes); what they cost is no exact likelihood and is told apart, and labels behind
+    them do not count.
+    """
+    noisy, level = pictures
+    out = pretzel.forward(batch, noisy, level, blind)
+    exact, weight = batch.pictures.is_target, noise.loss_weight(level)
+    targets = max(1, int(exact.sum()))
+    if blind is not None:
+        exact = exact & ~blind
+    nats = -out.log_prob / math.prod(noisy.shape[1:]) - 0.5 * math.log(2 * math.pi)
+    flow = (weight * nats)[exact].sum() / targets if bool(exact.any()) else out.log_prob.sum() * 0
+    text = _text_loss(pretzel, batch, out, blind)
+    hidden = nats.new_zeros(()) if blind is None else (weight * _gaussian_nats(out))[blind].sum() / targets
+    return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, hidden, out)
+
+
+def _text_loss(pretzel: Pretzel, batch: Batch, out: Output, blind: Tensor | None) -> Tensor:
+    """The next-token loss; a reply that could only be guessed, behind a hidden picture, adds nothing to the mean."""
+    seen = batch.labels if blind is None else batch.labels.masked_fill(_behind(batch, blind), IGNORE)
+    kept = (seen != IGNORE)[batch.labels != IGNORE]  # (M,)
+    loss = ntp_loss(pretzel.logits, (out.h[kept], out.g[kept]), seen)
+    return loss * (count_replies(seen) / max(1, count_replies(batch.labels)))
+
+
+def _behind(batch: Batch, chosen: Tensor) -> Tensor:
+    """(B, T) bool, positions behind the begin of a chosen picture in its document; chosen: (P,) bool."""
+    row, begin = batch.pictures.row[chosen], batch.pictures.begin[chosen]
+    is_same = batch.document[row] == batch.document[row, begin][:, None]
+    is_behind = is_same & (torch.arange(batch.ids.shape[1], device=row.device) > begin[:, None])
+    return torch.zeros_like(batch.ids).index_add_(0, row, is_behind.long()).bool()
+
+
+def _gaussian_nats(out: Output) -> Tensor:
+    """Nats per dim of the deep flow's Gaussians alone, without the constant: (P,).
+
+    u has no gradient as what is predicted, or the shallow flow would shrink it: its log-determinant counts once.
+    """
+    nats = -out.affine.log_prob(out.u.detach()).sum(-1) / math.prod(out.u.shape[1:])
+    return nats - 0.5 * math.log(2 * math.pi)
+
+
+def masked_picture_loss(feats: Tensor, head: nn.Linear, images: Tensor, patch: int) -> Tensor:
+    """MSE of pixels that a linear head reads off features of a partly hidden picture.
+
+    feats: (B, N, F); images: (B, 3, h, w). Hidden and visible patches count alike: the features
+    must both guess what is hidden and keep what they see.
+    """
+    target = F.unfold(images, patch, stride=patch).transpose(1, 2)  # (B, N, 3 * patch^2)
+    return F.mse_loss(at_least_fp32(head(feats)), target)
+
+
+# -- pixel decoders ---------------------------------------------------------------------------------------
+
+
+class FeatureJudge(nn.Module):
+    """Tells drawn pictures from true ones, patch by patch, by frozen features (as in StyleGAN-T's DINO heads)."""
+
+    def __init__(self, feature_dim: int, width: int = 64) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(feature_dim, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(feature_dim, width), nn.LeakyReLU(0.2), nn.Linear(width, 1))
+
+    def forward(self, feats: Tensor) -> Tensor:
+        """(B, N, F) -> (B, N), above 0 for true ones."""
+        scores: Tensor = self.mlp(self.norm(at_least_fp32(feats))).squeeze(-1)
+        return scores
+
+
+def perceptual_loss(drawn: Tensor, true: Tensor) -> Tensor:
+    """Distance of pictures in a frozen extractor's features (B, N, F), each normalised over F; 0 where they agree."""
+    width = drawn.shape[-1:]
+    return F.mse_loss(F.layer_norm(at_least_fp32(drawn), width), F.layer_norm(at_least_fp32(true), width))
+
+
+def adversarial_losses(judge: FeatureJudge, drawn: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    """Hinge losses of both players: what the decoder pays for being found out, and what the judge pays for mistakes.
+
+    drawn, true: features (B, N, F). The first has no gradient to the judge, the second none to the decoder, so that
+    one step on their sum moves both, each its own way.
+    """
+    frozen = {name: p.detach() for name, p in judge.named_parameters()}
+    fooled = -torch.func.functional_call(judge, frozen, (drawn,)).mean()
+    told = F.relu(1 - judge(true.detach())).mean() + F.relu(1 + judge(drawn.detach())).mean()
+    return fooled, told

@@ -1,0 +1,417 @@
+"""What training a recipe takes before anything is bought: memory, FLOPs, step time and days, by stage. Arithmetic only.
+
+Every formula is here and stands beside what it assumes; no number is measured. Behind `starflow2 info --gpus`.
+
+FLOPs: 2 per weight and token forward, 2 for gradients that pass through, 2 for those of weights; causal attention is
+added, norms and activations are not. A frozen language model costs nothing backward in front of the first picture,
+where nothing depends on what trains (the prefix rule). Memory: what trains is sharded over all GPUs, what is frozen
+stands on each, in the format it is held in; activations are in bfloat16 with fused attention and are all kept, or one
+per layer and the rest computed again. Not counted: communication, data loading, evaluation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from rich.console import Group
+from rich.table import Table
+from torch import nn
+
+from starflow2.errors import ConfigError
+from starflow2.models.components import ModelConfig, Parts, build
+from starflow2.models.fae import FaeConfig
+from starflow2.models.token_loss import LOGITS_AT_ONCE
+from starflow2.nn import StackConfig
+from starflow2.training.loop import is_hidden_matrix
+from starflow2.training.tasks import RunConfig, StageConfig
+
+__all__ = ["SCHEMES", "Hardware", "Scheme", "Shape", "Sizes", "Work", "flops", "plan", "table", "works"]
+
+Mode = Literal["forward", "through", "train"]  # frozen; frozen, but gradients pass; trained
+END_TO_END = "t2i end to end"  # t2i with a codec_weight
+KEPT = "joint kept"  # joint with keep
+TIMES = {"forward": 1, "through": 2, "train": 3}  # the cost of a forward pass
+RESERVED = 2e9  # bytes of a GPU that its context and the allocator's gaps take
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """GPUs of one kind, all of them at one recipe."""
+
+    gpus: int = 8
+    gpu_memory: float = 80.0  # GiB each
+    peak: float = 989e12  # FLOP/s each, dense bfloat16 (H100)
+    mfu: float = 0.4  # share of it that training reaches: assumed, not measured
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1 or self.gpu_memory <= 0 or self.peak <= 0 or not 0 < self.mfu <= 1:
+            raise ConfigError(f"hardware is {self}; expected at least one GPU, memory and peak above 0, mfu in (0, 1].")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """Bytes per trained parameter."""
+
+    name: str
+    parameters: int  # master copy and, where there is one, the copy that computes
+    gradients: int
+    moments: int  # both of Adam's
+
+    @property
+    def state(self) -> int:
+        return self.parameters + self.gradients + self.moments
+
+
+SCHEMES = (
+    Scheme(name="float32", parameters=4, gradients=4, moments=8),
+    Scheme(name="float32, 8-bit Adam", parameters=6, gradients=2, moments=2),
+    Scheme(name="bfloat16", parameters=2, gradients=2, moments=4),
+    Scheme(name="bfloat16, 8-bit Adam", parameters=2, gradients=2, moments=2),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Positions of one document: what stage of the paper's it belongs to decides how many."""
+
+    text: int  # tokens
+    pictures: int
+    prefix: int = 0  # tokens in front of the first picture
+    labels: int = 0  # tokens with a next-token loss
+    share: float = 1.0  # of the stage's documents
+
+    def visual(self, cfg: ModelConfig) -> int:
+        return self.pictures * cfg.flow.deep.num_latents
+
+    def positions(self, cfg: ModelConfig) -> int:
+        return self.text + self.visual(cfg)
+
+
+CAPTIONED = Shape(text=128, pictures=1, prefix=128)
+ANSWERED = Shape(text=128, pictures=1, labels=128)
+INTERLEAVED = Shape(text=512, pictures=2, prefix=64, labels=512)
+MIXED = (replace(CAPTIONED, share=0.5), replace(INTERLEAVED, share=0.5))  # 80 M documents of each in the paper
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "features": (CAPTIONED,),
+    "fae": (CAPTIONED,),
+    "vlm": (ANSWERED,),
+    "t2i": (CAPTIONED,),
+    END_TO_END: (CAPTIONED,),
+    "adapter": (ANSWERED,),
+    "joint": MIXED,
+    KEPT: MIXED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One part of the model at some tokens of a document."""
+
+    part: str
+    weights: int  # that multiply at every token
+    tokens: int
+    mode: Mode
+    attention: int = 0  # layers times width of its attention
+    length: int = 0  # positions that attend to each other
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of one document; attention is causal: half of 4 * length * width a layer."""
+        return TIMES[self.mode] * self.tokens * (2.0 * self.weights + 2.0 * self.length * self.attention)
+
+
+# -- what a model is made of ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Weights by part, the parts on the meta device, and what each stage trains."""
+
+    cfg: ModelConfig
+    parts: Parts
+
+    @classmethod
+    def of(cls, cfg: ModelConfig) -> Sizes:
+        return cls(cfg, build(cfg, "meta"))
+
+    @property
+    def weights(self) -> dict[str, int]:
+        p, cfg = self.parts, self.cfg
+        head = cfg.vlm.vocab * cfg.vlm.width
+        vision = _count(p.vlm.model.model.visual)
+        embeddings = head if cfg.vlm.ties_embeddings else 2 * head
+        codec = dict.fromkeys(("features", "fae encoder", "fae decoders"), 0)
+        if p.has_fae:
+            decoders = _count(p.fae.feature_decoder) + _count(p.fae.pixel_decoder)
+            codec = {"features": _count(p.features), "fae encoder": _count(p.fae.encoder), "fae decoders": decoders}
+        return {
+            **codec,
+            "language": _count(p.vlm) - vision - embeddings,
+            "head": head,
+            "vision": vision,
+            "deep": _count(p.flow.deep.body),
+            "shallow": sum(_count(block.get_submodule("body")) for block in p.flow.shallow.blocks),
+            "adapter": _count(p.joints.adapter.mlp),
+        }
+
+    def trained(self, stage: str) -> nn.ModuleDict:
+        """The same modules as the stage's own task trains."""
+        p = self.parts
+        table: dict[str, dict[str, nn.Module]] = {
+            "vlm": {"vlm": p.vlm},
+            "t2i": {"flow": p.flow},
+            "adapter": {"adapter": p.joints.adapter},
+            "joint": dict(p.joined.items()),
+            KEPT: dict(p.joined_above.items()),
+        }
+        if (cfg := self.cfg.features) is not None:
+            head = nn.Linear(cfg.width, 3 * cfg.patch_size**2, device="meta")
+            table |= {"features": {"features": p.features, "pixel_head": head}, "fae": {"fae": p.fae}}
+            table[END_TO_END] = {"flow": p.flow, "fae": p.fae}
+        return nn.ModuleDict(table[stage])
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# -- time ---------------------------------------------------------------------------------------------------
+
+
+def works(sizes: Sizes, stage: str, shape: Shape) -> Iterator[Work]:
+    """What one document of that shape costs in that stage."""
+    cfg, w = sizes.cfg, sizes.weights
+    visual, all_ = shape.visual(cfg), shape.positions(cfg)
+    patches = shape.pictures * cfg.flow.deep.num_latents
+    language = cfg.vlm.depth * cfg.vlm.width
+    deep, shallow = (_attention(stack) for stack in (cfg.flow.deep.stack, cfg.flow.shallow[0].stack))
+    shallow *= len(cfg.flow.shallow)
+
+    def vlm(tokens: int, mode: Mode, length: int) -> Work:
+        return Work("language", w["language"], tokens, mode, language, length)
+
+    yield Work("features", w["features"], patches + shape.pictures, "train" if stage == "features" else "forward")
+    if stage in ("fae", END_TO_END):
+        yield Work("fae", w["fae encoder"] + w["fae decoders"], patches, "train")
+    if stage in ("features", "fae"):
+        return
+    if stage == "vlm":
+        seen = shape.pictures * 4 * cfg.vlm.image_grid[0] * cfg.vlm.image_grid[1]
+        yield Work("vision", w["vision"], seen, "train")
+        yield Work("language", w["language"], all_, "train", language, all_)
+        yield Work("head", w["head"], shape.labels, "train")
+        return
+    if stage != END_TO_END:
+        yield Work("fae", w["fae encoder"], patches, "forward")
+    if stage in ("t2i", END_TO_END):
+        yield vlm(shape.text, "forward", shape.text)
+        yield Work("deep", w["deep"], all_, "train", deep, all_)
+        yield Work("shallow", w["shallow"], visual, "train", shallow, visual)
+        return
+    yield vlm(shape.prefix, "forward", all_)
+    yield vlm(all_ - shape.prefix, "through", all_)
+    yield Work("head", w["head"], shape.labels, "through")
+    yield Work("adapter", w["adapter"], visual, "train")
+    if stage == "adapter":
+        yield Work("shallow", w["shallow"], visual, "forward", shallow, visual)
+        return
+    yield Work("deep", w["deep"], all_, "train", deep, all_)
+    if stage == KEPT:  # the flow as it was reads drawings alone; here all documents, which is an upper bound
+        yield Work("deep", w["deep"], all_, "forward", deep, all_)
+    yield Work("shallow", w["shallow"], visual, "forward" if stage == KEPT else "train", shallow, visual)
+
+
+def _attention(stack: StackConfig) -> int:
+    return stack.depth * stack.width
+
+
+def flops(sizes: Sizes, stage: str) -> dict[str, float]:
+    """FLOPs of one document by part, the mean over the stage's shapes."""
+    total: dict[str, float] = {}
+    for shape in SHAPES[stage]:
+        for work in works(sizes, stage, shape):
+            total[work.part] = total.get(work.part, 0.0) + shape.share * work.flops
+    return total
+
+
+# -- memory -------------------------------------------------------------------------------------------------
+
+
+def frozen_bytes(sizes: Sizes, stage: str) -> dict[str, int]:
+    """Bytes of what stands by and does not train, by part, in the format each is held in."""
+    cfg = sizes.cfg
+    parts = dict(sizes.parts.named_children())
+    trained = {id(p) for p in sizes.trained(stage).parameters()}
+    held = {name: 2 if ref.precision == "bfloat16" else 4 for name, ref in cfg.references.items()}
+    found = {
+        name: held.get(name, 4) * sum(p.numel() for p in module.parameters() if id(p) not in trained)
+        for name, module in parts.items()
+    }
+    return found | ({"flow as it was": 4 * _count(sizes.parts.flow.deep)} if stage == KEPT else {})
+
+
+def state_bytes(sizes: Sizes, stage: StageConfig, scheme: Scheme) -> dict[str, int]:
+    """Bytes of what trains, on all GPUs together: parameters, gradients, optimiser, averaged weights.
+
+    Muon keeps one moment of a hidden matrix where Adam keeps two.
+    """
+    trains = sizes.trained(_kind(stage))
+    named = dict(trains.named_parameters())
+    count = sum(p.numel() for p in named.values())
+    single = sum(p.numel() for n, p in named.items() if stage.optim.matrix_lr and is_hidden_matrix(n, p))
+    kept = trains.state_dict().values()
+    return {
+        "parameters": count * scheme.parameters,
+        "gradients": count * scheme.gradients,
+        "optimizer": count * scheme.moments - single * scheme.moments // 2,
+        "average": sum(value.numel() * value.element_size() for value in kept) if stage.optim.ema else 0,
+    }
+
+
+def activation_bytes(sizes: Sizes, stage: str, shape: Shape, *, recomputes: bool) -> float:
+    """Bytes of one document that wait for the backward pass, in bfloat16.
+
+    `recomputes`: of every layer its input, and of the widest one all while it is computed again.
+    """
+    total, widest = 0.0, 0.0
+    for work in works(sizes, stage, shape):
+        for layers in _kept(sizes.cfg, work.part) if work.mode != "forward" else ():
+            total += work.tokens * layers.depth * (layers.input if recomputes else layers.all)
+            widest = max(widest, float(work.tokens * layers.all))
+    return total + (widest if recomputes else 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """Layers of one kind, and the bytes that each keeps per token: its input, and all it needs."""
+
+    depth: int
+    input: int
+    all: int
+
+
+def _kept(cfg: ModelConfig, part: str) -> list[_Layers]:
+    """A trained layer of width w keeps the inputs of both norms and of all four matrices, q, k, v, and the MLP's hidden
+    numbers before and after its activation: (8 + 2 * ratio) w. A frozen one keeps no inputs of matrices: the inputs of
+    norms, q, k, v, what attention gave, and of the gated MLP both halves.
+    """
+    v = cfg.vlm
+    if part == "language":
+        numbers = 3 * v.width + v.width + 2 * v.kv_heads * (v.width // v.heads) + 2 * v.mlp_width
+        return [_Layers(v.depth, 2 * v.width, 2 * numbers)]
+    plain = {
+        "deep": [(cfg.flow.deep.stack.depth, cfg.flow.deep.stack.width, cfg.flow.deep.stack.mlp_ratio)],
+        "shallow": [(b.stack.depth, b.stack.width, b.stack.mlp_ratio) for b in cfg.flow.shallow],
+        "vision": [(v.vision_depth, v.vision_width, 4)],
+    }
+    if isinstance(cfg.fae, FaeConfig) and cfg.features is not None:
+        plain["fae"] = [(s.depth, s.width, s.mlp_ratio) for s in (cfg.fae.feature_decoder, cfg.fae.pixel_decoder)]
+        plain["features"] = [(cfg.features.depth, cfg.features.width, 4)]
+    # the head's are its logits, see logit_bytes; the adapter's are a thousandth of the rest
+    return [_Layers(depth, 2 * width, 2 * (8 + 2 * ratio) * width) for depth, width, ratio in plain.get(part, [])]
+
+
+def logit_bytes(shapes: Iterable[Shape]) -> float:
+    """Bytes of the logits that exist at once, however many documents: bfloat16, a float32 copy, and its gradient."""
+    return LOGITS_AT_ONCE * (2.0 + 4 + 4) if any(shape.labels for shape in shapes) else 0.0
+
+
+# -- the plan -----------------------------------------------------------------------------------------------
+
+
+def plan(run: RunConfig, hardware: Hardware) -> dict[str, Any]:
+    """By stage: FLOPs, step time, days, GPU hours, and what fits under every scheme; as JSON."""
+    sizes = Sizes.of(run.model)
+    return {
+        "name": run.model.name,
+        "hardware": dict(vars(hardware)),
+        "stages": [_stage(sizes, stage, hardware) for stage in run.stages],
+    }
+
+
+def _stage(sizes: Sizes, stage: StageConfig, hardware: Hardware) -> dict[str, Any]:
+    by_part = flops(sizes, _kind(stage))
+    each = sum(by_part.values())
+    step = stage.batch * each / (hardware.gpus * hardware.peak * hardware.mfu)
+    hours = stage.steps * step / 3600
+    return {
+        "stage": stage.name,
+        "steps": stage.steps,
+        "batch": stage.batch,
+        "documents": stage.steps * stage.batch,
+        "tflops_per_document": each / 1e12,
+        "tflops_by_part": {part: value / 1e12 for part, value in by_part.items()},
+        "step_s": step,
+        "days": hours / 24,
+        "gpu_hours": hours * hardware.gpus,
+        "plans": [_fit(sizes, stage, s, hardware, recomputes=r) for s in SCHEMES for r in (False, True)],
+    }
+
+
+def _kind(stage: StageConfig) -> str:
+    """Under which name a stage stands in `SHAPES`."""
+    if stage.keep:
+        return KEPT
+    return END_TO_END if stage.codec_weight else stage.name
+
+
+def _fit(sizes: Sizes, stage: StageConfig, scheme: Scheme, hardware: Hardware, *, recomputes: bool) -> dict[str, Any]:
+    """Memory of one GPU by component, and how many documents fit beside it at once (of the stage's longest shape)."""
+    frozen = sum(frozen_bytes(sizes, _kind(stage)).values())
+    state = {name: count / hardware.gpus for name, count in state_bytes(sizes, stage, scheme).items()}
+    shapes = SHAPES[_kind(stage)]
+    kept = max(activation_bytes(sizes, _kind(stage), shape, recomputes=recomputes) for shape in shapes)
+    fixed = {"frozen": frozen, **state, "logits": logit_bytes(shapes), "reserved": RESERVED}
+    left = hardware.gpu_memory * GIB - sum(fixed.values())
+    share = max(1, stage.batch // hardware.gpus)
+    fits = int(max(0.0, left) // max(1.0, kept))
+    return {
+        "scheme": scheme.name,
+        "recomputes": recomputes,
+        "bytes": fixed,
+        "bytes_per_document": {"activations": kept},
+        "left": left,
+        "microbatch": min(share, fits),
+        "fits": fits > 0,
+    }
+
+
+def table(facts: dict[str, Any]) -> Group:
+    """The plan for the terminal: the first scheme that fits for each stage, all kept before recomputed."""
+    h = facts["hardware"]
+    speed = f"{h['mfu']:.0%} of {h['peak'] / 1e12:g} TFLOP/s"
+    title = f"{facts['name']} on {h['gpus']} GPUs of {h['gpu_memory']:g} GiB, {speed} (calculated)"
+    times = Table(title=title, title_justify="left")
+    memory = Table(title="memory of one GPU in GB", title_justify="left")
+    for name in ("stage", "documents", "TFLOP each", "step", "days", "GPU hours"):
+        times.add_column(name, justify="left" if name == "stage" else "right")
+    parts = ("frozen", "parameters", "gradients", "optimizer", "average", "logits")
+    memory.add_column("of stage")
+    columns: list[list[str]] = []
+    for row in facts["stages"]:
+        times.add_row(
+            row["stage"],
+            f"{row['documents'] / 1e6:,.1f} M",
+            f"{row['tflops_per_document']:.3g}",
+            f"{row['step_s']:.3g} s",
+            f"{row['days']:.3g}",
+            f"{row['gpu_hours']:,.3g}" if row["gpu_hours"] < 100 else f"{row['gpu_hours']:,.0f}",
+        )
+        best = next((p for p in row["plans"] if p["fits"]), None)
+        if best is None:
+            columns.append(["nothing fits"])
+            continue
+        each = [best["microbatch"] * n for n in best["bytes_per_document"].values()]
+        numbers = [f"{n / 1e9:.1f}" for n in (*(best["bytes"][p] for p in parts), *each)]
+        scheme = best["scheme"] + (", recomputing" if best["recomputes"] else "")
+        columns.append([scheme, *numbers, str(best["microbatch"])])
+    for row in facts["stages"]:
+        memory.add_column(row["stage"], justify="right")
+    heads = ("scheme", *parts, "activations", "microbatch")
+    for head, cells in zip(heads, itertools.zip_longest(*columns, fillvalue=""), strict=False):
+        memory.add_row(head, *cells)
+    return Group(times, memory)

@@ -1,0 +1,521 @@
+"""Recipes: a run as data. `nano()` is the embedded default; any function that returns RunConfig is one.
+
+`paper()` is the paper's size over Qwen2.5-VL-7B and DINOv2-g, `mini()` one consumer GPU between the two.
+`smoke(recipe)` shrinks any of them to seconds on two cores, on the same code path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+
+from starflow2.core.serialize import from_dict
+from starflow2.errors import ConfigError, nearest
+from starflow2.flow import BlockConfig, FlowConfig, NoiseConfig
+from starflow2.models.checkpoint import read_config
+from starflow2.models.components import ModelConfig
+from starflow2.models.fae import FaeConfig
+from starflow2.models.patches import PatchConfig
+from starflow2.models.pretrained import Pretrained
+from starflow2.models.pretzel import JointsConfig
+from starflow2.models.qwen import DinoConfig, LanguageConfig, PixelConfig, SiglipConfig, SpecialIds
+from starflow2.nn import StackConfig
+from starflow2.training.tasks import CaptionConfig, MixConfig, OpeningConfig, OptimConfig, RunConfig, StageConfig
+
+__all__ = [
+    "find",
+    "find_config",
+    "mini",
+    "nano",
+    "nano_end_to_end",
+    "nano_patches",
+    "paper",
+    "paper_siglip",
+    "smoke",
+    "with_patches",
+]
+
+NANO_SPECIAL = SpecialIds(pad=0, user=1, assistant=2, end=3, vision_start=4, vision_end=5, image_pad=6)
+QWEN_SPECIAL = SpecialIds(
+    pad=151643, user=151644, assistant=151644, end=151645, vision_start=151652, vision_end=151653, image_pad=151655
+)
+WORLD_MEAN, WORLD_STD = (0.74, 0.76, 0.71), (0.31, 0.34, 0.37)  # of the drawn world's colours in [-1, 1]
+PICTURE = 256  # pixels of paper's pictures, square
+CLIP = PixelConfig(
+    picture_size=PICTURE,
+    mean=(0.48145466, 0.4578275, 0.40821073),
+    std=(0.26862954, 0.26130258, 0.27577711),
+)  # of Qwen's tower
+VIT = StackConfig(width=1024, depth=24, rope=False, causal=False)  # paper's pixel decoder
+IMAGENET = PixelConfig(picture_size=PICTURE, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # of DINOv2
+
+
+def nano_model() -> ModelConfig:
+    """The sizes of nano: 64 px pictures, 8x8 latents of 16 channels."""
+    bidirectional = StackConfig(width=192, depth=2, head_dim=64, activation="relu2", rope=False, causal=False)
+    shallow = StackConfig(width=128, depth=2, head_dim=64, activation="relu2")
+    deep = StackConfig(width=192, depth=6, head_dim=64, activation="relu2")
+
+    def block(stack: StackConfig, direction: str, context_dim: int = 0) -> BlockConfig:
+        return BlockConfig(
+            dim=16,
+            grid=(8, 8),
+            stack=stack,
+            direction=direction,  # type: ignore[arg-type]
+            context_dim=context_dim,
+            learned_positions=True,
+            stencil=True,
+            noise=True,
+        )
+
+    return ModelConfig(
+        name="nano",
+        features=DinoConfig(image_size=64, patch_size=8, width=192, depth=3, heads=3),
+        vlm=LanguageConfig(
+            vocab=512,
+            width=192,
+            depth=4,
+            heads=4,
+            kv_heads=2,
+            mlp_width=512,
+            mrope_section=(8, 8, 8),
+            special=NANO_SPECIAL,
+            vision_width=128,
+            vision_depth=2,
+            vision_heads=4,
+            vision_mlp_width=256,
+            vision_patch=4,
+            image_size=64,
+        ),
+        fae=FaeConfig(
+            feature_dim=192,
+            latent_dim=16,
+            grid=(8, 8),
+            image_size=64,
+            encoder_width=384,
+            encoder_heads=6,
+            feature_decoder=replace(bidirectional, depth=1),
+            pixel_decoder=bidirectional,
+        ),
+        flow=FlowConfig(
+            deep=block(deep, "l2r", context_dim=2 * 192),
+            shallow=(block(shallow, "l2r"), block(shallow, "r2l")),
+            noise=NoiseConfig(noise_min=0.01, noise_max=0.5, max_share=0.8),
+        ),
+        joints=JointsConfig(adapter_width=192, adapter_stencil=True, reference=5, words=True),
+        edit_guidance=1.0,
+        prior_scale=0.65,
+    )
+
+
+def nano() -> RunConfig:
+    """The embedded default: about nine and a half hours on two CPU cores (features 5 minutes, FAE 13, language
+    model 105, t2i 120, adapter 15, joint about 300).
+
+    The shipped weights took 665,600 pictures in t2i and 835,200 documents in joint, both of which changed on the way,
+    and score W-GenEval 0.872 on seen combinations and W-Edit 0.765, test split: see the model card and docs/LOG.md.
+    This very schedule has not been run from the start; joint reads 16-24 documents a second.
+    """
+    return RunConfig(
+        model=nano_model(),
+        stages=(
+            StageConfig(name="features", steps=400, batch=64),
+            StageConfig(name="fae", steps=1000, batch=64),
+            StageConfig(name="vlm", steps=4000, batch=48, optim=OptimConfig(decay_share=0.2)),
+            StageConfig(name="t2i", steps=6000, batch=64, optim=OptimConfig(lr=3e-3)),
+            StageConfig(name="adapter", steps=800, batch=48, distill=0.1),
+            StageConfig(
+                name="joint",
+                steps=10000,
+                batch=32,
+                optim=OptimConfig(matrix_lr=3e-3, decay_share=0.35),
+                blind_share=0.6,
+                keep=24.0,
+                opening=OpeningConfig(
+                    steps=3000, mix=MixConfig(understand=0.05, draw=0.15, edit=0.8, chain=0.0, story=0.0)
+                ),
+                mix=MixConfig(understand=0.04, draw=0.42, edit=0.24, chain=0.03, beginning=0.18, story=0.09),
+                captions=CaptionConfig(  # numbers and places are what edits and stories wear off first
+                    single_object=0.04,
+                    two_object=0.18,
+                    counting=0.22,
+                    colors=0.06,
+                    position=0.28,
+                    color_attr=0.20,
+                ),
+            ),
+        ),
+    )
+
+
+# -- the paper's future work, at nano's size --------------------------------------------------------------
+
+
+def nano_end_to_end() -> RunConfig:
+    """`nano`, but in stage t2i the FAE trains on beside the flow, on its own losses and the flow's.
+
+    The model and the stages in front of it are nano's, so a run folder of nano's serves as the start. A step of t2i
+    costs what one of fae costs on top. Nobody has trained this recipe to the end here.
+    """
+    run = nano()
+    return replace(run, stages=tuple(replace(s, codec_weight=4.0) if s.name == "t2i" else s for s in run.stages))
+
+
+def nano_patches() -> RunConfig:
+    """`nano` without FAE and features: the flow models patches of 8x8 pixels, 192 channels each.
+
+    Noise is at most 0.15 of a colour's deviation, 0.05 in [-1, 1] (TARFlow's): nothing behind the flow takes it away
+    but `--cleanup tweedie`. Nobody has trained this recipe to the end here.
+    """
+    run = nano()
+    stages = tuple(s for s in run.stages if s.name not in ("features", "fae"))
+    return replace(run, model=with_patches(run.model), stages=stages)
+
+
+def with_patches(model: ModelConfig) -> ModelConfig:
+    """The same model over as many patches of pixels as it has latents; statistics are those of the drawn world."""
+    side = model.fae.image_size // model.fae.grid[0]
+    codec = PatchConfig(image_size=model.fae.image_size, patch_size=side, mean=WORLD_MEAN, std=WORLD_STD)
+    deep, *shallow = (replace(block, dim=codec.latent_dim) for block in (model.flow.deep, *model.flow.shallow))
+    noise = NoiseConfig(noise_min=0.01, noise_max=0.15, max_share=0.8)
+    flow = replace(model.flow, deep=deep, shallow=tuple(shallow), noise=noise)
+    return replace(model, name=f"{model.name}-patches", features=None, features_from=None, fae=codec, flow=flow)
+
+
+# -- over pretrained parts ------------------------------------------------------------------------------
+
+
+def _qwen(width: int, depth: int, heads: int, kv_heads: int, mlp_width: int, vocab: int) -> LanguageConfig:
+    """A Qwen2.5-VL whose tower reads pictures at 448 px, which is 16x16 tokens, as many as there are latents."""
+    return LanguageConfig(
+        vocab=vocab,
+        width=width,
+        depth=depth,
+        heads=heads,
+        kv_heads=kv_heads,
+        mlp_width=mlp_width,
+        mrope_section=(16, 24, 24),
+        special=QWEN_SPECIAL,
+        vision_width=1280,
+        vision_depth=32,
+        vision_heads=16,
+        vision_mlp_width=3420,
+        vision_patch=14,
+        image_size=448,
+        vision_window=112,
+        vision_whole=(7, 15, 23, 31),
+        ties_embeddings=vocab == 151936,  # the 3B; the 7B has a head of its own
+        pixels=CLIP,
+    )
+
+
+def _fae(feature_dim: int, encoder: tuple[int, int], pixel_decoder: StackConfig) -> FaeConfig:
+    """The FAE paper's auto-encoder: 16x16 latents of 32 channels, six layers back to features, a ViT to pixels."""
+    decoder = StackConfig(width=feature_dim, depth=6, rope=False, causal=False)
+    return FaeConfig(
+        feature_dim=feature_dim,
+        latent_dim=32,
+        grid=(16, 16),
+        image_size=PICTURE,
+        encoder_width=encoder[0],
+        encoder_heads=encoder[1],
+        feature_decoder=decoder,
+        pixel_decoder=pixel_decoder,
+        pixel_channels=(),
+    )
+
+
+def _flow(deep: StackConfig, shallow: StackConfig, context_dim: int) -> FlowConfig:
+    """STARFlow's conventions: softplus scale, scale and mean clipped at 4, a penalty on u; levels as iTARFlow's."""
+
+    def block(stack: StackConfig, direction: str, context_dim: int = 0) -> BlockConfig:
+        return BlockConfig(
+            dim=32,
+            grid=(16, 16),
+            stack=stack,
+            direction=direction,  # type: ignore[arg-type]
+            scale="softplus",
+            clip=4.0,
+            clips_mean=True,
+            context_dim=context_dim,
+            noise=True,
+            noise_waves=256,
+        )
+
+    return FlowConfig(
+        deep=block(deep, "l2r", context_dim),
+        shallow=(block(shallow, "l2r"), block(shallow, "r2l")),
+        noise=NoiseConfig(noise_min=0.01, noise_max=0.5),
+        latent_penalty=1e-4,
+    )
+
+
+def paper_model() -> ModelConfig:
+    """The paper's sizes: 3.68 B parameters train (docs/choices.md#widths-and-depths) beside 9.9 B frozen ones."""
+    return ModelConfig(
+        name="paper",
+        features=DinoConfig(
+            image_size=224,
+            patch_size=14,
+            width=1536,
+            depth=40,
+            heads=24,
+            swiglu=True,
+            table_size=518,
+            pixels=IMAGENET,
+        ),
+        features_from=Pretrained(source="facebook/dinov2-giant"),
+        vlm=_qwen(width=3584, depth=28, heads=28, kv_heads=4, mlp_width=18944, vocab=152064),
+        vlm_from=Pretrained(source="Qwen/Qwen2.5-VL-7B-Instruct"),
+        fae=_fae(1536, (6144, 24), VIT),
+        flow=_flow(StackConfig(width=3072, depth=24), StackConfig(width=3072, depth=4), 3584),
+        joints=JointsConfig(adapter_width=3584, noise_width=256),
+        guidance=3.0,
+        prior_scale=1.0,
+        max_prompt_tokens=512,
+        max_positions=8192,
+    )
+
+
+def mini_model() -> ModelConfig:
+    """Half-way: 0.5 B parameters train over Qwen2.5-VL-3B and DINOv2-B."""
+    return replace(
+        paper_model(),
+        name="mini",
+        features=DinoConfig(
+            image_size=224, patch_size=14, width=768, depth=12, heads=12, table_size=518, pixels=IMAGENET
+        ),
+        features_from=Pretrained(source="facebook/dinov2-base"),
+        vlm=_qwen(width=2048, depth=36, heads=16, kv_heads=2, mlp_width=11008, vocab=151936),
+        vlm_from=Pretrained(source="Qwen/Qwen2.5-VL-3B-Instruct"),
+        fae=_fae(768, (3072, 12), StackConfig(width=768, depth=12, rope=False, causal=False)),
+        flow=_flow(StackConfig(width=1152, depth=24), StackConfig(width=1152, depth=4), 2048),
+        joints=JointsConfig(adapter_width=2048, noise_width=256),
+    )
+
+
+def _adamw(lr: float, warmup_steps: int = 2000) -> OptimConfig:
+    """STARFlow's optimiser: AdamW alone, warm-up, then falling to the end."""
+    return OptimConfig(
+        lr=lr, matrix_lr=0.0, weight_decay=1e-4, warmup_steps=warmup_steps, decay_share=1.0, clip=1.0, ema=0.999
+    )
+
+
+def paper() -> RunConfig:
+    """The paper's own size and stages: 3.68 B trained beside a language model of 7.6 B; 800, 200 and 160 M documents.
+
+    About 9,000 H100-hours at 40 % of peak (`starflow2 info paper --gpus 64`). The paper reports GenEval 0.51 after
+    stage t2i and 0.82 after joint, DPG 84.94. Nobody has trained this recipe here.
+    """
+    return RunConfig(
+        model=paper_model(),
+        stages=(
+            StageConfig(
+                name="fae",
+                steps=1_000_000,
+                batch=512,
+                optim=_adamw(1e-4, 1000),
+                perceptual=0.5,
+                adversarial=0.1,
+                save_every=2000,
+            ),
+            StageConfig(name="t2i", steps=781_250, batch=1024, optim=_adamw(1e-4), save_every=2000),
+            StageConfig(name="adapter", steps=195_312, batch=1024, optim=_adamw(1e-4), distill=0.1, save_every=2000),
+            StageConfig(
+                name="joint",
+                steps=156_250,
+                batch=1024,
+                optim=_adamw(5e-5),
+                mix=MixConfig(understand=0.2, draw=0.5, edit=0.1, chain=0.1, story=0.1),
+                save_every=2000,
+            ),
+        ),
+        precision="bfloat16",
+    )
+
+
+def paper_siglip() -> RunConfig:
+    """`paper` with the features of SigLIP2 so400m (256 px, 16x16 patches of 16) in place of DINOv2-g's."""
+    run = paper()
+    features = SiglipConfig(image_size=256, patch_size=16, width=1152, depth=27, heads=16, mlp_width=4304)
+    model = replace(
+        run.model,
+        name="paper-siglip",
+        features=features,
+        features_from=Pretrained(source="google/siglip2-so400m-patch16-256"),
+        fae=_fae(1152, (4608, 18), VIT),
+    )
+    return replace(run, model=model)
+
+
+def mini() -> RunConfig:
+    """One consumer GPU of 24 GB: 0.5 B trained over Qwen2.5-VL-3B, 16 M + 4 M + 4 M documents, batch 128.
+
+    Nobody has trained this recipe here; `starflow2 info mini --gpus 1 --gpu-memory 24` says what it takes.
+    """
+    stages = {"fae": 100_000, "t2i": 125_000, "adapter": 31_250, "joint": 31_250}
+    run = paper()
+    return replace(
+        run,
+        model=mini_model(),
+        stages=tuple(replace(s, steps=stages[s.name], batch=128, save_every=500) for s in run.stages),
+    )
+
+
+# -- small ones of the same kind ------------------------------------------------------------------------
+
+
+def smoke(run: RunConfig) -> RunConfig:
+    """The same run in a few steps of tiny batches; what is larger than nano also in tiny widths, from nothing."""
+    stages = tuple(
+        replace(s, steps=4, batch=4, optim=replace(s.optim, warmup_steps=1), save_every=2) for s in run.stages
+    )
+    is_large = run.model.references or run.model.flow.deep.stack.width > nano_model().flow.deep.stack.width
+    model = _shrunk(run.model) if is_large else run.model
+    return replace(run, model=model, stages=stages, precision="auto" if is_large else run.precision)
+
+
+def _shrunk(model: ModelConfig) -> ModelConfig:
+    """The same classes and conventions in widths of 64, with fresh parts where pretrained ones were.
+
+    Pictures are those of the drawn world, 64 px; 4x4 latents; a vocabulary for a tokenizer of our own.
+    """
+    width, size, grid = 64, 64, (4, 4)
+
+    def block(cfg: BlockConfig) -> BlockConfig:
+        context = width * (2 if model.joints.words else 1) if cfg.context_dim else 0
+        waves = 32 if cfg.noise_waves else 0
+        return replace(
+            cfg,
+            dim=codec.latent_dim,
+            grid=grid,
+            stack=_shrunk_stack(cfg.stack, width),
+            context_dim=context,
+            noise_waves=waves,
+        )
+
+    codec = _shrunk_codec(model.fae, width, size, grid)
+    pixels = None if model.vlm.pixels is None else replace(model.vlm.pixels, picture_size=size)
+    return replace(
+        model,
+        name=f"{model.name}-smoke",
+        features=None if model.features is None else _shrunk_features(model.features, width, size),
+        features_from=None,
+        vlm=replace(
+            model.vlm,
+            vocab=512,
+            width=width,
+            depth=2,
+            heads=2,
+            kv_heads=1,
+            mlp_width=128,
+            mrope_section=(4, 6, 6),
+            special=NANO_SPECIAL,
+            vision_width=32,
+            vision_depth=2,
+            vision_heads=2,
+            vision_mlp_width=64,
+            image_size=4 * 2 * model.vlm.vision_patch,
+            vision_window=2 * 2 * model.vlm.vision_patch if model.vlm.vision_window else 0,
+            vision_whole=(1,) if model.vlm.vision_whole else (),
+            pixels=pixels,
+        ),
+        vlm_from=None,
+        fae=codec,
+        flow=replace(model.flow, deep=block(model.flow.deep), shallow=tuple(map(block, model.flow.shallow))),
+        joints=replace(model.joints, adapter_width=width, noise_width=32),
+    )
+
+
+def _shrunk_stack(cfg: StackConfig, width: int) -> StackConfig:
+    return replace(cfg, width=width, depth=min(2, cfg.depth), head_dim=32)
+
+
+def _shrunk_codec(
+    cfg: FaeConfig | PatchConfig, width: int, size: int, grid: tuple[int, int]
+) -> FaeConfig | PatchConfig:
+    if isinstance(cfg, PatchConfig):
+        return replace(cfg, image_size=size, patch_size=size // grid[0])
+    return replace(
+        cfg,
+        feature_dim=width,
+        latent_dim=8,
+        grid=grid,
+        image_size=size,
+        encoder_width=width,
+        encoder_heads=2,
+        feature_decoder=_shrunk_stack(cfg.feature_decoder, width),
+        pixel_decoder=_shrunk_stack(cfg.pixel_decoder, width),
+    )
+
+
+def _shrunk_features(cfg: DinoConfig | SiglipConfig, width: int, size: int) -> DinoConfig | SiglipConfig:
+    """4x4 patches of 64 px pictures, resized where the large one resizes, its positions interpolated likewise."""
+    pixels = None if cfg.pixels is None else replace(cfg.pixels, picture_size=size)
+    patch = cfg.patch_size if pixels is not None else size // 4
+    if isinstance(cfg, SiglipConfig):
+        return replace(
+            cfg, image_size=4 * patch, patch_size=patch, width=width, depth=2, heads=2, mlp_width=128, pixels=pixels
+        )
+    table = 6 * patch if cfg.table_size else 0
+    return replace(
+        cfg,
+        image_size=4 * patch,
+        patch_size=patch,
+        width=width,
+        depth=2,
+        heads=2,
+        table_size=table,
+        pixels=pixels,
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "nano": nano,
+    "nano-end-to-end": nano_end_to_end,
+    "nano-patches": nano_patches,
+    "mini": mini,
+    "paper": paper,
+    "paper-siglip": paper_siglip,
+}
+
+
+def find(name: str) -> RunConfig:
+    """The recipe of that name, or what the function `module:function` returns.
+
+    Raises ConfigError for an unknown name (with the nearest one), a function that cannot be imported or is no recipe.
+
+    >>> find("nano").model.name
+    'nano'
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    module, _, function = name.partition(":")
+    if not module or not function:
+        known = ", ".join(RECIPES)
+        raise ConfigError(f"there is no recipe {name!r}; expected {known} or module:function.{nearest(name, RECIPES)}")
+    try:
+        recipe = getattr(import_module(module), function)
+        signature(recipe).bind()  # a function that needs arguments is no recipe
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"cannot use {name!r} as a recipe: {error}.") from error
+    run = recipe()
+    if not isinstance(run, RunConfig):
+        raise ConfigError(f"recipe {name!r} gave {type(run).__name__}; expected a function that returns RunConfig.")
+    return run
+
+
+def find_config(name: str) -> ModelConfig:
+    """The sizes of a recipe (its name, or module:function) or of a model folder.
+
+    Raises ConfigError for an unknown recipe and CheckpointError for a folder that holds no model.
+
+    >>> find_config("nano").name
+    'nano'
+    """
+    if Path(name).is_dir():
+        return from_dict(ModelConfig, read_config(Path(name))["model"])
+    return find(name).model

@@ -1,0 +1,1133 @@
+"""Words for the drawn world: captions that ask for a picture, and questions about one.
+
+Everything is a pure function of its seed and index. A `Brief` is a scene plus what its caption says about it; what
+the caption leaves out is random, and the scene holds nothing that the caption does not mention. Training never words or
+shows a combination that `world.HELD_OUT` keeps for dev or test, nor a sentence form that `WORDINGS` keeps for them.
+All text is lower case, numbers are words, and `lexicon()` lists every word there is. One file in spite of its length:
+captions, suites and questions share the grammar, the guard against held-out words, and that lexicon.
+Our choice: docs/choices.md#world. GenEval's six families and metadata format: Ghosh et al. 2023.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from starflow2.errors import ConfigError
+from starflow2.world.scene import (
+    BACKGROUND_NAMES,
+    COLORS,
+    HELD_OUT,
+    IMAGE_SIZE,
+    MAX_THINGS,
+    OPPOSITES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Bucket,
+    HeldOut,
+    Relation,
+    Scene,
+    Split,
+    Thing,
+    bucket,
+    chance,
+    held_out,
+    is_trainable,
+    pick,
+    relations,
+    sample_scene,
+    shuffled,
+    stream,
+)
+
+__all__ = [
+    "DESCRIBE",
+    "FAMILIES",
+    "HELD_OUT_CHAINS",
+    "LIST",
+    "NUMBERS",
+    "PLACES",
+    "PLURALS",
+    "SUBTASKS",
+    "T2I_MIX",
+    "WORDINGS",
+    "YES_NO",
+    "Brief",
+    "Drawing",
+    "Question",
+    "Wording",
+    "article",
+    "caption",
+    "chain",
+    "describe",
+    "draw_task",
+    "lexicon",
+    "list_objects",
+    "metadata",
+    "paraphrase_drawings",
+    "questions",
+    "suite_drawings",
+    "understanding_task",
+    "yes_no_pair",
+]
+
+FAMILIES: Final = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+T2I_MIX: Final[Mapping[str, float]] = MappingProxyType(
+    {
+        "single_object": 0.06,
+        "two_object": 0.28,
+        "counting": 0.14,
+        "colors": 0.10,  # short captions that say most about the picture teach the words fastest
+        "position": 0.18,  # which word belongs to what is learnt last
+        "color_attr": 0.22,
+        "dense": 0.02,
+    }
+)
+NUMBERS: Final = ("zero", "one", "two", "three", "four")
+PLURALS: Final = ("circles", "squares", "triangles", "stars", "hearts", "rings", "crosses", "diamonds")
+
+
+_DRAW, _ASK, _SUITE = 1, 2, 3  # third number of a stream: the same seed and index must not repeat between uses
+_SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
+
+
+# ------------------------------------------------------------------------------------------- briefs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Brief:
+    """A scene, its family, and what the caption is to say; objects are mentioned in the order of `scene.things`."""
+
+    scene: Scene
+    family: str
+    mentions: frozenset[str]  # of "color", "size", "background"
+    relation: Relation | None = None  # what the first object is with respect to the second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """One text-to-image item: the prompt, a scene that satisfies it, and GenEval's metadata line."""
+
+    prompt: str
+    scene: Scene
+    family: str
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Menu:
+    """What a draw may choose from: everything for training, one row replaced for a held-out suite."""
+
+    colors: tuple[tuple[int, ...], ...]  # by shape
+    second_colors: tuple[tuple[int, ...], ...]  # likewise, for the second object
+    shapes: tuple[tuple[int, int], ...]  # two different shapes that may meet
+    facts: tuple[tuple[int, Relation, int], ...]
+    counts: tuple[tuple[int, int], ...]  # (shape, how many)
+
+
+def _colors_by_shape(pairs: frozenset[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(c for c in range(len(COLORS)) if (s, c) in pairs) for s in range(len(SHAPES)))
+
+
+@functools.cache
+def _menu(split: Split | None = None, row: str = "") -> _Menu:
+    """The training menu, or the same with `row` ("pair", "pairs", "fact", "shapes", "count") held out by `split`."""
+    k = range(len(SHAPES))
+    tables = tuple(HELD_OUT.values())
+    pairs = frozenset((s, c) for s in k for c in range(len(COLORS)) if not any((s, c) in t.pairs for t in tables))
+    meets = tuple(m for m in itertools.combinations(k, 2) if not any(frozenset(m) in t.shapes for t in tables))
+    told = [(a, r, b) for a, b in itertools.permutations(k, 2) for r in RELATIONS if tuple(sorted((a, b))) in meets]
+    told = [fact for fact in told if not any(_canonical(*fact) in t.facts for t in tables)]
+    counts = [(s, n) for s in k for n in range(2, MAX_THINGS + 1) if not any((s, n) in t.counts for t in tables)]
+    colors = second = _colors_by_shape(pairs)
+    if split is not None:
+        table = HELD_OUT[split]
+        if row in ("pair", "pairs"):
+            colors = _colors_by_shape(table.pairs)
+            second = colors if row == "pairs" else second
+        elif row == "fact":
+            ways = sorted(table.facts) + sorted((b, OPPOSITES[r], a) for a, r, b in table.facts)
+            told = [(a, r, b) for a, r, b in ways]
+        elif row == "shapes":
+            first_two = sorted(tuple(sorted(pair)) for pair in table.shapes)
+            meets = tuple((pair[0], pair[1]) for pair in first_two)
+        elif row == "count":
+            counts = sorted(table.counts)
+    return _Menu(colors=colors, second_colors=second, shapes=meets, facts=tuple(told), counts=tuple(counts))
+
+
+def _canonical(a: int, relation: Relation, b: int) -> tuple[int, Relation, int]:
+    """The one of "a left of b" and "b right of a" by which facts are kept."""
+    return (a, relation, b) if relation in ("left of", "above") else (b, OPPOSITES[relation], a)
+
+
+def _mentions(rng: np.random.Generator, **chances: float) -> frozenset[str]:
+    return frozenset(name for name, probability in chances.items() if chance(rng, probability))
+
+
+def _brief_one(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
+    shape = int(rng.integers(len(SHAPES)))
+    scene = sample_scene(rng, shapes=[shape], colors=[pick(rng, menu.colors[shape])])
+    says = _mentions(rng, color=float(family == "colors"), size=0.3, background=0.25)
+    return Brief(scene=scene, family=family, mentions=says)
+
+
+def _brief_two(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
+    a, b = pick(rng, menu.shapes)
+    if chance(rng, 0.5):
+        a, b = b, a
+    options = (menu.colors, menu.second_colors) if chance(rng, 0.5) else (menu.second_colors, menu.colors)
+    colors = [pick(rng, options[0][a]), pick(rng, options[1][b])]
+    while family == "color_attr" and colors[0] == colors[1]:
+        colors = [pick(rng, options[0][a]), pick(rng, options[1][b])]
+    scene = sample_scene(rng, shapes=[a, b], colors=colors)
+    says = _mentions(rng, color=float(family == "color_attr"), size=0.2, background=0.2)
+    return Brief(scene=scene, family=family, mentions=says)
+
+
+def _brief_counting(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
+    shape, count = pick(rng, menu.counts)
+    one_color, one_size = chance(rng, 0.5), chance(rng, 0.5)
+    colors = [pick(rng, menu.colors[shape]) for _ in range(count)]
+    sizes = rng.integers(len(SIZES), size=count).tolist()
+    scene = sample_scene(
+        rng,
+        shapes=[shape] * count,
+        colors=colors[:1] * count if one_color else colors,
+        sizes=sizes[:1] * count if one_size else sizes,
+    )
+    says = _mentions(rng, color=0.6 * one_color, size=0.5 * one_size, background=0.2)
+    return Brief(scene=scene, family=family, mentions=says)
+
+
+def _brief_position(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
+    a, relation, b = pick(rng, menu.facts)
+    colors = [pick(rng, menu.colors[a]), pick(rng, menu.colors[b])]
+    scene = sample_scene(rng, shapes=[a, b], colors=colors, relation=relation)
+    says = _mentions(rng, color=0.35, size=0.15, background=0.15)
+    return Brief(scene=scene, family=family, mentions=says, relation=relation)
+
+
+def _crowd_shapes(rng: np.random.Generator, count: int, repeats: float) -> list[int]:
+    shapes: list[int] = rng.permutation(len(SHAPES))[:count].tolist()
+    if count > 1 and chance(rng, repeats):
+        same = int(rng.integers(2, count + 1))
+        shapes = [shapes[0]] * same + shapes[same:]
+    return shapes
+
+
+def _may_meet(shapes: Sequence[int], menu: _Menu) -> bool:
+    kinds = sorted(set(shapes))
+    return all(pair in menu.shapes for pair in itertools.combinations(kinds, 2)) and all(
+        shapes.count(kind) == 1 or (kind, shapes.count(kind)) in menu.counts for kind in kinds
+    )
+
+
+def _crowd(rng: np.random.Generator, menu: _Menu, count: int, repeats: float) -> Scene:
+    """`count` objects; with probability `repeats` all but one or two share a shape."""
+    shapes = _crowd_shapes(rng, count, repeats)
+    while not _may_meet(shapes, menu):  # cheap, and most of what `is_trainable` would refuse later
+        shapes = _crowd_shapes(rng, count, repeats)
+    colors = [pick(rng, menu.colors[shape]) for shape in shapes]
+    return sample_scene(rng, shapes=shapes, colors=colors)
+
+
+def _brief_dense(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
+    scene = _crowd(rng, menu, count=int(rng.integers(3, 5)), repeats=0.35)
+    return Brief(scene=scene, family=family, mentions=frozenset({"color", "size", "background"}))
+
+
+_BRIEFS: Final[Mapping[str, Callable[[np.random.Generator, _Menu, str], Brief]]] = MappingProxyType(
+    {
+        "single_object": _brief_one,
+        "two_object": _brief_two,
+        "counting": _brief_counting,
+        "colors": _brief_one,
+        "position": _brief_position,
+        "color_attr": _brief_two,
+        "dense": _brief_dense,
+    }
+)
+
+
+# ----------------------------------------------------------------------------------------- captions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wording:
+    """Sentence forms of a family: those of training, and those kept to test other wording."""
+
+    train: tuple[str, ...]
+    dev: tuple[str, str]
+    test: tuple[str, str, str]
+
+    def forms(self, split: Bucket) -> tuple[str, ...]:
+        """The forms of one split."""
+        return {"train": self.train, "dev": self.dev, "test": self.test}[split]
+
+
+_PHRASE: Final = Wording(  # {c} is what is to be seen, {is} is "is" or "are"
+    train=(
+        "{c}",
+        "a photo of {c}",
+        "a picture of {c}",
+        "an image of {c}",
+        "a drawing of {c}",
+        "draw {c}",
+        "paint {c}",
+        "show {c}",
+        "please draw {c}",
+        "make a picture of {c}",
+        "there {is} {c}",
+        "in the picture there {is} {c}",
+        "an image that shows {c}",
+    ),
+    dev=("please make a drawing of {c}", "the image shows {c}"),
+    test=("please paint an image that shows {c}", "show a drawing with {c} in it", "in the photo there {is} {c}"),
+)
+_POSITION: Final = Wording(  # {a} and {b} with article, {kind_a} and {kind_b} without
+    train=(
+        "{a} {rel} {b}",
+        "a photo of {a} {rel} {b}",
+        "a picture of {a} {rel} {b}",
+        "an image of {a} {rel} {b}",
+        "draw {a} {rel} {b}",
+        "show {a} {rel} {b}",
+        "{a} is {rel} {b}",
+        "there is {a} {rel} {b}",
+        "{rel} {b} there is {a}",
+        "{rel} {b} is {a}",
+        "{b} with {a} {rel} it",
+        "{a} and {b}, the {kind_a} is {rel} the {kind_b}",
+        "{b} and {a}, the {kind_a} is {rel} the {kind_b}",
+    ),
+    dev=("show {a} that is {rel} {b}", "in the image {a} is {rel} {b}"),
+    test=(
+        "please paint {a} that is {rel} {b}",
+        "there is {b} and {rel} it is {a}",
+        "a drawing that shows {b}, and {a} is {rel} it",
+    ),
+)
+_DENSE: Final = Wording(  # one sentence per object
+    train=(
+        "there is {a} {place}.",
+        "{a} is {place}.",
+        "{place} there is {a}.",
+        "{place} is {a}.",
+    ),
+    dev=("draw {a} {place}.", "{place} show {a}."),
+    test=("the picture shows {a} {place}.", "paint {a} {place}.", "please draw {a} {place}."),
+)
+WORDINGS: Final[Mapping[str, Wording]] = MappingProxyType(
+    {family: _PHRASE for family in FAMILIES} | {"position": _POSITION, "dense": _DENSE}
+)
+
+_TOGETHER: Final = ("{a} and {b}", "{a} and {b}", "{a} with {b}", "both {a} and {b}")
+_BACKGROUND: Final = ("{c} on a {tint} background", "{c} with a {tint} background", "{c}, {tint} background")
+_SAYS: Final[Mapping[Relation, tuple[str, ...]]] = MappingProxyType(
+    {
+        "left of": ("left of", "to the left of", "on the left side of"),
+        "right of": ("right of", "to the right of", "on the right side of"),
+        "above": ("above", "on top of", "over"),
+        "below": ("below", "under", "beneath"),
+    }
+)
+PLACES: Final = (  # rows of the 3 x 3 grid, top first
+    ("in the upper left", "at the top", "in the upper right"),
+    ("on the left", "in the middle", "on the right"),
+    ("in the lower left", "at the bottom", "in the lower right"),
+)
+_DENSE_BACKGROUND: Final = (
+    "the background is {tint}.",
+    "the picture has a {tint} background.",
+    "a picture with a {tint} background.",
+)
+_DENSE_RELATION: Final = ("the {kind_a} is {rel} the {kind_b}.",)
+_DENSE_COUNT: Final = (
+    "there are {n} objects.",
+    "the picture shows {n} objects.",
+    "there are {n} objects in the picture.",
+)
+
+
+def article(words: str) -> str:
+    """The words behind "a" or "an"."""
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
+def _kind(thing: Thing, mentions: frozenset[str]) -> str:
+    """An object in words, such as "small red circle", with only what is mentioned."""
+    words = [SIZES[thing.size]] * ("size" in mentions) + [COLORS[thing.color]] * ("color" in mentions)
+    return " ".join([*words, SHAPES[thing.shape]])
+
+
+def _noun(thing: Thing, mentions: frozenset[str]) -> str:
+    return article(_kind(thing, mentions))
+
+
+def _counted(things: Sequence[Thing], mentions: frozenset[str]) -> str:
+    """Objects of one shape in words, such as "two small red hearts"."""
+    *words, _ = _kind(things[0], mentions).split()
+    return " ".join([NUMBERS[len(things)], *words, PLURALS[things[0].shape]])
+
+
+def _place(thing: Thing) -> str:
+    """Where an object stands on the 3 x 3 grid, in words."""
+    column, row = (min(int(3 * v / IMAGE_SIZE), 2) for v in (thing.x, thing.y))
+    return PLACES[row][column]
+
+
+def _caption_dense(scene: Scene, rng: np.random.Generator, wording: Bucket) -> str:
+    full = frozenset({"color", "size"})
+    opening = [pick(rng, _DENSE_BACKGROUND)] if chance(rng, 0.75) else []
+    sentences = [s.format(tint=BACKGROUND_NAMES[scene.background]) for s in opening]
+    forms = WORDINGS["dense"].forms(wording)
+    sentences += [pick(rng, forms).format(a=_noun(t, full), place=_place(t)) for t in scene.things]
+    room = 6 - len(sentences)
+    closing = []
+    if chance(rng, 0.6):
+        closing.append(pick(rng, _DENSE_COUNT).format(n=NUMBERS[len(scene.things)]))
+    told = _told_relations(scene)
+    for index in rng.permutation(len(told))[: room - len(closing)].tolist():
+        a, relation, b = told[index]
+        fields = {"kind_a": a, "kind_b": b, "rel": pick(rng, _SAYS[relation])}
+        sentences.append(pick(rng, _DENSE_RELATION).format(**fields))
+        if chance(rng, 0.5):
+            break
+    return " ".join(sentences + closing[:room])
+
+
+def _told_relations(scene: Scene) -> list[tuple[str, Relation, str]]:
+    """Every true relation between objects that colour and shape tell apart, as (words, relation, words)."""
+    kinds = [_kind(t, frozenset({"color"})) for t in scene.things]
+    clear = [(t, kind) for t, kind in zip(scene.things, kinds, strict=True) if kinds.count(kind) == 1]
+    return [
+        (kind_a, relation, kind_b)
+        for (a, kind_a), (b, kind_b) in itertools.permutations(clear, 2)
+        if a.shape != b.shape
+        for relation in sorted(relations(a, b))
+    ]
+
+
+def caption(brief: Brief, rng: np.random.Generator, wording: Bucket = "train") -> str:
+    """The brief in words, by one of the family's sentence forms of that split.
+
+    >>> scene = sample_scene(stream(0), shapes=[3], colors=[0])
+    >>> "red star" in caption(Brief(scene=scene, family="colors", mentions=frozenset({"color"})), stream(1))
+    True
+    """
+    things, says = brief.scene.things, brief.mentions
+    if brief.family == "dense":
+        return _caption_dense(brief.scene, rng, wording)
+    form = pick(rng, WORDINGS[brief.family].forms(wording))
+    if brief.relation is not None:
+        a, b = things
+        fields = {"a": _noun(a, says), "b": _noun(b, says), "kind_a": SHAPES[a.shape], "kind_b": SHAPES[b.shape]}
+        text = form.format(**fields, rel=pick(rng, _SAYS[brief.relation]))
+    elif brief.family == "counting":
+        text = form.format(**{"c": _counted(things, says), "is": "are"})
+    elif len(things) == 2:
+        both = pick(rng, _TOGETHER).format(a=_noun(things[0], says), b=_noun(things[1], says))
+        text = form.format(**{"c": both, "is": "is"})
+    else:
+        text = form.format(**{"c": _noun(things[0], says), "is": "is"})
+    if "background" in says:
+        text = pick(rng, _BACKGROUND).format(c=text, tint=BACKGROUND_NAMES[brief.scene.background])
+    return text
+
+
+def metadata(brief: Brief, prompt: str) -> dict[str, Any]:
+    """The brief as a line of GenEval's metadata: tag, include, for counting exclude, and prompt.
+
+    In `position` the reference object comes first and the subject second, as GenEval has it. "dense" is not a GenEval
+    tag; its line lists the objects in the same format.
+    """
+    things = brief.scene.things
+
+    def entry(thing: Thing, count: int = 1) -> dict[str, Any]:
+        color = {"color": COLORS[thing.color]} if "color" in brief.mentions else {}
+        return {"class": SHAPES[thing.shape], "count": count} | color
+
+    line: dict[str, Any] = {"tag": brief.family}
+    if brief.family == "counting":
+        line["include"] = [entry(things[0], len(things))]
+        line["exclude"] = [{"class": SHAPES[things[0].shape], "count": len(things) + 1}]
+    elif brief.relation is not None:
+        line["include"] = [entry(things[1]), entry(things[0]) | {"position": [brief.relation, 0]}]
+    elif brief.family == "dense":
+        kinds = [(t.shape, t.color) for t in things]
+        first = {kind: thing for kind, thing in reversed(list(zip(kinds, things, strict=True)))}
+        line["include"] = [entry(thing, kinds.count(kind)) for kind, thing in first.items()]
+    else:
+        line["include"] = [entry(thing) for thing in things]
+    return line | {"prompt": prompt}
+
+
+def _drawing(brief: Brief, prompt: str) -> Drawing:
+    return Drawing(prompt=prompt, scene=brief.scene, family=brief.family, metadata=metadata(brief, prompt))
+
+
+def _family(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
+    unknown = sorted(set(weights) - set(_BRIEFS))
+    if unknown or not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
+        raise ConfigError(f"weights={dict(weights)}: expected non-negative shares of {', '.join(_BRIEFS)}")
+    place = rng.random() * sum(weights.values())
+    for family, weight in weights.items():
+        place -= weight
+        if place < 0:
+            return family
+    return family
+
+
+def draw_task(seed: int, index: int, *, weights: Mapping[str, float] = T2I_MIX) -> Drawing:
+    """Text-to-image training item number `index`: a pure function of its arguments, free of anything held out.
+
+    >>> draw_task(0, 5) == draw_task(0, 5)
+    True
+    """
+    rng = stream(seed, index, _DRAW)
+    family = _family(rng, weights)
+    while True:
+        brief = _BRIEFS[family](rng, _menu(), family)
+        if is_trainable(brief.scene):
+            return _drawing(brief, caption(brief, rng))
+
+
+# ------------------------------------------------------------------------------------------- suites
+
+_ROWS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(  # held out per family; single_object has no such thing
+    {
+        "two_object": ("shapes",),
+        "counting": ("count",),
+        "colors": ("pair",),
+        "position": ("fact",),
+        "color_attr": ("pair", "pairs"),  # one of two, both
+    }
+)
+
+
+def _where(split: Split, part: Literal["id", "cg", "paraphrase"], family: str) -> tuple[int, ...]:
+    """The numbers that name a suite's stream."""
+    parts = ("id", "cg", "paraphrase")
+    return (_SUITE_SEED, _SUITE, ("dev", "test").index(split), parts.index(part), FAMILIES.index(family))
+
+
+def _suite_briefs(split: Split, part: Literal["id", "cg"], family: str, count: int) -> list[Brief]:
+    """`count` briefs of one family with scenes of the split's bucket, all captions and scenes different if there are
+    enough. "id": nothing held out by anyone. "cg": exactly the family's row held out by the split, nothing else."""
+    other: Split = "dev" if split == "test" else "test"
+    briefs: list[Brief] = []
+    seen: set[str] = set()
+    for item in range(count):
+        rng = stream(*_where(split, part, family), item)
+        row = _ROWS[family][item % len(_ROWS[family])] if part == "cg" else ""
+        wanted = {row.rstrip("s") if family == "color_attr" else row} if row else set()
+        menu = _menu(split, row) if row else _menu()
+        tries = 0
+        while True:
+            brief = _BRIEFS[family](rng, menu, family)
+            if bucket(brief.scene) != split or held_out(brief.scene, split) != wanted or held_out(brief.scene, other):
+                continue
+            plain = caption(brief, stream(0))  # the same form for all: what is said, not how
+            tries += 1
+            if plain not in seen or tries > 20:
+                break
+        seen.add(plain)
+        briefs.append(brief)
+    return briefs
+
+
+def _worded(briefs: Sequence[Brief], wording: Bucket, where: tuple[int, ...]) -> list[Drawing]:
+    """The briefs in words, each prompt different from the others if 20 tries can make it so."""
+    drawings: list[Drawing] = []
+    seen: set[str] = set()
+    for item, brief in enumerate(briefs):
+        rng = stream(*where, item, 1)  # not the stream of the item's scene
+        prompt = next((p for p in (caption(brief, rng, wording) for _ in range(20)) if p not in seen), None)
+        prompt = caption(brief, rng, wording) if prompt is None else prompt
+        seen.add(prompt)
+        drawings.append(_drawing(brief, prompt))
+    return drawings
+
+
+def suite_drawings(
+    suite: Literal["geneval"], split: Split, part: Literal["id", "cg"], per_category: int = 64
+) -> list[Drawing]:
+    """The frozen prompts of a benchmark, category by category; the first n are the same whatever `per_category` is.
+
+    "id": six families, unseen scenes, seen combinations, training wording. "cg": five families (single_object has no
+    combination), each item with the combination of its family that `split` holds out: colors a colour-shape pair,
+    color_attr one or both pairs, position a fact, counting a count, two_object two shapes together.
+    """
+    if suite != "geneval":
+        raise ConfigError(f"suite={suite!r}: expected 'geneval'")
+    families = FAMILIES if part == "id" else tuple(f for f in FAMILIES if f in _ROWS)
+    return [
+        drawing
+        for family in families
+        for drawing in _worded(_suite_briefs(split, part, family, per_category), "train", _where(split, part, family))
+    ]
+
+
+def paraphrase_drawings(split: Split, per_category: int = 64) -> list[Drawing]:
+    """The "id" items of `suite_drawings`, scene by scene, in the sentence forms held out for `split`."""
+    return [
+        drawing
+        for family in FAMILIES
+        for drawing in _worded(
+            _suite_briefs(split, "id", family, per_category), split, _where(split, "paraphrase", family)
+        )
+    ]
+
+
+# ---------------------------------------------------------------------------------------- questions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A question about a picture, its one right answer, and the operators that find it, in order of execution."""
+
+    text: str
+    answer: str
+    program: tuple[str, ...]
+    kind: str
+
+
+SUBTASKS: Final = ("existence", "count", "position", "color", "shape", "size")  # yes or no, as in MME
+HELD_OUT_CHAINS: Final[Mapping[Split, tuple[tuple[str, ...], ...]]] = MappingProxyType(
+    {"test": (("relate", "compare"), ("relate", "filter", "count")), "dev": (("relate", "logical"),)}
+)
+DESCRIBE: Final = "describe the picture."
+LIST: Final = "list every object."
+YES_NO: Final = "please answer yes or no."
+
+_FORMS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "existence": ("is there {np} in the picture?", "is there {np}?"),
+        "count": ("{is} there exactly {n} in the picture?", "{is} there exactly {n}?"),
+        "position": ("is {a} {rel} {b}?",),
+        "is": ("is {a} {value}?",),
+        "query": ("what {attribute} is {a}?",),
+        "how many": ("how many {things} are there?", "how many {things} are in the picture?"),
+        "choose": ("is {a} {value} or {other}?",),
+        "choose place": ("is {a} {value} {b}?",),
+        "related": ("the object {rel} {b}",),
+        "related filtered": ("the {value} object {rel} {b}",),
+        "related count": ("how many objects are {rel} {b}?",),
+        "related filtered count": ("how many {value} objects are {rel} {b}?",),
+        "same": ("are {a} and {b} the same {attribute}?", "is {a} the same {attribute} as {b}?"),
+        "related same": ("is {a} the same {attribute} as {b}?",),
+        "logical": ("is there {a} {op} {b}?", "is there {a} {op} {b} in the picture?"),
+        "related logical": ("is {a} {value} {op} {other}?",),
+    }
+)
+_SIDES: Final[tuple[tuple[str, tuple[Relation, Relation]], ...]] = (
+    ("left or right of", ("left of", "right of")),
+    ("above or below", ("above", "below")),
+)
+_ATTRIBUTES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({"color": COLORS, "shape": SHAPES, "size": SIZES})
+_NAMES: Final = (("shape",), ("color",), ("color", "shape"), ("size", "shape"), ("size", "color"), ("size",))
+
+
+def chain(program: Sequence[str]) -> tuple[str, ...]:
+    """A program's operators without `select`, by which unseen compositions are told from seen ones."""
+    return tuple(operator for operator in program if operator != "select")
+
+
+def _banned(split: Bucket) -> HeldOut:
+    """What a question's words may not combine: all that is held out in training, nothing in dev and test."""
+    tables = tuple(HELD_OUT.values()) if split == "train" else ()
+    return HeldOut(
+        pairs=frozenset().union(*(t.pairs for t in tables)),
+        facts=frozenset().union(*(t.facts for t in tables)),
+        shapes=frozenset().union(*(t.shapes for t in tables)),
+        counts=frozenset().union(*(t.counts for t in tables)),
+    )
+
+
+_BANNED: Final[Mapping[Bucket, HeldOut]] = MappingProxyType(
+    {"train": _banned("train"), "dev": _banned("dev"), "test": _banned("test")}
+)
+
+
+def _value(thing: Thing, attribute: str) -> str:
+    return _ATTRIBUTES[attribute][getattr(thing, attribute)]
+
+
+class _Asker:
+    """Makes questions about one scene. A method returns None where the scene allows no such question.
+
+    Yes/no methods return (yes, no), the "no" being a minimal change of the "yes"; the others return one question.
+    """
+
+    def __init__(self, scene: Scene, rng: np.random.Generator, split: Bucket) -> None:
+        self.things, self.rng, self.banned = scene.things, rng, _BANNED[split]
+        self.names = {id(thing): self._names(thing) for thing in scene.things}
+        self.stands = {(id(a), id(b)): relations(a, b) for a, b in itertools.permutations(scene.things, 2)}
+
+    # What may be said
+
+    def _may_pair(self, shape: int, color: int) -> bool:
+        return (shape, color) not in self.banned.pairs
+
+    def _may_say(self, a: Thing, relation: Relation, b: Thing) -> bool:
+        return _canonical(a.shape, relation, b.shape) not in self.banned.facts
+
+    def _text(self, form: str, **fields: str) -> str:
+        return pick(self.rng, _FORMS[form]).format(**fields)
+
+    # Naming objects
+
+    def _names(self, thing: Thing) -> list[tuple[tuple[str, ...], str]]:
+        """Every (attributes, words such as "the red star") that fits this object alone."""
+        clear: list[tuple[tuple[str, ...], str]] = []
+        for attributes in _NAMES:
+            values = [_value(thing, k) for k in attributes]
+            if sum([_value(t, k) for k in attributes] == values for t in self.things) == 1:
+                clear.append((attributes, " ".join(["the", *values] + ["object"] * ("shape" not in attributes))))
+        return clear
+
+    def _name(self, thing: Thing, avoid: str = "") -> str | None:
+        """Words that fit this object alone and do not tell the attribute to avoid."""
+        clear = [words for attributes, words in self.names[id(thing)] if avoid not in attributes]
+        return pick(self.rng, clear) if clear else None
+
+    def _named(self, avoid: str = "") -> tuple[Thing, str] | None:
+        """A random object that words can single out."""
+        for thing in shuffled(self.rng, self.things):
+            name = self._name(thing, avoid)
+            if name is not None:
+                return thing, name
+        return None
+
+    def _related(self) -> list[tuple[list[Thing], Relation, Thing, str]]:
+        """Every (objects, relation, reference, its name) with all the objects that stand so, in random order."""
+        rows = []
+        for thing in self.things:
+            name = self._name(thing)
+            if name is not None:
+                for relation in RELATIONS:
+                    found = [t for t in self.things if t is not thing and relation in self.stands[id(t), id(thing)]]
+                    rows.append((found, relation, thing, name))
+        return shuffled(self.rng, rows)
+
+    def _related_one(self) -> tuple[Thing, str] | None:
+        """The one object that stands somewhere, and words for it by its place."""
+        for found, relation, _, name in self._related():
+            if len(found) == 1:
+                return found[0], self._text("related", rel=self._side(relation), b=name)
+        return None
+
+    def _side(self, relation: Relation) -> str:
+        return pick(self.rng, _SAYS[relation])
+
+    def _other_value(self, thing: Thing, attribute: str) -> str | None:
+        """Another value of an attribute: that of another object if it can be, so that only binding tells."""
+        pool = {
+            "color": [COLORS[c] for c in range(len(COLORS)) if c != thing.color and self._may_pair(thing.shape, c)],
+            "shape": [SHAPES[s] for s in range(len(SHAPES)) if s != thing.shape and self._may_pair(s, thing.color)],
+            "size": [SIZES[1 - thing.size]],
+        }[attribute]
+        present = [value for value in pool if any(_value(t, attribute) == value for t in self.things)]
+        return pick(self.rng, present or pool) if pool else None
+
+    def _some_count(self, counts: Iterable[int]) -> int:
+        """One of the counts that can be asked for; zero, always the easiest to find, one time in five."""
+        known = sorted(counts)
+        some = [count for count in known if count > 0]
+        return pick(self.rng, some) if some and (known[0] > 0 or chance(self.rng, 0.8)) else known[0]
+
+    # Yes or no, in pairs
+
+    def _both(self, yes: str, no: str, kind: str, *program: str) -> tuple[Question, Question]:
+        return (
+            Question(text=yes, answer="yes", program=program, kind=kind),
+            Question(text=no, answer="no", program=program, kind=kind),
+        )
+
+    def existence(self) -> tuple[Question, Question] | None:
+        thing = pick(self.rng, self.things)
+        if chance(self.rng, 0.5):
+            absent = [s for s in range(len(SHAPES)) if all(t.shape != s for t in self.things)]
+            yes, no = SHAPES[thing.shape], SHAPES[pick(self.rng, absent)]
+            program: tuple[str, ...] = ("select", "exist")
+        else:
+            there = {(t.shape, t.color) for t in self.things}
+            near = [(thing.shape, c) for c in range(len(COLORS))] + [(s, thing.color) for s in range(len(SHAPES))]
+            near = [pair for pair in near if pair not in there and self._may_pair(*pair)]
+            if not near:
+                return None
+            shape, color = pick(self.rng, near)
+            yes, no = f"{COLORS[thing.color]} {SHAPES[thing.shape]}", f"{COLORS[color]} {SHAPES[shape]}"
+            program = ("select", "filter", "exist")
+        form = pick(self.rng, _FORMS["existence"])
+        return self._both(form.format(np=article(yes)), form.format(np=article(no)), "existence", *program)
+
+    def count(self) -> tuple[Question, Question] | None:
+        shape: int | None = pick(self.rng, self.things).shape if chance(self.rng, 0.7) else None
+        right = sum(shape is None or t.shape == shape for t in self.things)
+        wrong = [n for n in (right - 1, right + 1) if 1 <= n <= MAX_THINGS and (shape, n) not in self.banned.counts]
+        if not wrong:
+            return None
+        form = pick(self.rng, _FORMS["count"])
+
+        def ask(n: int) -> str:
+            one, many = ("object", "objects") if shape is None else (SHAPES[shape], PLURALS[shape])
+            return form.format(**{"is": "is" if n == 1 else "are", "n": f"{NUMBERS[n]} {one if n == 1 else many}"})
+
+        return self._both(ask(right), ask(pick(self.rng, wrong)), "count", "select", "count", "verify")
+
+    def position(self) -> tuple[Question, Question] | None:
+        for a, b in shuffled(self.rng, list(itertools.permutations(self.things, 2))):
+            found, names = sorted(self.stands[id(a), id(b)]), (self._name(a), self._name(b))
+            if len(found) == 1 and names[0] is not None and names[1] is not None:
+                sides = (found[0], OPPOSITES[found[0]])
+                if self._may_say(a, sides[1], b):
+                    form, which = pick(self.rng, _FORMS["position"]), int(self.rng.integers(3))
+                    yes, no = (form.format(a=names[0], b=names[1], rel=_SAYS[side][which]) for side in sides)
+                    return self._both(yes, no, "position", "select", "relate", "verify")
+        return None
+
+    def _attribute(self, attribute: str) -> tuple[Question, Question] | None:
+        found = self._named(avoid=attribute)
+        other = self._other_value(found[0], attribute) if found else None
+        if found is None or other is None:
+            return None
+        values = (_value(found[0], attribute), other)
+        yes, no = (article(v) if attribute == "shape" else v for v in values)
+        form = pick(self.rng, _FORMS["is"])
+        return self._both(
+            form.format(a=found[1], value=yes), form.format(a=found[1], value=no), attribute, "select", "verify"
+        )
+
+    def color(self) -> tuple[Question, Question] | None:
+        return self._attribute("color")
+
+    def shape(self) -> tuple[Question, Question] | None:
+        return self._attribute("shape")
+
+    def size(self) -> tuple[Question, Question] | None:
+        return self._attribute("size")
+
+    # One word, by a program of one to three hops
+
+    def query(self) -> Question | None:
+        attribute = pick(self.rng, ("color", "color", "shape", "shape", "size"))
+        found = self._named(avoid=attribute)
+        if found is None:
+            return None
+        text = self._text("query", attribute=attribute, a=found[1])
+        return Question(text=text, answer=_value(found[0], attribute), program=("select", "query"), kind="query")
+
+    def how_many(self) -> Question:
+        """Counts are drawn before what is counted, so that "one" is not the answer to nearly everything."""
+        groups: dict[int, list[tuple[str, tuple[str, ...]]]] = {len(self.things): [("objects", ("select", "count"))]}
+        for s, c in itertools.product((None, *range(len(SHAPES))), (None, *range(len(COLORS)))):
+            if (s is None) != (c is None) or (s is not None and c is not None and self._may_pair(s, c)):
+                n = sum(s in (None, t.shape) and c in (None, t.color) for t in self.things)
+                words = [] if c is None else [COLORS[c]]
+                program = ("select", "filter", "count") if c is not None else ("select", "count")
+                groups.setdefault(n, []).append((" ".join([*words, "objects" if s is None else PLURALS[s]]), program))
+        count = self._some_count(groups)
+        things, operators = pick(self.rng, groups[count])
+        text = self._text("how many", things=things)
+        return Question(text=text, answer=NUMBERS[count], program=operators, kind="count")
+
+    def choose(self) -> Question | None:
+        attribute = pick(self.rng, ("color", "size"))
+        found = self._named(avoid=attribute)
+        other = self._other_value(found[0], attribute) if found else None
+        if found is None or other is None:
+            return None
+        answer = _value(found[0], attribute)
+        first, second = shuffled(self.rng, [answer, other])
+        text = self._text("choose", a=found[1], value=first, other=second)
+        return Question(text=text, answer=answer, program=("select", "choose"), kind="choose")
+
+    def choose_place(self) -> Question | None:
+        for a, b in shuffled(self.rng, list(itertools.permutations(self.things, 2))):
+            names = (self._name(a), self._name(b))
+            for words, sides in shuffled(self.rng, _SIDES):
+                true = [side for side in sides if side in self.stands[id(a), id(b)]]
+                if true and None not in names and all(self._may_say(a, side, b) for side in sides):
+                    text = self._text("choose place", a=str(names[0]), b=str(names[1]), value=words)
+                    program = ("select", "relate", "choose")
+                    return Question(text=text, answer=true[0].removesuffix(" of"), program=program, kind="choose")
+        return None
+
+    def related_query(self) -> Question | None:
+        found = self._related_one()
+        if found is None:
+            return None
+        attribute = pick(self.rng, ("color", "shape", "size"))
+        text = self._text("query", attribute=attribute, a=found[1])
+        program = ("select", "relate", "query")
+        return Question(text=text, answer=_value(found[0], attribute), program=program, kind="relate")
+
+    def related_verify(self) -> Question | None:
+        found = self._related_one()
+        attribute = pick(self.rng, ("color", "shape", "size"))
+        other = self._other_value(found[0], attribute) if found else None
+        if found is None or other is None:
+            return None
+        is_yes = chance(self.rng, 0.5)
+        value = _value(found[0], attribute) if is_yes else other
+        text = self._text("is", a=found[1], value=article(value) if attribute == "shape" else value)
+        return Question(text=text, answer=_yes(is_yes), program=("select", "relate", "verify"), kind="relate")
+
+    def related_filtered_query(self) -> Question | None:
+        for found, relation, _, name in self._related():
+            for thing in shuffled(self.rng, found):
+                by, asked = pick(self.rng, (("color", "shape"), ("size", "color"), ("size", "shape")))
+                value = _value(thing, by)
+                if len(found) > 1 and sum(_value(t, by) == value for t in found) == 1:
+                    words = self._text("related filtered", value=value, rel=self._side(relation), b=name)
+                    text = self._text("query", attribute=asked, a=words)
+                    program = ("select", "relate", "filter", "query")
+                    return Question(text=text, answer=_value(thing, asked), program=program, kind="relate")
+        return None
+
+    def related_twice_query(self) -> Question | None:
+        for found, relation, reference, name in self._related():
+            if len(found) == 1:
+                middle = self._text("related", rel=self._side(relation), b=name)
+                for side in shuffled(self.rng, RELATIONS):
+                    last = [t for t in self.things if t is not found[0] and side in self.stands[id(t), id(found[0])]]
+                    if len(last) == 1 and last[0] is not reference:
+                        attribute = pick(self.rng, ("color", "shape", "size"))
+                        words = self._text("related", rel=self._side(side), b=middle)
+                        text = self._text("query", attribute=attribute, a=words)
+                        program = ("select", "relate", "relate", "query")
+                        return Question(text=text, answer=_value(last[0], attribute), program=program, kind="relate")
+        return None
+
+    def related_count(self) -> Question | None:
+        rows = self._related()
+        if not rows or len(self.things) == 1:
+            return None
+        count = self._some_count({len(found) for found, *_ in rows})
+        relation, name = next((r, name) for found, r, _, name in rows if len(found) == count)
+        text = self._text("related count", rel=self._side(relation), b=name)
+        return Question(text=text, answer=NUMBERS[count], program=("select", "relate", "count"), kind="count")
+
+    def compare(self) -> Question | None:
+        attribute, is_yes = pick(self.rng, ("color", "shape", "size")), chance(self.rng, 0.5)
+        options: dict[bool, tuple[str, str]] = {}
+        for a, b in shuffled(self.rng, list(itertools.permutations(self.things, 2))):
+            names = (self._name(a, attribute), self._name(b, attribute))
+            if names[0] is not None and names[1] is not None:
+                options.setdefault(_value(a, attribute) == _value(b, attribute), (names[0], names[1]))
+        if len(options) < 2:  # both answers must be possible, or the rarer one would give itself away
+            return None
+        text = self._text("same", a=options[is_yes][0], b=options[is_yes][1], attribute=attribute)
+        return Question(text=text, answer=_yes(is_yes), program=("select", "select", "compare"), kind="compare")
+
+    def logical(self) -> Question | None:
+        here = sorted({t.shape for t in self.things})
+        op = pick(self.rng, ("and", "or")) if len(here) > 1 else "or"  # else "and" could only be answered no
+        is_yes = chance(self.rng, 0.5)
+        gone = [s for s in range(len(SHAPES)) if s not in here]
+        pools = {("and", True): (here, here), ("or", False): (gone, gone)}.get((op, is_yes), (here, gone))
+        for _ in range(8):
+            a, b = (pick(self.rng, pool) for pool in shuffled(self.rng, pools))
+            if a != b and frozenset((a, b)) not in self.banned.shapes:
+                text = self._text("logical", a=article(SHAPES[a]), b=article(SHAPES[b]), op=op)
+                return Question(text=text, answer=_yes(is_yes), program=("select", "select", "logical"), kind="logical")
+        return None
+
+    # Compositions never asked in training
+
+    def related_compare(self) -> Question | None:
+        attribute, is_yes = pick(self.rng, ("color", "shape", "size")), chance(self.rng, 0.5)
+        for found, relation, reference, name in self._related():
+            for thing in shuffled(self.rng, self.things):
+                other = self._name(thing, attribute)
+                if len(found) != 1 or other is None or thing is reference or thing is found[0]:
+                    continue
+                if (_value(found[0], attribute) == _value(thing, attribute)) == is_yes:
+                    words = self._text("related", rel=self._side(relation), b=name)
+                    text = self._text("related same", a=words, b=other, attribute=attribute)
+                    program = ("select", "relate", "select", "compare")
+                    return Question(text=text, answer=_yes(is_yes), program=program, kind="compare")
+        return None
+
+    def related_filtered_count(self) -> Question | None:
+        rows = [
+            (sum(_value(t, by) == value for t in found), value, relation, name)
+            for found, relation, _, name in self._related()
+            if found
+            for by in ("color", "size")
+            for value in sorted({_value(t, by) for t in self.things})
+        ]
+        if not rows:
+            return None
+        count = self._some_count({row[0] for row in rows})
+        _, value, relation, name = pick(self.rng, [row for row in rows if row[0] == count])
+        text = self._text("related filtered count", value=value, rel=self._side(relation), b=name)
+        return Question(text=text, answer=NUMBERS[count], program=("select", "relate", "filter", "count"), kind="count")
+
+    def related_logical(self) -> Question | None:
+        found, op, is_yes = self._related_one(), pick(self.rng, ("and", "or")), chance(self.rng, 0.5)
+        if found is None:
+            return None
+        holds = {("and", True): (True, True), ("or", False): (False, False)}.get((op, is_yes))
+        holds = (True, False) if holds is None else holds
+        values = [
+            _value(found[0], k) if is_true else self._other_value(found[0], k)
+            for k, is_true in zip(("color", "size"), shuffled(self.rng, holds), strict=True)
+        ]
+        text = self._text("related logical", a=found[1], value=str(values[0]), op=op, other=str(values[1]))
+        return Question(text=text, answer=_yes(is_yes), program=("select", "relate", "logical"), kind="logical")
+
+
+def _yes(is_yes: bool) -> str:
+    return "yes" if is_yes else "no"
+
+
+_YES_NO: Final[Mapping[str, Callable[[_Asker], tuple[Question, Question] | None]]] = MappingProxyType(
+    {
+        "existence": _Asker.existence,
+        "count": _Asker.count,
+        "position": _Asker.position,
+        "color": _Asker.color,
+        "shape": _Asker.shape,
+        "size": _Asker.size,
+    }
+)
+_PROGRAMS: Final[tuple[Callable[[_Asker], Question | None], ...]] = (
+    _Asker.query,
+    _Asker.how_many,
+    _Asker.choose,
+    _Asker.choose_place,
+    _Asker.related_query,
+    _Asker.related_verify,
+    _Asker.related_filtered_query,
+    _Asker.related_twice_query,
+    _Asker.related_count,
+    _Asker.compare,
+    _Asker.logical,
+)
+_UNSEEN_PROGRAMS: Final[Mapping[Split, tuple[Callable[[_Asker], Question | None], ...]]] = MappingProxyType(
+    {"test": (_Asker.related_compare, _Asker.related_filtered_count), "dev": (_Asker.related_logical,)}
+)
+
+
+def yes_no_pair(
+    scene: Scene, rng: np.random.Generator, subtask: str, *, split: Bucket = "train"
+) -> tuple[Question, Question] | None:
+    """An MME question answered yes and its minimal change answered no, or None if the scene has no such question.
+
+    With split="train" the words combine nothing that is held out; with "dev" or "test" they may.
+    """
+    if subtask not in _YES_NO:
+        raise ConfigError(f"subtask={subtask!r}: expected one of {', '.join(SUBTASKS)}")
+    return _YES_NO[subtask](_Asker(scene, rng, split))
+
+
+def list_objects(scene: Scene) -> str:
+    """Every object, top to bottom: "a small red circle, a large blue square."."""
+    full = frozenset({"color", "size"})
+    things = sorted(scene.things, key=lambda t: (t.y, t.x))
+    return ", ".join(_noun(thing, full) for thing in things) + "."
+
+
+def describe(scene: Scene) -> str:
+    """One sentence with everything: objects top to bottom, for two of them how they stand, and the background."""
+    full = frozenset({"color", "size"})
+    things = sorted(scene.things, key=lambda t: (t.y, t.x))
+    nouns = [_noun(thing, full) for thing in things]
+    found = sorted(relations(things[0], things[1])) if len(things) == 2 else []
+    if found:
+        words = f"{nouns[0]} {found[0]} {nouns[1]}"
+    else:
+        words = " and ".join([", ".join(nouns[:-1])] * (len(nouns) > 1) + nouns[-1:])
+    return f"{words} on a {BACKGROUND_NAMES[scene.background]} background."
+
+
+def questions(scene: Scene, rng: np.random.Generator, *, split: Bucket = "train", most: int = 4) -> list[Question]:
+    """Questions about a scene: first "list every object", then up to `most` of different kinds.
+
+    split="train" never uses a program whose `chain` is in HELD_OUT_CHAINS; "dev" and "test" use only those of theirs.
+    Half of the training kinds are yes/no as in MME, half are programs with one-word answers as in GQA.
+    """
+    asker = _Asker(scene, rng, split)
+    if split != "train":
+        made = (ask(asker) for ask in itertools.islice(itertools.cycle(_UNSEEN_PROGRAMS[split]), 4 * most))
+        return list(dict.fromkeys(q for q in made if q is not None))[:most]
+    asked = [Question(text=LIST, answer=list_objects(scene), program=("list",), kind="list")]
+    single = [int(i) for i in rng.permutation(len(_PROGRAMS))]
+    double = [SUBTASKS[int(i)] for i in rng.permutation(len(SUBTASKS))]
+    while len(asked) <= most and (single or double):
+        question: Question | None
+        if double and (not single or chance(rng, 0.5)):
+            pair = _YES_NO[double.pop()](asker)
+            question = pick(rng, pair) if pair else None
+        else:
+            question = _PROGRAMS[single.pop()](asker)
+        if question is not None:
+            asked.append(_hinted(question, rng))
+    return asked
+
+
+def _hinted(question: Question, rng: np.random.Generator) -> Question:
+    """A quarter of the yes/no questions say how to answer, as MME's do."""
+    if question.answer not in ("yes", "no") or chance(rng, 0.75):
+        return question
+    text = f"{question.text} {YES_NO}"
+    return Question(text=text, answer=question.answer, program=question.program, kind=question.kind)
+
+
+def understanding_task(seed: int, index: int) -> tuple[Scene, list[tuple[str, str]]]:
+    """Understanding training item number `index`: a scene and (question, answer) pairs, the dense ones first.
+
+    >>> scene, pairs = understanding_task(0, 0)
+    >>> [question for question, _ in pairs[:2]]
+    ['describe the picture.', 'list every object.']
+    """
+    rng = stream(seed, index, _ASK)
+    count = int(rng.choice(MAX_THINGS, p=(0.15, 0.3, 0.3, 0.25))) + 1
+    scene = _crowd(rng, _menu(), count, repeats=0.35)
+    while not is_trainable(scene):
+        scene = _crowd(rng, _menu(), count, repeats=0.35)
+    asked = questions(scene, rng, most=int(rng.integers(6, 9)))
+    return scene, [(DESCRIBE, describe(scene)), *((question.text, question.answer) for question in asked)]
+
+
+# ------------------------------------------------------------------------------------------ lexicon
+
+
+@functools.cache
+def lexicon() -> frozenset[str]:
+    """Every word, in lower case, that any caption, question or answer can contain.
+
+    >>> {"two", "hearts", "left"} <= lexicon() and "tree" not in lexicon()
+    True
+    """
+    wordings = [form for w in WORDINGS.values() for split in ("train", "dev", "test") for form in w.forms(split)]
+    tables: tuple[Sequence[str], ...] = (
+        wordings,
+        _TOGETHER,
+        _BACKGROUND,
+        _DENSE_BACKGROUND,
+        _DENSE_RELATION,
+        _DENSE_COUNT,
+        *_SAYS.values(),
+        *PLACES,
+        *_FORMS.values(),
+        [words for words, _ in _SIDES],
+        tuple(_ATTRIBUTES),
+        *_ATTRIBUTES.values(),
+        PLURALS,
+        NUMBERS,
+        BACKGROUND_NAMES,
+        RELATIONS,
+        (DESCRIBE, LIST, YES_NO, "an are and is"),
+    )
+    texts = (re.sub(r"\{[^}]*\}", " ", text) for table in tables for text in table)
+    return frozenset(word for text in texts for word in re.findall(r"[a-z]+", text))

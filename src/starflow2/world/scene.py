@@ -1,0 +1,474 @@
+"""The drawn world: pictures of one to four flat objects on a light background, with exact ground truth.
+
+A `Scene` is the truth, `render` draws it, `facts` states what stands left of or above what, and the `HELD_OUT` tables
+fix which combinations no training item may ever show (`held_out`, `is_trainable`). Pictures only; words are in `tasks`.
+Coordinates are pixels of the 64 x 64 canvas, x to the right and y downwards; pixel i covers [i, i + 1).
+Nothing here is from the paper; our choice: docs/choices.md#world.
+"""
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+from starflow2.data.dialogue import Dialogue, Turn
+from starflow2.errors import ConfigError
+
+__all__ = [
+    "BACKGROUNDS",
+    "BACKGROUND_NAMES",
+    "COLORS",
+    "HELD_OUT",
+    "IMAGE_SIZE",
+    "MAX_THINGS",
+    "OPPOSITES",
+    "PALETTE",
+    "RADII",
+    "RECOLOR_HELD_OUT",
+    "RELATIONS",
+    "SHAPES",
+    "SIZES",
+    "Bucket",
+    "Fact",
+    "HeldOut",
+    "Relation",
+    "Scene",
+    "SceneDialogue",
+    "SceneTurn",
+    "Split",
+    "Thing",
+    "bucket",
+    "chance",
+    "coverage",
+    "facts",
+    "fits",
+    "half_box",
+    "held_out",
+    "is_trainable",
+    "pick",
+    "relations",
+    "render",
+    "render_batch",
+    "sample_scene",
+    "scene_key",
+    "shuffled",
+    "stream",
+]
+
+T = TypeVar("T")
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float64]
+Split = Literal["dev", "test"]
+Bucket = Literal["train", "dev", "test"]
+Relation = Literal["left of", "right of", "above", "below"]
+Fact = tuple[int, Literal["left of", "above"], int]
+
+SHAPES: Final = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond")
+COLORS: Final = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
+SIZES: Final = ("small", "large")
+BACKGROUND_NAMES: Final = ("white", "gray", "cream", "mint", "sky")
+RELATIONS: Final[tuple[Relation, ...]] = ("left of", "right of", "above", "below")
+OPPOSITES: Final[Mapping[Relation, Relation]] = MappingProxyType(
+    {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+)
+
+IMAGE_SIZE: Final = 64  # pixels, square
+RADII: Final = (8.0, 11.0)  # pixels, small and large; 6.5 was too small for the auto-encoder
+MAX_THINGS: Final = 4
+MAX_ANGLE: Final = 0.22  # radians, either way
+GAP: Final = 3.0  # pixels between any two outlines, so that connected components separate
+MARGIN: Final = 1.0  # pixels between an outline and the border
+
+
+def _table(rows: Sequence[tuple[int, int, int]]) -> Pixels:
+    colors = np.array(rows, dtype=np.uint8)  # (n, 3)
+    colors.setflags(write=False)
+    return colors
+
+
+PALETTE: Final[Pixels] = _table(  # any two differ by more than 0.3 on [0, 1], the judge's colour tolerance
+    [
+        (218, 38, 42),
+        (240, 125, 20),
+        (246, 216, 44),
+        (46, 158, 72),
+        (46, 92, 222),
+        (134, 52, 176),
+        (246, 134, 186),
+        (28, 28, 30),
+    ]
+)
+BACKGROUNDS: Final[Pixels] = _table(
+    [(250, 250, 250), (214, 214, 214), (250, 241, 212), (218, 245, 226), (214, 232, 250)]
+)
+
+_SUPERSAMPLE: Final = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thing:
+    """One object: indices into SHAPES, COLORS and SIZES; centre x, y in pixels; angle in radians."""
+
+    shape: int
+    color: int
+    size: int
+    x: float
+    y: float
+    angle: float
+
+    @property
+    def radius(self) -> float:
+        """Half the side of the box by which relations are judged, in pixels."""
+        return RADII[self.size]
+
+    def __str__(self) -> str:
+        return f"{SIZES[self.size]} {COLORS[self.color]} {SHAPES[self.shape]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """The whole truth about a picture: its objects, in no meaningful order, and an index into BACKGROUNDS."""
+
+    things: tuple[Thing, ...]
+    background: int
+
+
+SceneTurn = Turn[Scene]
+SceneDialogue = Dialogue[Scene]
+
+
+def stream(*numbers: int) -> np.random.Generator:
+    """A random stream named by non-negative integers, such as (seed, index): same numbers, same draws.
+
+    >>> stream(0, 7).random() == stream(0, 7).random()
+    True
+    """
+    if min(numbers) < 0:
+        raise ConfigError(f"stream({numbers}): seeds and indices must be 0 or more")
+    return np.random.default_rng(numbers)
+
+
+def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    """One of the options, all alike likely."""
+    return options[int(rng.integers(len(options)))]
+
+
+def shuffled(rng: np.random.Generator, options: Sequence[T]) -> list[T]:
+    """The options in a random order."""
+    return [options[int(index)] for index in rng.permutation(len(options))]
+
+
+def chance(rng: np.random.Generator, probability: float) -> bool:
+    """True as often as `probability` says."""
+    return bool(rng.random() < probability)
+
+
+# ------------------------------------------------------------------------------------------ drawing
+
+
+def _polar(radii: Floats, turns: Floats) -> Floats:
+    """Points at the given radii and fractions of a turn, clockwise from the top; (n, 2)."""
+    return np.stack([radii * np.sin(2 * np.pi * turns), -radii * np.cos(2 * np.pi * turns)], axis=-1)
+
+
+def _heart() -> Floats:
+    t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    x = 16 * np.sin(t) ** 3
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([x, -y], axis=-1) / 16
+
+
+def _outlines() -> tuple[tuple[Floats, ...], ...]:
+    """Per shape, its polygons for radius 1: the outline, then a hole if there is one. Boxes are centred at 0."""
+    round_ = _polar(np.ones(36), np.arange(36) / 36)
+    star = _polar(np.tile([1.1, 0.5], 5), np.arange(10) / 10)
+    triangle = np.array([(0.0, -0.84), (0.92, 0.8), (-0.92, 0.8)])
+    arm, end = 0.33, 1.0
+    cross = np.array(
+        [
+            (-arm, -end), (arm, -end), (arm, -arm), (end, -arm), (end, arm), (arm, arm),
+            (arm, end), (-arm, end), (-arm, arm), (-end, arm), (-end, -arm), (-arm, -arm),
+        ]
+    )  # fmt: skip
+    square = 0.82 * np.array([(-1.0, -1.0), (1.0, -1.0), (1.0, 1.0), (-1.0, 1.0)])
+    diamond = np.array([(0.0, -1.12), (0.72, 0.0), (0.0, 1.12), (-0.72, 0.0)])
+
+    def centred(points: Floats) -> Floats:
+        low, high = points.min(axis=0), points.max(axis=0)
+        return np.asarray(points - (low + high) / 2)
+
+    outer = (round_, square, triangle, star, _heart(), round_, cross, diamond)
+    hole = 0.56 * round_
+    return tuple((centred(points), hole)[: 1 + (SHAPES[k] == "ring")] for k, points in enumerate(outer))
+
+
+_OUTLINES: Final = _outlines()
+_REACH: Final = tuple(float(np.linalg.norm(polygons[0], axis=1).max()) for polygons in _OUTLINES)  # per unit radius
+
+
+def _extent(outline: Floats) -> tuple[float, float]:
+    """Half the width and height, for radius 1, of a box that holds the shape at every allowed angle."""
+    angles = np.linspace(-MAX_ANGLE, MAX_ANGLE, 23)[:, None]
+    turned = (outline[:, 0] + 1j * outline[:, 1]) * np.exp(1j * angles)  # (angles, points)
+    return float(np.abs(turned.real).max()), float(np.abs(turned.imag).max())
+
+
+_EXTENT: Final = tuple(_extent(polygons[0]) for polygons in _OUTLINES)
+
+
+def _sprite(thing: Thing, image_size: int) -> tuple[Pixels, int, int]:
+    """Coverage of one object in a small window, 0-255, and the window's left and top pixel."""
+    scale = image_size / IMAGE_SIZE
+    half = int(np.ceil(_REACH[thing.shape] * thing.radius * scale)) + 1
+    left, top = int(thing.x * scale) - half, int(thing.y * scale) - half
+    side = _SUPERSAMPLE * (2 * half + 1)
+    window = Image.new("L", (side, side))
+    draw = ImageDraw.Draw(window)
+    cos, sin = np.cos(thing.angle), np.sin(thing.angle)
+    turn = np.array([[cos, sin], [-sin, cos]]) * (thing.radius * scale * _SUPERSAMPLE)
+    # Pillow cuts vertices to whole sub-pixels and fills both edges: with this 0.5 an outline comes out an eighth of a
+    # pixel up and left and as much too wide, the same for every picture and every template of the judge.
+    centre = np.array([thing.x * scale - left, thing.y * scale - top]) * _SUPERSAMPLE - 0.5
+    for fill, polygon in zip((255, 0), _OUTLINES[thing.shape], strict=False):
+        draw.polygon((polygon @ turn + centre).ravel().tolist(), fill=fill)
+    return np.asarray(window.reduce(_SUPERSAMPLE)), left, top
+
+
+def _clip(start: int, length: int, image_size: int) -> tuple[slice, slice]:
+    """Where a window lies on the canvas, and which part of the window that is, along one axis."""
+    low, high = max(start, 0), min(start + length, image_size)
+    return slice(low, high), slice(low - start, high - start)
+
+
+def coverage(thing: Thing, image_size: int = IMAGE_SIZE) -> Pixels:
+    """How much of each pixel one object covers: (image_size, image_size) uint8, 255 = all of it.
+
+    >>> round(coverage(Thing(shape=0, color=0, size=1, x=32, y=32, angle=0)).sum() / 255, -1).item()  # pi 11^2 = 380
+    380.0
+    """
+    alpha, left, top = _sprite(thing, image_size)
+    canvas = np.zeros((image_size, image_size), dtype=np.uint8)
+    (rows, from_rows), (columns, from_columns) = (_clip(start, len(alpha), image_size) for start in (top, left))
+    canvas[rows, columns] = alpha[from_rows, from_columns]
+    return canvas
+
+
+def render(scene: Scene, image_size: int = IMAGE_SIZE) -> Pixels:
+    """The picture of a scene, anti-aliased: (image_size, image_size, 3) uint8 RGB."""
+    canvas = np.empty((image_size, image_size, 3), dtype=np.uint8)
+    canvas[:] = BACKGROUNDS[scene.background]
+    for thing in scene.things:
+        alpha, left, top = _sprite(thing, image_size)
+        (rows, from_rows), (columns, from_columns) = (_clip(start, len(alpha), image_size) for start in (top, left))
+        weight = alpha[from_rows, from_columns, None].astype(np.uint16)  # (h, w, 1)
+        below = canvas[rows, columns]  # (h, w, 3), a view
+        below[:] = (below * (255 - weight) + PALETTE[thing.color] * weight + 127) // 255
+    return canvas
+
+
+def render_batch(scenes: Sequence[Scene], image_size: int = IMAGE_SIZE) -> Pixels:
+    """Pictures of scenes, one or more: (B, image_size, image_size, 3) uint8 RGB."""
+    return np.stack([render(scene, image_size) for scene in scenes])
+
+
+# --------------------------------------------------------------------------------- relations, facts
+
+
+def relations(a: Thing, b: Thing) -> frozenset[Relation]:
+    """What a is with respect to b: none, one or two of RELATIONS, by GenEval's box rule (shrink 0.1, threshold 0.5).
+
+    Boxes are centre +- radius. Each axis of the offset is shortened by 0.1 of the two widths, then divided by the
+    length of the unshortened offset.
+    """
+    dx, dy = a.x - b.x, a.y - b.y
+    shrink, length = 0.2 * (a.radius + b.radius), float(np.hypot(dx, dy))
+    threshold = 0.5 * length + shrink
+    found: list[Relation] = []
+    if abs(dx) > threshold:
+        found.append("left of" if dx < 0 else "right of")
+    if abs(dy) > threshold:
+        found.append("above" if dy < 0 else "below")
+    return frozenset(found)
+
+
+def facts(scene: Scene) -> frozenset[Fact]:
+    """Every (shape, "left of" or "above", other shape) true in the picture, whichever words would say it."""
+    found: set[Fact] = set()
+    for a, b in itertools.permutations(scene.things, 2):
+        if a.shape != b.shape:
+            for relation in relations(a, b):
+                if relation == "left of" or relation == "above":
+                    found.add((a.shape, relation, b.shape))
+    return frozenset(found)
+
+
+# ---------------------------------------------------------------------------------------- the split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """The combinations that one split keeps for itself; none is in any training picture, caption or question."""
+
+    pairs: frozenset[tuple[int, int]]  # (shape, color)
+    facts: frozenset[Fact]
+    shapes: frozenset[frozenset[int]]  # two shapes in one picture
+    counts: frozenset[tuple[int, int]]  # (shape, exactly this many of it)
+
+
+def _held_out_table(rest: int, shapes: Sequence[tuple[int, int]]) -> HeldOut:
+    """The split whose residue is `rest` (0 test, 4 dev): each colour and shape once, each shape once on each side."""
+    k, parity = len(SHAPES), 0 if rest == 0 else 1
+    left = {(a, b) for a in range(k) for b in range(k) if (a + 3 * b + 2) % k == 0 and a % 2 == parity}
+    above = {(a, b) for a in range(k) for b in range(k) if (a + 3 * b + 6) % k == 0 and a % 2 != parity}
+    return HeldOut(
+        pairs=frozenset((s, c) for s in range(k) for c in range(len(COLORS)) if (c + 3 * s) % k == rest),
+        facts=frozenset([(a, "left of", b) for a, b in left]) | frozenset([(a, "above", b) for a, b in above]),
+        shapes=frozenset(frozenset(pair) for pair in shapes),
+        counts=frozenset((s, n) for s in range(k) for n in range(2, MAX_THINGS + 1) if (s + 3 * n) % k == rest),
+    )
+
+
+HELD_OUT: Final[Mapping[Split, HeldOut]] = MappingProxyType(
+    {"test": _held_out_table(0, [(0, 4), (1, 5)]), "dev": _held_out_table(4, [(2, 6), (3, 7)])}
+)
+RECOLOR_HELD_OUT: Final[Mapping[Split, int]] = MappingProxyType({"test": 3, "dev": 5})  # colour c to c + step, modulo 8
+
+
+def held_out(scene: Scene, split: Split) -> frozenset[str]:
+    """Which of "pair", "fact", "shapes", "count" a split holds out and this picture shows."""
+    table = HELD_OUT[split]
+    shapes = [thing.shape for thing in scene.things]
+    found = set()
+    if any((thing.shape, thing.color) in table.pairs for thing in scene.things):
+        found.add("pair")
+    if any((shape, shapes.count(shape)) in table.counts for shape in shapes):
+        found.add("count")
+    if any(pair.issubset(shapes) for pair in table.shapes):
+        found.add("shapes")
+    if len(shapes) > 1 and not table.facts.isdisjoint(facts(scene)):
+        found.add("fact")
+    return frozenset(found)
+
+
+def scene_key(scene: Scene) -> tuple[int, ...]:
+    """What makes two scenes the same for the split: sorted objects with attributes, places on an 8 x 8 grid.
+
+    The background and the angle are left out, so neither makes a seen scene new.
+    """
+    cell = IMAGE_SIZE / 8
+    rows = sorted((t.shape, t.color, t.size, int(t.x // cell), int(t.y // cell)) for t in scene.things)
+    return tuple(itertools.chain.from_iterable(rows))
+
+
+def bucket(scene: Scene) -> Bucket:
+    """Which part of the world a scene belongs to: 90 % train, 5 % dev, 5 % test, by a hash of its key alone."""
+    digest = hashlib.blake2b(bytes(scene_key(scene)), digest_size=8).digest()
+    number = int.from_bytes(digest, "big") % 100
+    return "train" if number < 90 else "dev" if number < 95 else "test"
+
+
+def is_trainable(scene: Scene) -> bool:
+    """True if the scene lies in the train bucket and shows nothing that dev or test holds out."""
+    return bucket(scene) == "train" and not held_out(scene, "test") and not held_out(scene, "dev")
+
+
+# ----------------------------------------------------------------------------------------- sampling
+
+
+@functools.cache
+def _pairs(num_things: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    return np.triu_indices(num_things, k=1)
+
+
+def _stands(places: Floats, radii: Floats, relation: Relation) -> npt.NDArray[np.bool_]:
+    """In which candidates (n, things, 2) the first object stands in `relation` to the second, by the box rule."""
+    offset = places[:, 0] - places[:, 1]  # (n, 2)
+    axis = 0 if relation in ("left of", "right of") else 1
+    sign = -1.0 if relation in ("left of", "above") else 1.0
+    threshold = 0.5 * np.hypot(offset[:, 0], offset[:, 1]) + 0.2 * (radii[0] + radii[1])
+    return np.asarray(sign * offset[:, axis] > threshold)
+
+
+def _place(rng: np.random.Generator, shapes: Sequence[int], sizes: Sequence[int], relation: Relation | None) -> Floats:
+    """Centres (things, 2), uniform over all layouts that fit. Rejection, many candidates at a time."""
+    radii = np.array([RADII[size] for size in sizes])
+    reach = radii * [_REACH[shape] for shape in shapes]
+    extent = radii[:, None] * [_EXTENT[shape] for shape in shapes]  # (things, 2)
+    first, second = _pairs(len(shapes))
+    apart = reach[first] + reach[second] + GAP  # between circles around the two
+    beside = extent[first] + extent[second] + GAP  # between boxes around the two, on either axis
+    low = extent + MARGIN
+    span = IMAGE_SIZE - 2 * low
+    batch = (1, 8, 32, 128)[len(shapes) - 1]
+    while True:
+        places = rng.random((batch, len(shapes), 2)) * span + low
+        offset = np.abs(places[:, first] - places[:, second])  # (batch, pairs, 2)
+        clear = (offset >= beside).any(axis=-1) | (np.hypot(offset[..., 0], offset[..., 1]) >= apart)
+        fits = clear.all(axis=-1)
+        if relation is not None:
+            fits &= _stands(places, radii, relation)
+        winner = int(fits.argmax())
+        if fits[winner]:
+            return np.asarray(places[winner])
+
+
+def half_box(thing: Thing) -> tuple[float, float]:
+    """Half the width and height of a box that holds the object at every allowed angle, in pixels."""
+    width, height = _EXTENT[thing.shape]
+    return width * thing.radius, height * thing.radius
+
+
+def fits(scene: Scene) -> bool:
+    """True if nothing overlaps or touches the border, by the very rule that `sample_scene` places objects with.
+
+    >>> fits(sample_scene(stream(0), shapes=[0, 3, 5]))
+    True
+    """
+    boxes = [half_box(thing) for thing in scene.things]
+    for thing, (width, height) in zip(scene.things, boxes, strict=True):
+        if min(thing.x, IMAGE_SIZE - thing.x) < width + MARGIN or min(thing.y, IMAGE_SIZE - thing.y) < height + MARGIN:
+            return False
+    for (a, box_a), (b, box_b) in itertools.combinations(zip(scene.things, boxes, strict=True), 2):
+        dx, dy = abs(a.x - b.x), abs(a.y - b.y)
+        apart = _REACH[a.shape] * a.radius + _REACH[b.shape] * b.radius + GAP
+        if dx < box_a[0] + box_b[0] + GAP and dy < box_a[1] + box_b[1] + GAP and float(np.hypot(dx, dy)) < apart:
+            return False
+    return True
+
+
+def sample_scene(
+    rng: np.random.Generator,
+    *,
+    shapes: Sequence[int],
+    colors: Sequence[int] | None = None,
+    sizes: Sequence[int] | None = None,
+    background: int | None = None,
+    relation: Relation | None = None,
+) -> Scene:
+    """A random scene with these objects, in this order; what is None is drawn uniformly.
+
+    `relation` is what the first object is with respect to the second. Nothing overlaps or touches the border.
+    Knows nothing of the split: callers reject with `is_trainable` or `held_out`.
+
+    >>> scene = sample_scene(stream(0), shapes=[3, 5], relation="left of")
+    >>> (3, "left of", 5) in facts(scene)
+    True
+    """
+    count = len(shapes)
+    if not 1 <= count <= MAX_THINGS or (relation is not None and count < 2):
+        raise ConfigError(f"shapes: got {count} objects; expected 1 to {MAX_THINGS}, and 2 or more with a relation")
+    colors = rng.integers(len(COLORS), size=count).tolist() if colors is None else colors
+    sizes = rng.integers(len(SIZES), size=count).tolist() if sizes is None else sizes
+    background = int(rng.integers(len(BACKGROUND_NAMES))) if background is None else background
+    places = _place(rng, shapes, sizes, relation).tolist()
+    angles = rng.uniform(-MAX_ANGLE, MAX_ANGLE, size=count).tolist()
+    rows = zip(shapes, colors, sizes, places, angles, strict=True)
+    things = tuple(Thing(shape=s, color=c, size=z, x=x, y=y, angle=w) for s, c, z, (x, y), w in rows)
+    return Scene(things=things, background=background)
