@@ -23,7 +23,7 @@ from starflow2.flow.noise import add_noise
 from starflow2.models.checkpoint import load_parts
 from starflow2.models.components import Parts
 from starflow2.models.sequence import pack
-from starflow2.training.tasks import to_images
+from starflow2.training.datasets import to_images
 from starflow2.world.edits import Edit, edit_dialogue, suite_edits
 from starflow2.world.scene import Scene
 

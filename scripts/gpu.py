@@ -31,13 +31,13 @@ import torch
 from starflow2.errors import TrainingError
 from starflow2.evals.report import write_json
 from starflow2.evals.runner import Suite, score_suite
-from starflow2.inference.decoder import Sampler
-from starflow2.inference.text_to_image import DrawConfig
+from starflow2.inference.config import DrawConfig
+from starflow2.inference.sampler import Sampler
 from starflow2.pipeline import StarFlow2
 from starflow2.research.ablations import CompareConfig, compare_and_keep
+from starflow2.training.config import RunConfig
 from starflow2.training.loop import StepReport, fit
 from starflow2.training.recipes import nano
-from starflow2.training.tasks import RunConfig
 
 RUN = Path("runs/gpu")
 BEFORE_JOINT = Path("runs/gpu-before-joint")  # what the comparisons start from

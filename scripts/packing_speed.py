@@ -30,8 +30,10 @@ from starflow2.models.checkpoint import load_parts
 from starflow2.models.components import Parts
 from starflow2.models.hub import NANO
 from starflow2.models.sequence import IGNORE, Batch, Document, Image, Layout, Pictures, Segment, Text, pack
+from starflow2.training.config import StageConfig
 from starflow2.training.recipes import nano
-from starflow2.training.tasks import TASKS, StageConfig, Task
+from starflow2.training.task import Task
+from starflow2.training.tasks import TASKS
 
 CAPTION = (6.0, 10.0, 8, 128)  # words of one: shape and scale of a gamma distribution, least, most
 INTERLEAVED = (300, 1200)  # positions of one, least and most

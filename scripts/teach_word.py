@@ -31,7 +31,7 @@ from starflow2.pipeline import StarFlow2
 from starflow2.training.finetune import FinetuneConfig, finetune, read_album
 from starflow2.world import detector as judge
 from starflow2.world import scene as world
-from starflow2.world.questions import draw_task
+from starflow2.world.captions import draw_task
 
 WORD, RGB = "brown", (110, 50, 10)  # more than 0.3 from every colour of the world, the judge's tolerance
 WRITTEN_LIKE = ("red", "yellow", "green", "blue", "purple", "pink", "black")  # not orange: "an" would be wrong

@@ -12,13 +12,15 @@ import torch
 from helpers import wake
 from starflow2.flow import NoiseConfig
 from starflow2.models.checkpoint import save_parts
-from starflow2.models.components import ModelConfig, Parts
-from starflow2.models.qwen import ChatTokenizer, train_tokenizer
+from starflow2.models.components import Parts
+from starflow2.models.config import ModelConfig
+from starflow2.models.tokenizer import ChatTokenizer, train_tokenizer
 from starflow2.nn import StackConfig
 from starflow2.training import tasks as stages
+from starflow2.training.config import MixConfig, OptimConfig, RunConfig, StageConfig
 from starflow2.training.recipes import nano_model, smoke
-from starflow2.training.tasks import MixConfig, OptimConfig, RunConfig, StageConfig
-from starflow2.world.questions import draw_task, lexicon, understanding_task
+from starflow2.world.captions import draw_task
+from starflow2.world.questions import lexicon, understanding_task
 
 WHITEN = stages.T2iTask._whiten
 WIDTH, LATENT = 40, 4  # of every stream; channels of a latent

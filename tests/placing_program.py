@@ -24,12 +24,12 @@ from pretrained_cases import paper_in_miniature, write_upstream
 from shard_program import start
 from starflow2.models import pretzel
 from starflow2.models.checkpoint import save_parts, start_parts
-from starflow2.models.components import ModelConfig
+from starflow2.models.config import ModelConfig
 from starflow2.models.pretrained import Pretrained
 from starflow2.nn import StackConfig
 from starflow2.training import loop as train
+from starflow2.training.config import OptimConfig, RunConfig, ShardConfig
 from starflow2.training.recipes import paper, smoke
-from starflow2.training.tasks import OptimConfig, RunConfig, ShardConfig
 
 WIDTH = 512
 

@@ -9,9 +9,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from helpers import wake
-from starflow2.models.components import ModelConfig
+from starflow2.models.config import DinoConfig, ModelConfig, PixelConfig, SpecialIds
 from starflow2.models.pretrained import Pretrained
-from starflow2.models.qwen import DinoConfig, DinoFeatures, PixelConfig, QwenStream, QwenTokenizer, SpecialIds
+from starflow2.models.qwen import QwenStream
+from starflow2.models.tokenizer import QwenTokenizer
+from starflow2.models.vision import DinoFeatures
 from starflow2.training.recipes import CLIP, IMAGENET, paper, smoke
 
 SPECIAL = SpecialIds(pad=0, user=1, assistant=1, end=2, vision_start=3, vision_end=4, image_pad=5)

@@ -25,12 +25,13 @@ import torch
 from model_cases import tiny_run
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.training import checkpoint as trainstate
+from starflow2.training import datasets
 from starflow2.training import loop as train
 from starflow2.training import tasks as stages
-from starflow2.training.tasks import OptimConfig, RunConfig, ShardConfig
+from starflow2.training.config import OptimConfig, RunConfig, ShardConfig
 
 WORDS = Dialogue((Turn(("is it red",), ("no",)), Turn(("what colour is it",), ("blue and yellow",))), "words")
-RIGHT = stages.joint_dialogue
+RIGHT = datasets.joint_dialogue
 
 
 def often_words(stage: Any, seed: int, index: int) -> Dialogue:
@@ -74,7 +75,7 @@ def work(job: dict[str, Any], rank: int) -> None:
     if job.get("double"):
         start_parts = train._start_parts
         train._start_parts = lambda *args: start_parts(*args).double()
-    stages.joint_dialogue = often_words
+    datasets.joint_dialogue = often_words
     if "spoil" in job and rank == 1:
         loss = stages.JointTask.loss
         calls: list[int] = []

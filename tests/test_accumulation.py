@@ -24,8 +24,10 @@ from starflow2.training import loop as train
 from starflow2.training import parallel
 from starflow2.training import tasks as stages
 from starflow2.training.checkpoint import State, store_for
+from starflow2.training.config import OptimConfig, ShardConfig, StageConfig
 from starflow2.training.parallel import Group, check_shares, checkpoint_layers
-from starflow2.training.tasks import TASKS, OptimConfig, ShardConfig, StageConfig, Task
+from starflow2.training.task import Task
+from starflow2.training.tasks import TASKS
 
 RUN = tiny_run(4)
 

@@ -13,9 +13,9 @@ from PIL import Image
 from model_cases import STAGES, tiny_parts
 from starflow2.core.images import CURVES, Panel, histogram_outline, plot_panels
 from starflow2.errors import ConfigError, ShapeError
-from starflow2.inference.decoder import Sampler
+from starflow2.inference.config import DrawConfig
+from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
-from starflow2.inference.text_to_image import DrawConfig
 from starflow2.research import analysis
 from starflow2.research.analysis import (
     Contribution,

@@ -15,14 +15,19 @@ from model_cases import tiny_parts, tiny_run
 from starflow2.data.dialogue import Turn
 from starflow2.errors import ConfigError, DataError, ShapeError
 from starflow2.evals import gqa as answering
-from starflow2.evals.gqa import evaluate_gqa, evaluate_mme, parse_yes_no, question_prior, score_mme, verify_lock
+from starflow2.evals import mme
+from starflow2.evals.gqa import evaluate_gqa, question_prior, verify_lock
+from starflow2.evals.mme import evaluate_mme, parse_yes_no, score_mme
 from starflow2.inference.vlm_answer import answer
 from starflow2.models.sequence import IGNORE, pack
-from starflow2.training.tasks import VlmTask, to_images
-from starflow2.world.questions import HELD_OUT_CHAINS, SUBTASKS, YES_NO, chain, draw_task
-from starflow2.world.scene import bucket, held_out, render, scene_key
+from starflow2.training.datasets import to_images
+from starflow2.training.tasks import VlmTask
+from starflow2.world.captions import draw_task
+from starflow2.world.questions import HELD_OUT_CHAINS, SUBTASKS, YES_NO, chain
+from starflow2.world.scene import render
+from starflow2.world.splits import bucket, held_out, scene_key
 
-SUITES = {"mme": (evaluate_mme, answering.mme_items), "gqa": (evaluate_gqa, answering.gqa_items)}
+SUITES = {"mme": (evaluate_mme, mme.mme_items), "gqa": (evaluate_gqa, answering.gqa_items)}
 
 
 class Knower:
@@ -123,7 +128,7 @@ def test_what_cannot_be_scored_is_refused(evaluate):
 
 
 def test_mme_asks_a_yes_and_a_no_about_each_of_64_images_half_of_them_with_a_held_out_pair():
-    items = answering.mme_items("dev")
+    items = mme.mme_items("dev")
     assert Counter((i.kind, i.part) for i in items) == {(s, p): 64 for s in SUBTASKS for p in ("id", "cg")}
     assert len({(i.kind, scene_key(i.scene)) for i in items}) == 6 * 64
     for yes, no in zip(items[::2], items[1::2], strict=True):

@@ -10,10 +10,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from helpers import wake
 from model_cases import texts, tiny_model, tiny_tokenizer
 from starflow2.errors import ShapeError
-from starflow2.models.qwen import DinoFeatures, QwenStream
+from starflow2.models.qwen import QwenStream
 from starflow2.models.sequence import image_mrope, text_mrope
-from starflow2.training.tasks import to_images
-from starflow2.world.questions import draw_task
+from starflow2.models.vision import DinoFeatures
+from starflow2.training.datasets import to_images
+from starflow2.world.captions import draw_task
 from starflow2.world.scene import render
 
 SPECIAL = tiny_model().vlm.special

@@ -13,10 +13,12 @@ from torch import Tensor
 from model_cases import STAGES, tiny_parts
 from starflow2.data.dialogue import Turn
 from starflow2.errors import ConfigError, PromptError
+from starflow2.inference.config import DrawConfig
 from starflow2.inference.conversations import Block, Exchange, Part, Talk, converse, reply_after
-from starflow2.inference.decoder import Completed, Ended, Picture, Replying, RowEvent, Sampler, Stepped
+from starflow2.inference.decoder import Replying
+from starflow2.inference.events import Completed, Ended, Picture, RowEvent, Stepped
+from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
-from starflow2.inference.text_to_image import DrawConfig
 from starflow2.models.sequence import pack
 
 SIDE, SIZE = 2, 16

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from model_cases import STAGES, tiny_model, tiny_parts, tiny_tokenizer
 from starflow2.errors import CheckpointError, ConfigError, StarFlowError
-from starflow2.inference.text_to_image import DrawConfig, draw
+from starflow2.inference.config import DrawConfig
+from starflow2.inference.text_to_image import draw
 from starflow2.models import checkpoint
 from starflow2.models.checkpoint import FORMAT, load_parts, read_config, save_parts
 from starflow2.models.components import Parts
 from starflow2.models.hub import NANO
-from starflow2.training.tasks import to_images
-from starflow2.world.questions import draw_task
+from starflow2.training.datasets import to_images
+from starflow2.world.captions import draw_task
 
 FILES = ("model.safetensors", "vlm/model.safetensors", "features/model.safetensors")
 
@@ -168,7 +169,7 @@ def test_a_tensor_of_another_shape_is_an_error(folder, name):
 def test_a_backbone_of_another_size_is_refused_although_its_own_config_fits_its_weights(folder, tmp_path):
     from dataclasses import replace
 
-    from starflow2.models.qwen import DinoFeatures
+    from starflow2.models.vision import DinoFeatures
 
     DinoFeatures(replace(tiny_model().features, width=60, heads=3)).save(tmp_path / "other")
     shutil.rmtree(folder / "features")

@@ -12,6 +12,7 @@ import pytest
 from starflow2.errors import ConfigError, DataError
 from starflow2.evals import mcq as choices
 from starflow2.evals.mcq import SUITES, evaluate_mcq, first_letter, leading_letter, text_prior, verify_lock
+from starflow2.world.captions import NUMBERS
 from starflow2.world.multiple_choice import (
     DIMENSIONS,
     OPEN_RIDDLES,
@@ -21,8 +22,9 @@ from starflow2.world.multiple_choice import (
     draw_scene,
     riddle,
 )
-from starflow2.world.questions import NUMBERS, lexicon
-from starflow2.world.scene import COLORS, SHAPES, bucket, held_out, is_trainable, relations, render, scene_key, stream
+from starflow2.world.questions import lexicon
+from starflow2.world.scene import COLORS, SHAPES, relations, render, stream
+from starflow2.world.splits import bucket, held_out, is_trainable, scene_key
 
 
 def all_items(split="dev"):

@@ -24,11 +24,12 @@ from pretrained_cases import write_upstream
 from starflow2 import __version__
 from starflow2.cli import app as cli
 from starflow2.cli import evaluate as measuring
+from starflow2.cli import generate, parsing
 from starflow2.core.heatmap import heat_map
 from starflow2.core.images import read_metadata, read_picture, to_pil
 from starflow2.evals.geneval import PARTS
+from starflow2.inference.config import DrawConfig
 from starflow2.inference.session import Session
-from starflow2.inference.text_to_image import DrawConfig
 from starflow2.models.checkpoint import save_parts
 from starflow2.pipeline import StarFlow2
 
@@ -141,13 +142,13 @@ def test_a_word_that_nothing_takes_is_refused_with_the_nearest_one(argv, says, c
     ids=["utf-8", "ascii"],
 )
 def test_what_the_parser_says_in_a_box_is_said_on_one_line(box):
-    assert cli._unboxed(box) == "Error parsing --seed: bad"
+    assert parsing._unboxed(box) == "Error parsing --seed: bad"
 
 
 def test_choices_on_the_command_line_are_those_of_the_library():
     parts, *_ = get_args(get_type_hints(cli.Eval)["part"])
     assert set(get_args(parts)) == set(PARTS)
-    assert get_type_hints(cli.Generate)["cleanup"] == get_type_hints(DrawConfig)["cleanup"]
+    assert get_type_hints(generate.Generate)["cleanup"] == get_type_hints(DrawConfig)["cleanup"]
 
 
 def test_the_page_of_commands_names_every_option_and_no_other():

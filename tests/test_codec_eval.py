@@ -12,8 +12,8 @@ from torch import Tensor
 from model_cases import tiny_parts
 from starflow2.errors import DataError
 from starflow2.evals.codec import evaluate_codec, frechet_distance
-from starflow2.training.tasks import to_images
-from starflow2.world.questions import draw_task
+from starflow2.training.datasets import to_images
+from starflow2.world.captions import draw_task
 
 
 class Pixels:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from model_cases import tiny_parts
-from starflow2.inference.decoder import Begun, Completed, Ended, Replying, Rows, Sampler, Token
-from starflow2.inference.text_to_image import DrawConfig
+from starflow2.inference.config import DrawConfig
+from starflow2.inference.decoder import Replying, Rows
+from starflow2.inference.events import Begun, Completed, Ended, Token
+from starflow2.inference.sampler import Sampler
 from starflow2.models.pretzel import PretzelCache, Slots, States
 from starflow2.models.sequence import Image, Segment, Text, pack
 

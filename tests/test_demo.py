@@ -17,11 +17,12 @@ from starflow2.core.images import read_metadata, to_bytes, to_floats, to_pil
 from starflow2.errors import OutputError
 from starflow2.evals import edit as editing
 from starflow2.evals import gqa as answering
+from starflow2.evals import mme
 from starflow2.evals import story as stories
 from starflow2.evals.world import score_geneval
 from starflow2.pipeline import StarFlow2
+from starflow2.world.captions import FAMILIES, suite_drawings
 from starflow2.world.edits import OPERATIONS
-from starflow2.world.questions import FAMILIES, suite_drawings
 from starflow2.world.scene import render
 
 
@@ -111,7 +112,7 @@ def _few(monkeypatch):
     monkeypatch.setattr(editing, "PER_OPERATION", {"id": 2, "cg": 1})
     monkeypatch.setattr(stories, "STORIES", 2)
     monkeypatch.setattr(stories, "PRIOR_STORIES", 40)
-    found = (answering.mme_items, answering.gqa_items, answering._prior_counts, editing._suite)
+    found = (mme.mme_items, answering.gqa_items, answering._prior_counts, editing._suite)
     cached = (*found, stories._suite, stories._bounds, stories._guesses)
     for made in cached:
         made.cache_clear()
@@ -129,7 +130,7 @@ class Talker(Oracle):
     def __init__(self, wrong: str = "", spoil=lambda story, told: None) -> None:
         super().__init__("test", wrong)
         self.parts.encoder, self.spoil = torch.nn.Identity(), spoil
-        items = (*answering.mme_items("test"), *answering.gqa_items("test"))
+        items = (*mme.mme_items("test"), *answering.gqa_items("test"))
         self.known = {(i.question.text, render(i.scene).tobytes()): i.question.answer for i in items}
         edits = [edit for part in ("id", "cg") for edit in editing._suite("test", part)]
         self.targets = {(e.instruction, render(e.source).tobytes()): e for e in edits}

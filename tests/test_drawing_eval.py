@@ -12,7 +12,7 @@ from starflow2.errors import ConfigError, DataError
 from starflow2.evals import geneval as drawing
 from starflow2.evals.geneval import codec_ceiling, evaluate_geneval, verify_lock
 from starflow2.evals.report import append_ledger, ledger_record, table, write_json
-from starflow2.world.questions import FAMILIES
+from starflow2.world.captions import FAMILIES
 from starflow2.world.scene import render
 
 

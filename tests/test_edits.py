@@ -20,17 +20,8 @@ from starflow2.world.edits import (
     suite_edits,
     suite_sessions,
 )
-from starflow2.world.scene import (
-    BACKGROUND_NAMES,
-    COLORS,
-    SHAPES,
-    SIZES,
-    bucket,
-    held_out,
-    sample_scene,
-    scene_key,
-    stream,
-)
+from starflow2.world.scene import BACKGROUND_NAMES, COLORS, SHAPES, SIZES, sample_scene, stream
+from starflow2.world.splits import bucket, held_out, scene_key
 from test_tasks import leaks, text_leaks, words
 
 NOUN = re.compile(rf"the ((?:(?:{'|'.join((*SIZES, *COLORS))}) )*(?:{'|'.join(SHAPES)}))")

@@ -15,12 +15,13 @@ from starflow2.errors import ConfigError
 from starflow2.models.checkpoint import load_parts
 from starflow2.models.context import drawing_context
 from starflow2.models.sequence import length_groups
+from starflow2.training.config import OptimConfig, StageConfig
 from starflow2.training.dry_run import rehearse
 from starflow2.training.loop import fit
 from starflow2.training.losses import ngp_loss
 from starflow2.training.planner import SCHEMES, Hardware, Sizes, plan, state_bytes
 from starflow2.training.recipes import nano, nano_end_to_end, smoke
-from starflow2.training.tasks import OptimConfig, StageConfig, T2iTask
+from starflow2.training.tasks import T2iTask
 
 STAGE = StageConfig(name="t2i", steps=1, batch=4, codec_weight=4.0)
 

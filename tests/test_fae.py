@@ -13,8 +13,10 @@ from model_cases import LATENT, WIDTH, tiny_model, tiny_parts
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.models.fae import Fae, FaeCodec
 from starflow2.models.protocols import Codec, FeatureExtractor
-from starflow2.training.tasks import FaeTask, StageConfig, to_images
-from starflow2.world.questions import draw_task
+from starflow2.training.codec_tasks import FaeTask
+from starflow2.training.config import StageConfig
+from starflow2.training.datasets import to_images
+from starflow2.world.captions import draw_task
 
 
 def pictures(count: int, first: int = 0) -> torch.Tensor:

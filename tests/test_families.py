@@ -15,14 +15,15 @@ from model_cases import tiny_model, tiny_parts, tiny_tokenizer
 from pretrained_cases import SPECIAL, qwen_tokenizer
 from starflow2.data.dialogue import Turn
 from starflow2.errors import CheckpointError
-from starflow2.inference.decoder import Sampler
+from starflow2.inference.config import DrawConfig
+from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
-from starflow2.inference.text_to_image import DrawConfig
 from starflow2.models.pretzel import Joints, Pretzel
 from starflow2.models.protocols import LanguageStream
-from starflow2.models.qwen import ChatTokenizer, Qwen3Stream, QwenTokenizer, load_tokenizer
+from starflow2.models.qwen import Qwen3Stream
 from starflow2.models.sequence import Image, Text, image_mrope, pack, text_mrope
-from starflow2.world.questions import draw_task
+from starflow2.models.tokenizer import ChatTokenizer, QwenTokenizer, load_tokenizer
+from starflow2.world.captions import draw_task
 
 # What Qwen2.5-VL's own template renders, without its branches for video and numbered pictures.
 TEMPLATE = (

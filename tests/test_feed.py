@@ -16,9 +16,11 @@ from starflow2.errors import DataError, TrainingError
 from starflow2.models.checkpoint import load_parts, save_parts
 from starflow2.models.sequence import Image, Text, pack
 from starflow2.training import tasks as stages
+from starflow2.training.config import CorpusConfig, StageConfig
+from starflow2.training.datasets import to_images
 from starflow2.training.loop import StepReport, fit
-from starflow2.training.tasks import CorpusConfig, StageConfig, T2iTask, to_images
-from starflow2.world.questions import draw_task
+from starflow2.training.tasks import T2iTask
+from starflow2.world.captions import draw_task
 
 pytest.importorskip("torchdata", reason="real corpora need the extra train")
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from helpers import script
 from model_cases import STAGES, tiny_folder, tiny_parts
-from starflow2.cli.app import Finetune, main
+from starflow2.cli.app import main
+from starflow2.cli.train import Finetune
 from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
 from starflow2.models import lora
 from starflow2.models.checkpoint import load_parts
@@ -25,7 +26,7 @@ from starflow2.models.lora import LoraConfig
 from starflow2.models.prompts import check_words
 from starflow2.training.finetune import FinetuneConfig, _task, finetune, read_album
 from starflow2.training.loop import StepReport
-from starflow2.world.questions import draw_task
+from starflow2.world.captions import draw_task
 
 SMALL = FinetuneConfig(steps=3, batch=4, lora=LoraConfig(rank=2))
 

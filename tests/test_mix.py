@@ -33,7 +33,7 @@ from starflow2.data.mixture import (
     loader,
     read_mixture,
 )
-from starflow2.data.shards import Samples, Share
+from starflow2.data.shards import Samples, WorkerShard
 from starflow2.errors import ConfigError, DataError
 from starflow2.models.sequence import Batch, Text, pack
 
@@ -126,7 +126,7 @@ def keys(samples: Samples) -> list[str]:
 def test_ranks_read_disjoint_parts_that_make_up_the_whole_in_every_pass(world, block, tmp_path):
     for i in range(3):
         captioned(tmp_path / f"{i}.tar", 6, first=6 * i)
-    ranks = [Samples(str(tmp_path), share=Share(rank=r, world=world), seed=4, block=block) for r in range(world)]
+    ranks = [Samples(str(tmp_path), share=WorkerShard(rank=r, world=world), seed=4, block=block) for r in range(world)]
     for _ in range(2):
         assert sorted(key for rank in ranks for key in keys(rank)) == [f"{i:06d}" for i in range(18)]
 
@@ -139,7 +139,7 @@ def test_a_single_file_or_folder_is_divided_by_samples(kind, tmp_path):
         url = str(tmp_path)
         for i in range(11):
             (tmp_path / f"{i:02d}.png").write_bytes(b"x")
-    parts = [keys(Samples(url, share=Share(rank=r, world=3))) for r in range(3)]
+    parts = [keys(Samples(url, share=WorkerShard(rank=r, world=3))) for r in range(3)]
     assert sorted(map(len, parts)) == [3, 4, 4] and len({key for part in parts for key in part}) == 11
 
 
@@ -148,7 +148,7 @@ def test_workers_of_ranks_read_disjoint_parts_that_make_up_the_whole_and_none_is
     captioned(tmp_path / "1.tar", 8, first=9)
     found: list[tuple[int, int, str]] = []
     for rank in range(2):
-        samples = Samples(str(tmp_path), share=Share(rank=rank, world=2), block=4)
+        samples = Samples(str(tmp_path), share=WorkerShard(rank=rank, world=2), block=4)
         loaded = torch.utils.data.DataLoader(_Keys(samples), batch_size=None, num_workers=2)
         found += [(rank, worker, key) for worker, key in loaded]
     assert sorted(key for *_, key in found) == [f"{i:06d}" for i in range(17)]
@@ -236,7 +236,7 @@ def test_a_resumed_loader_gives_bit_equal_batches(workers, corpora):
         ({"rows": 4}, "packing was"),
         ({"seed": 1}, "packing was"),
         ({"sources": 2}, "sources was"),
-        ({"share": Share(rank=0, world=2)}, "reader was"),
+        ({"share": WorkerShard(rank=0, world=2)}, "reader was"),
     ],
 )
 def test_a_state_of_another_mixture_or_another_number_of_readers_is_refused(change, message, corpora):
@@ -314,7 +314,7 @@ def test_ranks_draw_from_sources_in_different_orders(tmp_path):
 
     def drawn(rank: int, seed: int) -> list[tuple[int, ...]]:
         config = BatchConfig(rows=1, width=64, seed=seed, caption_drop=0)
-        documents = iter(Batches(sources, SPELLING, config, Share(rank=rank, world=2)))._documents
+        documents = iter(Batches(sources, SPELLING, config, WorkerShard(rank=rank, world=2)))._documents
         return [documents.next().document[1].ids for _ in range(20)]
 
     one, other, seeded = drawn(0, 0), drawn(1, 0), drawn(0, 1)
@@ -359,7 +359,7 @@ def test_a_corpus_with_no_sample_for_a_process_is_an_error(tmp_path):
     captioned(tmp_path / "0.tar", 2)
     source = Source(corpus="captions", url=str(tmp_path), weight=1)
     with pytest.raises(DataError, match="no sample for this process"):
-        next(iter(Batches([source], SPELLING, PLAIN, Share(rank=3, world=4))))
+        next(iter(Batches([source], SPELLING, PLAIN, WorkerShard(rank=3, world=4))))
 
 
 def test_an_error_in_a_worker_reaches_the_run_as_the_same_error(tmp_path):

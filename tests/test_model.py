@@ -19,9 +19,10 @@ from starflow2 import StarFlow2
 from starflow2.core.images import read_picture, save_png, to_pil
 from starflow2.errors import CheckpointError, ConfigError, DataError, DeviceError, PromptError, ShapeError
 from starflow2.flow import Context, SampleConfig
+from starflow2.inference.config import DrawConfig
 from starflow2.inference.likelihood import score
 from starflow2.inference.session import Session
-from starflow2.inference.text_to_image import DrawConfig, draw
+from starflow2.inference.text_to_image import draw
 from starflow2.models import checkpoint, lora
 from starflow2.models.context import drawing_context, prompt_context
 from starflow2.models.hub import pick_device

@@ -15,8 +15,10 @@ from helpers import wake
 from model_cases import LATENT, STAGES, tiny_parts
 from starflow2.errors import ConfigError
 from starflow2.flow import NoiseConfig
-from starflow2.inference.decoder import Completed, Replying, Rows, Sampler, Token
-from starflow2.inference.text_to_image import DrawConfig
+from starflow2.inference.config import DrawConfig
+from starflow2.inference.decoder import Replying, Rows
+from starflow2.inference.events import Completed, Token
+from starflow2.inference.sampler import Sampler
 from starflow2.models.components import Parts
 from starflow2.models.pretzel import States
 from starflow2.models.sequence import Batch, Document, Image, Text, pack

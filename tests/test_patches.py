@@ -16,19 +16,23 @@ from model_cases import WHITEN, tiny_model, tiny_run, tiny_tokenizer
 from starflow2.errors import CheckpointError, ConfigError, ShapeError
 from starflow2.evals.codec import codec_table, evaluate_codec
 from starflow2.flow import Context
+from starflow2.inference.config import DrawConfig
 from starflow2.inference.likelihood import decode_code
-from starflow2.inference.text_to_image import DrawConfig
 from starflow2.models.checkpoint import FORMAT, load_parts, save_parts
 from starflow2.models.components import Parts
-from starflow2.models.patches import PatchCodec, PatchConfig
+from starflow2.models.config import PatchConfig
+from starflow2.models.patches import PatchCodec
 from starflow2.models.protocols import Codec
 from starflow2.models.summary import describe
 from starflow2.pipeline import StarFlow2
+from starflow2.training.config import StageConfig
+from starflow2.training.datasets import to_images
 from starflow2.training.dry_run import rehearse
 from starflow2.training.loop import fit
 from starflow2.training.recipes import nano, nano_patches, smoke, with_patches
-from starflow2.training.tasks import TASKS, StageConfig, to_images
-from starflow2.world.questions import draw_task, lexicon
+from starflow2.training.tasks import TASKS
+from starflow2.world.captions import draw_task
+from starflow2.world.questions import lexicon
 
 PATCHES = PatchConfig(image_size=64, patch_size=8, mean=(0.74, 0.76, 0.71), std=(0.31, 0.34, 0.37))
 DONE = ("vlm", "t2i", "adapter", "joint")

@@ -13,7 +13,8 @@ from starflow2.models import pretzel as module
 from starflow2.models.prefix import before_pictures, states_in_two_passes
 from starflow2.models.sequence import Batch, Document, Image, Text, pack
 from starflow2.nn import Cache
-from starflow2.training.tasks import JointTask, ShardConfig, StageConfig
+from starflow2.training.config import ShardConfig, StageConfig
+from starflow2.training.tasks import JointTask
 
 CAPTION: Document = [Text((1, 20, 21, 22, 23, 24, 25, 2)), Image(is_target=True), Text((3,), is_target=True)]
 STORY: Document = [*CAPTION, Text((1, 30, 31, 2)), Image(is_target=True), Text((40, 41, 3), is_target=True)]

@@ -23,10 +23,11 @@ from pretrained_cases import SIZE, SPECIAL, write_upstream
 from starflow2.data.dialogue import Turn
 from starflow2.errors import CheckpointError, ConfigError
 from starflow2.models.checkpoint import load_parts, save_parts, start_parts
-from starflow2.models.components import ModelConfig, Parts
+from starflow2.models.components import Parts
+from starflow2.models.config import DinoConfig, ModelConfig, SiglipConfig
 from starflow2.models.pretrained import INDEX, Pretrained, fingerprint, inventory, locate
-from starflow2.models.qwen import DinoConfig, DinoFeatures, SiglipConfig, SiglipFeatures
 from starflow2.models.sequence import image_mrope, pack, text_mrope
+from starflow2.models.vision import DinoFeatures, SiglipFeatures
 from starflow2.training.recipes import nano_model, paper_siglip, smoke
 
 

@@ -17,12 +17,14 @@ from starflow2.data.dialogue import Turn
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.models.components import Parts
+from starflow2.models.config import JointsConfig
 from starflow2.models.context import drawing_context
-from starflow2.models.pretzel import Adapter, JointsConfig, Output, Pretzel, States
+from starflow2.models.pretzel import Adapter, Output, Pretzel, States
 from starflow2.models.sequence import IGNORE, Batch, Document, Image, Text, pack
+from starflow2.training.config import StageConfig
 from starflow2.training.losses import joint_loss, ngp_loss
-from starflow2.training.tasks import AdapterTask, StageConfig, with_pictures
-from starflow2.world.questions import draw_task
+from starflow2.training.tasks import AdapterTask, with_pictures
+from starflow2.world.captions import draw_task
 
 LEVELS = (0.05, 0.5, 0.3)
 # words, a picture that is shown, words, a picture that is drawn, words, another one that is drawn

@@ -13,10 +13,10 @@ from starflow2.flow.noise import NoiseEmbedding
 from starflow2.models.components import build
 from starflow2.models.fae import Fae
 from starflow2.models.summary import describe
+from starflow2.training.config import RunConfig
 from starflow2.training.loop import fit
 from starflow2.training.losses import latent_penalty
 from starflow2.training.recipes import RECIPES, find, mini, nano, paper, paper_siglip, smoke
-from starflow2.training.tasks import RunConfig
 
 LARGE = ("mini", "paper", "paper-siglip")
 

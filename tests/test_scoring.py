@@ -12,11 +12,13 @@ from model_cases import STAGES, tiny_parts
 from starflow2.data.dialogue import Turn
 from starflow2.errors import ConfigError
 from starflow2.flow.affine import standard_normal_log_prob
+from starflow2.inference.config import DrawConfig
 from starflow2.inference.conversations import converse
-from starflow2.inference.decoder import Picture, Replying, Sampler, Token
+from starflow2.inference.decoder import Replying
+from starflow2.inference.events import Picture, Token
 from starflow2.inference.likelihood import decode_code, invert, score
+from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
-from starflow2.inference.text_to_image import DrawConfig
 from starflow2.models.sequence import Image as Slot
 from starflow2.models.sequence import Text, pack
 from starflow2.pipeline import StarFlow2

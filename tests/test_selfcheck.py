@@ -12,7 +12,8 @@ from model_cases import STAGES, tiny_parts
 from starflow2 import nn, selfcheck
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow import Affine, Flow, Jacobi
-from starflow2.inference.decoder import Rows, Sampler
+from starflow2.inference.decoder import Rows
+from starflow2.inference.sampler import Sampler
 from starflow2.models.pretzel import Pretzel
 from starflow2.pipeline import StarFlow2
 from starflow2.selfcheck import FLOAT32, FLOAT64, STREAMS64, Check, check_model

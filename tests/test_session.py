@@ -18,9 +18,11 @@ from torch import Tensor
 from model_cases import STAGES, tiny_parts
 from starflow2.core.images import read_picture
 from starflow2.errors import CheckpointError, ConfigError, DataError, OutputError, PromptError, ShapeError
-from starflow2.inference.decoder import Rows, Sampler
-from starflow2.inference.session import Drew, Event, Finished, Made, Session, Started, Wrote
-from starflow2.inference.text_to_image import DrawConfig
+from starflow2.inference.config import DrawConfig
+from starflow2.inference.decoder import Rows
+from starflow2.inference.events import Drew, Event, Finished, Made, Started, Wrote
+from starflow2.inference.sampler import Sampler
+from starflow2.inference.session import Session
 from starflow2.models.components import Parts
 from starflow2.models.fae import Fae
 from starflow2.models.sequence import Image as Slot

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from starflow2.errors import ConfigError
-from starflow2.world.questions import NUMBERS
-from starflow2.world.scene import COLORS, SHAPES, SIZES, Scene, bucket, coverage, held_out, is_trainable, relations
+from starflow2.world.captions import NUMBERS
+from starflow2.world.scene import COLORS, SHAPES, SIZES, Scene, coverage, relations
+from starflow2.world.splits import bucket, held_out, is_trainable
 from starflow2.world.stories import (
     CG_ROWS,
     KINDS,

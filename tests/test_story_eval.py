@@ -9,7 +9,8 @@ import pytest
 from starflow2.errors import ConfigError, DataError
 from starflow2.evals import story as stories
 from starflow2.evals.story import evaluate_story, story_ceiling, verify_lock
-from starflow2.world.scene import Scene, Thing, bucket, render
+from starflow2.world.scene import Scene, Thing, render
+from starflow2.world.splits import bucket
 from starflow2.world.stories import TOLD_KINDS, agrees, answer_question, parse_sentence
 
 RUNGS = ("structure", "block", "image", "consistency")

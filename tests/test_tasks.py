@@ -8,9 +8,12 @@ from collections.abc import Iterable
 import pytest
 
 from starflow2.errors import ConfigError
+from starflow2.world import captions
 from starflow2.world import questions as tasks
-from starflow2.world.questions import FAMILIES, draw_task, lexicon, understanding_task
-from starflow2.world.scene import COLORS, SHAPES, Scene, bucket, held_out, relations, scene_key, stream
+from starflow2.world.captions import FAMILIES, draw_task
+from starflow2.world.questions import lexicon, understanding_task
+from starflow2.world.scene import COLORS, SHAPES, Scene, relations, stream
+from starflow2.world.splits import bucket, held_out, scene_key
 
 RULES = {
     "pair": lambda s, c: (c + 3 * s) % 8 in (0, 4),
@@ -49,7 +52,7 @@ def leaks(scene: Scene) -> set[str]:
 def text_leaks(text: str) -> set[str]:
     """Held-out pairs and counts named outright: "red circle", "two triangles", "two small blue triangles"."""
     found = set()
-    singular = dict(zip(tasks.PLURALS, SHAPES, strict=True))
+    singular = dict(zip(captions.PLURALS, SHAPES, strict=True))
     tokens = words(text)
     for place, token in enumerate(tokens):
         noun = singular.get(token, token)
@@ -59,7 +62,7 @@ def text_leaks(text: str) -> set[str]:
                 found.add(f"{before[-1]} {noun}")
             if token in singular:
                 for n in set(before) & {"two", "three", "four"}:
-                    if RULES["count"](SHAPES.index(noun), tasks.NUMBERS.index(n)):
+                    if RULES["count"](SHAPES.index(noun), captions.NUMBERS.index(n)):
                         found.add(f"{n} {token}")
     return found
 
@@ -96,7 +99,7 @@ def test_no_training_item_in_a_hundred_thousand_shows_or_says_anything_held_out(
 
 
 def test_this_file_would_notice_a_leak():
-    shown = [leaks(d.scene) for d in tasks.suite_drawings("geneval", "test", "cg", 2)]
+    shown = [leaks(d.scene) for d in captions.suite_drawings("geneval", "test", "cg", 2)]
     assert all(shown) and set().union(*shown) == {"pair", "count", "shapes", "fact"}
     assert text_leaks("two small triangles") and text_leaks("draw a red circle") and not text_leaks("a green circle")
 
@@ -131,9 +134,9 @@ def test_captions_mention_every_object_and_metadata_agrees_with_the_scene():
         item = draw_task(6, index)
         if item.family == "dense":
             continue
-        nouns = [w for w in words(item.prompt) if w in SHAPES or w in tasks.PLURALS]
+        nouns = [w for w in words(item.prompt) if w in SHAPES or w in captions.PLURALS]
         kinds = {SHAPES[t.shape] for t in item.scene.things}
-        assert {SHAPES[tasks.PLURALS.index(n)] if n in tasks.PLURALS else n for n in nouns} == kinds
+        assert {SHAPES[captions.PLURALS.index(n)] if n in captions.PLURALS else n for n in nouns} == kinds
         assert sum(entry["count"] for entry in item.metadata["include"]) == len(item.scene.things)
         for entry in item.metadata["include"]:
             there = [t for t in item.scene.things if SHAPES[t.shape] == entry["class"]]
@@ -141,13 +144,13 @@ def test_captions_mention_every_object_and_metadata_agrees_with_the_scene():
             assert all(COLORS[t.color] == entry.get("color", COLORS[t.color]) for t in there)
         if item.family == "counting":
             n = len(item.scene.things)
-            assert tasks.NUMBERS[n] in words(item.prompt) and item.metadata["exclude"][0]["count"] == n + 1
+            assert captions.NUMBERS[n] in words(item.prompt) and item.metadata["exclude"][0]["count"] == n + 1
 
 
 def test_colours_and_sizes_in_a_caption_are_those_of_the_objects():
     for index in range(2000):
         item = draw_task(7, index, weights={"color_attr": 1, "colors": 1, "dense": 1, "counting": 1})
-        tokens = [SHAPES[tasks.PLURALS.index(w)] if w in tasks.PLURALS else w for w in words(item.prompt)]
+        tokens = [SHAPES[captions.PLURALS.index(w)] if w in captions.PLURALS else w for w in words(item.prompt)]
         said = {(a, b) for a, b in itertools.pairwise(tokens) if a in COLORS and b in SHAPES}
         assert said <= {(COLORS[t.color], SHAPES[t.shape]) for t in item.scene.things}, item.prompt
 
@@ -178,7 +181,7 @@ def skeleton(form: str) -> re.Pattern[str]:
 
 
 def test_held_out_sentence_forms_never_occur_in_training_captions():
-    forms = {family: (w, [skeleton(f) for f in (*w.dev, *w.test)]) for family, w in tasks.WORDINGS.items()}
+    forms = {family: (w, [skeleton(f) for f in (*w.dev, *w.test)]) for family, w in captions.WORDINGS.items()}
     for index in range(5000):
         item = draw_task(10, index)
         sentences = re.findall(r"[^.]+\.", item.prompt) if item.family == "dense" else [item.prompt]
@@ -192,9 +195,9 @@ def trained_words() -> set[str]:
     return {w for index in range(3000) for w in words(draw_task(12, index).prompt)}
 
 
-@pytest.mark.parametrize("family", tasks.WORDINGS)
+@pytest.mark.parametrize("family", captions.WORDINGS)
 def test_wordings_are_disjoint_and_use_only_words_known_from_training(family, trained_words):
-    wording = tasks.WORDINGS[family]
+    wording = captions.WORDINGS[family]
     assert not set(wording.train) & {*wording.dev, *wording.test} and not set(wording.dev) & set(wording.test)
     plain = re.sub(r"\{\w+\}", " ", " ".join((*wording.dev, *wording.test)))
     assert trained_words.issuperset(words(plain))
@@ -202,7 +205,7 @@ def test_wordings_are_disjoint_and_use_only_words_known_from_training(family, tr
 
 @pytest.mark.parametrize("split", ["dev", "test"])
 def test_id_suites_hold_unseen_scenes_with_nothing_held_out(split):
-    drawings = tasks.suite_drawings("geneval", split, "id", 8)
+    drawings = captions.suite_drawings("geneval", split, "id", 8)
     assert [d.family for d in drawings] == [f for f in FAMILIES for _ in range(8)]
     assert all(bucket(d.scene) == split and not leaks(d.scene) and not text_leaks(d.prompt) for d in drawings)
 
@@ -211,7 +214,7 @@ def test_id_suites_hold_unseen_scenes_with_nothing_held_out(split):
 def test_cg_suites_hold_exactly_their_own_combination_in_every_item(split):
     other = {"dev": "test", "test": "dev"}[split]
     row = {"colors": "pair", "color_attr": "pair", "position": "fact", "counting": "count", "two_object": "shapes"}
-    drawings = tasks.suite_drawings("geneval", split, "cg", 8)
+    drawings = captions.suite_drawings("geneval", split, "cg", 8)
     assert {d.family for d in drawings} == set(row)
     for item in drawings:
         assert held_out(item.scene, split) == {row[item.family]} and not held_out(item.scene, other)
@@ -220,20 +223,20 @@ def test_cg_suites_hold_exactly_their_own_combination_in_every_item(split):
 
 
 def test_suites_are_frozen_varied_and_grow_without_changing():
-    drawings = tasks.suite_drawings("geneval", "test", "id", 16)
+    drawings = captions.suite_drawings("geneval", "test", "id", 16)
     for family in FAMILIES:
         mine = [d for d in drawings if d.family == family]
         assert len({d.prompt for d in mine}) == 16
-    few = tasks.suite_drawings("geneval", "test", "id", 4)
+    few = captions.suite_drawings("geneval", "test", "id", 4)
     assert few == [d for place, d in enumerate(drawings) if place % 16 < 4]
 
 
 def test_paraphrases_show_the_same_scenes_in_the_held_out_forms():
-    plain, other = tasks.suite_drawings("geneval", "test", "id", 4), tasks.paraphrase_drawings("test", 4)
+    plain, other = captions.suite_drawings("geneval", "test", "id", 4), captions.paraphrase_drawings("test", 4)
     assert [scene_key(d.scene) for d in plain] == [scene_key(d.scene) for d in other]
     assert [d.metadata["include"] for d in plain] == [d.metadata["include"] for d in other]
     for item in other:
-        assert any(skeleton(form).match(item.prompt) for form in tasks.WORDINGS[item.family].test), item.prompt
+        assert any(skeleton(form).match(item.prompt) for form in captions.WORDINGS[item.family].test), item.prompt
 
 
 def test_training_never_asks_a_held_out_chain_and_cg_asks_nothing_else():
@@ -284,8 +287,8 @@ def true_answer(scene: Scene, question: str) -> str | None:
     things = [(t, str(t).split()) for t in scene.things]
     if match := re.fullmatch(r"how many (\w+ )?(\w+) are (?:there|in the picture)\?", question):
         color, noun = (match[1] or "").strip(), match[2]
-        shape = None if noun == "objects" else SHAPES[tasks.PLURALS.index(noun)]
-        return tasks.NUMBERS[sum((not color or color in w) and shape in (None, w[2]) for _, w in things)]
+        shape = None if noun == "objects" else SHAPES[captions.PLURALS.index(noun)]
+        return captions.NUMBERS[sum((not color or color in w) and shape in (None, w[2]) for _, w in things)]
     if match := re.match(r"is there an? (?:(\w+) )?(\w+)(?: in the picture)?\?", question):
         return "yes" if any(match[2] == w[2] and match[1] in (None, w[1]) for _, w in things) else "no"
     if match := re.fullmatch(r"what (color|shape|size) is the (.+)\?", question):
@@ -328,6 +331,6 @@ def test_bad_requests_name_the_argument():
     with pytest.raises(ConfigError, match="weights"):
         draw_task(0, 0, weights={"colour": 1.0})
     with pytest.raises(ConfigError, match="suite"):
-        tasks.suite_drawings("dpg", "test", "id")
+        captions.suite_drawings("dpg", "test", "id")
     with pytest.raises(ConfigError, match="subtask"):
         tasks.yes_no_pair(draw_task(0, 0).scene, stream(0), "colour")

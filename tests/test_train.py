@@ -41,23 +41,16 @@ from starflow2.models.components import Parts
 from starflow2.models.context import drawing_context
 from starflow2.models.sequence import IGNORE, Batch, length_groups
 from starflow2.pipeline import StarFlow2
+from starflow2.training import datasets, task
 from starflow2.training import loop as train
 from starflow2.training import tasks as stages
+from starflow2.training.config import CaptionConfig, OpeningConfig, OptimConfig, RunConfig, ShardConfig
+from starflow2.training.datasets import dropped, joint_dialogue
 from starflow2.training.loop import StepReport, fit
 from starflow2.training.losses import JointTerms
-from starflow2.training.tasks import (
-    TASKS,
-    CaptionConfig,
-    OpeningConfig,
-    OptimConfig,
-    RunConfig,
-    ShardConfig,
-    T2iTask,
-    dropped,
-    joint_dialogue,
-)
+from starflow2.training.tasks import TASKS, T2iTask
+from starflow2.world.captions import T2I_MIX, draw_task
 from starflow2.world.conversations import understanding_dialogue
-from starflow2.world.questions import T2I_MIX, draw_task
 from starflow2.world.scene import Scene, render, stream
 from starflow2.world.stories import story_dialogue, story_task
 
@@ -409,13 +402,13 @@ def test_a_step_whose_loss_or_gradient_is_not_finite_changes_nothing_and_is_coun
 
 def test_a_picture_that_is_not_finite_does_not_spoil_the_running_statistics_of_the_fae(tmp_path, monkeypatch):
     folder = tiny_folder(tmp_path, ("features",))
-    draw = stages.Scenes.__call__
+    draw = datasets.Scenes.__call__
 
-    def broken(self: stages.Scenes, indices: range) -> torch.Tensor:
+    def broken(self: datasets.Scenes, indices: range) -> torch.Tensor:
         images = draw(self, indices)
         return images * torch.inf if indices.start == 4 else images
 
-    monkeypatch.setattr(stages.Scenes, "__call__", broken)
+    monkeypatch.setattr(datasets.Scenes, "__call__", broken)
     kept: list[dict[str, torch.Tensor]] = []
     run = with_optim("fae", with_stage("fae", steps=3, save_every=1), ema=0.0)
     fit(run, "fae", folder, evaluate=snapshots(kept, "fae"))
@@ -713,7 +706,7 @@ def test_stage_three_trains_its_zero_skips_and_everything_in_front_of_them():
 
 def test_a_fresh_adapter_starts_at_the_scale_of_the_language_models_own_tower(tmp_path):
     parts = tiny_parts(ORDER)
-    images = stages.to_images([draw_task(0, i).scene for i in range(64)])
+    images = datasets.to_images([draw_task(0, i).scene for i in range(64)])
     with torch.no_grad():
         expected = parts.vlm.see(images).square().mean().sqrt().item()
     TASKS["adapter"](parts, RUN.stage("adapter"), 0)
@@ -771,7 +764,7 @@ def test_as_many_edits_are_predicted_blindly_as_is_asked():
     assert loss.item() == pytest.approx((blind["flow"] + 0.25 * blind["text"] + blind["blind"]).item(), abs=1e-5)
 
 
-def kept_task(parts: Parts, keep: float = 2.0) -> stages.Task:
+def kept_task(parts: Parts, keep: float = 2.0) -> task.Task:
     return TASKS["joint"](parts, replace(RUN.stage("joint"), keep=keep, caption_drop=0.0), 0)
 
 

@@ -9,7 +9,9 @@ import pytest
 
 from starflow2.errors import ConfigError
 from starflow2.world import scene as world
-from starflow2.world.scene import COLORS, HELD_OUT, PALETTE, SHAPES, Scene, Thing, render, sample_scene, stream
+from starflow2.world import splits
+from starflow2.world.scene import COLORS, PALETTE, SHAPES, Scene, Thing, render, sample_scene, stream
+from starflow2.world.splits import HELD_OUT
 
 K = range(len(SHAPES))
 
@@ -66,7 +68,7 @@ def test_the_tables_are_those_written_down_and_test_and_dev_share_nothing():
 
 def test_held_out_names_exactly_what_a_picture_shows():
     def names(*things: Thing) -> frozenset[str]:
-        return world.held_out(Scene(things=things, background=0), "test")
+        return splits.held_out(Scene(things=things, background=0), "test")
 
     assert names(thing(shape=0, color=0)) == {"pair"}
     assert names(thing(shape=0, color=1)) == set()
@@ -78,11 +80,11 @@ def test_held_out_names_exactly_what_a_picture_shows():
 
 def test_buckets_depend_on_objects_and_coarse_places_alone_and_have_their_shares():
     scenes = list(random_scenes(4000))
-    shares = {name: sum(world.bucket(s) == name for s in scenes) / len(scenes) for name in ("train", "dev", "test")}
+    shares = {name: sum(splits.bucket(s) == name for s in scenes) / len(scenes) for name in ("train", "dev", "test")}
     assert 0.88 < shares["train"] < 0.92 and 0.035 < shares["dev"] < 0.065 and 0.035 < shares["test"] < 0.065
     for scene in scenes[:200]:
         other = Scene(things=scene.things[::-1], background=(scene.background + 1) % len(world.BACKGROUNDS))
-        assert world.scene_key(other) == world.scene_key(scene) and world.bucket(other) == world.bucket(scene)
+        assert splits.scene_key(other) == splits.scene_key(scene) and splits.bucket(other) == splits.bucket(scene)
 
 
 # Relations
@@ -103,7 +105,7 @@ def test_facts_are_pictures_so_both_wordings_of_one_relation_are_one_fact():
     a, b = thing(shape=3, x=15), thing(shape=5, x=45)
     assert world.relations(a, b) == {"left of"} and world.relations(b, a) == {"right of"}
     one, other = Scene(things=(a, b), background=0), Scene(things=(b, a), background=0)
-    assert world.facts(one) == world.facts(other) == {(3, "left of", 5)}
+    assert splits.facts(one) == splits.facts(other) == {(3, "left of", 5)}
 
 
 @pytest.mark.parametrize("relation", world.RELATIONS)

@@ -18,12 +18,15 @@ from torch import Tensor
 from starflow2.core.images import Picture as Image
 from starflow2.core.images import to_pil
 from starflow2.errors import ConfigError, nearest
+from starflow2.inference.config import DrawConfig
 from starflow2.inference.conversations import Exchange, converse, reply_after
-from starflow2.inference.decoder import Picture as Drawn
-from starflow2.inference.decoder import Replying, RowEvent, Sampler, Stepped
+from starflow2.inference.decoder import Replying
+from starflow2.inference.events import Picture as Drawn
+from starflow2.inference.events import RowEvent, Stepped
 from starflow2.inference.likelihood import Code, Score, decode_code, invert, score
+from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Said, Session, checked_part
-from starflow2.inference.text_to_image import DrawConfig, draw
+from starflow2.inference.text_to_image import draw
 from starflow2.inference.vlm_answer import answer
 from starflow2.models.checkpoint import load_parts, save_parts, write_config
 from starflow2.models.components import Parts

@@ -27,15 +27,17 @@ from starflow2.errors import ConfigError, DataError
 from starflow2.flow import AffineBlock, BlockConfig, Context, Flow, Jacobi, SampleConfig, solve
 from starflow2.flow.block import scan
 from starflow2.flow.solve import Guide
-from starflow2.inference.decoder import Completed, Picture, Replying, Rows, Sampler, Token
+from starflow2.inference.config import DrawConfig
+from starflow2.inference.decoder import Replying, Rows
+from starflow2.inference.events import Completed, Picture, Token
 from starflow2.inference.likelihood import decode_code, invert
-from starflow2.inference.text_to_image import DrawConfig
+from starflow2.inference.sampler import Sampler
 from starflow2.models.components import Parts
 from starflow2.models.context import drawing_context
 from starflow2.models.pretzel import Output, Pretzel, PretzelCache, Slots, States
 from starflow2.models.sequence import IGNORE, Document, Image, Text, pack, with_pictures
 from starflow2.pipeline import StarFlow2
-from starflow2.world.questions import draw_task
+from starflow2.world.captions import draw_task
 from starflow2.world.scene import render_batch
 
 __all__ = ["Check", "check_model", "report", "table"]

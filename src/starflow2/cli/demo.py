@@ -29,8 +29,8 @@ from starflow2.evals.report import commit
 from starflow2.evals.world import Drawer, score_geneval
 from starflow2.models.hub import NANO
 from starflow2.pipeline import StarFlow2
+from starflow2.world.captions import FAMILIES, suite_drawings
 from starflow2.world.detector import detect
-from starflow2.world.questions import FAMILIES, suite_drawings
 
 __all__ = ["Demo", "Shown", "make_demo"]
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from starflow2.core.images import Picture, to_bytes, to_floats, to_pil
 from starflow2.evals import edit as editing
 from starflow2.evals import gqa as answering
+from starflow2.evals import mme
 from starflow2.evals import story as stories
 from starflow2.evals.runner import Suite, score_suite
 from starflow2.inference.conversations import Exchange
@@ -257,13 +258,13 @@ def _shown_edits(listener: _Listener, scores: Report) -> Iterator[ShownEdit]:
 
 def _shown_questions(suite: Literal["mme", "gqa"], asked: Sequence[_Asked]) -> Iterator[ShownQuestion]:
     """Some of the questions, evenly over the suite and so over its parts, with their right answers."""
-    items = answering.mme_items("test") if suite == "mme" else answering.gqa_items("test")
+    items = mme.mme_items("test") if suite == "mme" else answering.gqa_items("test")
     for at in np.linspace(0, len(asked) - 1, QUESTIONS_SHOWN).round().astype(int).tolist():
         row = asked[at]
         same = (item for item in items if item.question.text == row.question)
         item = next(item for item in same if np.array_equal(render(item.scene), row.picture))
         answer = item.question.answer
-        found = answering.parse_yes_no(row.said) if suite == "mme" else _words(row.said)
+        found = mme.parse_yes_no(row.said) if suite == "mme" else _words(row.said)
         yield ShownQuestion(item.part, row.picture, row.question, row.said, answer, found == answer)
 
 

@@ -22,7 +22,8 @@ from starflow2.cli.options import check_text, png_text, printable
 from starflow2.core.files import check_writable
 from starflow2.core.images import Picture, save_png
 from starflow2.errors import ConfigError, OutputError, PromptError, StarFlowError, nearest
-from starflow2.inference.session import Drew, Event, Finished, Made, Mark, Session, Wrote
+from starflow2.inference.events import Drew, Event, Finished, Made, Wrote
+from starflow2.inference.session import Mark, Session
 
 __all__ = ["Album", "Chat", "Graphics", "Screen", "graphics_of", "inline", "lines_of"]
 

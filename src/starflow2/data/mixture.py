@@ -24,7 +24,7 @@ from starflow2.core.files import check_writable
 from starflow2.core.serialize import from_dict, read_json
 from starflow2.data.corpora import Broken, Corpus, Photo, decode, understand
 from starflow2.data.dialogue import Dialogue, Turn, pictures, without_words
-from starflow2.data.shards import Format, Sample, Samples, Share, needs
+from starflow2.data.shards import Format, Sample, Samples, WorkerShard, needs
 from starflow2.errors import ConfigError, DataError
 from starflow2.models.sequence import Batch, Document, Layout, Segment, pack
 
@@ -240,12 +240,12 @@ class Batches(IterableDataset[tuple[Tensor, Batch]]):
     """
 
     def __init__(
-        self, sources: Sequence[Source], spelling: Spelling, config: BatchConfig, share: Share | None = None
+        self, sources: Sequence[Source], spelling: Spelling, config: BatchConfig, share: WorkerShard | None = None
     ) -> None:
         if not sources:
             raise ConfigError("a mixture needs at least one source.")
         self.sources, self.spelling, self.config = tuple(sources), spelling, config
-        self.share = share or Share()
+        self.share = share or WorkerShard()
         if config.broken:
             check_writable(config.broken)
         how: dict[str, Any] = {"share": self.share, "seed": config.seed, "block": config.block}

@@ -24,7 +24,7 @@ import numpy as np
 
 from starflow2.errors import ConfigError, DataError, StarFlowError
 
-__all__ = ["PICTURES", "Format", "Sample", "Samples", "Share", "inside", "needs", "read_file"]
+__all__ = ["PICTURES", "Format", "Sample", "Samples", "WorkerShard", "inside", "needs", "read_file"]
 
 Format = Literal["auto", "tar", "parquet", "jsonl", "folder"]
 
@@ -50,7 +50,7 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class WorkerShard:
     """Which part of a corpus this process reads: every sample belongs to exactly one rank."""
 
     rank: int = 0
@@ -83,11 +83,11 @@ class Samples:
     """
 
     def __init__(
-        self, url: str, format: Format = "auto", *, share: Share | None = None, seed: int = 0, block: int = 1
+        self, url: str, format: Format = "auto", *, share: WorkerShard | None = None, seed: int = 0, block: int = 1
     ) -> None:
         if block < 1:
             raise ConfigError(f"block is {block}; expected at least 1 sample.")
-        self.url, self.share, self.seed, self.block = url, share or Share(), seed, block
+        self.url, self.share, self.seed, self.block = url, share or WorkerShard(), seed, block
         self.format, self.files = _find(url, format)
         self._epoch, self._at = 0, 0  # pass, samples of the block told
         self._place: dict[str, Any] | None = None  # where the block starts, as `datasets` says it

@@ -21,7 +21,7 @@ from torch import Tensor
 from starflow2.core.images import read_picture, to_floats
 from starflow2.errors import ConfigError, DataError
 from starflow2.models.protocols import Codec, FeatureExtractor
-from starflow2.world.questions import FAMILIES, suite_drawings
+from starflow2.world.captions import FAMILIES, suite_drawings
 from starflow2.world.scene import Split, render
 
 __all__ = ["codec_pictures", "codec_table", "evaluate_codec", "frechet_distance"]

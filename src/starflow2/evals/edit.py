@@ -36,10 +36,11 @@ from starflow2.evals.statistics import (
     lock_text,
     quick_share,
 )
+from starflow2.world.captions import Brief, caption
 from starflow2.world.detector import Detection, Scan, detect
 from starflow2.world.edits import OPERATIONS, Edit, EditSession, Operation, Part, suite_edits, suite_sessions
-from starflow2.world.questions import Brief, caption
-from starflow2.world.scene import BACKGROUNDS, Scene, Split, Thing, coverage, render, scene_key, stream
+from starflow2.world.scene import BACKGROUNDS, Scene, Split, Thing, coverage, render, stream
+from starflow2.world.splits import scene_key
 
 __all__ = [
     "EditGrade",

@@ -34,9 +34,10 @@ from starflow2.evals.statistics import (
     quick_share,
 )
 from starflow2.evals.statistics import lock_text as _lock_text
+from starflow2.world.captions import FAMILIES, Drawing, paraphrase_drawings, suite_drawings
 from starflow2.world.detector import Scan, detect
-from starflow2.world.questions import FAMILIES, Drawing, paraphrase_drawings, suite_drawings
-from starflow2.world.scene import COLORS, SHAPES, Split, render, scene_key
+from starflow2.world.scene import COLORS, SHAPES, Split, render
+from starflow2.world.splits import scene_key
 
 __all__ = [
     "Found",

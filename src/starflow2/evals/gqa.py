@@ -14,196 +14,53 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
-from typing import Final, Literal, get_args
+from typing import Final, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-from starflow2.errors import ConfigError, DataError
+from starflow2.evals.asking import (
+    _GQA,
+    PARTS,
+    Answer,
+    Part,
+    Progress,
+    _ask,
+    _checked,
+    _Item,
+    _picks,
+    _quick,
+    _scene,
+    _where,
+)
+from starflow2.evals.mme import MME_IMAGES, mme_items
 from starflow2.evals.statistics import (
     Grades,
     Report,
     bootstrap,
     check_lock,
-    chunks,
     digest,
     interval,
     lock_text,
-    quick_share,
 )
-from starflow2.world.questions import (
-    NUMBERS,
-    PLURALS,
-    SUBTASKS,
-    YES_NO,
-    Question,
-    questions,
-    understanding_task,
-    yes_no_pair,
-)
-from starflow2.world.scene import (
-    COLORS,
-    HELD_OUT,
-    SHAPES,
-    SIZES,
-    Scene,
-    Split,
-    bucket,
-    held_out,
-    render,
-    sample_scene,
-    scene_key,
-    stream,
-)
+from starflow2.world.captions import NUMBERS, PLURALS
+from starflow2.world.questions import SUBTASKS, YES_NO, Question, questions, understanding_task
+from starflow2.world.scene import COLORS, SHAPES, SIZES, Scene, Split, stream
+from starflow2.world.splits import scene_key
 
-__all__ = ["evaluate_gqa", "evaluate_mme", "lock_spec", "parse_yes_no", "question_prior", "score_mme", "verify_lock"]
+__all__ = [
+    "evaluate_gqa",
+    "lock_spec",
+    "question_prior",
+    "verify_lock",
+]
 
-Part = Literal["id", "cg"]
-PARTS: tuple[Part, ...] = get_args(Part)
-MME_IMAGES: Final = 64  # per subtask, half of them "cg"
 GQA_SCENES: Final[Mapping[Part, int]] = MappingProxyType({"id": 192, "cg": 64})
 GQA_QUESTIONS: Final = 4  # per scene
-THINGS: Final = (0.15, 0.3, 0.3, 0.25)  # shares of scenes with one to four objects, as in training
-REPEATS: Final = 0.35  # share of scenes of several objects in which some have the same shape, as in training
 PRIOR_ITEMS: Final = 5000  # training items whose questions the question-only prior has read
 PRIOR_SEEN: Final = 5  # fewer sightings of a pattern than this, and a vaguer one is asked
-ASK_CHUNK: Final = 128  # questions asked of `answer` at a time
-COIN: Final = 75.0  # MME score of a coin: half of the questions, a quarter of the pairs
-
-_SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
-_MME, _GQA = 4, 5  # second number of a stream
-
-Images = NDArray[np.uint8]
-Answer = Callable[[Images, list[str]], list[str]]  # (n, 64, 64, 3), n questions -> n answers
-Progress = Callable[[int, int], None]  # questions done, questions in all
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Item:
-    question: Question
-    scene: Scene
-    image: int  # number in its suite; questions about one image are resampled together
-    part: Part
-    kind: str  # the subtask of MME, the kind of GQA's question
-
-
-# ----------------------------------------------------------------------------------------------- MME's parser, score
-
-
-def parse_yes_no(text: str) -> Literal["yes", "no", "other"]:
-    """What MME's official parser takes an answer for: "yes" or "no" must be within its first four characters.
-
-    >>> [parse_yes_no(text) for text in ("Yes.", "n", "not sure", "I think no")]
-    ['yes', 'no', 'no', 'other']
-    """
-    said = text.lower().strip().replace(".", "")
-    if said in ("y", "n"):
-        return "yes" if said == "y" else "no"
-    start = said[:4]
-    return "yes" if "yes" in start else "no" if "no" in start else "other"
-
-
-def score_mme(records: Iterable[Mapping[str, str]]) -> Report:
-    """MME's `total` and `by_category`: 100 times the share of right answers plus 100 times that of all-right images.
-
-    records: `category`, `question_id` (the same for both questions about an image), `answer` (yes or no), `pred`.
-    """
-    scores = {category: float(_mme_score(marks.mean(0))) for category, (_, marks) in _mark(records).items()}
-    return {"total": sum(scores.values()), "by_category": scores}
-
-
-def _mark(records: Iterable[Mapping[str, str]]) -> dict[str, tuple[list[str], Grades]]:
-    """By category: images, and per image the shares of right, all right, parsed and "yes" answers, (M, 4)."""
-    told: dict[str, dict[str, list[tuple[bool, str]]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        parsed = parse_yes_no(record["pred"])
-        told[record["category"]][record["question_id"]].append((parsed == record["answer"].lower(), parsed))
-    marked = {}
-    for category, images in told.items():
-        rows = []
-        for answers in images.values():
-            right, said = [is_right for is_right, _ in answers], [parsed for _, parsed in answers]
-            share = 1 / len(answers)
-            rows.append((share * sum(right), all(right), 1 - share * said.count("other"), share * said.count("yes")))
-        marked[category] = (list(images), np.array(rows, np.float64))
-    return marked
-
-
-def _mme_score(marks: Grades) -> Grades:
-    """Marks (..., 4) -> MME scores (...)."""
-    return np.asarray(100 * (marks[..., 0] + marks[..., 1]))
-
-
-# -------------------------------------------------------------------------------------------------------------- W-MME-p
-
-
-def evaluate_mme(answer: Answer, split: Split, *, quick: bool = False, progress: Progress | None = None) -> Report:
-    """Asks and grades W-MME-p: six subtasks, 64 images each, and about each image a question and its minimal change.
-
-    split: "dev" (for every choice) or "test". quick: one image in eight. Returns a JSON-able report: in
-    `report["parts"]["id" | "cg" | "all"]`, `total` is of 1,200 and `of_2000` is set on MME's usual scale.
-    Raises ConfigError for an unknown split, DataError if `answer` returns anything but one text per question.
-    """
-    items: Sequence[_Item] = mme_items(_checked(split))
-    items = _quick(items, lambda item: (item.part, item.kind)) if quick else items
-    said = _ask(answer, items, progress)
-    parts, resamples = {}, {}
-    rng = np.random.default_rng(0)
-    for name, picks in _picks(items).items():
-        records = [_record(items[i], said[i]) for i in picks]
-        parts[name], resamples[name] = _mme_part(records, rng)
-    gap = parts["id"]["total"]["score"] - parts["cg"]["total"]["score"]
-    report: Report = {"suite": "mme", "split": split, "quick": quick, "n": len(items), "parts": parts}
-    return report | {"gap": interval(gap, resamples["id"] - resamples["cg"])}
-
-
-def _record(item: _Item, pred: str) -> dict[str, str]:
-    answer = item.question.answer
-    return {"category": item.kind, "question_id": str(item.image), "answer": answer, "pred": pred}
-
-
-def _mme_part(records: list[dict[str, str]], rng: np.random.Generator) -> tuple[Report, Grades]:
-    """Scores of a part, and the resamples of its total."""
-    marked = _mark(records)
-    subtasks: Report = {}
-    total = np.zeros(())
-    for name, (images, marks) in marked.items():
-        resamples = _mme_score(bootstrap(images, marks, rng))
-        mean = marks.mean(0)
-        acc, plus, parsed, yes = mean.tolist()
-        subtasks[name] = {**interval(float(_mme_score(mean)), resamples), "acc": acc, "acc_plus": plus}
-        subtasks[name] |= {"parse_rate": parsed, "yes_share": yes, "images": len(images)}
-        total = total + resamples
-    found = interval(sum(row["score"] for row in subtasks.values()), total)
-    every = np.concatenate([marks for _, marks in marked.values()]).mean(0)  # (4,)
-    always_yes = score_mme({**record, "pred": "yes"} for record in records)["total"]
-    report: Report = {"n": len(records), "images": sum(row["images"] for row in subtasks.values()), "total": found}
-    report |= {"of_2000": {name: value * 2000 / (200 * len(marked)) for name, value in found.items()}}
-    report |= {"parse_rate": float(every[2]), "yes_share": float(every[3]), "by_subtask": subtasks}
-    return report | {"floor": {"always_yes": always_yes, "coin": COIN * len(marked)}}, total
-
-
-@cache
-def mme_items(split: Split) -> tuple[_Item, ...]:
-    """Subtask by subtask, its "id" images first; the yes question of an image stands before the no question."""
-    items: list[_Item] = []
-    for subtask in SUBTASKS:
-        shown: set[tuple[int, ...]] = set()
-        for index in range(MME_IMAGES):
-            part: Part = "id" if index < MME_IMAGES // 2 else "cg"
-            rng = stream(*_where(split, _MME), SUBTASKS.index(subtask), index)
-            pair = None
-            while pair is None:
-                scene = _scene(rng, split, shown, shows_pair=part == "cg")
-                pair = yes_no_pair(scene, rng, subtask, split="train" if part == "id" else split)
-            for question in pair:
-                hinted = replace(question, text=f"{question.text} {YES_NO}")
-                items.append(_Item(question=hinted, scene=scene, image=len(items) // 2, part=part, kind=subtask))
-    return tuple(items)
 
 
 # ---------------------------------------------------------------------------------------------------------------- W-GQA
@@ -343,89 +200,6 @@ def _patterns(text: str) -> tuple[str, ...]:
     for number, words in enumerate(_VALUE):
         vague = words.sub(str(number), vague)
     return plain, _SHAPE.sub("shape", plain), same, vague, ""
-
-
-# ----------------------------------------------------------------------------------------------------- items, asking
-
-
-def _checked(split: Split) -> Split:
-    if split not in get_args(Split):
-        raise ConfigError(f"split: expected one of {', '.join(get_args(Split))}, got {split!r}")
-    return split
-
-
-def _where(split: Split, suite: int) -> tuple[int, int, int]:
-    """The numbers that a suite's streams begin with."""
-    return (_SUITE_SEED, suite, get_args(Split).index(split))
-
-
-def _scene(rng: np.random.Generator, split: Split, shown: set[tuple[int, ...]], *, shows_pair: bool = False) -> Scene:
-    """A scene of the split, not among those shown, with nothing held out in it but colour-shape pairs if asked."""
-    wanted = {"pair"} if shows_pair else set()
-    others = [name for name in HELD_OUT if name != split]
-    while True:
-        shapes = _shapes(rng)
-        scene = sample_scene(rng, shapes=shapes, colors=_colors(rng, shapes, split if shows_pair else None))
-        if bucket(scene) != split or held_out(scene, split) != wanted or scene_key(scene) in shown:
-            continue
-        if not any(held_out(scene, other) for other in others):
-            shown.add(scene_key(scene))
-            return scene
-
-
-def _shapes(rng: np.random.Generator) -> list[int]:
-    """Shapes of one to four objects that may meet in training."""
-    while True:
-        count = int(rng.choice(len(THINGS), p=THINGS)) + 1
-        shapes: list[int] = rng.permutation(len(SHAPES))[:count].tolist()
-        if count > 1 and rng.random() < REPEATS:
-            same = int(rng.integers(2, count + 1))
-            shapes = [shapes[0]] * same + shapes[same:]
-        counts = {(shape, shapes.count(shape)) for shape in shapes}
-        if not any(counts & t.counts or any(pair.issubset(shapes) for pair in t.shapes) for t in HELD_OUT.values()):
-            return shapes
-
-
-def _colors(rng: np.random.Generator, shapes: Sequence[int], novel: Split | None) -> list[int]:
-    """A colour per shape: one seen with it in training, or for the first and half of the rest one that `novel` holds
-    out."""
-    colors = []
-    for index, shape in enumerate(shapes):
-        kept = {name: {color for s, color in table.pairs if s == shape} for name, table in HELD_OUT.items()}
-        options = [color for color in range(len(COLORS)) if not any(color in held for held in kept.values())]
-        if novel is not None and (index == 0 or rng.random() < 0.5):
-            options = sorted(kept[novel])
-        colors.append(options[int(rng.integers(len(options)))])
-    return colors
-
-
-def _quick(items: Sequence[_Item], stratum: Callable[[_Item], object]) -> list[_Item]:
-    """All questions about one image in eight of each stratum."""
-    strata: dict[object, dict[int, None]] = defaultdict(dict)
-    for item in items:
-        strata[stratum(item)][item.image] = None
-    rng = np.random.default_rng(0)
-    kept = {image for images in strata.values() for image in quick_share(list(images), rng)}
-    return [item for item in items if item.image in kept]
-
-
-def _picks(items: Sequence[_Item]) -> dict[str, list[int]]:
-    """Indices of the items of each part, and of all."""
-    parts: dict[str, list[int]] = {p: [i for i, item in enumerate(items) if item.part == p] for p in PARTS}
-    return parts | {"all": list(range(len(items)))}
-
-
-def _ask(answer: Answer, items: Sequence[_Item], progress: Progress | None) -> list[str]:
-    said: list[str] = []
-    for chunk in chunks(items, ASK_CHUNK):
-        images = np.stack([render(item.scene) for item in chunk])  # (n, 64, 64, 3)
-        found = list(answer(images, [item.question.text for item in chunk]))
-        if len(found) != len(chunk) or not all(isinstance(text, str) for text in found):
-            raise DataError(f"answers: expected {len(chunk)} texts, got {len(found)} of {set(map(type, found))}")
-        said += found
-        if progress:
-            progress(len(said), len(items))
-    return said
 
 
 # ------------------------------------------------------------------------------------------------------------- the lock

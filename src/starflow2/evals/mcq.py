@@ -47,7 +47,8 @@ from starflow2.world.multiple_choice import (
     draw_scene,
     riddle,
 )
-from starflow2.world.scene import Scene, Split, render, scene_key, stream
+from starflow2.world.scene import Scene, Split, render, stream
+from starflow2.world.splits import scene_key
 
 __all__ = ["SUITES", "evaluate_mcq", "first_letter", "leading_letter", "lock_spec", "text_prior", "verify_lock"]
 

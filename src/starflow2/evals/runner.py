@@ -19,8 +19,9 @@ from starflow2.core.images import to_bytes, to_floats
 from starflow2.errors import ConfigError, nearest
 from starflow2.evals.dpg import evaluate_dpg, roundtrip_ceiling
 from starflow2.evals.edit import evaluate_edit, evaluate_edit_sessions
-from starflow2.evals.gqa import evaluate_gqa, evaluate_mme
+from starflow2.evals.gqa import evaluate_gqa
 from starflow2.evals.mcq import evaluate_mcq
+from starflow2.evals.mme import evaluate_mme
 from starflow2.evals.story import evaluate_story, story_ceiling
 from starflow2.evals.world import Drawer, score_geneval
 from starflow2.world.scene import Split

@@ -35,7 +35,8 @@ from starflow2.evals.statistics import (
     quick_share,
 )
 from starflow2.world.detector import Scan, detect
-from starflow2.world.scene import IMAGE_SIZE, Split, Thing, relations, render, scene_key
+from starflow2.world.scene import IMAGE_SIZE, Split, Thing, relations, render
+from starflow2.world.splits import scene_key
 from starflow2.world.stories import (
     CG_ROWS,
     STEPS,

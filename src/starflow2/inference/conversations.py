@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from starflow2.errors import ConfigError, PromptError
-from starflow2.inference.decoder import Completed, Picture, Replying, RowEvent, Rows, Sampler, Token
+from starflow2.inference.decoder import Replying, Rows
+from starflow2.inference.events import Completed, Picture, RowEvent, Token
+from starflow2.inference.sampler import Sampler
 
 __all__ = ["Block", "Exchange", "Part", "Talk", "converse", "reply_after"]
 

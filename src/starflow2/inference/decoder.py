@@ -9,12 +9,9 @@ Letters: B rows, T new positions, N latents, D latent dim, E language width, C f
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from hashlib import blake2b
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,165 +19,19 @@ from torch import Tensor
 
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow.affine import Affine, strengths
-from starflow2.inference.text_to_image import DrawConfig
-from starflow2.models.components import Parts
+from starflow2.inference.events import Begun, Completed, Ended, Picture, RowEvent, Stepped, Token
+from starflow2.inference.sampler import Sampler
 from starflow2.models.pretzel import Latent, PretzelCache, Slots
-from starflow2.models.sequence import Cursor, Layout
-from starflow2.nn import check, raw_bytes
+from starflow2.models.sequence import Cursor
 
 __all__ = [
-    "Begun",
-    "Completed",
-    "Ended",
-    "Picture",
     "Replying",
-    "RowEvent",
     "Rows",
-    "Sampler",
-    "Stepped",
     "Stream",
-    "Token",
 ]
 
 
-# -- events -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """A token of text."""
-
-    row: int
-    id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """A picture has begun."""
-
-    row: int
-
-
-@dataclass(frozen=True, slots=True)
-class Stepped:
-    """`done` of `total` latents of a picture."""
-
-    row: int
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture in both of its forms, and how likely the model thought it while drawing it.
-
-    x: (N, D) latents at their noise level; u: (N, D) what the cache holds; image: (3, height, width) in [-1, 1].
-    log_prob, unconditional: nats of u under both branches, None where the picture was not drawn; unconditional also
-    where it was not guided.
-    """
-
-    x: Tensor
-    u: Tensor
-    noise_level: float
-    image: Tensor
-    log_prob: float | None = None
-    unconditional: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """A picture is complete."""
-
-    row: int
-    picture: Picture
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The reply is over: the model ended it, or a limit did."""
-
-    row: int
-    reason: Literal["end", "limit"]
-
-
-RowEvent = Token | Begun | Stepped | Completed | Ended
-
-
 # -- one branch -----------------------------------------------------------------------------------------------
-
-
-class Sampler:
-    """A model made ready for sampling: on CPU a float64 twin of both streams (docs/choices.md#sampling-in-float64)."""
-
-    def __init__(self, parts: Parts, config: DrawConfig | None = None) -> None:
-        self.parts = parts
-        self.config = config or DrawConfig.for_model(parts)
-        if self.config.cleanup != "none":
-            raise ConfigError(
-                f"cleanup is {self.config.cleanup!r}; conversations take 'none': their cache is the sample."
-            )
-        asked = self.config.precision
-        doubles = parts.device.type == "cpu" if asked == "auto" else asked == "float64"
-        self.dtype = torch.float64 if doubles else parts.flow.deep.head.weight.dtype
-        self.pretzel = parts.pretzel.in_float64() if doubles else parts.pretzel
-
-    def prior(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Where a picture starts, at the temperature that is set: z of `shape`, (N, D)."""
-        return self.config.prior_scale * torch.randn(tuple(shape), generator=generator)
-
-    def noisy(self, images: Tensor, levels: Tensor) -> Tensor:
-        """Latents (P, N, D) of pictures from outside (P, 3, s, s) at their levels (P,).
-
-        Their noise is that of seed 0 for each, so that no picture depends on where it stands or what stands beside it.
-        """
-        levels = levels.to(self.parts.device, self.dtype)
-        x = self.parts.codec.encode(images.to(levels.device)).to(self.dtype)
-        eps = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
-        return x + levels[:, None, None] * eps.to(x)
-
-    def changed(self, **settings: Any) -> Sampler:
-        """The same with other settings of `DrawConfig`, all but precision; nothing is copied."""
-        twin = copy.copy(self)
-        twin.config = replace(self.config, **settings)
-        return twin
-
-    def with_code(self, z: Tensor) -> Sampler:
-        """The same, but every picture starts from z (N, D), whatever the seed, without guidance: exact inversion.
-
-        Raises ShapeError for any other shape.
-        """
-        deep = self.parts.cfg.flow.deep
-        check(z, "N D", "code", N=deep.num_latents, D=deep.dim)
-        twin = self.changed(guidance=0.0, edit_guidance=None)
-        twin.prior = lambda shape, generator: z  # type: ignore[method-assign]
-        return twin
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Tells models apart, and precisions: saved sessions fit only their own."""
-        found = blake2b(str(self.dtype).encode(), digest_size=16)
-        for module in (self.parts.vlm, self.parts.flow, self.parts.joints):
-            for value in module.state_dict().values():
-                found.update(raw_bytes(value))
-        return found.hexdigest()
-
-    @property
-    def layout(self) -> Layout:
-        return self.parts.layout
-
-    @property
-    def noise_level(self) -> float:
-        """Level at which pictures are drawn."""
-        noise = self.parts.cfg.flow.noise
-        assert noise is not None
-        return noise.noise_max
-
-    @property
-    def upload_level(self) -> float:
-        """Level at which pictures from outside enter."""
-        noise = self.parts.cfg.flow.noise
-        assert noise is not None
-        return noise.noise_min
 
 
 class Stream:

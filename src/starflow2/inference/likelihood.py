@@ -15,7 +15,9 @@ from torch import Tensor
 from starflow2.errors import ConfigError
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.inference.conversations import Part, converse
-from starflow2.inference.decoder import Picture, Replying, Sampler
+from starflow2.inference.decoder import Replying
+from starflow2.inference.events import Picture
+from starflow2.inference.sampler import Sampler
 from starflow2.models.pretzel import Output
 from starflow2.models.sequence import pack
 from starflow2.models.token_loss import token_nats

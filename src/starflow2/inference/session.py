@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,76 +24,43 @@ from torch import Tensor
 from starflow2.core.images import Picture as Image
 from starflow2.core.images import read_picture, to_pil
 from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
-from starflow2.inference.decoder import (
+from starflow2.inference.decoder import Replying, Rows
+from starflow2.inference.events import (
     Begun,
     Completed,
+    Drew,
     Ended,
+    Event,
+    Finished,
+    Made,
     Picture,
-    Replying,
     RowEvent,
-    Rows,
-    Sampler,
+    Started,
     Stepped,
     Token,
+    Wrote,
 )
+from starflow2.inference.sampler import Sampler
 from starflow2.models.checkpoint import save_tensors
 from starflow2.models.components import Parts
 from starflow2.models.pretzel import PretzelCache
 from starflow2.models.prompts import check_words, heard
-from starflow2.models.qwen import ChatTokenizer
 from starflow2.models.sequence import Cursor
+from starflow2.models.tokenizer import ChatTokenizer
 from starflow2.nn import Cache, check
 
-__all__ = ["Drew", "Event", "Finished", "Made", "Mark", "Piece", "Said", "Session", "Started", "Wrote", "checked_part"]
+__all__ = [
+    "Mark",
+    "Piece",
+    "Said",
+    "Session",
+    "checked_part",
+]
 
 Said = str | Path | Image | Tensor  # words, or a picture: a file, a PIL image, or a tensor (3, s, s) in [-1, 1]
 SAMPLING = ("guidance", "edit_guidance", "prior_scale", "rule", "schedule")  # settings that a saved session keeps
 
 _BRANCHES = itertools.count()
-
-
-# -- events -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Wrote:
-    """A piece of text, as it comes."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The model begins something that takes a while."""
-
-    modality: str
-
-
-@dataclass(frozen=True, slots=True)
-class Drew:
-    """`done` of `total` latents of a picture."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """Something is complete: the picture for eyes, and as the model holds it."""
-
-    modality: str
-    image: Image
-    picture: Picture
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The reply is over: the model ended it, or a limit did."""
-
-    reason: Literal["end", "limit"]
-
-
-Event = Wrote | Started | Drew | Made | Finished
 
 
 # -- the conversation -----------------------------------------------------------------------------------------

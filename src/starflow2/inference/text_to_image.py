@@ -7,85 +7,25 @@ Letters: B batch, N latents, D latent dim.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from starflow2.errors import ConfigError, DataError, nearest
+from starflow2.errors import ConfigError, DataError
 from starflow2.flow import Context, Flow, SampleConfig
-from starflow2.flow.affine import Guidance, Schedule
-from starflow2.flow.solve import SEQUENTIAL, Solver
+from starflow2.inference.config import DrawConfig
 from starflow2.models.components import Parts
 from starflow2.models.context import prompt_context
 
-__all__ = ["DrawConfig", "Drawn", "draw", "sample_latents"]
+__all__ = [
+    "Drawn",
+    "draw",
+    "sample_latents",
+]
 
 Progress = Callable[[int, int], None]
-Cleanup = Literal["none", "tweedie"]
-Precision = Literal["auto", "float32", "float64"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawConfig:
-    """How a picture is sampled. Defaults of a model come from its own config, see `for_model`."""
-
-    guidance: float = 2.0  # 0 = off
-    edit_guidance: float | None = None  # of a picture that follows another in its conversation; None: as `guidance`
-    prior_scale: float = 0.8  # 1 = exact sampling
-    rule: Guidance = "starflow"
-    schedule: Schedule = "constant"  # linear: guidance rises from 0 at a picture's first latent
-    # none: the pixel decoder takes latents at their sampling noise; tweedie: one self-denoising step
-    cleanup: Cleanup = "none"
-    batch: int = 32  # pictures at once
-    # of the flow while sampling; "auto" is float64 on CPU, because a trained flow can magnify float32 rounding, which
-    # depends on the batch, by a factor of 10^6 (docs/choices.md#sampling-in-float64), and float32 elsewhere
-    precision: Precision = "auto"
-    shallow_solver: Solver = SEQUENTIAL
-
-    def __post_init__(self) -> None:
-        for name in ("guidance", "edit_guidance"):
-            if (strength := getattr(self, name)) is not None and not 0 <= strength < math.inf:
-                raise ConfigError(f"{name} is {strength}; expected 0 (off) or more.")
-        if not 0 < self.prior_scale < math.inf:
-            raise ConfigError(f"prior_scale is {self.prior_scale}; expected more than 0.")
-        literals = {"rule": Guidance, "schedule": Schedule, "cleanup": Cleanup, "precision": Precision}
-        for name, known in ((name, get_args(literal)) for name, literal in literals.items()):
-            if (value := getattr(self, name)) not in known:
-                hint = nearest(str(value), known)
-                raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(known)}.{hint}")
-        if self.batch < 1:
-            raise ConfigError(f"batch is {self.batch}; expected at least 1.")
-
-    def strength(self, *, follows: bool) -> float:
-        """Guidance of a picture that does or does not follow another in its conversation."""
-        return self.edit_guidance if follows and self.edit_guidance is not None else self.guidance
-
-    def told(self) -> dict[str, float]:
-        """What the pictures of a conversation record of it."""
-        strengths = {"guidance": self.guidance, "edit_guidance": self.strength(follows=True)}
-        return strengths | {"prior_scale": self.prior_scale}
-
-    @classmethod
-    def for_model(cls, parts: Parts, **changes: object) -> DrawConfig:
-        """The model's own defaults with `changes`; None keeps a default. A guidance that is given guides edits too."""
-        known = [f.name for f in fields(cls)]
-        for name in changes:
-            if name not in known:
-                raise ConfigError(f"unknown setting {name!r}; expected {', '.join(known)}.{nearest(name, known)}")
-        cfg = parts.cfg
-        given = {k: v for k, v in changes.items() if v is not None}
-        edits = None if "guidance" in given else cfg.edit_guidance
-        base = cls(
-            guidance=cfg.guidance,
-            edit_guidance=edits,
-            schedule=cfg.guidance_schedule,
-            prior_scale=cfg.prior_scale,
-        )
-        return replace(base, **given)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

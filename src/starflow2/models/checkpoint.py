@@ -28,11 +28,14 @@ from starflow2.core.files import replacing
 from starflow2.core.serialize import from_dict, to_dict
 from starflow2.errors import CheckpointError, ConfigError, OutputError, nearest
 from starflow2.flow import AffineBlock, Flow
-from starflow2.models.components import ModelConfig, Parts
-from starflow2.models.fae import Fae, FaeConfig
+from starflow2.models.components import Parts
+from starflow2.models.config import FaeConfig, JointsConfig, ModelConfig
+from starflow2.models.fae import Fae
 from starflow2.models.pretrained import Pretrained, fingerprint, locate
-from starflow2.models.pretzel import Joints, JointsConfig
-from starflow2.models.qwen import ChatTokenizer, DinoFeatures, QwenStream, SiglipFeatures, load_tokenizer
+from starflow2.models.pretzel import Joints
+from starflow2.models.qwen import QwenStream
+from starflow2.models.tokenizer import ChatTokenizer, load_tokenizer
+from starflow2.models.vision import DinoFeatures, SiglipFeatures
 from starflow2.nn import raw_bytes
 
 __all__ = [

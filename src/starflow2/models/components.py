@@ -5,60 +5,29 @@ What each part is lives in its own module; this one only knows which belong toge
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from starflow2.errors import ConfigError
-from starflow2.flow import Flow, FlowConfig
-from starflow2.flow.affine import Schedule
-from starflow2.models.fae import Fae, FaeCodec, FaeConfig
-from starflow2.models.patches import PatchCodec, PatchConfig
-from starflow2.models.pretrained import Pretrained
-from starflow2.models.pretzel import Joints, JointsConfig, Pretzel
+from starflow2.flow import Flow
+from starflow2.models.config import (
+    FaeConfig,
+    ModelConfig,
+)
+from starflow2.models.fae import Fae, FaeCodec
+from starflow2.models.patches import PatchCodec
+from starflow2.models.pretzel import Joints, Pretzel
 from starflow2.models.protocols import Codec, FeatureExtractor
-from starflow2.models.qwen import ChatTokenizer, DinoConfig, LanguageConfig, QwenStream, SiglipConfig, features_of
+from starflow2.models.qwen import QwenStream
 from starflow2.models.sequence import Layout
+from starflow2.models.tokenizer import ChatTokenizer
+from starflow2.models.vision import features_of
 
-__all__ = ["ModelConfig", "Parts", "build"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Every size of a model, and the sampling defaults it was tuned for."""
-
-    name: str
-    features: DinoConfig | SiglipConfig | None  # what the FAE reads; None where there is no FAE
-    vlm: LanguageConfig
-    fae: FaeConfig | PatchConfig  # the codec: an FAE, or patches of pixels in its place
-    flow: FlowConfig
-    joints: JointsConfig
-    guidance: float = 2.0  # 0 = off
-    guidance_schedule: Schedule = "constant"
-    edit_guidance: float | None = None  # of a picture that follows another in its conversation; None: as `guidance`
-    prior_scale: float = 0.65  # 1 = exact sampling
-    max_prompt_tokens: int = 256
-    max_positions: int = 4096  # of one conversation
-    features_from: Pretrained | None = None  # where the frozen extractor comes from; None: trained and kept by us
-    vlm_from: Pretrained | None = None  # the same of the language model and its tower
-
-    def __post_init__(self) -> None:
-        deep, codec = self.flow.deep, self.fae
-        if (codec.latent_dim, codec.grid) != (deep.dim, deep.grid):
-            raise ConfigError(
-                f"fae has {codec.grid} latents of {codec.latent_dim} channels, flow.deep {deep.grid} of {deep.dim}; "
-                "expected the same."
-            )
-        if (self.features is None) != isinstance(codec, PatchConfig):
-            told = "none, and an FAE reads them" if self.features is None else "given, and patches read none"
-            raise ConfigError(f"features are {told}; expected features beside a FaeConfig and None beside patches.")
-
-    @property
-    def references(self) -> dict[str, Pretrained]:
-        """The parts that a model folder only refers to, by their names in `Parts`."""
-        refs = {"features": self.features_from, "vlm": self.vlm_from}
-        return {name: ref for name, ref in refs.items() if ref is not None}
+__all__ = [
+    "Parts",
+    "build",
+]
 
 
 class Parts(nn.Module):

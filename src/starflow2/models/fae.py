@@ -17,43 +17,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from starflow2.errors import ConfigError
+from starflow2.models.config import FaeConfig
 from starflow2.models.protocols import FeatureExtractor
 from starflow2.nn import CausalStack, StackConfig, at_least_fp32, attention, check
 
-__all__ = ["Fae", "FaeConfig", "FaeLosses"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FaeConfig:
-    """Sizes of the auto-encoder. What its upsamplings leave of the pixels per latent, one linear map spells out."""
-
-    feature_dim: int
-    latent_dim: int
-    grid: tuple[int, int]
-    image_size: int  # pixels, square
-    encoder_width: int  # width of q, k, v and skip of the one attention layer
-    encoder_heads: int
-    feature_decoder: StackConfig
-    pixel_decoder: StackConfig
-    pixel_channels: tuple[int, ...] = (48, 24, 12)  # after each upsampling by two; () = none (the FAE paper's ViT)
-    noise_max: float = 0.6  # latents are decoded under noise U(0, noise_max) in training
-    kl_weight: float = 1e-3  # nats per latent channel
-    feature_weight: float = 0.25
-    edge_weight: float = 1.0  # L1 on the Laplacian pyramid, beside plain L1
-
-    def __post_init__(self) -> None:
-        rows, left = self.grid[0], self.image_size // (self.grid[0] * 2 ** len(self.pixel_channels))
-        if left < 1 or left * rows * 2 ** len(self.pixel_channels) != self.image_size:
-            raise ConfigError(
-                f"image_size is {self.image_size}; expected a multiple of {rows} rows of latents times "
-                f"2^{len(self.pixel_channels)} of the upsamplings in pixel_channels."
-            )
-
-    @property
-    def pixels_per_step(self) -> int:
-        """Side in pixels of what one position of the pixel decoder's last layer draws."""
-        return self.image_size // (self.grid[0] * 2 ** len(self.pixel_channels))
+__all__ = [
+    "Fae",
+    "FaeLosses",
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,43 +7,16 @@ Letters: B batch, N latents, D latent dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from starflow2.errors import ConfigError
+from starflow2.models.config import PatchConfig
 from starflow2.nn import at_least_fp32, check
 
-__all__ = ["PatchCodec", "PatchConfig"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PatchConfig:
-    """Sizes of the patches, and the statistics that bring each colour to zero mean and unit variance."""
-
-    image_size: int  # pixels, square
-    patch_size: int  # pixels, square
-    mean: tuple[float, float, float]  # of red, green and blue in [-1, 1], over training pictures
-    std: tuple[float, float, float]  # their standard deviations
-
-    def __post_init__(self) -> None:
-        if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
-            raise ConfigError(
-                f"image_size is {self.image_size} and patch_size {self.patch_size}; "
-                "expected a picture of whole patches: image_size a multiple of patch_size."
-            )
-        if min(self.std) <= 0:
-            raise ConfigError(f"std is {self.std}; expected three numbers above 0.")
-
-    @property
-    def latent_dim(self) -> int:
-        return 3 * self.patch_size**2
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return (self.image_size // self.patch_size,) * 2
+__all__ = [
+    "PatchCodec",
+]
 
 
 class PatchCodec(nn.Module):

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from starflow2.errors import ConfigError, ShapeError
+from starflow2.errors import ShapeError
 from starflow2.flow import Affine, Flow
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.flow.noise import NoiseEmbedding
+from starflow2.models.config import JointsConfig
 from starflow2.models.prefix import before_pictures, states_in_two_passes
 from starflow2.models.protocols import LanguageStream
 from starflow2.models.sequence import IGNORE, Batch
@@ -31,7 +32,6 @@ from starflow2.nn import Cache, FiLM, check, zero_linear
 __all__ = [
     "Adapter",
     "Joints",
-    "JointsConfig",
     "Latent",
     "Output",
     "Pretzel",
@@ -48,23 +48,6 @@ ALL_SKIPS: frozenset[Skip] = frozenset(get_args(Skip))
 
 
 # -- what joins the streams -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class JointsConfig:
-    """Shape of the adapter and of the ways between the streams."""
-
-    adapter_width: int  # hidden width of the adapter's MLP
-    noise_width: int = 64  # width of the adapter's embedding of the noise level
-    adapter_stencil: bool = False  # the adapter also reads the latents left and above (our choice, off in the paper)
-    # the flow also reads the picture before around the target's place: side of that window of latents, odd; 0 = not at
-    # all (our choice, likewise)
-    reference: int = 0
-    words: bool = False  # the flow also reads each token's own embedding beside its state (our choice, likewise)
-
-    def __post_init__(self) -> None:
-        if self.reference < 0 or (self.reference and self.reference % 2 == 0):
-            raise ConfigError(f"reference is {self.reference}; expected 0 or the odd side of a window of latents.")
 
 
 def text_context(cfg: JointsConfig, embeds: Tensor, h: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 from rich.table import Table
 from torch import nn
 
-from starflow2.models.components import ModelConfig, build
+from starflow2.models.components import build
+from starflow2.models.config import ModelConfig
 
 __all__ = ["describe", "table"]
 

@@ -23,7 +23,7 @@ from starflow2.core.files import replacing
 from starflow2.core.images import to_bytes, to_floats
 from starflow2.errors import CheckpointError, ConfigError, nearest
 from starflow2.evals.geneval import evaluate_geneval
-from starflow2.evals.gqa import evaluate_mme
+from starflow2.evals.mme import evaluate_mme
 from starflow2.evals.report import KeptRows
 from starflow2.models.checkpoint import load_parts
 from starflow2.models.components import Parts
@@ -31,8 +31,10 @@ from starflow2.models.pretrained import fingerprint
 from starflow2.pipeline import StarFlow2
 from starflow2.research.mot import MotParts
 from starflow2.research.runs import StepTeller, side_by_side
+from starflow2.training.config import MixConfig, OptimConfig, StageConfig
 from starflow2.training.loop import fit_task
-from starflow2.training.tasks import AdapterTask, JointTask, MixConfig, OptimConfig, StageConfig, T2iTask, Task
+from starflow2.training.task import Task
+from starflow2.training.tasks import AdapterTask, JointTask, T2iTask
 
 __all__ = ["ARMS", "Arm", "CompareConfig", "compare", "compare_and_keep", "fresh_parts", "summary", "write"]
 

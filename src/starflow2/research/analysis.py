@@ -19,11 +19,14 @@ from torch import Tensor
 
 from starflow2.core.images import Panel, histogram_outline, plot_panels, save_png
 from starflow2.errors import ConfigError
-from starflow2.inference.decoder import Completed, Picture, Replying, Rows, Sampler, Token
+from starflow2.inference.decoder import Replying, Rows
+from starflow2.inference.events import Completed, Picture, Token
+from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
 from starflow2.models.prompts import heard
 from starflow2.models.sequence import Document, Image, Text, pack
-from starflow2.world.questions import DESCRIBE, FAMILIES, suite_drawings
+from starflow2.world.captions import FAMILIES, suite_drawings
+from starflow2.world.questions import DESCRIBE
 
 __all__ = [
     "Contribution",

@@ -24,7 +24,7 @@ from starflow2.evals.codec import codec_pictures, evaluate_codec
 from starflow2.evals.report import KeptRows
 from starflow2.evals.world import score_geneval
 from starflow2.flow.noise import add_noise
-from starflow2.inference.text_to_image import Cleanup, DrawConfig
+from starflow2.inference.config import Cleanup, DrawConfig
 from starflow2.models.components import Parts
 from starflow2.models.context import drawing_context
 from starflow2.models.pretrained import fingerprint
@@ -32,10 +32,11 @@ from starflow2.models.protocols import FeatureExtractor
 from starflow2.pipeline import StarFlow2
 from starflow2.research.ablations import fresh_parts
 from starflow2.research.runs import StepTeller, side_by_side
+from starflow2.training.config import OptimConfig, StageConfig
 from starflow2.training.loop import fit_task
 from starflow2.training.recipes import with_patches
-from starflow2.training.tasks import OptimConfig, StageConfig, T2iTask
-from starflow2.world.questions import FAMILIES, suite_drawings
+from starflow2.training.tasks import T2iTask
+from starflow2.world.captions import FAMILIES, suite_drawings
 from starflow2.world.scene import render
 
 __all__ = ["ARMS", "Arm", "CodecsConfig", "compare_codecs", "held_out_nats", "start", "write"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from starflow2.core.images import Picture, contact_sheet, save_png, to_pil
 from starflow2.pipeline import StarFlow2
-from starflow2.training.tasks import to_images
+from starflow2.training.datasets import to_images
 from starflow2.world.edits import suite_edits
 from starflow2.world.stories import suite_stories
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from starflow2.errors import ConfigError
 from starflow2.flow import Flow, FlowConfig
 from starflow2.models.components import Parts
-from starflow2.models.pretzel import Joints, JointsConfig, Pretzel, PretzelCache, Slots, States, reference_in
-from starflow2.models.qwen import LanguageConfig
+from starflow2.models.config import JointsConfig, LanguageConfig
+from starflow2.models.pretzel import Joints, Pretzel, PretzelCache, Slots, States, reference_in
 from starflow2.nn import Cache, StackConfig, at_least_fp32, attention, attention_mask, check
 
 __all__ = [

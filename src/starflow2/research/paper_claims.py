@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from starflow2.core.files import replacing
 from starflow2.errors import DataError
-from starflow2.evals.gqa import COIN
+from starflow2.evals.mme import COIN
 from starflow2.world.questions import SUBTASKS
 
 __all__ = ["CLAIMS", "Claim", "Finding", "find", "write_claims"]

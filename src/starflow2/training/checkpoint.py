@@ -29,8 +29,8 @@ from starflow2.core.files import replacing
 from starflow2.core.serialize import to_dict
 from starflow2.errors import OutputError, TrainingError
 from starflow2.models.checkpoint import load_tensors, save_tensors
+from starflow2.training.config import RunConfig, StageConfig
 from starflow2.training.parallel import Group, Shards
-from starflow2.training.tasks import RunConfig, StageConfig
 
 __all__ = ["State", "Store", "store_for"]
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from starflow2.models.components import Parts, build
-from starflow2.models.qwen import ChatTokenizer
 from starflow2.models.sequence import Image, Layout, Segment, Text, pack
+from starflow2.models.tokenizer import ChatTokenizer
+from starflow2.training.config import RunConfig, StageConfig
 from starflow2.training.loop import try_step
 from starflow2.training.parallel import Group
-from starflow2.training.tasks import TASKS, RunConfig, StageConfig, Task
+from starflow2.training.task import Task
+from starflow2.training.tasks import TASKS
 
 __all__ = ["rehearse"]
 

@@ -28,11 +28,13 @@ from starflow2.models.components import Parts
 from starflow2.models.hub import NANO
 from starflow2.models.lora import LoraConfig
 from starflow2.models.prompts import heard
-from starflow2.models.qwen import ChatTokenizer
 from starflow2.models.sequence import Layout, pack
+from starflow2.models.tokenizer import ChatTokenizer
+from starflow2.training.config import OptimConfig, StageConfig
+from starflow2.training.datasets import joint_dialogue, to_images
 from starflow2.training.loop import StepReport, fit_task
-from starflow2.training.tasks import JointTask, OptimConfig, StageConfig, T2iTask, joint_dialogue, to_images
-from starflow2.world.questions import draw_task
+from starflow2.training.tasks import JointTask, T2iTask
+from starflow2.world.captions import draw_task
 from starflow2.world.scene import Scene, SceneDialogue, stream
 
 __all__ = ["Album", "FinetuneConfig", "finetune", "read_album"]

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 
 from starflow2.data.mixture import BatchConfig, Batches, Spelling, loader, read_mixture
-from starflow2.data.shards import Share
+from starflow2.data.shards import WorkerShard
 from starflow2.errors import TrainingError
+from starflow2.training.config import StageConfig
 from starflow2.training.parallel import Group
-from starflow2.training.tasks import StageConfig, Task
+from starflow2.training.task import Task
 
 __all__ = ["Feed", "feed_for"]
 
@@ -89,7 +90,7 @@ class _Stream:
         assert parts.tokenizer is not None
         layout = parts.tower_layout if stage.name == "vlm" else parts.layout
         spelling = Spelling(parts.tokenizer, layout, parts.cfg.fae.image_size)
-        drop, share = stage.caption_drop, Share(rank=group.rank, world=group.world)
+        drop, share = stage.caption_drop, WorkerShard(rank=group.rank, world=group.world)
         config = BatchConfig(rows=corpus.rows, width=corpus.width, caption_drop=drop, broken=corpus.broken)
         batches = Batches(read_mixture(corpus.mixture), spelling, config, share)
         self.stage, self.group, self.step, self.task = stage, group, step, task

@@ -26,15 +26,18 @@ from starflow2.core.files import replacing
 from starflow2.core.serialize import to_dict
 from starflow2.errors import ConfigError, TrainingError
 from starflow2.models.checkpoint import load_parts, save_parts
-from starflow2.models.components import ModelConfig, Parts
-from starflow2.models.qwen import train_tokenizer
+from starflow2.models.components import Parts
+from starflow2.models.config import ModelConfig
+from starflow2.models.tokenizer import train_tokenizer
 from starflow2.training.checkpoint import State, store_for
+from starflow2.training.config import OptimConfig, Precision, RunConfig, StageConfig
 from starflow2.training.loader import feed_for
 from starflow2.training.parallel import Group, check_shares, checkpoint_layers
-from starflow2.training.tasks import TASKS, OptimConfig, Precision, RunConfig, StageConfig, Task
+from starflow2.training.task import Task
+from starflow2.training.tasks import TASKS
+from starflow2.world.captions import draw_task
 from starflow2.world.conversations import understanding_dialogue, understanding_words
 from starflow2.world.edits import edit_task, edit_words
-from starflow2.world.questions import draw_task
 from starflow2.world.stories import story_dialogue, story_task, story_words
 
 __all__ = ["StepReport", "fit", "fit_task", "is_hidden_matrix", "try_step"]

@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from starflow2.errors import ConfigError, TrainingError
 from starflow2.models.qwen import QwenStream
 from starflow2.nn import CausalStack, at_least_fp32
-from starflow2.training.tasks import ShardConfig, Share, StageConfig, Task
+from starflow2.training.config import ShardConfig, StageConfig
+from starflow2.training.task import LossAndMetrics, LossWeights, Task
 
 __all__ = ["Group", "Shards", "check_shares", "checkpoint_layers", "layers_of", "whole"]
 
@@ -109,7 +110,7 @@ class Group:
 
     # -- a step
 
-    def shares(self, task: Task, batches: Sequence[Any], device: str) -> list[Share]:
+    def shares(self, task: Task, batches: Sequence[Any], device: str) -> list[LossWeights]:
         """How much each of this process's shares counts in every term of the loss, by counts of all processes.
 
         A term is a mean over what a share holds of it, replies for one; the mean of such means is not the mean.
@@ -117,15 +118,15 @@ class Group:
         counts = [task.counts(data) for data in batches]
         names = list(counts[0])
         if not names or self.world * len(batches) == 1:
-            return [Share() for _ in counts]
+            return [LossWeights() for _ in counts]
         total = torch.tensor([[float(c[name]) for name in names] for c in counts], device=device).sum(0)
         if self.world > 1:
             dist.all_reduce(total)
         all_of = dict(zip(names, total.tolist(), strict=True))
         shares = self.world * len(batches)
-        return [Share({k: n * shares / max(all_of[k], 1.0) for k, n in c.items()}) for c in counts]
+        return [LossWeights({k: n * shares / max(all_of[k], 1.0) for k, n in c.items()}) for c in counts]
 
-    def loss(self, task: Task, data: Any, generator: torch.Generator, share: Share) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, task: Task, data: Any, generator: torch.Generator, share: LossWeights) -> LossAndMetrics:
         """The loss of a share and what to tell about it."""
         return task.loss(data, generator, share)
 
@@ -236,9 +237,9 @@ class Shards(Group):
         with whole(module, keep=self.is_first):
             yield
 
-    def loss(self, task: Task, data: Any, generator: torch.Generator, share: Share) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, task: Task, data: Any, generator: torch.Generator, share: LossWeights) -> LossAndMetrics:
         assert self.root is not None
-        return cast(tuple[Tensor, dict[str, Tensor]], self.root(data, generator, share))
+        return cast(LossAndMetrics, self.root(data, generator, share))
 
     def accumulate(self, is_last: bool) -> None:
         cast(FSDPModule, self.root).set_requires_gradient_sync(is_last)
@@ -271,7 +272,7 @@ class _Loss(nn.Module):
         if frozen:
             frozen[0].register_forward_pre_hook(self._anchored, with_kwargs=True)
 
-    def forward(self, data: Any, generator: torch.Generator, share: Share) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, data: Any, generator: torch.Generator, share: LossWeights) -> LossAndMetrics:
         # A process whose documents use no adapter must still send a gradient for it, or the exchange never ends.
         zero = torch.stack([0.0 * getattr(module, name).sum() for module, name in self._own]).sum()
         self._zero = zero

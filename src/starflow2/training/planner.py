@@ -21,12 +21,12 @@ from rich.table import Table
 from torch import nn
 
 from starflow2.errors import ConfigError
-from starflow2.models.components import ModelConfig, Parts, build
-from starflow2.models.fae import FaeConfig
+from starflow2.models.components import Parts, build
+from starflow2.models.config import FaeConfig, ModelConfig
 from starflow2.models.token_loss import LOGITS_AT_ONCE
 from starflow2.nn import StackConfig
+from starflow2.training.config import RunConfig, StageConfig
 from starflow2.training.loop import is_hidden_matrix
-from starflow2.training.tasks import RunConfig, StageConfig
 
 __all__ = ["SCHEMES", "Hardware", "Scheme", "Shape", "Sizes", "Work", "flops", "plan", "table", "works"]
 

@@ -16,14 +16,20 @@ from starflow2.core.serialize import from_dict
 from starflow2.errors import ConfigError, nearest
 from starflow2.flow import BlockConfig, FlowConfig, NoiseConfig
 from starflow2.models.checkpoint import read_config
-from starflow2.models.components import ModelConfig
-from starflow2.models.fae import FaeConfig
-from starflow2.models.patches import PatchConfig
+from starflow2.models.config import (
+    DinoConfig,
+    FaeConfig,
+    JointsConfig,
+    LanguageConfig,
+    ModelConfig,
+    PatchConfig,
+    PixelConfig,
+    SiglipConfig,
+    SpecialIds,
+)
 from starflow2.models.pretrained import Pretrained
-from starflow2.models.pretzel import JointsConfig
-from starflow2.models.qwen import DinoConfig, LanguageConfig, PixelConfig, SiglipConfig, SpecialIds
 from starflow2.nn import StackConfig
-from starflow2.training.tasks import CaptionConfig, MixConfig, OpeningConfig, OptimConfig, RunConfig, StageConfig
+from starflow2.training.config import CaptionConfig, MixConfig, OpeningConfig, OptimConfig, RunConfig, StageConfig
 
 __all__ = [
     "find",

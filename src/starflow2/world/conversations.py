@@ -17,6 +17,7 @@ import numpy as np
 
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError
+from starflow2.world.captions import NUMBERS, PLURALS, draw_task
 from starflow2.world.multiple_choice import (
     DIMENSIONS,
     POINTS,
@@ -27,19 +28,9 @@ from starflow2.world.multiple_choice import (
     riddle,
     several_pictures,
 )
-from starflow2.world.questions import LIST, NUMBERS, PLURALS, draw_task, lexicon, understanding_task
-from starflow2.world.scene import (
-    BACKGROUND_NAMES,
-    COLORS,
-    HELD_OUT,
-    OPPOSITES,
-    SHAPES,
-    SIZES,
-    Scene,
-    SceneDialogue,
-    pick,
-    stream,
-)
+from starflow2.world.questions import LIST, lexicon, understanding_task
+from starflow2.world.scene import BACKGROUND_NAMES, COLORS, OPPOSITES, SHAPES, SIZES, Scene, SceneDialogue, pick, stream
+from starflow2.world.splits import HELD_OUT
 
 __all__ = ["MIX", "READ_MIX", "Mention", "mentions", "understanding_dialogue", "understanding_words"]
 

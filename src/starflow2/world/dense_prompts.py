@@ -15,8 +15,8 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 
 from starflow2.errors import ConfigError
+from starflow2.world.captions import NUMBERS
 from starflow2.world.multiple_choice import draw_scene, place_of
-from starflow2.world.questions import NUMBERS
 from starflow2.world.scene import (
     BACKGROUND_NAMES,
     COLORS,
@@ -28,9 +28,9 @@ from starflow2.world.scene import (
     Thing,
     pick,
     relations,
-    scene_key,
     stream,
 )
+from starflow2.world.splits import scene_key
 
 __all__ = ["CATEGORIES", "PROMPTS", "DensePrompt", "Node", "suite_dense"]
 

@@ -20,16 +20,14 @@ import numpy as np
 
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError, DataError
-from starflow2.world.questions import Wording
+from starflow2.world.captions import Wording
 from starflow2.world.scene import (
     BACKGROUND_NAMES,
     COLORS,
-    HELD_OUT,
     IMAGE_SIZE,
     MARGIN,
     MAX_ANGLE,
     MAX_THINGS,
-    RECOLOR_HELD_OUT,
     SHAPES,
     SIZES,
     Bucket,
@@ -38,15 +36,13 @@ from starflow2.world.scene import (
     SceneDialogue,
     Split,
     Thing,
-    bucket,
     fits,
     half_box,
-    held_out,
     pick,
     sample_scene,
-    scene_key,
     stream,
 )
+from starflow2.world.splits import HELD_OUT, RECOLOR_HELD_OUT, bucket, held_out, scene_key
 
 __all__ = [
     "EDIT_WORDINGS",

@@ -19,11 +19,10 @@ import numpy as np
 
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError
-from starflow2.world.questions import NUMBERS, PLACES, PLURALS, article
+from starflow2.world.captions import NUMBERS, PLACES, PLURALS, article
 from starflow2.world.scene import (
     BACKGROUND_NAMES,
     COLORS,
-    HELD_OUT,
     IMAGE_SIZE,
     MAX_THINGS,
     OPPOSITES,
@@ -31,22 +30,18 @@ from starflow2.world.scene import (
     SHAPES,
     SIZES,
     Bucket,
-    Fact,
-    HeldOut,
     Relation,
     Scene,
     SceneDialogue,
     SceneTurn,
     Thing,
-    bucket,
     chance,
-    held_out,
-    is_trainable,
     pick,
     relations,
     sample_scene,
     shuffled,
 )
+from starflow2.world.splits import HELD_OUT, Fact, HeldOut, bucket, held_out, is_trainable
 
 __all__ = [
     "DIMENSIONS",

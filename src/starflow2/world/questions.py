@@ -14,576 +14,65 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Final
 
 import numpy as np
 
 from starflow2.errors import ConfigError
+from starflow2.world.captions import (
+    ASK_STREAM,
+    BACKGROUND_WORDS,
+    DENSE_BACKGROUND,
+    DENSE_COUNT,
+    DENSE_RELATION,
+    NUMBERS,
+    PLACES,
+    PLURALS,
+    RELATION_WORDS,
+    TOGETHER,
+    WORDINGS,
+    article,
+    canonical,
+    crowd,
+    make_menu,
+    noun,
+)
 from starflow2.world.scene import (
     BACKGROUND_NAMES,
     COLORS,
-    HELD_OUT,
-    IMAGE_SIZE,
     MAX_THINGS,
     OPPOSITES,
     RELATIONS,
     SHAPES,
     SIZES,
     Bucket,
-    HeldOut,
     Relation,
     Scene,
     Split,
     Thing,
-    bucket,
     chance,
-    held_out,
-    is_trainable,
     pick,
     relations,
-    sample_scene,
     shuffled,
     stream,
 )
+from starflow2.world.splits import HELD_OUT, HeldOut, is_trainable
 
 __all__ = [
     "DESCRIBE",
-    "FAMILIES",
     "HELD_OUT_CHAINS",
     "LIST",
-    "NUMBERS",
-    "PLACES",
-    "PLURALS",
     "SUBTASKS",
-    "T2I_MIX",
-    "WORDINGS",
     "YES_NO",
-    "Brief",
-    "Drawing",
     "Question",
-    "Wording",
-    "article",
-    "caption",
     "chain",
     "describe",
-    "draw_task",
     "lexicon",
     "list_objects",
-    "metadata",
-    "paraphrase_drawings",
     "questions",
-    "suite_drawings",
     "understanding_task",
     "yes_no_pair",
 ]
-
-FAMILIES: Final = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-T2I_MIX: Final[Mapping[str, float]] = MappingProxyType(
-    {
-        "single_object": 0.06,
-        "two_object": 0.28,
-        "counting": 0.14,
-        "colors": 0.10,  # short captions that say most about the picture teach the words fastest
-        "position": 0.18,  # which word belongs to what is learnt last
-        "color_attr": 0.22,
-        "dense": 0.02,
-    }
-)
-NUMBERS: Final = ("zero", "one", "two", "three", "four")
-PLURALS: Final = ("circles", "squares", "triangles", "stars", "hearts", "rings", "crosses", "diamonds")
-
-
-_DRAW, _ASK, _SUITE = 1, 2, 3  # third number of a stream: the same seed and index must not repeat between uses
-_SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
-
-
-# ------------------------------------------------------------------------------------------- briefs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Brief:
-    """A scene, its family, and what the caption is to say; objects are mentioned in the order of `scene.things`."""
-
-    scene: Scene
-    family: str
-    mentions: frozenset[str]  # of "color", "size", "background"
-    relation: Relation | None = None  # what the first object is with respect to the second
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drawing:
-    """One text-to-image item: the prompt, a scene that satisfies it, and GenEval's metadata line."""
-
-    prompt: str
-    scene: Scene
-    family: str
-    metadata: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Menu:
-    """What a draw may choose from: everything for training, one row replaced for a held-out suite."""
-
-    colors: tuple[tuple[int, ...], ...]  # by shape
-    second_colors: tuple[tuple[int, ...], ...]  # likewise, for the second object
-    shapes: tuple[tuple[int, int], ...]  # two different shapes that may meet
-    facts: tuple[tuple[int, Relation, int], ...]
-    counts: tuple[tuple[int, int], ...]  # (shape, how many)
-
-
-def _colors_by_shape(pairs: frozenset[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(c for c in range(len(COLORS)) if (s, c) in pairs) for s in range(len(SHAPES)))
-
-
-@functools.cache
-def _menu(split: Split | None = None, row: str = "") -> _Menu:
-    """The training menu, or the same with `row` ("pair", "pairs", "fact", "shapes", "count") held out by `split`."""
-    k = range(len(SHAPES))
-    tables = tuple(HELD_OUT.values())
-    pairs = frozenset((s, c) for s in k for c in range(len(COLORS)) if not any((s, c) in t.pairs for t in tables))
-    meets = tuple(m for m in itertools.combinations(k, 2) if not any(frozenset(m) in t.shapes for t in tables))
-    told = [(a, r, b) for a, b in itertools.permutations(k, 2) for r in RELATIONS if tuple(sorted((a, b))) in meets]
-    told = [fact for fact in told if not any(_canonical(*fact) in t.facts for t in tables)]
-    counts = [(s, n) for s in k for n in range(2, MAX_THINGS + 1) if not any((s, n) in t.counts for t in tables)]
-    colors = second = _colors_by_shape(pairs)
-    if split is not None:
-        table = HELD_OUT[split]
-        if row in ("pair", "pairs"):
-            colors = _colors_by_shape(table.pairs)
-            second = colors if row == "pairs" else second
-        elif row == "fact":
-            ways = sorted(table.facts) + sorted((b, OPPOSITES[r], a) for a, r, b in table.facts)
-            told = [(a, r, b) for a, r, b in ways]
-        elif row == "shapes":
-            first_two = sorted(tuple(sorted(pair)) for pair in table.shapes)
-            meets = tuple((pair[0], pair[1]) for pair in first_two)
-        elif row == "count":
-            counts = sorted(table.counts)
-    return _Menu(colors=colors, second_colors=second, shapes=meets, facts=tuple(told), counts=tuple(counts))
-
-
-def _canonical(a: int, relation: Relation, b: int) -> tuple[int, Relation, int]:
-    """The one of "a left of b" and "b right of a" by which facts are kept."""
-    return (a, relation, b) if relation in ("left of", "above") else (b, OPPOSITES[relation], a)
-
-
-def _mentions(rng: np.random.Generator, **chances: float) -> frozenset[str]:
-    return frozenset(name for name, probability in chances.items() if chance(rng, probability))
-
-
-def _brief_one(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
-    shape = int(rng.integers(len(SHAPES)))
-    scene = sample_scene(rng, shapes=[shape], colors=[pick(rng, menu.colors[shape])])
-    says = _mentions(rng, color=float(family == "colors"), size=0.3, background=0.25)
-    return Brief(scene=scene, family=family, mentions=says)
-
-
-def _brief_two(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
-    a, b = pick(rng, menu.shapes)
-    if chance(rng, 0.5):
-        a, b = b, a
-    options = (menu.colors, menu.second_colors) if chance(rng, 0.5) else (menu.second_colors, menu.colors)
-    colors = [pick(rng, options[0][a]), pick(rng, options[1][b])]
-    while family == "color_attr" and colors[0] == colors[1]:
-        colors = [pick(rng, options[0][a]), pick(rng, options[1][b])]
-    scene = sample_scene(rng, shapes=[a, b], colors=colors)
-    says = _mentions(rng, color=float(family == "color_attr"), size=0.2, background=0.2)
-    return Brief(scene=scene, family=family, mentions=says)
-
-
-def _brief_counting(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
-    shape, count = pick(rng, menu.counts)
-    one_color, one_size = chance(rng, 0.5), chance(rng, 0.5)
-    colors = [pick(rng, menu.colors[shape]) for _ in range(count)]
-    sizes = rng.integers(len(SIZES), size=count).tolist()
-    scene = sample_scene(
-        rng,
-        shapes=[shape] * count,
-        colors=colors[:1] * count if one_color else colors,
-        sizes=sizes[:1] * count if one_size else sizes,
-    )
-    says = _mentions(rng, color=0.6 * one_color, size=0.5 * one_size, background=0.2)
-    return Brief(scene=scene, family=family, mentions=says)
-
-
-def _brief_position(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
-    a, relation, b = pick(rng, menu.facts)
-    colors = [pick(rng, menu.colors[a]), pick(rng, menu.colors[b])]
-    scene = sample_scene(rng, shapes=[a, b], colors=colors, relation=relation)
-    says = _mentions(rng, color=0.35, size=0.15, background=0.15)
-    return Brief(scene=scene, family=family, mentions=says, relation=relation)
-
-
-def _crowd_shapes(rng: np.random.Generator, count: int, repeats: float) -> list[int]:
-    shapes: list[int] = rng.permutation(len(SHAPES))[:count].tolist()
-    if count > 1 and chance(rng, repeats):
-        same = int(rng.integers(2, count + 1))
-        shapes = [shapes[0]] * same + shapes[same:]
-    return shapes
-
-
-def _may_meet(shapes: Sequence[int], menu: _Menu) -> bool:
-    kinds = sorted(set(shapes))
-    return all(pair in menu.shapes for pair in itertools.combinations(kinds, 2)) and all(
-        shapes.count(kind) == 1 or (kind, shapes.count(kind)) in menu.counts for kind in kinds
-    )
-
-
-def _crowd(rng: np.random.Generator, menu: _Menu, count: int, repeats: float) -> Scene:
-    """`count` objects; with probability `repeats` all but one or two share a shape."""
-    shapes = _crowd_shapes(rng, count, repeats)
-    while not _may_meet(shapes, menu):  # cheap, and most of what `is_trainable` would refuse later
-        shapes = _crowd_shapes(rng, count, repeats)
-    colors = [pick(rng, menu.colors[shape]) for shape in shapes]
-    return sample_scene(rng, shapes=shapes, colors=colors)
-
-
-def _brief_dense(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
-    scene = _crowd(rng, menu, count=int(rng.integers(3, 5)), repeats=0.35)
-    return Brief(scene=scene, family=family, mentions=frozenset({"color", "size", "background"}))
-
-
-_BRIEFS: Final[Mapping[str, Callable[[np.random.Generator, _Menu, str], Brief]]] = MappingProxyType(
-    {
-        "single_object": _brief_one,
-        "two_object": _brief_two,
-        "counting": _brief_counting,
-        "colors": _brief_one,
-        "position": _brief_position,
-        "color_attr": _brief_two,
-        "dense": _brief_dense,
-    }
-)
-
-
-# ----------------------------------------------------------------------------------------- captions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wording:
-    """Sentence forms of a family: those of training, and those kept to test other wording."""
-
-    train: tuple[str, ...]
-    dev: tuple[str, str]
-    test: tuple[str, str, str]
-
-    def forms(self, split: Bucket) -> tuple[str, ...]:
-        """The forms of one split."""
-        return {"train": self.train, "dev": self.dev, "test": self.test}[split]
-
-
-_PHRASE: Final = Wording(  # {c} is what is to be seen, {is} is "is" or "are"
-    train=(
-        "{c}",
-        "a photo of {c}",
-        "a picture of {c}",
-        "an image of {c}",
-        "a drawing of {c}",
-        "draw {c}",
-        "paint {c}",
-        "show {c}",
-        "please draw {c}",
-        "make a picture of {c}",
-        "there {is} {c}",
-        "in the picture there {is} {c}",
-        "an image that shows {c}",
-    ),
-    dev=("please make a drawing of {c}", "the image shows {c}"),
-    test=("please paint an image that shows {c}", "show a drawing with {c} in it", "in the photo there {is} {c}"),
-)
-_POSITION: Final = Wording(  # {a} and {b} with article, {kind_a} and {kind_b} without
-    train=(
-        "{a} {rel} {b}",
-        "a photo of {a} {rel} {b}",
-        "a picture of {a} {rel} {b}",
-        "an image of {a} {rel} {b}",
-        "draw {a} {rel} {b}",
-        "show {a} {rel} {b}",
-        "{a} is {rel} {b}",
-        "there is {a} {rel} {b}",
-        "{rel} {b} there is {a}",
-        "{rel} {b} is {a}",
-        "{b} with {a} {rel} it",
-        "{a} and {b}, the {kind_a} is {rel} the {kind_b}",
-        "{b} and {a}, the {kind_a} is {rel} the {kind_b}",
-    ),
-    dev=("show {a} that is {rel} {b}", "in the image {a} is {rel} {b}"),
-    test=(
-        "please paint {a} that is {rel} {b}",
-        "there is {b} and {rel} it is {a}",
-        "a drawing that shows {b}, and {a} is {rel} it",
-    ),
-)
-_DENSE: Final = Wording(  # one sentence per object
-    train=(
-        "there is {a} {place}.",
-        "{a} is {place}.",
-        "{place} there is {a}.",
-        "{place} is {a}.",
-    ),
-    dev=("draw {a} {place}.", "{place} show {a}."),
-    test=("the picture shows {a} {place}.", "paint {a} {place}.", "please draw {a} {place}."),
-)
-WORDINGS: Final[Mapping[str, Wording]] = MappingProxyType(
-    {family: _PHRASE for family in FAMILIES} | {"position": _POSITION, "dense": _DENSE}
-)
-
-_TOGETHER: Final = ("{a} and {b}", "{a} and {b}", "{a} with {b}", "both {a} and {b}")
-_BACKGROUND: Final = ("{c} on a {tint} background", "{c} with a {tint} background", "{c}, {tint} background")
-_SAYS: Final[Mapping[Relation, tuple[str, ...]]] = MappingProxyType(
-    {
-        "left of": ("left of", "to the left of", "on the left side of"),
-        "right of": ("right of", "to the right of", "on the right side of"),
-        "above": ("above", "on top of", "over"),
-        "below": ("below", "under", "beneath"),
-    }
-)
-PLACES: Final = (  # rows of the 3 x 3 grid, top first
-    ("in the upper left", "at the top", "in the upper right"),
-    ("on the left", "in the middle", "on the right"),
-    ("in the lower left", "at the bottom", "in the lower right"),
-)
-_DENSE_BACKGROUND: Final = (
-    "the background is {tint}.",
-    "the picture has a {tint} background.",
-    "a picture with a {tint} background.",
-)
-_DENSE_RELATION: Final = ("the {kind_a} is {rel} the {kind_b}.",)
-_DENSE_COUNT: Final = (
-    "there are {n} objects.",
-    "the picture shows {n} objects.",
-    "there are {n} objects in the picture.",
-)
-
-
-def article(words: str) -> str:
-    """The words behind "a" or "an"."""
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
-
-
-def _kind(thing: Thing, mentions: frozenset[str]) -> str:
-    """An object in words, such as "small red circle", with only what is mentioned."""
-    words = [SIZES[thing.size]] * ("size" in mentions) + [COLORS[thing.color]] * ("color" in mentions)
-    return " ".join([*words, SHAPES[thing.shape]])
-
-
-def _noun(thing: Thing, mentions: frozenset[str]) -> str:
-    return article(_kind(thing, mentions))
-
-
-def _counted(things: Sequence[Thing], mentions: frozenset[str]) -> str:
-    """Objects of one shape in words, such as "two small red hearts"."""
-    *words, _ = _kind(things[0], mentions).split()
-    return " ".join([NUMBERS[len(things)], *words, PLURALS[things[0].shape]])
-
-
-def _place(thing: Thing) -> str:
-    """Where an object stands on the 3 x 3 grid, in words."""
-    column, row = (min(int(3 * v / IMAGE_SIZE), 2) for v in (thing.x, thing.y))
-    return PLACES[row][column]
-
-
-def _caption_dense(scene: Scene, rng: np.random.Generator, wording: Bucket) -> str:
-    full = frozenset({"color", "size"})
-    opening = [pick(rng, _DENSE_BACKGROUND)] if chance(rng, 0.75) else []
-    sentences = [s.format(tint=BACKGROUND_NAMES[scene.background]) for s in opening]
-    forms = WORDINGS["dense"].forms(wording)
-    sentences += [pick(rng, forms).format(a=_noun(t, full), place=_place(t)) for t in scene.things]
-    room = 6 - len(sentences)
-    closing = []
-    if chance(rng, 0.6):
-        closing.append(pick(rng, _DENSE_COUNT).format(n=NUMBERS[len(scene.things)]))
-    told = _told_relations(scene)
-    for index in rng.permutation(len(told))[: room - len(closing)].tolist():
-        a, relation, b = told[index]
-        fields = {"kind_a": a, "kind_b": b, "rel": pick(rng, _SAYS[relation])}
-        sentences.append(pick(rng, _DENSE_RELATION).format(**fields))
-        if chance(rng, 0.5):
-            break
-    return " ".join(sentences + closing[:room])
-
-
-def _told_relations(scene: Scene) -> list[tuple[str, Relation, str]]:
-    """Every true relation between objects that colour and shape tell apart, as (words, relation, words)."""
-    kinds = [_kind(t, frozenset({"color"})) for t in scene.things]
-    clear = [(t, kind) for t, kind in zip(scene.things, kinds, strict=True) if kinds.count(kind) == 1]
-    return [
-        (kind_a, relation, kind_b)
-        for (a, kind_a), (b, kind_b) in itertools.permutations(clear, 2)
-        if a.shape != b.shape
-        for relation in sorted(relations(a, b))
-    ]
-
-
-def caption(brief: Brief, rng: np.random.Generator, wording: Bucket = "train") -> str:
-    """The brief in words, by one of the family's sentence forms of that split.
-
-    >>> scene = sample_scene(stream(0), shapes=[3], colors=[0])
-    >>> "red star" in caption(Brief(scene=scene, family="colors", mentions=frozenset({"color"})), stream(1))
-    True
-    """
-    things, says = brief.scene.things, brief.mentions
-    if brief.family == "dense":
-        return _caption_dense(brief.scene, rng, wording)
-    form = pick(rng, WORDINGS[brief.family].forms(wording))
-    if brief.relation is not None:
-        a, b = things
-        fields = {"a": _noun(a, says), "b": _noun(b, says), "kind_a": SHAPES[a.shape], "kind_b": SHAPES[b.shape]}
-        text = form.format(**fields, rel=pick(rng, _SAYS[brief.relation]))
-    elif brief.family == "counting":
-        text = form.format(**{"c": _counted(things, says), "is": "are"})
-    elif len(things) == 2:
-        both = pick(rng, _TOGETHER).format(a=_noun(things[0], says), b=_noun(things[1], says))
-        text = form.format(**{"c": both, "is": "is"})
-    else:
-        text = form.format(**{"c": _noun(things[0], says), "is": "is"})
-    if "background" in says:
-        text = pick(rng, _BACKGROUND).format(c=text, tint=BACKGROUND_NAMES[brief.scene.background])
-    return text
-
-
-def metadata(brief: Brief, prompt: str) -> dict[str, Any]:
-    """The brief as a line of GenEval's metadata: tag, include, for counting exclude, and prompt.
-
-    In `position` the reference object comes first and the subject second, as GenEval has it. "dense" is not a GenEval
-    tag; its line lists the objects in the same format.
-    """
-    things = brief.scene.things
-
-    def entry(thing: Thing, count: int = 1) -> dict[str, Any]:
-        color = {"color": COLORS[thing.color]} if "color" in brief.mentions else {}
-        return {"class": SHAPES[thing.shape], "count": count} | color
-
-    line: dict[str, Any] = {"tag": brief.family}
-    if brief.family == "counting":
-        line["include"] = [entry(things[0], len(things))]
-        line["exclude"] = [{"class": SHAPES[things[0].shape], "count": len(things) + 1}]
-    elif brief.relation is not None:
-        line["include"] = [entry(things[1]), entry(things[0]) | {"position": [brief.relation, 0]}]
-    elif brief.family == "dense":
-        kinds = [(t.shape, t.color) for t in things]
-        first = {kind: thing for kind, thing in reversed(list(zip(kinds, things, strict=True)))}
-        line["include"] = [entry(thing, kinds.count(kind)) for kind, thing in first.items()]
-    else:
-        line["include"] = [entry(thing) for thing in things]
-    return line | {"prompt": prompt}
-
-
-def _drawing(brief: Brief, prompt: str) -> Drawing:
-    return Drawing(prompt=prompt, scene=brief.scene, family=brief.family, metadata=metadata(brief, prompt))
-
-
-def _family(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
-    unknown = sorted(set(weights) - set(_BRIEFS))
-    if unknown or not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
-        raise ConfigError(f"weights={dict(weights)}: expected non-negative shares of {', '.join(_BRIEFS)}")
-    place = rng.random() * sum(weights.values())
-    for family, weight in weights.items():
-        place -= weight
-        if place < 0:
-            return family
-    return family
-
-
-def draw_task(seed: int, index: int, *, weights: Mapping[str, float] = T2I_MIX) -> Drawing:
-    """Text-to-image training item number `index`: a pure function of its arguments, free of anything held out.
-
-    >>> draw_task(0, 5) == draw_task(0, 5)
-    True
-    """
-    rng = stream(seed, index, _DRAW)
-    family = _family(rng, weights)
-    while True:
-        brief = _BRIEFS[family](rng, _menu(), family)
-        if is_trainable(brief.scene):
-            return _drawing(brief, caption(brief, rng))
-
-
-# ------------------------------------------------------------------------------------------- suites
-
-_ROWS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(  # held out per family; single_object has no such thing
-    {
-        "two_object": ("shapes",),
-        "counting": ("count",),
-        "colors": ("pair",),
-        "position": ("fact",),
-        "color_attr": ("pair", "pairs"),  # one of two, both
-    }
-)
-
-
-def _where(split: Split, part: Literal["id", "cg", "paraphrase"], family: str) -> tuple[int, ...]:
-    """The numbers that name a suite's stream."""
-    parts = ("id", "cg", "paraphrase")
-    return (_SUITE_SEED, _SUITE, ("dev", "test").index(split), parts.index(part), FAMILIES.index(family))
-
-
-def _suite_briefs(split: Split, part: Literal["id", "cg"], family: str, count: int) -> list[Brief]:
-    """`count` briefs of one family with scenes of the split's bucket, all captions and scenes different if there are
-    enough. "id": nothing held out by anyone. "cg": exactly the family's row held out by the split, nothing else."""
-    other: Split = "dev" if split == "test" else "test"
-    briefs: list[Brief] = []
-    seen: set[str] = set()
-    for item in range(count):
-        rng = stream(*_where(split, part, family), item)
-        row = _ROWS[family][item % len(_ROWS[family])] if part == "cg" else ""
-        wanted = {row.rstrip("s") if family == "color_attr" else row} if row else set()
-        menu = _menu(split, row) if row else _menu()
-        tries = 0
-        while True:
-            brief = _BRIEFS[family](rng, menu, family)
-            if bucket(brief.scene) != split or held_out(brief.scene, split) != wanted or held_out(brief.scene, other):
-                continue
-            plain = caption(brief, stream(0))  # the same form for all: what is said, not how
-            tries += 1
-            if plain not in seen or tries > 20:
-                break
-        seen.add(plain)
-        briefs.append(brief)
-    return briefs
-
-
-def _worded(briefs: Sequence[Brief], wording: Bucket, where: tuple[int, ...]) -> list[Drawing]:
-    """The briefs in words, each prompt different from the others if 20 tries can make it so."""
-    drawings: list[Drawing] = []
-    seen: set[str] = set()
-    for item, brief in enumerate(briefs):
-        rng = stream(*where, item, 1)  # not the stream of the item's scene
-        prompt = next((p for p in (caption(brief, rng, wording) for _ in range(20)) if p not in seen), None)
-        prompt = caption(brief, rng, wording) if prompt is None else prompt
-        seen.add(prompt)
-        drawings.append(_drawing(brief, prompt))
-    return drawings
-
-
-def suite_drawings(
-    suite: Literal["geneval"], split: Split, part: Literal["id", "cg"], per_category: int = 64
-) -> list[Drawing]:
-    """The frozen prompts of a benchmark, category by category; the first n are the same whatever `per_category` is.
-
-    "id": six families, unseen scenes, seen combinations, training wording. "cg": five families (single_object has no
-    combination), each item with the combination of its family that `split` holds out: colors a colour-shape pair,
-    color_attr one or both pairs, position a fact, counting a count, two_object two shapes together.
-    """
-    if suite != "geneval":
-        raise ConfigError(f"suite={suite!r}: expected 'geneval'")
-    families = FAMILIES if part == "id" else tuple(f for f in FAMILIES if f in _ROWS)
-    return [
-        drawing
-        for family in families
-        for drawing in _worded(_suite_briefs(split, part, family, per_category), "train", _where(split, part, family))
-    ]
-
-
-def paraphrase_drawings(split: Split, per_category: int = 64) -> list[Drawing]:
-    """The "id" items of `suite_drawings`, scene by scene, in the sentence forms held out for `split`."""
-    return [
-        drawing
-        for family in FAMILIES
-        for drawing in _worded(
-            _suite_briefs(split, "id", family, per_category), split, _where(split, "paraphrase", family)
-        )
-    ]
 
 
 # ---------------------------------------------------------------------------------------- questions
@@ -677,7 +166,7 @@ class _Asker:
         return (shape, color) not in self.banned.pairs
 
     def _may_say(self, a: Thing, relation: Relation, b: Thing) -> bool:
-        return _canonical(a.shape, relation, b.shape) not in self.banned.facts
+        return canonical(a.shape, relation, b.shape) not in self.banned.facts
 
     def _text(self, form: str, **fields: str) -> str:
         return pick(self.rng, _FORMS[form]).format(**fields)
@@ -725,7 +214,7 @@ class _Asker:
         return None
 
     def _side(self, relation: Relation) -> str:
-        return pick(self.rng, _SAYS[relation])
+        return pick(self.rng, RELATION_WORDS[relation])
 
     def _other_value(self, thing: Thing, attribute: str) -> str | None:
         """Another value of an attribute: that of another object if it can be, so that only binding tells."""
@@ -790,7 +279,7 @@ class _Asker:
                 sides = (found[0], OPPOSITES[found[0]])
                 if self._may_say(a, sides[1], b):
                     form, which = pick(self.rng, _FORMS["position"]), int(self.rng.integers(3))
-                    yes, no = (form.format(a=names[0], b=names[1], rel=_SAYS[side][which]) for side in sides)
+                    yes, no = (form.format(a=names[0], b=names[1], rel=RELATION_WORDS[side][which]) for side in sides)
                     return self._both(yes, no, "position", "select", "relate", "verify")
         return None
 
@@ -1034,14 +523,14 @@ def list_objects(scene: Scene) -> str:
     """Every object, top to bottom: "a small red circle, a large blue square."."""
     full = frozenset({"color", "size"})
     things = sorted(scene.things, key=lambda t: (t.y, t.x))
-    return ", ".join(_noun(thing, full) for thing in things) + "."
+    return ", ".join(noun(thing, full) for thing in things) + "."
 
 
 def describe(scene: Scene) -> str:
     """One sentence with everything: objects top to bottom, for two of them how they stand, and the background."""
     full = frozenset({"color", "size"})
     things = sorted(scene.things, key=lambda t: (t.y, t.x))
-    nouns = [_noun(thing, full) for thing in things]
+    nouns = [noun(thing, full) for thing in things]
     found = sorted(relations(things[0], things[1])) if len(things) == 2 else []
     if found:
         words = f"{nouns[0]} {found[0]} {nouns[1]}"
@@ -1090,11 +579,11 @@ def understanding_task(seed: int, index: int) -> tuple[Scene, list[tuple[str, st
     >>> [question for question, _ in pairs[:2]]
     ['describe the picture.', 'list every object.']
     """
-    rng = stream(seed, index, _ASK)
+    rng = stream(seed, index, ASK_STREAM)
     count = int(rng.choice(MAX_THINGS, p=(0.15, 0.3, 0.3, 0.25))) + 1
-    scene = _crowd(rng, _menu(), count, repeats=0.35)
+    scene = crowd(rng, make_menu(), count, repeats=0.35)
     while not is_trainable(scene):
-        scene = _crowd(rng, _menu(), count, repeats=0.35)
+        scene = crowd(rng, make_menu(), count, repeats=0.35)
     asked = questions(scene, rng, most=int(rng.integers(6, 9)))
     return scene, [(DESCRIBE, describe(scene)), *((question.text, question.answer) for question in asked)]
 
@@ -1112,12 +601,12 @@ def lexicon() -> frozenset[str]:
     wordings = [form for w in WORDINGS.values() for split in ("train", "dev", "test") for form in w.forms(split)]
     tables: tuple[Sequence[str], ...] = (
         wordings,
-        _TOGETHER,
-        _BACKGROUND,
-        _DENSE_BACKGROUND,
-        _DENSE_RELATION,
-        _DENSE_COUNT,
-        *_SAYS.values(),
+        TOGETHER,
+        BACKGROUND_WORDS,
+        DENSE_BACKGROUND,
+        DENSE_RELATION,
+        DENSE_COUNT,
+        *RELATION_WORDS.values(),
         *PLACES,
         *_FORMS.values(),
         [words for words, _ in _SIDES],

@@ -22,14 +22,12 @@ import numpy as np
 
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError
-from starflow2.world.questions import NUMBERS, Wording
+from starflow2.world.captions import NUMBERS, Wording
 from starflow2.world.scene import (
     COLORS,
-    HELD_OUT,
     IMAGE_SIZE,
     MAX_THINGS,
     OPPOSITES,
-    RECOLOR_HELD_OUT,
     RELATIONS,
     SHAPES,
     SIZES,
@@ -39,15 +37,13 @@ from starflow2.world.scene import (
     SceneDialogue,
     Split,
     Thing,
-    bucket,
-    held_out,
-    is_trainable,
     pick,
     relations,
     sample_scene,
     shuffled,
     stream,
 )
+from starflow2.world.splits import HELD_OUT, RECOLOR_HELD_OUT, bucket, held_out, is_trainable
 
 __all__ = [
     "CG_ROWS",

@@ -1,0 +1,127 @@
+"""Events of decoding: what happens in one row of a batch, and what a conversation tells its user."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from starflow2.core.images import Picture as Image
+
+__all__ = [
+    "Begun",
+    "Completed",
+    "Drew",
+    "Ended",
+    "Event",
+    "Finished",
+    "Made",
+    "Picture",
+    "RowEvent",
+    "Started",
+    "Stepped",
+    "Token",
+    "Wrote",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token of text."""
+
+    row: int
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A picture has begun."""
+
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """`done` of `total` latents of a picture."""
+
+    row: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture in both of its forms, and how likely the model thought it while drawing it.
+
+    x: (N, D) latents at their noise level; u: (N, D) what the cache holds; image: (3, height, width) in [-1, 1].
+    log_prob, unconditional: nats of u under both branches, None where the picture was not drawn; unconditional also
+    where it was not guided.
+    """
+
+    x: Tensor
+    u: Tensor
+    noise_level: float
+    image: Tensor
+    log_prob: float | None = None
+    unconditional: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """A picture is complete."""
+
+    row: int
+    picture: Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The reply is over: the model ended it, or a limit did."""
+
+    row: int
+    reason: Literal["end", "limit"]
+
+
+RowEvent = Token | Begun | Stepped | Completed | Ended
+
+
+@dataclass(frozen=True, slots=True)
+class Wrote:
+    """A piece of text, as it comes."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The model begins something that takes a while."""
+
+    modality: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drew:
+    """`done` of `total` latents of a picture."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Something is complete: the picture for eyes, and as the model holds it."""
+
+    modality: str
+    image: Image
+    picture: Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The reply is over: the model ended it, or a limit did."""
+
+    reason: Literal["end", "limit"]
+
+
+Event = Wrote | Started | Drew | Made | Finished

@@ -1,0 +1,100 @@
+"""Frozen patch features of pictures: DINOv2 or SigLIP, from transformers.
+
+Letters: B batch, N patches, F feature dim.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Dinov2Config, Dinov2Model
+
+from starflow2.errors import ConfigError
+from starflow2.models.config import DinoConfig, PixelConfig, SiglipConfig
+from starflow2.models.huggingface import FUSED, Backbone
+from starflow2.nn import at_least_fp32, check
+
+__all__ = [
+    "DinoFeatures",
+    "SiglipFeatures",
+    "features_of",
+]
+
+
+def to_tower(images: Tensor, size: int, cfg: PixelConfig | None) -> Tensor:
+    """Pictures (B, 3, s, s) in [-1, 1] as a tower reads them: (B, 3, size, size). None: they come as they are read."""
+    came = size if cfg is None else cfg.picture_size
+    check(images, "B C H W", "images", C=3, H=came, W=came)
+    if cfg is None:
+        return images
+    if came != size:
+        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (cfg.mean, cfg.std))
+    return ((images + 1) / 2 - mean) / std
+
+
+class DinoFeatures(Backbone):
+    """Patch features of a DINOv2 without its class token; pictures in [-1, 1]."""
+
+    unseen = ("num_attention_heads", "layer_norm_eps", "hidden_act", "patch_size")
+
+    def __init__(self, cfg: DinoConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        side = cfg.image_size // cfg.patch_size
+        self.grid, self.feature_dim = (side, side), cfg.width
+        self.model = Dinov2Model(
+            Dinov2Config(
+                image_size=cfg.table_size or cfg.image_size,
+                patch_size=cfg.patch_size,
+                hidden_size=cfg.width,
+                num_hidden_layers=cfg.depth,
+                num_attention_heads=cfg.heads,
+                use_swiglu_ffn=cfg.swiglu,
+                **FUSED,
+            )
+        )
+
+    def features(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
+        """images: (B, 3, height, width) -> (B, N, F); `masked`: (B, N) bool hides patches."""
+        pixels = to_tower(images, self.cfg.image_size, self.cfg.pixels)
+        out = self.model(pixel_values=pixels.to(self.dtype), bool_masked_pos=masked)
+        return at_least_fp32(out.last_hidden_state[:, 1:])
+
+
+class SiglipFeatures(Backbone):
+    """Patch features of a SigLIP, behind its last norm; pictures in [-1, 1]. Its pooling head is loaded, and idle."""
+
+    other_towers = ("text_model.", "logit_scale", "logit_bias")  # a folder may hold the whole SigLIP
+    unseen = ("num_attention_heads", "layer_norm_eps", "hidden_act", "patch_size")
+
+    def __init__(self, cfg: SiglipConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        from transformers import SiglipVisionConfig, SiglipVisionModel  # only here: most models do without
+
+        side = cfg.image_size // cfg.patch_size
+        self.grid, self.feature_dim = (side, side), cfg.width
+        self.model = SiglipVisionModel(
+            SiglipVisionConfig(
+                image_size=cfg.image_size,
+                patch_size=cfg.patch_size,
+                hidden_size=cfg.width,
+                num_hidden_layers=cfg.depth,
+                num_attention_heads=cfg.heads,
+                intermediate_size=cfg.mlp_width,
+                **FUSED,
+            )
+        )
+
+    def features(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
+        """images: (B, 3, height, width) -> (B, N, F). It knows no hidden patches: `masked` must be None."""
+        if masked is not None:
+            raise ConfigError("SigLIP was trained without hidden patches; train stage features on a DINOv2.")
+        pixels = to_tower(images, self.cfg.image_size, self.cfg.pixels)
+        return at_least_fp32(self.model(pixel_values=pixels.to(self.dtype)).last_hidden_state)
+
+
+def features_of(cfg: DinoConfig | SiglipConfig) -> DinoFeatures | SiglipFeatures:
+    """The extractor of that config."""
+    return DinoFeatures(cfg) if isinstance(cfg, DinoConfig) else SiglipFeatures(cfg)

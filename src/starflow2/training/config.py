@@ -1,0 +1,175 @@
+"""Recipes as data: the stages of a run, their optimiser, data and sharding. No loops and no networks here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from starflow2.errors import ConfigError, nearest
+from starflow2.models.config import ModelConfig
+from starflow2.world.captions import T2I_MIX
+
+__all__ = [
+    "CaptionConfig",
+    "CorpusConfig",
+    "MixConfig",
+    "OpeningConfig",
+    "OptimConfig",
+    "Precision",
+    "RunConfig",
+    "ShardConfig",
+    "StageConfig",
+]
+
+
+StageName = Literal["features", "fae", "vlm", "t2i", "adapter", "joint"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Muon on hidden matrices, AdamW elsewhere; linear warm-up, constant, linear decay to zero."""
+
+    lr: float = 2e-3  # AdamW
+    matrix_lr: float = 4e-3  # Muon with AdamW's update size; 0 = AdamW everywhere
+    weight_decay: float = 0.01
+    warmup_steps: int = 60
+    decay_share: float = 0.6  # share of all steps at the end over which the rate falls
+    clip: float = 1.0  # global gradient norm
+    ema: float = 0.995  # decay of the averaged weights that are kept; 0 = none
+    # AdamW's moments; 8bit needs torchao, 8bit-bnb bitsandbytes
+    states: Literal["float32", "8bit", "8bit-bnb"] = "float32"
+
+    def rate(self, step: int, steps: int) -> float:
+        """Factor on both learning rates at `step` of `steps`."""
+        up = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        left = (steps - step) / max(1.0, self.decay_share * steps)
+        return up * min(1.0, left)
+
+
+class _Shares:
+    """Shares of a whole, one per field."""
+
+    def __post_init__(self) -> None:
+        shares = asdict(self)  # type: ignore[call-overload]
+        if min(shares.values()) < 0 or sum(shares.values()) <= 0:
+            raise ConfigError(f"{type(self).__name__} is {shares}; expected shares of at least 0, not all of them 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionConfig(_Shares):
+    """Shares of what captions of drawings are about: GenEval's six families, and those that tell all."""
+
+    single_object: float = T2I_MIX["single_object"]
+    two_object: float = T2I_MIX["two_object"]
+    counting: float = T2I_MIX["counting"]
+    colors: float = T2I_MIX["colors"]
+    position: float = T2I_MIX["position"]
+    color_attr: float = T2I_MIX["color_attr"]
+    dense: float = T2I_MIX["dense"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixConfig(_Shares):
+    """Shares of stage 3's documents: questions about pictures, pictures from words, edits, edits in chains, first
+    pictures of stories, whole stories."""
+
+    understand: float = 0.25
+    draw: float = 0.35
+    edit: float = 0.15
+    chain: float = 0.15
+    beginning: float = 0.0
+    story: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpeningConfig:
+    """A stage's first steps, with another mix of documents: what is hard is learnt sooner from nothing else."""
+
+    steps: int = 0
+    mix: MixConfig = field(default_factory=MixConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """How the processes of a run divide a model among them; see `parallel`."""
+
+    # none: every process holds a copy; fsdp: one model in shards; hsdp: one in the shards of each node, copies across
+    mode: Literal["none", "fsdp", "hsdp"] = "none"
+    processes: int = 0  # that share one copy under hsdp; 0 = those of a node
+    frozen: Literal["replicated", "sharded"] = "replicated"  # layers of a language model that does not train
+    reshards: bool = True  # give a layer's gathered weights back behind its forward pass, to gather them once more
+
+    def __post_init__(self) -> None:
+        if self.processes < 0 or (self.processes and self.mode != "hsdp"):
+            raise ConfigError(f"shard.processes is {self.processes} under mode {self.mode}; it is a count under hsdp.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Real corpora in place of the drawn world; rows x width positions are one microbatch of one process."""
+
+    mixture: str = ""  # file that lists weighted sources (`data.mix`), "" = the drawn world
+    rows: int = 8
+    width: int = 1024  # positions of a row; longer documents are counted as broken
+    workers: int = 0  # processes that read ahead
+    broken: str = ""  # file that lists broken samples, "" = they are only counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage: how long, how much, how fast."""
+
+    name: StageName
+    steps: int
+    batch: int  # documents per step; of real corpora as many as fit
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    save_every: int = 200  # steps between checkpoints
+    log_every: int = 10  # steps between metric lines
+    caption_drop: float = 0.1  # share of drawings whose words are dropped (t2i, joint)
+    hidden_share: float = 0.4  # largest share of hidden patches (features)
+    perceptual: float = 0.0  # weight of the distance in the extractor's own features (fae)
+    lpips: float = 0.0  # weight of LPIPS, where the package lpips and its weights are there (fae)
+    adversarial: float = 0.0  # weight of the judge of features (fae)
+    text_weight: float = 0.25  # of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
+    blind_share: float = 0.0  # of last edits, predicted without sight of their own latents (joint)
+    keep: float = 0.0  # weight of the distance to what the flow of stage t2i draws from words alone (joint)
+    distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
+    codec_weight: float = 0.0  # of the FAE's own losses, 0 = frozen; above, FAE and flow train end to end (t2i)
+    captions: CaptionConfig = field(default_factory=CaptionConfig)  # of drawings (t2i, joint)
+    mix: MixConfig = field(default_factory=MixConfig)  # of documents (joint)
+    opening: OpeningConfig = field(default_factory=OpeningConfig)  # what comes in front of that (joint)
+    accumulate: int = 1  # microbatches of a step in every process
+    # whose layers forget their activations and compute them again in the backward pass
+    checkpoint_activations: Literal["none", "trained", "all"] = "none"
+    shard: ShardConfig = field(default_factory=ShardConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+
+    def __post_init__(self) -> None:
+        if self.codec_weight < 0 or (self.codec_weight and self.name != "t2i"):
+            raise ConfigError(
+                f"codec_weight is {self.codec_weight} in stage {self.name}; expected 0, or more in stage t2i, "
+                "where FAE and flow can train together."
+            )
+        if self.keep < 0 or (self.keep and (self.name != "joint" or self.shard.mode != "none")):
+            raise ConfigError(
+                f"keep is {self.keep} in stage {self.name} under shard.mode {self.shard.mode}; expected 0, or more in "
+                "stage joint of processes that each hold a copy."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A recipe: the model, its stages in order, the seed of everything."""
+
+    model: ModelConfig
+    stages: tuple[StageConfig, ...]
+    seed: int = 0
+    precision: Precision = "auto"  # autocast type; "auto" times both on this machine
+
+    def stage(self, name: str) -> StageConfig:
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        known = [s.name for s in self.stages]
+        raise ConfigError(f"stage is {name!r}; expected one of {known}.{nearest(name, known)}")

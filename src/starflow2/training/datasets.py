@@ -1,0 +1,122 @@
+"""Training items made from the drawn world: pictures, captioned pictures, packed conversations.
+
+Every random choice is a pure function of (seed, stage, index or step). Letters: B documents, P pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from starflow2.core.images import to_floats
+from starflow2.data.dialogue import Dialogue, Turn, pictures, without_words
+from starflow2.models.components import Parts
+from starflow2.models.sequence import Batch, Layout, pack
+from starflow2.models.tokenizer import ChatTokenizer
+from starflow2.training.config import CaptionConfig, StageConfig
+from starflow2.world.captions import draw_task
+from starflow2.world.conversations import understanding_dialogue
+from starflow2.world.edits import edit_chain_dialogue, edit_dialogue, edit_task
+from starflow2.world.scene import Scene, SceneDialogue, render_batch, stream
+from starflow2.world.stories import story_beginning, story_dialogue, story_task
+
+__all__: list[str] = []
+
+
+def to_images(scenes: Sequence[Scene]) -> Tensor:
+    """Rendered scenes (B, 3, 64, 64) in [-1, 1]."""
+    return to_floats(render_batch(scenes))
+
+
+@dataclass(frozen=True, slots=True)
+class Scenes:
+    """Pictures (B, 3, 64, 64) of the training scenes."""
+
+    seed: int
+
+    def __call__(self, indices: range) -> Tensor:
+        return to_images([draw_task(self.seed, i).scene for i in indices])
+
+
+@dataclass(frozen=True, slots=True)
+class Captions:
+    """The same with their prompts as token ids, `drop` of them empty."""
+
+    tokenizer: ChatTokenizer
+    seed: int
+    drop: float
+    shares: CaptionConfig
+
+    def __call__(self, indices: range) -> tuple[Tensor, list[list[int]]]:
+        weights = asdict(self.shares)
+        drawings = [draw_task(self.seed, i, weights=weights) for i in indices]
+        drops = np.random.default_rng([self.seed, indices.start]).random(len(indices)) < self.drop
+        prompts = ["" if gone else d.prompt for d, gone in zip(drawings, drops, strict=True)]
+        return to_images([d.scene for d in drawings]), [self.tokenizer.drawing_prompt(p) for p in prompts]
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Conversations packed into rows, and their pictures (P, 3, s, s) in order."""
+
+    tokenizer: ChatTokenizer
+    layout: Layout
+    image_size: int
+    dialogue: Callable[[int], SceneDialogue]  # by index
+
+    @classmethod
+    def of(cls, parts: Parts, dialogue: Callable[[int], SceneDialogue], layout: Layout | None = None) -> Documents:
+        """`layout`: how pictures are spelled, by default with one slot per latent."""
+        assert parts.tokenizer is not None
+        return cls(parts.tokenizer, layout or parts.layout, parts.cfg.fae.image_size, dialogue)
+
+    def __call__(self, indices: range) -> tuple[Tensor, Batch]:
+        dialogues = [self.dialogue(i) for i in indices]
+        scenes = [scene for dialogue in dialogues for scene in dialogue.pictures]
+        images = to_images(scenes) if scenes else torch.zeros(0, 3, self.image_size, self.image_size)
+        return images, pack([self.tokenizer.document(d.turns) for d in dialogues], self.layout)
+
+
+def joint_dialogue(stage: StageConfig, seed: int, index: int) -> SceneDialogue:
+    """Document number `index` of stage 3, its words dropped now and then."""
+    rng = stream(seed, index, _JOINT_STREAM)
+    mix = stage.opening.mix if index < stage.opening.steps * stage.batch else stage.mix
+    shares = np.array([getattr(mix, f.name) for f in fields(mix)])
+    name = fields(mix)[int(rng.choice(len(shares), p=shares / shares.sum()))].name
+    return dropped(_makers(stage.captions)[name](seed, index), rng, stage.caption_drop)
+
+
+def _drawing(shares: CaptionConfig, seed: int, index: int) -> SceneDialogue:
+    drawing = draw_task(seed, index, weights=asdict(shares))
+    return Dialogue((Turn((drawing.prompt,), (drawing.scene,)),), "draw")
+
+
+_JOINT_STREAM = 21
+
+
+def _makers(captions: CaptionConfig) -> dict[str, Callable[[int, int], SceneDialogue]]:
+    """What makes stage 3's documents from (seed, index), by the names of `MixConfig`."""
+    return {
+        "understand": understanding_dialogue,
+        "draw": partial(_drawing, captions),
+        "edit": lambda seed, index: edit_dialogue(edit_task(seed, index)),
+        "chain": edit_chain_dialogue,
+        "beginning": story_beginning,
+        "story": lambda seed, index: story_dialogue(story_task(seed, index)),
+    }
+
+
+def dropped(dialogue: SceneDialogue, rng: np.random.Generator, share: float) -> SceneDialogue:
+    """In `share` of the dialogues with a drawn picture the user says nothing; in half of those, shows nothing either.
+
+    That is what guidance calls the unconditional branch (docs/choices.md#guidance).
+    """
+    drawn = any(pictures(turn.told) for turn in dialogue.turns)
+    if not drawn or rng.random() >= share:
+        return dialogue
+    return without_words(dialogue, shows=bool(rng.random() < 0.5))
