@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from starflow2.flow.noise import add_noise
-from starflow2.models.checkpoint import load_parts
-from starflow2.models.components import Parts
+from starflow2.models.checkpoint import load_components
+from starflow2.models.components import Components
 from starflow2.models.sequence import pack
 from starflow2.training.datasets import to_images
 from starflow2.world.edits import Edit, edit_dialogue, suite_edits
@@ -44,29 +44,29 @@ def changed(edit: Edit, index: int) -> Scene:
     return replace(edit.source, things=tuple(things))
 
 
-def encode(parts: Parts, scenes: Sequence[Scene]) -> Tensor:
-    return parts.codec.encode(to_images(list(scenes))).float()
+def encode(components: Components, scenes: Sequence[Scene]) -> Tensor:
+    return components.codec.encode(to_images(list(scenes))).float()
 
 
-def predicted(parts: Parts, edits: Sequence[Edit]) -> tuple[Tensor, Tensor]:
+def predicted(components: Components, edits: Sequence[Edit]) -> tuple[Tensor, Tensor]:
     """Latents (B, N, D) of the sources, and of what comes of them without sight of what came."""
-    assert parts.tokenizer is not None
-    batch = pack([parts.tokenizer.document(edit_dialogue(e).turns) for e in edits], parts.layout)
-    latents = encode(parts, [scene for e in edits for scene in (e.source, e.target)])
+    assert components.tokenizer is not None
+    batch = pack([components.tokenizer.document(edit_dialogue(e).turns) for e in edits], components.layout)
+    latents = encode(components, [scene for e in edits for scene in (e.source, e.target)])
     blind = batch.pictures.is_target
     level = torch.where(blind, torch.tensor(LEVEL), torch.tensor(CLEAN))
     noisy = add_noise(latents, level, torch.Generator().manual_seed(0))
-    mean = parts.pretzel.forward(batch, noisy, level, blind).affine.mu[blind]
-    return latents[~blind], parts.flow.shallow.inverse(mean, level[blind])
+    mean = components.pretzel.forward(batch, noisy, level, blind).affine.mu[blind]
+    return latents[~blind], components.flow.shallow.inverse(mean, level[blind])
 
 
-def ways(parts: Parts, edits: Sequence[Edit]) -> Iterator[tuple[bool, float]]:
+def ways(components: Components, edits: Sequence[Edit]) -> Iterator[tuple[bool, float]]:
     """Of every object of every edit: whether it was named, and how far the prediction went to change it."""
     for first in range(0, len(edits), BATCH):
         some = edits[first : first + BATCH]
-        for edit, source, found in zip(some, *predicted(parts, some), strict=True):
+        for edit, source, found in zip(some, *predicted(components, some), strict=True):
             for index in range(len(edit.source.things)):
-                way = encode(parts, [changed(edit, index)])[0] - source
+                way = encode(components, [changed(edit, index)])[0] - source
                 way = way * (way.square().mean(-1, keepdim=True) > MOVED)
                 if way.any():
                     yield index == edit.before, float(((found - source) * way).sum() / way.square().sum())
@@ -79,11 +79,11 @@ def main() -> None:
         "--items", type=int, default=40, help="edits of each operation, those of a single object left out"
     )
     asked = parser.parse_args()
-    parts = load_parts(asked.model, "cpu")
+    components = load_components(asked.model, "cpu")
     every = [e for e in suite_edits("dev", "id", asked.items) if len(e.source.things) > 1]
     with torch.no_grad():
         for operation in OPERATIONS:
-            told = list(ways(parts, [e for e in every if e.operation == operation]))
+            told = list(ways(components, [e for e in every if e.operation == operation]))
             named, others = ([way for is_named, way in told if is_named == which] for which in (True, False))
             ahead = np.mean([a > b for a in named for b in others])
             print(f"{operation}: named {np.mean(named):.3f}, others {np.mean(others):.3f}, AUC {ahead:.3f}")

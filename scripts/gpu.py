@@ -104,13 +104,13 @@ def speed(device: str) -> None:
     """Seconds of drawing at several batch sizes with the model that is there."""
     model = StarFlow2.from_pretrained(RUN / "model", device=device)
     for batch in (1, 16, 128):
-        config = DrawConfig.for_model(model.parts, batch=batch)
+        config = DrawConfig.for_model(model.components, batch=batch)
         for _ in range(2):  # the first one warms up
             torch.cuda.synchronize() if device == "cuda" else None
             started = time.perf_counter()
             model.draw(["two red hearts"] * batch, list(range(batch)), config)
             seconds = time.perf_counter() - started
-        print(f"batch {batch}: {seconds:.2f} s, {seconds / batch:.4f} s per picture, {Sampler(model.parts).dtype}")
+        print(f"batch {batch}: {seconds:.2f} s, {seconds / batch:.4f} s per picture, {Sampler(model.components).dtype}")
 
 
 def suites(out: Path, device: str) -> None:

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 
 from starflow2.data.mixture import fits
-from starflow2.models.checkpoint import load_parts
-from starflow2.models.components import Parts
+from starflow2.models.checkpoint import load_components
+from starflow2.models.components import Components
 from starflow2.models.hub import NANO
 from starflow2.models.sequence import IGNORE, Batch, Document, Image, Layout, Pictures, Segment, Text, pack
 from starflow2.training.config import StageConfig
@@ -126,10 +126,10 @@ def slots(batches: Sequence[Batch]) -> int:
     return sum(batch.ids.numel() for batch in batches)
 
 
-def joint_task(parts: Parts, stage: StageConfig) -> Task:
+def joint_task(components: Components, stage: StageConfig) -> Task:
     """Stage 3 over these weights, ready for gradients."""
-    task = TASKS["joint"](parts, stage, 0)
-    parts.requires_grad_(False)
+    task = TASKS["joint"](components, stage, 0)
+    components.requires_grad_(False)
     task.trained.train().requires_grad_(True)
     return task
 
@@ -150,7 +150,7 @@ def seconds(task: Task, batches: Sequence[Batch], size: int) -> float:
 
 def measure(task: Task, arms: dict[str, list[Batch]], rounds: int) -> dict[str, Any]:
     """Both arms in turn, `rounds` times behind one batch of each that does not count."""
-    size = task.parts.cfg.fae.image_size
+    size = task.components.cfg.fae.image_size
     for batches in arms.values():
         seconds(task, batches[:1], size)
     rates: dict[str, list[float]] = {name: [] for name in arms}
@@ -178,11 +178,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None)
     asked = parser.parse_args()
-    parts = load_parts(asked.model)
-    made = documents(parts.layout, parts.cfg.vlm.vocab, asked.documents, asked.seed)
-    budget = (parts.layout, asked.rows, asked.width)
+    components = load_components(asked.model)
+    made = documents(components.layout, components.cfg.vlm.vocab, asked.documents, asked.seed)
+    budget = (components.layout, asked.rows, asked.width)
     arms = {"packed": packed(made, *budget), "one_a_row": one_a_row(made, *budget)}
-    result = measure(joint_task(parts, replace(nano().stage("joint"), keep=0.0)), arms, asked.rounds)
+    result = measure(joint_task(components, replace(nano().stage("joint"), kl_to_t2i=0.0)), arms, asked.rounds)
     how = {"threads": torch.get_num_threads(), "cpus": os.cpu_count(), "machine": platform.machine()}
     result |= {"documents": asked.documents, "rows": asked.rows, "width": asked.width, **how}
     print(json.dumps(result, indent=1))

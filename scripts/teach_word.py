@@ -31,7 +31,7 @@ from starflow2.pipeline import StarFlow2
 from starflow2.training.finetune import FinetuneConfig, finetune, read_album
 from starflow2.world import detector as judge
 from starflow2.world import scene as world
-from starflow2.world.captions import draw_task
+from starflow2.world.captions import caption_task
 
 WORD, RGB = "brown", (110, 50, 10)  # more than 0.3 from every colour of the world, the judge's tolerance
 WRITTEN_LIKE = ("red", "yellow", "green", "blue", "purple", "pink", "black")  # not orange: "an" would be wrong
@@ -54,7 +54,7 @@ def captioned(count: int, seed: int) -> Iterator[tuple[np.ndarray, str]]:
     made = index = 0
     with one_more_colour() as new:
         while made < count:
-            drawing = draw_task(seed, index)
+            drawing = caption_task(seed, index)
             index += 1
             words, things = drawing.prompt.split(), drawing.scene.things
             for old, name in enumerate(world.COLORS):
@@ -114,7 +114,7 @@ def main() -> None:
     asked = parser.parse_args()
     write_album(asked.out / "album", asked.pictures, seed=7)
     before = StarFlow2.from_pretrained(asked.model, device=asked.device)
-    album = read_album(asked.out / "album", before.parts.cfg.fae.image_size)
+    album = read_album(asked.out / "album", before.components.cfg.fae.image_size)
     result: dict[str, Any] = {"codec_ceiling": codec_ceiling(before, album.pictures)}
     result["before"] = scores(before, asked.samples, asked.quick_suite == "yes")
     config = FinetuneConfig(steps=asked.steps, lr=asked.lr, replay=asked.replay, batch=asked.batch)

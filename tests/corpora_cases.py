@@ -29,8 +29,8 @@ class Letters:
     def document(self, turns: Sequence[Turn[Photo]]) -> list[Segment]:
         segments: list[Segment] = []
         for turn in turns:
-            segments += [Text((4,)), *self._parts(turn.asked, False)]
-            segments += [Text((5,)), *self._parts(turn.told, True), Text((6,), is_target=True)]
+            segments += [Text((4,)), *self._parts(turn.user, False)]
+            segments += [Text((5,)), *self._parts(turn.assistant, True), Text((6,), is_target=True)]
         return segments
 
     @staticmethod

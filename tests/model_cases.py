@@ -11,16 +11,16 @@ import torch
 
 from helpers import wake
 from starflow2.flow import NoiseConfig
-from starflow2.models.checkpoint import save_parts
-from starflow2.models.components import Parts
+from starflow2.models.checkpoint import save_components
+from starflow2.models.components import Components
 from starflow2.models.config import ModelConfig
 from starflow2.models.tokenizer import ChatTokenizer, train_tokenizer
 from starflow2.nn import StackConfig
 from starflow2.training import tasks as stages
 from starflow2.training.config import MixConfig, OptimConfig, RunConfig, StageConfig
 from starflow2.training.recipes import nano_model, smoke
-from starflow2.world.captions import draw_task
-from starflow2.world.questions import lexicon, understanding_task
+from starflow2.world.captions import caption_task
+from starflow2.world.questions import known_words, understanding_task
 
 WHITEN = stages.T2iTask._whiten
 WIDTH, LATENT = 40, 4  # of every stream; channels of a latent
@@ -79,7 +79,7 @@ def tiny_model(side: int = 8) -> ModelConfig:
 def texts(count: int) -> Iterable[str]:
     """Captions, questions and answers of the first training items."""
     for index in range(count):
-        yield draw_task(0, index).prompt
+        yield caption_task(0, index).prompt
         for question, answer in understanding_task(0, index)[1]:
             yield question
             yield answer
@@ -90,12 +90,12 @@ def tiny_tokenizer() -> ChatTokenizer:
     return train_tokenizer(texts(60), tiny_model().vlm.vocab)
 
 
-def tiny_parts(stages: tuple[str, ...] = STAGES[:4], scale: float = 0.05, side: int = 8) -> Parts:
+def tiny_components(stages: tuple[str, ...] = STAGES[:4], scale: float = 0.05, side: int = 8) -> Components:
     """Woken parts that claim to have finished `stages`; the same weights at every call."""
     torch.manual_seed(3)
-    parts = wake(Parts(tiny_model(side), tiny_tokenizer()), scale)
-    parts.lexicon, parts.stages = lexicon(), stages
-    return parts.eval()
+    components = wake(Components(tiny_model(side), tiny_tokenizer()), scale)
+    components.vocabulary, components.finished_stages = known_words(), stages
+    return components.eval()
 
 
 def mix_of(**shares: float) -> MixConfig:
@@ -121,5 +121,5 @@ def whiten_quickly() -> None:
 
 def tiny_folder(folder: Path, stages: tuple[str, ...] = ("features", "fae", "vlm")) -> Path:
     """`folder` with a model in it that is ready for the stage behind `stages`."""
-    save_parts(tiny_parts(stages), folder / "model")
+    save_components(tiny_components(stages), folder / "model")
     return folder

@@ -23,7 +23,7 @@ from model_cases import mix_of
 from pretrained_cases import paper_in_miniature, write_upstream
 from shard_program import start
 from starflow2.models import pretzel
-from starflow2.models.checkpoint import save_parts, start_parts
+from starflow2.models.checkpoint import save_components, start_components
 from starflow2.models.config import ModelConfig
 from starflow2.models.pretrained import Pretrained
 from starflow2.nn import StackConfig
@@ -53,9 +53,9 @@ def write_run(folder: Path, upstream: Path) -> None:
     cfg = large(upstream)
     write_upstream(upstream, cfg)
     torch.manual_seed(5)
-    parts = start_parts(cfg)
-    parts.stages = ("fae", "t2i", "adapter")
-    save_parts(parts, folder / "model")
+    components = start_components(cfg)
+    components.finished_stages = ("fae", "t2i", "adapter")
+    save_components(components, folder / "model")
 
 
 def recipe(upstream: Path, frozen: str) -> RunConfig:
@@ -106,11 +106,11 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def held(parts: Any, folder: Path, upstream: Path) -> dict[str, Any]:
+def held(components: Any, folder: Path, upstream: Path) -> dict[str, Any]:
     """What this process has of the layers of flow and language model, against what the files have."""
-    own = {f"flow.{k}": p for k, p in parts.flow.named_parameters() if ".layers." in k}
+    own = {f"flow.{k}": p for k, p in components.flow.named_parameters() if ".layers." in k}
     files = stored(folder / "model")
-    language = parts.vlm.model.model.language_model
+    language = components.vlm.model.model.language_model
     own |= {f"vlm.{k}": p for k, p in language.named_parameters() if k.startswith("layers.")}
     files |= {f"vlm.layers.{k.split('layers.')[1]}": v for k, v in stored(upstream / "vlm").items() if "layers." in k}
     found: dict[str, Any] = {"whole": 0, "here": 0, "wrong": [], "dtypes": []}
@@ -136,7 +136,7 @@ def work(job: dict[str, Any], rank: int) -> None:
 
     def looked(task: Any, *rest: Any) -> Any:
         peak = watch.stop()
-        found = held(task.parts, folder, upstream) | {"peak": peak}
+        found = held(task.components, folder, upstream) | {"peak": peak}
         (folder / f"found-{rank}.json").write_text(json.dumps(found))
         return new_state(task, *rest)
 

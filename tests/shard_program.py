@@ -73,8 +73,8 @@ def work(job: dict[str, Any], rank: int) -> None:
 
         trainstate._Shards._take_over = killed  # type: ignore[method-assign]
     if job.get("double"):
-        start_parts = train._start_parts
-        train._start_parts = lambda *args: start_parts(*args).double()
+        start_components = train._start_components
+        train._start_components = lambda *args: start_components(*args).double()
     datasets.joint_dialogue = often_words
     if "spoil" in job and rank == 1:
         loss = stages.JointTask.loss

@@ -12,20 +12,20 @@ import pytest
 import torch
 from torch import nn
 
-from model_cases import STAGES, WHITEN, tiny_folder, tiny_parts, tiny_run, whiten_quickly
+from model_cases import STAGES, WHITEN, tiny_components, tiny_folder, tiny_run, whiten_quickly
 from starflow2 import nn as nn_module
 from starflow2.errors import ConfigError, OutputError, TrainingError
 from starflow2.flow import Affine, Flow
 from starflow2.models import pretzel
-from starflow2.models.checkpoint import load_parts
+from starflow2.models.checkpoint import load_components
 from starflow2.models.pretzel import Pretzel
 from starflow2.training import checkpoint as trainstate
 from starflow2.training import loop as train
 from starflow2.training import parallel
 from starflow2.training import tasks as stages
-from starflow2.training.checkpoint import State, store_for
+from starflow2.training.checkpoint import TrainState, store_for
 from starflow2.training.config import OptimConfig, ShardConfig, StageConfig
-from starflow2.training.parallel import Group, check_shares, checkpoint_layers
+from starflow2.training.parallel import Distributed, check_batch_divides, checkpoint_layers
 from starflow2.training.task import Task
 from starflow2.training.tasks import TASKS
 
@@ -39,17 +39,21 @@ def stage_of(name: str, **changes: Any) -> StageConfig:
 def gradients(name: str, batches: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, torch.Tensor]:
     """Gradients and told values of the first step, with noise that every picture brings along."""
     stage = stage_of(name, accumulate=batches, **changes)
-    parts = tiny_parts(STAGES)
-    monkeypatch.setattr("starflow2.training.tasks._source_levels", lambda parts, count, _: torch.full((count,), 0.2))
+    components = tiny_components(STAGES)
+    monkeypatch.setattr(
+        "starflow2.training.tasks._source_levels", lambda components, count, _: torch.full((count,), 0.2)
+    )
     monkeypatch.setattr("starflow2.training.tasks.add_noise", lambda x, level, _: x + 0.1 * torch.sin(1e3 * x))
-    monkeypatch.setattr("starflow2.flow.noise.NoiseConfig.draw", lambda self, count, _: torch.full((count,), 0.3))
-    task = TASKS[name](parts, stage, 0)
-    parts.requires_grad_(False)
+    monkeypatch.setattr(
+        "starflow2.flow.noise.NoiseConfig.sample_levels", lambda self, count, _: torch.full((count,), 0.3)
+    )
+    task = TASKS[name](components, stage, 0)
+    components.requires_grad_(False)
     task.trained.requires_grad_(True)
     checkpoint_layers(task, stage)
-    group, share = Group(), 8 // batches
-    data = [task.draw(range(i * share, (i + 1) * share)) for i in range(batches)]
-    told = train._backward(task, stage, data, train._Step(0, "float32", "cpu", group), 0)
+    group, share = Distributed(), 8 // batches
+    data = [task.make_batch(range(i * share, (i + 1) * share)) for i in range(batches)]
+    told = train._backward(task, stage, data, train.StepContext(0, "float32", "cpu", group), 0)
     grads = {k: p.grad for k, p in task.trained.named_parameters() if p.grad is not None}
     return {f"told/{k}": v for k, v in told.items()} | grads
 
@@ -83,26 +87,26 @@ def test_activations_that_are_computed_twice_change_no_number(name, which, monke
 
 
 def test_recomputed_layers_keep_the_names_of_their_weights_and_can_be_copied():
-    parts = tiny_parts(STAGES)
-    names = list(parts.state_dict())
-    task = TASKS["joint"](parts, RUN.stage("joint"), 0)
+    components = tiny_components(STAGES)
+    names = list(components.state_dict())
+    task = TASKS["joint"](components, RUN.stage("joint"), 0)
     stage = stage_of("joint", checkpoint_activations="all")
     checkpoint_layers(task, stage)
     checkpoint_layers(task, stage)
-    assert list(parts.state_dict()) == names
-    twin: Flow = copy.deepcopy(parts.flow)
+    assert list(components.state_dict()) == names
+    twin: Flow = copy.deepcopy(components.flow)
     with torch.no_grad():
         for p in twin.parameters():
             p.zero_()
-    assert type(twin.deep.body.layers[0]).__mro__[1:] == type(parts.flow.deep.body.layers[0]).__mro__[1:]
+    assert type(twin.deep.body.layers[0]).__mro__[1:] == type(components.flow.deep.body.layers[0]).__mro__[1:]
     latents = torch.randn(1, 64, 4)
-    assert not torch.equal(twin.shallow(latents, torch.ones(1))[0], parts.flow.shallow(latents, torch.ones(1))[0])
-    assert isinstance(Pretzel(parts.vlm, parts.flow, parts.joints).in_float64(), Pretzel)
+    assert not torch.equal(twin.shallow(latents, torch.ones(1))[0], components.flow.shallow(latents, torch.ones(1))[0])
+    assert isinstance(Pretzel(components.vlm, components.flow, components.joints).in_float64(), Pretzel)
 
 
 def test_shares_must_be_equal_and_settings_must_fit():
     with pytest.raises(TrainingError, match="8 cannot be shared equally by 1 processes of 3"):
-        check_shares(stage_of("t2i", accumulate=3), Group())
+        check_batch_divides(stage_of("t2i", accumulate=3), Distributed())
     with pytest.raises(ConfigError, match=r"shard\.processes is 2 under mode fsdp"):
         ShardConfig(mode="fsdp", processes=2)
 
@@ -111,10 +115,10 @@ def test_shares_must_be_equal_and_settings_must_fit():
 def test_moments_of_eight_bits_without_their_library_say_what_to_install(states, package, monkeypatch):
     monkeypatch.setitem(sys.modules, f"{package}.optim", None)  # as if it were not there
     with pytest.raises(ConfigError, match=f"pip install {package}"):
-        train.adam([nn.Parameter(torch.zeros(2))], OptimConfig(states=states))
+        train.adam([nn.Parameter(torch.zeros(2))], OptimConfig(optimizer_state_dtype=states))
 
 
-def stepped(state: State, steps: int) -> None:
+def stepped(state: TrainState, steps: int) -> None:
     for i in range(steps):
         x = torch.randn(8, 128, generator=torch.Generator().manual_seed(i + state.step))
         state.trained["a"](x).square().mean().backward()
@@ -132,14 +136,14 @@ def stepped(state: State, steps: int) -> None:
 )
 def test_moments_of_eight_bits_are_small_close_and_go_on_bit_for_bit(states, package, moment, tmp_path):
     pytest.importorskip(package)
-    config = OptimConfig(lr=1e-3, states=states)
+    config = OptimConfig(lr=1e-3, optimizer_state_dtype=states)
 
-    def fresh(o: OptimConfig) -> State:
+    def fresh(o: OptimConfig) -> TrainState:
         torch.manual_seed(1)
         trained = nn.ModuleDict({"a": nn.Linear(128, 64)})
-        return State(trained, {}, [train.adam(list(trained.parameters()), o)])
+        return TrainState(trained, {}, [train.adam(list(trained.parameters()), o)])
 
-    whole, broken, plain = fresh(config), fresh(config), fresh(replace(config, states="float32"))
+    whole, broken, plain = fresh(config), fresh(config), fresh(replace(config, optimizer_state_dtype="float32"))
     stepped(whole, 4)
     stepped(plain, 4)
     stepped(broken, 2)
@@ -154,8 +158,8 @@ def test_moments_of_eight_bits_are_small_close_and_go_on_bit_for_bit(states, pac
 
 
 def test_drawings_are_counted_by_their_pictures():
-    task: Task = TASKS["t2i"](tiny_parts(STAGES), RUN.stage("t2i"), 0)
-    assert task.counts(task.draw(range(2))) == {"pictures": 2}
+    task: Task = TASKS["t2i"](tiny_components(STAGES), RUN.stage("t2i"), 0)
+    assert task.counts(task.make_batch(range(2))) == {"pictures": 2}
 
 
 # -- one process with the code of many
@@ -187,7 +191,7 @@ def test_every_stage_trains_in_shards_as_it_does_in_copies(name, tmp_path, monke
         train.fit(run, name, folder, report=lambda line, to=losses: to.append(line.metrics["loss"]))
         told[mode] = losses
     assert told["none"] == pytest.approx(told["fsdp"], abs=1e-5) and len(told["none"]) == 3
-    one, other = (load_parts(tmp_path / mode / "model").state_dict() for mode in ("none", "fsdp"))
+    one, other = (load_components(tmp_path / mode / "model").state_dict() for mode in ("none", "fsdp"))
     assert one.keys() == other.keys() and all(torch.allclose(one[k], other[k], atol=1e-4) for k in one)
 
 
@@ -209,7 +213,7 @@ def test_under_bfloat16_layers_run_in_it_and_affine_maths_and_weights_stay_float
     monkeypatch.setattr(nn_module, "attention", attended)
     run = tiny_run(1, 1, precision="bfloat16")
     run = replace(run, stages=tuple(replace(s, shard=ShardConfig(mode="fsdp"), optim=PLAIN) for s in run.stages))
-    kept: list[State] = []
+    kept: list[TrainState] = []
     new_state = train._new_state
     monkeypatch.setattr(train, "_new_state", lambda *a: kept.append(new_state(*a)) or kept[-1])
     train.fit(run, "joint", tiny_folder(tmp_path, STAGES[:5]))
@@ -221,18 +225,18 @@ def test_under_bfloat16_layers_run_in_it_and_affine_maths_and_weights_stay_float
 @pytest.mark.usefixtures("_alone")
 def test_a_run_cannot_change_between_copies_and_shards_in_silence(tmp_path):
     stage, sharded = RUN.stage("t2i"), replace(RUN.stage("t2i"), shard=ShardConfig(mode="fsdp"))
-    shards = Group.from_environment("cpu", sharded.shard)
+    shards = Distributed.from_environment("cpu", sharded.shard)
     (tmp_path / "state-t2i").mkdir()
     with pytest.raises(TrainingError, match=r"another shard\.mode than none"):
-        store_for(tmp_path, stage, Group())
+        store_for(tmp_path, stage, Distributed())
     (tmp_path / "state-t2i").rmdir()
     (tmp_path / "state-t2i.safetensors").touch()
     with pytest.raises(TrainingError, match=r"another shard\.mode than fsdp"):
         store_for(tmp_path, sharded, shards)
     with pytest.raises(TrainingError, match="8bit and shard"):
-        check_shares(replace(sharded, optim=OptimConfig(states="8bit")), shards)
+        check_batch_divides(replace(sharded, optim=OptimConfig(optimizer_state_dtype="8bit")), shards)
     with pytest.raises(TrainingError, match="no process holds whole weights"):
-        check_shares(sharded, shards, evaluates=True)
+        check_batch_divides(sharded, shards, evaluates=True)
 
 
 @pytest.mark.usefixtures("_alone")

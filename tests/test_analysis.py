@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model_cases import STAGES, tiny_parts
+from model_cases import STAGES, tiny_components
 from starflow2.core.images import CURVES, Panel, histogram_outline, plot_panels
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.inference.config import DrawConfig
@@ -25,17 +25,17 @@ from starflow2.research.analysis import (
     skip_contributions,
     turn_costs,
 )
-from starflow2.research.mot import MotParts
-from starflow2.world.questions import lexicon
+from starflow2.research.mot import MotComponents
+from starflow2.world.questions import known_words
 
 SIDE = 2
 COUNT = SIDE * SIDE
 
 
 def a_sampler(**changes: object) -> Sampler:
-    parts = tiny_parts(STAGES, side=SIDE)
-    parts.lexicon = lexicon()
-    return Sampler(parts, replace(DrawConfig(guidance=0.0, precision="float32"), **changes))  # type: ignore[arg-type]
+    components = tiny_components(STAGES, side=SIDE)
+    components.vocabulary = known_words()
+    return Sampler(components, replace(DrawConfig(guidance=0.0, precision="float32"), **changes))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_closed_skip_a_model_without_skips_and_no_prompts_are_refused():
     sampler.pretzel.skips = frozenset({"text"})
     with pytest.raises(ConfigError, match="expected both open"):
         skip_contributions(sampler)
-    baseline = Sampler(MotParts(sampler.parts), sampler.config)
+    baseline = Sampler(MotComponents(sampler.components), sampler.config)
     with pytest.raises(ConfigError, match="expected both open"):
         skip_contributions(baseline)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from starflow2.errors import ConfigError, DataError
-from starflow2.research.runs import StepTeller, side_by_side
+from starflow2.research.runs import ProgressPrinter, run_parallel
 from starflow2.training.loop import StepReport
 
 
@@ -22,7 +22,7 @@ def trained(unit: int) -> list[dict[str, Any]]:
 
 def test_one_job_keeps_to_this_process_and_begins_an_arm_when_it_is_asked_for():
     begun = []
-    rows = side_by_side(lambda unit: begun.append(unit) or [{"unit": unit}], [3, 1, 2])
+    rows = run_parallel(lambda unit: begun.append(unit) or [{"unit": unit}], [3, 1, 2])
     assert next(rows) == [{"unit": 3}] and begun == [3]
     assert [row[0]["unit"] for row in rows] == [1, 2]
 
@@ -31,7 +31,7 @@ def test_several_jobs_divide_the_threads_among_processes():
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        rows = [row for found in side_by_side(trained, [3, 1, 2], jobs=2) for row in found]
+        rows = [row for found in run_parallel(trained, [3, 1, 2], jobs=2) for row in found]
     finally:
         torch.set_num_threads(threads)
     assert sorted(row["unit"] for row in rows) == [1, 2, 3]
@@ -40,16 +40,16 @@ def test_several_jobs_divide_the_threads_among_processes():
 
 def test_a_failure_in_a_process_arrives_here():
     with pytest.raises(DataError, match="unlucky"):
-        list(side_by_side(trained, [13, 1], jobs=2))
+        list(run_parallel(trained, [13, 1], jobs=2))
 
 
 def test_no_job_is_refused():
     with pytest.raises(ConfigError, match="jobs is 0"):
-        next(side_by_side(trained, [1], jobs=0))
+        next(run_parallel(trained, [1], jobs=0))
 
 
 def test_an_arm_tells_ten_times_how_far_it_is(capsys):
-    tell = StepTeller("patches", 2)
+    tell = ProgressPrinter("patches", 2)
     for step in range(10, 801, 10):
         tell(StepReport("t2i", step, 800, {"loss": 0.5}, 1.0, 120.0))
     lines = capsys.readouterr().out.splitlines()

@@ -14,7 +14,7 @@ from starflow2.models.qwen import QwenStream
 from starflow2.models.sequence import image_mrope, text_mrope
 from starflow2.models.vision import DinoFeatures
 from starflow2.training.datasets import to_images
-from starflow2.world.captions import draw_task
+from starflow2.world.captions import caption_task
 from starflow2.world.scene import render
 
 SPECIAL = tiny_model().vlm.special
@@ -28,7 +28,7 @@ def a_stream(dtype: torch.dtype = torch.float32) -> QwenStream:
 
 def a_document(stream: QwenStream, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pictures, ids (B, T) with the picture behind two tokens, and our M-RoPE positions (3, B, T)."""
-    scenes = [draw_task(0, i).scene for i in range(rows)]
+    scenes = [caption_task(0, i).scene for i in range(rows)]
     grid = stream.cfg.image_grid
     count = grid[0] * grid[1]
     words = torch.randint(7, 200, (rows, 9))
@@ -54,7 +54,7 @@ def processed(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     processor = Qwen2VLImageProcessorPil(
         do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3, patch_size=cfg.vision_patch
     )
-    pictures = [np.asarray(render(draw_task(0, i).scene)) for i in range(rows)]
+    pictures = [np.asarray(render(caption_task(0, i).scene)) for i in range(rows)]
     out = processor(pictures, return_tensors="pt")
     return out["pixel_values"], out["image_grid_thw"]
 
@@ -153,7 +153,7 @@ def test_the_vision_tower_reads_each_picture_on_its_own_and_only_its_own_size():
 @torch.no_grad()
 def test_dino_features_are_transformers_patch_states_without_the_class_token():
     dino = wake(DinoFeatures(tiny_model().features), 0.1).eval()
-    images = to_images([draw_task(0, i).scene for i in range(2)])
+    images = to_images([caption_task(0, i).scene for i in range(2)])
     theirs = dino.model(images).last_hidden_state
     feats = dino.features(images)
     assert theirs.shape[1] == 65 and feats.shape == (2, 64, dino.feature_dim)
@@ -165,7 +165,7 @@ def test_dino_features_are_transformers_patch_states_without_the_class_token():
 @torch.no_grad()
 def test_hidden_patches_change_the_features_and_what_they_showed_no_longer_matters():
     dino = wake(DinoFeatures(tiny_model().features), 0.1).eval()
-    images = to_images([draw_task(0, 0).scene])
+    images = to_images([caption_task(0, 0).scene])
     hidden = torch.zeros(1, 64, dtype=torch.bool)
     hidden[0, 9] = True  # row 1, column 1
     feats = dino.features(images, hidden)
@@ -178,7 +178,7 @@ def test_hidden_patches_change_the_features_and_what_they_showed_no_longer_matte
 
 def test_every_caption_of_500_draws_and_every_answer_comes_back_from_the_tokenizer():
     tokenizer = tiny_tokenizer()
-    for text in {draw_task(0, i).prompt for i in range(500)} | set(texts(20)):
+    for text in {caption_task(0, i).prompt for i in range(500)} | set(texts(20)):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert max(tokenizer.encode(text)) < tokenizer.vocab <= tiny_model().vlm.vocab
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers import script
-from model_cases import STAGES, tiny_parts
+from model_cases import STAGES, tiny_components
 from starflow2.world.edits import Edit, suite_edits
 
 
@@ -32,7 +32,7 @@ def test_the_named_object_changed_as_told_is_the_target(binding):
 
 
 def test_a_prediction_of_the_target_changes_the_named_object_alone_and_one_of_the_source_none(binding, monkeypatch):
-    parts, edits = tiny_parts(STAGES), naming(binding)[:3]
+    parts, edits = tiny_components(STAGES), naming(binding)[:3]
     monkeypatch.setattr(binding, "MOVED", 0.0)  # random weights leave no latent far behind
     for show, goal in (("target", 1.0), ("source", 0.0)):
 
@@ -47,9 +47,9 @@ def test_a_prediction_of_the_target_changes_the_named_object_alone_and_one_of_th
 
 
 def test_what_is_predicted_does_not_depend_on_the_target(binding):
-    parts, edits = tiny_parts(STAGES), naming(binding)[:2]
+    components, edits = tiny_components(STAGES), naming(binding)[:2]
     with torch.no_grad():
-        source, found = binding.predicted(parts, edits)
-        _, other = binding.predicted(parts, [replace(e, target=e.source) for e in edits])
-        _, moved = binding.predicted(parts, [replace(e, source=e.target) for e in edits])
+        source, found = binding.predicted(components, edits)
+        _, other = binding.predicted(components, [replace(e, target=e.source) for e in edits])
+        _, moved = binding.predicted(components, [replace(e, source=e.target) for e in edits])
     assert source.shape == found.shape and torch.equal(found, other) and not torch.equal(found, moved)

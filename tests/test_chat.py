@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import one_hot
 
-from model_cases import tiny_parts
+from model_cases import tiny_components
 from starflow2.cli.repl import Album, Chat, Screen, graphics_of, inline, lines_of
 from starflow2.core.images import read_metadata
 from starflow2.errors import OutputError, PromptError
@@ -39,7 +39,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(scope="module")
 def model() -> StarFlow2:
-    return StarFlow2(tiny_parts(("features", "fae", "vlm", "t2i", "adapter", "joint")))
+    return StarFlow2(tiny_components(("features", "fae", "vlm", "t2i", "adapter", "joint")))
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +52,12 @@ def says(model, monkeypatch) -> Callable[..., None]:
     """Let the model reply with these words and pictures (None), over and over."""
 
     def script(*blocks: str | None) -> None:
-        layout, tokenizer = model.parts.layout, model.parts.tokenizer
+        layout, tokenizer = model.components.layout, model.components.tokenizer
         ids = [[layout.begin] if block is None else tokenizer.encode(block) for block in blocks]
         tokens = itertools.cycle([*itertools.chain(*ids), tokenizer.special.end])
 
         def logits(_: Pretzel, h: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
-            return one_hot(torch.tensor([next(tokens)] * len(h)), model.parts.cfg.vlm.vocab).double()
+            return one_hot(torch.tensor([next(tokens)] * len(h)), model.components.cfg.vlm.vocab).double()
 
         monkeypatch.setattr(Pretzel, "logits", logits)
 
@@ -74,7 +74,7 @@ def a_chat(model: StarFlow2, out: io.StringIO | None = None) -> Chat:
     return Chat(model.session(), screen, Album(Path("made"), SETTINGS))
 
 
-def heard(chat: Chat) -> tuple[str, str]:
+def normalized(chat: Chat) -> tuple[str, str]:
     """What stands on both streams, which are emptied."""
     texts = []
     for stream in (chat.screen.out, chat.screen.err):
@@ -86,7 +86,7 @@ def heard(chat: Chat) -> tuple[str, str]:
 
 def told(chat: Chat, *lines: str) -> tuple[str, str]:
     chat.run(lines)
-    return heard(chat)
+    return normalized(chat)
 
 
 def kinds(session: Session) -> list[str]:
@@ -116,7 +116,7 @@ def test_nothing_behind_quit_is_read(model, says):
     chat = a_chat(model)
     lines = iter(["two red hearts", "/quit", "a blue star"])
     chat.run(lines)
-    assert heard(chat) == ("a star\n", "") and list(lines) == ["a blue star"]
+    assert normalized(chat) == ("a star\n", "") and list(lines) == ["a blue star"]
 
 
 def test_a_shown_picture_is_part_of_the_turn_that_is_then_said(model, says):

@@ -14,23 +14,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model_cases import STAGES, tiny_model, tiny_parts, tiny_tokenizer
+from model_cases import STAGES, tiny_components, tiny_model, tiny_tokenizer
 from starflow2.errors import CheckpointError, ConfigError, StarFlowError
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.text_to_image import draw
 from starflow2.models import checkpoint
-from starflow2.models.checkpoint import FORMAT, load_parts, read_config, save_parts
-from starflow2.models.components import Parts
+from starflow2.models.checkpoint import FORMAT, load_components, read_config, save_components
+from starflow2.models.components import Components
 from starflow2.models.hub import NANO
 from starflow2.training.datasets import to_images
-from starflow2.world.captions import draw_task
+from starflow2.world.captions import caption_task
 
 FILES = ("model.safetensors", "vlm/model.safetensors", "features/model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_parts(tiny_parts(), tmp_path_factory.mktemp("saved") / "model")
+    return save_components(tiny_components(), tmp_path_factory.mktemp("saved") / "model")
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def edit(folder: Path, **changes: object) -> None:
 def refusal(folder: Path, error: type[Exception] = CheckpointError) -> str:
     """The message with which a folder is refused: one line, and of ours."""
     with pytest.raises(error) as caught:
-        load_parts(folder)
+        load_components(folder)
     assert isinstance(caught.value, StarFlowError)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 1200
@@ -63,10 +63,14 @@ def refusal(folder: Path, error: type[Exception] = CheckpointError) -> str:
 
 
 def test_a_model_comes_back_bit_for_bit_with_everything_beside_its_weights(saved):
-    before, after = tiny_parts(), load_parts(saved)
+    before, after = tiny_components(), load_components(saved)
     old, new = before.state_dict(), after.state_dict()
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
-    assert (after.cfg, after.stages, after.lexicon) == (before.cfg, before.stages, before.lexicon)
+    assert (after.cfg, after.finished_stages, after.vocabulary) == (
+        before.cfg,
+        before.finished_stages,
+        before.vocabulary,
+    )
     assert after.tokenizer.encode("two red hearts") == before.tokenizer.encode("two red hearts")
     buffers = dict(before.named_buffers())
     assert all(torch.equal(b, buffers[k]) for k, b in after.named_buffers())
@@ -74,24 +78,24 @@ def test_a_model_comes_back_bit_for_bit_with_everything_beside_its_weights(saved
 
 
 def test_a_loaded_model_draws_and_encodes_the_same_bits(saved):
-    before, after = tiny_parts(), load_parts(saved)
+    before, after = tiny_components(), load_components(saved)
     ask = (["two red hearts", "a blue star"], [0, 1], DrawConfig(guidance=1.0))
     assert torch.equal(draw(before, *ask).images, draw(after, *ask).images)
-    images = to_images([draw_task(0, 0).scene])
+    images = to_images([caption_task(0, 0).scene])
     assert torch.equal(before.codec.encode(images), after.codec.encode(images))
 
 
 def test_saving_what_was_loaded_writes_the_same_bytes_but_for_transformers_own_notes(saved, tmp_path):
-    again, first = content(save_parts(load_parts(saved), tmp_path / "again")), content(saved)
+    again, first = content(save_components(load_components(saved), tmp_path / "again")), content(saved)
     assert again.keys() == first.keys()
     assert [name for name in first if again[name] != first[name]] in ([], ["vlm/config.json"])
 
 
 def test_loading_leaves_the_weights_of_a_file_that_no_later_save_can_reach(saved, folder):
-    parts = load_parts(folder)
-    before = {k: v.clone() for k, v in parts.state_dict().items()}
-    save_parts(tiny_parts(scale=0.2), folder)
-    assert all(torch.equal(v, before[k]) for k, v in parts.state_dict().items())
+    components = load_components(folder)
+    before = {k: v.clone() for k, v in components.state_dict().items()}
+    save_components(tiny_components(scale=0.2), folder)
+    assert all(torch.equal(v, before[k]) for k, v in components.state_dict().items())
 
 
 # -- what is refused
@@ -138,7 +142,7 @@ def test_a_pickle_beside_missing_safetensors_is_not_used_in_their_place(folder):
         (folder / name / "model.safetensors").unlink()
         assert "model.safetensors" in refusal(folder)
         save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
-    load_parts(folder)
+    load_components(folder)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -264,13 +268,13 @@ def test_a_folder_says_its_format_and_holds_the_joints(saved):
     config = json.loads((saved / "config.json").read_text())
     assert config["format"] == FORMAT == 6 and config["model"]["joints"]["adapter_width"] == 192
     names = {k for k in load_file(saved / "model.safetensors") if k.startswith("joints.")}
-    assert names == {f"joints.{k}" for k in tiny_parts().joints.state_dict()} and len(names) > 8
+    assert names == {f"joints.{k}" for k in tiny_components().joints.state_dict()} and len(names) > 8
 
 
 def test_a_joint_model_comes_back_with_woken_joints(tmp_path):
-    before = tiny_parts(STAGES)
-    after = load_parts(save_parts(before, tmp_path / "model"))
-    assert after.stages == STAGES and before.joints.text_skip.weight.any()
+    before = tiny_components(STAGES)
+    after = load_components(save_components(before, tmp_path / "model"))
+    assert after.finished_stages == STAGES and before.joints.text_skip.weight.any()
     old, new = before.joints.state_dict(), after.joints.state_dict()
     assert all(torch.equal(old[k], new[k]) for k in old)
 
@@ -281,36 +285,36 @@ def test_a_model_from_before_there_were_joints_gets_fresh_ones_the_same_every_ti
     loaded = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        loaded.append(load_parts(folder))
-    one, other = (parts.joints.state_dict() for parts in loaded)
+        loaded.append(load_components(folder))
+    one, other = (components.joints.state_dict() for components in loaded)
     assert all(torch.equal(one[k], other[k]) and bool(one[k].isfinite().all()) for k in one)
     for skip in (loaded[0].joints.visual_skip, loaded[0].joints.text_skip, loaded[0].joints.reference):
         assert not skip.weight.any(), "nothing of what it could do before may change"
     assert one["adapter.mlp.0.weight"].std() > 0.01
-    then, now = loaded[0], tiny_parts()
+    then, now = loaded[0], tiny_components()
     assert then.cfg.fae == now.cfg.fae and then.cfg.joints == replace(now.cfg.joints, words=False, reference=1)
     assert torch.equal(then.flow.deep.head.weight, now.flow.deep.head.weight)
 
 
 def test_a_model_from_before_guidance_had_a_course_is_guided_constantly(tmp_path):
-    before = Parts(replace(tiny_model(), guidance_schedule="linear", edit_guidance=0.5), tiny_tokenizer())
-    folder = save_parts(before, tmp_path / "model")
-    assert load_parts(folder).cfg == before.cfg
+    before = Components(replace(tiny_model(), guidance_schedule="linear", edit_guidance=0.5), tiny_tokenizer())
+    folder = save_components(before, tmp_path / "model")
+    assert load_components(folder).cfg == before.cfg
     model = json.loads((folder / "config.json").read_text())["model"]
     del model["guidance_schedule"], model["edit_guidance"]
     edit(folder, format=5, model=model)
-    assert load_parts(folder).cfg == replace(before.cfg, guidance_schedule="constant", edit_guidance=None)
+    assert load_components(folder).cfg == replace(before.cfg, guidance_schedule="constant", edit_guidance=None)
 
 
 @pytest.mark.parametrize("reads", [True, False])
 def test_a_model_from_before_the_window_reads_the_same_place_or_nothing(tmp_path, reads):
     cfg = tiny_model()
-    before = Parts(replace(cfg, joints=replace(cfg.joints, reference=int(reads))), tiny_tokenizer())
-    folder = save_parts(before, tmp_path / "model")
+    before = Components(replace(cfg, joints=replace(cfg.joints, reference=int(reads))), tiny_tokenizer())
+    folder = save_components(before, tmp_path / "model")
     model = json.loads((folder / "config.json").read_text())["model"]
     model["joints"]["reference"] = reads
     edit(folder, format=4, model=model)
-    after = load_parts(folder)
+    after = load_components(folder)
     assert after.cfg == before.cfg and hasattr(after.joints, "reference") == reads
     if reads:
         assert torch.equal(after.joints.reference.weight, before.joints.reference.weight)
@@ -320,7 +324,7 @@ def test_the_shipped_model_is_joint_and_keeps_every_value_when_it_is_saved_again
     config = json.loads((NANO / "config.json").read_text())
     assert config["format"] == FORMAT and tuple(config["stages"]) == STAGES
     assert any(name.startswith("joints.") for name in load_file(NANO / "model.safetensors"))
-    assert_kept(load_parts(NANO), tmp_path)
+    assert_kept(load_components(NANO), tmp_path)
 
 
 def test_a_model_of_stage_1_without_joints_gets_fresh_ones_that_are_saved(folder, tmp_path):
@@ -328,11 +332,11 @@ def test_a_model_of_stage_1_without_joints_gets_fresh_ones_that_are_saved(folder
     bare = {k: v for k, v in load_file(path).items() if not k.startswith("joints.")}
     save_file(bare, path, metadata={"format": "pt"})
     edit(folder, stages=list(STAGES[:4]))
-    assert_kept(load_parts(folder), tmp_path)
+    assert_kept(load_components(folder), tmp_path)
 
 
-def assert_kept(before: Parts, tmp_path: Path) -> None:
-    old, new = before.state_dict(), load_parts(save_parts(before, tmp_path / "again")).state_dict()
+def assert_kept(before: Components, tmp_path: Path) -> None:
+    old, new = before.state_dict(), load_components(save_components(before, tmp_path / "again")).state_dict()
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
 
 
@@ -365,8 +369,8 @@ def test_saving_replaces_an_older_model_and_keeps_what_others_put_beside_it(fold
     (folder / "README.md").write_text("a card")
     (folder / "notes").mkdir()
     (folder / "notes" / "a.txt").write_text("kept")
-    save_parts(tiny_parts(scale=0.2), folder)
-    assert torch.equal(load_parts(folder).flow.deep.head.weight, tiny_parts(scale=0.2).flow.deep.head.weight)
+    save_components(tiny_components(scale=0.2), folder)
+    assert torch.equal(load_components(folder).flow.deep.head.weight, tiny_components(scale=0.2).flow.deep.head.weight)
     assert (folder / "README.md").read_text() == "a card" and (folder / "notes" / "a.txt").read_text() == "kept"
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
@@ -377,14 +381,14 @@ def test_saving_never_takes_the_place_of_a_folder_or_file_that_is_no_model(tmp_p
     (tmp_path / "file").write_text("hello")
     for name in ("thesis", "file"):
         with pytest.raises(CheckpointError, match=name):
-            save_parts(tiny_parts(), tmp_path / name)
+            save_components(tiny_components(), tmp_path / name)
     assert content(tmp_path) == {"file": b"hello", "thesis/chapter.tex": b"years of work"}
 
 
 def test_an_empty_folder_and_missing_parents_are_fine(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "a/b/model"):
-        load_parts(save_parts(tiny_parts(), tmp_path / name))
+        load_components(save_components(tiny_components(), tmp_path / name))
 
 
 FAILURES = {
@@ -407,7 +411,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_old_model_and_no_rubbish(f
     monkeypatch.setattr(checkpoint, "save_file", full)
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
     with pytest.raises(CheckpointError, match=r"cannot save to .*No space left.*untouched"):
-        save_parts(tiny_parts(scale=0.2), folder)
+        save_components(tiny_components(scale=0.2), folder)
     assert content(folder) == before
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
@@ -422,7 +426,7 @@ def test_a_last_step_that_fails_puts_the_old_model_back(folder, monkeypatch):
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(CheckpointError, match="untouched"):
-        save_parts(tiny_parts(scale=0.2), folder)
+        save_components(tiny_components(scale=0.2), folder)
     assert content(folder) == before
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
@@ -430,10 +434,10 @@ def test_a_last_step_that_fails_puts_the_old_model_back(folder, monkeypatch):
 def test_a_place_that_cannot_be_written_is_a_checkpoint_error(tmp_path):
     (tmp_path / "file").write_text("hello")
     with pytest.raises(CheckpointError, match="cannot save to"):
-        save_parts(tiny_parts(), tmp_path / "file" / "model")
+        save_components(tiny_components(), tmp_path / "file" / "model")
 
 
 def test_parts_without_a_tokenizer_are_not_saved(tmp_path):
     with pytest.raises(CheckpointError, match="tokenizer"):
-        save_parts(Parts(tiny_model()), tmp_path / "model")
+        save_components(Components(tiny_model()), tmp_path / "model")
     assert not (tmp_path / "model").exists()

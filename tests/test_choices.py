@@ -22,7 +22,7 @@ from starflow2.world.multiple_choice import (
     draw_scene,
     riddle,
 )
-from starflow2.world.questions import lexicon
+from starflow2.world.questions import known_words
 from starflow2.world.scene import COLORS, SHAPES, relations, render, stream
 from starflow2.world.splits import bucket, held_out, is_trainable, scene_key
 
@@ -95,7 +95,7 @@ def test_training_riddles_show_trainable_pictures_and_only_known_words(kind):
     for index in range(40):
         made = riddle(stream(5, index), kind)
         assert all(is_trainable(scene) for scene in made.scenes)
-        assert set(re.findall(r"[a-z]+", made.text + " " + made.answer)) <= choice_words() | lexicon()
+        assert set(re.findall(r"[a-z]+", made.text + " " + made.answer)) <= choice_words() | known_words()
         assert made.answer in (made.options or (made.answer,)) and len(set(made.options)) == len(made.options)
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model_cases import tiny_folder, tiny_parts
+from model_cases import tiny_components, tiny_folder
 from pretrained_cases import write_upstream
 from starflow2 import __version__
 from starflow2.cli import app as cli
@@ -30,7 +30,7 @@ from starflow2.core.images import read_metadata, read_picture, to_pil
 from starflow2.evals.geneval import PARTS
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.session import Session
-from starflow2.models.checkpoint import save_parts
+from starflow2.models.checkpoint import save_components
 from starflow2.pipeline import StarFlow2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +47,7 @@ print(codes, [name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
 
 @pytest.fixture(scope="module")
 def tiny() -> StarFlow2:
-    return StarFlow2(tiny_parts())
+    return StarFlow2(tiny_components())
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def model(tiny, monkeypatch) -> StarFlow2:
 
 @pytest.fixture(scope="module")
 def tiny_joint() -> StarFlow2:
-    return StarFlow2(tiny_parts(JOINT))
+    return StarFlow2(tiny_components(JOINT))
 
 
 @pytest.fixture
@@ -365,7 +365,7 @@ def test_a_full_test_run_adds_a_line_to_the_ledger(scored, model, monkeypatch):
     for _ in range(2):
         assert cli.main(["eval", "world", "--split", "test"]) == 0
         with torch.no_grad():
-            model.parts.joints.text_skip.weight[0, 0] += 1  # other weights under the same name
+            model.components.joints.text_skip.weight[0, 0] += 1  # other weights under the same name
     lines = [json.loads(line) for line in Path("ledger.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and lines[0]["model"] == "tiny" and lines[0]["id"]["lenient"] == 0.5
     assert lines[0]["weights"] != lines[1]["weights"]
@@ -469,7 +469,7 @@ def test_keep_best_writes_the_picture_that_its_prompt_explains_best(joint, capsy
     argv = ["generate", *prompts, "-n", "3", "--keep", "best", "--guidance", "1.5", "-o", "new/", "--json"]
     assert cli.main(argv) == 0
     rows = json.loads(capsys.readouterr().out)
-    drawn = joint.generate(prompts, n=3, config=DrawConfig.for_model(joint.parts, guidance=1.5))
+    drawn = joint.generate(prompts, n=3, config=DrawConfig.for_model(joint.components, guidance=1.5))
     for row, mine in zip(rows, (drawn[:3], drawn[3:]), strict=True):
         best = max(mine, key=lambda picture: picture.gain)
         assert (row["prompt"], row["seed"]) == (best.prompt, best.seed)
@@ -504,12 +504,12 @@ def test_keep_best_needs_a_model_that_measures_gain(model, capsys):
 
 def replying(monkeypatch, joint: StarFlow2, *blocks: str | None) -> None:
     """Let the model reply with these words and pictures (None), whatever it would say by itself."""
-    layout, tokenizer = joint.parts.layout, joint.parts.tokenizer
+    layout, tokenizer = joint.components.layout, joint.components.tokenizer
     ids = [i for block in blocks for i in ([layout.begin] if block is None else tokenizer.encode(block))]
     tokens = iter([*ids, tokenizer.special.end])
 
     def logits(_: object, h: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
-        return torch.eye(joint.parts.cfg.vlm.vocab, dtype=torch.float64)[[next(tokens)] * len(h)]
+        return torch.eye(joint.components.cfg.vlm.vocab, dtype=torch.float64)[[next(tokens)] * len(h)]
 
     monkeypatch.setattr("starflow2.models.pretzel.Pretzel.logits", logits)
 
@@ -531,7 +531,7 @@ def test_an_interleaved_reply_is_told_in_order_and_its_pictures_are_numbered(joi
 
 
 def test_ask_prints_the_answer_of_a_saved_model_and_writes_it_down(photo, monkeypatch, tmp_path, capsys):
-    save_parts(tiny_parts(JOINT), tmp_path / "model")
+    save_components(tiny_components(JOINT), tmp_path / "model")
     joint = StarFlow2.from_pretrained(tmp_path / "model")
     replying(monkeypatch, joint, "red and blue")
     argv = ["ask", photo, "what color is it?", "--model", str(tmp_path / "model"), "--json", "answer.json"]
@@ -545,7 +545,7 @@ def test_edit_writes_the_edited_picture_with_its_story(joint, photo, capsys):
     argv = ["edit", photo, "make the heart blue", "--seed", "3", "--guidance", "1.5", "--prior-scale", "0.7"]
     assert cli.main([*argv, "-o", "new/edited.png", "--json", "edit.json"]) == 0
     assert capsys.readouterr().out == "new/edited.png\n"
-    config = DrawConfig.for_model(joint.parts, guidance=1.5, prior_scale=0.7)
+    config = DrawConfig.for_model(joint.components, guidance=1.5, prior_scale=0.7)
     edited = joint.edit(photo, "make the heart blue", seed=3, config=config)
     assert np.array_equal(np.asarray(Image.open("new/edited.png")), np.asarray(edited.image))
     said, told = read_metadata("new/edited.png"), json.loads(Path("edit.json").read_text())
@@ -696,9 +696,9 @@ def test_invert_draws_the_picture_again_and_another_from_the_same_code(joint, ph
     assert told["nats_per_dim"] == pytest.approx(-code.log_prob / 256)
     again, swapped = (np.asarray(Image.open(name), dtype=int) for name in told["files"])
     noise = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0))
-    x = joint.parts.codec.encode(read_picture(photo, 64)[None])
+    x = joint.components.codec.encode(read_picture(photo, 64)[None])
     with torch.no_grad():
-        direct = joint.parts.fae.decode(x + joint.sampling_noise * noise)[0]
+        direct = joint.components.fae.decode(x + joint.sampling_noise * noise)[0]
     assert np.abs(again - np.asarray(to_pil(direct), dtype=int)).max() <= 1, "exactly the picture that was inverted"
     assert np.abs(again - swapped).max() > 1
     assert (read_metadata("again.png")["prompt"], read_metadata("again-swap.png")["prompt"]) == tuple(argv[2:5:2])

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_cases import tiny_parts
+from model_cases import tiny_components
 from starflow2.errors import DataError
 from starflow2.evals.codec import evaluate_codec, frechet_distance
 from starflow2.training.datasets import to_images
-from starflow2.world.captions import draw_task
+from starflow2.world.captions import caption_task
 
 
 class Pixels:
@@ -34,12 +34,12 @@ class Pixels:
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    return to_images([draw_task(0, i).scene for i in range(24)])
+    return to_images([caption_task(0, i).scene for i in range(24)])
 
 
 def test_a_perfect_codec_has_no_distance_and_noise_has_the_psnr_of_its_variance(images):
     flat = images * 0.2  # nothing is clamped
-    clean, noisy = evaluate_codec(Pixels(), tiny_parts().features, flat, levels=(0.0, 0.1))["rows"]
+    clean, noisy = evaluate_codec(Pixels(), tiny_components().features, flat, levels=(0.0, 0.1))["rows"]
     assert clean["ssim"] == pytest.approx(1, abs=1e-4) and clean["feature_fd"] == pytest.approx(0, abs=1e-6)
     assert noisy["psnr"] == pytest.approx(10 * math.log10(4 / 0.1**2), abs=0.1)
     assert noisy["feature_fd"] > 100 * abs(clean["feature_fd"]) and noisy["ssim"] < 0.99
@@ -47,7 +47,7 @@ def test_a_perfect_codec_has_no_distance_and_noise_has_the_psnr_of_its_variance(
 
 
 def test_a_blurring_codec_is_worse_in_everything(images):
-    features = tiny_parts().features
+    features = tiny_components().features
     (sharp,), (soft,) = (evaluate_codec(Pixels(b), features, images, levels=(0.0,))["rows"] for b in (False, True))
     assert soft["psnr"] < sharp["psnr"] and soft["ssim"] < sharp["ssim"] and soft["feature_fd"] > sharp["feature_fd"]
 
@@ -62,4 +62,4 @@ def test_the_frechet_distance_of_gaussians_is_that_of_their_parameters():
 
 def test_one_picture_is_no_distribution(images):
     with pytest.raises(DataError, match="at least two"):
-        evaluate_codec(Pixels(), tiny_parts().features, images[:1])
+        evaluate_codec(Pixels(), tiny_components().features, images[:1])

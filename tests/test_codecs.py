@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model_cases import WHITEN, tiny_parts
+from model_cases import WHITEN, tiny_components
 from starflow2.errors import ConfigError
-from starflow2.models.checkpoint import save_parts
+from starflow2.models.checkpoint import save_components
 from starflow2.research import codec_ablations as codecs
 from starflow2.research.codec_ablations import ARMS, CodecsConfig, compare_codecs, held_out_nats, start, write
 
@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(codecs, "score_geneval", scores)
     monkeypatch.setattr(codecs, "PICTURES", 8)
     monkeypatch.setattr(held_out_nats, "__defaults__", (8, 4))
-    save_parts(tiny_parts(("features", "fae", "vlm")), tmp_path / "model")
+    save_components(tiny_components(("features", "fae", "vlm")), tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -42,8 +42,8 @@ def test_every_arm_is_trained_and_scored_and_a_second_call_trains_nothing(folder
     rows = compare_codecs(folder, CONFIG, tmp_path / "out")
     assert [row["arm"] for row in rows] == [*ARMS, codecs.CLEANED]
     flow, both, patches, cleaned = rows
-    parts = tiny_parts()
-    count = sum(p.numel() for p in parts.fae.parameters())
+    components = tiny_components()
+    count = sum(p.numel() for p in components.fae.parameters())
     assert both["trained"] == flow["trained"] + count and patches["trained"] == cleaned["trained"] != flow["trained"]
     assert patches["psnr"] > 60 > flow["psnr"] and flow["psnr"] != both["psnr"]
     assert flow["floor"] == pytest.approx(1.419 + math.log(0.5), abs=1e-3) and flow["nats_per_dim"] > flow["floor"]
@@ -61,7 +61,7 @@ def test_arms_start_alike_from_what_is_frozen(folder):
     torch.manual_seed(9)
     default, both, patches = (start(arm, folder, 1) for arm in ARMS)
     for name in ("vlm", "fae", "features", "flow"):
-        one, other = (getattr(parts, name).state_dict() for parts in (default, both))
+        one, other = (getattr(components, name).state_dict() for components in (default, both))
         assert all(torch.equal(one[k], other[k]) for k in one), name
     words = default.vlm.state_dict()
     assert all(torch.equal(words[k], v) for k, v in patches.vlm.state_dict().items()) and not patches.has_fae

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from model_cases import STAGES, tiny_parts
+from model_cases import STAGES, tiny_components
 from starflow2.core.serialize import read_json
 from starflow2.errors import CheckpointError, ConfigError
-from starflow2.models.checkpoint import load_parts, save_parts
-from starflow2.models.components import Parts
+from starflow2.models.checkpoint import load_components, save_components
+from starflow2.models.components import Components
 from starflow2.research import ablations as compare
 from starflow2.research.ablations import CompareConfig, compare_and_keep, summary, write
 
@@ -21,12 +21,12 @@ READY = ("features", "fae", "vlm", "t2i", "adapter")
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Parts, bool]]:
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Components, bool]]:
     """Scores are made up, and the parts that were to be scored are kept."""
-    found: list[tuple[Parts, bool]] = []
+    found: list[tuple[Components, bool]] = []
 
-    def scores(parts: Parts, *, closed: bool, config: CompareConfig) -> dict[str, float]:
-        found.append((parts, closed))
+    def scores(components: Components, *, closed: bool, config: CompareConfig) -> dict[str, float]:
+        found.append((components, closed))
         return {"geneval": float(len(found)), "mme": 300.0, "flow": 0.5, "text": 2.0}
 
     monkeypatch.setattr(compare, "_scores", scores)
@@ -35,21 +35,21 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Parts, bool]]:
 
 def kept(tmp_path: Path) -> Path:
     """The folder of a model before stage 3."""
-    save_parts(tiny_parts(READY), tmp_path / "model")
+    save_components(tiny_components(READY), tmp_path / "model")
     return tmp_path / "model"
 
 
 def test_arms_start_alike_and_change_nothing_that_is_frozen(tmp_path, seen):
     arms = ("stage 1", "stage 3", "stage 3, skips closed", "closed in use")
     rows = list(compare.compare(kept(tmp_path), CONFIG, arms=arms))
-    original = tiny_parts()
+    original = tiny_components()
     assert [row["arm"] for row in rows] == 2 * ["stage 1", "stage 3", "closed in use", "stage 3, skips closed"]
     assert [closed for _, closed in seen] == 2 * [True, False, True, True]
-    for parts, _ in seen:
+    for components, _ in seen:
         for name, value in original.vlm.state_dict().items():
-            assert torch.equal(value, parts.vlm.state_dict()[name]), name
+            assert torch.equal(value, components.vlm.state_dict()[name]), name
     before, skips = original.joints, ("visual_skip", "text_skip")
-    first, opened, _, shut = (parts.joints for parts, _ in seen[:4])
+    first, opened, _, shut = (components.joints for components, _ in seen[:4])
     for name, value in before.state_dict().items():
         assert torch.equal(first.state_dict()[name], value), f"stage 1 trains {name}"
     for name in skips:
@@ -79,9 +79,9 @@ def test_a_comparison_is_kept_and_never_written_over_by_another(tmp_path, seen):
     assert compare_and_keep(folder, config, output) == rows
     assert len(seen) == len(rows), "nothing is trained twice"
     other = tmp_path / "other"
-    parts = tiny_parts(READY)
-    parts.flow.deep.proj_in.weight.data.add_(1.0)
-    save_parts(parts, other)
+    components = tiny_components(READY)
+    components.flow.deep.proj_in.weight.data.add_(1.0)
+    save_components(components, other)
     for asked in ((folder, replace(config, steps=3)), (other, config)):
         with pytest.raises(ConfigError, match="another budget or model"):
             compare_and_keep(*asked, output)
@@ -93,21 +93,21 @@ def test_mixtures_of_transformers_start_afresh_beside_a_fresh_pretzel(tmp_path, 
     rows = list(compare.compare(kept(tmp_path), one_seed, arms=("fresh", "mot frozen", "mot finetuned")))
     pretzel, frozen, finetuned = (row["trained"] for row in rows)
     assert abs(frozen / pretzel - 1) < 0.05 and finetuned > frozen
-    trained = load_parts(tmp_path / "model").flow.state_dict()
+    trained = load_components(tmp_path / "model").flow.state_dict()
     fresh = seen[0][0].flow.state_dict()
     assert any(not torch.allclose(fresh[name], value, atol=0.1) for name, value in trained.items())
 
 
 def test_losses_on_unseen_documents_are_the_same_each_time_and_see_closed_skips():
-    parts = tiny_parts(STAGES)
-    open_, again, closed = (compare._losses(parts, closed=c, count=4, batch=4) for c in (False, False, True))
+    components = tiny_components(STAGES)
+    open_, again, closed = (compare._losses(components, closed=c, count=4, batch=4) for c in (False, False, True))
     assert open_ == again and set(open_) == {"flow", "text"}
     assert abs(open_["flow"] - closed["flow"]) > 1e-4 and abs(open_["text"] - closed["text"]) > 1e-4
 
 
 @pytest.mark.parametrize("stages", [("features", "fae", "vlm"), (*READY, "joint")])
 def test_a_model_from_before_stage_2_or_from_after_stage_3_is_refused(tmp_path, stages):
-    save_parts(tiny_parts(stages), tmp_path / "model")
+    save_components(tiny_components(stages), tmp_path / "model")
     with pytest.raises(CheckpointError, match="needs a model of stages 1 and 2"):
         next(compare.compare(tmp_path / "model", CONFIG))
 

@@ -44,7 +44,7 @@ def test_a_corpus_in_its_published_schema_becomes_exactly_these_documents(corpus
     url, expected = PUBLISHED[corpus](tmp_path)
     pictures = str(tmp_path / "imgs") if corpus == "journeydb" else ""
     found = [understand(corpus, sample, pictures) for sample in Samples(url)]
-    assert [(c.kind, [(told(t.asked, NUMBERS), told(t.told, NUMBERS)) for t in c.turns]) for c in found] == expected
+    assert [(c.kind, [(told(t.user, NUMBERS), told(t.assistant, NUMBERS)) for t in c.turns]) for c in found] == expected
 
 
 @pytest.mark.parametrize("corpus", PUBLISHED)
@@ -74,7 +74,7 @@ def test_a_folder_of_pictures_with_words_beside_them_is_a_corpus(tmp_path):
     (tmp_path / "1.txt").write_text("one")
     (tmp_path / "2.json").write_text(json.dumps({"caption": "two"}))
     found = {s.key: s for s in Samples(str(tmp_path))}
-    assert [understand("captions", found[k]).turns[0].asked for k in "12"] == [("one",), ("two",)]
+    assert [understand("captions", found[k]).turns[0].user for k in "12"] == [("one",), ("two",)]
     with pytest.raises(Broken, match="missing text"):
         understand("captions", found["3"])
 
@@ -85,7 +85,7 @@ def test_a_folder_may_list_its_pictures_in_metadata_jsonl(tmp_path):
     lines = [{"file_name": "sub/a.png", "text": "one"}, {"file_name": "gone.png", "text": "x"}]
     write_lines(tmp_path / "metadata.jsonl", [*lines, {"file_name": "../../etc/passwd.png", "text": "x"}])
     good, gone, outside = Samples(str(tmp_path))
-    assert understand("captions", good).turns[0].told == (Photo(encoded(1)),)
+    assert understand("captions", good).turns[0].assistant == (Photo(encoded(1)),)
     for sample in (gone, outside):
         with pytest.raises(Broken, match="missing picture"):
             understand("captions", sample)
@@ -111,8 +111,8 @@ def test_the_wording_of_an_edit_is_picked_by_its_id_and_every_wording_is_used():
         {"omni_edit_id": f"task_{i}", "src_img": image, "edited_img": image, "edited_prompt_list": wordings}
         for i in range(60)
     ]
-    picked = [understand("omniedit", Sample("f", str(i), row)).turns[0].asked[1] for i, row in enumerate(rows)]
-    assert picked == [understand("omniedit", Sample("f", "", row)).turns[0].asked[1] for row in rows]
+    picked = [understand("omniedit", Sample("f", str(i), row)).turns[0].user[1] for i, row in enumerate(rows)]
+    assert picked == [understand("omniedit", Sample("f", "", row)).turns[0].user[1] for row in rows]
     assert set(picked) == set(wordings)
 
 
@@ -292,8 +292,8 @@ def test_a_row_with_bad_utf_8_costs_one_row(tmp_path):
         pa.table({"text": column, "image": [{"bytes": encoded(1), "path": None}] * 3}), tmp_path / "x.parquet"
     )
     one, two, three = Samples(str(tmp_path / "x.parquet"))
-    assert understand("captions", one).turns[0].asked == ("one",)
-    assert understand("captions", three).turns[0].asked == ("three",)
+    assert understand("captions", one).turns[0].user == ("one",)
+    assert understand("captions", three).turns[0].user == ("three",)
     with pytest.raises(Broken, match="bad UTF-8"):
         understand("captions", two)
 

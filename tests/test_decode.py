@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_cases import tiny_parts
+from model_cases import tiny_components
 from starflow2.inference.config import DrawConfig
-from starflow2.inference.decoder import Replying, Rows
+from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import Begun, Completed, Ended, Token
 from starflow2.inference.sampler import Sampler
 from starflow2.models.pretzel import PretzelCache, Slots, States
@@ -21,15 +21,15 @@ PRECISIONS = ("float32", "float64")
 
 
 def a_sampler(guidance: float = 1.0, precision: str = "float32", prior_scale: float = 0.7) -> Sampler:
-    parts = tiny_parts(("features", "fae", "vlm", "t2i", "adapter", "joint"))
-    return Sampler(parts, DrawConfig(guidance=guidance, prior_scale=prior_scale, precision=precision))  # type: ignore[arg-type]
+    components = tiny_components(("features", "fae", "vlm", "t2i", "adapter", "joint"))
+    return Sampler(components, DrawConfig(guidance=guidance, prior_scale=prior_scale, precision=precision))  # type: ignore[arg-type]
 
 
 @dataclass
 class Recorder:
     """Stands in for `Pretzel.read` and keeps the states of the first row of the main stream, position by position."""
 
-    rows: Rows
+    rows: BatchDecoder
     h: list[Tensor] = field(default_factory=list)
     g: list[Tensor] = field(default_factory=list)
 
@@ -39,14 +39,14 @@ class Recorder:
 
     def __call__(self, slots: Slots, cache: PretzelCache | None = None) -> States:
         states = self.real(slots, cache)
-        if cache is self.rows.main.cache:
-            keep = self.rows.main.keep[0, -slots.ids.shape[1] :]
+        if cache is self.rows.conditional.cache:
+            keep = self.rows.conditional.is_real[0, -slots.ids.shape[1] :]
             self.h.append(states.h[0, keep])
             self.g.append(states.g[0, keep])
         return states
 
 
-def six_segments(rows: Rows, row: int = 0) -> tuple[list[Segment], Tensor, Tensor]:
+def six_segments(rows: BatchDecoder, row: int = 0) -> tuple[list[Segment], Tensor, Tensor]:
     """Uploads, words and drawn pictures in turn in one row: the document, its noisy latents and their levels."""
     ids: list[list[int]] = [[] for _ in range(rows.rows)]
     sampler = rows.sampler
@@ -60,11 +60,11 @@ def six_segments(rows: Rows, row: int = 0) -> tuple[list[Segment], Tensor, Tenso
         document.append(Text(tuple(tokens)))
 
     def draw(seed: int) -> None:
-        for event in rows.reply([seed], Replying(tokens=0, pictures=1), [row], draws=True):
+        for event in rows.reply([seed], ReplyLimits(tokens=0, pictures=1), [row], draws=True):
             if isinstance(event, Completed):
                 latents.append(event.picture.x)
         levels.append(sampler.noise_level)
-        document.extend([Image(is_target=True), Text((sampler.parts.cfg.vlm.special.end,))])
+        document.extend([Image(is_target=True), Text((sampler.components.cfg.vlm.special.end,))])
 
     say((1, 30, 31))
     rows.see([row], x, 0.2)
@@ -81,7 +81,7 @@ def six_segments(rows: Rows, row: int = 0) -> tuple[list[Segment], Tensor, Tenso
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_cached_steps_equal_one_full_pass_at_every_position_of_a_document(precision, guidance):
-    rows = Rows(a_sampler(guidance, precision), 1)
+    rows = BatchDecoder(a_sampler(guidance, precision), 1)
     recorder = Recorder(rows)
     document, x, levels = six_segments(rows)
     pretzel = rows.sampler.pretzel
@@ -91,15 +91,15 @@ def test_cached_steps_equal_one_full_pass_at_every_position_of_a_document(precis
     with torch.no_grad():
         pretzel.forward(pack([document], rows.sampler.layout), x, levels)
     h, g = torch.cat(recorder.h), torch.cat(recorder.g)
-    assert h.shape == full[0].h[0].shape == (rows.main.cache.length, 40)
+    assert h.shape == full[0].h[0].shape == (rows.conditional.cache.length, 40)
     assert (h - full[0].h[0]).abs().max() <= 1e-4
     assert (g - full[0].g[0]).abs().max() <= 1e-4
 
 
-def events_of(rows: Rows, asked: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[object]]:
+def events_of(rows: BatchDecoder, asked: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[object]]:
     rows.read(asked)
     told: list[list[object]] = [[] for _ in asked]
-    for event in rows.reply(seeds, Replying(tokens=5, pictures=1)):
+    for event in rows.reply(seeds, ReplyLimits(tokens=5, pictures=1)):
         if isinstance(event, Token):
             told[event.row].append(event.id)
         elif isinstance(event, Completed):
@@ -122,8 +122,8 @@ def test_rows_in_different_modalities_equal_the_same_rows_alone():
         return out
 
     sampler.pretzel.logits = logits  # type: ignore[method-assign]
-    together = events_of(Rows(sampler, 3), asked, [7, 8, 9])
-    alone = [events_of(Rows(sampler, 1), [a], [s])[0] for a, s in zip(asked, [7, 8, 9], strict=True)]
+    together = events_of(BatchDecoder(sampler, 3), asked, [7, 8, 9])
+    alone = [events_of(BatchDecoder(sampler, 1), [a], [s])[0] for a, s in zip(asked, [7, 8, 9], strict=True)]
     kinds = {tuple(type(e).__name__ for e in row) for row in together}
     assert len(kinds) > 1, "the rows were to differ in what they make"
     for mine, theirs in zip(together, alone, strict=True):

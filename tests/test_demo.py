@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from model_cases import STAGES, tiny_parts
+from model_cases import STAGES, tiny_components
 from starflow2.cli import demo_conversations as demo_talk
 from starflow2.cli.demo import make_demo
 from starflow2.core.images import read_metadata, to_bytes, to_floats, to_pil
@@ -189,7 +189,7 @@ def test_a_model_that_knows_all_but_moves_is_scored_and_shown_so(tmp_path, monke
     assert order == sorted(order), "the scores come last"
     pictures = len(made.shown) + 4 + 2 * 14 + 8
     assert page.count("data:image/png;base64,") == pictures and page.count("<figure>") == pictures - 4 - 14
-    assert all(turn.asked in page and turn.told[0] in page for turn in told.story)
+    assert all(turn.user in page and turn.assistant[0] in page for turn in told.story)
     assert "stories, answers" in page and "<td>1,200<td>1,200<td>" in page and "<td>0.86<td>0.86<td>" in page
     assert "{" not in re.sub(r"<style>.*</style>", "", page, flags=re.DOTALL)
 
@@ -212,19 +212,19 @@ def test_faults_of_the_shown_story_are_marked_at_their_step_and_escaped():
 
 @pytest.mark.usefixtures("_few")
 def test_a_real_model_of_stage_three_is_measured_and_shown(monkeypatch):
-    model = StarFlow2(tiny_parts(STAGES))
+    model = StarFlow2(tiny_components(STAGES))
     told = demo_talk.talk(model)
     assert set(told.report) == TALKED and told.report["encode_calls"] == 0
     assert json.loads(json.dumps(told.report)) == told.report
     assert 0 <= told.report["w_mme"]["vlm"]["id"] <= 1200 and 0 <= told.report["w_edit"]["preserved"] <= 1
-    asked = [turn.asked for turn in told.story]
+    asked = [turn.user for turn in told.story]
     assert asked in [[*(s.instruction for s in story.steps), story.question] for story in stories._suite("test", "id")]
     assert (len(told.story), len(told.edits), len(told.questions)) == (5, 14, 8)
     assert demo_talk.sections(told).count("data:image/png") >= 2 * 14 + 8
 
 
 def test_encodings_while_a_story_is_told_are_counted(monkeypatch):
-    model = StarFlow2(tiny_parts(STAGES))
+    model = StarFlow2(tiny_components(STAGES))
     picture = torch.zeros(1, 3, 64, 64)
     monkeypatch.setattr(model, "tell", lambda talks, seeds: [[["a", model.roundtrip(picture)[0]]] for _ in talks])
     listener = demo_talk._Listener(model)

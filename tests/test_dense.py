@@ -22,7 +22,7 @@ from starflow2.evals.dpg import (
 from starflow2.world.captions import NUMBERS
 from starflow2.world.dense_prompts import CATEGORIES, PROMPTS, Node, suite_dense
 from starflow2.world.detector import detect
-from starflow2.world.questions import lexicon
+from starflow2.world.questions import known_words
 from starflow2.world.scene import BACKGROUND_NAMES, COLORS, SHAPES, relations, render
 from starflow2.world.splits import bucket, held_out, scene_key
 
@@ -86,7 +86,7 @@ def test_prompts_name_every_object_of_unseen_scenes_with_held_out_pairs_in_the_s
         assert all(str(thing) in item.prompt for thing in item.scene.things) and len(item.scene.things) in (3, 4)
         assert BACKGROUND_NAMES[item.scene.background] in item.prompt
         assert f"{NUMBERS[len(item.scene.things)]} objects" in item.prompt
-        assert 4 <= item.prompt.count(".") <= 6 and set(re.findall(r"[a-z]+", item.prompt)) <= lexicon()
+        assert 4 <= item.prompt.count(".") <= 6 and set(re.findall(r"[a-z]+", item.prompt)) <= known_words()
 
 
 def test_relations_told_are_those_of_the_boxes():

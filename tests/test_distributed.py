@@ -15,7 +15,7 @@ RUN = """
 import hashlib, sys
 from dataclasses import replace
 from starflow2.training import loop as train
-from starflow2.training.parallel import Group
+from starflow2.training.parallel import Distributed
 from starflow2.training.recipes import nano, smoke
 
 folder, steps = sys.argv[1], int(sys.argv[2])
@@ -28,7 +28,7 @@ train.fit(run, "t2i", folder)
 digest = hashlib.blake2b()
 for value in kept[0].trained.state_dict().values():
     digest.update(value.numpy().tobytes())
-open(f"{folder}/digest-{steps}-{Group.from_environment('cpu').rank}", "w").write(digest.hexdigest())
+open(f"{folder}/digest-{steps}-{Distributed.from_environment('cpu').rank}", "w").write(digest.hexdigest())
 """
 
 

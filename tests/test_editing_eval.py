@@ -14,7 +14,7 @@ from starflow2.evals import edit as editing
 from starflow2.evals.edit import evaluate_edit, evaluate_edit_sessions, grade_edits, verify_lock
 from starflow2.evals.statistics import lock_text
 from starflow2.world.edits import OPERATIONS, fits
-from starflow2.world.scene import Thing, render
+from starflow2.world.scene import SceneObject, render
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_a_bystander_that_moves_turns_or_goes_is_noticed(operation):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_an_extra_blob_is_noticed_named_or_not(operation):
-    extra = Thing(shape=0, color=0, size=0, x=0, y=0, angle=0.0)
+    extra = SceneObject(shape=0, color=0, size=0, x=0, y=0, angle=0.0)
     made, speckled = [], []
     for edit in edits_of(operation):
         for x, y in ((10, 10), (54, 10), (10, 54), (54, 54), (32, 32)):

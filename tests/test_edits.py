@@ -126,14 +126,14 @@ def test_whatever_the_world_draws_fits_and_what_touches_does_not():
 def test_dialogues_start_with_a_picture_and_answer_each_instruction_with_the_next():
     edit = edit_task(0, 0)
     (turn,) = edit_dialogue(edit).turns
-    assert turn.asked == (edit.source, edit.instruction) and turn.told == (edit.target,)
+    assert turn.user == (edit.source, edit.instruction) and turn.assistant == (edit.target,)
     lengths: Counter[int] = Counter()
     for index in range(150):
         dialogue = edit_chain_dialogue(22, index)
         first, *rest = dialogue.turns
-        assert len(first.asked) == 2 and all(len(turn.asked) == len(turn.told) == 1 for turn in rest)
+        assert len(first.asked) == 2 and all(len(turn.user) == len(turn.assistant) == 1 for turn in rest)
         assert all(bucket(scene) == "train" and not leaks(scene) for scene in dialogue.pictures)
-        assert not any(text_leaks(turn.asked[-1]) for turn in dialogue.turns)
+        assert not any(text_leaks(turn.user[-1]) for turn in dialogue.turns)
         assert len(set(dialogue.pictures)) == len(dialogue.turns) + 1
         for a, b in zip(dialogue.pictures, dialogue.pictures[1:], strict=False):
             assert len(set(a.things) ^ set(b.things)) <= 2  # one edit apart

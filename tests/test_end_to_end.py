@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_cases import LATENT, WHITEN, tiny_folder, tiny_parts, tiny_run
+from model_cases import LATENT, WHITEN, tiny_components, tiny_folder, tiny_run
 from starflow2.errors import ConfigError
-from starflow2.models.checkpoint import load_parts
+from starflow2.models.checkpoint import load_components
 from starflow2.models.context import drawing_context
 from starflow2.models.sequence import length_groups
 from starflow2.training.config import OptimConfig, StageConfig
@@ -28,8 +28,8 @@ STAGE = StageConfig(name="t2i", steps=1, batch=4, codec_weight=4.0)
 
 def task_of(stage: StageConfig = STAGE) -> T2iTask:
     """In training mode, as `fit` leaves it before the first step, on woken parts."""
-    task = T2iTask(tiny_parts(), stage, 0)
-    task.parts.requires_grad_(False)
+    task = T2iTask(tiny_components(), stage, 0)
+    task.components.requires_grad_(False)
     task.trained.requires_grad_(True).train()
     return task
 
@@ -37,7 +37,7 @@ def task_of(stage: StageConfig = STAGE) -> T2iTask:
 def flow_loss(task: T2iTask, data: Any) -> Tensor:
     """The flow's share of the loss alone, with the same noise at every call."""
     loss, told = task.loss(data, torch.Generator().manual_seed(1))
-    cfg = task.parts.cfg.fae
+    cfg = task.components.cfg.fae
     codec = told["pixel"] + cfg.edge_weight * told["edge"] + cfg.feature_weight * told["feature"]
     return loss - task.stage.codec_weight * (codec + cfg.kl_weight * told["kl"])
 
@@ -46,7 +46,7 @@ def slope_of_scale(task: T2iTask, data: Any) -> tuple[float, float]:
     """The derivative of the flow's loss by the log of a factor on all latents before they are standardised, and the
     size of its gradient. A factor s on what the encoder gives is s on its means and 2 log s on its log-variances.
     """
-    head = task.parts.fae.encoder.head
+    head = task.components.fae.encoder.head
     weight, bias = torch.autograd.grad(flow_loss(task, data), [head.weight, head.bias])
     means = (weight[:LATENT] * head.weight[:LATENT]).sum() + (bias[:LATENT] * head.bias[:LATENT]).sum()
     return float((means + 2 * bias[LATENT:].sum()).detach()), float(weight.norm() + bias.norm())
@@ -54,7 +54,7 @@ def slope_of_scale(task: T2iTask, data: Any) -> tuple[float, float]:
 
 def spread(task: T2iTask) -> None:
     """Means far above the constant that batch norm adds to variances, log-variances far from where they are clamped."""
-    head = task.parts.fae.encoder.head
+    head = task.components.fae.encoder.head
     with torch.no_grad():
         head.weight[:LATENT].mul_(30)
         head.weight[LATENT:] = 0
@@ -64,11 +64,11 @@ def spread(task: T2iTask) -> None:
 def test_no_scale_of_the_latents_makes_them_likelier():
     task = task_of()
     spread(task)
-    data = task.draw(range(4))
+    data = task.make_batch(range(4))
     slope, size = slope_of_scale(task, data)
     assert size > 1e-3, "the flow's loss must reach the encoder, or nothing is trained end to end"
     assert abs(slope) <= 1e-3 * size
-    task.parts.fae.standardize.eval()  # latents by statistics that no longer follow: what makes a collapse possible
+    task.components.fae.standardize.eval()  # its statistics no longer follow: a collapse becomes possible
     slope, size = slope_of_scale(task, data)
     assert abs(slope) > 0.05 * size
 
@@ -77,11 +77,11 @@ def test_noise_of_the_posterior_is_no_way_around_it():
     """Were the flow to see means under the statistics of samples, a wide posterior would shrink what it sees."""
     task = task_of()
     spread(task)
-    data = task.draw(range(4))
+    data = task.make_batch(range(4))
     seen = []
     for log_var in (-8.0, 4.0):
         with torch.no_grad():
-            task.parts.fae.encoder.head.bias[LATENT:] = log_var
+            task.components.fae.encoder.head.bias[LATENT:] = log_var
             latents, _, _ = task._encoded(data[0], torch.Generator().manual_seed(0))
         seen.append(latents.flatten(0, 1).std(0, correction=0))
     assert all((std - 1).abs().max() < 1e-2 for std in seen)
@@ -89,8 +89,8 @@ def test_noise_of_the_posterior_is_no_way_around_it():
 
 def test_both_learn_on_a_repeated_batch_and_nothing_else_moves():
     task = task_of()
-    before = {k: v.clone() for k, v in task.parts.state_dict().items()}
-    data = task.draw(range(4))
+    before = {k: v.clone() for k, v in task.components.state_dict().items()}
+    data = task.make_batch(range(4))
     optimizer = torch.optim.Adam(task.trained.parameters(), lr=2e-3)
     flow, codec = [], []
     for _ in range(12):
@@ -102,22 +102,22 @@ def test_both_learn_on_a_repeated_batch_and_nothing_else_moves():
         loss.backward()
         optimizer.step()
     assert flow[-1] < flow[0] - 0.01 and codec[-1] < 0.9 * codec[0]
-    moved = {k.split(".")[0] for k, v in task.parts.state_dict().items() if not torch.equal(v, before[k])}
+    moved = {k.split(".")[0] for k, v in task.components.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {"fae", "flow"}
 
 
 def test_without_a_weight_the_stage_is_what_it_was_bit_for_bit():
     task = task_of(replace(STAGE, codec_weight=0.0))
-    assert set(task.trained) == {"flow"} and not task.parts.fae.training
-    images, rows = task.draw(range(4))
+    assert set(task.trained) == {"flow"} and not task.components.fae.training
+    images, rows = task.make_batch(range(4))
     loss, told = task.loss((images, rows), torch.Generator().manual_seed(1))
     assert set(told) == {"nats_per_dim"}
     generator, expected = torch.Generator().manual_seed(1), torch.zeros(())
     with torch.no_grad():
-        latents = task.parts.codec.encode(images)
+        latents = task.components.codec.encode(images)
     for group in length_groups([len(r) for r in rows], 64):
-        context = drawing_context(task.parts, [rows[i] for i in group])
-        expected = expected + len(group) / 4 * ngp_loss(task.parts.flow, latents[group], context, generator)[0]
+        context = drawing_context(task.components, [rows[i] for i in group])
+        expected = expected + len(group) / 4 * ngp_loss(task.components.flow, latents[group], context, generator)[0]
     assert torch.equal(loss, expected)
 
 
@@ -132,10 +132,10 @@ def test_a_run_trains_both_and_repeats_itself_when_it_is_resumed(tmp_path, monke
         if name == "stopped":
             first = tuple(replace(s, steps=1) for s in stages)
             fit(replace(run, stages=first), "t2i", folder)
-        found.append(load_parts(fit(run, "t2i", folder)))
-    whole, stopped = (parts.state_dict() for parts in found)
+        found.append(load_components(fit(run, "t2i", folder)))
+    whole, stopped = (components.state_dict() for components in found)
     assert all(torch.equal(whole[k], stopped[k]) for k in whole)
-    start = tiny_parts(("features", "fae", "vlm"))
+    start = tiny_components(("features", "fae", "vlm"))
     for name in ("encoder.head.weight", "pixel_decoder.out.weight", "standardize.running_var"):
         assert not torch.equal(found[0].fae.state_dict()[name], start.fae.state_dict()[name])
     assert torch.equal(found[0].features.state_dict().popitem()[1], start.features.state_dict().popitem()[1])
@@ -159,8 +159,8 @@ def test_the_recipe_is_nano_but_for_the_weight_and_takes_a_step_in_miniature():
 
 def test_the_plan_counts_what_trains():
     run = nano_end_to_end()
-    parts = Sizes.of(run.model).parts
-    both = sum(p.numel() for module in (parts.fae, parts.flow) for p in module.parameters())
+    components = Sizes.of(run.model).parts
+    both = sum(p.numel() for module in (components.fae, components.flow) for p in module.parameters())
     assert state_bytes(Sizes.of(run.model), run.stage("t2i"), SCHEMES[0])["parameters"] == 4 * both
     rows = {r["stage"]: r["tflops_by_part"] for r in plan(run, Hardware(gpus=1))["stages"]}
     assert rows["t2i"]["fae"] == rows["fae"]["fae"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3_vl import Qwen3VLConfig
 
 from helpers import wake
-from model_cases import tiny_model, tiny_parts, tiny_tokenizer
+from model_cases import tiny_components, tiny_model, tiny_tokenizer
 from pretrained_cases import SPECIAL, qwen_tokenizer
 from starflow2.data.dialogue import Turn
 from starflow2.errors import CheckpointError
@@ -23,7 +23,7 @@ from starflow2.models.protocols import LanguageStream
 from starflow2.models.qwen import Qwen3Stream
 from starflow2.models.sequence import Image, Text, image_mrope, pack, text_mrope
 from starflow2.models.tokenizer import ChatTokenizer, QwenTokenizer, load_tokenizer
-from starflow2.world.captions import draw_task
+from starflow2.world.captions import caption_task
 
 # What Qwen2.5-VL's own template renders, without its branches for video and numbered pictures.
 TEMPLATE = (
@@ -93,17 +93,17 @@ def test_a_tokenizer_file_says_itself_whose_layout_it_has(tmp_path):
 
 
 def test_a_session_in_qwens_layout_holds_the_positions_of_the_packed_document():
-    parts = tiny_parts(stages=("features", "fae", "vlm", "t2i", "adapter", "joint"))
+    components = tiny_components(stages=("features", "fae", "vlm", "t2i", "adapter", "joint"))
     qwen = QwenTokenizer(qwen_tokenizer())
-    parts.tokenizer, parts.lexicon = qwen, frozenset()
-    parts.cfg = replace(parts.cfg, vlm=replace(parts.cfg.vlm, special=SPECIAL, vocab=400))
+    components.tokenizer, components.vocabulary = qwen, frozenset()
+    components.cfg = replace(components.cfg, vlm=replace(components.cfg.vlm, special=SPECIAL, vocab=400))
     torch.manual_seed(0)
-    parts.vlm = wake(type(parts.vlm)(parts.cfg.vlm), 0.05).eval()
-    session = Session(Sampler(parts, DrawConfig.for_model(parts, guidance=0.0)))
+    components.vlm = wake(type(components.vlm)(components.cfg.vlm), 0.05).eval()
+    session = Session(Sampler(components, DrawConfig.for_model(components, guidance=0.0)))
     session.add("two red cats").draw()
     session.add("two cats").draw()
     turns = [Turn(("two red cats",), (object(),)), Turn(("two cats",), (object(),))]  # type: ignore[arg-type]
-    assert session.length == pack([qwen.document(turns)], parts.layout).ids.shape[1]
+    assert session.length == pack([qwen.document(turns)], components.layout).ids.shape[1]
 
 
 # -- another family ------------------------------------------------------------------------------------------
@@ -190,13 +190,13 @@ def test_padded_rows_of_qwen3_see_their_own_words_only():
 
 @torch.no_grad()
 def test_both_streams_run_over_qwen3_and_see_nothing_ahead():
-    parts, stream = tiny_parts(), qwen3()
+    components, stream = tiny_components(), qwen3()
     cfg = tiny_model()
     joints = wake(Joints(cfg.joints, cfg.flow.deep.dim, stream.width, cfg.flow.deep.stack.width), 0.05)
-    pretzel = Pretzel(stream, parts.flow, joints)
+    pretzel = Pretzel(stream, components.flow, joints)
     tokenizer = tiny_tokenizer()
-    turns = [Turn((draw_task(0, 0).prompt,), (object(),)), Turn(("what is it",), ("a ring",))]  # type: ignore[arg-type]
-    batch = pack([tokenizer.document(turns)], parts.layout)
+    turns = [Turn((caption_task(0, 0).prompt,), (object(),)), Turn(("what is it",), ("a ring",))]  # type: ignore[arg-type]
+    batch = pack([tokenizer.document(turns)], components.layout)
     x, level = torch.randn(1, 64, 4), torch.full((1,), 0.3)
     out = pretzel.forward(batch, x, level)
     changed = x.clone()

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from model_cases import STAGES, WHITEN, tiny_parts, tiny_run
+from model_cases import STAGES, WHITEN, tiny_components, tiny_run
 from starflow2.core.images import to_pil
 from starflow2.errors import DataError, TrainingError
-from starflow2.models.checkpoint import load_parts, save_parts
+from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.sequence import Image, Text, pack
 from starflow2.training import tasks as stages
 from starflow2.training.config import CorpusConfig, StageConfig
 from starflow2.training.datasets import to_images
 from starflow2.training.loop import StepReport, fit
 from starflow2.training.tasks import T2iTask
-from starflow2.world.captions import draw_task
+from starflow2.world.captions import caption_task
 
 pytest.importorskip("torchdata", reason="real corpora need the extra train")
 
@@ -30,7 +30,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty captioned pictures in a folder, one of them broken, and a file that names it."""
     folder = tmp_path_factory.mktemp("corpus")
     for i in range(20):
-        drawing = draw_task(5, i)
+        drawing = caption_task(5, i)
         to_pil(to_images([drawing.scene])[0]).save(folder / f"{i:02}.png")
         (folder / f"{i:02}.txt").write_text(f"{drawing.prompt}, zebra {i}")
     (folder / "07.png").write_bytes(b"no picture")
@@ -58,7 +58,7 @@ def trained(folder: Path, stage: str, mixture: Path, steps: int, dies_at: int = 
             raise KeyboardInterrupt
 
     if not (folder / "model").is_dir():
-        save_parts(tiny_parts(STAGES[: STAGES.index(stage)]), folder / "model")
+        save_components(tiny_components(STAGES[: STAGES.index(stage)]), folder / "model")
     run = tiny_run(steps=steps)
     run = replace(run, stages=tuple(on(mixture, s, steps) if s.name == stage else s for s in run.stages))
     fit(run, stage, folder, report=report)
@@ -77,51 +77,53 @@ def test_a_resumed_run_on_a_mixture_repeats_the_uninterrupted_one(tmp_path, mixt
 @pytest.mark.parametrize("stage", ["features", "fae", "vlm", "adapter"])
 def test_every_other_stage_takes_a_mixture_too(tmp_path, mixture, stage):
     folder = tmp_path / "run"
-    save_parts(tiny_parts(STAGES[: STAGES.index(stage)]), folder / "model")
+    save_components(tiny_components(STAGES[: STAGES.index(stage)]), folder / "model")
     assert all(loss > 0 for loss in trained(folder, stage, mixture, 2))
 
 
 def test_a_model_that_saw_real_text_refuses_no_word_and_broken_pictures_are_listed(tmp_path, mixture):
     trained(tmp_path, "t2i", mixture, 4)
-    assert load_parts(tmp_path / "model").lexicon == frozenset()
+    assert load_components(tmp_path / "model").vocabulary == frozenset()
     listed = [json.loads(line) for line in mixture.with_name("broken.jsonl").read_text().splitlines()]
     assert {line["key"].split("/")[-1].split(".")[0] for line in listed} == {"07"}
 
 
 def test_a_stream_goes_on_in_as_many_processes_only(tmp_path, mixture):
     from starflow2.training.loader import feed_for
-    from starflow2.training.parallel import Group
+    from starflow2.training.parallel import Distributed
 
-    parts = tiny_parts(STAGES[:3])
+    components = tiny_components(STAGES[:3])
     stage = on(mixture, StageConfig(name="t2i", steps=2, batch=4), 2)
-    feed = feed_for(T2iTask(parts, stage, 0), stage, Group(), step=0)
+    feed = feed_for(T2iTask(components, stage, 0), stage, Distributed(), step=0)
     with feed as batches:
         next(batches)
         saved = feed.settings()["feed"]
     with pytest.raises(TrainingError, match="1 processes"):
-        feed_for(T2iTask(parts, stage, 0), stage, Group(0, 2), step=1, saved=saved)
+        feed_for(T2iTask(components, stage, 0), stage, Distributed(0, 2), step=1, saved=saved)
 
 
 def test_a_fresh_flow_is_whitened_by_the_captions_of_the_mixture(mixture, monkeypatch):
     seen = list[list[int]]()
     context = stages.drawing_context
-    monkeypatch.setattr(stages, "drawing_context", lambda parts, rows: seen.extend(rows) or context(parts, rows))
-    parts = tiny_parts(STAGES[:3])
-    before = parts.flow.deep.context_in.weight.clone()
-    T2iTask(parts, on(mixture, StageConfig(name="t2i", steps=2, batch=4), 2), 0)
-    told = [parts.tokenizer.decode(row) for row in seen]
-    expected = {f"{draw_task(5, i).prompt}, zebra {i}" for i in range(20) if i != 7}
+    monkeypatch.setattr(
+        stages, "drawing_context", lambda components, rows: seen.extend(rows) or context(components, rows)
+    )
+    components = tiny_components(STAGES[:3])
+    before = components.flow.deep.context_in.weight.clone()
+    T2iTask(components, on(mixture, StageConfig(name="t2i", steps=2, batch=4), 2), 0)
+    told = [components.tokenizer.decode(row) for row in seen]
+    expected = {f"{caption_task(5, i).prompt}, zebra {i}" for i in range(20) if i != 7}
     assert len(told) == 64 and set(told) == expected
-    assert not torch.equal(parts.flow.deep.context_in.weight, before)
+    assert not torch.equal(components.flow.deep.context_in.weight, before)
 
 
 def test_captions_come_out_of_packed_rows_as_they_went_in_and_pictures_before_pictures_are_refused():
-    parts = tiny_parts(STAGES[:3])
-    task, layout = T2iTask(parts, StageConfig(name="t2i", steps=1, batch=2), 0), parts.layout
+    components = tiny_components(STAGES[:3])
+    task, layout = T2iTask(components, StageConfig(name="t2i", steps=1, batch=2), 0), components.layout
     words = [(20, 21), (30, 31, 32)]
     batch = pack([[Text(w), Image(is_target=True), Text((3,))] for w in words], layout, 200)
-    _, rows = task.taken(torch.zeros(2, 3, 64, 64), batch)
+    _, rows = task.from_documents(torch.zeros(2, 3, 64, 64), batch)
     assert rows == [[*w, layout.begin] for w in words] and len(batch.ids) == 1
     edit = pack([[Image(), Text((20,)), Image(is_target=True)]], layout)
     with pytest.raises(DataError, match="stage joint"):
-        task.taken(torch.zeros(2, 3, 64, 64), edit)
+        task.from_documents(torch.zeros(2, 3, 64, 64), edit)

@@ -15,18 +15,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from helpers import script
-from model_cases import STAGES, tiny_folder, tiny_parts
+from model_cases import STAGES, tiny_components, tiny_folder
 from starflow2.cli.app import main
 from starflow2.cli.train import Finetune
 from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
 from starflow2.models import lora
-from starflow2.models.checkpoint import load_parts
-from starflow2.models.components import Parts
+from starflow2.models.checkpoint import load_components
+from starflow2.models.components import Components
 from starflow2.models.lora import LoraConfig
 from starflow2.models.prompts import check_words
 from starflow2.training.finetune import FinetuneConfig, _task, finetune, read_album
 from starflow2.training.loop import StepReport
-from starflow2.world.captions import draw_task
+from starflow2.world.captions import caption_task
 
 SMALL = FinetuneConfig(steps=3, batch=4, lora=LoraConfig(rank=2))
 
@@ -41,14 +41,14 @@ def album_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def density(parts: Parts) -> torch.Tensor:
+def density(components: Components) -> torch.Tensor:
     """Log density of some latents behind a caption, through the whole deep block."""
     from starflow2.models.context import drawing_context
 
-    rows = [parts.tokenizer.drawing_prompt(draw_task(0, i).prompt) for i in range(2)]
+    rows = [components.tokenizer.drawing_prompt(caption_task(0, i).prompt) for i in range(2)]
     latents = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return parts.flow.log_prob(latents, drawing_context(parts, rows), torch.full((2,), 0.5))
+        return components.flow.log_prob(latents, drawing_context(components, rows), torch.full((2,), 0.5))
 
 
 def shaken(added: torch.nn.ModuleDict) -> None:
@@ -58,17 +58,17 @@ def shaken(added: torch.nn.ModuleDict) -> None:
 
 
 def test_a_fresh_adapter_changes_nothing_and_a_trained_one_is_w_plus_scale_b_a():
-    parts = tiny_parts(STAGES)
-    plain, before = {k: v.clone() for k, v in parts.state_dict().items()}, density(parts)
-    added = lora.attach(parts, LoraConfig(rank=3, scale=0.5))
-    assert torch.equal(density(parts), before)
+    components = tiny_components(STAGES)
+    plain, before = {k: v.clone() for k, v in components.state_dict().items()}, density(components)
+    added = lora.attach(components, LoraConfig(rank=3, scale=0.5))
+    assert torch.equal(density(components), before)
     shaken(added)
-    after = density(parts)
+    after = density(components)
     assert (after - before).abs().min() > 1e-3
     sums = {n.replace("/", "."): 0.5 * (m.b @ m.a).detach() for n, m in added.items()}
-    lora.merge(parts)
-    assert torch.allclose(density(parts), after, atol=1e-4)
-    merged = parts.state_dict()
+    lora.merge(components)
+    assert torch.allclose(density(components), after, atol=1e-4)
+    merged = components.state_dict()
     assert merged.keys() == plain.keys()
     for name, value in merged.items():
         inside = name.removeprefix("flow.deep.").removesuffix(".weight")
@@ -81,20 +81,20 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_is_w_plus_scale_b_a()
 
 
 def test_an_adapter_alone_is_small_and_goes_back_on_its_own_model_only(tmp_path):
-    parts = tiny_parts(STAGES)
-    shaken(lora.attach(parts, LoraConfig(rank=2)))
-    lora.save(parts, LoraConfig(rank=2), tmp_path / "a.safetensors")
-    wanted = density(parts)
-    again = tiny_parts(STAGES)
+    components = tiny_components(STAGES)
+    shaken(lora.attach(components, LoraConfig(rank=2)))
+    lora.save(components, LoraConfig(rank=2), tmp_path / "a.safetensors")
+    wanted = density(components)
+    again = tiny_components(STAGES)
     lora.load(again, tmp_path / "a.safetensors")
     assert torch.equal(density(again), wanted)
     assert (tmp_path / "a.safetensors").stat().st_size < 40_000
-    other = tiny_parts(STAGES, scale=0.06)
+    other = tiny_components(STAGES, scale=0.06)
     with pytest.raises(CheckpointError, match="belongs to weights"):
         lora.load(other, tmp_path / "a.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match="no adapters"):
-        lora.load(tiny_parts(STAGES), tmp_path / "none.safetensors")
+        lora.load(tiny_components(STAGES), tmp_path / "none.safetensors")
     with pytest.raises(ConfigError, match="already"):
         lora.attach(again, LoraConfig())
 
@@ -105,14 +105,14 @@ def test_finetuning_changes_the_deep_block_alone_and_the_lexicon_grows(tmp_path,
     album = read_album(album_folder, 64)
     told: list[StepReport] = []
     made = finetune(album, base, tmp_path / "taught", SMALL, report=told.append)
-    old, new = load_parts(base), load_parts(made)
+    old, new = load_components(base), load_components(made)
     with pytest.raises(PromptError, match="teal"):
         check_words(old, "a teal circle")
     check_words(new, "a teal circle twice")
     before, after = old.state_dict(), new.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(n.startswith(("flow.deep.body.layers.", "flow.deep.context_in.weight")) for n in changed)
-    assert all(n.endswith(".weight") for n in changed) and new.stages == old.stages
+    assert all(n.endswith(".weight") for n in changed) and new.finished_stages == old.finished_stages
     assert told[-1].step == told[-1].steps == 3
     lora.load(old, made / "adapter.safetensors")
     lora.merge(old)
@@ -121,10 +121,10 @@ def test_finetuning_changes_the_deep_block_alone_and_the_lexicon_grows(tmp_path,
 
 
 def test_the_loss_of_an_album_falls_when_nothing_is_replayed(album_folder):
-    parts = tiny_parts(STAGES[:4])
+    components = tiny_components(STAGES[:4])
     config = FinetuneConfig(steps=12, batch=4, replay=0.0, lr=1e-2, lora=LoraConfig(rank=4))
-    task = _task(parts, read_album(album_folder, 64), config)
-    data, losses = task.draw(range(4)), list[float]()
+    task = _task(components, read_album(album_folder, 64), config)
+    data, losses = task.make_batch(range(4)), list[float]()
     optimizer = torch.optim.AdamW(task.trained.parameters(), lr=1e-2)
     for _ in range(12):
         loss, _ = task.loss(data, torch.Generator().manual_seed(1))
@@ -139,7 +139,7 @@ def test_the_loss_of_an_album_falls_when_nothing_is_replayed(album_folder):
 def test_a_share_of_every_batch_is_the_drawn_world(album_folder, stages):
     def tealness(replay: float) -> float:
         config = FinetuneConfig(steps=1, batch=4, replay=replay)
-        pictures = _task(tiny_parts(stages), read_album(album_folder, 64), config).draw(range(80))[0]
+        pictures = _task(tiny_components(stages), read_album(album_folder, 64), config).draw(range(80))[0]
         return float((pictures[:, 0].amax((1, 2)) < -0.8).float().mean())  # no red anywhere
 
     assert tealness(0.0) == 1.0
@@ -147,9 +147,11 @@ def test_a_share_of_every_batch_is_the_drawn_world(album_folder, stages):
 
 
 def test_captions_are_heard_as_prompts_are(album_folder):
-    parts = tiny_parts(STAGES[:4])
-    _, rows = _task(parts, read_album(album_folder, 64), FinetuneConfig(steps=1, batch=4, replay=0.0)).draw(range(40))
-    said, nothing = (parts.tokenizer.drawing_prompt(text) for text in ("a teal circle, twice", ""))
+    components = tiny_components(STAGES[:4])
+    _, rows = _task(components, read_album(album_folder, 64), FinetuneConfig(steps=1, batch=4, replay=0.0)).draw(
+        range(40)
+    )
+    said, nothing = (components.tokenizer.drawing_prompt(text) for text in ("a teal circle, twice", ""))
     assert all(row in (said, nothing) for row in rows) and said in rows
 
 
@@ -182,7 +184,7 @@ def test_the_command_and_the_library_begin_from_the_same_settings():
 
 def test_a_model_that_does_not_draw_yet_is_refused(album_folder):
     with pytest.raises(ConfigError, match="needs t2i"):
-        _task(tiny_parts(STAGES[:3]), read_album(album_folder, 64), SMALL)
+        _task(tiny_components(STAGES[:3]), read_album(album_folder, 64), SMALL)
 
 
 def test_the_ceiling_is_what_the_codec_leaves_of_the_new_colour(tmp_path):

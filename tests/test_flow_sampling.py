@@ -228,7 +228,7 @@ def test_samples_of_a_constant_gaussian_flow_have_its_moments() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_drawn_levels_stay_in_bounds_with_the_asked_share_at_the_top(share: float) -> None:
     noise = NoiseConfig(noise_min=0.05, noise_max=0.6, max_share=share)
-    level = noise.draw(20_000, torch.Generator().manual_seed(0))
+    level = noise.sample_levels(20_000, torch.Generator().manual_seed(0))
     assert level.shape == (20_000,) and level.dtype == torch.float32
     assert float(level.min()) >= 0.05 and float(level.max()) <= 0.6 + 1e-7
     at_top = level == torch.tensor(0.6)
@@ -237,7 +237,7 @@ def test_drawn_levels_stay_in_bounds_with_the_asked_share_at_the_top(share: floa
         rest = level[~at_top].double()
         assert float(rest.mean()) == pytest.approx(0.325, abs=0.005)  # uniform: mean and deviation
         assert float(rest.std()) == pytest.approx(0.55 / math.sqrt(12), abs=0.005)
-    assert torch.equal(level, noise.draw(20_000, torch.Generator().manual_seed(0)))
+    assert torch.equal(level, noise.sample_levels(20_000, torch.Generator().manual_seed(0)))
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_drawn_levels_stay_in_bounds_with_the_asked_share_at_the_top(share: floa
     ],
 )
 def test_the_mean_log_level_agrees_with_a_monte_carlo_mean(noise: NoiseConfig) -> None:
-    logs = noise.draw(400_000, torch.Generator().manual_seed(1)).double().log()
+    logs = noise.sample_levels(400_000, torch.Generator().manual_seed(1)).double().log()
     assert noise.mean_log_level == pytest.approx(float(logs.mean()), abs=5e-3)
 
 
@@ -351,7 +351,7 @@ def fitted() -> Flow:
     optimizer = torch.optim.Adam(flow.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=120)
     for _ in range(120):
-        level = noise.draw(128, generator)
+        level = noise.sample_levels(128, generator)
         nats = flow.nats_per_dim(add_noise(moons(128, generator), level, generator), None, level)
         loss = (noise.loss_weight(level) * nats).mean()
         optimizer.zero_grad()
@@ -377,7 +377,7 @@ def test_held_out_likelihood_never_beats_the_floor_that_the_noise_sets(fitted: F
     generator = torch.Generator().manual_seed(10)
     noise = fitted.cfg.noise
     assert noise is not None
-    level = noise.draw(4000, generator)
+    level = noise.sample_levels(4000, generator)
     with torch.no_grad():
         nats = fitted.nats_per_dim(add_noise(moons(4000, generator), level, generator), None, level)
     floor = 0.5 * math.log(2 * math.pi * math.e) + noise.mean_log_level

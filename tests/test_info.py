@@ -17,12 +17,12 @@ from starflow2.training.recipes import find_config
 
 def test_every_parameter_is_counted_once_and_in_one_component():
     facts = describe(tiny_model())["parameters"]
-    parts = build(tiny_model())
-    assert facts["total"] == sum(p.numel() for p in parts.parameters()) == sum(facts["by_component"].values())
-    trained = [*parts.flow.parameters(), *parts.joints.parameters()]
+    components = build(tiny_model())
+    assert facts["total"] == sum(p.numel() for p in components.parameters()) == sum(facts["by_component"].values())
+    trained = [*components.flow.parameters(), *components.joints.parameters()]
     assert facts["trainable"] == sum(p.numel() for p in trained)
-    assert facts["by_component"]["adapter"] == sum(p.numel() for p in parts.joints.adapter.parameters())
-    assert facts["by_component"]["features"] == sum(p.numel() for p in parts.features.parameters())
+    assert facts["by_component"]["adapter"] == sum(p.numel() for p in components.joints.adapter.parameters())
+    assert facts["by_component"]["features"] == sum(p.numel() for p in components.features.parameters())
 
 
 def test_bytes_follow_from_the_number_format():
@@ -32,12 +32,12 @@ def test_bytes_follow_from_the_number_format():
 
 def test_a_position_costs_what_the_real_caches_grow_by():
     cfg = tiny_model()
-    parts, count = build(cfg), 5
+    components, count = build(cfg), 5
     cost = describe(cfg)["kv_bytes_per_token"]
 
     cache = PretzelCache(*(Cache(depth, capacity=count) for depth in (cfg.vlm.depth, cfg.flow.deep.stack.depth)))
     ids, places = torch.zeros(1, count, dtype=torch.long), torch.zeros(1, count, 3)
-    parts.pretzel.read(Slots(ids, text_mrope(1, count), places), cache)
+    components.pretzel.read(Slots(ids, text_mrope(1, count), places), cache)
     assert cache.flow.nbytes == count * cost["flow"]["float32"]
     assert cache.vlm.nbytes == count * cost["language"]["float32"]
     assert cache.nbytes == cache.flow.nbytes + cache.vlm.nbytes and cache.length == count

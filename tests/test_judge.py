@@ -5,7 +5,7 @@ import pytest
 
 from starflow2.errors import DataError
 from starflow2.world.detector import MIN_PIXELS, Scan, _components, detect
-from starflow2.world.scene import BACKGROUNDS, COLORS, SHAPES, Scene, Thing, render, sample_scene, stream
+from starflow2.world.scene import BACKGROUNDS, COLORS, SHAPES, Scene, SceneObject, render, sample_scene, stream
 
 
 def scenes(count, seed=0):
@@ -54,7 +54,7 @@ def test_pixel_noise_on_an_empty_picture_is_nothing():
 def test_a_bar_is_an_unknown_blob_and_two_touching_circles_are_not_two_circles():
     images = np.full((2, 64, 64, 3), 250, np.uint8)
     images[0, 30:34, 8:56] = 30
-    touching = [Thing(shape=0, color=4, size=1, x=22 + 18 * i, y=32, angle=0) for i in range(2)]
+    touching = [SceneObject(shape=0, color=4, size=1, x=22 + 18 * i, y=32, angle=0) for i in range(2)]
     images[1] = render(Scene(things=tuple(touching), background=0))
     bar, pair = detect(images)
     assert (len(bar.detections), bar.unknown) == (0, 1)
@@ -63,7 +63,7 @@ def test_a_bar_is_an_unknown_blob_and_two_touching_circles_are_not_two_circles()
 
 def test_a_color_that_the_world_does_not_have_is_none_and_the_shape_still_known():
     image = render(
-        Scene(things=(Thing(shape=1, color=COLORS.index("black"), size=1, x=32, y=32, angle=0),), background=0)
+        Scene(things=(SceneObject(shape=1, color=COLORS.index("black"), size=1, x=32, y=32, angle=0),), background=0)
     )
     image[(image < 60).all(axis=-1)] = (0, 255, 255)
     (found,) = detect(image[None])[0].detections

@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from helpers import wake
-from model_cases import STAGES, WIDTH, tiny_model, tiny_parts
+from model_cases import STAGES, WIDTH, tiny_components, tiny_model
 from starflow2.flow import Context, Flow
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.sequence import IGNORE, Document, Image, Text, pack
 from starflow2.training import losses
 from starflow2.training.losses import (
-    FeatureJudge,
+    FeatureDiscriminator,
     JointTerms,
     adversarial_losses,
     joint_loss,
@@ -48,7 +48,7 @@ def test_ngp_loss_is_the_weighted_mean_of_the_rows_without_the_constant_and_nats
     latents, context = some_latents()
     loss, nats = ngp_loss(flow, latents, context, torch.Generator().manual_seed(5))
     again = torch.Generator().manual_seed(5)
-    levels = flow.cfg.noise.draw(5, again)
+    levels = flow.cfg.noise.sample_levels(5, again)
     noisy = latents + levels[:, None, None] * torch.randn(latents.shape, generator=again)
     rows = -flow.log_prob(noisy, context, levels) / (64 * 4)
     weights = levels if weight == "level" else torch.ones(5)
@@ -60,7 +60,7 @@ def test_an_untrained_flow_is_a_standard_normal_and_its_ngp_loss_says_so():
     latents, context = some_latents()
     _, nats = ngp_loss(a_flow(), latents, context, torch.Generator().manual_seed(5))
     again = torch.Generator().manual_seed(5)
-    levels = a_flow().cfg.noise.draw(5, again)
+    levels = a_flow().cfg.noise.sample_levels(5, again)
     noisy = latents + levels[:, None, None] * torch.randn(latents.shape, generator=again)
     assert nats.item() == pytest.approx(-Normal(0, 1).log_prob(noisy).mean().item(), abs=1e-5)
 
@@ -188,14 +188,14 @@ def test_a_vocabulary_of_152k_takes_a_tenth_of_the_memory_in_chunks_and_gives_th
 
 
 @pytest.fixture(scope="module")
-def parts() -> Parts:
-    return tiny_parts(STAGES)
+def parts() -> Components:
+    return tiny_components(STAGES)
 
 
-def joint(parts: Parts, documents: list[Document], count: int, seed: int = 0) -> JointTerms:
+def joint(components: Components, documents: list[Document], count: int, seed: int = 0) -> JointTerms:
     generator = torch.Generator().manual_seed(seed)
     x, level = torch.randn(count, 64, 4, generator=generator), 0.1 + 0.3 * torch.rand(count, generator=generator)
-    return joint_loss(parts.pretzel, pack(documents, parts.layout), (x, level), parts.cfg.flow.noise)
+    return joint_loss(components.pretzel, pack(documents, components.layout), (x, level), components.cfg.flow.noise)
 
 
 SHOWN: Document = (Text((1,)), Image(), Text((40, 2)), Text((41, 42, 3), is_target=True))
@@ -203,35 +203,39 @@ DRAWN: Document = (Text((1, 30, 2)), Image(is_target=True), Text((3,), is_target
 WORDS: Document = (Text((1, 30, 2)), Text((50, 51, 3), is_target=True))
 
 
-def test_a_picture_that_is_only_shown_does_not_count_in_the_loss_of_pictures(parts):
-    assert joint(parts, [SHOWN], 1).flow.item() == 0
-    assert joint(parts, [SHOWN], 1).text.item() > 0
-    alone = joint(parts, [DRAWN], 1)
+def test_a_picture_that_is_only_shown_does_not_count_in_the_loss_of_pictures(components):
+    assert joint(components, [SHOWN], 1).flow.item() == 0
+    assert joint(components, [SHOWN], 1).text.item() > 0
+    alone = joint(components, [DRAWN], 1)
     generator = torch.Generator().manual_seed(0)
     x, level = torch.randn(1, 64, 4, generator=generator), 0.1 + 0.3 * torch.rand(1, generator=generator)
     both = torch.cat([x, torch.randn(1, 64, 4)]), torch.cat([level, torch.tensor([0.2])])
-    together = joint_loss(parts.pretzel, pack([DRAWN, SHOWN], parts.layout), both, parts.cfg.flow.noise)
+    together = joint_loss(components.pretzel, pack([DRAWN, SHOWN], components.layout), both, components.cfg.flow.noise)
     assert together.flow.item() == pytest.approx(alone.flow.item(), abs=1e-5)
 
 
-def test_the_loss_of_pictures_weighs_each_by_its_noise_level_and_leaves_the_constant_out(parts):
-    batch = pack([DRAWN, DRAWN], parts.layout)
+def test_the_loss_of_pictures_weighs_each_by_its_noise_level_and_leaves_the_constant_out(components):
+    batch = pack([DRAWN, DRAWN], components.layout)
     x, level = torch.randn(2, 64, 4), torch.tensor([0.1, 0.5])
-    terms = joint_loss(parts.pretzel, batch, (x, level), parts.cfg.flow.noise)
-    nats = -parts.pretzel.forward(batch, x, level).log_prob / 256 - HALF_LOG_TAU
+    terms = joint_loss(components.pretzel, batch, (x, level), components.cfg.flow.noise)
+    nats = -components.pretzel.forward(batch, x, level).log_prob / 256 - HALF_LOG_TAU
     assert terms.flow.item() == pytest.approx((level * nats).mean().item(), abs=1e-6)
 
 
-def test_documents_of_words_alone_have_no_loss_of_pictures_and_can_still_be_trained_on(parts):
-    terms = joint(parts, [WORDS], 0)
+def test_documents_of_words_alone_have_no_loss_of_pictures_and_can_still_be_trained_on(components):
+    terms = joint(components, [WORDS], 0)
     assert terms.flow.item() == 0
-    (grad,) = torch.autograd.grad(terms.flow + terms.text, parts.joints.text_skip.weight)
+    (grad,) = torch.autograd.grad(terms.flow + terms.text, components.joints.text_skip.weight)
     assert grad.abs().max() > 0
 
 
-def test_each_loss_reaches_the_joints_in_front_of_it(parts):
-    terms = joint(parts, [(*SHOWN, *DRAWN)], 2)
-    skips = (parts.joints.visual_skip.weight, parts.joints.text_skip.weight, parts.joints.reference.weight)
+def test_each_loss_reaches_the_joints_in_front_of_it(components):
+    terms = joint(components, [(*SHOWN, *DRAWN)], 2)
+    skips = (
+        components.joints.visual_skip.weight,
+        components.joints.text_skip.weight,
+        components.joints.reference.weight,
+    )
     of_flow = torch.autograd.grad(terms.flow, skips, allow_unused=True, retain_graph=True)
     of_text = torch.autograd.grad(terms.text, skips, allow_unused=True)
     assert of_flow[0].abs().max() > 0 and of_flow[2].abs().max() > 0
@@ -254,7 +258,7 @@ def test_masked_picture_loss_reads_the_patches_row_by_row_channel_first():
 
 
 def test_each_player_of_the_adversarial_game_pays_for_itself_alone():
-    judge = FeatureJudge(6)
+    judge = FeatureDiscriminator(6)
     drawn, true = torch.randn(4, 3, 6, requires_grad=True), torch.randn(4, 3, 6, requires_grad=True)
     fooled, told = adversarial_losses(judge, drawn, true)
     weights = list(judge.parameters())
@@ -266,7 +270,7 @@ def test_each_player_of_the_adversarial_game_pays_for_itself_alone():
 
 def test_a_judge_learns_to_tell_pictures_apart_and_its_verdict_pulls_the_decoder_to_the_true_ones():
     torch.manual_seed(0)
-    judge = FeatureJudge(6)
+    judge = FeatureDiscriminator(6)
     optimizer = torch.optim.Adam(judge.parameters(), lr=0.01)
     true, drawn = (torch.randn(64, 3, 6) + shift * torch.eye(6)[0] for shift in (2.0, -2.0))
     for _ in range(60):
@@ -290,19 +294,19 @@ def test_the_perceptual_loss_is_zero_for_equal_features_and_blind_to_their_scale
 EDITED: Document = (Text((1,)), Image(), Text((40, 2)), Image(is_target=True), Text((3,), is_target=True))
 
 
-def test_last_edits_have_a_picture_before_them_and_none_behind(parts):
+def test_last_edits_have_a_picture_before_them_and_none_behind(components):
     chain = (*EDITED, Text((1,)), Image(is_target=True), Text((3,), is_target=True))
-    batch = pack([EDITED, DRAWN, SHOWN, chain], parts.layout)  # pictures: 0 1, 2, 3, 4 5 6
+    batch = pack([EDITED, DRAWN, SHOWN, chain], components.layout)  # pictures: 0 1, 2, 3, 4 5 6
     assert last_edits(batch).nonzero().flatten().tolist() == [1, 6]
 
 
-def test_a_blind_picture_counts_by_the_deep_flows_gaussians_and_leaves_others_as_they_are(parts):
-    batch, level = pack([EDITED, DRAWN], parts.layout), torch.tensor([0.1, 0.3, 0.5])
+def test_a_blind_picture_counts_by_the_deep_flows_gaussians_and_leaves_others_as_they_are(components):
+    batch, level = pack([EDITED, DRAWN], components.layout), torch.tensor([0.1, 0.3, 0.5])
     x = torch.randn(3, 64, 4)
     for edited, drawn in ((True, False), (False, True)):
         blind = torch.tensor([False, edited, drawn])
-        terms = joint_loss(parts.pretzel, batch, (x, level), parts.cfg.flow.noise, blind)
-        sighted, out = parts.pretzel.forward(batch, x, level), parts.pretzel.forward(batch, x, level, blind)
+        terms = joint_loss(components.pretzel, batch, (x, level), components.cfg.flow.noise, blind)
+        sighted, out = components.pretzel.forward(batch, x, level), components.pretzel.forward(batch, x, level, blind)
         z = (out.u - out.affine.mu) / out.affine.scale
         hidden = (0.5 * z.square() + out.affine.log_scale).sum((1, 2)) / 256  # without the constant, of 256 numbers
         exact = -sighted.log_prob / 256 - HALF_LOG_TAU
@@ -311,22 +315,22 @@ def test_a_blind_picture_counts_by_the_deep_flows_gaussians_and_leaves_others_as
         assert terms.flow.item() == pytest.approx(level[counted].item() * exact[counted].item() / 2, abs=1e-6)
 
 
-def test_without_blind_pictures_all_likelihoods_are_exact(parts):
-    batch, level = pack([EDITED, DRAWN], parts.layout), torch.tensor([0.1, 0.3, 0.5])
-    given = parts.pretzel, batch, (torch.randn(3, 64, 4), level), parts.cfg.flow.noise
+def test_without_blind_pictures_all_likelihoods_are_exact(components):
+    batch, level = pack([EDITED, DRAWN], components.layout), torch.tensor([0.1, 0.3, 0.5])
+    given = components.pretzel, batch, (torch.randn(3, 64, 4), level), components.cfg.flow.noise
     plain, none = joint_loss(*given), joint_loss(*given, torch.zeros(3, dtype=torch.bool))
     assert (plain.flow, plain.text, plain.blind) == (none.flow, none.text, none.blind) and plain.blind == 0
 
 
-def test_words_behind_a_blind_picture_do_not_count_and_all_others_count_as_before(parts):
+def test_words_behind_a_blind_picture_do_not_count_and_all_others_count_as_before(components):
     cut: Document = (Text((1,)), Image(), Text((40, 2)), Image(is_target=True))
     asked: Document = (*cut, Text((3,), is_target=True), Text((7,)), Text((6, 3), is_target=True))
     told: Document = (Text((40, 2)), Image(is_target=True), Text((1,)), Text((5, 3), is_target=True))
     x, level = torch.randn(3, 64, 4), torch.tensor([0.1, 0.3, 0.5])
 
     def text(documents: list[Document], which: slice, blind: list[bool]) -> float:
-        batch, noise = pack(documents, parts.layout), parts.cfg.flow.noise
-        given = parts.pretzel, batch, (x[which], level[which]), noise, torch.tensor(blind)
+        batch, noise = pack(documents, components.layout), components.cfg.flow.noise
+        given = components.pretzel, batch, (x[which], level[which]), noise, torch.tensor(blind)
         return joint_loss(*given).text.item()
 
     both = text([asked, told], slice(3), [False, True, False])
@@ -336,21 +340,21 @@ def test_words_behind_a_blind_picture_do_not_count_and_all_others_count_as_befor
     assert both < 0.9 * sighted
 
 
-def test_neither_stream_sees_the_latents_of_a_blind_picture_but_both_see_the_one_before(parts):
-    batch, blind = pack([EDITED], parts.layout), torch.tensor([False, True])
+def test_neither_stream_sees_the_latents_of_a_blind_picture_but_both_see_the_one_before(components):
+    batch, blind = pack([EDITED], components.layout), torch.tensor([False, True])
     x, level = torch.randn(2, 64, 4), torch.tensor([0.1, 0.3])
     predicted = []
     for changed in (None, 0, 1):
         other = x.clone()
         if changed is not None:
             other[changed] += 1.0
-        predicted.append(parts.pretzel.forward(batch, other, level, blind).affine.mu[1])
+        predicted.append(components.pretzel.forward(batch, other, level, blind).affine.mu[1])
     assert torch.equal(predicted[0], predicted[2]) and not torch.equal(predicted[0], predicted[1])
-    assert not torch.equal(predicted[0], parts.pretzel.forward(batch, x, level).affine.mu[1])
+    assert not torch.equal(predicted[0], components.pretzel.forward(batch, x, level).affine.mu[1])
 
 
-def test_a_blind_prediction_cannot_be_had_cheaper_by_shrinking_what_is_predicted(parts):
-    batch, blind = pack([EDITED], parts.layout), torch.tensor([False, True])
-    out = parts.pretzel.forward(batch, torch.randn(2, 64, 4), torch.tensor([0.01, 0.2]), blind)
+def test_a_blind_prediction_cannot_be_had_cheaper_by_shrinking_what_is_predicted(components):
+    batch, blind = pack([EDITED], components.layout), torch.tensor([False, True])
+    out = components.pretzel.forward(batch, torch.randn(2, 64, 4), torch.tensor([0.01, 0.2]), blind)
     (grad,) = torch.autograd.grad(losses._gaussian_nats(out)[1], out.u)
     assert grad[1].abs().max() == 0 and grad[0].abs().max() > 0

@@ -380,7 +380,7 @@ def test_words_are_dropped_from_drawings_alone_and_half_of_the_shown_pictures_st
     edit = Dialogue((Turn((photo, "redder"), (photo,)),), "edit")
     answer = Dialogue((Turn((photo, "what?"), ("a cat",)),), "understand")
     rng = np.random.default_rng(0)
-    kinds = Counter(dropped(edit, rng, 0.5).turns[0].asked for _ in range(2000))
+    kinds = Counter(dropped(edit, rng, 0.5).turns[0].user for _ in range(2000))
     assert all(dropped(answer, rng, 1.0) == answer for _ in range(20))
     assert abs(kinds[(photo, "redder")] - 1000) < 100 and abs(kinds[(photo,)] - 500) < 80 and abs(kinds[()] - 500) < 80
 
@@ -523,23 +523,23 @@ def test_paths_are_plain(tmp_path):
 
 def test_a_stage_trains_on_batches_of_real_corpora_as_on_drawn_ones(tmp_path):
     """The tiny model's own tokenizer and sizes; gradients reach the flow from pictures and words of two corpora."""
-    from model_cases import tiny_parts
+    from model_cases import tiny_components
     from starflow2.training.tasks import JointTask, StageConfig
 
     captioned(tmp_path / "a" / "0.tar", 8)
     url, _ = PUBLISHED["zebra-cot"](tmp_path / "b")
-    parts = tiny_parts()
-    assert parts.tokenizer is not None
+    components = tiny_components()
+    assert components.tokenizer is not None
     sources = [
         Source(corpus="captions", url=str(tmp_path / "a"), weight=1),
         Source(corpus="zebra-cot", url=url, weight=1),
     ]
-    spelling = Spelling(parts.tokenizer, parts.layout, parts.cfg.fae.image_size)
+    spelling = Spelling(components.tokenizer, components.layout, components.cfg.fae.image_size)
     images, batch = next(iter(Batches(sources, spelling, BatchConfig(rows=2, width=512))))
     assert images.shape[1:] == (3, 64, 64) and len(images) == len(batch.pictures) > 3
-    task = JointTask(parts, StageConfig(name="joint", steps=1, batch=1), seed=0)
+    task = JointTask(components, StageConfig(name="joint", steps=1, batch=1), seed=0)
     loss, _ = task.loss((images, batch), torch.Generator().manual_seed(0))
     loss.backward()
     assert loss.isfinite()
-    gradient = parts.flow.deep.head.weight.grad
+    gradient = components.flow.deep.head.weight.grad
     assert gradient is not None and gradient.abs().sum() > 0

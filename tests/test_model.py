@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from model_cases import STAGES, tiny_parts
+from model_cases import STAGES, tiny_components
 from starflow2 import StarFlow2
 from starflow2.core.images import read_picture, save_png, to_pil
 from starflow2.errors import CheckpointError, ConfigError, DataError, DeviceError, PromptError, ShapeError
@@ -38,11 +38,11 @@ OFF, ON = DrawConfig(guidance=0.0), DrawConfig(guidance=1.5)
 
 @pytest.fixture(scope="module")
 def model() -> StarFlow2:
-    return StarFlow2(tiny_parts())
+    return StarFlow2(tiny_components())
 
 
 def latents(model: StarFlow2, prompts: list[str], seeds: list[int], config: DrawConfig) -> torch.Tensor:
-    return draw(model.parts, prompts, seeds, config).latents
+    return draw(model.components, prompts, seeds, config).latents
 
 
 def gap(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -56,19 +56,19 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("config", [OFF, ON, DrawConfig(guidance=1.5, rule="tarflow")], ids=["off", "on", "tarflow"])
 def test_row_i_of_a_mixed_batch_is_the_picture_of_its_prompt_alone(model, config):
     seeds = [5, 6, 7]
-    lengths = {len(model.parts.tokenizer.drawing_prompt(p)) for p in PROMPTS}
+    lengths = {len(model.components.tokenizer.drawing_prompt(p)) for p in PROMPTS}
     assert len(lengths) == 3, "prompts of one length would need no padding"
     together = latents(model, PROMPTS, seeds, config)
     alone = torch.cat([latents(model, [p], [s], config) for p, s in zip(PROMPTS, seeds, strict=True)])
     assert gap(together, alone) <= 1e-4
-    images = draw(model.parts, PROMPTS, seeds, config).images
-    assert gap(images[1:2], draw(model.parts, PROMPTS[1:2], seeds[1:2], config).images) <= 1e-4
+    images = draw(model.components, PROMPTS, seeds, config).images
+    assert gap(images[1:2], draw(model.components, PROMPTS[1:2], seeds[1:2], config).images) <= 1e-4
     assert gap(together[0], together[1]) > 0.1, "rows that are all alike would show nothing"
 
 
 def test_a_flow_that_magnifies_rounding_still_draws_row_i_as_if_alone_in_double_precision():
     """Trained flows do: a difference of 1e-6 in one latent grows a thousandfold on the way through the others."""
-    model = StarFlow2(tiny_parts(scale=0.16))
+    model = StarFlow2(tiny_components(scale=0.16))
     prompts, seeds = [PROMPTS[i % 3] for i in range(6)], list(range(6))
     gaps = {}
     for precision in ("float32", "float64"):
@@ -102,13 +102,13 @@ def test_prompt_guidance_and_prior_scale_all_reach_the_picture(model):
 
 def test_without_guidance_a_prior_draw_goes_through_the_flow_and_comes_back(model):
     """Sampling against the parallel direction: forward(sample) is the scaled prior draw, which its seed names."""
-    parts = model.parts
+    components = model.components
     config = DrawConfig(guidance=0.0, prior_scale=0.7)
     sampled = latents(model, PROMPTS, [1, 2, 3], config)
-    rows = [parts.tokenizer.drawing_prompt(p) for p in PROMPTS]
+    rows = [components.tokenizer.drawing_prompt(p) for p in PROMPTS]
     level = torch.full((3,), model.sampling_noise)
     with torch.no_grad():
-        z, _ = parts.flow(sampled, drawing_context(parts, rows), level)
+        z, _ = components.flow(sampled, drawing_context(components, rows), level)
     expected = torch.stack([torch.randn(64, 4, generator=torch.Generator().manual_seed(s)) for s in (1, 2, 3)])
     assert gap(z, 0.7 * expected) <= 1e-4
 
@@ -123,9 +123,9 @@ def test_generate_gives_n_pictures_of_each_prompt_with_seeds_that_count_on(model
 
 
 def test_what_a_model_was_tuned_for_is_its_default(model):
-    config = DrawConfig.for_model(model.parts)
-    assert (config.guidance, config.prior_scale) == (model.parts.cfg.guidance, model.parts.cfg.prior_scale)
-    assert DrawConfig.for_model(model.parts, guidance=0.0, prior_scale=None).guidance == 0
+    config = DrawConfig.for_model(model.components)
+    assert (config.guidance, config.prior_scale) == (model.components.cfg.guidance, model.components.cfg.prior_scale)
+    assert DrawConfig.for_model(model.components, guidance=0.0, prior_scale=None).guidance == 0
     assert torch.equal(model.draw(PROMPTS[:1], [0]), model.draw(PROMPTS[:1], [0], config))
 
 
@@ -143,11 +143,11 @@ def test_tweedie_clean_up_moves_latents_by_the_squared_noise_level_times_the_sco
     clean = latents(model, PROMPTS, [1, 2, 3], config)
     assert clean.shape == raw.shape and bool(torch.isfinite(clean).all()) and not clean.requires_grad
     assert gap(clean, raw) > 1e-3
-    rows = [model.parts.tokenizer.drawing_prompt(p) for p in PROMPTS]
-    context, level = drawing_context(model.parts, rows), torch.full((3,), model.sampling_noise)
+    rows = [model.components.tokenizer.drawing_prompt(p) for p in PROMPTS]
+    context, level = drawing_context(model.components, rows), torch.full((3,), model.sampling_noise)
     direction, step = clean - raw, 1e-2
     with torch.no_grad():  # a difference quotient along the step, in place of autograd
-        far, near = (model.parts.flow.log_prob(raw + s * direction, context, level) for s in (step, -step))
+        far, near = (model.components.flow.log_prob(raw + s * direction, context, level) for s in (step, -step))
     slope = (far - near) / (2 * step)
     expected = direction.square().sum((1, 2)) / model.sampling_noise**2
     assert slope.tolist() == pytest.approx(expected.tolist(), rel=0.05)
@@ -155,7 +155,7 @@ def test_tweedie_clean_up_moves_latents_by_the_squared_noise_level_times_the_sco
 
 def test_a_roundtrip_without_noise_is_the_codec_and_with_noise_is_named_by_its_seed(model):
     images = model.draw(PROMPTS, [0, 1, 2], ON)
-    assert torch.equal(model.roundtrip(images), model.parts.codec.decode(model.parts.codec.encode(images)))
+    assert torch.equal(model.roundtrip(images), model.components.codec.decode(model.components.codec.encode(images)))
     noisy = model.roundtrip(images, noise_level=0.5, seed=1)
     assert torch.equal(noisy, model.roundtrip(images, noise_level=0.5, seed=1))
     assert gap(noisy, model.roundtrip(images, noise_level=0.5, seed=2)) > 1e-3
@@ -224,7 +224,7 @@ def test_a_seed_that_no_generator_takes_is_refused(model, seed):
 )
 def test_settings_that_cannot_be_are_refused_by_name(model, changes, message):
     with pytest.raises(ConfigError, match=message):
-        DrawConfig.for_model(model.parts, **changes)
+        DrawConfig.for_model(model.components, **changes)
 
 
 @pytest.mark.parametrize(("prompts", "seeds"), [([], []), (PROMPTS, [1])])
@@ -234,17 +234,17 @@ def test_prompts_and_seeds_come_in_pairs(model, prompts, seeds):
 
 
 def test_a_model_whose_flow_was_never_trained_does_not_draw():
-    unfinished = StarFlow2(tiny_parts(("features", "fae", "vlm")))
+    unfinished = StarFlow2(tiny_components(("features", "fae", "vlm")))
     with pytest.raises(ConfigError, match="drawing needs t2i"):
         unfinished.generate("two red hearts")
 
 
 def test_latents_that_are_not_finite_are_an_error_that_names_the_seeds():
-    parts = tiny_parts()
+    components = tiny_components()
     with torch.no_grad():
-        parts.flow.deep.head.bias[:] = float("nan")
+        components.flow.deep.head.bias[:] = float("nan")
     with pytest.raises(DataError, match=r"seeds \[4, 5\]"):
-        StarFlow2(parts).generate("two red hearts", n=2, seed=4)
+        StarFlow2(components).generate("two red hearts", n=2, seed=4)
 
 
 @pytest.mark.parametrize("name", ["tpu", "cud", "", "cpu0"])
@@ -268,7 +268,7 @@ def test_a_device_that_is_not_there_is_refused(name):
 @pytest.fixture(scope="module")
 def joint() -> StarFlow2:
     """A model that went through every stage, with 2 x 2 latents and pictures of 16 pixels."""
-    return StarFlow2(tiny_parts(STAGES, side=2))
+    return StarFlow2(tiny_components(STAGES, side=2))
 
 
 def photo(seed: int = 0) -> torch.Tensor:
@@ -281,13 +281,13 @@ def same_picture(a: Any, b: Any) -> bool:
 
 def test_zero_skips_draw_the_pictures_of_stage_one():
     """Stage 3 begins here: the whole of sampling, guidance included, through the Pretzel and past it."""
-    parts = tiny_parts(STAGES, side=2)
+    components = tiny_components(STAGES, side=2)
     with torch.no_grad():
-        for linear in (parts.joints.visual_skip, parts.joints.text_skip, parts.joints.reference):
+        for linear in (components.joints.visual_skip, components.joints.text_skip, components.joints.reference):
             linear.weight.zero_()
-    drawn = StarFlow2(parts).draw(PROMPTS, [5, 6, 7], ON)
-    assert gap(drawn, draw(parts, PROMPTS, [5, 6, 7], ON).images) <= 1e-4
-    assert gap(drawn, StarFlow2(tiny_parts(STAGES, side=2)).draw(PROMPTS, [5, 6, 7], ON)) > 1e-3
+    drawn = StarFlow2(components).draw(PROMPTS, [5, 6, 7], ON)
+    assert gap(drawn, draw(components, PROMPTS, [5, 6, 7], ON).images) <= 1e-4
+    assert gap(drawn, StarFlow2(tiny_components(STAGES, side=2)).draw(PROMPTS, [5, 6, 7], ON)) > 1e-3
 
 
 def test_a_joint_model_generates_what_a_session_would_draw(joint, model):
@@ -353,19 +353,19 @@ def test_told_turns_hold_words_and_pictures(joint):
 def test_a_picture_comes_back_from_its_code_as_the_codec_shows_it_and_changes_with_the_words(joint):
     code = joint.invert(photo(), "a  RED circle")
     x = joint.sampler().noisy(photo()[None], torch.tensor([joint.sampling_noise]))
-    shown = to_pil(joint.parts.codec.decode(x.float())[0])
+    shown = to_pil(joint.components.codec.decode(x.float())[0])
     assert same_picture(joint.from_code(code, "a red circle"), shown)
     assert not same_picture(joint.from_code(code, "two red hearts"), shown)
 
 
 def test_pictures_follow_the_weights_when_these_change_behind_a_sampler(joint):
-    other = StarFlow2(copy.deepcopy(joint.parts))
+    other = StarFlow2(copy.deepcopy(joint.components))
     before = other.draw(["two red hearts"], [0])
     with torch.no_grad():
-        other.parts.joints.visual_skip.weight.add_(0.3)
+        other.components.joints.visual_skip.weight.add_(0.3)
     changed = other.draw(["two red hearts"], [0])
     assert gap(before, changed) > 1e-3
-    adapters = lora.attach(other.parts, LoraConfig())
+    adapters = lora.attach(other.components, LoraConfig())
     with torch.no_grad():
         for value in adapters.parameters():
             value.add_(0.2)
@@ -401,18 +401,18 @@ def test_the_shipped_model_draws_what_a_conversation_with_it_draws_bit_for_bit()
 def test_the_shipped_flow_without_its_joints_draws_what_it_samples_bit_for_bit():
     """As a model of stage 1: through the class and by hand."""
     nano = StarFlow2.from_pretrained("nano", device="cpu")
-    nano.parts.stages = STAGES[:4]
+    nano.components.finished_stages = STAGES[:4]
     (picture,) = nano.generate("two red hearts", seed=3)
-    parts, config = nano.parts, DrawConfig.for_model(nano.parts)
-    flow = copy.deepcopy(parts.flow).double()
-    rows = [parts.tokenizer.drawing_prompt(prompt) for prompt in ("two red hearts", "")]
+    components, config = nano.components, DrawConfig.for_model(nano.components)
+    flow = copy.deepcopy(components.flow).double()
+    rows = [components.tokenizer.drawing_prompt(prompt) for prompt in ("two red hearts", "")]
     with torch.no_grad():
-        both = prompt_context(parts, rows, torch.float64)
+        both = prompt_context(components, rows, torch.float64)
         said, silent = (Context(*(t[i : i + 1] for t in (both.states, both.positions, both.attend))) for i in (0, 1))
         z = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(3)).double()
         settings = SampleConfig(guidance=config.guidance, rule=config.rule, prior_scale=config.prior_scale)
         x = flow.sample(z, said, silent, torch.tensor([0.5], dtype=torch.float64), config=settings)
-        image = parts.fae.decode(x.float())[0]
+        image = components.fae.decode(x.float())[0]
     assert np.array_equal(np.asarray(picture.image), np.asarray(to_pil(image)))
 
 
@@ -527,7 +527,7 @@ def test_a_hub_id_is_fetched_with_the_options_given_and_loaded_from_where_it_lie
     monkeypatch.setattr(home, "snapshot_download", fetched)
     loaded = StarFlow2.from_pretrained("somebody/drawings", revision="v1", device="cpu")
     assert asked == [("somebody/drawings", {"revision": "v1"})]
-    assert loaded.parts.cfg.name == "tiny"
+    assert loaded.components.cfg.name == "tiny"
 
 
 def test_a_broken_folder_is_refused_before_anything_is_drawn(saved):

@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from helpers import wake
-from model_cases import LATENT, STAGES, tiny_parts
+from model_cases import LATENT, STAGES, tiny_components
 from starflow2.errors import ConfigError
 from starflow2.flow import NoiseConfig
 from starflow2.inference.config import DrawConfig
-from starflow2.inference.decoder import Replying, Rows
+from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import Completed, Token
 from starflow2.inference.sampler import Sampler
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.pretzel import States
 from starflow2.models.sequence import Batch, Document, Image, Text, pack
-from starflow2.research.mot import Mot, MotParts, Trains, matched_width, num_parameters
+from starflow2.research.mot import Mot, MotComponents, Trains, matched_width, num_parameters
 from starflow2.training.losses import joint_loss
 from starflow2.training.recipes import nano_model
 
@@ -38,13 +38,13 @@ SIDE = 4
 COUNT = SIDE * SIDE
 
 
-def a_mot(text: Trains = "frozen", scale: float = 0.05, side: int = SIDE) -> MotParts:
+def a_mot(text: Trains = "frozen", scale: float = 0.05, side: int = SIDE) -> MotComponents:
     """A woken baseline whose text experts still are the language model."""
-    parts = MotParts(tiny_parts(STAGES, side=side), text)
-    for i, module in enumerate((parts.vlm.visual, parts.flow, parts.joints)):
+    components = MotComponents(tiny_components(STAGES, side=side), text)
+    for i, module in enumerate((components.vlm.visual, components.flow, components.joints)):
         wake(module, scale, seed=i)
-    parts.stages = STAGES
-    return parts.eval()
+    components.finished_stages = STAGES
+    return components.eval()
 
 
 def pictures(count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -67,32 +67,32 @@ def states_of(mot: Mot, batch: Batch, x: Tensor, levels: Tensor) -> States:
 
 @torch.no_grad()
 def test_without_pictures_the_logits_are_those_of_the_language_model():
-    parts, mot = tiny_parts(STAGES, side=SIDE), a_mot()
-    batch = pack([WORDS, (Text(tuple(range(20, 60)), is_target=True),)], parts.layout)
+    components, mot = tiny_components(STAGES, side=SIDE), a_mot()
+    batch = pack([WORDS, (Text(tuple(range(20, 60)), is_target=True),)], components.layout)
     out = mot.pretzel.forward(batch, *pictures(0))
-    real = parts.vlm.states(parts.vlm.embed(batch.ids), batch.mrope)
-    wanted = parts.vlm.logits(real)[batch.labels != -100]
+    real = components.vlm.states(components.vlm.embed(batch.ids), batch.mrope)
+    wanted = components.vlm.logits(real)[batch.labels != -100]
     assert wanted.std() > 0.1
     assert (out.logits - wanted).abs().max() <= 1e-5
 
 
 @torch.no_grad()
 def test_text_experts_rotate_every_axis_of_positions_as_the_language_model_does():
-    parts, mot = tiny_parts(STAGES, side=SIDE), a_mot()
+    components, mot = tiny_components(STAGES, side=SIDE), a_mot()
     positions = torch.randint(0, 50, (3, 2, 17))
-    embeds = parts.vlm.embed(torch.randint(7, 300, (2, 17)))
-    assert (mot.vlm.states(embeds, positions) - parts.vlm.states(embeds, positions)).abs().max() <= 1e-5
+    embeds = components.vlm.embed(torch.randint(7, 300, (2, 17)))
+    assert (mot.vlm.states(embeds, positions) - components.vlm.states(embeds, positions)).abs().max() <= 1e-5
 
 
 def test_frozen_text_experts_stay_and_finetuned_ones_move_and_all_else_that_trains_does():
     for text in ("frozen", "finetuned"):
-        parts = a_mot(text)
-        batch = pack([LONG, WORDS], parts.layout)
-        terms = joint_loss(parts.pretzel, batch, pictures(3), NoiseConfig())
+        components = a_mot(text)
+        batch = pack([LONG, WORDS], components.layout)
+        terms = joint_loss(components.pretzel, batch, pictures(3), NoiseConfig())
         (terms.flow + terms.text).backward()
-        idle = [name for name, p in parts.joined.named_parameters() if p.grad is None]
+        idle = [name for name, p in components.joined.named_parameters() if p.grad is None]
         assert not idle
-        moved = [p for p in parts.vlm.text.parameters() if p.grad is not None]
+        moved = [p for p in components.vlm.text.parameters() if p.grad is not None]
         assert bool(moved) == (text == "finetuned")
 
 
@@ -100,27 +100,27 @@ def test_frozen_text_experts_stay_and_finetuned_ones_move_and_all_else_that_trai
 
 
 def test_what_words_and_latents_see_is_behind_them_and_every_kind_sees_the_other():
-    parts = a_mot()
+    components = a_mot()
     x, levels = pictures(3)
-    batch = pack([LONG], parts.layout)
-    before = states_of(parts.pretzel, batch, x, levels)
+    batch = pack([LONG], components.layout)
+    before = states_of(components.pretzel, batch, x, levels)
     begin = batch.pictures.begin[1]
     changed = x.clone()
     changed[1, 9] += 1.0  # shallow blocks scan both ways: all of u may move, so the begin slot is the border
-    after = states_of(parts.pretzel, batch, changed, levels)
+    after = states_of(components.pretzel, batch, changed, levels)
     moved = (after.g - before.g).abs().amax(-1)[0] > 0
     assert not moved[: begin + 1].any()
     assert moved[begin + COUNT + 2 :].all(), "words behind a picture must see it"
     other = replace(batch, ids=batch.ids.clone())
     other.ids[0, 1] = 99
-    assert ((states_of(parts.pretzel, other, x, levels).g - before.g).abs().amax(-1)[0, 1:] > 0).all()
+    assert ((states_of(components.pretzel, other, x, levels).g - before.g).abs().amax(-1)[0, 1:] > 0).all()
 
 
 def test_the_deep_jacobian_is_triangular_and_its_determinant_the_reported_one():
-    parts = a_mot(scale=0.1, side=2).double()
-    mot, count = parts.pretzel, 4
-    parts.flow.shallow.blocks = torch.nn.ModuleList()  # so that x is u
-    batch = pack([CAPTION], parts.layout)
+    components = a_mot(scale=0.1, side=2).double()
+    mot, count = components.pretzel, 4
+    components.flow.shallow.blocks = torch.nn.ModuleList()  # so that x is u
+    batch = pack([CAPTION], components.layout)
     x = torch.randn(1, count, LATENT, dtype=torch.float64)
     level = torch.tensor([0.3], dtype=torch.float64)
     out = mot.forward(batch, x, level)
@@ -136,13 +136,13 @@ def test_the_deep_jacobian_is_triangular_and_its_determinant_the_reported_one():
 
 
 def test_documents_packed_in_one_row_equal_each_alone():
-    parts = a_mot()
+    components = a_mot()
     x, levels = pictures(4)
     documents = [CAPTION, LONG, WORDS]
     with torch.no_grad():
-        together = parts.pretzel.forward(pack(documents, parts.layout, width=400), x, levels)
+        together = components.pretzel.forward(pack(documents, components.layout, width=400), x, levels)
         alone = [
-            parts.pretzel.forward(pack([document], parts.layout), x[own], levels[own])
+            components.pretzel.forward(pack([document], components.layout), x[own], levels[own])
             for document, own in zip(documents, (slice(0, 1), slice(1, 4), slice(0, 0)), strict=True)
         ]
     assert (torch.cat([o.log_prob for o in alone]) - together.log_prob).abs().max() <= 1e-3
@@ -154,7 +154,7 @@ def test_documents_packed_in_one_row_equal_each_alone():
 def test_cached_steps_equal_one_full_pass_for_guided_pictures_and_words(precision):
     """Through the rows that sample, unchanged: what they leave in the cache is what the parallel pass makes of it."""
     sampler = Sampler(a_mot(), DrawConfig(guidance=1.5, prior_scale=0.7, precision=precision))
-    rows = Rows(sampler, 1)
+    rows = BatchDecoder(sampler, 1)
     kept: list[States] = []
     real = sampler.pretzel.read
 
@@ -171,7 +171,7 @@ def test_cached_steps_equal_one_full_pass_for_guided_pictures_and_words(precisio
     rows.read([[40, 2]])
     drawn = completed(rows, 5)
     rows.read([[1, 50, 2]])
-    words = [e.id for e in rows.reply([0], Replying(tokens=3, pictures=0)) if isinstance(e, Token)]
+    words = [e.id for e in rows.reply([0], ReplyLimits(tokens=3, pictures=0)) if isinstance(e, Token)]
     document = (
         Text((1, 30, 31)), Image(), Text((40, 2)), Image(is_target=True), Text((3, 1, 50, 2)), Text((*words, 3)),
     )  # fmt: skip
@@ -188,8 +188,8 @@ def test_cached_steps_equal_one_full_pass_for_guided_pictures_and_words(precisio
     assert float(log_prob.log_prob(drawn.picture.u[None]).sum(1)[1]) == pytest.approx(drawn.picture.log_prob, abs=1e-2)
 
 
-def completed(rows: Rows, seed: int) -> Completed:
-    events: Sequence[object] = list(rows.reply([seed], Replying(tokens=0, pictures=1), draws=True))
+def completed(rows: BatchDecoder, seed: int) -> Completed:
+    events: Sequence[object] = list(rows.reply([seed], ReplyLimits(tokens=0, pictures=1), draws=True))
     return next(e for e in events if isinstance(e, Completed))
 
 
@@ -197,35 +197,35 @@ def completed(rows: Rows, seed: int) -> Completed:
 
 
 def test_what_is_new_comes_from_the_seed_alone_and_is_the_same_in_both_variants():
-    parts = tiny_parts(STAGES)
+    components = tiny_components(STAGES)
     torch.manual_seed(1)
-    first = MotParts(parts, seed=3)
+    first = MotComponents(components, seed=3)
     torch.manual_seed(2)
-    second, other = MotParts(parts, "finetuned", seed=3), MotParts(parts, seed=4)
+    second, other = MotComponents(components, "finetuned", seed=3), MotComponents(components, seed=4)
     mine, same, new = (p.vlm.visual.layers[0].mlp.up_proj.weight for p in (first, second, other))
     assert torch.equal(mine, same) and not torch.equal(mine, new)
 
 
 def test_the_baseline_adds_as_many_parameters_as_the_pretzel():
-    parts = tiny_parts(STAGES)
-    one_wider = 3 * parts.cfg.vlm.width * parts.cfg.vlm.depth
-    ours = num_parameters(parts.flow, parts.joints)
+    components = tiny_components(STAGES)
+    one_wider = 3 * components.cfg.vlm.width * components.cfg.vlm.depth
+    ours = num_parameters(components.flow, components.joints)
     for text in ("frozen", "finetuned"):
-        mot = MotParts(parts, text)
+        mot = MotComponents(components, text)
         added = num_parameters(mot.vlm.visual, mot.flow, mot.joints)
         assert abs(added - ours) <= one_wider / 2
         assert num_parameters(mot.joined) == added + (num_parameters(mot.vlm.text) if text == "finetuned" else 0)
 
 
 def test_nano_matches_within_a_thousandth():
-    parts = Parts(nano_model())
-    mot = MotParts(parts)
-    ours = num_parameters(parts.flow, parts.joints)
+    components = Components(nano_model())
+    mot = MotComponents(components)
+    ours = num_parameters(components.flow, components.joints)
     assert abs(num_parameters(mot.joined) / ours - 1) < 1e-3
 
 
 def test_a_model_with_next_to_no_flow_has_no_baseline_of_its_size():
-    parts = tiny_parts(STAGES)
-    parts.flow = torch.nn.Linear(1, 1)  # type: ignore[assignment]
+    components = tiny_components(STAGES)
+    components.flow = torch.nn.Linear(1, 1)  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="smallest baseline"):
-        matched_width(parts)
+        matched_width(components)

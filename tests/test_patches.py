@@ -18,8 +18,8 @@ from starflow2.evals.codec import codec_table, evaluate_codec
 from starflow2.flow import Context
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.likelihood import decode_code
-from starflow2.models.checkpoint import FORMAT, load_parts, save_parts
-from starflow2.models.components import Parts
+from starflow2.models.checkpoint import FORMAT, load_components, save_components
+from starflow2.models.components import Components
 from starflow2.models.config import PatchConfig
 from starflow2.models.patches import PatchCodec
 from starflow2.models.protocols import Codec
@@ -31,23 +31,23 @@ from starflow2.training.dry_run import rehearse
 from starflow2.training.loop import fit
 from starflow2.training.recipes import nano, nano_patches, smoke, with_patches
 from starflow2.training.tasks import TASKS
-from starflow2.world.captions import draw_task
-from starflow2.world.questions import lexicon
+from starflow2.world.captions import caption_task
+from starflow2.world.questions import known_words
 
 PATCHES = PatchConfig(image_size=64, patch_size=8, mean=(0.74, 0.76, 0.71), std=(0.31, 0.34, 0.37))
 DONE = ("vlm", "t2i", "adapter", "joint")
 
 
 def pictures(count: int, first: int = 0) -> torch.Tensor:
-    return to_images([draw_task(0, first + i).scene for i in range(count)])
+    return to_images([caption_task(0, first + i).scene for i in range(count)])
 
 
-def patch_parts(stages: tuple[str, ...] = DONE, side: int = 8) -> Parts:
-    """The tiny model of `tiny_parts` over patches, woken."""
+def patch_parts(stages: tuple[str, ...] = DONE, side: int = 8) -> Components:
+    """The tiny model of `tiny_components` over patches, woken."""
     torch.manual_seed(3)
-    parts = wake(Parts(with_patches(tiny_model(side)), tiny_tokenizer()), 0.05)
-    parts.lexicon, parts.stages = lexicon(), stages
-    return parts.eval()
+    components = wake(Components(with_patches(tiny_model(side)), tiny_tokenizer()), 0.05)
+    components.vocabulary, components.finished_stages = known_words(), stages
+    return components.eval()
 
 
 # -- the codec
@@ -104,31 +104,31 @@ def test_a_model_of_patches_has_no_fae_no_features_and_says_so():
     facts = describe(nano_patches().model)
     counts = facts["parameters"]["by_component"]
     assert counts["fae"] == counts["features"] == 0 and facts["latents"] == {"count": 64, "dim": 192}
-    parts = patch_parts()
-    assert {name for name, _ in parts.named_children()} == {"vlm", "patches", "flow", "joints"}
-    assert describe(parts.cfg)["parameters"]["total"] == sum(p.numel() for p in parts.parameters())
+    components = patch_parts()
+    assert {name for name, _ in components.named_children()} == {"vlm", "patches", "flow", "joints"}
+    assert describe(components.cfg)["parameters"]["total"] == sum(p.numel() for p in components.parameters())
 
 
 def test_the_density_of_pixels_is_exact():
     """Against the Jacobian of the whole way from pixels to the prior, codec included."""
-    parts = patch_parts(side=2).double()
+    components = patch_parts(side=2).double()
     image, level = pictures(1)[:, :, 20:36, 20:36].double(), torch.tensor([0.1], dtype=torch.float64)
-    flow = parts.flow
+    flow = components.flow
     context = Context(torch.randn(1, 1, flow.cfg.deep.context_dim, dtype=torch.float64))
     jacobian = torch.autograd.functional.jacobian(
-        lambda x: flow(parts.codec.encode(x), context, level)[0].flatten(), image, vectorize=True
+        lambda x: flow(components.codec.encode(x), context, level)[0].flatten(), image, vectorize=True
     ).view(768, 768)
-    _, logdet = flow(parts.codec.encode(image), context, level)
-    scales = 256 * torch.tensor(parts.cfg.fae.std, dtype=torch.float64).log().sum()
+    _, logdet = flow(components.codec.encode(image), context, level)
+    scales = 256 * torch.tensor(components.cfg.fae.std, dtype=torch.float64).log().sum()
     assert abs(torch.linalg.slogdet(jacobian).logabsdet - (logdet[0] - scales)) <= 1e-6
     assert logdet.abs() > 0.1, "an identity would prove nothing"
 
 
 def test_a_model_of_patches_is_saved_and_loaded_strictly(tmp_path):
     before = patch_parts()
-    folder = save_parts(before, tmp_path / "model")
+    folder = save_components(before, tmp_path / "model")
     assert not (folder / "features").exists() and json.loads((folder / "config.json").read_text())["format"] == FORMAT
-    after = load_parts(folder)
+    after = load_components(folder)
     old, new = before.state_dict(), after.state_dict()
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
     assert after.cfg == before.cfg and torch.equal(before.codec.encode(pictures(1)), after.codec.encode(pictures(1)))
@@ -136,22 +136,22 @@ def test_a_model_of_patches_is_saved_and_loaded_strictly(tmp_path):
     assert not any(name.startswith("fae.") for name in tensors)
     save_file({**tensors, "fae.encoder.head.bias": torch.zeros(3)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"1 unknown \['fae.encoder.head.bias'\]"):
-        load_parts(folder)
+        load_components(folder)
 
 
 def test_a_wrong_key_of_patches_is_named(tmp_path):
-    folder = save_parts(patch_parts(), tmp_path / "model")
+    folder = save_components(patch_parts(), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["model"]["fae"]["patch_sise"] = config["model"]["fae"].pop("patch_size")
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"fae.patch_sise: unknown key.*patch_size"):
-        load_parts(folder)
+        load_components(folder)
 
 
 @pytest.mark.parametrize("cleanup", ["none", "tweedie"])
 def test_a_model_of_patches_draws(cleanup):
     model = StarFlow2(patch_parts(("vlm", "t2i")))
-    config = DrawConfig.for_model(model.parts, cleanup=cleanup)
+    config = DrawConfig.for_model(model.components, cleanup=cleanup)
     images = model.draw(["a red circle", "two hearts"], [0, 1], config)
     assert images.shape == (2, 3, 64, 64) and (images[0] - images[1]).abs().max() > 0.1
     alone = model.draw(["two hearts"], [1], config)
@@ -164,13 +164,13 @@ def test_a_joint_model_of_patches_talks_scores_and_never_encodes_what_it_drew():
     assert found.dims == 64 * 192
     assert abs(float(found.patches.sum()) + found.shallow_logdet - found.log_prob) / found.dims <= 1e-6
     calls: list[None] = []
-    hook = model.parts.encoder.register_forward_hook(lambda *_: calls.append(None))
+    hook = model.components.encoder.register_forward_hook(lambda *_: calls.append(None))
     session = model.session().add(image, "a blue square")
     made = session.draw().picture
     session.add("a red circle").draw()
     hook.remove()
     assert len(calls) == 1 and made.x.shape == (64, 192)
-    assert torch.allclose(made.image, model.parts.codec.decode(made.x.float()[None])[0])
+    assert torch.allclose(made.image, model.components.codec.decode(made.x.float()[None])[0])
 
 
 def test_a_code_of_patches_gives_the_picture_back():
@@ -179,13 +179,13 @@ def test_a_code_of_patches_gives_the_picture_back():
     noisy = sampler.noisy(image[None], torch.tensor([sampler.noise_level]))
     code = model.invert(image, "a red circle")
     again = decode_code(sampler, code.z, "a red circle").image
-    assert (again - model.parts.codec.decode(noisy.float())[0]).abs().max() <= 1e-4
+    assert (again - model.components.codec.decode(noisy.float())[0]).abs().max() <= 1e-4
 
 
 def test_round_trips_of_patches_are_measured_without_features():
     pytest.importorskip("torchmetrics")
-    parts = patch_parts()
-    clean, noisy = (report := evaluate_codec(parts.codec, parts.extractor, pictures(4), (0.0, 0.15)))["rows"]
+    components = patch_parts()
+    clean, noisy = (report := evaluate_codec(components.codec, components.extractor, pictures(4), (0.0, 0.15)))["rows"]
     assert clean["psnr"] > 60 and 25 < noisy["psnr"] < 40, "noise of 0.05 in [-1, 1] is 32 dB"
     assert clean["feature_fd"] is None and codec_table(report).row_count == 2
 
@@ -207,14 +207,14 @@ def test_patches_have_no_codec_to_train_end_to_end():
 
 def test_patches_go_through_their_stages(tmp_path, monkeypatch):
     monkeypatch.setattr("starflow2.training.tasks.T2iTask._whiten", partialmethod(WHITEN, 64, 32))
-    save_parts(patch_parts(("vlm",)), tmp_path / "model")
+    save_components(patch_parts(("vlm",)), tmp_path / "model")
     run = tiny_run(steps=1, save_every=1)
     stages = tuple(replace(s, batch=2) for s in run.stages if s.name in DONE)
     run, losses = replace(run, model=with_patches(tiny_model()), stages=stages), []
     for stage in stages[1:]:
         fit(run, stage.name, tmp_path, report=lambda told: losses.append(told.metrics["loss"]))
     assert len(losses) == 3 and all(torch.tensor(losses).isfinite())
-    assert load_parts(tmp_path / "model").stages == DONE
+    assert load_components(tmp_path / "model").finished_stages == DONE
 
 
 def test_the_recipe_takes_a_step_in_miniature():

@@ -9,9 +9,9 @@ import torch
 
 from model_cases import tiny_tokenizer
 from starflow2.errors import ConfigError
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.training.loop import _new_state
-from starflow2.training.parallel import Group
+from starflow2.training.parallel import Distributed
 from starflow2.training.planner import (
     CAPTIONED,
     INTERLEAVED,
@@ -138,11 +138,11 @@ def test_nanos_parameters_optimiser_and_average_are_those_of_the_real_tensors(na
     monkeypatch.setattr("starflow2.training.tasks.T2iTask._whiten", lambda self: None)
     run = nano()
     stage = run.stage(name)
-    parts = Parts(run.model, tiny_tokenizer())
-    task = TASKS[name](parts, stage, 0)
-    parts.requires_grad_(False)
+    components = Components(run.model, tiny_tokenizer())
+    task = TASKS[name](components, stage, 0)
+    components.requires_grad_(False)
     task.trained.requires_grad_(True)
-    state = _new_state(task, stage, Group())
+    state = _new_state(task, stage, Distributed())
     for parameter in task.trained.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for optimizer in state.optimizers:
@@ -154,9 +154,9 @@ def test_nanos_parameters_optimiser_and_average_are_those_of_the_real_tensors(na
     assert planned["optimizer"] == sum(v.nbytes for v in kept)
     assert planned["average"] == sum(v.nbytes for v in state.ema.values())
     trained = {id(p) for p in task.trained.parameters()}
-    frozen = sum(p.nbytes for p in parts.parameters() if id(p) not in trained)
-    if stage.keep:
-        frozen += sum(p.nbytes for p in parts.flow.deep.parameters())  # as it was
+    frozen = sum(p.nbytes for p in components.parameters() if id(p) not in trained)
+    if stage.kl_to_t2i:
+        frozen += sum(p.nbytes for p in components.flow.deep.parameters())  # as it was
     assert sum(frozen_bytes(Sizes.of(run.model), _kind(stage)).values()) == frozen
 
 
@@ -166,7 +166,7 @@ def test_flops_of_a_trained_layer_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
 
     sizes = Sizes.of(nano().model)
-    body = Parts(nano().model).flow.deep.body
+    body = Components(nano().model).flow.deep.body
     x, places = torch.randn(1, 192, 192, requires_grad=True), torch.zeros(1, 192, 3)
     # the counter knows nothing of the fused attention of CPUs
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

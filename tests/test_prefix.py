@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_cases import STAGES, WIDTH, mix_of, tiny_parts
+from model_cases import STAGES, WIDTH, mix_of, tiny_components
 from starflow2.models import pretzel as module
-from starflow2.models.prefix import before_pictures, states_in_two_passes
+from starflow2.models.prefix import prefix_mask, two_pass_states
 from starflow2.models.sequence import Batch, Document, Image, Text, pack
 from starflow2.nn import Cache
 from starflow2.training.config import ShardConfig, StageConfig
@@ -22,13 +22,13 @@ WORDS: Document = [Text((1, 50, 51, 2)), Text((52, 53, 3), is_target=True)]
 
 
 def packed(*documents: Document, width: int = 0) -> Batch:
-    return pack(documents, tiny_parts(STAGES).layout, width)
+    return pack(documents, tiny_components(STAGES).layout, width)
 
 
 def slots_of_latents(batch: Batch) -> Tensor:
     """(B, T) bool."""
     is_latent = torch.zeros_like(batch.ids, dtype=torch.bool)
-    count = tiny_parts(STAGES).layout.num_latents
+    count = tiny_components(STAGES).layout.num_latents
     for row, begin in zip(batch.pictures.row, batch.pictures.begin, strict=True):
         is_latent[row, begin + 1 : begin + 1 + count] = True
     return is_latent
@@ -44,7 +44,7 @@ BATCHES = {
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_positions_before_a_picture_are_those_that_see_none_of_its_latents(batch):
-    first, is_latent = before_pictures(slots_of_latents(batch), batch.attend), slots_of_latents(batch)
+    first, is_latent = prefix_mask(slots_of_latents(batch), batch.attend), slots_of_latents(batch)
     for row in range(len(batch.ids)):
         for at in range(batch.ids.shape[1]):
             own = batch.document[row, : at + 1] == batch.document[row, at]
@@ -56,7 +56,7 @@ def test_positions_before_a_picture_are_those_that_see_none_of_its_latents(batch
 def read(batch: Batch, how: str) -> tuple[Tensor, Tensor, Tensor]:
     """States of real positions, and the gradients of a weighted sum of them with respect to latents and before them."""
     torch.manual_seed(0)
-    vlm = tiny_parts(STAGES).vlm
+    vlm = tiny_components(STAGES).vlm
     is_latent = slots_of_latents(batch)
     words = vlm.embed(batch.ids).detach().requires_grad_(how == "two passes, all tracked")
     latents = torch.randn(*batch.ids.shape, WIDTH, requires_grad=True)
@@ -64,8 +64,8 @@ def read(batch: Batch, how: str) -> tuple[Tensor, Tensor, Tensor]:
     if how == "one pass":
         h = vlm.states(whole, batch.mrope, attend=batch.attend)
     else:
-        first = before_pictures(is_latent, batch.attend)
-        h = states_in_two_passes(vlm, (words, whole), batch.mrope, first, batch.attend)
+        first = prefix_mask(is_latent, batch.attend)
+        h = two_pass_states(vlm, (words, whole), batch.mrope, first, batch.attend)
     h = h[batch.document >= 0]
     (grad,) = torch.autograd.grad((h * torch.randn(h.shape, generator=torch.Generator().manual_seed(1))).sum(), latents)
     return h.detach(), grad, is_latent
@@ -96,21 +96,21 @@ def concatenated(self: Cache, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor,
 def kept_bytes(share: float, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[Tensor]]:
     """What a whole forward pass keeps for backward, and the adapter's gradients."""
     monkeypatch.setattr(module, "PREFIX_SHARE", share)
-    parts, kept = tiny_parts(STAGES), dict[int, int]()
-    parts.requires_grad_(False)
-    parts.joints.adapter.requires_grad_(True)
+    components, kept = tiny_components(STAGES), dict[int, int]()
+    components.requires_grad_(False)
+    components.joints.adapter.requires_grad_(True)
     caption = [Text(tuple(range(20, 180))), *CAPTION[1:]]
     batch = packed(caption, caption)
-    x = torch.randn(2, parts.layout.num_latents, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, components.layout.num_latents, 4, generator=torch.Generator().manual_seed(0))
 
     def keep(t: Tensor) -> Tensor:
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = parts.pretzel.forward(batch, x, torch.full((2,), 0.2))
+        out = components.pretzel.forward(batch, x, torch.full((2,), 0.2))
         loss = out.log_prob.sum() + out.logits.log_softmax(-1)[:, 0].sum()
-        grads = torch.autograd.grad(loss, list(parts.joints.adapter.parameters()))
+        grads = torch.autograd.grad(loss, list(components.joints.adapter.parameters()))
     return sum(kept.values()), list(grads)
 
 
@@ -127,11 +127,11 @@ def never(*_: object) -> Tensor:
 
 
 def test_a_language_model_that_trains_is_read_in_one_pass(monkeypatch):
-    monkeypatch.setattr(module, "states_in_two_passes", never)
-    parts = tiny_parts(STAGES)
-    parts.requires_grad_(True)
-    x = torch.randn(1, parts.layout.num_latents, 4)
-    assert parts.pretzel.forward(packed(CAPTION), x, torch.full((1,), 0.2)).log_prob.isfinite().all()
+    monkeypatch.setattr(module, "two_pass_states", never)
+    components = tiny_components(STAGES)
+    components.requires_grad_(True)
+    x = torch.randn(1, components.layout.num_latents, 4)
+    assert components.pretzel.forward(packed(CAPTION), x, torch.full((1,), 0.2)).log_prob.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -140,11 +140,11 @@ def test_a_language_model_that_trains_is_read_in_one_pass(monkeypatch):
     ids=["recomputed", "sharded", "neither"],
 )
 def test_layers_that_are_recomputed_or_sharded_run_once_for_each_batch(monkeypatch, changes):
-    monkeypatch.setattr(module, "states_in_two_passes", never)
-    parts = tiny_parts(STAGES)
-    parts.requires_grad_(False)
+    monkeypatch.setattr(module, "two_pass_states", never)
+    components = tiny_components(STAGES)
+    components.requires_grad_(False)
     stage = StageConfig(name="joint", steps=1, batch=2, mix=mix_of(draw=1.0), **changes)
-    task = JointTask(parts, stage, 0)
+    task = JointTask(components, stage, 0)
     task.trained.requires_grad_(True)
     with nullcontext() if changes else pytest.raises(AssertionError, match="two passes"):
-        task.loss(task.draw(range(2)), torch.Generator().manual_seed(0))
+        task.loss(task.make_batch(range(2)), torch.Generator().manual_seed(0))

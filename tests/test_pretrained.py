@@ -22,8 +22,8 @@ from helpers import wake
 from pretrained_cases import SIZE, SPECIAL, write_upstream
 from starflow2.data.dialogue import Turn
 from starflow2.errors import CheckpointError, ConfigError
-from starflow2.models.checkpoint import load_parts, save_parts, start_parts
-from starflow2.models.components import Parts
+from starflow2.models.checkpoint import load_components, save_components, start_components
+from starflow2.models.components import Components
 from starflow2.models.config import DinoConfig, ModelConfig, SiglipConfig
 from starflow2.models.pretrained import INDEX, Pretrained, fingerprint, inventory, locate
 from starflow2.models.sequence import image_mrope, pack, text_mrope
@@ -38,9 +38,9 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfi
 
 
 @pytest.fixture(scope="module")
-def parts(upstream: tuple[Path, ModelConfig]) -> Parts:
+def parts(upstream: tuple[Path, ModelConfig]) -> Components:
     torch.manual_seed(0)
-    return start_parts(upstream[1])
+    return start_components(upstream[1])
 
 
 @pytest.fixture
@@ -73,9 +73,9 @@ def as_images(pixels: np.ndarray) -> Tensor:
 # -- equal to transformers' own -----------------------------------------------------------------------------
 
 
-def a_document(parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+def a_document(components: Components) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures (2, 3, s, s), ids (2, T) with the picture behind two tokens, M-RoPE positions (3, 2, T)."""
-    grid = parts.vlm.cfg.image_grid
+    grid = components.vlm.cfg.image_grid
     count = grid[0] * grid[1]
     head = torch.tensor([[SPECIAL.user, SPECIAL.vision_start], [SPECIAL.user, SPECIAL.vision_start]])
     seen, end = torch.full((2, count), SPECIAL.image_pad), torch.full((2, 1), SPECIAL.vision_end)
@@ -86,16 +86,16 @@ def a_document(parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
     return as_images(pictures(2)), ids, positions[:, None].expand(-1, 2, -1)
 
 
-def our_embeds(parts: Parts, images: Tensor, ids: Tensor) -> Tensor:
-    embeds = parts.vlm.embed(ids)
-    embeds[ids == SPECIAL.image_pad] = parts.vlm.see(images).flatten(0, 1)
+def our_embeds(components: Components, images: Tensor, ids: Tensor) -> Tensor:
+    embeds = components.vlm.embed(ids)
+    embeds[ids == SPECIAL.image_pad] = components.vlm.see(images).flatten(0, 1)
     return embeds
 
 
 @torch.no_grad()
-def test_states_of_words_and_a_picture_equal_those_of_the_folder_loaded_by_transformers(upstream, parts):
+def test_states_of_words_and_a_picture_equal_those_of_the_folder_loaded_by_transformers(upstream, components):
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(upstream[0] / "vlm", dtype=torch.float32).eval()
-    images, ids, positions = a_document(parts)
+    images, ids, positions = a_document(components)
     processor = Qwen2VLImageProcessorPil(do_resize=False, patch_size=14)  # with the mean and deviation it comes with
     patches = processor(list(pictures(2)), return_tensors="pt")
     types = (ids == SPECIAL.image_pad).int()
@@ -105,36 +105,36 @@ def test_states_of_words_and_a_picture_equal_those_of_the_folder_loaded_by_trans
         image_grid_thw=patches["image_grid_thw"],
         mm_token_type_ids=types,
     )
-    ours = parts.vlm.states(our_embeds(parts, images, ids), positions)
+    ours = components.vlm.states(our_embeds(components, images, ids), positions)
     assert (ours - out.last_hidden_state).abs().max() <= 1e-5
-    assert (parts.vlm.logits(ours) - theirs.lm_head(out.last_hidden_state)).abs().max() <= 1e-5
+    assert (components.vlm.logits(ours) - theirs.lm_head(out.last_hidden_state)).abs().max() <= 1e-5
 
 
 @torch.no_grad()
-def test_one_dimensional_positions_would_give_other_states(parts):
-    images, ids, positions = a_document(parts)
-    embeds = our_embeds(parts, images, ids)
-    flat = parts.vlm.states(embeds, text_mrope(*ids.shape))
-    assert (parts.vlm.states(embeds, positions) - flat).abs().max() > 1e-2
+def test_one_dimensional_positions_would_give_other_states(components):
+    images, ids, positions = a_document(components)
+    embeds = our_embeds(components, images, ids)
+    flat = components.vlm.states(embeds, text_mrope(*ids.shape))
+    assert (components.vlm.states(embeds, positions) - flat).abs().max() > 1e-2
 
 
 @torch.no_grad()
-def test_steps_through_the_cache_equal_the_full_pass(parts):
-    images, ids, positions = a_document(parts)
-    embeds, cache = our_embeds(parts, images, ids), parts.vlm.new_cache()
-    full = parts.vlm.states(embeds, positions)
-    steps = [parts.vlm.states(embeds[:, i : i + 1], positions[..., i : i + 1], cache) for i in range(ids.shape[1])]
+def test_steps_through_the_cache_equal_the_full_pass(components):
+    images, ids, positions = a_document(components)
+    embeds, cache = our_embeds(components, images, ids), components.vlm.new_cache()
+    full = components.vlm.states(embeds, positions)
+    steps = [components.vlm.states(embeds[:, i : i + 1], positions[..., i : i + 1], cache) for i in range(ids.shape[1])]
     assert (torch.cat(steps, 1) - full).abs().max() <= 1e-5
 
 
 @torch.no_grad()
-def test_features_equal_those_of_the_folder_loaded_by_transformers(upstream, parts):
+def test_features_equal_those_of_the_folder_loaded_by_transformers(upstream, components):
     theirs = Dinov2Model.from_pretrained(upstream[0] / "dino", dtype=torch.float32).eval()
     images = as_images(pictures(2))
     small = torch.nn.functional.interpolate(images, (56, 56), mode="bicubic", antialias=True).clamp(-1, 1)
     mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     states = theirs(((small + 1) / 2 - mean) / std).last_hidden_state
-    feats = parts.features.features(images)
+    feats = components.features.features(images)
     assert feats.shape == (2, 16, 64) and theirs.embeddings.position_embeddings.shape[1] == 1 + 6 * 6
     assert (feats - states[:, 1:]).abs().max() <= 1e-5
 
@@ -161,17 +161,17 @@ def test_the_vision_half_of_a_whole_siglip_gives_its_own_patch_states(tmp_path):
 def test_weights_in_bfloat16_give_states_and_losses_in_float32(upstream):
     cfg = upstream[1]
     refs = {f"{name}_from": replace(ref, precision="bfloat16") for name, ref in cfg.references.items()}
-    parts = start_parts(replace(cfg, **refs))
-    assert parts.vlm.dtype == parts.features.dtype == torch.bfloat16
-    rotary = parts.vlm.model.model.language_model.rotary_emb.inv_freq
+    components = start_components(replace(cfg, **refs))
+    assert components.vlm.dtype == components.features.dtype == torch.bfloat16
+    rotary = components.vlm.model.model.language_model.rotary_emb.inv_freq
     assert rotary.dtype == torch.float32 and bool(rotary.isfinite().all()) and rotary[0] == 1
-    tokenizer = parts.tokenizer
+    tokenizer = components.tokenizer
     assert tokenizer is not None
-    batch = pack([tokenizer.document([Turn(("two cats",), (as_images(pictures(1))[0],))])], parts.layout)  # type: ignore[arg-type]
+    batch = pack([tokenizer.document([Turn(("two cats",), (as_images(pictures(1))[0],))])], components.layout)  # type: ignore[arg-type]
     x = torch.randn(1, 16, 8)
-    out = parts.pretzel.forward(batch, x, torch.full((1,), 0.3))
+    out = components.pretzel.forward(batch, x, torch.full((1,), 0.3))
     assert out.log_prob.dtype == torch.float32 and bool(out.log_prob.isfinite().all())
-    assert parts.codec.encode(as_images(pictures(1))).dtype == torch.float32
+    assert components.codec.encode(as_images(pictures(1))).dtype == torch.float32
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's own account of memory")
@@ -195,52 +195,52 @@ def test_weights_in_the_format_they_are_held_in_are_not_copied_into_memory(tmp_p
 # -- referred to, not copied -------------------------------------------------------------------------------------
 
 
-def test_a_saved_model_holds_fingerprints_in_place_of_the_weights_and_comes_back_whole(parts, upstream, tmp_path):
-    folder = save_parts(parts, tmp_path / "model")
+def test_a_saved_model_holds_fingerprints_in_place_of_the_weights_and_comes_back_whole(components, upstream, tmp_path):
+    folder = save_components(components, tmp_path / "model")
     assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "lexicon.txt"}
     config = json.loads((folder / "config.json").read_text())
     assert config["fingerprints"] == {
         "vlm": fingerprint(upstream[0] / "vlm"),
         "features": fingerprint(upstream[0] / "dino"),
     }
-    again = load_parts(folder)
-    assert again.cfg == parts.cfg
-    old, new = parts.state_dict(), again.state_dict()
+    again = load_components(folder)
+    assert again.cfg == components.cfg
+    old, new = components.state_dict(), again.state_dict()
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
-    buffers = dict(parts.named_buffers())
+    buffers = dict(components.named_buffers())
     assert all(torch.equal(b, buffers[k]) for k, b in again.named_buffers())
 
 
 def test_a_model_whose_pretrained_weights_changed_is_refused_with_both_fingerprints(copy, tmp_path):
-    folder = save_parts(start_parts(copy), tmp_path / "model")
+    folder = save_components(start_components(copy), tmp_path / "model")
     before = fingerprint(vlm_folder(copy))
     spoil(vlm_folder(copy), lambda tensors: tensors[next(iter(tensors))].add_(1))
     after = fingerprint(vlm_folder(copy))
     with pytest.raises(CheckpointError) as told:
-        load_parts(folder)
+        load_components(folder)
     assert before in str(told.value) and after in str(told.value) and before != after
 
 
 def test_a_config_may_ask_for_a_fingerprint(copy):
     assert copy.vlm_from is not None
     with pytest.raises(CheckpointError, match="f" * 64):
-        start_parts(replace(copy, vlm_from=replace(copy.vlm_from, sha256="f" * 64)))
-    start_parts(replace(copy, vlm_from=replace(copy.vlm_from, sha256=fingerprint(vlm_folder(copy)))))
+        start_components(replace(copy, vlm_from=replace(copy.vlm_from, sha256="f" * 64)))
+    start_components(replace(copy, vlm_from=replace(copy.vlm_from, sha256=fingerprint(vlm_folder(copy)))))
 
 
 def test_weights_that_moved_are_found_through_a_link_in_the_model_folder_and_the_link_survives_a_save(copy, tmp_path):
-    parts = start_parts(copy)
-    folder = save_parts(parts, tmp_path / "model")
+    components = start_components(copy)
+    folder = save_components(components, tmp_path / "model")
     vlm_folder(copy).rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="are no folder here"):
-        load_parts(folder)
+        load_components(folder)
     (folder / "vlm").symlink_to(tmp_path / "elsewhere")
-    load_parts(save_parts(load_parts(folder), folder))
+    load_components(save_components(load_components(folder), folder))
     assert (folder / "vlm").is_symlink() and not (folder / "features").exists()
 
 
-def test_a_fingerprint_does_not_depend_on_shards_and_tells_fine_tunings_apart(upstream, parts, tmp_path):
-    parts.vlm.model.save_pretrained(tmp_path / "one")
+def test_a_fingerprint_does_not_depend_on_shards_and_tells_fine_tunings_apart(upstream, components, tmp_path):
+    components.vlm.model.save_pretrained(tmp_path / "one")
     assert not (tmp_path / "one" / INDEX).exists() and (upstream[0] / "vlm" / INDEX).exists()
     assert len({e.file for e in inventory(upstream[0] / "vlm").values()}) > 3
     assert fingerprint(tmp_path / "one") == fingerprint(upstream[0] / "vlm")
@@ -250,7 +250,7 @@ def test_a_fingerprint_does_not_depend_on_shards_and_tells_fine_tunings_apart(up
 
 def test_a_model_of_its_own_parts_only_does_not_start_from_pretrained_ones():
     with pytest.raises(ConfigError, match="vlm_from"):
-        start_parts(nano_model())
+        start_components(nano_model())
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def turn_faster(folder: Path) -> None:
 def test_a_folder_that_is_broken_or_of_another_model_is_refused_by_name(copy, change, told):
     change(vlm_folder(copy))
     with pytest.raises(CheckpointError, match=told) as error:
-        start_parts(copy)
+        start_components(copy)
     assert "\n" not in str(error.value)
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from helpers import wake
-from model_cases import LATENT, STAGES, tiny_model, tiny_parts, tiny_tokenizer
+from model_cases import LATENT, STAGES, tiny_components, tiny_model, tiny_tokenizer
 from starflow2.data.dialogue import Turn
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.flow.affine import standard_normal_log_prob
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.config import JointsConfig
 from starflow2.models.context import drawing_context
 from starflow2.models.pretzel import Adapter, Output, Pretzel, States
@@ -24,7 +24,7 @@ from starflow2.models.sequence import IGNORE, Batch, Document, Image, Text, pack
 from starflow2.training.config import StageConfig
 from starflow2.training.losses import joint_loss, ngp_loss
 from starflow2.training.tasks import AdapterTask, with_pictures
-from starflow2.world.captions import draw_task
+from starflow2.world.captions import caption_task
 
 LEVELS = (0.05, 0.5, 0.3)
 # words, a picture that is shown, words, a picture that is drawn, words, another one that is drawn
@@ -38,8 +38,8 @@ WORDS: Document = (Text((1, 80, 81, 2)), Text((90, 3), is_target=True))
 
 
 @pytest.fixture(scope="module")
-def parts() -> Parts:
-    return tiny_parts(STAGES)
+def parts() -> Components:
+    return tiny_components(STAGES)
 
 
 def pictures(count: int, seed: int = 1) -> Tensor:
@@ -62,12 +62,12 @@ def read(pretzel: Pretzel, batch: Batch, x: Tensor, level: Tensor) -> tuple[Outp
     return out, kept[0]
 
 
-def closed(parts: Parts) -> Parts:
+def closed(components: Components) -> Components:
     """The same parts with all that stage 3 opens at its zero start."""
     with torch.no_grad():
-        for linear in (parts.joints.visual_skip, parts.joints.text_skip, parts.joints.reference):
+        for linear in (components.joints.visual_skip, components.joints.text_skip, components.joints.reference):
             linear.weight.zero_()
-    return parts
+    return components
 
 
 def gap(a: Tensor, b: Tensor) -> float:
@@ -80,32 +80,32 @@ def gap(a: Tensor, b: Tensor) -> float:
 
 def test_fresh_skips_are_zero_and_woken_ones_are_not():
     torch.manual_seed(0)
-    fresh = Parts(tiny_model()).joints
+    fresh = Components(tiny_model()).joints
     assert not fresh.visual_skip.weight.any() and not fresh.text_skip.weight.any() and not fresh.reference.weight.any()
-    woken = tiny_parts(STAGES).joints
+    woken = tiny_components(STAGES).joints
     assert min(gap(w, 0 * w) for w in (woken.visual_skip.weight, woken.text_skip.weight, woken.reference.weight)) > 0.01
 
 
-def test_with_both_skips_closed_the_text_logits_are_bit_for_bit_those_of_the_language_model(parts):
-    batch, x, level = pack([LONG], parts.layout), pictures(3), levels(3)
-    pretzel = parts.pretzel
+def test_with_both_skips_closed_the_text_logits_are_bit_for_bit_those_of_the_language_model(components):
+    batch, x, level = pack([LONG], components.layout), pictures(3), levels(3)
+    pretzel = components.pretzel
     open_logits = read(pretzel, batch, x, level)[0].logits
     pretzel.skips = frozenset()
     logits = read(pretzel, batch, x, level)[0].logits
     with torch.no_grad():
-        u, _ = parts.flow.shallow(x, level)
-        embeds = with_pictures(parts.vlm.embed(batch.ids), pretzel.adapted(u, level), batch)
-        h = parts.vlm.states(embeds, batch.mrope)
-        bare = parts.vlm.logits(h[batch.labels != IGNORE])
+        u, _ = components.flow.shallow(x, level)
+        embeds = with_pictures(components.vlm.embed(batch.ids), pretzel.adapted(u, level), batch)
+        h = components.vlm.states(embeds, batch.mrope)
+        bare = components.vlm.logits(h[batch.labels != IGNORE])
     assert torch.equal(logits, bare)
     assert gap(open_logits, bare) > 1e-3, "an open skip is to matter"
 
 
-def test_each_skip_can_be_closed_by_itself(parts):
-    batch, x, level = pack([LONG], parts.layout), pictures(3), levels(3)
+def test_each_skip_can_be_closed_by_itself(components):
+    batch, x, level = pack([LONG], components.layout), pictures(3), levels(3)
     told = {}
     for skips in ((), ("visual",), ("text",), ("visual", "text")):
-        pretzel = parts.pretzel
+        pretzel = components.pretzel
         pretzel.skips = frozenset(skips)  # type: ignore[arg-type]
         told[skips] = read(pretzel, batch, x, level)[0]
     assert torch.equal(told[()].logits, told[("visual",)].logits)
@@ -117,54 +117,54 @@ def test_each_skip_can_be_closed_by_itself(parts):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_with_zero_skips_a_caption_and_its_picture_have_the_likelihood_of_stage_one(seed):
-    parts = closed(tiny_parts(STAGES))
-    task = draw_task(0, seed)
-    document = parts.tokenizer.document([Turn((task.prompt,), (task.scene,))])
+    components = closed(tiny_components(STAGES))
+    task = caption_task(0, seed)
+    document = components.tokenizer.document([Turn((task.prompt,), (task.scene,))])
     x, level = pictures(1, seed), torch.tensor([0.3])
-    out, _ = read(parts.pretzel, pack([document], parts.layout), x, level)
+    out, _ = read(components.pretzel, pack([document], components.layout), x, level)
     with torch.no_grad():
-        context = drawing_context(parts, [parts.tokenizer.drawing_prompt(task.prompt)])
-        stage_one = parts.flow.log_prob(x, context, level)
+        context = drawing_context(components, [components.tokenizer.drawing_prompt(task.prompt)])
+        stage_one = components.flow.log_prob(x, context, level)
     assert gap(out.log_prob, stage_one) / x.numel() <= 1e-5
     assert abs(float(stage_one)) > 10, "a likelihood of nothing would agree with everything"
 
 
 def test_with_zero_skips_the_joint_loss_of_captioned_pictures_is_the_ngp_loss_of_stage_one():
-    parts = closed(tiny_parts(STAGES))
-    tasks = [draw_task(0, i) for i in range(3)]
-    documents = [parts.tokenizer.document([Turn((t.prompt,), (t.scene,))]) for t in tasks]
-    clean, noise = pictures(3), parts.cfg.flow.noise
+    components = closed(tiny_components(STAGES))
+    tasks = [caption_task(0, i) for i in range(3)]
+    documents = [components.tokenizer.document([Turn((t.prompt,), (t.scene,))]) for t in tasks]
+    clean, noise = pictures(3), components.cfg.flow.noise
     generator = torch.Generator().manual_seed(4)
-    level = noise.draw(3, generator)
+    level = noise.sample_levels(3, generator)
     noisy = clean + level[:, None, None] * torch.randn(clean.shape, generator=generator)
     with torch.no_grad():
-        joint = joint_loss(parts.pretzel, pack(documents, parts.layout), (noisy, level), noise).flow
-        context = drawing_context(parts, [parts.tokenizer.drawing_prompt(t.prompt) for t in tasks])
-        alone, _ = ngp_loss(parts.flow, clean, context, torch.Generator().manual_seed(4))
+        joint = joint_loss(components.pretzel, pack(documents, components.layout), (noisy, level), noise).flow
+        context = drawing_context(components, [components.tokenizer.drawing_prompt(t.prompt) for t in tasks])
+        alone, _ = ngp_loss(components.flow, clean, context, torch.Generator().manual_seed(4))
     assert joint.item() == pytest.approx(alone.item(), abs=1e-5)
 
 
 def test_with_zero_skips_answers_have_the_logits_of_stage_two():
-    parts = closed(tiny_parts(STAGES))
-    task = AdapterTask(parts, StageConfig(name="adapter", steps=1, batch=4), 0)
-    data = task.draw(range(4))
+    components = closed(tiny_components(STAGES))
+    task = AdapterTask(components, StageConfig(name="adapter", steps=1, batch=4), 0)
+    data = task.make_batch(range(4))
     seen: list[tuple[Tensor, Tensor]] = []
-    right = parts.vlm.logits
-    parts.vlm.logits = lambda h: seen.append((h, right(h))) or seen[-1][1]  # type: ignore[method-assign, func-returns-value]
+    right = components.vlm.logits
+    components.vlm.logits = lambda h: seen.append((h, right(h))) or seen[-1][1]  # type: ignore[method-assign, func-returns-value]
     noisy: list[tuple[Tensor, Tensor]] = []
-    shallow = parts.flow.shallow.forward
-    parts.flow.shallow.forward = lambda x, level: noisy.append((x, level)) or shallow(x, level)  # type: ignore[method-assign, func-returns-value]
+    shallow = components.flow.shallow.forward
+    components.flow.shallow.forward = lambda x, level: noisy.append((x, level)) or shallow(x, level)  # type: ignore[method-assign, func-returns-value]
     with torch.no_grad():
         task.loss(data, torch.Generator().manual_seed(2))
-        out = parts.pretzel.forward(data[1], *noisy[0])
+        out = components.pretzel.forward(data[1], *noisy[0])
     told = next(logits for _, logits in seen if len(logits))
     assert len(told) > 10
     assert gap(out.head(out.h, out.g), told) <= 1e-5
 
 
-def test_zero_skips_add_exactly_nothing_and_woken_ones_are_traced_at_every_latent_and_every_label(parts):
-    batch, x, level = pack([LONG, ANSWER], parts.layout), pictures(4), levels(4)
-    for some, is_zero in ((closed(tiny_parts(STAGES)), True), (parts, False)):
+def test_zero_skips_add_exactly_nothing_and_woken_ones_are_traced_at_every_latent_and_every_label(components):
+    batch, x, level = pack([LONG, ANSWER], components.layout), pictures(4), levels(4)
+    for some, is_zero in ((closed(tiny_components(STAGES)), True), (components, False)):
         pretzel = some.pretzel
         with pretzel.traced() as trace:
             out, _ = read(pretzel, batch, x, level)
@@ -177,8 +177,8 @@ def test_zero_skips_add_exactly_nothing_and_woken_ones_are_traced_at_every_laten
         assert bool(base.any()) and bool(text_base.any())
 
 
-def test_a_trace_ends_with_an_error_inside_it_too(parts):
-    pretzel = parts.pretzel
+def test_a_trace_ends_with_an_error_inside_it_too(components):
+    pretzel = components.pretzel
     with pytest.raises(KeyError), pretzel.traced():
         raise KeyError
     assert pretzel.trace is None
@@ -187,14 +187,14 @@ def test_a_trace_ends_with_an_error_inside_it_too(parts):
 # -- likelihoods
 
 
-def test_the_log_probability_is_that_of_z_and_of_every_patch(parts):
-    out, _ = read(parts.pretzel, pack([LONG], parts.layout), pictures(3), levels(3))
+def test_the_log_probability_is_that_of_z_and_of_every_patch(components):
+    out, _ = read(components.pretzel, pack([LONG], components.layout), pictures(3), levels(3))
     assert gap(out.affine.log_prob(out.u).sum(1) + out.shallow_logdet, out.log_prob) <= 1e-3
     volume = -out.affine.log_scale.sum((1, 2)) + out.shallow_logdet
     assert gap(standard_normal_log_prob(out.z) + volume, out.log_prob) <= 1e-3
 
 
-def small_parts(rows: int, cols: int) -> Parts:
+def small_parts(rows: int, cols: int) -> Components:
     """Woken parts with open skips over a smaller grid, in float64."""
     cfg = tiny_model()
     cut = {"grid": (rows, cols)}
@@ -205,7 +205,7 @@ def small_parts(rows: int, cols: int) -> Parts:
         shallow=tuple(replace(b, stack=stack, **cut) for b in cfg.flow.shallow),
     )
     torch.manual_seed(3)
-    return wake(Parts(replace(cfg, flow=flow, fae=replace(cfg.fae, **cut))), 0.15).double().eval()
+    return wake(Components(replace(cfg, flow=flow, fae=replace(cfg.fae, **cut))), 0.15).double().eval()
 
 
 def slopes(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-5) -> Tensor:
@@ -226,17 +226,17 @@ def slopes(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1e-5)
 
 def test_u_to_z_is_lower_triangular_with_the_reported_log_determinant():
     """The trap: were the visual skip to use h of the latent to come, the diagonal would hold more than the affine."""
-    parts = small_parts(2, 3)
-    parts.flow.shallow.forward = lambda u, level: (u, u.new_zeros(len(u)))  # type: ignore[method-assign]
+    components = small_parts(2, 3)
+    components.flow.shallow.forward = lambda u, level: (u, u.new_zeros(len(u)))  # type: ignore[method-assign]
     document: Document = (Text((1, 30)), Image(), Text((2,)), Image(is_target=True), Text((3,), is_target=True))
-    batch, u = pack([document], parts.layout), torch.randn(2, 6, LATENT, dtype=torch.float64)
+    batch, u = pack([document], components.layout), torch.randn(2, 6, LATENT, dtype=torch.float64)
     level = torch.tensor([0.1, 0.4], dtype=torch.float64)
 
     def to_z(picture: Tensor) -> Tensor:
-        return parts.pretzel.forward(batch, torch.stack([u[0], picture.view(6, LATENT)]), level).z[1].flatten()
+        return components.pretzel.forward(batch, torch.stack([u[0], picture.view(6, LATENT)]), level).z[1].flatten()
 
     matrix = slopes(to_z, u[1].flatten())  # (N D, N D)
-    out = parts.pretzel.forward(batch, u, level)
+    out = components.pretzel.forward(batch, u, level)
     blocks = matrix.view(6, LATENT, 6, LATENT).permute(0, 2, 1, 3)  # (N, N, D, D): z_i by u_j
     for i in range(6):
         assert not blocks[i, i + 1 :].any(), f"z_{i} depends on a later latent"
@@ -248,16 +248,16 @@ def test_u_to_z_is_lower_triangular_with_the_reported_log_determinant():
 
 def test_x_to_z_of_two_pictures_of_one_document_has_the_reported_log_determinants():
     """By autograd: what it misses, see `slopes`, stands below the diagonal of u to z and leaves determinants alone."""
-    parts = small_parts(2, 2)
+    components = small_parts(2, 2)
     document: Document = (Text((1, 30, 2)), Image(is_target=True), Text((40,)), Image(is_target=True), Text((3,)))
-    batch, x = pack([document], parts.layout), torch.randn(2, 4, LATENT, dtype=torch.float64)
+    batch, x = pack([document], components.layout), torch.randn(2, 4, LATENT, dtype=torch.float64)
     level = torch.tensor([0.1, 0.4], dtype=torch.float64)
 
     def to_z(both: Tensor) -> Tensor:
-        return parts.pretzel.forward(batch, both.view(2, 4, LATENT), level).z.flatten()
+        return components.pretzel.forward(batch, both.view(2, 4, LATENT), level).z.flatten()
 
     matrix = jacobian(to_z, x.flatten())
-    out = parts.pretzel.forward(batch, x, level)
+    out = components.pretzel.forward(batch, x, level)
     half = 4 * LATENT
     assert not matrix[:half, half:].any() and matrix[half:, :half].abs().max() > 1e-6
     stated = out.log_prob - standard_normal_log_prob(out.z)
@@ -270,11 +270,11 @@ def test_x_to_z_of_two_pictures_of_one_document_has_the_reported_log_determinant
 
 @pytest.mark.parametrize("picture", [0, 1, 2])
 @pytest.mark.parametrize("latent", [0, 9, 63])
-def test_a_latent_is_seen_from_its_own_slot_on_and_never_before(parts, picture, latent):
+def test_a_latent_is_seen_from_its_own_slot_on_and_never_before(components, picture, latent):
     """A shown, a drawn and another drawn picture; u is changed, since x becomes u by blocks that look both ways."""
-    some = tiny_parts(STAGES)
+    some = tiny_components(STAGES)
     some.flow.shallow.forward = lambda u, level: (u, u.new_zeros(len(u)))  # type: ignore[method-assign]
-    batch, u = pack([LONG], parts.layout), pictures(3)
+    batch, u = pack([LONG], components.layout), pictures(3)
     other = u.clone()
     other[picture, latent] += 1.0
     (_, before), (_, after) = (read(some.pretzel, batch, v, levels(3)) for v in (u, other))
@@ -285,33 +285,33 @@ def test_a_latent_is_seen_from_its_own_slot_on_and_never_before(parts, picture, 
 
 
 @pytest.mark.parametrize("at", [1, 70, 139, 141, 210])
-def test_a_token_is_seen_from_its_own_slot_on_and_never_before(parts, at):
-    batch, x = pack([LONG], parts.layout), pictures(3)
-    assert batch.ids[0, at] not in (parts.layout.latent, parts.layout.begin, parts.layout.end)
+def test_a_token_is_seen_from_its_own_slot_on_and_never_before(components, at):
+    batch, x = pack([LONG], components.layout), pictures(3)
+    assert batch.ids[0, at] not in (components.layout.latent, components.layout.begin, components.layout.end)
     ids = batch.ids.clone()
     ids[0, at] += 5
-    (_, before), (_, after) = (read(parts.pretzel, b, x, levels(3)) for b in (batch, replace(batch, ids=ids)))
+    (_, before), (_, after) = (read(components.pretzel, b, x, levels(3)) for b in (batch, replace(batch, ids=ids)))
     assert torch.equal(before.h[:, :at], after.h[:, :at]) and torch.equal(before.g[:, :at], after.g[:, :at])
     assert (before.h[:, at] != after.h[:, at]).any() and (before.g[:, at] != after.g[:, at]).any()
 
 
 @pytest.mark.parametrize("at", [72, 138, 139, 140, 144, 210])
-def test_what_is_predicted_at_a_position_is_not_known_there(parts, at):
+def test_what_is_predicted_at_a_position_is_not_known_there(components, at):
     """A text skip that read the flow one slot too late would see the answer."""
-    batch, x = pack([LONG], parts.layout), pictures(3)
+    batch, x = pack([LONG], components.layout), pictures(3)
     ids = batch.ids.clone()
     ids[0, at] += 5
-    before, after = (read(parts.pretzel, b, x, levels(3))[0].logits for b in (batch, replace(batch, ids=ids)))
+    before, after = (read(components.pretzel, b, x, levels(3))[0].logits for b in (batch, replace(batch, ids=ids)))
     where = (batch.labels[0] != IGNORE).nonzero().flatten()
     assert torch.equal(before[where < at], after[where < at])
     assert (before[where >= at] != after[where >= at]).any() == bool((where >= at).any())
 
 
-def test_the_noise_level_of_a_picture_is_known_from_its_begin_slot_on(parts):
-    batch, x, level = pack([LONG], parts.layout), pictures(3), levels(3)
+def test_the_noise_level_of_a_picture_is_known_from_its_begin_slot_on(components):
+    batch, x, level = pack([LONG], components.layout), pictures(3), levels(3)
     other = level.clone()
     other[1] = 0.2
-    (_, before), (_, after) = (read(parts.pretzel, batch, x, v) for v in (level, other))
+    (_, before), (_, after) = (read(components.pretzel, batch, x, v) for v in (level, other))
     at = int(batch.pictures.begin[1])
     assert torch.equal(before.h[:, : at + 1], after.h[:, : at + 1]), "the language model has no begin slot of levels"
     assert torch.equal(before.g[:, :at], after.g[:, :at]) and (before.g[:, at] != after.g[:, at]).any()
@@ -328,23 +328,23 @@ def reads(pretzel: Pretzel, targets: Tensor, reference: Tensor | None, *, has: b
 @pytest.mark.parametrize(("side", "near"), [(1, {27}), (3, {18, 19, 20, 26, 27, 28, 34, 35, 36})])
 def test_the_flow_reads_the_picture_before_around_the_targets_place(side, near):
     cfg = tiny_model()
-    parts = wake(Parts(replace(cfg, joints=replace(cfg.joints, reference=side)), tiny_tokenizer()))
+    components = wake(Components(replace(cfg, joints=replace(cfg.joints, reference=side)), tiny_tokenizer()))
     before = pictures(1, 7)[:, :1].repeat(1, 65, 1)
     target, seen = torch.tensor([[27]]), set()
     for place in range(64):
         changed = before.clone()
         changed[:, place] += 1
-        if not torch.equal(reads(parts.pretzel, target, before), reads(parts.pretzel, target, changed)):
+        if not torch.equal(reads(components.pretzel, target, before), reads(components.pretzel, target, changed)):
             seen.add(place)
     assert seen == near, "row 3, column 3 of an 8x8 picture"
-    alone = reads(parts.pretzel, target, None)
-    assert torch.equal(alone, reads(parts.pretzel, target, before, has=False))
-    assert not torch.equal(alone, reads(parts.pretzel, target, before))
+    alone = reads(components.pretzel, target, None)
+    assert torch.equal(alone, reads(components.pretzel, target, before, has=False))
+    assert not torch.equal(alone, reads(components.pretzel, target, before))
 
 
 def test_a_window_ends_where_the_picture_ends_and_is_empty_behind_its_last_latent():
-    parts = tiny_parts(STAGES)
-    window = parts.pretzel._window(torch.tensor([[0, 15, 64]]))[0].view(3, 5, 5)
+    components = tiny_components(STAGES)
+    window = components.pretzel._window(torch.tensor([[0, 15, 64]]))[0].view(3, 5, 5)
     assert window[0, 2:, 2:].tolist() == [[0, 1, 2], [8, 9, 10], [16, 17, 18]] and int((window[0] == 64).sum()) == 16
     assert window[1, 1:4, :3].tolist() == [[5, 6, 7], [13, 14, 15], [21, 22, 23]] and (window[1, :, 3:] == 64).all()
     assert (window[2] == 64).all()
@@ -357,11 +357,11 @@ def test_a_window_without_a_middle_is_refused(side):
 
 
 def nats(
-    parts: Parts, documents: Sequence[Document], x: Tensor, level: Tensor, width: int = 0
+    components: Components, documents: Sequence[Document], x: Tensor, level: Tensor, width: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Losses of packed documents: of every picture (P,), and of the words of every document (documents,)."""
-    batch = pack(documents, parts.layout, width)
-    out = parts.pretzel.forward(batch, x, level)
+    batch = pack(documents, components.layout, width)
+    out = components.pretzel.forward(batch, x, level)
     surprise = -out.logits.log_softmax(-1).gather(-1, out.labels[:, None])[:, 0]
     words = torch.zeros(len(documents)).index_add(0, out.documents, surprise)
     return -out.log_prob / math.prod(x.shape[1:]), words
@@ -369,18 +369,18 @@ def nats(
 
 @pytest.mark.parametrize("width", [0, 400], ids=["rows as long as the longest", "all in one row or two"])
 def test_documents_packed_with_others_give_the_losses_and_gradients_they_have_alone(width):
-    parts = tiny_parts(STAGES)
+    components = tiny_components(STAGES)
     documents = [ANSWER, CAPTION, LONG, WORDS, CAPTION]
     counts = [sum(isinstance(s, Image) for s in d) for d in documents]
     x, level = pictures(sum(counts)), levels(sum(counts))
-    trained = [*parts.flow.parameters(), *parts.joints.parameters()]
-    together = nats(parts, documents, x, level, width)
+    trained = [*components.flow.parameters(), *components.joints.parameters()]
+    together = nats(components, documents, x, level, width)
     grads = torch.autograd.grad(together[0].sum() + together[1].sum(), trained, allow_unused=True)
     summed = [torch.zeros_like(p) for p in trained]
     first = 0
     for i, (document, count) in enumerate(zip(documents, counts, strict=True)):
         own = slice(first, first + count)
-        alone = nats(parts, [document], x[own], level[own])
+        alone = nats(components, [document], x[own], level[own])
         if count:
             assert gap(alone[0], together[0][own]) <= 1e-4
         assert gap(alone[1][0], together[1][i]) <= 1e-4
@@ -395,31 +395,31 @@ def test_documents_packed_with_others_give_the_losses_and_gradients_they_have_al
         assert a is None or gap(a, b) <= 1e-4 * largest
 
 
-def test_no_position_sees_another_document_of_its_row(parts):
+def test_no_position_sees_another_document_of_its_row(components):
     documents = [LONG, ANSWER, WORDS]
-    batch, x = pack(documents, parts.layout, 400), pictures(4)
+    batch, x = pack(documents, components.layout, 400), pictures(4)
     assert len(batch.ids) == 1
     ids, other = batch.ids.clone(), x.clone()
     mine = batch.document[0] == 1
     ids[0, mine & (batch.ids[0] > 20)] += 3
     other[3] += 1
     (_, before), (_, after) = (
-        read(parts.pretzel, b, v, levels(4)) for b, v in ((batch, x), (replace(batch, ids=ids), other))
+        read(components.pretzel, b, v, levels(4)) for b, v in ((batch, x), (replace(batch, ids=ids), other))
     )
     assert torch.equal(before.h[0, ~mine], after.h[0, ~mine]) and torch.equal(before.g[0, ~mine], after.g[0, ~mine])
     assert (before.h[0, mine] != after.h[0, mine]).any(1).sum() > 60
 
 
-def test_words_without_any_picture_are_read_and_give_no_picture(parts):
-    out, _ = read(parts.pretzel, pack([WORDS, WORDS], parts.layout), pictures(0), levels(0))
+def test_words_without_any_picture_are_read_and_give_no_picture(components):
+    out, _ = read(components.pretzel, pack([WORDS, WORDS], components.layout), pictures(0), levels(0))
     assert out.logits.shape == (4, 320) and out.z.shape == (0, 64, LATENT) and out.log_prob.shape == (0,)
 
 
-def test_latents_of_another_number_of_pictures_or_another_grid_are_refused(parts):
-    batch = pack([LONG], parts.layout)
+def test_latents_of_another_number_of_pictures_or_another_grid_are_refused(components):
+    batch = pack([LONG], components.layout)
     for x in (pictures(2), pictures(3)[:, :63], pictures(3)[..., :3]):
         with pytest.raises(ShapeError, match=r"x has shape .*P=3 N=64 D=4"):
-            parts.pretzel.forward(batch, x, levels(len(x)))
+            components.pretzel.forward(batch, x, levels(len(x)))
 
 
 # -- the adapter
@@ -437,7 +437,7 @@ def test_the_adapter_has_the_scale_that_was_set_and_hears_the_noise_level():
     assert torch.equal(calm, loud), "fresh FiLM layers change nothing"
 
 
-def test_what_the_language_model_sees_of_a_picture_sends_no_gradient_into_the_flow(parts):
+def test_what_the_language_model_sees_of_a_picture_sends_no_gradient_into_the_flow(components):
     u = pictures(1).requires_grad_()
-    parts.pretzel.adapted(u, levels(1)).sum().backward()
+    components.pretzel.adapted(u, levels(1)).sum().backward()
     assert u.grad is None

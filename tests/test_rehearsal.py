@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model_cases import STAGES, tiny_parts, tiny_run
+from model_cases import STAGES, tiny_components, tiny_run
 from starflow2.errors import TrainingError
 from starflow2.training.dry_run import rehearse
 from starflow2.training.recipes import nano
@@ -18,13 +18,13 @@ RUN = tiny_run(2)
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_rehearsal_on_meta_counts_what_the_stage_trains_and_reads(stage):
-    parts = tiny_parts(STAGES)
-    task = TASKS[stage](parts, RUN.stage(stage), 0)
+    components = tiny_components(STAGES)
+    task = TASKS[stage](components, RUN.stage(stage), 0)
     facts = rehearse(RUN, stage)
     trained = sum(p.numel() for p in task.trained.parameters())
-    head = trained - sum(p.numel() for p in parts.features.parameters()) if stage == "features" else 0
+    head = trained - sum(p.numel() for p in components.features.parameters()) if stage == "features" else 0
     assert facts["parameters"]["trained"] == trained
-    assert sum(facts["parameters"].values()) == sum(p.numel() for p in parts.parameters()) + head
+    assert sum(facts["parameters"].values()) == sum(p.numel() for p in components.parameters()) + head
     assert facts["microbatch"]["documents"] == 4 and facts["microbatch"]["pictures"] == (8 if stage == "joint" else 4)
     assert facts["bytes_per_process"]["optimizer"] == 8 * trained
     assert "loss" not in facts

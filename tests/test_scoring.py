@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from model_cases import STAGES, tiny_parts
+from model_cases import STAGES, tiny_components
 from starflow2.data.dialogue import Turn
 from starflow2.errors import ConfigError
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.inference.config import DrawConfig
-from starflow2.inference.conversations import converse
-from starflow2.inference.decoder import Replying
-from starflow2.inference.events import Picture, Token
+from starflow2.inference.conversations import generate_replies
+from starflow2.inference.decoder import ReplyLimits
+from starflow2.inference.events import DecodedImage, Token
 from starflow2.inference.likelihood import decode_code, invert, score
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
@@ -29,7 +29,7 @@ SIDE, SIZE, DIMS = 2, 16, 16
 
 @pytest.fixture(scope="module")
 def sampler() -> Sampler:
-    return Sampler(tiny_parts(STAGES, side=SIDE), DrawConfig(guidance=1.0, prior_scale=0.8))
+    return Sampler(tiny_components(STAGES, side=SIDE), DrawConfig(guidance=1.0, prior_scale=0.8))
 
 
 def photo(seed: int = 0) -> Tensor:
@@ -38,7 +38,7 @@ def photo(seed: int = 0) -> Tensor:
 
 def noisy(sampler: Sampler, image: Tensor, level: float) -> Tensor:
     """Latents (1, N, D) of a picture with noise of seed 0."""
-    x = sampler.parts.codec.encode(image[None]).double()
+    x = sampler.components.codec.encode(image[None]).double()
     return x + level * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -58,16 +58,18 @@ def test_patches_and_the_shallow_volume_add_up_to_a_picture_and_parts_to_a_reply
 
 def test_tokens_are_those_of_the_reply_with_each_picture_as_its_begin_and_an_end_at_last(sampler):
     found = score(sampler, ["a red circle", photo(2)], ["two red hearts", photo(0), "a blue star"])
-    tokenizer = sampler.parts.tokenizer
+    tokenizer = sampler.components.tokenizer
     words = [tokenizer.encode(text) for text in ("two red hearts", "a blue star")]
-    expected = [*words[0], sampler.layout.begin, *words[1], sampler.parts.cfg.vlm.special.end]
+    expected = [*words[0], sampler.layout.begin, *words[1], sampler.components.cfg.vlm.special.end]
     assert [t.text for t in found.tokens] == [tokenizer.tokenizer.id_to_token(i) for i in expected]
     assert len(found.pictures) == 1, "what the user shows is not part of the reply"
 
 
 def test_a_reply_of_words_scores_what_the_next_token_loss_says(sampler):
     found = score(sampler, ["a red circle"], ["two red hearts"])
-    batch = pack([sampler.parts.tokenizer.document([Turn(("a red circle",), ("two red hearts",))])], sampler.layout)
+    batch = pack(
+        [sampler.components.tokenizer.document([Turn(("a red circle",), ("two red hearts",))])], sampler.layout
+    )
     with torch.no_grad():
         out = sampler.pretzel.forward(batch, torch.zeros(0, 4, 4, dtype=torch.float64), torch.zeros(0))
     assert -found.log_prob == pytest.approx(
@@ -80,10 +82,10 @@ def test_a_drawn_picture_scores_what_the_loss_of_pictures_says(sampler, level):
     found = score(sampler, ["a red circle"], [photo()], noise_level=level).pictures[0]
     used = 0.01 if level is None else level
     assert found.noise_level == used
-    batch = pack([sampler.parts.tokenizer.document([Turn(("a red circle",), (photo(),))])], sampler.layout)
+    batch = pack([sampler.components.tokenizer.document([Turn(("a red circle",), (photo(),))])], sampler.layout)
     levels = torch.tensor([used], dtype=torch.float64)
     with torch.no_grad():
-        noise = sampler.parts.cfg.flow.noise
+        noise = sampler.components.cfg.flow.noise
         loss = joint_loss(sampler.pretzel, batch, (noisy(sampler, photo(), used), levels), noise).flow
     assert found.nats_per_dim == pytest.approx(loss.item() / used + 0.5 * math.log(2 * math.pi), abs=1e-8)
 
@@ -99,24 +101,24 @@ def test_the_chain_rule_holds_word_by_word(sampler):
 def test_words_written_without_chance_are_the_likeliest_at_every_step_of_one_pass(sampler):
     """Step by step through the cache, and all at once: both skips open, each token from what stands before it."""
     seen: list[int] = []
-    converse(
-        sampler, [[["a red circle", photo()]]], [0], Replying(tokens=6, pictures=0),
+    generate_replies(
+        sampler, [[["a red circle", photo()]]], [0], ReplyLimits(tokens=6, pictures=0),
         watch=lambda event: seen.append(event.id) if isinstance(event, Token) else None,
     )  # fmt: skip
-    s = sampler.parts.cfg.vlm.special
-    said = Text((s.user, *sampler.parts.tokenizer.encode("a red circle")))
+    s = sampler.components.cfg.vlm.special
+    said = Text((s.user, *sampler.components.tokenizer.encode("a red circle")))
     document = [said, Slot(), Text((s.assistant,)), Text(tuple(seen), is_target=True)]
     level = torch.tensor([0.01], dtype=torch.float64)
     with torch.no_grad():
         logits = sampler.pretzel.forward(pack([document], sampler.layout), noisy(sampler, photo(), 0.01), level).logits
     logits[:, [s.pad, s.user, s.assistant, s.vision_start, s.vision_end, s.image_pad]] = -torch.inf
-    logits[:, sampler.parts.tokenizer.vocab :] = -torch.inf
+    logits[:, sampler.components.tokenizer.vocab :] = -torch.inf
     assert len(seen) > 2 and logits.argmax(1).tolist() == seen
 
 
 def test_the_chances_of_all_next_tokens_are_one(sampler):
     base = score(sampler, ["a red circle"], ["two"]).tokens[0].log_prob
-    batch = pack([sampler.parts.tokenizer.document([Turn(("a red circle",), ("two",))])], sampler.layout)
+    batch = pack([sampler.components.tokenizer.document([Turn(("a red circle",), ("two",))])], sampler.layout)
     with torch.no_grad():
         out = sampler.pretzel.forward(batch, torch.zeros(0, 4, 4, dtype=torch.float64), torch.zeros(0))
     chances = out.logits[0].softmax(-1)
@@ -150,7 +152,7 @@ def test_an_empty_reply_is_refused(sampler):
 
 
 def test_the_face_of_a_model_scores_what_scoring_does_and_hears_capitals_like_everything_else(sampler):
-    model = StarFlow2(sampler.parts)
+    model = StarFlow2(sampler.components)
     plain = model.score(["a red circle"], ["two red hearts", photo()])
     assert plain.log_prob == pytest.approx(score(sampler, ["a red circle"], ["two red hearts", photo()]).log_prob)
     assert model.score(["A  RED circle"], ["two Red hearts", photo()]).log_prob == plain.log_prob
@@ -164,7 +166,7 @@ def test_a_code_gives_the_picture_back_that_the_codec_would(sampler):
     again = decode_code(sampler, code.z, "a red circle")
     x = noisy(sampler, photo(), 0.5)
     assert (again.x - x[0]).abs().max() <= 1e-6
-    assert (again.image - sampler.parts.codec.decode(x.float())[0]).abs().max() <= 1e-4
+    assert (again.image - sampler.components.codec.decode(x.float())[0]).abs().max() <= 1e-4
     assert code.log_prob == pytest.approx(float(standard_normal_log_prob(code.z[None])[0]))
 
 
@@ -183,10 +185,10 @@ def test_a_picture_can_be_inverted_without_words(sampler):
 
 def test_the_code_of_a_drawn_picture_is_what_it_was_drawn_from(sampler):
     """Without guidance a drawing is the flow's inverse; its z comes back from u."""
-    plain = Sampler(sampler.parts, DrawConfig(guidance=0.0, prior_scale=0.8))
-    (((picture,),),) = converse(plain, [[["a red circle"]]], [5], Replying(tokens=0, pictures=1), draws=True)
-    assert isinstance(picture, Picture)
-    batch = pack([sampler.parts.tokenizer.document([Turn(("a red circle",), (photo(),))])], sampler.layout)
+    plain = Sampler(sampler.components, DrawConfig(guidance=0.0, prior_scale=0.8))
+    (((picture,),),) = generate_replies(plain, [[["a red circle"]]], [5], ReplyLimits(tokens=0, pictures=1), draws=True)
+    assert isinstance(picture, DecodedImage)
+    batch = pack([sampler.components.tokenizer.document([Turn(("a red circle",), (photo(),))])], sampler.layout)
     with torch.no_grad():
         out = plain.pretzel.forward(batch, picture.x[None], torch.tensor([0.5], dtype=torch.float64))
     z = 0.8 * torch.randn(4, 4, generator=torch.Generator().manual_seed(5))

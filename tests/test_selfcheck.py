@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from model_cases import STAGES, tiny_parts
+from model_cases import STAGES, tiny_components
 from starflow2 import nn, selfcheck
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow import Affine, Flow, Jacobi
-from starflow2.inference.decoder import Rows
+from starflow2.inference.decoder import BatchDecoder
 from starflow2.inference.sampler import Sampler
 from starflow2.models.pretzel import Pretzel
 from starflow2.pipeline import StarFlow2
@@ -21,7 +21,7 @@ from starflow2.selfcheck import FLOAT32, FLOAT64, STREAMS64, Check, check_model
 
 @pytest.fixture(scope="module")
 def model() -> StarFlow2:
-    return StarFlow2(tiny_parts())
+    return StarFlow2(tiny_components())
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_bound_holds_in_its_direction_and_never_for_what_is_not_a_number():
 
 def test_a_model_without_a_flow_is_refused():
     with pytest.raises(ConfigError, match="the checks need t2i"):
-        check_model(StarFlow2(tiny_parts(stages=("features", "fae", "vlm"))))
+        check_model(StarFlow2(tiny_components(stages=("features", "fae", "vlm"))))
 
 
 # -- both streams together --------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_a_model_without_a_flow_is_refused():
 
 @pytest.fixture
 def joined():
-    return selfcheck._material(StarFlow2(tiny_parts(STAGES, side=3)))
+    return selfcheck._material(StarFlow2(tiny_components(STAGES, side=3)))
 
 
 def test_a_model_of_stage_three_passes_every_check_of_both_streams(joined, monkeypatch):
@@ -118,7 +118,7 @@ def test_a_model_of_stage_three_passes_every_check_of_both_streams(joined, monke
     checks = check_model(joined.model, begun.append)
     assert [check.name for check in checks] == begun and len(checks) >= 9
     assert [(check.name, check.note) for check in checks if not check.ok] == []
-    assert check_model(StarFlow2(tiny_parts())) == [], "without stage three they are left out"
+    assert check_model(StarFlow2(tiny_components())) == [], "without stage three they are left out"
 
 
 def test_a_cache_of_both_streams_that_forgets_is_caught(joined, monkeypatch):
@@ -140,8 +140,8 @@ def test_a_skip_that_does_not_close_is_caught(joined, monkeypatch):
 
 
 def test_rows_that_hear_what_others_do_are_caught(joined, monkeypatch):
-    right = Rows._levels
-    monkeypatch.setattr(Rows, "_levels", lambda self, count, level: right(self, count, level * self.rows))
+    right = BatchDecoder._levels
+    monkeypatch.setattr(BatchDecoder, "_levels", lambda self, count, level: right(self, count, level * self.rows))
     assert selfcheck._mixed_rows(joined) > FLOAT32
 
 
@@ -185,7 +185,7 @@ def test_documents_that_see_each_other_are_caught(joined, monkeypatch):
 
 
 def test_a_picture_that_is_encoded_again_is_counted(joined, monkeypatch):
-    right = Rows._completed
+    right = BatchDecoder._completed
 
     def again(self, rows, states):
         told = right(self, rows, states)
@@ -193,7 +193,7 @@ def test_a_picture_that_is_encoded_again_is_counted(joined, monkeypatch):
             self.sampler.noisy(event.picture.image[None], torch.tensor([0.1]))
         return told
 
-    monkeypatch.setattr(Rows, "_completed", again)
+    monkeypatch.setattr(BatchDecoder, "_completed", again)
     assert selfcheck._encodings(joined) == 2
     monkeypatch.setattr(Sampler, "noisy", lambda self, images, levels: joined.x[:1].to(self.dtype))
     with pytest.raises(DataError, match="ran the encoder 0 times"):

@@ -15,15 +15,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model_cases import STAGES, tiny_parts
+from model_cases import STAGES, tiny_components
 from starflow2.core.images import read_picture
 from starflow2.errors import CheckpointError, ConfigError, DataError, OutputError, PromptError, ShapeError
 from starflow2.inference.config import DrawConfig
-from starflow2.inference.decoder import Rows
+from starflow2.inference.decoder import BatchDecoder
 from starflow2.inference.events import Drew, Event, Finished, Made, Started, Wrote
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.fae import Fae
 from starflow2.models.sequence import Image as Slot
 from starflow2.models.sequence import Text, pack
@@ -35,11 +35,11 @@ SLOTS = COUNT + 2  # of a picture
 
 @pytest.fixture(scope="module")
 def sampler() -> Sampler:
-    return sampler_of(tiny_parts(STAGES, side=SIDE))
+    return sampler_of(tiny_components(STAGES, side=SIDE))
 
 
-def sampler_of(parts: Parts, guidance: float = 1.0) -> Sampler:
-    return Sampler(parts, DrawConfig(guidance=guidance, prior_scale=0.8))
+def sampler_of(components: Components, guidance: float = 1.0) -> Sampler:
+    return Sampler(components, DrawConfig(guidance=guidance, prior_scale=0.8))
 
 
 def photo(seed: int = 0) -> Tensor:
@@ -48,7 +48,7 @@ def photo(seed: int = 0) -> Tensor:
 
 def state(session: Session) -> dict[str, Tensor]:
     """Every number that what comes next depends on."""
-    main, canvas = session._rows.main, session._rows.canvas
+    main, canvas = session._rows.conditional, session._rows.buffers
     found = {"h": main.h, "g": main.g, "previous": canvas.previous, "has": canvas.has_previous, "keep": main.keep}
     for name, cache in (("vlm", main.cache.vlm), ("flow", main.cache.flow)):
         for i, pair in enumerate(cache.filled()):
@@ -97,7 +97,7 @@ def past(sampler: Sampler) -> Session:
 
 
 def test_a_conversation_is_one_document_that_grows_by_what_each_part_takes(sampler):
-    session, words = Session(sampler), len(sampler.parts.tokenizer.encode("a red circle"))
+    session, words = Session(sampler), len(sampler.components.tokenizer.encode("a red circle"))
     assert session.length == 0 and session.room == 4096
     session.add("a red circle")
     assert session.length == 1 + words
@@ -148,8 +148,8 @@ def force(sampler: Sampler, monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> 
 
 
 def test_words_are_told_as_they_come_and_only_whole_characters(sampler, monkeypatch):
-    tokenizer = sampler.parts.tokenizer
-    ids = [*tokenizer.encode("red größe"), sampler.parts.cfg.vlm.special.end]
+    tokenizer = sampler.components.tokenizer
+    ids = [*tokenizer.encode("red größe"), sampler.components.cfg.vlm.special.end]
     assert len(ids) > 6, "some characters are to take two tokens"
     force(sampler, monkeypatch, ids)
     session = Session(sampler).add("a red circle")
@@ -159,7 +159,7 @@ def test_words_are_told_as_they_come_and_only_whole_characters(sampler, monkeypa
 
 
 def test_a_reply_of_words_a_picture_and_words_keeps_their_order(sampler, monkeypatch):
-    tokenizer, end = sampler.parts.tokenizer, sampler.parts.cfg.vlm.special.end
+    tokenizer, end = sampler.components.tokenizer, sampler.components.cfg.vlm.special.end
     force(sampler, monkeypatch, [*tokenizer.encode("red"), sampler.layout.begin, *tokenizer.encode("blue"), end])
     session = Session(sampler).add("a red circle")
     events = [type(e) for e in session.run() if not isinstance(e, Drew)]
@@ -175,7 +175,7 @@ def test_limits_of_words_and_pictures_are_kept(sampler, monkeypatch):
 
 
 def test_write_gives_what_run_would_tell(sampler, monkeypatch):
-    ids = [*sampler.parts.tokenizer.encode("two red hearts"), sampler.parts.cfg.vlm.special.end]
+    ids = [*sampler.components.tokenizer.encode("two red hearts"), sampler.components.cfg.vlm.special.end]
     force(sampler, monkeypatch, ids + ids)
     session = Session(sampler).add("a red circle")
     fork = session.fork()
@@ -205,7 +205,7 @@ def test_every_reply_has_noise_of_its_own(sampler):
 def test_what_a_picture_was_drawn_with_is_the_likelihood_that_scoring_finds(sampler):
     """Sampled step by step with guidance, scored in one pass without: two ways to one number."""
     made = Session(sampler).add("a red circle").draw().picture
-    tokenizer, s = sampler.parts.tokenizer, sampler.parts.cfg.vlm.special
+    tokenizer, s = sampler.components.tokenizer, sampler.components.cfg.vlm.special
     document = [Text((s.user, *tokenizer.encode("a red circle"), s.assistant)), Slot(is_target=True)]
     level = torch.tensor([made.noise_level], dtype=torch.float64)
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_what_a_picture_was_drawn_with_is_the_likelihood_that_scoring_finds(samp
 
 
 def test_without_guidance_there_is_no_unconditional_branch_and_nothing_said_about_it():
-    made = Session(sampler_of(tiny_parts(STAGES, side=SIDE), guidance=0.0)).add("a red circle").draw().picture
+    made = Session(sampler_of(tiny_components(STAGES, side=SIDE), guidance=0.0)).add("a red circle").draw().picture
     assert made.log_prob is not None and made.unconditional is None
 
 
@@ -252,7 +252,7 @@ def test_every_slot_goes_through_the_streams_once(sampler, monkeypatch):
     right = sampler.pretzel.read
 
     def counted(slots: Any, cache: Any = None) -> Any:
-        fed.append(slots.ids.shape[1] if cache is session._rows.main.cache else 0)
+        fed.append(slots.ids.shape[1] if cache is session._rows.conditional.cache else 0)
         return right(slots, cache)
 
     monkeypatch.setattr(sampler.pretzel, "read", counted)
@@ -268,7 +268,7 @@ def test_a_picture_is_edited_from_the_latents_that_were_sampled(sampler):
     """What stands before a second picture as its reference is u of the first, bit for bit."""
     session = Session(sampler).add("a red circle")
     u = session.draw().picture.u
-    assert torch.equal(session._rows.canvas.previous[0, :-1], u)
+    assert torch.equal(session._rows.buffers.previous[0, :-1], u)
 
 
 # -- time
@@ -375,14 +375,14 @@ def leave(session: Session, after: type[Event]) -> None:  # type: ignore[valid-t
 def test_leaving_the_loop_takes_the_whole_reply_back(sampler, past, monkeypatch, after):
     session, twin = past.fork(), past.fork()
     with monkeypatch.context() as patch:
-        tokenizer = sampler.parts.tokenizer
-        end = sampler.parts.cfg.vlm.special.end
+        tokenizer = sampler.components.tokenizer
+        end = sampler.components.cfg.vlm.special.end
         force(sampler, patch, [*tokenizer.encode("red"), sampler.layout.begin, *tokenizer.encode("blue"), end])
         session.add("a blue star")
         twin.add("a blue star")
         leave(session, after)
     assert same(state(session), state(twin)) and told(session) == told(twin)
-    assert session._rows.blank is None
+    assert session._rows.unconditional is None
     assert equal_future(session, twin)
 
 
@@ -435,7 +435,7 @@ def test_an_error_while_something_is_added_takes_all_of_it_back(sampler, past, m
 
 
 def test_a_latent_that_is_not_finite_is_an_error_and_the_session_goes_on():
-    sampler = sampler_of(tiny_parts(STAGES, side=SIDE))
+    sampler = sampler_of(tiny_components(STAGES, side=SIDE))
     session, twin = Session(sampler).add("a blue star"), Session(sampler).add("a blue star")
     head = sampler.pretzel.flow.deep.head.bias
     kept = head.detach().clone()
@@ -494,13 +494,13 @@ def test_a_file_a_pil_image_and_a_tensor_are_the_same_picture(sampler, tmp_path)
 
 def short(sampler: Sampler, positions: int) -> Sampler:
     """The same model with room for fewer positions."""
-    parts = tiny_parts(STAGES, side=SIDE)
-    parts.cfg = replace(parts.cfg, max_positions=positions)
-    return sampler_of(parts, guidance=0.0)
+    components = tiny_components(STAGES, side=SIDE)
+    components.cfg = replace(components.cfg, max_positions=positions)
+    return sampler_of(components, guidance=0.0)
 
 
 def test_a_conversation_longer_than_the_model_reads_is_refused_before_anything_is_changed(sampler):
-    words = len(sampler.parts.tokenizer.encode("a red circle"))
+    words = len(sampler.components.tokenizer.encode("a red circle"))
     tight = short(sampler, words + SLOTS + 6)
     session = Session(tight).add("a red circle")
     message = refused(session, "a red circle", photo())
@@ -515,7 +515,7 @@ def test_a_conversation_longer_than_the_model_reads_is_refused_before_anything_i
 
 @pytest.mark.parametrize("left", range(0, 8))
 def test_whatever_room_is_left_a_reply_keeps_within_it_or_is_refused(sampler, left):
-    words = len(sampler.parts.tokenizer.encode("a red circle"))
+    words = len(sampler.components.tokenizer.encode("a red circle"))
     session = Session(short(sampler, 5 + words + left)).add("a red circle")
     before = state(session)
     try:
@@ -526,7 +526,7 @@ def test_whatever_room_is_left_a_reply_keeps_within_it_or_is_refused(sampler, le
 
 
 def test_a_reply_takes_fewer_words_or_no_picture_where_there_is_no_room_for_more(sampler):
-    words = len(sampler.parts.tokenizer.encode("a red circle"))
+    words = len(sampler.components.tokenizer.encode("a red circle"))
     session = Session(short(sampler, words + 12)).add("a red circle")
     assert not any(isinstance(e, Made) for e in session.run(tokens=64, pictures=1))
     assert session.room >= 0
@@ -536,12 +536,12 @@ def test_a_reply_takes_fewer_words_or_no_picture_where_there_is_no_room_for_more
 def test_a_model_whose_streams_were_not_trained_together_holds_no_conversation(stages):
     needed = STAGES[len(stages)]
     with pytest.raises(ConfigError, match=f"{stages[-1]}; a session needs {needed}"):
-        Session(sampler_of(tiny_parts(stages, side=SIDE)))
+        Session(sampler_of(tiny_components(stages, side=SIDE)))
 
 
 def test_a_sampler_does_not_clean_up_what_its_cache_holds(sampler):
     with pytest.raises(ConfigError, match="cleanup is 'tweedie'"):
-        Sampler(sampler.parts, DrawConfig(cleanup="tweedie"))
+        Sampler(sampler.components, DrawConfig(cleanup="tweedie"))
 
 
 # -- files
@@ -561,7 +561,7 @@ def test_a_saved_session_goes_on_bit_for_bit(sampler, tmp_path):
 
 def test_a_saved_session_keeps_its_guidance_and_prior_scale(sampler, tmp_path):
     config = DrawConfig(guidance=0.0, edit_guidance=3.0, prior_scale=0.3, schedule="linear", rule="tarflow")
-    session = begun(Sampler(sampler.parts, config), 6)
+    session = begun(Sampler(sampler.components, config), 6)
     session.save(tmp_path / "talk")
     again = Session.load(tmp_path / "talk", sampler)
     assert again.sampler.config == replace(config, batch=sampler.config.batch) and sampler.config != config
@@ -571,7 +571,7 @@ def test_a_saved_session_keeps_its_guidance_and_prior_scale(sampler, tmp_path):
 def test_a_model_of_the_same_weights_loads_it_too(past, tmp_path):
     session = past.fork()
     session.save(tmp_path / "talk")
-    again = Session.load(tmp_path / "talk", sampler_of(tiny_parts(STAGES, side=SIDE)))
+    again = Session.load(tmp_path / "talk", sampler_of(tiny_components(STAGES, side=SIDE)))
     assert equal_future(again, session)
 
 
@@ -600,8 +600,8 @@ def file(sampler: Sampler, tmp_path: Path) -> Path:
 
 
 def test_a_session_of_another_model_or_precision_is_refused(sampler, file):
-    other = sampler_of(tiny_parts(STAGES, scale=0.051, side=SIDE))
-    single = Sampler(sampler.parts, DrawConfig(precision="float32"))
+    other = sampler_of(tiny_components(STAGES, scale=0.051, side=SIDE))
+    single = Sampler(sampler.components, DrawConfig(precision="float32"))
     for wrong in (other, single):
         with pytest.raises(CheckpointError, match="another model or precision"):
             Session.load(file, wrong)
@@ -648,11 +648,11 @@ def test_a_place_that_cannot_be_written_is_an_output_error_and_leaves_the_sessio
 
 def test_a_session_is_a_row(sampler):
     """Rows read by hand give the states of a session: the layout of turns is the one of training."""
-    s, tokenizer = sampler.parts.cfg.vlm.special, sampler.parts.tokenizer
-    rows = Rows(sampler, 1)
+    s, tokenizer = sampler.components.cfg.vlm.special, sampler.components.tokenizer
+    rows = BatchDecoder(sampler, 1)
     rows.read([[s.user, *tokenizer.encode("a red circle")]])
     session = Session(sampler).add("a red circle")
-    assert (session._rows.main.h - rows.main.h).abs().max() <= 1e-9
+    assert (session._rows.conditional.h - rows.conditional.h).abs().max() <= 1e-9
 
 
 def test_while_a_reply_is_being_made_nothing_else_can_happen_to_the_session(sampler, tmp_path):
@@ -671,11 +671,11 @@ def test_while_a_reply_is_being_made_nothing_else_can_happen_to_the_session(samp
 
 def test_without_words_the_model_draws_or_ends_as_it_finds_likelier(sampler):
     session = begun(sampler, 3).add("a blue star")
-    layout, end = sampler.layout, sampler.parts.cfg.vlm.special.end
+    layout, end = sampler.layout, sampler.components.cfg.vlm.special.end
     probe = session.fork()
     probe._open()
     probe._rows.read([probe._tokenizer.opens_reply()])
-    scores = sampler.pretzel.logits(probe._rows.main.h, probe._rows.main.g)[0]
+    scores = sampler.pretzel.logits(probe._rows.conditional.h, probe._rows.conditional.g)[0]
     logits, lead = sampler.pretzel.logits, float((scores[layout.begin] - scores[end]).detach())
 
     def by(shift: float) -> Any:
@@ -707,11 +707,11 @@ def test_room_for_a_picture_alone_leaves_a_word_where_words_are_asked_for(sample
 
     session._rows.reply = reply  # type: ignore[method-assign]
     room = session._overhead + per_picture
-    cfg = sampler.parts.cfg
+    cfg = sampler.components.cfg
     for tokens in (64, 0):
         twin = copy.copy(session)
         twin.sampler = copy.copy(sampler)
-        twin.sampler.parts = copy.copy(sampler.parts)
-        twin.sampler.parts.cfg = replace(cfg, max_positions=session.length + room)
+        twin.sampler.components = copy.copy(sampler.components)
+        twin.sampler.components.cfg = replace(cfg, max_positions=session.length + room)
         list(twin.run(tokens=tokens))
     assert kept == [(per_picture, 0), (0, 1)]

@@ -319,9 +319,11 @@ def test_a_story_is_a_conversation_of_five_turns(trained):
     story = trained[0]
     dialogue = story_dialogue(story)
     assert dialogue.kind == "story" and dialogue.pictures == tuple(step.scene for step in story.steps)
-    assert [len(turn.told) for turn in dialogue.turns] == [2, 2, 2, 2, 1]
-    assert dialogue.turns[2].asked == (story.steps[2].instruction,) and dialogue.turns[2].told[0].startswith("there ")
-    assert dialogue.turns[4].asked == (story.question,) and dialogue.turns[4].told == (story.answer,)
+    assert [len(turn.assistant) for turn in dialogue.turns] == [2, 2, 2, 2, 1]
+    assert dialogue.turns[2].user == (story.steps[2].instruction,) and dialogue.turns[2].assistant[0].startswith(
+        "there "
+    )
+    assert dialogue.turns[4].user == (story.question,) and dialogue.turns[4].assistant == (story.answer,)
 
 
 def test_training_stories_leave_room_around_what_comes_first(trained, suites):

@@ -9,7 +9,7 @@ import pytest
 from starflow2.errors import ConfigError, DataError
 from starflow2.evals import story as stories
 from starflow2.evals.story import evaluate_story, story_ceiling, verify_lock
-from starflow2.world.scene import Scene, Thing, render
+from starflow2.world.scene import Scene, SceneObject, render
 from starflow2.world.splits import bucket
 from starflow2.world.stories import TOLD_KINDS, agrees, answer_question, parse_sentence
 
@@ -144,16 +144,18 @@ def test_a_bystander_that_moves_breaks_consistency_at_that_step_and_shortens_the
     """Built by hand, so that there is room to move."""
     story = next(s for s in stories._suite("dev", "id") if [x.change.op for x in s.steps[:2]] == ["start", "add"])
     old, new = (
-        Thing(shape=look.shape, color=look.color, size=look.size or 0, x=x, y=y, angle=0)
+        SceneObject(shape=look.shape, color=look.color, size=look.size or 0, x=x, y=y, angle=0)
         for look, (x, y) in zip(
             (story.steps[1].change.reference, story.steps[1].change.after), placed(story.steps[1].change), strict=True
         )
     )
     size = 1 - old.size if fault == "resized" else old.size
     shift = {"moved": 6, "nudged": 2}.get(fault, 0)
-    after = Thing(shape=old.shape, color=old.color, size=size, x=old.x, y=old.y, angle=0)
+    after = SceneObject(shape=old.shape, color=old.color, size=size, x=old.x, y=old.y, angle=0)
     dx, dy = away(story.steps[1].change)
-    after = Thing(shape=old.shape, color=old.color, size=size, x=old.x + shift * dx, y=old.y + shift * dy, angle=0)
+    after = SceneObject(
+        shape=old.shape, color=old.color, size=size, x=old.x + shift * dx, y=old.y + shift * dy, angle=0
+    )
     told = Truth().tell(story)
     repaint(told, 0, [old])
     repaint(told, 1, [after, new])

@@ -10,8 +10,8 @@ import pytest
 from starflow2.errors import ConfigError
 from starflow2.world import captions
 from starflow2.world import questions as tasks
-from starflow2.world.captions import FAMILIES, draw_task
-from starflow2.world.questions import lexicon, understanding_task
+from starflow2.world.captions import FAMILIES, caption_task
+from starflow2.world.questions import known_words, understanding_task
 from starflow2.world.scene import COLORS, SHAPES, Scene, relations, stream
 from starflow2.world.splits import bucket, held_out, scene_key
 
@@ -90,7 +90,7 @@ def told_facts(prompt: str) -> Iterable[tuple[str, str, str]]:
 @pytest.mark.parametrize("thousands", [1, pytest.param(100, marks=pytest.mark.slow)])
 def test_no_training_item_in_a_hundred_thousand_shows_or_says_anything_held_out(thousands):
     for index in range(900 * thousands):
-        item = draw_task(11, index)
+        item = caption_task(11, index)
         assert not leaks(item.scene) and not text_leaks(item.prompt), item
     for index in range(100 * thousands):
         scene, pairs = understanding_task(11, index)
@@ -105,19 +105,19 @@ def test_this_file_would_notice_a_leak():
 
 
 def test_training_items_are_pure_functions_of_seed_and_index():
-    assert [draw_task(3, i) for i in range(50)] == [draw_task(3, i) for i in reversed(range(50))][::-1]
+    assert [caption_task(3, i) for i in range(50)] == [caption_task(3, i) for i in reversed(range(50))][::-1]
     assert [understanding_task(3, i) for i in range(50)] == [understanding_task(3, i) for i in range(50)]
-    assert len({draw_task(seed, 0).scene for seed in range(20)}) == 20
+    assert len({caption_task(seed, 0).scene for seed in range(20)}) == 20
 
 
 def test_training_scenes_lie_in_the_train_bucket():
-    assert all(bucket(draw_task(4, i).scene) == bucket(understanding_task(4, i)[0]) == "train" for i in range(500))
+    assert all(bucket(caption_task(4, i).scene) == bucket(understanding_task(4, i)[0]) == "train" for i in range(500))
 
 
 def test_position_captions_say_what_the_picture_shows_and_no_wording_smuggles_a_held_out_fact():
     weights, seen = {"position": 1.0}, Counter()
     for index in range(4000):
-        item = draw_task(5, index, weights=weights)
+        item = caption_task(5, index, weights=weights)
         for a, relation, b in told_facts(item.prompt):
             assert not RULES[relation](SHAPES.index(a), SHAPES.index(b)), item.prompt
             by_name = {SHAPES[t.shape]: t for t in item.scene.things}
@@ -131,7 +131,7 @@ def test_position_captions_say_what_the_picture_shows_and_no_wording_smuggles_a_
 
 def test_captions_mention_every_object_and_metadata_agrees_with_the_scene():
     for index in range(3000):
-        item = draw_task(6, index)
+        item = caption_task(6, index)
         if item.family == "dense":
             continue
         nouns = [w for w in words(item.prompt) if w in SHAPES or w in captions.PLURALS]
@@ -149,7 +149,7 @@ def test_captions_mention_every_object_and_metadata_agrees_with_the_scene():
 
 def test_colours_and_sizes_in_a_caption_are_those_of_the_objects():
     for index in range(2000):
-        item = draw_task(7, index, weights={"color_attr": 1, "colors": 1, "dense": 1, "counting": 1})
+        item = caption_task(7, index, weights={"color_attr": 1, "colors": 1, "dense": 1, "counting": 1})
         tokens = [SHAPES[captions.PLURALS.index(w)] if w in captions.PLURALS else w for w in words(item.prompt)]
         said = {(a, b) for a, b in itertools.pairwise(tokens) if a in COLORS and b in SHAPES}
         assert said <= {(COLORS[t.color], SHAPES[t.shape]) for t in item.scene.things}, item.prompt
@@ -157,20 +157,20 @@ def test_colours_and_sizes_in_a_caption_are_those_of_the_objects():
 
 def test_dense_captions_have_three_to_six_sentences_about_three_or_four_objects():
     for index in range(500):
-        item = draw_task(8, index, weights={"dense": 1.0})
+        item = caption_task(8, index, weights={"dense": 1.0})
         assert 3 <= item.prompt.count(".") <= 6 and len(item.scene.things) in (3, 4)
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("items", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_the_lexicon_covers_captions_and_answers_and_stays_small(items):
-    assert len(lexicon()) <= 200
+    assert len(known_words()) <= 200
     for index in range(items):
-        prompt = draw_task(9, index).prompt
-        assert lexicon().issuperset(words(prompt))
+        prompt = caption_task(9, index).prompt
+        assert known_words().issuperset(words(prompt))
         assert re.fullmatch(r"[a-z ,.?]+", prompt), "lower case, no numerals"
     for index in range(items // 10):
-        assert all(lexicon().issuperset(words(q + " " + a)) for q, a in understanding_task(9, index)[1])
+        assert all(known_words().issuperset(words(q + " " + a)) for q, a in understanding_task(9, index)[1])
 
 
 def skeleton(form: str) -> re.Pattern[str]:
@@ -183,7 +183,7 @@ def skeleton(form: str) -> re.Pattern[str]:
 def test_held_out_sentence_forms_never_occur_in_training_captions():
     forms = {family: (w, [skeleton(f) for f in (*w.dev, *w.test)]) for family, w in captions.WORDINGS.items()}
     for index in range(5000):
-        item = draw_task(10, index)
+        item = caption_task(10, index)
         sentences = re.findall(r"[^.]+\.", item.prompt) if item.family == "dense" else [item.prompt]
         for sentence, pattern in itertools.product(sentences, forms[item.family][1]):
             if "objects" not in sentence:  # "the picture shows four objects" is about the whole
@@ -192,7 +192,7 @@ def test_held_out_sentence_forms_never_occur_in_training_captions():
 
 @pytest.fixture(scope="module")
 def trained_words() -> set[str]:
-    return {w for index in range(3000) for w in words(draw_task(12, index).prompt)}
+    return {w for index in range(3000) for w in words(caption_task(12, index).prompt)}
 
 
 @pytest.mark.parametrize("family", captions.WORDINGS)
@@ -329,8 +329,8 @@ def test_a_no_question_is_a_minimal_change_of_the_yes_question(subtask):
 
 def test_bad_requests_name_the_argument():
     with pytest.raises(ConfigError, match="weights"):
-        draw_task(0, 0, weights={"colour": 1.0})
+        caption_task(0, 0, weights={"colour": 1.0})
     with pytest.raises(ConfigError, match="suite"):
         captions.suite_drawings("dpg", "test", "id")
     with pytest.raises(ConfigError, match="subtask"):
-        tasks.yes_no_pair(draw_task(0, 0).scene, stream(0), "colour")
+        tasks.yes_no_pair(caption_task(0, 0).scene, stream(0), "colour")

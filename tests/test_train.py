@@ -25,9 +25,9 @@ from model_cases import (
     STAGES,
     WHITEN,
     mix_of,
+    tiny_components,
     tiny_folder,
     tiny_model,
-    tiny_parts,
     tiny_run,
     tiny_tokenizer,
     whiten_quickly,
@@ -36,20 +36,20 @@ from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from starflow2.flow import Flow
 from starflow2.models import checkpoint
-from starflow2.models.checkpoint import load_parts, save_parts
-from starflow2.models.components import Parts
+from starflow2.models.checkpoint import load_components, save_components
+from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
 from starflow2.models.sequence import IGNORE, Batch, length_groups
 from starflow2.pipeline import StarFlow2
 from starflow2.training import datasets, task
 from starflow2.training import loop as train
 from starflow2.training import tasks as stages
-from starflow2.training.config import CaptionConfig, OpeningConfig, OptimConfig, RunConfig, ShardConfig
+from starflow2.training.config import CaptionConfig, OptimConfig, RunConfig, ShardConfig, WarmupMixConfig
 from starflow2.training.datasets import dropped, joint_dialogue
 from starflow2.training.loop import StepReport, fit
 from starflow2.training.losses import JointTerms
 from starflow2.training.tasks import TASKS, T2iTask
-from starflow2.world.captions import T2I_MIX, draw_task
+from starflow2.world.captions import T2I_MIX, caption_task
 from starflow2.world.conversations import understanding_dialogue
 from starflow2.world.scene import Scene, render, stream
 from starflow2.world.stories import story_dialogue, story_task
@@ -165,7 +165,7 @@ for folder, how in zip(folders, (after_a_checkpoint, while_writing_a_checkpoint,
             os.kill(child, signal.SIGKILL)
         time.sleep(0.005)
         gone, status = os.waitpid(child, os.WNOHANG)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (how.__name__, status)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (context.__name__, status)
 """
 
 
@@ -186,7 +186,7 @@ def killed(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 @pytest.mark.parametrize("moment", ["after a checkpoint", "while writing one", "any time"])
 def test_a_run_killed_with_sigkill_and_resumed_gives_bit_equal_losses_and_weights(killed, whole, moment):
     folder = killed[moment]
-    assert "t2i" not in load_parts(folder / "model").stages and len(lines(folder)) < STEPS
+    assert "t2i" not in load_components(folder / "model").finished_stages and len(lines(folder)) < STEPS
     fit(RUN, "t2i", folder)
     assert_same_run(folder, whole)
 
@@ -208,7 +208,7 @@ def test_sigterm_leaves_a_checkpoint_and_a_clear_error_and_the_run_goes_on_from_
         fit(RUN, "t2i", folder, report=terminate)
     stopped = int(re.findall(r"step (\d)", str(caught.value))[0])
     assert signal.getsignal(signal.SIGTERM) == before
-    assert "t2i" not in load_parts(folder / "model").stages
+    assert "t2i" not in load_components(folder / "model").finished_stages
     seen: list[int] = []
     fit(RUN, "t2i", folder, report=lambda line: seen.append(line.step))
     assert seen == list(range(stopped + 1, STEPS + 1))
@@ -355,11 +355,11 @@ def test_a_disk_that_fills_up_at_a_checkpoint_leaves_the_one_before_and_the_run_
 # -- steps
 
 
-def snapshots(kept: list[dict[str, torch.Tensor]], part: str) -> Callable[[Parts, int], dict[str, float]]:
+def snapshots(kept: list[dict[str, torch.Tensor]], part: str) -> Callable[[Components, int], dict[str, float]]:
     """An `evaluate` that keeps the state of a part at every checkpoint."""
 
-    def keep(parts: Parts, step: int) -> dict[str, float]:
-        kept.append({k: v.clone() for k, v in getattr(parts, part).state_dict().items()})
+    def keep(components: Components, step: int) -> dict[str, float]:
+        kept.append({k: v.clone() for k, v in getattr(components, part).state_dict().items()})
         return {"seen": float(step)}
 
     return keep
@@ -444,7 +444,7 @@ def test_the_average_is_the_exponential_one_of_the_weights_after_each_step(tmp_p
         tiny_folder(tmp_path / name, ORDER)  # a flow that is not fresh keeps its weights as they are
         run = with_optim(run=with_stage(steps=4, save_every=1), ema=ema)
         fit(run, "t2i", tmp_path / name, evaluate=snapshots(kept, "flow"))
-    start = tiny_parts().flow.state_dict()
+    start = tiny_components().flow.state_dict()
     average = {k: v.double() for k, v in start.items()}
     for step in range(4):
         decay = min(0.15, (1 + step) / (10 + step))  # shorter at the start: 0.1, then 0.15
@@ -473,35 +473,35 @@ TRAINED = {
 }  # fmt: skip
 
 
-def components(parts: Parts) -> dict[str, torch.nn.Module]:
-    whole = {name: getattr(parts, name) for name in ("features", "fae", "vlm", "flow")}
-    return whole | dict(parts.joints.named_children())
+def components(components: Components) -> dict[str, torch.nn.Module]:
+    whole = {name: getattr(components, name) for name in ("features", "fae", "vlm", "flow")}
+    return whole | dict(components.joints.named_children())
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_changes_what_it_trains_and_leaves_the_rest_bit_equal(tmp_path, stage):
     folder = tiny_folder(tmp_path, STAGES[: STAGES.index(stage)])
-    before = load_parts(folder / "model")
+    before = load_components(folder / "model")
     modes: list[set[str]] = []
 
-    def look(parts: Parts, step: int) -> dict[str, float]:
-        modes.append({name for name, part in components(parts).items() if any(m.training for m in part.modules())})
+    def look(components: Components, step: int) -> dict[str, float]:
+        modes.append({name for name, part in components(components).items() if any(m.training for m in part.modules())})
         return {}
 
     fit(with_stage(stage, steps=2), stage, folder, evaluate=look)
-    after = load_parts(folder / "model")
+    after = load_components(folder / "model")
     pairs = zip(components(before).items(), components(after).values(), strict=True)
     changed = {name for (name, old), new in pairs if not same(old.state_dict(), new.state_dict())}
     assert changed == TRAINED[stage]
     assert modes == [set()], "frozen parts, and averaged ones under evaluation, are in eval mode"
-    assert after.stages == STAGES[: STAGES.index(stage) + 1]
+    assert after.finished_stages == STAGES[: STAGES.index(stage) + 1]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_loss_is_a_function_of_batch_and_generator_alone(stage):
-    parts = tiny_parts(STAGES)
-    task = TASKS[stage](parts, RUN.stage(stage), 0)
-    data = task.draw(range(4))
+    components = tiny_components(STAGES)
+    task = TASKS[stage](components, RUN.stage(stage), 0)
+    data = task.make_batch(range(4))
     losses = []
     for seed in (1, 1, 2):
         torch.randn(3)
@@ -513,10 +513,10 @@ def test_a_loss_is_a_function_of_batch_and_generator_alone(stage):
 def test_the_frozen_language_model_and_encoder_give_the_same_bits_every_time_in_a_t2i_run(folder):
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def look(parts: Parts, step: int) -> dict[str, float]:
-        task = TASKS["t2i"](parts, RUN.stage("t2i"), 0)
-        images, rows = task.draw(range(4))
-        seen.append((parts.codec.encode(images), drawing_context(parts, rows).states))
+    def look(components: Components, step: int) -> dict[str, float]:
+        task = TASKS["t2i"](components, RUN.stage("t2i"), 0)
+        images, rows = task.make_batch(range(4))
+        seen.append((components.codec.encode(images), drawing_context(components, rows).states))
         return {}
 
     fit(RUN, "t2i", folder, evaluate=look)
@@ -525,8 +525,8 @@ def test_the_frozen_language_model_and_encoder_give_the_same_bits_every_time_in_
 
 
 def test_evaluate_may_draw_pictures_with_the_stage_that_is_being_trained(folder):
-    def look(parts: Parts, step: int) -> dict[str, float]:
-        return {"std": StarFlow2(parts).draw(["two red hearts"], [0]).std().item()}
+    def look(components: Components, step: int) -> dict[str, float]:
+        return {"std": StarFlow2(components).draw(["two red hearts"], [0]).std().item()}
 
     fit(with_stage(steps=2), "t2i", folder, evaluate=look)
     assert lines(folder)[-1]["std"] > 0
@@ -535,17 +535,17 @@ def test_evaluate_may_draw_pictures_with_the_stage_that_is_being_trained(folder)
 def test_a_fresh_flow_starts_from_whitened_text_states_and_a_run_that_goes_on_keeps_what_it_has(folder):
     still = with_optim(run=with_stage(steps=1), lr=0.0, matrix_lr=0.0)
     fit(still, "t2i", folder)
-    parts = load_parts(folder / "model")
-    tokenizer, enter = parts.tokenizer, parts.flow.deep.context_in
-    context = drawing_context(parts, [tokenizer.drawing_prompt(draw_task(0, i).prompt) for i in range(64)])
+    components = load_components(folder / "model")
+    tokenizer, enter = components.tokenizer, components.flow.deep.context_in
+    context = drawing_context(components, [tokenizer.drawing_prompt(caption_task(0, i).prompt) for i in range(64)])
     entered = enter(context.states[context.attend])
     assert entered.mean(0).abs().max() < 1e-3
     assert entered.var(0).max() < 1.01 and entered.var(0).median() > 0.9
     with torch.no_grad():
         enter.weight.mul_(2)
-    save_parts(parts, folder / "model")
+    save_components(components, folder / "model")
     fit(still, "t2i", folder, resume=False)
-    assert torch.equal(load_parts(folder / "model").flow.deep.context_in.weight, enter.weight)
+    assert torch.equal(load_components(folder / "model").flow.deep.context_in.weight, enter.weight)
 
 
 def test_bfloat16_training_stays_close_to_float32_and_keeps_float32_weights(folder, whole):
@@ -569,17 +569,17 @@ def test_reports_count_steps_and_say_how_long_it_will_take(folder):
 # -- data
 
 
-def t2i_task(parts: Parts, seed: int = 0, **changes: Any) -> stages.T2iTask:
-    return stages.T2iTask(parts, replace(RUN.stage("t2i"), **changes), seed)
+def t2i_task(components: Components, seed: int = 0, **changes: Any) -> stages.T2iTask:
+    return stages.T2iTask(components, replace(RUN.stage("t2i"), **changes), seed)
 
 
 def test_the_batch_of_a_step_is_a_function_of_seed_and_step_alone():
-    parts = tiny_parts()
-    images, rows = t2i_task(parts).draw(range(8, 16))
-    t2i_task(parts).draw(range(0, 8))
-    again, same_rows = t2i_task(parts).draw(range(8, 16))
+    components = tiny_components()
+    images, rows = t2i_task(components).draw(range(8, 16))
+    t2i_task(components).draw(range(0, 8))
+    again, same_rows = t2i_task(components).draw(range(8, 16))
     assert torch.equal(images, again) and rows == same_rows
-    other, other_rows = t2i_task(parts, seed=1).draw(range(8, 16))
+    other, other_rows = t2i_task(components, seed=1).draw(range(8, 16))
     assert not torch.equal(images, other) and rows != other_rows
 
 
@@ -588,8 +588,10 @@ def test_batches_of_the_other_stages_are_functions_of_seed_and_step_too(stage):
     def flat(data: Any) -> list[torch.Tensor]:
         return [data[0], data[1].ids, data[1].labels] if isinstance(data, tuple) else [data]
 
-    parts = tiny_parts(STAGES)
-    first, again, other = (flat(TASKS[stage](parts, RUN.stage(stage), seed).draw(range(4, 8))) for seed in (0, 0, 1))
+    components = tiny_components(STAGES)
+    first, again, other = (
+        flat(TASKS[stage](components, RUN.stage(stage), seed).draw(range(4, 8))) for seed in (0, 0, 1)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert first[-1].shape != other[-1].shape or not torch.equal(first[-1], other[-1])
 
@@ -597,17 +599,17 @@ def test_batches_of_the_other_stages_are_functions_of_seed_and_step_too(stage):
 @pytest.mark.parametrize(("share", "low", "high"), [(0.1, 0.07, 0.13), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)])
 def test_about_a_tenth_of_the_captions_is_dropped_unless_asked_otherwise(monkeypatch, share, low, high):
     monkeypatch.setattr(stages, "to_images", lambda scenes: None)
-    task = t2i_task(tiny_parts(), caption_drop=share)
-    empty = task.parts.tokenizer.drawing_prompt("")
+    task = t2i_task(tiny_components(), caption_drop=share)
+    empty = task.components.tokenizer.drawing_prompt("")
     count = 1500 if 0 < share < 1 else 60
-    rows = [row for first in range(0, count, 60) for row in task.draw(range(first, first + 60))[1]]
+    rows = [row for first in range(0, count, 60) for row in task.make_batch(range(first, first + 60))[1]]
     assert low <= sum(row == empty for row in rows) / count <= high
     assert RUN.stage("t2i").caption_drop == 0.1
 
 
 def test_training_in_groups_of_similar_length_gives_the_loss_of_the_whole_batch(monkeypatch):
-    task = t2i_task(tiny_parts())
-    images, rows = task.draw(range(32))
+    task = t2i_task(tiny_components())
+    images, rows = task.make_batch(range(32))
     assert len(length_groups([len(r) for r in rows], 64)) == 2, "these captions are of very different length"
 
     def of_each_row(flow: Flow, latents: torch.Tensor, context: Any, _: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -619,25 +621,25 @@ def test_training_in_groups_of_similar_length_gives_the_loss_of_the_whole_batch(
 
     monkeypatch.setattr(stages, "ngp_loss", of_each_row)
     grouped, told = task.loss((images, rows), torch.Generator())
-    grads = torch.autograd.grad(grouped, task.parts.flow.deep.proj_in.weight)[0]
+    grads = torch.autograd.grad(grouped, task.components.flow.deep.proj_in.weight)[0]
     monkeypatch.setattr(stages, "length_groups", lambda lengths, _: [list(range(len(lengths)))])
     together, told_together = task.loss((images, rows), torch.Generator())
     assert grouped.item() == pytest.approx(together.item(), abs=1e-5)
     assert told["nats_per_dim"].item() == pytest.approx(told_together["nats_per_dim"].item(), abs=1e-5)
-    whole_grads = torch.autograd.grad(together, task.parts.flow.deep.proj_in.weight)[0]
+    whole_grads = torch.autograd.grad(together, task.components.flow.deep.proj_in.weight)[0]
     assert (grads - whole_grads).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("stage", ["vlm", "adapter"])
 def test_the_language_stage_and_its_adapter_learn_answers_and_not_questions(stage):
-    parts = tiny_parts(STAGES)
-    images, batch = TASKS[stage](parts, RUN.stage(stage), 0).draw(range(6))
-    special = parts.tokenizer.special
+    components = tiny_components(STAGES)
+    images, batch = TASKS[stage](components, RUN.stage(stage), 0).draw(range(6))
+    special = components.tokenizer.special
     dialogues = [understanding_dialogue(0, i) for i in range(6)]
     for index, dialogue in enumerate(dialogues):
         told = batch.labels[(batch.document == index) & (batch.labels != IGNORE)].tolist()
-        assert [parts.tokenizer.decode(part) for part in split(told, special.end)] == [
-            " ".join(str(p) for p in turn.told) for turn in dialogue.turns
+        assert [components.tokenizer.decode(part) for part in split(told, special.end)] == [
+            " ".join(str(p) for p in turn.assistant) for turn in dialogue.turns
         ]
     scenes = [scene for dialogue in dialogues for scene in dialogue.pictures]
     assert len(images) == len(batch.pictures) == len(scenes) and not batch.pictures.is_target.any()
@@ -665,10 +667,10 @@ def split(ids: list[int], end: int) -> list[list[int]]:
 # -- stages 2 and 3
 
 
-def falls(stage: str, parts: Parts, rate: float, steps: int = 8) -> list[float]:
+def falls(stage: str, components: Components, rate: float, steps: int = 8) -> list[float]:
     """Losses of a few steps of plain gradient descent on one batch with the same noise every time."""
-    task = TASKS[stage](parts, RUN.stage(stage), 0)
-    data, losses = task.draw(range(4)), list[float]()
+    task = TASKS[stage](components, RUN.stage(stage), 0)
+    data, losses = task.make_batch(range(4)), list[float]()
     optimizer = torch.optim.AdamW(task.trained.parameters(), lr=rate)
     for _ in range(steps):
         loss, _ = task.loss(data, torch.Generator().manual_seed(1))
@@ -681,21 +683,21 @@ def falls(stage: str, parts: Parts, rate: float, steps: int = 8) -> list[float]:
 
 @pytest.mark.parametrize("stage", ["adapter", "joint"])
 def test_the_loss_of_a_fixed_batch_falls_and_what_is_frozen_stays(stage):
-    parts = tiny_parts(STAGES)
-    losses = falls(stage, parts, 3e-3)
+    components = tiny_components(STAGES)
+    losses = falls(stage, components, 3e-3)
     assert losses[-1] < 0.98 * losses[0] and all(b < a for a, b in zip(losses, losses[3:], strict=False))
-    frozen = {name: part for name, part in components(parts).items() if name not in TRAINED[stage]}
-    before = components(tiny_parts(STAGES))
+    frozen = {name: part for name, part in components(components).items() if name not in TRAINED[stage]}
+    before = components(tiny_components(STAGES))
     assert len(frozen) >= 3 and all(same(part.state_dict(), before[name].state_dict()) for name, part in frozen.items())
 
 
 def test_stage_three_trains_its_zero_skips_and_everything_in_front_of_them():
-    parts = tiny_parts(STAGES)
+    components = tiny_components(STAGES)
     with torch.no_grad():
-        for skip in (parts.joints.visual_skip, parts.joints.text_skip, parts.joints.reference):
+        for skip in (components.joints.visual_skip, components.joints.text_skip, components.joints.reference):
             skip.weight.zero_()
-    task = TASKS["joint"](parts, RUN.stage("joint"), 0)
-    data = task.draw(range(8))
+    task = TASKS["joint"](components, RUN.stage("joint"), 0)
+    data = task.make_batch(range(8))
     task.loss(data, torch.Generator().manual_seed(1))[0].backward()
     grads = {name: p.grad for name, p in task.trained.named_parameters()}
     for name in ("joints.visual_skip.weight", "joints.text_skip.weight", "joints.reference.weight"):
@@ -705,27 +707,29 @@ def test_stage_three_trains_its_zero_skips_and_everything_in_front_of_them():
 
 
 def test_a_fresh_adapter_starts_at_the_scale_of_the_language_models_own_tower(tmp_path):
-    parts = tiny_parts(ORDER)
-    images = datasets.to_images([draw_task(0, i).scene for i in range(64)])
+    components = tiny_components(ORDER)
+    images = datasets.to_images([caption_task(0, i).scene for i in range(64)])
     with torch.no_grad():
-        expected = parts.vlm.see(images).square().mean().sqrt().item()
-    TASKS["adapter"](parts, RUN.stage("adapter"), 0)
-    assert parts.joints.adapter.gain.tolist() == pytest.approx([expected] * 40)
-    wake(parts.joints.adapter)
-    kept = parts.joints.adapter.gain.clone()
-    parts.stages = STAGES[:5]
-    TASKS["adapter"](parts, RUN.stage("adapter"), 0)
-    assert torch.equal(parts.joints.adapter.gain, kept), "a run that goes on keeps what it has"
+        expected = components.vlm.see(images).square().mean().sqrt().item()
+    TASKS["adapter"](components, RUN.stage("adapter"), 0)
+    assert components.joints.adapter.gain.tolist() == pytest.approx([expected] * 40)
+    wake(components.joints.adapter)
+    kept = components.joints.adapter.gain.clone()
+    components.finished_stages = STAGES[:5]
+    TASKS["adapter"](components, RUN.stage("adapter"), 0)
+    assert torch.equal(components.joints.adapter.gain, kept), "a run that goes on keeps what it has"
 
 
 def test_distance_to_the_tower_is_told_and_weighs_in_only_if_it_is_asked_for():
     cfg = tiny_model()
-    parts = wake(Parts(replace(cfg, vlm=replace(cfg.vlm, vision_patch=4)), tiny_tokenizer()), 0.05)  # 8 x 8 tokens
-    parts.stages = STAGES
+    components = wake(
+        Components(replace(cfg, vlm=replace(cfg.vlm, vision_patch=4)), tiny_tokenizer()), 0.05
+    )  # 8 x 8 tokens
+    components.finished_stages = STAGES
     losses = {}
     for weight in (0.0, 0.5, 1.0):
-        task = TASKS["adapter"](parts, replace(RUN.stage("adapter"), distill=weight), 0)
-        losses[weight] = task.loss(task.draw(range(4)), torch.Generator().manual_seed(1))
+        task = TASKS["adapter"](components, replace(RUN.stage("adapter"), distill=weight), 0)
+        losses[weight] = task.loss(task.make_batch(range(4)), torch.Generator().manual_seed(1))
     assert losses[0.0][1] == {}
     far = losses[1.0][1]["distance"].item()
     assert far > 0
@@ -735,15 +739,15 @@ def test_distance_to_the_tower_is_told_and_weighs_in_only_if_it_is_asked_for():
 
 def test_a_distance_to_a_tower_that_sees_another_grid_is_refused_before_anything_is_trained():
     with pytest.raises(ConfigError, match=r"distill is 1.0.*\(4, 4\).*\(8, 8\)"):
-        TASKS["adapter"](tiny_parts(STAGES), replace(RUN.stage("adapter"), distill=1.0), 0)
+        TASKS["adapter"](tiny_components(STAGES), replace(RUN.stage("adapter"), distill=1.0), 0)
 
 
 def test_the_joint_loss_is_that_of_pictures_and_a_share_of_that_of_words():
-    parts = tiny_parts(STAGES)
+    components = tiny_components(STAGES)
     told = {}
     for weight in (0.0, 0.25, 2.0):
-        task = TASKS["joint"](parts, replace(RUN.stage("joint"), text_weight=weight), 0)
-        loss, terms = task.loss(task.draw(range(4)), torch.Generator().manual_seed(1))
+        task = TASKS["joint"](components, replace(RUN.stage("joint"), text_weight=weight), 0)
+        loss, terms = task.loss(task.make_batch(range(4)), torch.Generator().manual_seed(1))
         told[weight] = loss.item()
         assert loss.item() == pytest.approx((terms["flow"] + weight * terms["text"]).item())
     assert told[2.0] > told[0.25] > told[0.0]
@@ -754,69 +758,69 @@ def test_as_many_edits_are_predicted_blindly_as_is_asked():
     only_edits = mix_of(edit=0.5, chain=0.5)
     told: list[tuple[torch.Tensor, dict[str, torch.Tensor]]] = []
     for share in (0.0, 1.0):
-        parts = tiny_parts(STAGES)
+        components = tiny_components(STAGES)
         task = TASKS["joint"](
-            parts, replace(RUN.stage("joint"), blind_share=share, mix=only_edits, caption_drop=0.0), 0
+            components, replace(RUN.stage("joint"), hidden_latents_share=share, mix=only_edits, caption_drop=0.0), 0
         )
-        told.append(task.loss(task.draw(range(4)), torch.Generator().manual_seed(1)))
+        told.append(task.loss(task.make_batch(range(4)), torch.Generator().manual_seed(1)))
     (_, without), (loss, blind) = told
     assert "blind" not in without and blind["blind"].abs() > 1e-3 and blind["flow"] != without["flow"]
     assert loss.item() == pytest.approx((blind["flow"] + 0.25 * blind["text"] + blind["blind"]).item(), abs=1e-5)
 
 
-def kept_task(parts: Parts, keep: float = 2.0) -> task.Task:
-    return TASKS["joint"](parts, replace(RUN.stage("joint"), keep=keep, caption_drop=0.0), 0)
+def kept_task(components: Components, keep: float = 2.0) -> task.Task:
+    return TASKS["joint"](components, replace(RUN.stage("joint"), kl_to_t2i=keep, caption_drop=0.0), 0)
 
 
 def test_drawings_are_kept_near_what_the_flow_drew_before_the_stage():
-    parts = tiny_parts(STAGES[:5])
-    for skip in (parts.joints.visual_skip, parts.joints.text_skip):
+    components = tiny_components(STAGES[:5])
+    for skip in (components.joints.visual_skip, components.joints.text_skip):
         torch.nn.init.zeros_(skip.weight)
-    task = kept_task(parts)
-    data = task.draw(range(8))
+    task = kept_task(components)
+    data = task.make_batch(range(8))
     loss, terms = task.loss(data, torch.Generator().manual_seed(1))
     assert abs(terms["kept"].item()) < 1e-6, "nothing has moved yet"
-    wake(parts.flow.deep, 0.02, seed=3)
+    wake(components.flow.deep, 0.02, seed=3)
     loss, terms = task.loss(data, torch.Generator().manual_seed(1))
     assert terms["kept"].item() > 1e-3
     assert loss.item() == pytest.approx((terms["flow"] + 0.25 * terms["text"] + 2 * terms["kept"]).item(), abs=1e-5)
-    (slope,) = torch.autograd.grad(terms["kept"], [parts.flow.deep.head.weight])
+    (slope,) = torch.autograd.grad(terms["kept"], [components.flow.deep.head.weight])
     with torch.no_grad():
-        parts.flow.deep.head.weight -= 0.01 * slope / slope.norm()
+        components.flow.deep.head.weight -= 0.01 * slope / slope.norm()
     assert task.loss(data, torch.Generator().manual_seed(1))[1]["kept"] < terms["kept"]
 
 
 @pytest.mark.parametrize(("kind", "counts"), [("draw", True), ("story", False), ("edit", False)])
 def test_only_pictures_alone_in_their_documents_are_kept(kind, counts):
     """Stage t2i has read captions, not the words a story begins with."""
-    parts = tiny_parts(STAGES[:5])
-    stage = replace(RUN.stage("joint"), keep=1.0, mix=mix_of(**{kind: 1.0}), caption_drop=0.0)
-    task = TASKS["joint"](parts, stage, 0)
-    wake(parts.flow.deep, 0.02, seed=3)
-    _, terms = task.loss(task.draw(range(3)), torch.Generator().manual_seed(1))
+    components = tiny_components(STAGES[:5])
+    stage = replace(RUN.stage("joint"), kl_to_t2i=1.0, mix=mix_of(**{kind: 1.0}), caption_drop=0.0)
+    task = TASKS["joint"](components, stage, 0)
+    wake(components.flow.deep, 0.02, seed=3)
+    _, terms = task.loss(task.make_batch(range(3)), torch.Generator().manual_seed(1))
     assert (terms["kept"].item() > 1e-3) if counts else (terms["kept"].item() == 0)
 
 
 def test_what_is_kept_is_measured_on_intermediate_latents_that_do_not_train():
-    parts = tiny_parts(STAGES[:5])
-    names = set(dict(kept_task(parts).trained.named_parameters()))
-    whole = set(dict(kept_task(parts, 0.0).trained.named_parameters()))
-    assert whole - names == {f"flow.shallow.{name}" for name, _ in parts.flow.shallow.named_parameters()}
+    components = tiny_components(STAGES[:5])
+    names = set(dict(kept_task(components).trained.named_parameters()))
+    whole = set(dict(kept_task(components, 0.0).trained.named_parameters()))
+    assert whole - names == {f"flow.shallow.{name}" for name, _ in components.flow.shallow.named_parameters()}
 
 
 def test_a_stage_that_is_kept_near_the_one_before_it_has_to_come_behind_it():
-    parts = tiny_parts(STAGES)
-    task = kept_task(parts)
+    components = tiny_components(STAGES)
+    task = kept_task(components)
     with pytest.raises(ConfigError, match="has finished joint"):
-        task.loss(task.draw(range(4)), torch.Generator().manual_seed(1))
-    for wrong in ({"keep": -1.0}, {"keep": 1.0, "shard": ShardConfig(mode="fsdp")}):
-        with pytest.raises(ConfigError, match="keep is"):
+        task.loss(task.make_batch(range(4)), torch.Generator().manual_seed(1))
+    for wrong in ({"kl_to_t2i": -1.0}, {"kl_to_t2i": 1.0, "shard": ShardConfig(mode="fsdp")}):
+        with pytest.raises(ConfigError, match="kl_to_t2i is"):
             replace(RUN.stage("joint"), **wrong)
     with pytest.raises(ConfigError, match="stage t2i"):
-        replace(RUN.stage("t2i"), keep=1.0)
+        replace(RUN.stage("t2i"), kl_to_t2i=1.0)
 
 
-def levels_of(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
+def levels_of(components: Components, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise levels of many pictures in stage 3, those that are shown and those that are drawn."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -825,8 +829,8 @@ def levels_of(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tens
         return JointTerms(*torch.zeros(3), out=None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stages, "joint_loss", look)
-    task = TASKS["joint"](parts, RUN.stage("joint"), 0)
-    data = task.draw(range(24))
+    task = TASKS["joint"](components, RUN.stage("joint"), 0)
+    data = task.make_batch(range(24))
     for seed in range(20):
         task.loss(data, torch.Generator().manual_seed(seed))
     level, drawn = (torch.cat(t) for t in zip(*seen, strict=True))
@@ -834,7 +838,7 @@ def levels_of(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tens
 
 
 def test_pictures_that_are_shown_are_often_as_clean_as_uploads_and_often_as_noisy_as_drawings(monkeypatch):
-    shown, drawn = levels_of(tiny_parts(STAGES), monkeypatch)
+    shown, drawn = levels_of(tiny_components(STAGES), monkeypatch)
     assert len(shown) > 100 and len(drawn) > 100
     for level, lowest, highest in ((shown, 0.4, 0.3), (drawn, 0.0, 0.5)):
         assert abs(float((level == 0.01).float().mean()) - lowest) < 0.12
@@ -859,14 +863,14 @@ def test_documents_of_stage_three_are_mixed_as_the_config_says():
 
 
 def test_captions_of_drawings_are_about_what_the_config_says_in_both_stages_that_draw():
-    parts, only = tiny_parts(STAGES), CaptionConfig(**{name: float(name == "counting") for name in T2I_MIX})
-    wanted = {draw_task(0, i, weights={"counting": 1.0}).prompt for i in range(8)}
+    components, only = tiny_components(STAGES), CaptionConfig(**{name: float(name == "counting") for name in T2I_MIX})
+    wanted = {caption_task(0, i, weights={"counting": 1.0}).prompt for i in range(8)}
     stage = replace(RUN.stage("joint"), mix=mix_of(draw=1.0), captions=only, caption_drop=0.0)
-    assert {str(joint_dialogue(stage, 0, i).turns[0].asked[0]) for i in range(8)} == wanted
-    task = T2iTask(parts, replace(RUN.stage("t2i"), captions=only, caption_drop=0.0), 0)
-    _, prompts = task.draw(range(8))
+    assert {str(joint_dialogue(stage, 0, i).turns[0].user[0]) for i in range(8)} == wanted
+    task = T2iTask(components, replace(RUN.stage("t2i"), captions=only, caption_drop=0.0), 0)
+    _, prompts = task.make_batch(range(8))
     assert prompts == [
-        parts.tokenizer.drawing_prompt(draw_task(0, i, weights={"counting": 1.0}).prompt) for i in range(8)
+        components.tokenizer.drawing_prompt(caption_task(0, i, weights={"counting": 1.0}).prompt) for i in range(8)
     ]
     assert asdict(CaptionConfig()) == dict(T2I_MIX)
     for shares in ({"counting": -1.0}, dict.fromkeys(T2I_MIX, 0.0)):
@@ -875,15 +879,15 @@ def test_captions_of_drawings_are_about_what_the_config_says_in_both_stages_that
 
 
 def test_the_first_steps_have_a_mix_of_their_own():
-    opening = OpeningConfig(steps=2, mix=mix_of(draw=1.0))
-    stage = replace(RUN.stage("joint"), mix=mix_of(story=1.0), opening=opening)
+    opening = WarmupMixConfig(steps=2, mix=mix_of(draw=1.0))
+    stage = replace(RUN.stage("joint"), mix=mix_of(story=1.0), warmup_mix=opening)
     assert {joint_dialogue(stage, 0, i).kind for i in range(2 * stage.batch)} == {"draw"}
     assert {joint_dialogue(stage, 0, 2 * stage.batch + i).kind for i in range(2 * stage.batch)} == {"story"}
 
 
 def drawing_dialogue() -> Dialogue:
     """The user shows a picture and says something; the model draws, says something and draws again."""
-    a, b, c = (draw_task(0, i).scene for i in range(3))
+    a, b, c = (caption_task(0, i).scene for i in range(3))
     return Dialogue((Turn((a, "a red circle"), (b,)), Turn(("a blue star",), ("here", c))), "edit")
 
 
@@ -892,35 +896,35 @@ def test_of_dropped_dialogues_the_words_of_the_user_go_and_half_of_the_time_the_
     for index in range(600):
         gone = dropped(dialogue, stream(0, index, 99), 0.5)
         assert gone.kind == "edit" and gone.pictures[-2:] == dialogue.pictures[-2:]
-        asked = tuple(turn.asked for turn in gone.turns)
-        shown = ((dialogue.turns[0].asked[0],), ())
+        asked = tuple(turn.user for turn in gone.turns)
+        shown = ((dialogue.turns[0].user[0],), ())
         found[{asked == shown: "shown", asked == ((), ()): "nothing", gone == dialogue: "whole"}[True]] += 1
     assert abs(found["whole"] - 300) < 50 and abs(found["shown"] - 150) < 50 and abs(found["nothing"] - 150) < 50
 
 
 def test_answers_in_words_are_never_asked_without_their_question_and_no_share_drops_nothing():
-    words = Dialogue((Turn((draw_task(0, 0).scene, "a red circle"), ("yes",)),), "picture")
+    words = Dialogue((Turn((caption_task(0, 0).scene, "a red circle"), ("yes",)),), "picture")
     assert all(dropped(words, stream(0, i, 99), 1.0) is words for i in range(20))
     told = story_dialogue(story_task(0, 0))  # a question is its last turn
     for dialogue in (drawing_dialogue(), told):
         assert all(dropped(dialogue, stream(0, i, 99), 0.0) is dialogue for i in range(20))
         for i in range(20):
             turns = dropped(dialogue, stream(0, i, 99), 1.0).turns
-            assert not any(isinstance(part, str) for turn in turns for part in (*turn.asked, *turn.told))
-            assert all(turn.told for turn in turns)
+            assert not any(isinstance(part, str) for turn in turns for part in (*turn.user, *turn.assistant))
+            assert all(turn.assistant for turn in turns)
 
 
 def test_a_dropped_drawing_is_read_as_the_unconditional_branch_of_guidance():
-    parts = tiny_parts(STAGES)
-    gone = Dialogue((Turn((), (draw_task(0, 0).scene,)),), "draw")
-    (user, assistant, *_), prompt = parts.tokenizer.document(gone.turns), parts.tokenizer.drawing_prompt("")
-    assert [*user.ids, *assistant.ids, parts.layout.begin] == prompt
+    components = tiny_components(STAGES)
+    gone = Dialogue((Turn((), (caption_task(0, 0).scene,)),), "draw")
+    (user, assistant, *_), prompt = components.tokenizer.document(gone.turns), components.tokenizer.drawing_prompt("")
+    assert [*user.ids, *assistant.ids, components.layout.begin] == prompt
 
 
 def test_a_scene_is_shown_and_drawn_as_it_is_rendered():
-    parts = tiny_parts(STAGES)
+    components = tiny_components(STAGES)
     stage = replace(RUN.stage("joint"), mix=mix_of(edit=0.5, chain=0.5), caption_drop=0.0)
-    images, batch = TASKS["joint"](parts, stage, 0).draw(range(1, 4))
+    images, batch = TASKS["joint"](components, stage, 0).draw(range(1, 4))
     scenes = [s for i in range(1, 4) for s in joint_dialogue(stage, 0, i).pictures]
     assert all(isinstance(s, Scene) for s in scenes) and len(images) == len(scenes) == len(batch.pictures)
     assert all(torch.equal(to_bytes(image), to_bytes(render(s))) for image, s in zip(images, scenes, strict=True))
@@ -966,7 +970,7 @@ def test_stages_two_and_three_killed_and_resumed_repeat_the_uninterrupted_run_bi
     killed_later, tmp_path, stage
 ):
     folder = killed_later[stage]
-    assert stage not in load_parts(folder / "model").stages and len(lines(folder, stage)) == 4
+    assert stage not in load_components(folder / "model").finished_stages and len(lines(folder, stage)) == 4
     fit(RUN, stage, folder)
     whole = tiny_folder(tmp_path, STAGES[: STAGES.index(stage)])
     fit(RUN, stage, whole)
@@ -1021,7 +1025,7 @@ def work(rank):
     stages.TASKS["t2i"], stages.ngp_loss = Kept, wrong_once
     stages.length_groups = lambda lengths, _: [list(range(len(lengths)))]
     train.fit(tiny_run(3, 3), "t2i", folder)
-    save_file({k: v.contiguous() for k, v in kept[0].parts.flow.state_dict().items()}, f"{folder}/rank-{rank}")
+    save_file({k: v.contiguous() for k, v in kept[0].components.flow.state_dict().items()}, f"{folder}/rank-{rank}")
 
 children = []
 for rank in (0, 1):
@@ -1045,13 +1049,13 @@ def test_a_step_that_goes_wrong_in_one_process_is_skipped_by_all_and_their_weigh
     subprocess.run([sys.executable, "-c", TWO, str(Path(__file__).parent), str(folder)], check=True)
     first, second = load_file(folder / "rank-0"), load_file(folder / "rank-1")
     assert same(first, second)
-    assert any(not torch.equal(v, load_parts(folder / "model").flow.state_dict()[k]) for k, v in first.items())
+    assert any(not torch.equal(v, load_components(folder / "model").flow.state_dict()[k]) for k, v in first.items())
     assert [line.get("skipped") for line in lines(folder)] == [None, 1, 1]
 
 
 def test_a_model_that_goes_on_to_conversations_learns_their_words(tmp_path):
-    parts = tiny_parts(("features", "fae", "vlm", "t2i"))
-    parts.lexicon = frozenset({"circle"})  # as of a time when it knew captions only
-    save_parts(parts, tmp_path / "model")
-    assert {"circle", "turn", "first"} <= train._start_parts(RUN, "adapter", tmp_path, "cpu").lexicon
-    assert train._start_parts(RUN, "t2i", tmp_path, "cpu").lexicon == {"circle"}
+    components = tiny_components(("features", "fae", "vlm", "t2i"))
+    components.vocabulary = frozenset({"circle"})  # as of a time when it knew captions only
+    save_components(components, tmp_path / "model")
+    assert {"circle", "turn", "first"} <= train._start_components(RUN, "adapter", tmp_path, "cpu").vocabulary
+    assert train._start_components(RUN, "t2i", tmp_path, "cpu").vocabulary == {"circle"}

@@ -11,7 +11,7 @@ from starflow2.errors import ConfigError
 from starflow2.world.captions import NUMBERS, PLURALS
 from starflow2.world.conversations import MIX, mentions, understanding_dialogue, understanding_words
 from starflow2.world.multiple_choice import POINTS, SHAPES
-from starflow2.world.questions import lexicon
+from starflow2.world.questions import known_words
 from starflow2.world.scene import COLORS, Scene
 from starflow2.world.splits import is_trainable
 
@@ -28,11 +28,11 @@ def words(text: str) -> list[str]:
 
 
 def texts(dialogue: Dialogue) -> list[str]:
-    return [part for turn in dialogue.turns for part in (*turn.asked, *turn.told) if isinstance(part, str)]
+    return [part for turn in dialogue.turns for part in (*turn.user, *turn.assistant) if isinstance(part, str)]
 
 
 def asked(dialogue: Dialogue) -> list[tuple[str, str]]:
-    return [(turn.asked[-1], turn.told[0]) for turn in dialogue.turns]
+    return [(turn.user[-1], turn.assistant[0]) for turn in dialogue.turns]
 
 
 def text_leaks(text: str) -> list[str]:
@@ -93,19 +93,17 @@ def test_kinds_come_in_the_promised_shares_with_the_promised_pictures(dialogues)
     pictures = {"picture": {1}, "pictures": {2, 3}, "choice": {1}, "reading": {0}, "game": {0}}
     for dialogue in dialogues:
         assert len(dialogue.pictures) in pictures[dialogue.kind]
-        assert all(len(turn.told) == 1 and isinstance(turn.told[0], str) for turn in dialogue.turns)
-        assert all(isinstance(turn.asked[-1], str) for turn in dialogue.turns)
+        assert all(len(turn.assistant) == 1 and isinstance(turn.assistant[0], str) for turn in dialogue.turns)
+        assert all(isinstance(turn.user[-1], str) for turn in dialogue.turns)
     together = [
-        len(d.pictures) == sum(isinstance(p, Scene) for p in d.turns[0].asked)
-        for d in dialogues
-        if d.kind == "pictures"
+        len(d.pictures) == sum(isinstance(p, Scene) for p in d.turns[0].user) for d in dialogues if d.kind == "pictures"
     ]
     assert 0.3 < sum(together) / len(together) < 0.85, "both all at once and one by one"
 
 
 def test_the_words_are_known_and_few(dialogues):
     used = {word for dialogue in dialogues for text in texts(dialogue) for word in words(text)}
-    assert used <= understanding_words() and lexicon() < understanding_words() and len(understanding_words()) < 250
+    assert used <= understanding_words() and known_words() < understanding_words() and len(understanding_words()) < 250
     assert all(re.fullmatch(r"[a-z ,.?:]+", text) for dialogue in dialogues for text in texts(dialogue))
 
 

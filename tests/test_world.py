@@ -10,7 +10,7 @@ import pytest
 from starflow2.errors import ConfigError
 from starflow2.world import scene as world
 from starflow2.world import splits
-from starflow2.world.scene import COLORS, PALETTE, SHAPES, Scene, Thing, render, sample_scene, stream
+from starflow2.world.scene import COLORS, PALETTE, SHAPES, Scene, SceneObject, render, sample_scene, stream
 from starflow2.world.splits import HELD_OUT
 
 K = range(len(SHAPES))
@@ -22,8 +22,8 @@ def random_scenes(count: int, seed: int = 0) -> Iterator[Scene]:
         yield sample_scene(rng, shapes=rng.integers(8, size=1 + index % 4).tolist())
 
 
-def thing(shape: int = 0, x: float = 32.0, y: float = 32.0, size: int = 1, color: int = 0) -> Thing:
-    return Thing(shape=shape, color=color, size=size, x=x, y=y, angle=0.0)
+def thing(shape: int = 0, x: float = 32.0, y: float = 32.0, size: int = 1, color: int = 0) -> SceneObject:
+    return SceneObject(shape=shape, color=color, size=size, x=x, y=y, angle=0.0)
 
 
 def components(mask: np.ndarray) -> int:
@@ -67,7 +67,7 @@ def test_the_tables_are_those_written_down_and_test_and_dev_share_nothing():
 
 
 def test_held_out_names_exactly_what_a_picture_shows():
-    def names(*things: Thing) -> frozenset[str]:
+    def names(*things: SceneObject) -> frozenset[str]:
         return splits.held_out(Scene(things=things, background=0), "test")
 
     assert names(thing(shape=0, color=0)) == {"pair"}

@@ -15,51 +15,49 @@ import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 
-from starflow2.core.images import Picture as Image
-from starflow2.core.images import to_pil
+from starflow2.core.images import PILImage, to_pil
 from starflow2.errors import ConfigError, nearest
 from starflow2.inference.config import DrawConfig
-from starflow2.inference.conversations import Exchange, converse, reply_after
-from starflow2.inference.decoder import Replying
-from starflow2.inference.events import Picture as Drawn
-from starflow2.inference.events import RowEvent, Stepped
+from starflow2.inference.conversations import PastTurn, generate_replies, reply_after
+from starflow2.inference.decoder import ReplyLimits
+from starflow2.inference.events import DecodedImage, RowEvent, Stepped
 from starflow2.inference.likelihood import Code, Score, decode_code, invert, score
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Said, Session, checked_part
 from starflow2.inference.text_to_image import draw
 from starflow2.inference.vlm_answer import answer
-from starflow2.models.checkpoint import load_parts, save_parts, write_config
-from starflow2.models.components import Parts
+from starflow2.models.checkpoint import load_components, save_components, write_config
+from starflow2.models.components import Components
 from starflow2.models.hub import find_model, pick_device
-from starflow2.models.prompts import check_words, heard
+from starflow2.models.prompts import check_words, normalized
 
-__all__ = ["Picture", "StarFlow2"]
+__all__ = ["Drawing", "StarFlow2"]
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class Drawing:
     """A drawn picture, what was asked for, and the seed that draws it again."""
 
-    image: Image
+    image: PILImage
     prompt: str
     seed: int
     settings: dict[str, Any]
     gain: float | None = None  # nats by which the prompt makes the picture likelier than no prompt, if it was measured
 
 
-def _gain(picture: Drawn) -> float | None:
+def _gain(picture: DecodedImage) -> float | None:
     """log p(picture | words) - log p(picture), free of charge where guidance read both."""
     if picture.log_prob is None or picture.unconditional is None:
         return None
     return picture.log_prob - picture.unconditional
 
 
-def _words(blocks: Sequence[str | Drawn]) -> str:
+def _words(blocks: Sequence[str | DecodedImage]) -> str:
     """What a reply says."""
     return " ".join(block for block in blocks if isinstance(block, str))
 
 
-def _shown(image: str | Path | Image | Tensor) -> Path | Image | Tensor:
+def _shown(image: str | Path | PILImage | Tensor) -> Path | PILImage | Tensor:
     """A picture by its file name is a Path to a session, where a str is words."""
     return Path(image) if isinstance(image, str) else image
 
@@ -71,14 +69,14 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
     >>> model.generate("two red hearts", n=4)[0].image.save("hearts.png")  # doctest: +SKIP
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+    def __init__(self, components: Components) -> None:
+        self.components = components
         self._sampler: Sampler | None = None
         self._held: list[tuple[int, int]] = []  # the tensors that it was made of, and how often each had changed
 
     @property
     def device(self) -> torch.device:
-        return self.parts.device
+        return self.components.device
 
     # -- pictures -----------------------------------------------------------------------------------
 
@@ -90,7 +88,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         seed: int = 0,
         config: DrawConfig | None = None,
         progress: Callable[[int, int], None] | None = None,
-    ) -> list[Picture]:
+    ) -> list[Drawing]:
         """`n` pictures of each prompt, prompt by prompt; picture j of any prompt has seed + j.
 
         The same prompt and seed give the same picture (<= 1e-4) whatever else is in the call.
@@ -103,13 +101,13 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             raise ConfigError(f"seed is {seed}; expected a 64-bit integer.")
         for prompt in prompts:
             self.check_prompt(prompt)
-        config = config or DrawConfig.for_model(self.parts)
+        config = config or DrawConfig.for_model(self.components)
         asked = [(p, seed + j) for p in prompts for j in range(n)]
         settings = {
             "guidance": config.guidance,
             "prior_scale": config.prior_scale,
             "cleanup": config.cleanup,
-            "model": self.parts.cfg.name,
+            "model": self.components.cfg.name,
         }
         if not self.is_joint:
             images = self.draw([p for p, _ in asked], [s for _, s in asked], config, progress)
@@ -118,7 +116,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             made = self._drawn([p for p, _ in asked], [s for _, s in asked], config, progress)
             drawn = [(p.image, _gain(p)) for p in made]
         return [
-            Picture(to_pil(image), prompt, s, settings, gain)
+            Drawing(to_pil(image), prompt, s, settings, gain)
             for (image, gain), (prompt, s) in zip(drawn, asked, strict=True)
         ]
 
@@ -130,26 +128,26 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """One image per (prompt, seed) as a tensor (B, 3, height, width) in [-1, 1], unchecked."""
-        config = config or DrawConfig.for_model(self.parts)
+        config = config or DrawConfig.for_model(self.components)
         if self.is_joint:
             return torch.stack([p.image for p in self._drawn(prompts, seeds, config, progress)]).cpu()
-        said = [heard(self.parts, p) for p in prompts]
-        return draw(self.parts, said, seeds, config, progress).images.cpu()
+        said = [normalized(self.components, p) for p in prompts]
+        return draw(self.components, said, seeds, config, progress).images.cpu()
 
     @property
     def is_joint(self) -> bool:
         """Whether both streams have been trained together, so that pictures are drawn in conversations."""
-        return "joint" in self.parts.stages
+        return "joint" in self.components.finished_stages
 
     def sampler(self, config: DrawConfig | None = None) -> Sampler:
         """Both streams ready for sampling; made once per setting, since it copies them where it has to.
 
         Made anew where weights have changed since, or adapters were loaded or merged.
         """
-        config = config or DrawConfig.for_model(self.parts)
-        held = [(id(t), t._version) for t in (*self.parts.parameters(), *self.parts.buffers())]
+        config = config or DrawConfig.for_model(self.components)
+        held = [(id(t), t._version) for t in (*self.components.parameters(), *self.components.buffers())]
         if self._sampler is None or self._sampler.config != config or self._held != held:
-            self._sampler, self._held = Sampler(self.parts, config), held
+            self._sampler, self._held = Sampler(self.components, config), held
         return self._sampler
 
     def _drawn(
@@ -158,7 +156,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         seeds: Sequence[int],
         config: DrawConfig,
         progress: Callable[[int, int], None] | None,
-    ) -> list[Drawn]:
+    ) -> list[DecodedImage]:
         sampler, done = self.sampler(config), 0
         total = len(prompts) * sampler.layout.num_latents
 
@@ -168,9 +166,9 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             if progress is not None and isinstance(event, Stepped):
                 progress(done, total)
 
-        talks = [[[heard(self.parts, p)]] for p in prompts]
-        told = converse(sampler, talks, seeds, Replying(tokens=0, pictures=1), draws=True, watch=watch)
-        return [picture for ((picture, *_),) in told if isinstance(picture, Drawn)]
+        talks = [[[normalized(self.components, p)]] for p in prompts]
+        told = generate_replies(sampler, talks, seeds, ReplyLimits(tokens=0, pictures=1), draws=True, watch=watch)
+        return [picture for ((picture, *_),) in told if isinstance(picture, DecodedImage)]
 
     # -- conversations ------------------------------------------------------------------------------
 
@@ -178,13 +176,18 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         """A conversation with this model. Raises ConfigError if its streams were not trained together."""
         return Session(self.sampler(config), seed)
 
-    def ask(self, image: str | Path | Image | Tensor, question: str) -> str:
+    def ask(self, image: str | Path | PILImage | Tensor, question: str) -> str:
         """An answer about a picture. Raises PromptError, DataError."""
         return self.session().add(_shown(image), question).write()
 
     def edit(
-        self, image: str | Path | Image | Tensor, instruction: str, *, seed: int = 0, config: DrawConfig | None = None
-    ) -> Picture:
+        self,
+        image: str | Path | PILImage | Tensor,
+        instruction: str,
+        *,
+        seed: int = 0,
+        config: DrawConfig | None = None,
+    ) -> Drawing:
         """The picture, changed as told. Raises PromptError, DataError."""
         session = self.session(seed=seed, config=config)
         made = session.add(_shown(image), instruction).draw()
@@ -192,45 +195,45 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         settings = {
             "guidance": used.strength(follows=True),
             "prior_scale": used.prior_scale,
-            "model": self.parts.cfg.name,
+            "model": self.components.cfg.name,
         }
-        return Picture(made.image, instruction, seed, settings, _gain(made.picture))
+        return Drawing(made.image, instruction, seed, settings, _gain(made.picture))
 
     # -- many at once, for suites
 
     def answers(self, images: Sequence[Sequence[Tensor]], questions: Sequence[str], tokens: int = 48) -> list[str]:
         """One answer per (pictures, question), greedy; pictures (3, s, s) in [-1, 1], any number each."""
         talks: list[list[list[str | Tensor]]] = [
-            [[*shown, heard(self.parts, q)]] for shown, q in zip(images, questions, strict=True)
+            [[*shown, normalized(self.components, q)]] for shown, q in zip(images, questions, strict=True)
         ]
-        told = converse(self.sampler(), talks, [0] * len(talks), Replying(tokens=tokens, pictures=0))
+        told = generate_replies(self.sampler(), talks, [0] * len(talks), ReplyLimits(tokens=tokens, pictures=0))
         return [_words(blocks) for (blocks,) in told]
 
-    def answers_after(self, pasts: Sequence[Sequence[Exchange]], questions: Sequence[str]) -> list[str]:
+    def answers_after(self, pasts: Sequence[Sequence[PastTurn]], questions: Sequence[str]) -> list[str]:
         """One greedy answer per question, each after a past of (said, replied), words and pictures (3, s, s)."""
 
         def taken(side: Sequence[str | Tensor]) -> list[str | Tensor]:
-            return [heard(self.parts, part) if isinstance(part, str) else part for part in side]
+            return [normalized(self.components, part) if isinstance(part, str) else part for part in side]
 
         held = [[(taken(said), taken(replied)) for said, replied in past] for past in pasts]
-        asked = [[heard(self.parts, question)] for question in questions]
-        told = reply_after(self.sampler(), held, asked, Replying(tokens=48, pictures=0))
+        asked = [[normalized(self.components, question)] for question in questions]
+        told = reply_after(self.sampler(), held, asked, ReplyLimits(tokens=48, pictures=0))
         return [_words(blocks) for blocks in told]
 
     def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:
         """What the language model alone answers, seeing pictures (B, 3, s, s) through its own vision tower."""
-        return answer(self.parts, images, [heard(self.parts, q) for q in questions])
+        return answer(self.components, images, [normalized(self.components, q) for q in questions])
 
     def edits(self, images: Tensor, instructions: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Every picture changed as told: (B, 3, s, s) in [-1, 1] -> the same."""
-        talks = [[[image, heard(self.parts, told)]] for image, told in zip(images, instructions, strict=True)]
-        told = converse(self.sampler(), talks, seeds, Replying(tokens=0, pictures=1), draws=True)
-        return torch.stack([p.image for ((p, *_),) in told if isinstance(p, Drawn)]).cpu()
+        talks = [[[image, normalized(self.components, told)]] for image, told in zip(images, instructions, strict=True)]
+        told = generate_replies(self.sampler(), talks, seeds, ReplyLimits(tokens=0, pictures=1), draws=True)
+        return torch.stack([p.image for ((p, *_),) in told if isinstance(p, DecodedImage)]).cpu()
 
     def tell(self, talks: Sequence[Sequence[str]], seeds: Sequence[int]) -> list[list[list[str | Tensor]]]:
         """Replies to every turn of every talk: blocks of words and pictures (3, s, s), as the model decides."""
-        said = [[[heard(self.parts, turn)] for turn in talk] for talk in talks]
-        told = converse(self.sampler(), said, seeds, Replying(tokens=64, pictures=1))
+        said = [[[normalized(self.components, turn)] for turn in talk] for talk in talks]
+        told = generate_replies(self.sampler(), said, seeds, ReplyLimits(tokens=64, pictures=1))
         return [[[b if isinstance(b, str) else b.image for b in turn] for turn in talk] for talk in told]
 
     # -- likelihood -----------------------------------------------------------------------------------
@@ -238,19 +241,19 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
     def score(self, asked: Sequence[Said], told: Sequence[Said]) -> Score:
         """How likely the reply `told` is after `asked`, token by token and patch by patch; see `scoring.score`.
 
-        Parts are words (str), or pictures: a Path, a PIL image, or a tensor (3, s, s) in [-1, 1]. Raises PromptError
-        for words the model does not know, DataError and ShapeError for pictures it cannot take.
+        Either side is a sequence of words (str) and pictures: a Path, a PIL image, or a tensor (3, s, s) in [-1, 1].
+        Raises PromptError for words the model does not know, DataError and ShapeError for pictures it cannot take.
         """
-        said, replied = ([checked_part(self.parts, part) for part in side] for side in (asked, told))
+        said, replied = ([checked_part(self.components, part) for part in side] for side in (asked, told))
         return score(self.sampler(), said, replied)
 
-    def invert(self, image: str | Path | Image | Tensor, prompt: str = "") -> Code:
+    def invert(self, image: str | Path | PILImage | Tensor, prompt: str = "") -> Code:
         """The latent code from which `prompt` draws this picture; see `scoring.invert`. Raises as `score` does."""
-        shown = checked_part(self.parts, _shown(image))
+        shown = checked_part(self.components, _shown(image))
         assert isinstance(shown, Tensor)
         return invert(self.sampler(), shown, self._prompt(prompt))
 
-    def from_code(self, code: Code, prompt: str = "") -> Image:
+    def from_code(self, code: Code, prompt: str = "") -> PILImage:
         """The picture that `prompt` draws from a code: with the prompt of `invert` the same one, else an edit.
 
         Raises PromptError, and ShapeError for a code of another model's size.
@@ -259,35 +262,35 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
     def _prompt(self, prompt: str) -> str:
         """As the model reads it; an empty one is none."""
-        return str(checked_part(self.parts, prompt)) if prompt.strip() else ""
+        return str(checked_part(self.components, prompt)) if prompt.strip() else ""
 
     def roundtrip(self, images: Tensor, noise_level: float = 0.0, seed: int = 0) -> Tensor:
         """images (B, 3, h, w) through the codec and back, with noise on the latents if asked."""
         with torch.no_grad():
-            latents = self.parts.codec.encode(images.to(self.device))
+            latents = self.components.codec.encode(images.to(self.device))
             eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-            return self.parts.codec.decode(latents + noise_level * eps.to(latents)).cpu()
+            return self.components.codec.decode(latents + noise_level * eps.to(latents)).cpu()
 
     @property
     def sampling_noise(self) -> float:
         """Noise level of sampled latents (standard deviation, on standardised latents)."""
-        noise = self.parts.cfg.flow.noise
+        noise = self.components.cfg.flow.noise
         return 0.0 if noise is None else noise.noise_max
 
     def check_prompt(self, prompt: str) -> None:
         """Raise PromptError for what this model cannot draw: nothing, too much, unknown words."""
-        check_words(self.parts, prompt)
+        check_words(self.components, prompt)
 
     # -- files and Hub --------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, **hub: Any) -> str | None:
         """Write the model folder, whole or not at all, and a model card; `hub` goes to huggingface_hub."""
-        save_parts(self.parts, save_directory)  # first: the mixin begins by deleting config.json
+        save_components(self.components, save_directory)  # first: the mixin begins by deleting config.json
         url: str | None = super().save_pretrained(save_directory, **hub)
         return url
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_config(self.parts, save_directory)
+        write_config(self.components, save_directory)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -302,4 +305,4 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             if option not in known:
                 raise ConfigError(f"unknown option {option!r} of from_pretrained.{nearest(option, known)}")
         where = pick_device(device)
-        return cls(load_parts(find_model(name, **hub), where))
+        return cls(load_components(find_model(name, **hub), where))

@@ -28,16 +28,16 @@ from starflow2.flow import AffineBlock, BlockConfig, Context, Flow, Jacobi, Samp
 from starflow2.flow.block import scan
 from starflow2.flow.solve import Guide
 from starflow2.inference.config import DrawConfig
-from starflow2.inference.decoder import Replying, Rows
-from starflow2.inference.events import Completed, Picture, Token
+from starflow2.inference.decoder import BatchDecoder, ReplyLimits
+from starflow2.inference.events import Completed, DecodedImage, Token
 from starflow2.inference.likelihood import decode_code, invert
 from starflow2.inference.sampler import Sampler
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
 from starflow2.models.pretzel import Output, Pretzel, PretzelCache, Slots, States
 from starflow2.models.sequence import IGNORE, Document, Image, Text, pack, with_pictures
 from starflow2.pipeline import StarFlow2
-from starflow2.world.captions import draw_task
+from starflow2.world.captions import caption_task
 from starflow2.world.scene import render_batch
 
 __all__ = ["Check", "check_model", "report", "table"]
@@ -92,7 +92,7 @@ class _Material:
 
     @property
     def flow(self) -> Flow:
-        return self.model.parts.flow
+        return self.model.components.flow
 
 
 _Measure = Callable[[_Material], float]
@@ -104,8 +104,10 @@ def check_model(model: StarFlow2, progress: Callable[[str], None] | None = None)
     `progress` is called with the name of each check before it runs. A check that raises is one that fails.
     Raises ConfigError for a model without a trained flow.
     """
-    if "t2i" not in model.parts.stages:
-        raise ConfigError(f"this model has finished stages {list(model.parts.stages)}; the checks need t2i.")
+    if "t2i" not in model.components.finished_stages:
+        raise ConfigError(
+            f"this model has finished stages {list(model.components.finished_stages)}; the checks need t2i."
+        )
     material = _material(model)
     plan = (*_PLAN, *(_JOINT_PLAN if model.is_joint else ()))
     return [_measured(planned, measure, material, progress) for planned, measure in plan]
@@ -124,7 +126,7 @@ def report(checks: Iterable[Check], model: StarFlow2) -> dict[str, Any]:
     """The outcome as JSON: checks, and the versions they were made with."""
     rows = [check.to_json() for check in checks]
     return {
-        "model": model.parts.cfg.name,
+        "model": model.components.cfg.name,
         "device": str(model.device),
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
         "ok": all(row["ok"] for row in rows),
@@ -151,25 +153,25 @@ def table(checks: Iterable[Check]) -> Table:
 
 @torch.no_grad()
 def _material(model: StarFlow2) -> _Material:
-    parts = model.parts
-    tokenizer = parts.tokenizer
+    components = model.components
+    tokenizer = components.tokenizer
     assert tokenizer is not None
-    drawings = [draw_task(0, index) for index in range(ROWS)]
+    drawings = [caption_task(0, index) for index in range(ROWS)]
     rows = [tokenizer.drawing_prompt(drawing.prompt) for drawing in drawings]
     empty = [tokenizer.drawing_prompt("")] * ROWS
-    both = drawing_context(parts, rows + empty)
-    latents = parts.codec.encode(_scenes(parts, ROWS).to(parts.device)).float()
-    level = torch.full((ROWS,), model.sampling_noise, device=parts.device)
+    both = drawing_context(components, rows + empty)
+    latents = components.codec.encode(_scenes(components, ROWS).to(components.device)).float()
+    level = torch.full((ROWS,), model.sampling_noise, device=components.device)
     eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
     x = latents + level[:, None, None] * eps
     prompts = [drawing.prompt for drawing in drawings]
     return _Material(model, prompts, x, _rows(both, slice(None, ROWS)), _rows(both, slice(ROWS, None)), level)
 
 
-def _scenes(parts: Parts, count: int) -> Tensor:
+def _scenes(components: Components, count: int) -> Tensor:
     """The first training scenes as pictures of the model's size, (count, 3, s, s)."""
-    images = to_floats(render_batch([draw_task(0, index).scene for index in range(count)]))
-    return F.interpolate(images, size=parts.cfg.fae.image_size, mode="area")
+    images = to_floats(render_batch([caption_task(0, index).scene for index in range(count)]))
+    return F.interpolate(images, size=components.cfg.fae.image_size, mode="area")
 
 
 def _rows(context: Context, rows: slice) -> Context:
@@ -309,7 +311,7 @@ def _parallel_sampling(m: _Material) -> float:
 
     In float32 they end up to 5e-4 apart in a latent of nano.
     """
-    base = DrawConfig.for_model(m.model.parts)
+    base = DrawConfig.for_model(m.model.components)
     config = SampleConfig(guidance=base.guidance, rule=base.rule, schedule=base.schedule, prior_scale=base.prior_scale)
     parallel = replace(config, deep_solver=JACOBI, shallow_solver=JACOBI)
     flow, (context, unconditional), level = _sampler(m)
@@ -337,7 +339,7 @@ def _no_guidance(m: _Material) -> float:
 
 def _codec(m: _Material) -> float:
     """Mean PSNR of drawn scenes after encoding and decoding."""
-    images = _scenes(m.model.parts, SCENES)
+    images = _scenes(m.model.components, SCENES)
     error = (m.model.roundtrip(images) - images).square().flatten(1).mean(1)  # (B,)
     return float((10 * torch.log10(4 / error.clamp(min=1e-12))).mean())  # values span 2
 
@@ -388,35 +390,35 @@ class _Steered(Pretzel):
         return scores
 
 
-def _ids(parts: Parts, index: int, *, asks: bool = True) -> list[int]:
+def _ids(components: Components, index: int, *, asks: bool = True) -> list[int]:
     """A training caption as the user says it; `asks`: and the model's turn to reply."""
-    assert parts.tokenizer is not None
-    tokenizer, words = parts.tokenizer, parts.tokenizer.encode(draw_task(0, index).prompt)
+    assert components.tokenizer is not None
+    tokenizer, words = components.tokenizer, components.tokenizer.encode(caption_task(0, index).prompt)
     return [*tokenizer.opens_user(), *words, *(tokenizer.opens_reply() if asks else [])]
 
 
-def _upload(parts: Parts) -> Tensor:
+def _upload(components: Components) -> Tensor:
     """A picture (3, s, s) for the user to show."""
-    return _scenes(parts, 1)[0]
+    return _scenes(components, 1)[0]
 
 
-def _drawn(rows: Rows, seed: int) -> Picture:
+def _drawn(rows: BatchDecoder, seed: int) -> DecodedImage:
     """What the only row replies if it is to draw."""
-    events = list(rows.reply([seed], Replying(tokens=0, pictures=1), draws=True))
+    events = list(rows.reply([seed], ReplyLimits(tokens=0, pictures=1), draws=True))
     return next(event.picture for event in events if isinstance(event, Completed))
 
 
 @torch.no_grad()
-def _interleaved(parts: Parts, precision: Literal["float32", "float64"]) -> float:
+def _interleaved(components: Components, precision: Literal["float32", "float64"]) -> float:
     """Both streams at every position of words, upload, drawn picture, words, drawn picture: step by step through the
     cache, against one full pass; as a share of the largest state."""
-    sampler = Sampler(parts, DrawConfig.for_model(parts, precision=precision))
+    sampler = Sampler(components, DrawConfig.for_model(components, precision=precision))
     recorder = sampler.pretzel = _Recorder(sampler.pretzel)
-    assert parts.tokenizer is not None
-    replies, ends = parts.tokenizer.opens_reply(), parts.cfg.vlm.special.end
-    upload = sampler.noisy(_upload(parts)[None], torch.tensor([sampler.upload_level]))
-    rows = Rows(sampler, 1)
-    said, again = _ids(parts, 0, asks=False), _ids(parts, 1)
+    assert components.tokenizer is not None
+    replies, ends = components.tokenizer.opens_reply(), components.cfg.vlm.special.end
+    upload = sampler.noisy(_upload(components)[None], torch.tensor([sampler.upload_level]))
+    rows = BatchDecoder(sampler, 1)
+    said, again = _ids(components, 0, asks=False), _ids(components, 1)
     rows.read([said])
     rows.see([0], upload, sampler.upload_level)
     rows.read([replies])
@@ -429,22 +431,22 @@ def _interleaved(parts: Parts, precision: Literal["float32", "float64"]) -> floa
     x = torch.stack([upload[0], first.x, second.x])
     levels = torch.tensor([sampler.upload_level, sampler.noise_level, sampler.noise_level], dtype=x.dtype).to(x.device)
     recorder.forward(pack([document], sampler.layout).to(x.device), x, levels)
-    pairs = zip(recorder.states(rows.main.cache), recorder.states(None), strict=True)
+    pairs = zip(recorder.states(rows.conditional.cache), recorder.states(None), strict=True)
     return max(_gap(cached, full) / float(full.abs().max()) for cached, full in pairs)
 
 
 def _interleaved_float32(m: _Material) -> float:
-    return _interleaved(m.model.parts, "float32")
+    return _interleaved(m.model.components, "float32")
 
 
 def _interleaved_float64(m: _Material) -> float:
-    return _interleaved(copy.deepcopy(m.model.parts).cpu(), "float64")
+    return _interleaved(copy.deepcopy(m.model.components).cpu(), "float64")
 
 
-def _documents(parts: Parts) -> list[Document]:
+def _documents(components: Components) -> list[Document]:
     """Words, a picture shown and two drawn; a caption and its picture; words alone. All that is said has a label."""
-    end = Text((parts.cfg.vlm.special.end,), is_target=True)
-    said = [Text(tuple(_ids(parts, index)), is_target=True) for index in range(3)]
+    end = Text((components.cfg.vlm.special.end,), is_target=True)
+    said = [Text(tuple(_ids(components, index)), is_target=True) for index in range(3)]
     drawn = Image(is_target=True)
     return [[said[0], Image(), said[1], drawn, end, said[2], drawn, end], [said[1], drawn, end], [said[2], end]]
 
@@ -453,18 +455,18 @@ def _latents(sampler: Sampler) -> tuple[Tensor, Tensor]:
     """Latents (4, N, D) of the pictures of `_documents`, and their levels."""
     levels = torch.full((4,), sampler.noise_level)
     levels[0] = sampler.upload_level
-    return sampler.noisy(_scenes(sampler.parts, 4), levels), levels.to(sampler.parts.device, sampler.dtype)
+    return sampler.noisy(_scenes(sampler.components, 4), levels), levels.to(sampler.components.device, sampler.dtype)
 
 
 @torch.no_grad()
 def _closed_skips(m: _Material) -> float:
     """Logits with both skips closed, against the language model by itself on the same embeddings."""
-    parts, sampler = m.model.parts, m.model.sampler()
+    components, sampler = m.model.components, m.model.sampler()
     shared = sampler.pretzel
     pretzel = Pretzel(shared.vlm, shared.flow, shared.joints)
     pretzel.skips = frozenset()
     x, levels = (t[:3] for t in _latents(sampler))
-    batch = pack(_documents(parts)[:1], parts.layout).to(x.device)
+    batch = pack(_documents(components)[:1], components.layout).to(x.device)
     told = pretzel.forward(batch, x, levels).logits
     u, _ = shared.flow.shallow(x, levels)
     embeds = with_pictures(shared.vlm.embed(batch.ids), pretzel.adapted(u, levels), batch)
@@ -472,12 +474,12 @@ def _closed_skips(m: _Material) -> float:
     return _gap(told, shared.vlm.logits(bare))
 
 
-def _replies(sampler: Sampler, asked: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[int | Picture]]:
+def _replies(sampler: Sampler, asked: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[int | DecodedImage]]:
     """What every row replies, token by token and picture by picture."""
-    rows = Rows(sampler, len(asked))
+    rows = BatchDecoder(sampler, len(asked))
     rows.read(asked)
-    told: list[list[int | Picture]] = [[] for _ in asked]
-    for event in rows.reply(seeds, Replying(tokens=WORDS, pictures=1)):
+    told: list[list[int | DecodedImage]] = [[] for _ in asked]
+    for event in rows.reply(seeds, ReplyLimits(tokens=WORDS, pictures=1)):
         if isinstance(event, Token):
             told[event.row].append(event.id)
         elif isinstance(event, Completed):
@@ -487,9 +489,9 @@ def _replies(sampler: Sampler, asked: Sequence[Sequence[int]], seeds: Sequence[i
 
 def _steered(sampler: Sampler, asked: Sequence[Sequence[int]]) -> Sampler:
     """The same, but one part of the rows begins with a picture and the other with words."""
-    rows = Rows(sampler, len(asked))
+    rows = BatchDecoder(sampler, len(asked))
     rows.read(asked)
-    ordered = rows.main.h[:, 0].sort().values
+    ordered = rows.conditional.h[:, 0].sort().values
     widest = int(ordered.diff().argmax())
     steered = _Steered(sampler.pretzel.vlm, sampler.pretzel.flow, sampler.pretzel.joints)
     steered.begin, steered.threshold = sampler.layout.begin, float(ordered[widest : widest + 2].mean())
@@ -501,11 +503,11 @@ def _steered(sampler: Sampler, asked: Sequence[Sequence[int]]) -> Sampler:
 @torch.no_grad()
 def _mixed_rows(m: _Material) -> float:
     """Rows of which some draw while others write, against each alone: latents and pixels; infinite if words differ."""
-    parts = m.model.parts
-    asked = [_ids(parts, index) for index in range(ROWS)]
+    components = m.model.components
+    asked = [_ids(components, index) for index in range(ROWS)]
     sampler, seeds = _steered(m.model.sampler(), asked), range(ROWS)
     together = _replies(sampler, asked, seeds)
-    if len({isinstance(next(iter(row), None), Picture) for row in together}) == 1:
+    if len({isinstance(next(iter(row), None), DecodedImage) for row in together}) == 1:
         raise DataError("all rows began in the same modality, so nothing was compared.")
     worst = 0.0
     for ids, seed, row in zip(asked, seeds, together, strict=True):
@@ -514,15 +516,15 @@ def _mixed_rows(m: _Material) -> float:
     return worst
 
 
-def _apart(a: int | Picture | None, b: int | Picture | None) -> float:
-    if isinstance(a, Picture) and isinstance(b, Picture):
+def _apart(a: int | DecodedImage | None, b: int | DecodedImage | None) -> float:
+    if isinstance(a, DecodedImage) and isinstance(b, DecodedImage):
         return max(_gap(a.u, b.u), _gap(a.image, b.image))
     return 0.0 if a == b else math.inf
 
 
 def _fork_and_rewind(m: _Material) -> float:
     """A picture drawn by a session, against the same drawn after taking it back, and by a fork."""
-    session = m.model.session().add(m.prompts[0], _upload(m.model.parts))
+    session = m.model.session().add(m.prompts[0], _upload(m.model.components))
     mark, fork = session.mark(), session.fork()
     first = session.draw().picture
     session.rewind(mark)
@@ -532,24 +534,24 @@ def _fork_and_rewind(m: _Material) -> float:
 
 def _inversion(m: _Material) -> float:
     """A picture through its latent code and back, against the codec's own round trip at the same noise; in pixels."""
-    sampler, image = m.model.sampler(), _upload(m.model.parts)
+    sampler, image = m.model.sampler(), _upload(m.model.components)
     x = sampler.noisy(image[None], torch.tensor([sampler.noise_level]))
     code = invert(sampler, image, m.prompts[0])
     with torch.no_grad():
-        seen = m.model.parts.codec.decode(x.to(m.x.dtype))[0]
+        seen = m.model.components.codec.decode(x.to(m.x.dtype))[0]
     return _gap(decode_code(sampler, code.z, m.prompts[0]).image, seen)
 
 
 def _patches(m: _Material) -> float:
     """|sum of the patches + shallow log-determinant - log_prob|, in nats per dimension."""
-    (found,) = m.model.score([m.prompts[0]], [_upload(m.model.parts)]).pictures
+    (found,) = m.model.score([m.prompts[0]], [_upload(m.model.components)]).pictures
     return abs(float(found.patches.sum()) + found.shallow_logdet - found.log_prob) / found.dims
 
 
 @torch.no_grad()
 def _packed(m: _Material) -> float:
     """Documents that share a row, against each alone: Gaussians, logits, and log_prob in nats per dimension."""
-    sampler, documents = m.model.sampler(), _documents(m.model.parts)
+    sampler, documents = m.model.sampler(), _documents(m.model.components)
     x, levels = _latents(sampler)
     width = sum(len(sampler.layout.ids(segment)) for document in documents for segment in document)
 
@@ -573,9 +575,9 @@ def _encodings(m: _Material) -> float:
     """How often the codec's encoder ran behind the upload of a conversation in which two pictures are drawn."""
     calls: list[None] = []
     session = m.model.session()
-    hook = m.model.parts.encoder.register_forward_hook(lambda *_: calls.append(None))
+    hook = m.model.components.encoder.register_forward_hook(lambda *_: calls.append(None))
     try:
-        session.add(m.prompts[0], _upload(m.model.parts))
+        session.add(m.prompts[0], _upload(m.model.components))
         if len(calls) != 1:
             raise DataError(f"an upload ran the encoder {len(calls)} times; expected once, so counting tells nothing.")
         session.draw()

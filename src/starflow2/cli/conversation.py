@@ -58,7 +58,7 @@ def conversing(name: str, device: str, verb: str) -> StarFlow2:
     with console(stderr=True).status("loading"):
         model = StarFlow2.from_pretrained(name, device=device)
     if not model.is_joint:
-        done = ", ".join(model.parts.stages) or "none"
+        done = ", ".join(model.components.finished_stages) or "none"
         raise ConfigError(f"this model has finished stages {done}; {verb} needs joint, too: train it, or use another.")
     return model
 
@@ -85,7 +85,7 @@ class Ask:
         answer = model.ask(self.image, self.question)
         print(printable(answer))
         told = {"image": str(self.image), "question": self.question, "answer": answer}
-        write_json(told | {"model": model.parts.cfg.name}, self.json)
+        write_json(told | {"model": model.components.cfg.name}, self.json)
         return 0
 
 
@@ -114,7 +114,7 @@ class Edit:
         from starflow2.inference.config import DrawConfig
 
         model = conversing(self.model, self.device, self.verb)
-        config = DrawConfig.for_model(model.parts, guidance=self.guidance, prior_scale=self.prior_scale)
+        config = DrawConfig.for_model(model.components, guidance=self.guidance, prior_scale=self.prior_scale)
         with console(stderr=True).status("drawing"):
             made = model.edit(self.image, self.instruction, seed=self.seed, config=config)
         about = png_text(self.instruction, self.seed, made.settings)
@@ -153,7 +153,7 @@ class Chat:
 
         session = self._session()
         sampler = session.sampler
-        album = chat.Album(self.save_dir, sampler.config.told() | {"model": sampler.parts.cfg.name})
+        album = chat.Album(self.save_dir, sampler.config.told() | {"model": sampler.components.cfg.name})
         album.check()
         screen = chat.Screen(sys.stdout, sys.stderr, chat.graphics_of(sys.stdout, os.environ))
         talk = chat.Chat(session, screen, album)
@@ -169,5 +169,5 @@ class Chat:
         from starflow2.inference.config import DrawConfig
 
         model = conversing(self.model, self.device, self.verb)
-        config = DrawConfig.for_model(model.parts, guidance=self.guidance, prior_scale=self.prior_scale)
+        config = DrawConfig.for_model(model.components, guidance=self.guidance, prior_scale=self.prior_scale)
         return model.session(seed=self.seed or 0, config=config)

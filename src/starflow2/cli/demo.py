@@ -22,7 +22,7 @@ import starflow2
 from starflow2.cli import demo_conversations as demo_talk
 from starflow2.cli.demo_conversations import Talk, data_url, talk
 from starflow2.core.files import check_writable, replacing
-from starflow2.core.images import Picture, contact_sheet, save_png, to_pil
+from starflow2.core.images import PILImage, contact_sheet, save_png, to_pil
 from starflow2.errors import CheckpointError
 from starflow2.evals.geneval import Verdict, grade, name_scan
 from starflow2.evals.report import commit
@@ -47,7 +47,7 @@ class Shown:
     prompt: str
     category: str
     part: str
-    image: Picture
+    image: PILImage
     verdict: Verdict
 
 
@@ -89,7 +89,7 @@ def make_demo(name: str, folder: str | Path, *, device: str = "auto", progress: 
         **(told.report if told else {}),
         "card": _card(name),
     }
-    demo = Demo(model.parts.cfg.name, folder / "index.html", report, scores, tuple(shown), told)
+    demo = Demo(model.components.cfg.name, folder / "index.html", report, scores, tuple(shown), told)
     _write(demo, folder)
     return demo
 
@@ -113,7 +113,7 @@ class _Watched:
 
     model: Drawer
     prompts: list[str] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
+    pictures: list[PILImage] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -167,7 +167,7 @@ def _folder(name: str) -> Path:
 def _weights_mb(name: str, model: StarFlow2) -> float:
     """Megabytes of the weight files; for a model from the Hub, of its tensors."""
     found = sum(path.stat().st_size for path in _folder(name).rglob("*.safetensors"))
-    return (found or sum(t.nbytes for t in model.parts.state_dict().values())) / 1e6
+    return (found or sum(t.nbytes for t in model.components.state_dict().values())) / 1e6
 
 
 def _card(name: str) -> dict[str, Any]:

@@ -19,15 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from starflow2.core.images import Picture, to_bytes, to_floats, to_pil
+from starflow2.core.images import PILImage, to_bytes, to_floats, to_pil
 from starflow2.evals import edit as editing
 from starflow2.evals import gqa as answering
 from starflow2.evals import mme
 from starflow2.evals import story as stories
 from starflow2.evals.runner import Suite, score_suite
-from starflow2.inference.conversations import Exchange
+from starflow2.inference.conversations import PastTurn
 from starflow2.inference.session import Session
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.pipeline import StarFlow2
 from starflow2.world.edits import OPERATIONS, Edit, suite_edits
 from starflow2.world.questions import SUBTASKS
@@ -52,8 +52,8 @@ Progress = Callable[[int, int], None]
 class Turn:
     """What the user said, what came back in order, and the judge's marks: (what was looked at, whether it is so)."""
 
-    asked: str
-    told: tuple[str | Images, ...]
+    user: str
+    assistant: tuple[str | Images, ...]
     marks: tuple[tuple[str, bool], ...]
 
 
@@ -183,7 +183,7 @@ class _Listener:
         self.asked += [_Asked(to_bytes(shown[0][None])[0], question, said) for shown, question, said in rows]
         return told
 
-    def answers_after(self, pasts: Sequence[Sequence[Exchange]], questions: Sequence[str]) -> list[str]:
+    def answers_after(self, pasts: Sequence[Sequence[PastTurn]], questions: Sequence[str]) -> list[str]:
         return self.model.answers_after(pasts, questions)
 
     def session(self, *, seed: int = 0) -> Session:
@@ -196,7 +196,7 @@ class _Listener:
         return made
 
     def tell(self, talks: Sequence[Sequence[str]], seeds: Sequence[int]) -> list[list[list[str | Tensor]]]:
-        with _encodings(self.model.parts) as calls:
+        with _encodings(self.model.components) as calls:
             told = self.model.tell(talks, seeds)
         for asked, seed, turns in zip(talks, seeds, told, strict=True):
             blocks = [[b if isinstance(b, str) else to_bytes(b[None])[0] for b in turn] for turn in turns]
@@ -205,10 +205,10 @@ class _Listener:
 
 
 @contextmanager
-def _encodings(parts: Parts) -> Iterator[list[None]]:
+def _encodings(components: Components) -> Iterator[list[None]]:
     """Inside, the list grows by one entry whenever the codec's encoder runs."""
     calls: list[None] = []
-    hook = parts.encoder.register_forward_hook(lambda *_: calls.append(None))
+    hook = components.encoder.register_forward_hook(lambda *_: calls.append(None))
     try:
         yield calls
     finally:
@@ -271,7 +271,7 @@ def _shown_questions(suite: Literal["mme", "gqa"], asked: Sequence[_Asked]) -> I
 # -- the page's sections ----------------------------------------------------------------------------------------------
 
 
-def data_url(picture: Picture) -> str:
+def data_url(picture: PILImage) -> str:
     """A picture as the address of itself, for pages that need no other file."""
     data = io.BytesIO()
     picture.save(data, "PNG")
@@ -306,10 +306,10 @@ nothing else changed.</p>
 
 
 def _turn(turn: Turn) -> str:
-    blocks = "".join(f"<p>{html.escape(b)}</p>" if isinstance(b, str) else _image(b, turn.asked) for b in turn.told)
+    blocks = "".join(f"<p>{html.escape(b)}</p>" if isinstance(b, str) else _image(b, turn.user) for b in turn.assistant)
     marks = "".join(f"<li>{_mark(fits)} {html.escape(name)}</li>" for name, fits in turn.marks)
     return (
-        f'<div class="step"><p class="you">{html.escape(turn.asked)}</p>\n'
+        f'<div class="step"><p class="you">{html.escape(turn.user)}</p>\n'
         f'<div class="reply">{blocks or "<p>nothing</p>"}</div><ul>{marks}</ul></div>'
     )
 

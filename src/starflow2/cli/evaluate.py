@@ -79,7 +79,7 @@ class Eval:
         model = self._model()
         with progress("scoring", "items") as step:
             report = self._scored(model, step)
-        made_by = {"model": model.parts.cfg.name, "weights": weights_digest(model.parts)}
+        made_by = {"model": model.components.cfg.name, "weights": weights_digest(model.components)}
         report |= made_by
         console().print(_table(report))
         if self.json is not None:
@@ -115,10 +115,10 @@ class Eval:
         from starflow2.evals.report import write_json
         from starflow2.pipeline import StarFlow2
 
-        parts = StarFlow2.from_pretrained(self.model, device=self.device).parts
-        images = codec_pictures(self.images, parts.codec.image_size, self.split, 64 if self.quick else 512)
-        report = evaluate_codec(parts.codec, parts.extractor, images.to(parts.device))
-        report["model"] = parts.cfg.name
+        components = StarFlow2.from_pretrained(self.model, device=self.device).components
+        images = codec_pictures(self.images, components.codec.image_size, self.split, 64 if self.quick else 512)
+        report = evaluate_codec(components.codec, components.extractor, images.to(components.device))
+        report["model"] = components.cfg.name
         console().print(codec_table(report))
         if self.json is not None:
             write_json(report, self.json)

@@ -31,10 +31,10 @@ from starflow2.core.files import check_writable
 from starflow2.errors import ConfigError, DataError, OutputError, PromptError
 
 if TYPE_CHECKING:
-    from starflow2.core.images import Picture as Image
+    from starflow2.core.images import PILImage
     from starflow2.inference.config import DrawConfig
     from starflow2.inference.session import Session
-    from starflow2.pipeline import Picture, StarFlow2
+    from starflow2.pipeline import Drawing, StarFlow2
 
 __all__ = [
     "Generate",
@@ -102,21 +102,21 @@ class Generate:
         from starflow2.inference.config import DrawConfig
 
         return DrawConfig.for_model(
-            model.parts,
+            model.components,
             guidance=self.guidance,
             prior_scale=self.prior_scale,
             cleanup=self.cleanup,
             batch=self.batch,
         )
 
-    def _draw(self, prompts: list[str]) -> tuple[list[Picture], float]:
+    def _draw(self, prompts: list[str]) -> tuple[list[Drawing], float]:
         from starflow2.pipeline import StarFlow2
 
         with progress("drawing", "latents") as step:
             model = StarFlow2.from_pretrained(self.model, device=self.device)
             config = self._config(model)
             if self.keep == "best" and not (model.is_joint and config.guidance):
-                done = ", ".join(model.parts.stages)
+                done = ", ".join(model.components.finished_stages)
                 raise ConfigError(
                     "--keep best compares pictures by what the prompt adds to their likelihood, which takes guidance "
                     f"and a model with stage joint; --guidance is {config.guidance:g} and this model has {done}."
@@ -139,7 +139,7 @@ class Generate:
         model = conversing(self.model, self.device, "--mode interleaved")
         config = self._config(model)
         blocks = _replied(model.session(seed=self.seed, config=config).add(prompt))
-        settings = config.told() | {"model": model.parts.cfg.name}
+        settings = config.told() | {"model": model.components.cfg.name}
         rows = _save_blocks(blocks, paths, png_text(prompt, self.seed, settings))
         if self.json:
             _print_json(rows)
@@ -149,16 +149,16 @@ class Generate:
         return 0
 
 
-def _best(pictures: Sequence[Picture]) -> Picture:
+def _best(pictures: Sequence[Drawing]) -> Drawing:
     """The one to whose likelihood the prompt adds most."""
     return max(pictures, key=lambda picture: -math.inf if picture.gain is None else picture.gain)
 
 
-def _replied(session: Session) -> list[str | Image]:
+def _replied(session: Session) -> list[str | PILImage]:
     """What the model replies: words and pictures in order."""
     from starflow2.inference.events import Drew, Made, Wrote
 
-    blocks: list[str | Image] = []
+    blocks: list[str | PILImage] = []
     with progress("drawing", "latents") as step:
         for event in session.run(tokens=REPLY_TOKENS, pictures=REPLY_PICTURES):
             match event:
@@ -183,7 +183,9 @@ def _numbered(output: str, prompt: str) -> list[Path]:
     return paths
 
 
-def _save_blocks(blocks: Sequence[str | Image], paths: Sequence[Path], about: dict[str, str]) -> list[dict[str, Any]]:
+def _save_blocks(
+    blocks: Sequence[str | PILImage], paths: Sequence[Path], about: dict[str, str]
+) -> list[dict[str, Any]]:
     """Write the pictures among the blocks and list all of them in order, by text or file."""
     from starflow2.core.images import save_png
 
@@ -241,7 +243,7 @@ def _unique(name: str, taken: dict[str, int]) -> str:
     return name if taken[name] == 1 else f"{name}-{taken[name]}"
 
 
-def _save(pictures: Sequence[Picture], files: _Files) -> list[Path]:
+def _save(pictures: Sequence[Drawing], files: _Files) -> list[Path]:
     """Write them and say which file each picture is in."""
     from starflow2.core.images import contact_sheet, save_png
 
@@ -260,7 +262,7 @@ def _save(pictures: Sequence[Picture], files: _Files) -> list[Path]:
     return files.each
 
 
-def _row(picture: Picture, path: Path, seconds: float) -> dict[str, Any]:
+def _row(picture: Drawing, path: Path, seconds: float) -> dict[str, Any]:
     made_of = {"prompt": picture.prompt, "seed": picture.seed, "settings": picture.settings}
     gain = {} if picture.gain is None else {"gain": picture.gain}
     return {"file": str(path), **made_of, **gain, "seconds": round(seconds, 4)}

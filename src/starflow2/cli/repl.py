@@ -20,7 +20,7 @@ import numpy as np
 
 from starflow2.cli.options import check_text, png_text, printable
 from starflow2.core.files import check_writable
-from starflow2.core.images import Picture, save_png
+from starflow2.core.images import PILImage, save_png
 from starflow2.errors import ConfigError, OutputError, PromptError, StarFlowError, nearest
 from starflow2.inference.events import Drew, Event, Finished, Made, Wrote
 from starflow2.inference.session import Mark, Session
@@ -58,7 +58,7 @@ def graphics_of(stream: TextIO, environ: Mapping[str, str]) -> Graphics:
     return "blocks" if "utf" in (stream.encoding or "").lower() else "none"
 
 
-def inline(image: Picture, graphics: Graphics, columns: int = COLUMNS) -> str:
+def inline(image: PILImage, graphics: Graphics, columns: int = COLUMNS) -> str:
     """What to write to a terminal so that it shows the picture, at most `columns` characters wide; "" for "none"."""
     if graphics == "none":
         return ""
@@ -78,7 +78,7 @@ def inline(image: Picture, graphics: Graphics, columns: int = COLUMNS) -> str:
     return "".join(f"\x1b_G{key};{chunk}\x1b\\" for key, chunk in zip(keys, chunks, strict=True)) + "\n"
 
 
-def _blocks(image: Picture, width: int) -> str:
+def _blocks(image: PILImage, width: int) -> str:
     """Upper half blocks, two pixels to a character: the upper one is its colour, the lower one its background."""
     height = max(2, 2 * round(image.height * width / image.width / 2))
     pixels = np.asarray(image.convert("RGB").resize((width, height)))  # (height, width, 3)
@@ -122,7 +122,7 @@ class Screen:
         self.out.write(printable(text) + "\n")
         self.out.flush()
 
-    def picture(self, image: Picture, path: Path) -> None:
+    def picture(self, image: PILImage, path: Path) -> None:
         """The picture where the terminal can show it, and the name of its file."""
         self.end_line()
         self.out.write(inline(image, self.graphics, shutil.get_terminal_size().columns))
@@ -167,7 +167,7 @@ class Album:
         number = next(i for i in range(1, len(taken) + 2) if f"picture-{i:03}.png" not in taken)
         return self.folder / f"picture-{number:03}.png"
 
-    def add(self, image: Picture, prompt: str, seed: int) -> Path:
+    def add(self, image: PILImage, prompt: str, seed: int) -> Path:
         """Write a picture and return its name."""
         path = self.next
         save_png(image, path, png_text(prompt, seed, self.settings))

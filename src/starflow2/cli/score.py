@@ -73,7 +73,7 @@ class Score:
         console().print(_score_table(scored))
         if self.map is not None:
             print(_save_map(parts[-1], scored.pictures[-1], self.map))
-        about = {"asked": list(self.parts[:-1]), "reply": self.parts[-1], "model": model.parts.cfg.name}
+        about = {"asked": list(self.parts[:-1]), "reply": self.parts[-1], "model": model.components.cfg.name}
         write_json(about | _score_facts(scored), self.json)
         return 0
 
@@ -94,7 +94,7 @@ def _part(model: StarFlow2, part: str) -> str | Tensor:
     """A picture, read once, or words as they are. Raises DataError."""
     from starflow2.core.images import read_picture
 
-    return read_picture(part, model.parts.cfg.fae.image_size) if _is_picture(part) else part
+    return read_picture(part, model.components.cfg.fae.image_size) if _is_picture(part) else part
 
 
 def _score_table(scored: Scored) -> Table:
@@ -191,14 +191,14 @@ class Invert:
 
         for words in filter(None, (self.prompt.strip(), self.swap)):
             model.check_prompt(words)
-        image = read_picture(self.image, model.parts.cfg.fae.image_size)
+        image = read_picture(self.image, model.components.cfg.fae.image_size)
         with console(stderr=True).status("drawing"):
             code = model.invert(image, self.prompt)
             prompts = [self.prompt] if self.swap is None else [self.prompt, self.swap]
             drawn = [model.from_code(code, prompt) for prompt in prompts]
         for picture, prompt, path in zip(drawn, prompts, files, strict=True):
             about = {"prompt": prompt, "source": str(self.image), "inverted with": self.prompt}
-            save_png(picture, path, about | {"model": model.parts.cfg.name})
+            save_png(picture, path, about | {"model": model.components.cfg.name})
         error = float((to_tensor(drawn[0]) - image).square().mean())
         return {
             "image": str(self.image),
@@ -209,5 +209,5 @@ class Invert:
             "bits": code.log_prob / math.log(2),
             "nats_per_dim": -code.log_prob / code.z.numel(),
             "psnr_db": 10 * math.log10(4 / max(error, 1e-12)),
-            "model": model.parts.cfg.name,
+            "model": model.components.cfg.name,
         }

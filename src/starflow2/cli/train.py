@@ -263,7 +263,7 @@ class Prepare:
         refuse(unknown, type(self))
         check_json(self.json)
         sys.path.insert(0, "")
-        from starflow2.models.checkpoint import load_tensors, save_parts, start_parts
+        from starflow2.models.checkpoint import load_tensors, save_components, start_components
         from starflow2.models.convert import adopt, flow_state
         from starflow2.training.recipes import find
 
@@ -274,15 +274,15 @@ class Prepare:
         state = None if self.flow is None else flow_state(load_tensors(self.flow))
         run = find(self.recipe)
         with seeded(run.seed), console(stderr=True).status("loading"):
-            parts = start_parts(run.model)
-            copied, fresh = ([], []) if state is None else adopt(parts.flow, state)
-            save_parts(parts, folder)
+            components = start_components(run.model)
+            copied, fresh = ([], []) if state is None else adopt(components.flow, state)
+            save_components(components, folder)
         if state is not None:
             print(
                 f"{len(copied)} tensors of the flow from {self.flow}, {len(fresh)} fresh: {', '.join(fresh[:4])}, ..."
             )
         print(folder)
-        facts = {"folder": str(folder), "fingerprints": parts.fingerprints, "copied": copied, "fresh": fresh}
+        facts = {"folder": str(folder), "fingerprints": components.fingerprints, "copied": copied, "fresh": fresh}
         write_json(facts, self.json)
         return 0
 

@@ -23,8 +23,8 @@ from starflow2.core.files import replacing
 from starflow2.errors import DataError, OutputError, ShapeError
 
 __all__ = [
+    "PILImage",
     "Panel",
-    "Picture",
     "contact_sheet",
     "histogram_outline",
     "plot_panels",
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 Bytes = NDArray[np.uint8]
-Picture = Image.Image  # for annotations elsewhere, without importing PIL there
+PILImage = Image.Image  # for annotations elsewhere, without importing PIL there
 
 INK, PAPER, FRAME = (32, 32, 36), (255, 255, 255), (214, 214, 220)
 MIN_SIDE = 16  # pixels; less than that shows nothing
@@ -47,7 +47,7 @@ CURVES = ((31, 99, 176), (208, 92, 24), (46, 134, 72), (150, 60, 150))  # readab
 PLOT = (400, 260)  # pixels of a panel within its axes
 
 
-def to_tensor(image: Picture | np.ndarray) -> Tensor:
+def to_tensor(image: PILImage | np.ndarray) -> Tensor:
     """(3, height, width) float32 in [-1, 1] from a PIL image of any mode or a (height, width, 3) uint8 array.
 
     Transparent pixels become white, as on a page. Raises ShapeError for an array of another shape or dtype.
@@ -61,7 +61,7 @@ def to_tensor(image: Picture | np.ndarray) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1  # (3, height, width)
 
 
-def to_pil(image: Tensor) -> Picture:
+def to_pil(image: Tensor) -> PILImage:
     """A PIL image from (3, height, width) floats; what lies outside [-1, 1] is clipped.
 
     Undoes to_tensor exactly. Raises ShapeError for another shape and DataError where a pixel is not a finite number.
@@ -74,7 +74,7 @@ def to_pil(image: Tensor) -> Picture:
     return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
 
 
-def read_picture(source: str | Path | Picture | bytes, size: int) -> Tensor:
+def read_picture(source: str | Path | PILImage | bytes, size: int) -> Tensor:
     """A picture for a model to look at, upright: its middle square, `size` pixels a side, (3, size, size) in [-1, 1].
 
     `source`: the name of a file, the bytes of one, or a PIL image. Raises DataError, naming the remedy, for what could
@@ -101,13 +101,13 @@ def read_picture(source: str | Path | Picture | bytes, size: int) -> Tensor:
     return to_tensor(square)
 
 
-def _opened(source: str | Path | bytes) -> Picture:
+def _opened(source: str | Path | bytes) -> PILImage:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source))
 
 
-def _check_readable(image: Picture, name: str) -> None:
+def _check_readable(image: PILImage, name: str) -> None:
     """Raise DataError for a picture that is whole but that we would have to guess about."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
@@ -122,7 +122,7 @@ def _check_readable(image: Picture, name: str) -> None:
         raise DataError(f"{name} is {image.width} x {image.height} pixels; expected at least {MIN_SIDE} a side.")
 
 
-def contact_sheet(images: Sequence[Picture], labels: Sequence[str], columns: int = 8, scale: int = 3) -> Picture:
+def contact_sheet(images: Sequence[PILImage], labels: Sequence[str], columns: int = 8, scale: int = 3) -> PILImage:
     """One picture of all `images` in rows of `columns`, each enlarged `scale` times with its label beneath.
 
     A label is wrapped to the width of its picture and ends in an ellipsis after six lines.
@@ -184,7 +184,7 @@ def histogram_outline(edges: Sequence[float], heights: Sequence[float]) -> list[
     return [(edges[0], 0.0), *sides, (edges[-1], 0.0)]
 
 
-def plot_panels(panels: Sequence[Panel]) -> Picture:
+def plot_panels(panels: Sequence[Panel]) -> PILImage:
     """Plots side by side, their y axes from 0 or below. Raises ShapeError for no panel or a panel without points.
 
     >>> plot_panels([Panel(title="a", x_label="x", y_label="y", curves={"one": [(0, 1), (2, 3)]})]).size
@@ -241,7 +241,7 @@ def _ticks(values: Sequence[float]) -> list[float]:
 # -- files ------------------------------------------------------------------------------------------------
 
 
-def save_png(image: Picture, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+def save_png(image: PILImage, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a PNG with `metadata` as its text chunks, in one step: no half-written file, folders on the way are made.
 
     Raises OutputError where the name does not end in .png or the file cannot be written (folder read-only, disk full).
@@ -268,7 +268,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise DataError(f"cannot read {path} as a picture: {error}.") from error
 
 
-def _rgb(image: Picture) -> Picture:
+def _rgb(image: PILImage) -> PILImage:
     if image.has_transparency_data:
         page = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(page, image.convert("RGBA"))

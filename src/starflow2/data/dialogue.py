@@ -24,8 +24,8 @@ def pictures(parts: Iterable[str | P]) -> tuple[P, ...]:
 class Turn(Generic[P]):
     """What the user says or shows, and what the model says or draws in reply, in order."""
 
-    asked: tuple[str | P, ...]
-    told: tuple[str | P, ...]
+    user: tuple[str | P, ...]
+    assistant: tuple[str | P, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Dialogue(Generic[P]):
     @property
     def pictures(self) -> tuple[P, ...]:
         """Every picture in order of appearance."""
-        return pictures(part for turn in self.turns for part in (*turn.asked, *turn.told))
+        return pictures(part for turn in self.turns for part in (*turn.user, *turn.assistant))
 
 
 def without_words(dialogue: Dialogue[P], *, shows: bool) -> Dialogue[P]:
@@ -46,5 +46,5 @@ def without_words(dialogue: Dialogue[P], *, shows: bool) -> Dialogue[P]:
 
     Turns of words alone go: an answer without its question teaches guessing.
     """
-    turns = (Turn(pictures(turn.asked) if shows else (), pictures(turn.told)) for turn in dialogue.turns)
-    return Dialogue(tuple(turn for turn in turns if turn.told), dialogue.kind)
+    turns = (Turn(pictures(turn.user) if shows else (), pictures(turn.assistant)) for turn in dialogue.turns)
+    return Dialogue(tuple(turn for turn in turns if turn.assistant), dialogue.kind)

@@ -139,7 +139,7 @@ def dropped(conversation: Dialogue[Photo], rng: np.random.Generator, share: floa
     As stages.dropped does with drawn scenes: guidance needs the unconditional branch.
     """
     chance, shows = rng.random(2)
-    drawn = any(pictures(turn.told) for turn in conversation.turns)
+    drawn = any(pictures(turn.assistant) for turn in conversation.turns)
     if not drawn or chance >= share:
         return conversation
     return without_words(conversation, shows=bool(shows < 0.5))

@@ -40,7 +40,7 @@ from starflow2.world.captions import NUMBERS
 from starflow2.world.dense_prompts import CATEGORIES, PROMPTS, DensePrompt, Node, suite_dense
 from starflow2.world.detector import Detection, Scan, detect
 from starflow2.world.multiple_choice import place_of
-from starflow2.world.scene import BACKGROUND_NAMES, BACKGROUNDS, COLORS, SHAPES, SIZES, Split, Thing, render
+from starflow2.world.scene import BACKGROUND_NAMES, BACKGROUNDS, COLORS, SHAPES, SIZES, SceneObject, Split, render
 from starflow2.world.splits import scene_key
 
 __all__ = ["answers", "evaluate_dpg", "lock_spec", "picture_score", "roundtrip_ceiling", "soft_score", "verify_lock"]
@@ -142,7 +142,7 @@ def _answer(node: Node, scan: Scan, seen: Mapping[int, Detection]) -> bool:
 def _qualities(found: Detection) -> set[str | None]:
     """Shape, colour, size and place of a detection in words."""
     (x, y), color = found.center, None if found.color is None else COLORS[found.color]
-    thing = Thing(shape=found.shape, color=found.color or 0, size=found.size, x=x, y=y, angle=0.0)
+    thing = SceneObject(shape=found.shape, color=found.color or 0, size=found.size, x=x, y=y, angle=0.0)
     return {SHAPES[found.shape], color, SIZES[found.size], place_of(thing, edge=0.0)}
 
 

@@ -39,7 +39,7 @@ from starflow2.evals.statistics import (
 from starflow2.world.captions import Brief, caption
 from starflow2.world.detector import Detection, Scan, detect
 from starflow2.world.edits import OPERATIONS, Edit, EditSession, Operation, Part, suite_edits, suite_sessions
-from starflow2.world.scene import BACKGROUNDS, Scene, Split, Thing, coverage, render, stream
+from starflow2.world.scene import BACKGROUNDS, Scene, SceneObject, Split, coverage, render, stream
 from starflow2.world.splits import scene_key
 
 __all__ = [
@@ -182,17 +182,17 @@ def _grade(edit: Edit, scan: Scan, image: Images, reference: Images) -> EditGrad
     )
 
 
-def _standing(thing: Thing, detections: Iterable[Detection]) -> Detection | None:
+def _standing(thing: SceneObject, detections: Iterable[Detection]) -> Detection | None:
     """The detection that is this object, where it was; objects stand so far apart that no two claim the same one."""
     same = [d for d in detections if _same(d, thing, ("shape", "color", "size")) and _distance(d, thing) <= DRIFT]
     return min(same, key=lambda d: _distance(d, thing), default=None)
 
 
-def _same(found: Detection, thing: Thing, attributes: Iterable[str]) -> bool:
+def _same(found: Detection, thing: SceneObject, attributes: Iterable[str]) -> bool:
     return all(getattr(found, name) == getattr(thing, name) for name in attributes)
 
 
-def _distance(found: Detection, thing: Thing) -> float:
+def _distance(found: Detection, thing: SceneObject) -> float:
     return hypot(found.center[0] - thing.x, found.center[1] - thing.y)
 
 
@@ -208,7 +208,7 @@ def _has_background(scan: Scan, scene: Scene) -> bool:
     return sqrt(sum((a - b) ** 2 for a, b in zip(scan.background, tint, strict=True))) < TINT
 
 
-def _changed(edit: Edit) -> tuple[Thing, Thing]:
+def _changed(edit: Edit) -> tuple[SceneObject, SceneObject]:
     """The changed object before and after; the same twice where it was not there before or is gone after."""
     found = [
         scene.things[index]

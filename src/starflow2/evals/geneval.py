@@ -34,7 +34,7 @@ from starflow2.evals.statistics import (
     quick_share,
 )
 from starflow2.evals.statistics import lock_text as _lock_text
-from starflow2.world.captions import FAMILIES, Drawing, paraphrase_drawings, suite_drawings
+from starflow2.world.captions import FAMILIES, CaptionedScene, paraphrase_drawings, suite_drawings
 from starflow2.world.detector import Scan, detect
 from starflow2.world.scene import COLORS, SHAPES, Split, render
 from starflow2.world.splits import scene_key
@@ -169,7 +169,7 @@ def name_scan(scan: Scan) -> list[Found]:
 @dataclass(frozen=True, slots=True)
 class _Item:
     index: int  # in the full suite, so that a quick run draws the same pictures
-    drawing: Drawing
+    drawing: CaptionedScene
 
 
 def evaluate_geneval(
@@ -237,7 +237,7 @@ def _items(split: Split, part: Part, quick: bool) -> list[_Item]:
 
 
 @cache
-def _suite(split: Split, part: Part) -> tuple[Drawing, ...]:
+def _suite(split: Split, part: Part) -> tuple[CaptionedScene, ...]:
     for name, value, known in (("split", split, get_args(Split)), ("part", part, PARTS)):
         if value not in known:
             raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
@@ -364,7 +364,7 @@ def lock_spec() -> Report:
     }
 
 
-def _digest(drawings: Iterable[Drawing]) -> Report:
+def _digest(drawings: Iterable[CaptionedScene]) -> Report:
     return digest((drawing.prompt, drawing.scene.background, *scene_key(drawing.scene)) for drawing in drawings)
 
 

@@ -35,7 +35,7 @@ from starflow2.evals.statistics import (
     quick_share,
 )
 from starflow2.world.detector import Scan, detect
-from starflow2.world.scene import IMAGE_SIZE, Split, Thing, relations, render
+from starflow2.world.scene import IMAGE_SIZE, SceneObject, Split, relations, render
 from starflow2.world.splits import scene_key
 from starflow2.world.stories import (
     CG_ROWS,
@@ -81,7 +81,7 @@ class _Item:
 class _Picture:
     """What the judge saw. `unknown` blobs are things that have no name."""
 
-    things: tuple[Thing, ...]
+    things: tuple[SceneObject, ...]
     unknown: int
 
 
@@ -221,7 +221,7 @@ def _first(blocks: Sequence[Block], kind: str) -> Any:
 
 def _picture(scan: Scan) -> _Picture:
     things = tuple(
-        Thing(
+        SceneObject(
             shape=found.shape,
             color=-1 if found.color is None else found.color,
             size=found.size,
@@ -273,7 +273,7 @@ def _is_changed(change: Change, before: _Picture, now: _Picture) -> bool:
     return any(change.relation in relations(found[0], other) for other in _all(change.reference, now))
 
 
-def _all(look: Look, picture: _Picture) -> list[Thing]:
+def _all(look: Look, picture: _Picture) -> list[SceneObject]:
     return [thing for thing in picture.things if look.fits(thing)]
 
 
@@ -301,7 +301,7 @@ def _is_kept(change: Change, stays: int, before: _Picture, now: _Picture) -> boo
     return len(left) + now.unknown <= (change.after is not None)
 
 
-def _twin(thing: Thing, things: Sequence[Thing]) -> Thing | None:
+def _twin(thing: SceneObject, things: Sequence[SceneObject]) -> SceneObject | None:
     """The nearest one of the same shape, colour and size that stands where the thing stood."""
     same = [t for t in things if (t.shape, t.color, t.size) == (thing.shape, thing.color, thing.size)]
     near = min(same, key=lambda t: np.hypot(t.x - thing.x, t.y - thing.y), default=None)

@@ -37,7 +37,7 @@ class NoiseConfig:
                 f"noise_min {self.noise_min} and noise_max {self.noise_max}: expected 0 < noise_min <= noise_max."
             )
 
-    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample_levels(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """(count,) float32 levels."""
         uniform = torch.rand(2, count, generator=generator)
         level = self.noise_min + (self.noise_max - self.noise_min) * uniform[0]

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from starflow2.errors import ConfigError, nearest
 from starflow2.flow.affine import Guidance, Schedule
 from starflow2.flow.solve import SEQUENTIAL, Solver
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 
 __all__ = [
     "DrawConfig",
@@ -61,13 +61,13 @@ class DrawConfig:
         return strengths | {"prior_scale": self.prior_scale}
 
     @classmethod
-    def for_model(cls, parts: Parts, **changes: object) -> DrawConfig:
+    def for_model(cls, components: Components, **changes: object) -> DrawConfig:
         """The model's own defaults with `changes`; None keeps a default. A guidance that is given guides edits too."""
         known = [f.name for f in fields(cls)]
         for name in changes:
             if name not in known:
                 raise ConfigError(f"unknown setting {name!r}; expected {', '.join(known)}.{nearest(name, known)}")
-        cfg = parts.cfg
+        cfg = components.cfg
         given = {k: v for k, v in changes.items() if v is not None}
         edits = None if "guidance" in given else cfg.edit_guidance
         base = cls(

@@ -12,35 +12,35 @@ import torch
 from torch import Tensor
 
 from starflow2.errors import ConfigError, PromptError
-from starflow2.inference.decoder import Replying, Rows
-from starflow2.inference.events import Completed, Picture, RowEvent, Token
+from starflow2.inference.decoder import BatchDecoder, ReplyLimits
+from starflow2.inference.events import Completed, DecodedImage, RowEvent, Token
 from starflow2.inference.sampler import Sampler
 
-__all__ = ["Block", "Exchange", "Part", "Talk", "converse", "reply_after"]
+__all__ = ["Part", "PastTurn", "ReplyPart", "UserTurns", "generate_replies", "reply_after"]
 
 Part = str | Tensor  # words, or a picture (3, s, s) in [-1, 1]
-Talk = Sequence[Sequence[Part]]  # what the user says in each turn
-Exchange = tuple[Sequence[Part], Sequence[Part]]  # a turn that is over: what the user said, and what was replied
-Block = str | Picture  # what the model wrote or drew
+UserTurns = Sequence[Sequence[Part]]  # what the user says in each turn
+PastTurn = tuple[Sequence[Part], Sequence[Part]]  # a turn that is over: what the user said, and what was replied
+ReplyPart = str | DecodedImage  # what the model wrote or drew
 Watch = Callable[[RowEvent], None]
 
 
-def converse(
+def generate_replies(
     sampler: Sampler,
-    talks: Sequence[Talk],
+    talks: Sequence[UserTurns],
     seeds: Sequence[int],
-    replying: Replying,
+    replying: ReplyLimits,
     *,
     draws: bool = False,
     watch: Watch | None = None,
-) -> list[list[list[Block]]]:
+) -> list[list[list[ReplyPart]]]:
     """The blocks of every reply to every turn of every talk, in order.
 
     draws: every reply is a picture; else the model decides, within `replying`. `watch` is called with every event.
     """
     if len(talks) != len(seeds):
         raise ConfigError(f"{len(talks)} talks and {len(seeds)} seeds; expected equally many.")
-    told: list[list[list[Block]]] = []
+    told: list[list[list[ReplyPart]]] = []
     for first in range(0, len(talks), sampler.config.batch):
         chunk = slice(first, first + sampler.config.batch)
         told += _chunk(sampler, talks[chunk], seeds[chunk], _Style(replying, draws, watch))
@@ -48,15 +48,15 @@ def converse(
 
 
 def reply_after(
-    sampler: Sampler, pasts: Sequence[Sequence[Exchange]], asked: Sequence[Sequence[Part]], replying: Replying
-) -> list[list[Block]]:
+    sampler: Sampler, pasts: Sequence[Sequence[PastTurn]], asked: Sequence[Sequence[Part]], replying: ReplyLimits
+) -> list[list[ReplyPart]]:
     """What the model replies to `asked` after a past that it did not make itself, row by row.
 
     Pictures of the past, also those that stand in replies, enter as uploads do.
     """
     if len(pasts) != len(asked):
         raise ConfigError(f"{len(pasts)} pasts and {len(asked)} questions; expected equally many.")
-    told: list[list[Block]] = []
+    told: list[list[ReplyPart]] = []
     for first in range(0, len(asked), sampler.config.batch):
         chunk = slice(first, first + sampler.config.batch)
         rows = _recall(sampler, pasts[chunk])
@@ -67,10 +67,10 @@ def reply_after(
     return told
 
 
-def _recall(sampler: Sampler, pasts: Sequence[Sequence[Exchange]]) -> Rows:
+def _recall(sampler: Sampler, pasts: Sequence[Sequence[PastTurn]]) -> BatchDecoder:
     """Rows that hold these pasts."""
-    rows = Rows(sampler, len(pasts))
-    end = [sampler.parts.cfg.vlm.special.end]
+    rows = BatchDecoder(sampler, len(pasts))
+    end = [sampler.components.cfg.vlm.special.end]
     for turn in range(max(map(len, pasts))):
         here = {i: past[turn] for i, past in enumerate(pasts) if turn < len(past)}
         _ask(rows, {i: said for i, (said, _) in here.items()})
@@ -83,14 +83,16 @@ def _recall(sampler: Sampler, pasts: Sequence[Sequence[Exchange]]) -> Rows:
 class _Style:
     """How all of them reply."""
 
-    replying: Replying
+    replying: ReplyLimits
     draws: bool
     watch: Watch | None
 
 
-def _chunk(sampler: Sampler, talks: Sequence[Talk], seeds: Sequence[int], style: _Style) -> list[list[list[Block]]]:
-    rows = Rows(sampler, len(talks))
-    told: list[list[list[Block]]] = [[] for _ in talks]
+def _chunk(
+    sampler: Sampler, talks: Sequence[UserTurns], seeds: Sequence[int], style: _Style
+) -> list[list[list[ReplyPart]]]:
+    rows = BatchDecoder(sampler, len(talks))
+    told: list[list[list[ReplyPart]]] = [[] for _ in talks]
     for turn in range(max((len(talk) for talk in talks), default=0)):
         going = [i for i, talk in enumerate(talks) if turn < len(talk)]
         _ask(rows, {i: talks[i][turn] for i in going})
@@ -99,16 +101,16 @@ def _chunk(sampler: Sampler, talks: Sequence[Talk], seeds: Sequence[int], style:
     return told
 
 
-def _ask(rows: Rows, asked: dict[int, Sequence[Part]]) -> None:
+def _ask(rows: BatchDecoder, asked: dict[int, Sequence[Part]]) -> None:
     """Let rows read a user's turn, part by part, and open the model's."""
-    tokenizer = rows.sampler.parts.tokenizer
+    tokenizer = rows.sampler.components.tokenizer
     assert tokenizer is not None
-    _read(rows, {i: tokenizer.opens_user(is_first=not rows.main.cursors[i].step) for i in asked})
+    _read(rows, {i: tokenizer.opens_user(is_first=not rows.conditional.cursors[i].step) for i in asked})
     _take(rows, asked)
     _read(rows, {i: tokenizer.opens_reply() for i in asked})
 
 
-def _take(rows: Rows, given: dict[int, Sequence[Part]]) -> None:
+def _take(rows: BatchDecoder, given: dict[int, Sequence[Part]]) -> None:
     """Let rows read words and see pictures in order. Raises PromptError before a row is longer than the model reads."""
     spelled = {i: [_ids(rows.sampler, p) if isinstance(p, str) else p for p in parts] for i, parts in given.items()}
     for row, parts in spelled.items():
@@ -119,9 +121,9 @@ def _take(rows: Rows, given: dict[int, Sequence[Part]]) -> None:
         _see(rows, {i: part for i, part in here.items() if isinstance(part, Tensor)})
 
 
-def _check_room(rows: Rows, row: int, parts: Sequence[list[int] | Tensor]) -> None:
+def _check_room(rows: BatchDecoder, row: int, parts: Sequence[list[int] | Tensor]) -> None:
     sampler, per_picture = rows.sampler, rows.sampler.layout.num_latents + 2
-    held, most = int(rows.main.keep[row].sum()), sampler.parts.cfg.max_positions
+    held, most = int(rows.conditional.is_real[row].sum()), sampler.components.cfg.max_positions
     wanted = sum(len(part) if isinstance(part, list) else per_picture for part in parts)
     if held + wanted + per_picture > most:  # a reply needs room, too
         raise PromptError(
@@ -131,15 +133,15 @@ def _check_room(rows: Rows, row: int, parts: Sequence[list[int] | Tensor]) -> No
 
 
 def _ids(sampler: Sampler, text: str) -> list[int]:
-    assert sampler.parts.tokenizer is not None
-    return sampler.parts.tokenizer.encode(text) if text else []
+    assert sampler.components.tokenizer is not None
+    return sampler.components.tokenizer.encode(text) if text else []
 
 
-def _read(rows: Rows, ids: dict[int, list[int]]) -> None:
+def _read(rows: BatchDecoder, ids: dict[int, list[int]]) -> None:
     rows.read([ids.get(i, []) for i in range(rows.rows)])
 
 
-def _see(rows: Rows, images: dict[int, Tensor]) -> None:
+def _see(rows: BatchDecoder, images: dict[int, Tensor]) -> None:
     if not images:
         return
     sampler = rows.sampler
@@ -147,9 +149,9 @@ def _see(rows: Rows, images: dict[int, Tensor]) -> None:
     rows.see(list(images), sampler.noisy(torch.stack(list(images.values())), levels), sampler.upload_level)
 
 
-def _listen(rows: Rows, going: list[int], seeds: list[int], style: _Style) -> dict[int, list[Block]]:
+def _listen(rows: BatchDecoder, going: list[int], seeds: list[int], style: _Style) -> dict[int, list[ReplyPart]]:
     """What each row replies: runs of tokens as text, and pictures."""
-    blocks: dict[int, list[list[int] | Picture]] = {i: [] for i in going}
+    blocks: dict[int, list[list[int] | DecodedImage]] = {i: [] for i in going}
     for event in rows.reply(seeds, style.replying, going, draws=style.draws):
         if style.watch is not None:
             style.watch(event)
@@ -161,11 +163,11 @@ def _listen(rows: Rows, going: list[int], seeds: list[int], style: _Style) -> di
             last.append(event.id)
         elif isinstance(event, Completed):
             blocks[event.row].append(event.picture)
-    told = {i: [b if isinstance(b, Picture) else _text(rows.sampler, b) for b in row] for i, row in blocks.items()}
+    told = {i: [b if isinstance(b, DecodedImage) else _text(rows.sampler, b) for b in row] for i, row in blocks.items()}
     return {i: [b for b in row if b != ""] for i, row in told.items()}
 
 
 def _text(sampler: Sampler, ids: list[int]) -> str:
     """Tokens as text, without characters at the end that were never finished, as a session tells them."""
-    assert sampler.parts.tokenizer is not None
-    return sampler.parts.tokenizer.decode(ids).rstrip("\ufffd \n")
+    assert sampler.components.tokenizer is not None
+    return sampler.components.tokenizer.decode(ids).rstrip("\ufffd \n")

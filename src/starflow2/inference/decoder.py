@@ -19,31 +19,31 @@ from torch import Tensor
 
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow.affine import Affine, strengths
-from starflow2.inference.events import Begun, Completed, Ended, Picture, RowEvent, Stepped, Token
+from starflow2.inference.events import Begun, Completed, DecodedImage, Ended, RowEvent, Stepped, Token
 from starflow2.inference.sampler import Sampler
 from starflow2.models.pretzel import Latent, PretzelCache, Slots
 from starflow2.models.sequence import Cursor
 
 __all__ = [
-    "Replying",
-    "Rows",
-    "Stream",
+    "BatchDecoder",
+    "Branch",
+    "ReplyLimits",
 ]
 
 
 # -- one branch -----------------------------------------------------------------------------------------------
 
 
-class Stream:
+class Branch:
     """One branch of B rows: its cache, which of its positions are real, and the states at each row's last slot."""
 
     def __init__(self, sampler: Sampler, rows: int) -> None:
         self.sampler, self.rows = sampler, rows
         self.cache: PretzelCache = sampler.pretzel.new_cache()
-        device = sampler.parts.device
-        self.keep = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+        device = sampler.components.device
+        self.is_real = torch.zeros(rows, 0, dtype=torch.bool, device=device)
         self.cursors = [Cursor(sampler.layout.grid) for _ in range(rows)]
-        cfg = sampler.parts.cfg
+        cfg = sampler.components.cfg
         self.h = torch.zeros(rows, cfg.vlm.width, dtype=sampler.dtype, device=device)
         self.g = torch.zeros(rows, cfg.flow.deep.stack.width, dtype=sampler.dtype, device=device)
 
@@ -60,7 +60,7 @@ class Stream:
         begin slot, and what it adds (P, C).
         """
         width = max(len(row) for row in ids)
-        layout, device = self.sampler.layout, self.keep.device
+        layout, device = self.sampler.layout, self.is_real.device
         padded = torch.full((self.rows, width), layout.pad)
         mrope, places = torch.zeros(3, self.rows, width, dtype=torch.long), torch.zeros(self.rows, width, 3)
         real = torch.zeros(self.rows, width, dtype=torch.bool)
@@ -71,14 +71,14 @@ class Stream:
             padded[i, :count], real[i, :count] = torch.tensor(row), True
             span = latents.spans.get(i) if latents is not None else None
             mrope[:, i, :count], places[i, :count] = self._positions(i, count, span)
-        self.keep = torch.cat([self.keep, real.to(device)], 1)
+        self.is_real = torch.cat([self.is_real, real.to(device)], 1)
         slots = Slots(
             padded.to(device),
             mrope.to(device),
             places.to(device),
             latent=None if latents is None else latents.slots(),
             begin=None if begin is None else (begin[0], real.sum(1).to(device)[begin[0]] - 1, begin[1]),
-            attend=None if bool(self.keep.all()) else self.keep,
+            attend=None if bool(self.is_real.all()) else self.is_real,
         )
         states = self.sampler.pretzel.read(slots, self.cache)
         last = real.sum(1).to(device) - 1
@@ -91,15 +91,15 @@ class Stream:
 
     def restart(self, rows: Sequence[int]) -> None:
         """Let these rows begin anew: what they held is never seen again."""
-        self.keep[list(rows)] = False
+        self.is_real[list(rows)] = False
         for row in rows:
             self.cursors[row] = Cursor(self.sampler.layout.grid)
 
-    def fork(self, copies: int = 1) -> Stream:
+    def fork(self, copies: int = 1) -> Branch:
         """A branch of its own with each row repeated; the two never share memory."""
-        twin = Stream(self.sampler, self.rows * copies)
+        twin = Branch(self.sampler, self.rows * copies)
         twin.cache = self.cache.fork(copies)
-        twin.keep = self.keep.repeat_interleave(copies, 0)
+        twin.is_real = self.is_real.repeat_interleave(copies, 0)
         twin.cursors = [replace(c) for c in self.cursors for _ in range(copies)]
         twin.h, twin.g = (t.repeat_interleave(copies, 0) for t in (self.h, self.g))
         return twin
@@ -125,7 +125,7 @@ class _Latents:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replying:
+class ReplyLimits:
     """What a reply may hold. `pictures` 0: words only; temperature 0: the likeliest token."""
 
     tokens: int = 64
@@ -152,7 +152,7 @@ class _Row:
 
 
 @dataclass(slots=True)
-class _Canvas:
+class LatentBuffers:
     """Latents of every row: those of the picture at hand, and those of the picture before it."""
 
     u: Tensor  # (B, N + 1, D), last row zero
@@ -160,28 +160,28 @@ class _Canvas:
     previous: Tensor  # (B, N + 1, D)
     has_previous: Tensor  # (B,) bool
 
-    def fork(self, copies: int) -> _Canvas:
-        tensors = (getattr(self, name).repeat_interleave(copies, 0) for name in _Canvas.__slots__)
-        return _Canvas(*tensors)
+    def fork(self, copies: int) -> LatentBuffers:
+        tensors = (getattr(self, name).repeat_interleave(copies, 0) for name in LatentBuffers.__slots__)
+        return LatentBuffers(*tensors)
 
 
-class Rows:
+class BatchDecoder:
     """B conversations side by side. `read` lets all go on with what is given, `reply` with what the model makes."""
 
     def __init__(self, sampler: Sampler, rows: int) -> None:
         self.sampler, self.rows = sampler, rows
-        self.main = Stream(sampler, rows)
-        self.blank: Stream | None = None  # the unconditional branch, while pictures are drawn
-        deep = sampler.parts.cfg.flow.deep
+        self.conditional = Branch(sampler, rows)
+        self.unconditional: Branch | None = None  # the unconditional branch, while pictures are drawn
+        deep = sampler.components.cfg.flow.deep
         shape = rows, deep.num_latents + 1, deep.dim
-        zeros = torch.zeros(shape, dtype=sampler.dtype, device=sampler.parts.device)
-        flags = torch.zeros(rows, dtype=torch.bool, device=sampler.parts.device)
-        self.canvas = _Canvas(zeros, zeros[:, :-1].clone(), zeros.clone(), flags)
+        zeros = torch.zeros(shape, dtype=sampler.dtype, device=sampler.components.device)
+        flags = torch.zeros(rows, dtype=torch.bool, device=sampler.components.device)
+        self.buffers = LatentBuffers(zeros, zeros[:, :-1].clone(), zeros.clone(), flags)
 
-    def fork(self, copies: int = 1) -> Rows:
+    def fork(self, copies: int = 1) -> BatchDecoder:
         """Rows of their own, each repeated; the two never share memory."""
-        twin = Rows(self.sampler, self.rows * copies)
-        twin.main, twin.canvas = self.main.fork(copies), self.canvas.fork(copies)
+        twin = BatchDecoder(self.sampler, self.rows * copies)
+        twin.conditional, twin.buffers = self.conditional.fork(copies), self.buffers.fork(copies)
         return twin
 
     # -- what is given
@@ -189,7 +189,7 @@ class Rows:
     def read(self, ids: Sequence[Sequence[int]]) -> None:
         """Text behind every row; a row may get none."""
         if any(ids):
-            self.main.append(ids)
+            self.conditional.append(ids)
 
     @torch.no_grad()
     def see(self, rows: Sequence[int], x: Tensor, noise_level: float) -> Tensor:
@@ -198,15 +198,15 @@ class Rows:
         level = self._levels(len(rows), noise_level)
         u, _ = self.sampler.pretzel.flow.shallow(x.to(self.sampler.dtype), level)
         self._begin(index, level)
-        self.canvas.u[index] = F.pad(u, (0, 0, 0, 1))
-        self._put_latents(self.main, index, (0, u.shape[1]), level)
+        self.buffers.u[index] = F.pad(u, (0, 0, 0, 1))
+        self._put_latents(self.conditional, index, (0, u.shape[1]), level)
         self._close(rows)
         return u
 
     # -- what the model makes
 
     def reply(
-        self, seeds: Sequence[int], config: Replying, rows: Sequence[int] | None = None, *, draws: bool = False
+        self, seeds: Sequence[int], config: ReplyLimits, rows: Sequence[int] | None = None, *, draws: bool = False
     ) -> Iterator[RowEvent]:
         """Let `rows` (all) reply until each has ended; `draws`: every reply begins with a picture.
 
@@ -220,10 +220,10 @@ class Rows:
             yield from self._start([*states], states)
         while any(s.doing != "done" for s in states.values()):
             yield from self._step(states, config)
-        self.blank = None
+        self.unconditional = None
 
     @torch.no_grad()
-    def _step(self, states: dict[int, _Row], config: Replying) -> list[RowEvent]:
+    def _step(self, states: dict[int, _Row], config: ReplyLimits) -> list[RowEvent]:
         """One slot for every row that is going on."""
         told: list[RowEvent] = []
         ids: list[list[int]] = [[] for _ in range(self.rows)]
@@ -257,23 +257,23 @@ class Rows:
 
     @property
     def _end(self) -> int:
-        return self.sampler.parts.cfg.vlm.special.end
+        return self.sampler.components.cfg.vlm.special.end
 
-    def _words(self, states: dict[int, _Row], config: Replying) -> dict[int, int]:
+    def _words(self, states: dict[int, _Row], config: ReplyLimits) -> dict[int, int]:
         """The next token of every row that is writing."""
         rows = [r for r, s in states.items() if s.doing == "text"]
         if not rows:
             return {}
-        logits = self.sampler.pretzel.logits(self.main.h[rows], self.main.g[rows]).float()  # (R, V)
-        s = self.sampler.parts.cfg.vlm.special
+        logits = self.sampler.pretzel.logits(self.conditional.h[rows], self.conditional.g[rows]).float()  # (R, V)
+        s = self.sampler.components.cfg.vlm.special
         logits[:, [s.pad, s.user, s.assistant, s.vision_end, s.image_pad]] = -torch.inf
-        logits[:, self.sampler.parts.tokenizer.vocab :] = -torch.inf  # type: ignore[union-attr]
+        logits[:, self.sampler.components.tokenizer.vocab :] = -torch.inf  # type: ignore[union-attr]
         tokens: dict[int, int] = {}
         for row, scores in zip(rows, logits, strict=True):
             tokens[row] = self._choose(scores, states[row], config)
         return tokens
 
-    def _choose(self, scores: Tensor, state: _Row, config: Replying) -> int:
+    def _choose(self, scores: Tensor, state: _Row, config: ReplyLimits) -> int:
         begin = self.sampler.layout.begin
         if state.pictures >= config.pictures:
             scores[begin] = -torch.inf
@@ -290,65 +290,65 @@ class Rows:
     # -- pictures
 
     def _levels(self, count: int, level: float) -> Tensor:
-        return torch.full((count,), level, dtype=self.sampler.dtype, device=self.sampler.parts.device)
+        return torch.full((count,), level, dtype=self.sampler.dtype, device=self.sampler.components.device)
 
     @torch.no_grad()
     def _start(self, rows: list[int], states: dict[int, _Row]) -> list[RowEvent]:
         """Feed begin slots, draw the prior, open the unconditional branch."""
-        index = torch.tensor(rows, device=self.main.keep.device)
+        index = torch.tensor(rows, device=self.conditional.is_real.device)
         level = self._levels(len(rows), self.sampler.noise_level)
         self._begin(index, level)
-        self.canvas.u[index] = 0
-        shape = self.canvas.z.shape[1:]
+        self.buffers.u[index] = 0
+        shape = self.buffers.z.shape[1:]
         for row in rows:
             states[row].doing, states[row].drawn = "draw", 0
             states[row].log_prob = states[row].unconditional = 0.0
             states[row].pictures += 1
             z = self.sampler.prior(shape, states[row].generator)
-            self.canvas.z[row] = z.to(self.canvas.z)
+            self.buffers.z[row] = z.to(self.buffers.z)
         if self.sampler.config.guidance or self.sampler.config.edit_guidance:
             self._begin_blank(index, level)
         return [Begun(row) for row in rows]
 
     def _begin(self, index: Tensor, level: Tensor) -> None:
         """A begin slot behind each of these rows."""
-        previous, has = self.canvas.previous[index], self.canvas.has_previous[index]
+        previous, has = self.buffers.previous[index], self.buffers.has_previous[index]
         added = self.sampler.pretzel.begins(level, previous, has)
         ids: list[list[int]] = [[] for _ in range(self.rows)]
         for row in index.tolist():
             ids[row] = [self.sampler.layout.begin]
-        self.main.append(ids, begin=(index, added))
+        self.conditional.append(ids, begin=(index, added))
 
     def _begin_blank(self, index: Tensor, level: Tensor) -> None:
         """The empty prompt and a begin slot, for these rows of the unconditional branch."""
-        self.blank = self.blank or Stream(self.sampler, self.rows)
-        self.blank.restart(index.tolist())
-        assert self.sampler.parts.tokenizer is not None
-        empty = self.sampler.parts.tokenizer.drawing_prompt("")
+        self.unconditional = self.unconditional or Branch(self.sampler, self.rows)
+        self.unconditional.restart(index.tolist())
+        assert self.sampler.components.tokenizer is not None
+        empty = self.sampler.components.tokenizer.drawing_prompt("")
         ids: list[list[int]] = [[] for _ in range(self.rows)]
         for row in index.tolist():
             ids[row] = empty
-        self.blank.append(ids, begin=(index, self.sampler.pretzel.begins(level, None, None)))
+        self.unconditional.append(ids, begin=(index, self.sampler.pretzel.begins(level, None, None)))
 
     def _draw_next(self, rows: list[int], states: dict[int, _Row]) -> None:
         """The next latent of every row that is drawing, from its z (eq. 3.5)."""
-        index = torch.tensor(rows, device=self.main.keep.device)
+        index = torch.tensor(rows, device=self.conditional.is_real.device)
         at = torch.tensor([states[r].drawn for r in rows], device=index.device)
         deep = self.sampler.pretzel.flow.deep
-        told = deep.affine(self.main.g[index][:, None])
+        told = deep.affine(self.conditional.g[index][:, None])
         affine, blank = told, None
-        if self.blank is not None:
-            blank = deep.affine(self.blank.g[index][:, None])
+        if self.unconditional is not None:
+            blank = deep.affine(self.unconditional.g[index][:, None])
             affine = told.guide(blank, self._strengths(index, at), self.sampler.config.rule)
-        u = affine.denormalize(self.canvas.z[index, at][:, None])  # (R, 1, D)
+        u = affine.denormalize(self.buffers.z[index, at][:, None])  # (R, 1, D)
         if not bool(torch.isfinite(u).all()):
             raise DataError("a latent is not finite; try a lower guidance.")
-        self.canvas.u[index, at] = u[:, 0].to(self.canvas.u.dtype)
+        self.buffers.u[index, at] = u[:, 0].to(self.buffers.u.dtype)
         self._note(rows, states, (told, blank), u)
 
     def _strengths(self, index: Tensor, at: Tensor) -> Tensor:
         """Guidance (R, 1, 1) of latents number `at` (R,) of the pictures that rows `index` are drawing."""
-        config, canvas = self.sampler.config, self.canvas
+        config, canvas = self.sampler.config, self.buffers
         known = canvas.u.new_tensor([config.strength(follows=f) for f in (False, True)])
         guidance = known[canvas.has_previous[index].long()]
         return strengths(guidance, config.schedule, at.to(guidance), canvas.z.shape[1])[:, None, None]
@@ -371,27 +371,27 @@ class Rows:
             return
         latents = None
         if drawing:
-            index = torch.tensor(drawing, device=self.main.keep.device)
+            index = torch.tensor(drawing, device=self.conditional.is_real.device)
             spans = {r: (states[r].drawn - 1, states[r].drawn) for r in drawing}
             level = self._levels(len(drawing), self.sampler.noise_level)
-            latents = self._embedded(index, spans, level, has=self.canvas.has_previous[index])
-            if self.blank is not None:
+            latents = self._embedded(index, spans, level, has=self.buffers.has_previous[index])
+            if self.unconditional is not None:
                 blind = self._embedded(index, spans, level, has=torch.zeros_like(index, dtype=torch.bool))
                 only = [row if i in spans else [] for i, row in enumerate(ids)]
-                self.blank.append(only, blind)
-        self.main.append(ids, latents)
+                self.unconditional.append(only, blind)
+        self.conditional.append(ids, latents)
 
-    def _put_latents(self, stream: Stream, index: Tensor, span: tuple[int, int], level: Tensor) -> None:
+    def _put_latents(self, stream: Branch, index: Tensor, span: tuple[int, int], level: Tensor) -> None:
         """The same latents of several rows' pictures, as one append."""
         spans = {row: span for row in index.tolist()}
         ids: list[list[int]] = [[] for _ in range(self.rows)]
         for row in spans:
             ids[row] = [self.sampler.layout.latent] * (span[1] - span[0])
-        stream.append(ids, self._embedded(index, spans, level, has=self.canvas.has_previous[index]))
+        stream.append(ids, self._embedded(index, spans, level, has=self.buffers.has_previous[index]))
 
     def _embedded(self, index: Tensor, spans: dict[int, tuple[int, int]], level: Tensor, *, has: Tensor) -> _Latents:
         targets = torch.stack([torch.arange(*spans[r], device=index.device) + 1 for r in index.tolist()])
-        buffer, previous = self.canvas.u[index], self.canvas.previous[index]
+        buffer, previous = self.buffers.u[index], self.buffers.previous[index]
         adapted, base = self.sampler.pretzel.latents(buffer, targets, level, previous, has)
         return _Latents(index, adapted, base, spans)
 
@@ -400,28 +400,28 @@ class Rows:
         ids: list[list[int]] = [[] for _ in range(self.rows)]
         for row in rows:
             ids[row] = [self.sampler.layout.end]
-        self.main.append(ids)
+        self.conditional.append(ids)
         self._turn_page(rows)
 
     def _turn_page(self, rows: Sequence[int]) -> None:
         index = list(rows)
-        self.canvas.previous[index] = self.canvas.u[index]
-        self.canvas.has_previous[index] = True
+        self.buffers.previous[index] = self.buffers.u[index]
+        self.buffers.has_previous[index] = True
 
     def _completed(self, rows: list[int], states: dict[int, _Row]) -> list[RowEvent]:
         """Decode finished pictures; what stays in the cache is what was sampled."""
         if not rows:
             return []
         sampler, level = self.sampler, self.sampler.noise_level
-        u = self.canvas.u[rows, :-1]
+        u = self.buffers.u[rows, :-1]
         levels = self._levels(len(rows), level)
         x = sampler.pretzel.flow.shallow.inverse(u, levels, sampler.config.shallow_solver)
-        images = sampler.parts.codec.decode(x.to(sampler.parts.flow.deep.head.weight.dtype))
+        images = sampler.components.codec.decode(x.to(sampler.components.flow.deep.head.weight.dtype))
         self._turn_page(rows)
         made: list[RowEvent] = []
         for i, row in enumerate(rows):
             state = states[row]
             state.doing = "close"
-            unconditional = None if self.blank is None else state.unconditional
-            made.append(Completed(row, Picture(x[i], u[i], level, images[i], state.log_prob, unconditional)))
+            unconditional = None if self.unconditional is None else state.unconditional
+            made.append(Completed(row, DecodedImage(x[i], u[i], level, images[i], state.log_prob, unconditional)))
         return made

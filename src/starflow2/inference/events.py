@@ -7,17 +7,17 @@ from typing import Literal
 
 from torch import Tensor
 
-from starflow2.core.images import Picture as Image
+from starflow2.core.images import PILImage
 
 __all__ = [
     "Begun",
     "Completed",
+    "DecodedImage",
     "Drew",
     "Ended",
     "Event",
     "Finished",
     "Made",
-    "Picture",
     "RowEvent",
     "Started",
     "Stepped",
@@ -51,7 +51,7 @@ class Stepped:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class DecodedImage:
     """A picture in both of its forms, and how likely the model thought it while drawing it.
 
     x: (N, D) latents at their noise level; u: (N, D) what the cache holds; image: (3, height, width) in [-1, 1].
@@ -72,7 +72,7 @@ class Completed:
     """A picture is complete."""
 
     row: int
-    picture: Picture
+    picture: DecodedImage
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +113,8 @@ class Made:
     """Something is complete: the picture for eyes, and as the model holds it."""
 
     modality: str
-    image: Image
-    picture: Picture
+    image: PILImage
+    picture: DecodedImage
 
 
 @dataclass(frozen=True, slots=True)

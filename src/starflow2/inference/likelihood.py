@@ -14,9 +14,9 @@ from torch import Tensor
 
 from starflow2.errors import ConfigError
 from starflow2.flow.affine import standard_normal_log_prob
-from starflow2.inference.conversations import Part, converse
-from starflow2.inference.decoder import Replying
-from starflow2.inference.events import Picture
+from starflow2.inference.conversations import Part, generate_replies
+from starflow2.inference.decoder import ReplyLimits
+from starflow2.inference.events import DecodedImage
 from starflow2.inference.sampler import Sampler
 from starflow2.models.pretzel import Output
 from starflow2.models.sequence import pack
@@ -65,8 +65,8 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    asked: Sequence[Part]
-    told: Sequence[Part]
+    user: Sequence[Part]
+    assistant: Sequence[Part]
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def score(sampler: Sampler, asked: Sequence[Part], told: Sequence[Part], *, nois
     if noise_level is not None and not low <= noise_level <= high:
         raise ConfigError(f"noise_level is {noise_level}; expected one that was trained, {low:g} to {high:g}.")
     output, levels = _read(sampler, _Turn(asked, told), noise_level)
-    tokenizer = sampler.parts.tokenizer
+    tokenizer = sampler.components.tokenizer
     assert tokenizer is not None
     chances = -token_nats(output.head, (output.h, output.g), output.labels)
     tokens = tuple(
@@ -95,19 +95,19 @@ def score(sampler: Sampler, asked: Sequence[Part], told: Sequence[Part], *, nois
 
 def _read(sampler: Sampler, turn: _Turn, noise_level: float | None) -> tuple[Output, Tensor]:
     """One turn in parallel: pictures the user shows at the level of uploads, those of the reply at `noise_level`."""
-    parts = sampler.parts
-    assert parts.tokenizer is not None
-    shown, drawn = ([p for p in side if isinstance(p, Tensor)] for side in (turn.asked, turn.told))
+    components = sampler.components
+    assert components.tokenizer is not None
+    shown, drawn = ([p for p in side if isinstance(p, Tensor)] for side in (turn.user, turn.assistant))
     lowest = sampler.upload_level if noise_level is None else noise_level
     levels = torch.tensor([sampler.upload_level] * len(shown) + [lowest] * len(drawn), dtype=sampler.dtype)
-    levels = levels.to(parts.device)
-    batch = pack([parts.tokenizer.document([turn])], parts.layout).to(parts.device)
+    levels = levels.to(components.device)
+    batch = pack([components.tokenizer.document([turn])], components.layout).to(components.device)
     return sampler.pretzel.forward(batch, _noisy(sampler, shown + drawn, levels), levels), levels
 
 
 def _noisy(sampler: Sampler, images: Sequence[Tensor], levels: Tensor) -> Tensor:
     """Latents (P, N, D) of pictures at their levels, noise from seed 0."""
-    deep = sampler.parts.cfg.flow.deep
+    deep = sampler.components.cfg.flow.deep
     if not images:
         return torch.zeros(0, deep.num_latents, deep.dim, dtype=sampler.dtype, device=levels.device)
     return sampler.noisy(torch.stack(list(images)), levels)
@@ -143,10 +143,10 @@ def invert(sampler: Sampler, image: Tensor, prompt: str) -> Code:
     return Code(output.z[0], float(standard_normal_log_prob(output.z)[0]))
 
 
-def decode_code(sampler: Sampler, z: Tensor, prompt: str) -> Picture:
+def decode_code(sampler: Sampler, z: Tensor, prompt: str) -> DecodedImage:
     """The picture that `prompt` draws from a code; the prompt of `invert` gives its picture back, another edits it."""
     talk = [[[prompt] if prompt else []]]
-    reply = converse(sampler.with_code(z), talk, [0], Replying(tokens=0, pictures=1), draws=True)[0][0]
+    reply = generate_replies(sampler.with_code(z), talk, [0], ReplyLimits(tokens=0, pictures=1), draws=True)[0][0]
     picture = reply[0]
-    assert isinstance(picture, Picture)
+    assert isinstance(picture, DecodedImage)
     return picture

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from starflow2.errors import ConfigError
 from starflow2.inference.config import DrawConfig
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.sequence import Layout
 from starflow2.nn import check, raw_bytes
 
@@ -26,17 +26,17 @@ __all__ = [
 class Sampler:
     """A model made ready for sampling: on CPU a float64 twin of both streams (docs/choices.md#sampling-in-float64)."""
 
-    def __init__(self, parts: Parts, config: DrawConfig | None = None) -> None:
-        self.parts = parts
-        self.config = config or DrawConfig.for_model(parts)
+    def __init__(self, components: Components, config: DrawConfig | None = None) -> None:
+        self.components = components
+        self.config = config or DrawConfig.for_model(components)
         if self.config.cleanup != "none":
             raise ConfigError(
                 f"cleanup is {self.config.cleanup!r}; conversations take 'none': their cache is the sample."
             )
         asked = self.config.precision
-        doubles = parts.device.type == "cpu" if asked == "auto" else asked == "float64"
-        self.dtype = torch.float64 if doubles else parts.flow.deep.head.weight.dtype
-        self.pretzel = parts.pretzel.in_float64() if doubles else parts.pretzel
+        doubles = components.device.type == "cpu" if asked == "auto" else asked == "float64"
+        self.dtype = torch.float64 if doubles else components.flow.deep.head.weight.dtype
+        self.pretzel = components.pretzel.in_float64() if doubles else components.pretzel
 
     def prior(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Where a picture starts, at the temperature that is set: z of `shape`, (N, D)."""
@@ -47,8 +47,8 @@ class Sampler:
 
         Their noise is that of seed 0 for each, so that no picture depends on where it stands or what stands beside it.
         """
-        levels = levels.to(self.parts.device, self.dtype)
-        x = self.parts.codec.encode(images.to(levels.device)).to(self.dtype)
+        levels = levels.to(self.components.device, self.dtype)
+        x = self.components.codec.encode(images.to(levels.device)).to(self.dtype)
         eps = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
         return x + levels[:, None, None] * eps.to(x)
 
@@ -63,7 +63,7 @@ class Sampler:
 
         Raises ShapeError for any other shape.
         """
-        deep = self.parts.cfg.flow.deep
+        deep = self.components.cfg.flow.deep
         check(z, "N D", "code", N=deep.num_latents, D=deep.dim)
         twin = self.changed(guidance=0.0, edit_guidance=None)
         twin.prior = lambda shape, generator: z  # type: ignore[method-assign]
@@ -73,25 +73,25 @@ class Sampler:
     def fingerprint(self) -> str:
         """Tells models apart, and precisions: saved sessions fit only their own."""
         found = blake2b(str(self.dtype).encode(), digest_size=16)
-        for module in (self.parts.vlm, self.parts.flow, self.parts.joints):
+        for module in (self.components.vlm, self.components.flow, self.components.joints):
             for value in module.state_dict().values():
                 found.update(raw_bytes(value))
         return found.hexdigest()
 
     @property
     def layout(self) -> Layout:
-        return self.parts.layout
+        return self.components.layout
 
     @property
     def noise_level(self) -> float:
         """Level at which pictures are drawn."""
-        noise = self.parts.cfg.flow.noise
+        noise = self.components.cfg.flow.noise
         assert noise is not None
         return noise.noise_max
 
     @property
     def upload_level(self) -> float:
         """Level at which pictures from outside enter."""
-        noise = self.parts.cfg.flow.noise
+        noise = self.components.cfg.flow.noise
         assert noise is not None
         return noise.noise_min

@@ -21,19 +21,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from starflow2.core.images import Picture as Image
-from starflow2.core.images import read_picture, to_pil
+from starflow2.core.images import PILImage, read_picture, to_pil
 from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
-from starflow2.inference.decoder import Replying, Rows
+from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import (
     Begun,
     Completed,
+    DecodedImage,
     Drew,
     Ended,
     Event,
     Finished,
     Made,
-    Picture,
     RowEvent,
     Started,
     Stepped,
@@ -42,9 +41,9 @@ from starflow2.inference.events import (
 )
 from starflow2.inference.sampler import Sampler
 from starflow2.models.checkpoint import save_tensors
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.pretzel import PretzelCache
-from starflow2.models.prompts import check_words, heard
+from starflow2.models.prompts import check_words, normalized
 from starflow2.models.sequence import Cursor
 from starflow2.models.tokenizer import ChatTokenizer
 from starflow2.nn import Cache, check
@@ -57,7 +56,7 @@ __all__ = [
     "checked_part",
 ]
 
-Said = str | Path | Image | Tensor  # words, or a picture: a file, a PIL image, or a tensor (3, s, s) in [-1, 1]
+Said = str | Path | PILImage | Tensor  # words, or a picture: a file, a PIL image, or a tensor (3, s, s) in [-1, 1]
 SAMPLING = ("guidance", "edit_guidance", "prior_scale", "rule", "schedule")  # settings that a saved session keeps
 
 _BRANCHES = itertools.count()
@@ -72,7 +71,7 @@ class Piece:
 
     who: str
     text: str | None = None
-    picture: Picture | None = None
+    picture: DecodedImage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +97,14 @@ class Session:
     """
 
     def __init__(self, sampler: Sampler, seed: int = 0) -> None:
-        missing = [stage for stage in ("t2i", "adapter", "joint") if stage not in sampler.parts.stages]
+        missing = [stage for stage in ("t2i", "adapter", "joint") if stage not in sampler.components.finished_stages]
         if missing:
-            done = ", ".join(sampler.parts.stages) or "none"
+            done = ", ".join(sampler.components.finished_stages) or "none"
             raise ConfigError(f"this model has finished stages {done}; a session needs {missing[0]}, too.")
         self.sampler, self.seed = sampler, seed
         self.pieces: list[Piece] = []
         self.encode_calls = 0  # how often a picture from outside was encoded
-        self._rows = Rows(sampler, 1)
+        self._rows = BatchDecoder(sampler, 1)
         self._is_open = False  # a user's turn
         self._is_replying = False
         self._replies = 0
@@ -123,7 +122,7 @@ class Session:
         self._check_idle()
         if not parts:
             raise PromptError("there is nothing to add; say or show something.")
-        ready = [checked_part(self.sampler.parts, part) for part in parts]
+        ready = [checked_part(self.sampler.components, part) for part in parts]
         self._check_room(sum(self._slots_of(part) for part in ready) + self._overhead)
         start = self.mark()
         try:
@@ -144,8 +143,8 @@ class Session:
 
     @property
     def _tokenizer(self) -> ChatTokenizer:
-        assert self.sampler.parts.tokenizer is not None
-        return self.sampler.parts.tokenizer
+        assert self.sampler.components.tokenizer is not None
+        return self.sampler.components.tokenizer
 
     @property
     def _overhead(self) -> int:
@@ -166,7 +165,7 @@ class Session:
         self.encode_calls += 1
         x = self.sampler.noisy(image[None], torch.tensor([level]))
         u = self._rows.see([0], x, level)
-        picture = Picture(x[0], u[0], level, image)
+        picture = DecodedImage(x[0], u[0], level, image)
         self.pieces.append(Piece("user", picture=picture))
 
     # -- what the model makes
@@ -176,19 +175,19 @@ class Session:
 
         Stopping early, by an error or by leaving the loop, takes the whole reply back.
         """
-        yield from self._reply(Replying(tokens=tokens, pictures=pictures, temperature=temperature))
+        yield from self._reply(ReplyLimits(tokens=tokens, pictures=pictures, temperature=temperature))
 
     def write(self, *, tokens: int = 64, temperature: float = 0.0) -> str:
         """The model replies in words."""
-        events = self._reply(Replying(tokens=tokens, pictures=0, temperature=temperature))
+        events = self._reply(ReplyLimits(tokens=tokens, pictures=0, temperature=temperature))
         return "".join(e.text for e in events if isinstance(e, Wrote)).strip()
 
     def draw(self) -> Made:
         """The model replies with a picture and nothing else."""
-        made = [e for e in self._reply(Replying(tokens=0, pictures=1), draws=True) if isinstance(e, Made)]
+        made = [e for e in self._reply(ReplyLimits(tokens=0, pictures=1), draws=True) if isinstance(e, Made)]
         return made[0]
 
-    def _reply(self, config: Replying, *, draws: bool = False) -> Iterator[Event]:
+    def _reply(self, config: ReplyLimits, *, draws: bool = False) -> Iterator[Event]:
         self._check_idle()
         per_picture = self.sampler.layout.num_latents + 2
         self._check_room(self._overhead + (per_picture if draws or not config.tokens else 1))
@@ -246,12 +245,12 @@ class Session:
     @property
     def length(self) -> int:
         """Positions in the cache."""
-        return self._rows.main.cache.length
+        return self._rows.conditional.cache.length
 
     @property
     def room(self) -> int:
         """Positions that are left."""
-        return self.sampler.parts.cfg.max_positions - self.length
+        return self.sampler.components.cfg.max_positions - self.length
 
     def _check_idle(self) -> None:
         if self._is_replying:
@@ -261,13 +260,13 @@ class Session:
         if wanted > self.room:
             raise PromptError(
                 f"the conversation has {self.length} positions and this needs {wanted} more; this model reads up to "
-                f"{self.sampler.parts.cfg.max_positions}: rewind, or start a new session."
+                f"{self.sampler.components.cfg.max_positions}: rewind, or start a new session."
             )
 
     def mark(self) -> Mark:
         """This moment, to `rewind` to."""
         self._check_idle()
-        main, canvas = self._rows.main, self._rows.canvas
+        main, canvas = self._rows.conditional, self._rows.buffers
         return Mark(
             branch=self._branch,
             length=self.length,
@@ -287,13 +286,13 @@ class Session:
         self._check_idle()
         if mark.length > self._valid.get(mark.branch, -1):
             raise ConfigError("rewind got a mark of another session, or of something that was taken back since.")
-        main, canvas = self._rows.main, self._rows.canvas
+        main, canvas = self._rows.conditional, self._rows.buffers
         main.cache.truncate(mark.length)
-        main.keep = main.keep[:, : mark.length]
+        main.is_real = main.is_real[:, : mark.length]
         main.cursors = [replace(mark.cursor)]
         main.h, main.g = (t.clone() for t in mark.last)
         canvas.previous, canvas.has_previous = (t.clone() for t in mark.previous)
-        self._rows.blank = None
+        self._rows.unconditional = None
         del self.pieces[mark.pieces :]
         self._is_open, self._replies = mark.is_open, mark.replies
         self._start_branch(mark.length)
@@ -319,7 +318,7 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Write the whole state as one safetensors file. Raises OutputError."""
         self._check_idle()
-        main, canvas = self._rows.main, self._rows.canvas
+        main, canvas = self._rows.conditional, self._rows.buffers
         tensors = {"h": main.h, "g": main.g, "previous": canvas.previous, "has_previous": canvas.has_previous}
         for name, cache in (("vlm", main.cache.vlm), ("flow", main.cache.flow)):
             for i, (k, v) in enumerate(cache.filled()):
@@ -338,7 +337,7 @@ class Session:
         save_tensors(whole, Path(path), meta)
 
     def _state(self) -> dict[str, Any]:
-        cursor = self._rows.main.cursors[0]
+        cursor = self._rows.conditional.cursors[0]
         return {
             "mrope": cursor.mrope,
             "step": cursor.step,
@@ -369,14 +368,14 @@ class Session:
         return session
 
     def _restore(self, tensors: dict[str, Tensor], pieces: Sequence[dict[str, Any]], state: dict[str, Any]) -> None:
-        device = self.sampler.parts.device
+        device = self.sampler.components.device
         tensors = {name: value.to(device) for name, value in tensors.items()}
-        main, canvas = self._rows.main, self._rows.canvas
+        main, canvas = self._rows.conditional, self._rows.buffers
         main.h, main.g = tensors["h"], tensors["g"]
         canvas.previous, canvas.has_previous = tensors["previous"], tensors["has_previous"]
         if "flow.0.k" in tensors:
             main.cache = PretzelCache(*(_cache_of(tensors, name) for name in ("vlm", "flow")))
-        main.keep = torch.ones(1, main.cache.length, dtype=torch.bool, device=device)
+        main.is_real = torch.ones(1, main.cache.length, dtype=torch.bool, device=device)
         main.cursors = [Cursor(self.sampler.layout.grid, state["mrope"], state["step"])]
         self.seed, self._replies, self._is_open = state["seed"], state["replies"], state["is_open"]
         self.encode_calls = state["encode_calls"]
@@ -384,19 +383,19 @@ class Session:
             picture = None
             if told["text"] is None:
                 x, u, image = (tensors[f"picture.{i}.{name}"] for name in ("x", "u", "image"))
-                picture = Picture(x, u, told["noise_level"], image, *told["nats"])
+                picture = DecodedImage(x, u, told["noise_level"], image, *told["nats"])
             self.pieces.append(Piece(told["who"], told["text"], picture))
 
 
-def checked_part(parts: Parts, part: Said) -> str | Tensor:
+def checked_part(components: Components, part: Said) -> str | Tensor:
     """Words as the model reads them, or a picture (3, s, s) in [-1, 1].
 
     Raises PromptError for words it does not know, DataError and ShapeError for pictures it cannot take.
     """
-    size = parts.cfg.fae.image_size
+    size = components.cfg.fae.image_size
     if isinstance(part, str):
-        check_words(parts, part)
-        return heard(parts, part)
+        check_words(components, part)
+        return normalized(components, part)
     return _checked(part, size) if isinstance(part, Tensor) else read_picture(part, size)
 
 

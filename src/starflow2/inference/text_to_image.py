@@ -16,7 +16,7 @@ from torch import Tensor
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow import Context, Flow, SampleConfig
 from starflow2.inference.config import DrawConfig
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.context import prompt_context
 
 __all__ = [
@@ -39,7 +39,7 @@ class Drawn:
 
 @torch.no_grad()
 def draw(
-    parts: Parts,
+    components: Components,
     prompts: Sequence[str],
     seeds: Sequence[int],
     config: DrawConfig,
@@ -52,28 +52,28 @@ def draw(
     """
     if len(prompts) != len(seeds) or not prompts:
         raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds; expected equally many.")
-    if "t2i" not in parts.stages:
-        raise ConfigError(f"this model has finished stages {list(parts.stages)}; drawing needs t2i.")
-    flow = _sampling_flow(parts, config)
+    if "t2i" not in components.finished_stages:
+        raise ConfigError(f"this model has finished stages {list(components.finished_stages)}; drawing needs t2i.")
+    flow = _sampling_flow(components, config)
     done: list[Tensor] = []
-    total = len(prompts) * parts.cfg.flow.deep.num_latents
+    total = len(prompts) * components.cfg.flow.deep.num_latents
     for first in range(0, len(prompts), config.batch):
         chunk = slice(first, first + config.batch)
         rows = len(prompts[chunk])
-        before = first * parts.cfg.flow.deep.num_latents
+        before = first * components.cfg.flow.deep.num_latents
 
         def step(count: int, _: int, rows: int = rows, before: int = before) -> None:
             if progress is not None:
                 progress(before + count * rows, total)
 
-        done.append(sample_latents(parts, flow, prompts[chunk], seeds[chunk], config, step))
+        done.append(sample_latents(components, flow, prompts[chunk], seeds[chunk], config, step))
     latents = torch.cat(done)
-    return Drawn(_decode(parts, latents), latents, _level(parts))
+    return Drawn(_decode(components, latents), latents, _level(components))
 
 
 @torch.no_grad()
 def sample_latents(
-    parts: Parts,
+    components: Components,
     flow: Flow,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -81,13 +81,13 @@ def sample_latents(
     progress: Progress | None = None,
 ) -> Tensor:
     """Latents (B, N, D) float32 of one batch, sampled in the precision of `flow`, cleaned up if asked."""
-    tokenizer = parts.tokenizer
+    tokenizer = components.tokenizer
     assert tokenizer is not None
     rows = [tokenizer.drawing_prompt(p) for p in prompts]
     empty = [tokenizer.drawing_prompt("")] * len(rows)
     dtype = flow.deep.head.weight.dtype
-    context, unconditional = _halves(prompt_context(parts, rows + empty, dtype), len(rows))
-    level = torch.full((len(rows),), _level(parts), device=parts.device, dtype=dtype)
+    context, unconditional = _halves(prompt_context(components, rows + empty, dtype), len(rows))
+    level = torch.full((len(rows),), _level(components), device=components.device, dtype=dtype)
     latents = flow.sample(
         flow.prior(list(seeds)).to(dtype),
         context,
@@ -111,14 +111,14 @@ def sample_latents(
     return latents.float()
 
 
-def _sampling_flow(parts: Parts, config: DrawConfig) -> Flow:
-    doubles = parts.device.type == "cpu" if config.precision == "auto" else config.precision == "float64"
-    return copy.deepcopy(parts.flow).double() if doubles else parts.flow
+def _sampling_flow(components: Components, config: DrawConfig) -> Flow:
+    doubles = components.device.type == "cpu" if config.precision == "auto" else config.precision == "float64"
+    return copy.deepcopy(components.flow).double() if doubles else components.flow
 
 
-def _level(parts: Parts) -> float:
-    assert parts.cfg.flow.noise is not None
-    return parts.cfg.flow.noise.noise_max
+def _level(components: Components) -> float:
+    assert components.cfg.flow.noise is not None
+    return components.cfg.flow.noise.noise_max
 
 
 def _halves(both: Context, rows: int) -> tuple[Context, Context]:
@@ -128,5 +128,5 @@ def _halves(both: Context, rows: int) -> tuple[Context, Context]:
     return first, Context(both.states[rows:], both.positions[rows:], both.attend[rows:])
 
 
-def _decode(parts: Parts, latents: Tensor, batch: int = 64) -> Tensor:
-    return torch.cat([parts.codec.decode(chunk) for chunk in latents.split(batch)])
+def _decode(components: Components, latents: Tensor, batch: int = 64) -> Tensor:
+    return torch.cat([components.codec.decode(chunk) for chunk in latents.split(batch)])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from starflow2.errors import ConfigError
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.sequence import Batch, Image, Text, pack, text_mrope, with_pictures
 
 __all__ = ["answer"]
@@ -23,35 +23,37 @@ _BATCH = 64  # rows at once
 
 
 @torch.no_grad()
-def answer(parts: Parts, images: Tensor, questions: Sequence[str], *, max_tokens: int = 48) -> list[str]:
+def answer(components: Components, images: Tensor, questions: Sequence[str], *, max_tokens: int = 48) -> list[str]:
     """One answer per (picture, question), each of at most `max_tokens` tokens; the likeliest token at every step.
 
-    images: (B, 3, s, s) in [-1, 1], s = parts.cfg.vlm.image_size.
+    images: (B, 3, s, s) in [-1, 1], s = components.cfg.vlm.image_size.
     Raises ConfigError if lengths differ or the model's language part was not trained, ShapeError for other pictures.
     """
     if len(images) != len(questions):
         raise ConfigError(f"{len(images)} images and {len(questions)} questions; expected equally many.")
     if max_tokens < 1:
         raise ConfigError(f"max_tokens is {max_tokens}; expected at least 1.")
-    if "vlm" not in parts.stages:
-        raise ConfigError(f"this model has finished stages {list(parts.stages)}; answering needs vlm.")
-    tokenizer = parts.tokenizer
+    if "vlm" not in components.finished_stages:
+        raise ConfigError(f"this model has finished stages {list(components.finished_stages)}; answering needs vlm.")
+    tokenizer = components.tokenizer
     assert tokenizer is not None
     rows = [tokenizer.encode(question) for question in questions]
     answers = [""] * len(rows)
     for group in _equally_long(rows):
-        batch = _documents(parts, [rows[i] for i in group]).to(parts.device)
-        replies = _reply(parts, images[group].to(parts.device), batch, max_tokens)
+        batch = _documents(components, [rows[i] for i in group]).to(components.device)
+        replies = _reply(components, images[group].to(components.device), batch, max_tokens)
         for i, reply in zip(group, replies, strict=True):
             answers[i] = tokenizer.decode(reply)
     return answers
 
 
-def _documents(parts: Parts, questions: Sequence[list[int]]) -> Batch:
+def _documents(components: Components, questions: Sequence[list[int]]) -> Batch:
     """A picture and a question up to where the answer begins, one row each; questions are equally long."""
-    assert parts.tokenizer is not None
-    before, after = (Text(tuple(ids)) for ids in (parts.tokenizer.opens_user(), parts.tokenizer.opens_reply()))
-    return pack([[before, Image(), Text(tuple(q)), after] for q in questions], parts.tower_layout)
+    assert components.tokenizer is not None
+    before, after = (
+        Text(tuple(ids)) for ids in (components.tokenizer.opens_user(), components.tokenizer.opens_reply())
+    )
+    return pack([[before, Image(), Text(tuple(q)), after] for q in questions], components.tower_layout)
 
 
 def _equally_long(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -63,9 +65,9 @@ def _equally_long(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         yield from (group[at : at + _BATCH] for at in range(0, len(group), _BATCH))
 
 
-def _reply(parts: Parts, images: Tensor, batch: Batch, max_tokens: int) -> list[list[int]]:
+def _reply(components: Components, images: Tensor, batch: Batch, max_tokens: int) -> list[list[int]]:
     """The tokens that follow each row, without the end token; rows that have ended leave the batch."""
-    vlm, end = parts.vlm, parts.cfg.vlm.special.end
+    vlm, end = components.vlm, components.cfg.vlm.special.end
     cache = vlm.new_cache()
     h = vlm.states(with_pictures(vlm.embed(batch.ids), vlm.see(images), batch), batch.mrope, cache=cache)
     at = int(batch.mrope[0, 0, -1])
@@ -82,4 +84,4 @@ def _reply(parts: Parts, images: Tensor, batch: Batch, max_tokens: int) -> list[
         if len(going) < len(h):
             cache.select(going)
         at += 1
-        h = vlm.states(vlm.embed(told[:, None]), text_mrope(len(rows), 1, at).to(parts.device), cache=cache)
+        h = vlm.states(vlm.embed(told[:, None]), text_mrope(len(rows), 1, at).to(components.device), cache=cache)

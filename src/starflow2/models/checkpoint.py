@@ -28,7 +28,7 @@ from starflow2.core.files import replacing
 from starflow2.core.serialize import from_dict, to_dict
 from starflow2.errors import CheckpointError, ConfigError, OutputError, nearest
 from starflow2.flow import AffineBlock, Flow
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.config import FaeConfig, JointsConfig, ModelConfig
 from starflow2.models.fae import Fae
 from starflow2.models.pretrained import Pretrained, fingerprint, locate
@@ -40,13 +40,13 @@ from starflow2.nn import raw_bytes
 
 __all__ = [
     "FORMAT",
-    "load_parts",
+    "load_components",
     "load_tensors",
     "load_words",
     "read_config",
-    "save_parts",
+    "save_components",
     "save_tensors",
-    "start_parts",
+    "start_components",
     "weights_digest",
     "write_config",
 ]
@@ -56,21 +56,21 @@ OWN = ("fae.", "flow.", "joints.")  # what model.safetensors holds
 BACKBONES = ("vlm", "features")  # what stands beside it, or is referred to
 
 
-def save_parts(parts: Parts, folder: str | Path) -> Path:
+def save_components(components: Components, folder: str | Path) -> Path:
     """Write a model folder; an older one at the same place is replaced only when all is written.
 
     Files of others in it (a model card) are kept. Raises CheckpointError where the folder cannot be
     written or holds something that is not a model.
     """
-    if parts.tokenizer is None:
-        raise CheckpointError("parts.tokenizer is None; a model is saved together with its tokenizer.")
+    if components.tokenizer is None:
+        raise CheckpointError("components.tokenizer is None; a model is saved together with its tokenizer.")
     folder = Path(folder).resolve()
     _check_replaceable(folder)
     temp = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temp, ignore_errors=True)
     try:
         temp.mkdir(parents=True)
-        _write_folder(parts, temp)
+        _write_folder(components, temp)
         _keep_others(folder, temp)
         _swap(temp, folder)
     except (OSError, SafetensorError, shutil.Error) as error:  # safetensors has its own for a full disk
@@ -101,31 +101,31 @@ def _keep_others(folder: Path, new: Path) -> None:
             shutil.copy2(other, new / other.name)
 
 
-def _write_folder(parts: Parts, folder: Path) -> None:
-    assert parts.tokenizer is not None
-    for name in _backbones(parts.cfg):
-        if name not in parts.cfg.references:
-            getattr(parts, name).save(folder / name)
-    own = {k: v for k, v in parts.state_dict().items() if k.startswith(OWN)}
+def _write_folder(components: Components, folder: Path) -> None:
+    assert components.tokenizer is not None
+    for name in _backbones(components.cfg):
+        if name not in components.cfg.references:
+            getattr(components, name).save(folder / name)
+    own = {k: v for k, v in components.state_dict().items() if k.startswith(OWN)}
     save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / "model.safetensors")
-    parts.tokenizer.save(folder / "tokenizer.json")
-    (folder / "lexicon.txt").write_text("\n".join(sorted(parts.lexicon)) + "\n")
-    write_config(parts, folder)
+    components.tokenizer.save(folder / "tokenizer.json")
+    (folder / "lexicon.txt").write_text("\n".join(sorted(components.vocabulary)) + "\n")
+    write_config(components, folder)
 
 
-def weights_digest(parts: Parts) -> str:
+def weights_digest(components: Components) -> str:
     """Which weights these are, in 16 hexadecimal digits: FAE, flow and joints, adapters of a fine-tune included."""
     said = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(parts.state_dict().items()):
+    for name, value in sorted(components.state_dict().items()):
         if name.startswith(OWN):
             said.update(name.encode() + raw_bytes(value))
     return said.hexdigest()
 
 
-def write_config(parts: Parts, folder: Path) -> None:
+def write_config(components: Components, folder: Path) -> None:
     """config.json of a model folder: format number, stages done, every size, fingerprints of what is referred to."""
-    config = {"format": FORMAT, "stages": list(parts.stages), "model": to_dict(parts.cfg)}
-    config |= {"fingerprints": parts.fingerprints} if parts.fingerprints else {}
+    config = {"format": FORMAT, "stages": list(components.finished_stages), "model": to_dict(components.cfg)}
+    config |= {"fingerprints": components.fingerprints} if components.fingerprints else {}
     with replacing(folder / "config.json") as temp:
         temp.write_text(json.dumps(config, indent=1) + "\n")
 
@@ -144,8 +144,10 @@ def _swap(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_parts(folder: str | Path, device: str | torch.device = "cpu", waiting: tuple[str, ...] = ()) -> Parts:
-    """Parts from a model folder. Raises CheckpointError for what is missing, foreign or truncated.
+def load_components(
+    folder: str | Path, device: str | torch.device = "cpu", waiting: tuple[str, ...] = ()
+) -> Components:
+    """Components from a model folder. Raises CheckpointError for what is missing, foreign or truncated.
 
     waiting: parts whose transformer layers stay on the CPU, in the mapped file, until they are used or moved, so that
     a run in shards never holds them whole; see `parallel.Shards.place`.
@@ -158,29 +160,29 @@ def load_parts(folder: str | Path, device: str | torch.device = "cpu", waiting: 
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}; it is no complete starflow2 model.")
     with torch.device("meta"):
-        parts = Parts(cfg)
+        components = Components(cfg)
     tensors = load_tensors(folder / "model.safetensors")
     if not any(name.startswith("joints.") for name in tensors) and "adapter" not in config["stages"]:
         tensors |= _fresh_joints(cfg)
-    _fill(parts, tensors, folder / "model.safetensors", waiting)
+    _fill(components, tensors, folder / "model.safetensors", waiting)
     for name in _backbones(cfg):
         if name in cfg.references:
             place = folder / name if (folder / name).is_dir() else None
             known = config.get("fingerprints", {}).get(name, "")
-            _refer(parts, name, place, known, "cpu" if name in waiting else device)
+            _refer(components, name, place, known, "cpu" if name in waiting else device)
         else:
-            _load_backbone(getattr(parts, name), folder / name)
-    for block in parts.flow.modules():
+            _load_backbone(getattr(components, name), folder / name)
+    for block in components.flow.modules():
         if isinstance(block, AffineBlock):
             block.rebuild_buffers()
-    parts.tokenizer = _tokenizer(folder / "tokenizer.json", cfg)
+    components.tokenizer = _tokenizer(folder / "tokenizer.json", cfg)
     lexicon = folder / "lexicon.txt"
-    parts.lexicon = frozenset(lexicon.read_text().split()) if lexicon.is_file() else frozenset()
-    parts.stages = tuple(config["stages"])
-    for name, module in parts.named_modules():
+    components.vocabulary = frozenset(lexicon.read_text().split()) if lexicon.is_file() else frozenset()
+    components.finished_stages = tuple(config["stages"])
+    for name, module in components.named_modules():
         if not _waits(name, waiting):
             module._apply(lambda value: value.to(device), recurse=False)
-    return parts.eval()
+    return components.eval()
 
 
 def _waits(name: str, waiting: tuple[str, ...]) -> bool:
@@ -188,8 +190,8 @@ def _waits(name: str, waiting: tuple[str, ...]) -> bool:
     return name.split(".")[0] in waiting and ".layers." in name
 
 
-def start_parts(cfg: ModelConfig, device: str | torch.device = "cpu") -> Parts:
-    """Parts for the first stage of a model over pretrained weights: those loaded, all else fresh, no stage done.
+def start_components(cfg: ModelConfig, device: str | torch.device = "cpu") -> Components:
+    """Components for the first stage of a model over pretrained weights: those loaded, all else fresh, no stage done.
 
     The tokenizer is that of the language model's folder. Raises CheckpointError for weights that are missing, broken
     or of another model, and ConfigError for a config that refers to no language model.
@@ -197,19 +199,19 @@ def start_parts(cfg: ModelConfig, device: str | torch.device = "cpu") -> Parts:
     if cfg.vlm_from is None:
         raise ConfigError(f"model {cfg.name} has no vlm_from; it starts from its own stages, nothing pretrained.")
     with torch.device("meta"):
-        parts = Parts(cfg)
+        components = Components(cfg)
     fresh: dict[str, nn.Module] = {"flow": Flow(cfg.flow), "joints": _new_joints(cfg)}
     if isinstance(cfg.fae, FaeConfig):
         fresh["fae"] = Fae(cfg.fae)
     for name, module in fresh.items():
-        setattr(parts, name, module)
+        setattr(components, name, module)
     for name in _backbones(cfg):
         if name in cfg.references:
-            _refer(parts, name, None, "", device)
+            _refer(components, name, None, "", device)
         else:
-            getattr(parts, name).model = type(getattr(parts, name))(getattr(parts, name).cfg).model
-    parts.tokenizer = _tokenizer(locate(cfg.vlm_from) / "tokenizer.json", cfg)
-    return parts.to(device).eval()
+            getattr(components, name).model = type(getattr(components, name))(getattr(components, name).cfg).model
+    components.tokenizer = _tokenizer(locate(cfg.vlm_from) / "tokenizer.json", cfg)
+    return components.to(device).eval()
 
 
 def _backbones(cfg: ModelConfig) -> tuple[str, ...]:
@@ -217,12 +219,12 @@ def _backbones(cfg: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in BACKBONES if getattr(cfg, name) is not None)
 
 
-def _refer(parts: Parts, name: str, place: Path | None, known: str, device: str | torch.device) -> None:
+def _refer(components: Components, name: str, place: Path | None, known: str, device: str | torch.device) -> None:
     """Load a part that is only referred to, from its source or from `place`, and move it to `device` at once.
 
     known: the fingerprint it had when the model was saved.
     """
-    ref: Pretrained = parts.cfg.references[name]
+    ref: Pretrained = components.cfg.references[name]
     folder = place or locate(ref)
     found = fingerprint(folder)
     for whose, wanted in (("this model was trained with", known), ("its config asks for", ref.sha256)):
@@ -231,14 +233,14 @@ def _refer(parts: Parts, name: str, place: Path | None, known: str, device: str 
                 f"{name} from {folder} has the fingerprint {found}, but {whose} {wanted}; "
                 f"give {ref.source} of revision {ref.revision or 'main'}, or link it as {name} in the model folder."
             )
-    backbone = getattr(parts, name)
+    backbone = getattr(components, name)
     try:
         backbone.check_settings(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load {folder}: {_first_line(error)}") from error
     _load_backbone(backbone, folder, getattr(torch, ref.precision))
     backbone.model.to(device)
-    parts.fingerprints[name] = found
+    components.fingerprints[name] = found
 
 
 def _load_backbone(
@@ -366,9 +368,9 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         raise OutputError(f"cannot write {path}: {error}.") from error
 
 
-def _fill(parts: Parts, tensors: dict[str, Tensor], path: Path, waiting: tuple[str, ...]) -> None:
+def _fill(components: Components, tensors: dict[str, Tensor], path: Path, waiting: tuple[str, ...]) -> None:
     """Give our own parts, built without weights, copies of `tensors`; layers that wait get the mapped ones."""
-    state = {k: v for k, v in parts.state_dict().items() if k.startswith(OWN)}
+    state = {k: v for k, v in components.state_dict().items() if k.startswith(OWN)}
     missing, extra = sorted(set(state) - set(tensors)), sorted(set(tensors) - set(state))
     if missing or extra:
         hint = nearest(missing[0], extra) if missing else ""
@@ -383,4 +385,4 @@ def _fill(parts: Parts, tensors: dict[str, Tensor], path: Path, waiting: tuple[s
         state[name] = value.to(target.dtype, copy=not _waits(name, waiting))
     for prefix in (prefix for prefix in OWN if any(k.startswith(prefix) for k in state)):
         own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        getattr(parts, prefix.removesuffix(".")).load_state_dict(own, assign=True)
+        getattr(components, prefix.removesuffix(".")).load_state_dict(own, assign=True)

@@ -25,19 +25,19 @@ from starflow2.models.tokenizer import ChatTokenizer
 from starflow2.models.vision import features_of
 
 __all__ = [
-    "Parts",
+    "Components",
     "build",
 ]
 
 
-class Parts(nn.Module):
+class Components(nn.Module):
     """The modules of a model and its tokenizer; which of them are trained is `stages`."""
 
     def __init__(self, cfg: ModelConfig, tokenizer: ChatTokenizer | None = None) -> None:
         super().__init__()
         self.cfg, self.tokenizer = cfg, tokenizer
-        self.lexicon: frozenset[str] = frozenset()
-        self.stages: tuple[str, ...] = ()
+        self.vocabulary: frozenset[str] = frozenset()
+        self.finished_stages: tuple[str, ...] = ()
         self.fingerprints: dict[str, str] = {}  # of the parts that are only referred to, once they are loaded
         if cfg.features is not None:
             self.features = features_of(cfg.features)
@@ -100,7 +100,7 @@ class Parts(nn.Module):
         return self.flow.deep.head.weight.device
 
 
-def build(cfg: ModelConfig, device: str | torch.device = "cpu") -> Parts:
-    """Parts with fresh weights (or none, on the meta device)."""
+def build(cfg: ModelConfig, device: str | torch.device = "cpu") -> Components:
+    """Components with fresh weights (or none, on the meta device)."""
     with torch.device(device):
-        return Parts(cfg)
+        return Components(cfg)

@@ -135,7 +135,7 @@ class ModelConfig:
 
     @property
     def references(self) -> dict[str, Pretrained]:
-        """The parts that a model folder only refers to, by their names in `Parts`."""
+        """The parts that a model folder only refers to, by their names in `Components`."""
         refs = {"features": self.features_from, "vlm": self.vlm_from}
         return {name: ref for name, ref in refs.items() if ref is not None}
 

@@ -22,7 +22,7 @@ from starflow2.core.serialize import from_dict, to_dict
 from starflow2.errors import CheckpointError, ConfigError
 from starflow2.flow import AffineBlock
 from starflow2.models.checkpoint import load_tensors, save_tensors
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.nn import raw_bytes
 
 __all__ = ["Lora", "LoraConfig", "attach", "load", "merge", "save"]
@@ -69,13 +69,13 @@ def _adapter(layer: nn.Linear) -> tuple[Lora, Tensor] | None:
     return inside.weight[0], inside.weight.original
 
 
-def attach(parts: Parts, cfg: LoraConfig, seed: int = 0) -> nn.ModuleDict:
+def attach(components: Components, cfg: LoraConfig, seed: int = 0) -> nn.ModuleDict:
     """Put fresh adapters on the deep block; returns them by name, with "/" for ".".
 
     Raises ConfigError if there are some already.
     """
     generator, added = torch.Generator().manual_seed(seed), nn.ModuleDict()
-    for name, layer in _targets(parts.flow.deep).items():
+    for name, layer in _targets(components.flow.deep).items():
         if parametrize.is_parametrized(layer):
             raise ConfigError("the deep block has adapters already; merge them first.")
         added[name.replace(".", "/")] = lora = Lora(cfg, layer.weight, generator)
@@ -83,38 +83,42 @@ def attach(parts: Parts, cfg: LoraConfig, seed: int = 0) -> nn.ModuleDict:
     return added
 
 
-def merge(parts: Parts) -> None:
+def merge(components: Components) -> None:
     """Add the adapters to the weights they stand on and remove them."""
-    for layer in _targets(parts.flow.deep).values():
+    for layer in _targets(components.flow.deep).values():
         if parametrize.is_parametrized(layer):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
 
 
-def digest(parts: Parts) -> str:
+def digest(components: Components) -> str:
     """What an adapter belongs to, in 16 hexadecimal digits: the weights of the deep block, without adapters."""
     said = hashlib.blake2b(digest_size=8)
-    for layer in _targets(parts.flow.deep).values():
+    for layer in _targets(components.flow.deep).values():
         found = _adapter(layer)
         plain = layer.weight if found is None else found[1]
         said.update(raw_bytes(plain))
     return said.hexdigest()
 
 
-def save(parts: Parts, cfg: LoraConfig, path: Path) -> None:
+def save(components: Components, cfg: LoraConfig, path: Path) -> None:
     """Write the attached adapters and the model's words, without any weight they stand on. Raises OutputError."""
     tensors: dict[str, Tensor] = {}
-    for name, layer in _targets(parts.flow.deep).items():
+    for name, layer in _targets(components.flow.deep).items():
         found = _adapter(layer)
         if found is not None:
             own = found[0].state_dict()
             tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in own.items()}
     if not tensors:
         raise ConfigError("the deep block has no adapters to save; attach some first.")
-    about = {"lora": json.dumps(to_dict(cfg)), "base": digest(parts), "words": " ".join(sorted(parts.lexicon))}
+    about = {
+        "lora": json.dumps(to_dict(cfg)),
+        "base": digest(components),
+        "words": " ".join(sorted(components.vocabulary)),
+    }
     save_tensors(tensors, path, about)
 
 
-def load(parts: Parts, path: Path) -> None:
+def load(components: Components, path: Path) -> None:
     """Attach the adapters of a file to the model they were trained on, and let it know their words.
 
     Raises CheckpointError for another model's adapters and for anything that is none.
@@ -124,14 +128,14 @@ def load(parts: Parts, path: Path) -> None:
         about = file.metadata() or {}
     if {"lora", "base", "words"} - set(about):
         raise CheckpointError(f"{path} holds no adapters of starflow2.")
-    if about["base"] != digest(parts):
-        raise CheckpointError(f"{path} belongs to weights {about['base']}; this model's are {digest(parts)}.")
-    added = attach(parts, from_dict(LoraConfig, json.loads(about["lora"])))
+    if about["base"] != digest(components):
+        raise CheckpointError(f"{path} belongs to weights {about['base']}; this model's are {digest(components)}.")
+    added = attach(components, from_dict(LoraConfig, json.loads(about["lora"])))
     wanted = {f"{name.replace('/', '.')}.{key}" for name, m in added.items() for key in m.state_dict()}
     if wanted != set(tensors):
-        merge(parts)
+        merge(components)
         raise CheckpointError(f"{path} does not fit: {len(wanted ^ set(tensors))} tensors missing or unknown.")
     for name, lora in added.items():
         lora.load_state_dict({key: tensors[f"{name.replace('/', '.')}.{key}"] for key in ("a", "b")})
-    if parts.lexicon:
-        parts.lexicon |= frozenset(about["words"].split())
+    if components.vocabulary:
+        components.vocabulary |= frozenset(about["words"].split())

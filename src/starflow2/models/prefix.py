@@ -13,17 +13,17 @@ from torch import Tensor
 
 from starflow2.models.protocols import LanguageStream
 
-__all__ = ["before_pictures", "states_in_two_passes"]
+__all__ = ["prefix_mask", "two_pass_states"]
 
 
-def before_pictures(is_latent: Tensor, attend: Tensor | None) -> Tensor:
+def prefix_mask(is_latent: Tensor, attend: Tensor | None) -> Tensor:
     """Which positions see no latent, (B, T) bool. is_latent: (B, T) bool; attend: (B, T, T) bool or None for causal."""
     if attend is None:
         return is_latent.cumsum(1) == 0
     return ~(attend & is_latent[:, None]).any(-1)
 
 
-def states_in_two_passes(
+def two_pass_states(
     vlm: LanguageStream, embeds: tuple[Tensor, Tensor], mrope: Tensor, first: Tensor, attend: Tensor | None
 ) -> Tensor:
     """States (B, T, E) as `vlm.states` gives them, those of `first` from a pass of their own.

@@ -24,7 +24,7 @@ from starflow2.flow import Affine, Flow
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.flow.noise import NoiseEmbedding
 from starflow2.models.config import JointsConfig
-from starflow2.models.prefix import before_pictures, states_in_two_passes
+from starflow2.models.prefix import prefix_mask, two_pass_states
 from starflow2.models.protocols import LanguageStream
 from starflow2.models.sequence import IGNORE, Batch
 from starflow2.nn import Cache, FiLM, check, zero_linear
@@ -197,7 +197,7 @@ class Pretzel:
     def __init__(self, vlm: LanguageStream, flow: Flow, joints: Joints) -> None:
         self.vlm, self.flow, self.joints = vlm, flow, joints
         self.skips: frozenset[Skip] = ALL_SKIPS
-        self.reads_apart = True  # what stands before pictures, where that saves work (`prefix`)
+        self.two_pass_prefix = True  # what stands before pictures, where that saves work (`prefix`)
         self.trace: list[tuple[str, Tensor, Tensor]] | None = None
 
     def new_cache(self) -> PretzelCache:
@@ -243,12 +243,12 @@ class Pretzel:
         """The language model's states (B, T, E); embeds: words alone, and with latents in their places."""
         words, whole = embeds
         trains = whole.requires_grad and not words.requires_grad
-        if cache is None and slots.latent is not None and trains and self.reads_apart:
+        if cache is None and slots.latent is not None and trains and self.two_pass_prefix:
             is_latent = torch.zeros_like(slots.ids, dtype=torch.bool)
             is_latent[slots.latent.row, slots.latent.at] = True
-            first = before_pictures(is_latent, slots.attend)
+            first = prefix_mask(is_latent, slots.attend)
             if first.float().mean() >= PREFIX_SHARE:
-                return states_in_two_passes(self.vlm, embeds, slots.mrope, first, slots.attend)
+                return two_pass_states(self.vlm, embeds, slots.mrope, first, slots.attend)
         return self.vlm.states(whole, slots.mrope, None if cache is None else cache.vlm, slots.attend)
 
     def _visual(self, base: Tensor, h: Tensor) -> Tensor:

@@ -29,17 +29,17 @@ def describe(cfg: ModelConfig) -> dict[str, Any]:
     >>> facts["parameters"]["total"] == sum(facts["parameters"]["by_component"].values())
     True
     """
-    parts = build(cfg, "meta")
-    vision = _count(parts.vlm.model.model.visual)
+    components = build(cfg, "meta")
+    vision = _count(components.vlm.model.model.visual)
     counts = {
-        "features": _count(parts.features) if parts.has_fae else 0,
+        "features": _count(components.features) if components.has_fae else 0,
         "vlm.vision": vision,
-        "vlm.language": _count(parts.vlm) - vision,
-        "fae": _count(parts.fae) if parts.has_fae else 0,
-        "flow.deep": _count(parts.flow.deep),
-        "flow.shallow": _count(parts.flow.shallow),
-        "adapter": _count(parts.joints.adapter),
-        "skips": _count(parts.joints) - _count(parts.joints.adapter),
+        "vlm.language": _count(components.vlm) - vision,
+        "fae": _count(components.fae) if components.has_fae else 0,
+        "flow.deep": _count(components.flow.deep),
+        "flow.shallow": _count(components.flow.shallow),
+        "adapter": _count(components.joints.adapter),
+        "skips": _count(components.joints) - _count(components.joints.adapter),
     }
     total = sum(counts.values())
     language, deep = cfg.vlm, cfg.flow.deep.stack

@@ -35,10 +35,10 @@ class Turn(Protocol):
     """What the user says or shows and what the model replies; a part that is no str is a picture."""
 
     @property
-    def asked(self) -> Sequence[object]: ...
+    def user(self) -> Sequence[object]: ...
 
     @property
-    def told(self) -> Sequence[object]: ...
+    def assistant(self) -> Sequence[object]: ...
 
 
 class ChatTokenizer:
@@ -86,8 +86,8 @@ class ChatTokenizer:
         segments = list[Segment]()
         for i, turn in enumerate(turns):
             opened = Text(tuple(self.opens_user(is_first=not i)))
-            segments += [opened, *self._segments(turn.asked, is_target=False)]
-            segments += [Text(tuple(self.opens_reply())), *self._segments(turn.told, is_target=True)]
+            segments += [opened, *self._segments(turn.user, is_target=False)]
+            segments += [Text(tuple(self.opens_reply())), *self._segments(turn.assistant, is_target=True)]
             segments += [Text((self.special.end,), is_target=True)]
         return segments
 

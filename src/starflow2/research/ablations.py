@@ -25,18 +25,18 @@ from starflow2.errors import CheckpointError, ConfigError, nearest
 from starflow2.evals.geneval import evaluate_geneval
 from starflow2.evals.mme import evaluate_mme
 from starflow2.evals.report import KeptRows
-from starflow2.models.checkpoint import load_parts
-from starflow2.models.components import Parts
+from starflow2.models.checkpoint import load_components
+from starflow2.models.components import Components
 from starflow2.models.pretrained import fingerprint
 from starflow2.pipeline import StarFlow2
-from starflow2.research.mot import MotParts
-from starflow2.research.runs import StepTeller, side_by_side
+from starflow2.research.mot import MotComponents
+from starflow2.research.runs import ProgressPrinter, run_parallel
 from starflow2.training.config import MixConfig, OptimConfig, StageConfig
 from starflow2.training.loop import fit_task
 from starflow2.training.task import Task
 from starflow2.training.tasks import AdapterTask, JointTask, T2iTask
 
-__all__ = ["ARMS", "Arm", "CompareConfig", "compare", "compare_and_keep", "fresh_parts", "summary", "write"]
+__all__ = ["ARMS", "Arm", "CompareConfig", "compare", "compare_and_keep", "fresh_components", "summary", "write"]
 
 Arm = Literal["stage 1", "stage 3", "stage 3, skips closed", "closed in use", "fresh", "mot frozen", "mot finetuned"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -80,37 +80,37 @@ class _Workplace:
     device: str
     workers: int
 
-    def start(self, arm: Arm, config: CompareConfig, seed: int) -> Parts:
+    def start(self, arm: Arm, config: CompareConfig, seed: int) -> Components:
         """What an arm begins with. Raises CheckpointError for a model without stages 1 and 2."""
         if arm not in AFRESH:
             return self._ready()
-        parts = fresh_parts(self.folder, seed, self.device)
+        components = fresh_components(self.folder, seed, self.device)
         if arm != "fresh":
-            return MotParts(parts, "frozen" if arm == "mot frozen" else "finetuned", seed)
+            return MotComponents(components, "frozen" if arm == "mot frozen" else "finetuned", seed)
         for prepare in (T2iTask, AdapterTask):  # both set a scale when they meet weights that are new
-            prepare(parts, config.stage("t2i"), seed)
-        return parts.requires_grad_(False)
+            prepare(components, config.stage("t2i"), seed)
+        return components.requires_grad_(False)
 
-    def _ready(self) -> Parts:
-        parts = load_parts(self.folder, self.device)
-        if "joint" in parts.stages or set(NEEDED) - set(parts.stages):
+    def _ready(self) -> Components:
+        components = load_components(self.folder, self.device)
+        if "joint" in components.finished_stages or set(NEEDED) - set(components.finished_stages):
             raise CheckpointError(
-                f"{self.folder} has finished {', '.join(parts.stages)}; the comparison needs a model of stages 1 and 2 "
-                f"({', '.join(NEEDED)}) from before stage 3."
+                f"{self.folder} has finished {', '.join(components.finished_stages)}; the comparison starts before it "
+                f"and needs {', '.join(NEEDED)}."
             )
-        return parts.requires_grad_(False)
+        return components.requires_grad_(False)
 
 
-def fresh_parts(folder: str | Path, seed: int, device: str = "cpu") -> Parts:
+def fresh_components(folder: str | Path, seed: int, device: str = "cpu") -> Components:
     """The frozen parts of the model in `folder` with a flow and joints that were never trained, those of `seed`."""
-    parts = load_parts(folder, device)
+    components = load_components(folder, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        new = Parts(parts.cfg)
-    parts.flow.load_state_dict(new.flow.state_dict())
-    parts.joints.load_state_dict(new.joints.state_dict())
-    parts.stages = ("features", "fae", "vlm")
-    return parts.requires_grad_(False)
+        new = Components(components.cfg)
+    components.flow.load_state_dict(new.flow.state_dict())
+    components.joints.load_state_dict(new.joints.state_dict())
+    components.finished_stages = ("features", "fae", "vlm")
+    return components.requires_grad_(False)
 
 
 def compare(
@@ -143,7 +143,7 @@ def compare(
         else:
             missing.append(unit)
     work = partial(_rows, config=config, place=_Workplace(Path(folder), device, workers))
-    for rows in side_by_side(work, missing, jobs):
+    for rows in run_parallel(work, missing, jobs):
         yield from rows
 
 
@@ -178,32 +178,32 @@ def _units(arms: Iterable[str], seeds: Iterable[int]) -> Iterator[_Unit]:
 
 def _rows(unit: _Unit, config: CompareConfig, place: _Workplace) -> list[Row]:
     """Train one arm and score it."""
-    parts, task = _trained(unit, config, place)
+    components, task = _trained(unit, config, place)
     trained = sum(p.numel() for p in task.trained.parameters())
     rows = []
     for arm in unit.arms:
         closed = arm in ("stage 1", "stage 3, skips closed", "closed in use")
-        scores = _scores(parts, closed=closed, config=config)
+        scores = _scores(components, closed=closed, config=config)
         rows.append({"arm": arm, "seed": unit.seed, "trained": trained} | scores)
     return rows
 
 
-def _trained(unit: _Unit, config: CompareConfig, place: _Workplace) -> tuple[Parts, Task]:
+def _trained(unit: _Unit, config: CompareConfig, place: _Workplace) -> tuple[Components, Task]:
     """The arm's parts after training, and what trained them."""
     arm, seed = unit.arms[0], unit.seed
-    parts = place.start(arm, config, seed)
+    components = place.start(arm, config, seed)
     stage = config.stage("t2i" if arm == "stage 1" else "joint")
-    task: Task = T2iTask(parts, stage, seed) if arm == "stage 1" else JointTask(parts, stage, seed)
+    task: Task = T2iTask(components, stage, seed) if arm == "stage 1" else JointTask(components, stage, seed)
     if arm == "stage 3, skips closed":
         assert isinstance(task, JointTask)
         task.pretzel.skips = frozenset()
-    fit_task(task, stage, seed, device=place.device, report=StepTeller(arm, seed), workers=place.workers)
-    parts.stages = (*NEEDED, "joint")
-    return parts, task
+    fit_task(task, stage, seed, device=place.device, report=ProgressPrinter(arm, seed), workers=place.workers)
+    components.finished_stages = (*NEEDED, "joint")
+    return components, task
 
 
-def _scores(parts: Parts, *, closed: bool, config: CompareConfig) -> dict[str, float]:
-    model = StarFlow2(parts)
+def _scores(components: Components, *, closed: bool, config: CompareConfig) -> dict[str, float]:
+    model = StarFlow2(components)
     if closed:
         model.sampler().pretzel.skips = frozenset()
 
@@ -218,22 +218,22 @@ def _scores(parts: Parts, *, closed: bool, config: CompareConfig) -> dict[str, f
     return {
         "geneval": drawn["parts"]["id"]["overall"]["lenient"]["score"],
         "mme": said["parts"]["id"]["total"]["score"],
-        **_losses(parts, closed=closed, count=config.unseen),
+        **_losses(components, closed=closed, count=config.unseen),
     }
 
 
 @torch.no_grad()
-def _losses(parts: Parts, *, closed: bool, count: int, batch: int = 32) -> dict[str, float]:
+def _losses(components: Components, *, closed: bool, count: int, batch: int = 32) -> dict[str, float]:
     """Both losses on `count` drawings and as many questions that nobody was trained on, the same for all arms."""
     found: dict[str, float] = {}
     for term, kind in (("flow", "draw"), ("text", "understand")):
         only = MixConfig(**{name: float(name == kind) for name in asdict(MixConfig())})
         stage = StageConfig(name="joint", steps=1, batch=batch, caption_drop=0.0, mix=only)
-        task = JointTask(parts, stage, UNSEEN_SEED)
+        task = JointTask(components, stage, UNSEEN_SEED)
         if closed:
             task.pretzel.skips = frozenset()
         generator = torch.Generator().manual_seed(UNSEEN_SEED)
-        chunks = [task.draw(range(at, at + batch)) for at in range(0, count, batch)]
+        chunks = [task.make_batch(range(at, at + batch)) for at in range(0, count, batch)]
         found[term] = float(np.mean([float(task.loss(data, generator)[1][term]) for data in chunks]))
     return found
 

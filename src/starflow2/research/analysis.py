@@ -19,11 +19,11 @@ from torch import Tensor
 
 from starflow2.core.images import Panel, histogram_outline, plot_panels, save_png
 from starflow2.errors import ConfigError
-from starflow2.inference.decoder import Replying, Rows
-from starflow2.inference.events import Completed, Picture, Token
+from starflow2.inference.decoder import BatchDecoder, ReplyLimits
+from starflow2.inference.events import Completed, DecodedImage, Token
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
-from starflow2.models.prompts import heard
+from starflow2.models.prompts import normalized
 from starflow2.models.sequence import Document, Image, Text, pack
 from starflow2.world.captions import FAMILIES, suite_drawings
 from starflow2.world.questions import DESCRIBE
@@ -116,7 +116,7 @@ def skip_contributions(sampler: Sampler, prompts: int = 50, seed: int = 0) -> Sk
     found: dict[str, list[tuple[Tensor, Tensor]]] = {"visual": [], "text": []}
     for first in range(0, prompts, sampler.config.batch):
         told = _transcripts(sampler, asked[first : first + sampler.config.batch], seed + first)
-        batch = pack([t.document for t in told], sampler.layout).to(sampler.parts.device)
+        batch = pack([t.document for t in told], sampler.layout).to(sampler.components.device)
         x = torch.stack([t.picture.x for t in told])
         levels = torch.full((len(told),), sampler.noise_level, dtype=sampler.dtype, device=x.device)
         with sampler.pretzel.traced() as trace:
@@ -140,22 +140,22 @@ def _dev_prompts(count: int) -> list[str]:
 @dataclass(frozen=True, slots=True)
 class _Transcript:
     document: Document
-    picture: Picture
+    picture: DecodedImage
 
 
 def _transcripts(sampler: Sampler, prompts: Sequence[str], seed: int) -> list[_Transcript]:
     """For every prompt: a picture of it by the model, and the model's description of that picture."""
-    tokenizer, rows = sampler.parts.tokenizer, Rows(sampler, len(prompts))
+    tokenizer, rows = sampler.components.tokenizer, BatchDecoder(sampler, len(prompts))
     assert tokenizer is not None
     seeds, replies = range(seed, seed + len(prompts)), tokenizer.opens_reply()
     asked = [(*tokenizer.opens_user(), *_ids(sampler, prompt), *replies) for prompt in prompts]
     question = (*tokenizer.opens_user(is_first=False), *_ids(sampler, DESCRIBE), *replies)
     rows.read(asked)
-    events = list(rows.reply(seeds, Replying(tokens=0, pictures=1), draws=True))
+    events = list(rows.reply(seeds, ReplyLimits(tokens=0, pictures=1), draws=True))
     pictures = {event.row: event.picture for event in events if isinstance(event, Completed)}
     rows.read([question] * len(prompts))
     words: list[list[int]] = [[] for _ in prompts]
-    for event in rows.reply(seeds, Replying(pictures=0)):
+    for event in rows.reply(seeds, ReplyLimits(pictures=0)):
         if isinstance(event, Token):
             words[event.row].append(event.id)
     ends = tokenizer.special.end
@@ -167,8 +167,8 @@ def _transcripts(sampler: Sampler, prompts: Sequence[str], seed: int) -> list[_T
 
 
 def _ids(sampler: Sampler, text: str) -> list[int]:
-    assert sampler.parts.tokenizer is not None
-    return sampler.parts.tokenizer.encode(heard(sampler.parts, text))
+    assert sampler.components.tokenizer is not None
+    return sampler.components.tokenizer.encode(normalized(sampler.components, text))
 
 
 def plot_skips(report: SkipReport, path: str | Path) -> None:
@@ -240,7 +240,7 @@ def turn_costs(sampler: Sampler, turns: int = 8, repeats: int = 3, seed: int = 0
 
 
 def _timed_turns(sampler: Sampler, prompts: Sequence[str], seed: int) -> Iterator[TurnCost]:
-    session, clock = Session(sampler, seed), _clock(sampler.parts.device)
+    session, clock = Session(sampler, seed), _clock(sampler.components.device)
     transcript: list[str | Tensor] = []
     for turn, prompt in enumerate(prompts, 1):
         before = session.length

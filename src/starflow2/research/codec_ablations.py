@@ -25,13 +25,13 @@ from starflow2.evals.report import KeptRows
 from starflow2.evals.world import score_geneval
 from starflow2.flow.noise import add_noise
 from starflow2.inference.config import Cleanup, DrawConfig
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
 from starflow2.models.pretrained import fingerprint
 from starflow2.models.protocols import FeatureExtractor
 from starflow2.pipeline import StarFlow2
-from starflow2.research.ablations import fresh_parts
-from starflow2.research.runs import StepTeller, side_by_side
+from starflow2.research.ablations import fresh_components
+from starflow2.research.runs import ProgressPrinter, run_parallel
 from starflow2.training.config import OptimConfig, StageConfig
 from starflow2.training.loop import fit_task
 from starflow2.training.recipes import with_patches
@@ -66,15 +66,15 @@ class CodecsConfig:
         return StageConfig(name="t2i", steps=self.steps, batch=self.batch, optim=optim, codec_weight=weight)
 
 
-def start(arm: Arm, folder: str | Path, seed: int, device: str = "cpu") -> Parts:
+def start(arm: Arm, folder: str | Path, seed: int, device: str = "cpu") -> Components:
     """Where an arm starts: the language model of `folder`, its FAE and features unless of patches, and a fresh flow."""
-    parts = fresh_parts(folder, seed, device)
+    components = fresh_components(folder, seed, device)
     if arm != "patches":
-        return parts
+        return components
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        new = Parts(with_patches(parts.cfg), parts.tokenizer)
-    new.vlm, new.lexicon, new.stages = parts.vlm, parts.lexicon, ("vlm",)
+        new = Components(with_patches(components.cfg), components.tokenizer)
+    new.vlm, new.vocabulary, new.finished_stages = components.vlm, components.vocabulary, ("vlm",)
     return new.to(device).eval().requires_grad_(False)
 
 
@@ -91,7 +91,7 @@ def compare_codecs(
     rows = kept.read()
     known = {(row["arm"], row["seed"]) for row in rows}
     units = [(arm, seed) for seed in config.seeds for arm in ARMS if (arm, seed) not in known]
-    for new in side_by_side(partial(_rows, config=config, folder=folder, device=device), units, jobs):
+    for new in run_parallel(partial(_rows, config=config, folder=folder, device=device), units, jobs):
         rows = sorted(rows + new, key=lambda row: (row["seed"], ROWS.index(row["arm"])))
         kept.write(rows)
     return rows
@@ -100,18 +100,18 @@ def compare_codecs(
 def _rows(unit: tuple[Arm, int], config: CodecsConfig, folder: str | Path, device: str) -> list[Row]:
     """Train one arm and score it; patches once more with clean-up."""
     arm, seed = unit
-    parts, stage = start(arm, folder, seed, device), config.stage(arm)
-    judge = fresh_parts(folder, seed, device).extractor  # one for all, also for those that have none
-    task = T2iTask(parts, stage, seed)
-    fit_task(task, stage, seed, device=device, report=StepTeller(arm, seed))
-    parts.stages = (*parts.stages, "t2i")
+    components, stage = start(arm, folder, seed, device), config.stage(arm)
+    judge = fresh_components(folder, seed, device).extractor  # one for all, also for those that have none
+    task = T2iTask(components, stage, seed)
+    fit_task(task, stage, seed, device=device, report=ProgressPrinter(arm, seed))
+    components.finished_stages = (*components.finished_stages, "t2i")
     trained = sum(p.numel() for p in task.trained.parameters())
     cleanups: dict[str, Cleanup] = {arm: "none"}
     if arm == "patches":
         cleanups[CLEANED] = "tweedie"
     rows = []
     for name, cleanup in cleanups.items():
-        drawer = _Drawer(StarFlow2(parts), DrawConfig.for_model(parts, cleanup=cleanup))
+        drawer = _Drawer(StarFlow2(components), DrawConfig.for_model(components, cleanup=cleanup))
         rows.append({"arm": name, "seed": seed, "trained": trained} | _scores(drawer, judge, quick=config.quick))
     return rows
 
@@ -139,10 +139,10 @@ def _scores(drawer: _Drawer, judge: FeatureExtractor | None, *, quick: bool) -> 
     dB, recognised (what the detector says of them), feature_fd. Of held-out latents: nats_per_dim at that level, and
     its floor: what the noise alone costs.
     """
-    parts, level = drawer.model.parts, drawer.sampling_noise
+    components, level = drawer.model.components, drawer.sampling_noise
     report = score_geneval(drawer, "dev", quick=quick, samples=1)
-    images = codec_pictures(None, parts.codec.image_size, "dev", PICTURES).to(parts.device)
-    clean, noisy = evaluate_codec(parts.codec, judge, images, (0.0, level))["rows"]
+    images = codec_pictures(None, components.codec.image_size, "dev", PICTURES).to(components.device)
+    clean, noisy = evaluate_codec(components.codec, judge, images, (0.0, level))["rows"]
     drawn = {part: report["parts"][part]["overall"]["lenient"]["score"] for part in ("id", "cg")}
     seen = {name: report["ceiling"][name]["overall"]["lenient"]["score"] for name in ("clean", "noise")}
     return {
@@ -152,24 +152,24 @@ def _scores(drawer: _Drawer, judge: FeatureExtractor | None, *, quick: bool) -> 
         "recognised": seen["clean"],
         "recognised_noise": seen["noise"],
         "feature_fd": clean["feature_fd"],
-        "nats_per_dim": held_out_nats(parts, level),
+        "nats_per_dim": held_out_nats(components, level),
         "floor": 0.5 * math.log(2 * math.pi * math.e) + math.log(level),
     }
 
 
 @torch.no_grad()
-def held_out_nats(parts: Parts, level: float, pictures: int = PICTURES, batch: int = 32) -> float:
+def held_out_nats(components: Components, level: float, pictures: int = PICTURES, batch: int = 32) -> float:
     """Mean nats per latent channel of dev pictures under noise of `level`, given their captions."""
-    assert parts.tokenizer is not None
+    assert components.tokenizer is not None
     drawings = suite_drawings("geneval", "dev", "id", -(-pictures // len(FAMILIES)))[:pictures]
     generator, found = torch.Generator().manual_seed(0), []
     for first in range(0, len(drawings), batch):
         some = drawings[first : first + batch]
-        images = to_floats(np.stack([render(d.scene) for d in some])).to(parts.device)
-        levels = torch.full((len(some),), level, device=parts.device)
-        x = add_noise(parts.codec.encode(images).float(), levels, generator)
-        context = drawing_context(parts, [parts.tokenizer.drawing_prompt(d.prompt) for d in some])
-        found.append(parts.flow.nats_per_dim(x, context, levels))
+        images = to_floats(np.stack([render(d.scene) for d in some])).to(components.device)
+        levels = torch.full((len(some),), level, device=components.device)
+        x = add_noise(components.codec.encode(images).float(), levels, generator)
+        context = drawing_context(components, [components.tokenizer.drawing_prompt(d.prompt) for d in some])
+        found.append(components.flow.nats_per_dim(x, context, levels))
     return float(torch.cat(found).mean())
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from starflow2.errors import ConfigError
 from starflow2.flow import Flow, FlowConfig
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.config import JointsConfig, LanguageConfig
 from starflow2.models.pretzel import Joints, Pretzel, PretzelCache, Slots, States, reference_in
 from starflow2.nn import Cache, StackConfig, at_least_fp32, attention, attention_mask, check
@@ -27,8 +27,8 @@ from starflow2.nn import Cache, StackConfig, at_least_fp32, attention, attention
 __all__ = [
     "Experts",
     "Mot",
+    "MotComponents",
     "MotJoints",
-    "MotParts",
     "TextExperts",
     "Trains",
     "VisualExperts",
@@ -289,7 +289,7 @@ def num_parameters(*modules: nn.Module) -> int:
     return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
 
 
-def matched_width(parts: Parts) -> int:
+def matched_width(components: Components) -> int:
     """The MLP width of the visual experts with which the baseline adds as many parameters as flow and joints have.
 
     Raises ConfigError where even the narrowest is too large.
@@ -297,9 +297,9 @@ def matched_width(parts: Parts) -> int:
 
     def new_parameters(width: int) -> int:
         with torch.device("meta"):
-            return num_parameters(VisualExperts(parts.cfg.vlm, width), *_around(parts))
+            return num_parameters(VisualExperts(components.cfg.vlm, width), *_around(components))
 
-    wanted = num_parameters(parts.flow, parts.joints)
+    wanted = num_parameters(components.flow, components.joints)
     one, two = new_parameters(1), new_parameters(2)  # linear in between and beyond
     width = 1 + round((wanted - one) / (two - one))
     if width < 1:
@@ -307,20 +307,22 @@ def matched_width(parts: Parts) -> int:
     return width
 
 
-def _around(parts: Parts) -> tuple[Flow, MotJoints]:
+def _around(components: Components) -> tuple[Flow, MotJoints]:
     """What is new beside the visual experts."""
-    return Flow(_flow_config(parts)), MotJoints(parts.cfg.joints, parts.cfg.flow.deep.dim, parts.cfg.vlm.width)
+    return Flow(_flow_config(components)), MotJoints(
+        components.cfg.joints, components.cfg.flow.deep.dim, components.cfg.vlm.width
+    )
 
 
-def _flow_config(parts: Parts) -> FlowConfig:
+def _flow_config(components: Components) -> FlowConfig:
     """The same shallow blocks; a deep block without layers, as wide as the language model."""
-    flow, vlm = parts.cfg.flow, parts.cfg.vlm
+    flow, vlm = components.cfg.flow, components.cfg.vlm
     stack = StackConfig(width=vlm.width, depth=0, head_dim=vlm.width // vlm.heads, rope=False)
     return replace(flow, deep=replace(flow.deep, stack=stack, context_dim=0, start="none"))
 
 
-class MotParts(Parts):
-    """The parts of a model with the baseline in place of both streams: what takes Parts takes these.
+class MotComponents(Components):
+    """The parts of a model with the baseline in place of both streams: what takes Components takes these.
 
     Text experts start as the language model of `parts`, all else is fresh; features, codec and tokenizer are shared.
     Both variants add as many parameters as the Pretzel's flow and joints have (`matched_width`); "finetuned" trains
@@ -329,22 +331,24 @@ class MotParts(Parts):
 
     vlm: Any  # Experts: a LanguageStream, without a vision tower
 
-    def __init__(self, parts: Parts, text: Trains = "frozen", seed: int = 0) -> None:
+    def __init__(self, components: Components, text: Trains = "frozen", seed: int = 0) -> None:
         """`seed`: of all that is new."""
-        nn.Module.__init__(self)  # not that of Parts: most of its parts are taken over
+        nn.Module.__init__(self)  # not that of Components: most of its parts are taken over
         self.text = text
-        self.tokenizer, self.lexicon = parts.tokenizer, parts.lexicon
-        self.stages = tuple(stage for stage in parts.stages if stage in ("features", "vlm", "fae"))
-        for name in ("features", "fae") if parts.has_fae else ("patches",):
-            setattr(self, name, getattr(parts, name))
-        self.cfg = replace(parts.cfg, name=f"{parts.cfg.name}-mot-{text}", flow=_flow_config(parts))
+        self.tokenizer, self.vocabulary = components.tokenizer, components.vocabulary
+        self.finished_stages = tuple(
+            stage for stage in components.finished_stages if stage in ("features", "vlm", "fae")
+        )
+        for name in ("features", "fae") if components.has_fae else ("patches",):
+            setattr(self, name, getattr(components, name))
+        self.cfg = replace(components.cfg, name=f"{components.cfg.name}-mot-{text}", flow=_flow_config(components))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.vlm = Experts(parts.cfg.vlm, matched_width(parts))
-            self.flow, self.joints = _around(parts)
-        self.vlm.text.load_state_dict(parts.vlm.language_weights())
+            self.vlm = Experts(components.cfg.vlm, matched_width(components))
+            self.flow, self.joints = _around(components)
+        self.vlm.text.load_state_dict(components.vlm.language_weights())
         self.vlm.text.requires_grad_(text == "finetuned")
-        self.to(parts.device)
+        self.to(components.device)
 
     @property
     def pretzel(self) -> Mot:

@@ -16,7 +16,7 @@ import torch
 from starflow2.errors import ConfigError
 from starflow2.training.loop import StepReport
 
-__all__ = ["StepTeller", "side_by_side"]
+__all__ = ["ProgressPrinter", "run_parallel"]
 
 Unit = TypeVar("Unit")
 Row = dict[str, Any]
@@ -24,7 +24,7 @@ TOLD = 10  # lines per arm
 
 
 @dataclass(frozen=True, slots=True)
-class StepTeller:
+class ProgressPrinter:
     """Says how far an arm is, ten times on its way. An object and not a closure, so that processes can be handed it."""
 
     arm: str
@@ -37,7 +37,7 @@ class StepTeller:
             print(f"{told}, {minutes:.0f} minutes left", flush=True)
 
 
-def side_by_side(work: Callable[[Unit], list[Row]], units: Sequence[Unit], jobs: int = 1) -> Iterator[list[Row]]:
+def run_parallel(work: Callable[[Unit], list[Row]], units: Sequence[Unit], jobs: int = 1) -> Iterator[list[Row]]:
     """The rows of each unit as they come: in the order of `units` with one job, in any order with several.
 
     jobs: processes, each with that share of this one's threads; `work` and units have to be picklable then. A failure

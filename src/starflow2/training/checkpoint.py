@@ -30,9 +30,9 @@ from starflow2.core.serialize import to_dict
 from starflow2.errors import OutputError, TrainingError
 from starflow2.models.checkpoint import load_tensors, save_tensors
 from starflow2.training.config import RunConfig, StageConfig
-from starflow2.training.parallel import Group, Shards
+from starflow2.training.parallel import Distributed, FullyShardedDistributed
 
-__all__ = ["State", "Store", "store_for"]
+__all__ = ["CheckpointStore", "TrainState", "store_for"]
 
 NEEDED = {"step", "stage", "precision"}  # of the settings that stand beside the tensors
 FREE = (
@@ -45,7 +45,7 @@ FREE = (
 
 
 @dataclass(slots=True)
-class State:
+class TrainState:
     """Everything that a checkpoint holds: trained weights, their average, optimisers, the step."""
 
     trained: nn.ModuleDict
@@ -88,37 +88,37 @@ class State:
         return {"step": str(self.step), "skipped": str(self.skipped), "stage": json.dumps(to_dict(stage)), **how}
 
 
-class Store(Protocol):
+class CheckpointStore(Protocol):
     """Where the checkpoints of a stage stand. All processes call each method."""
 
     def settings(self, run: RunConfig, stage: StageConfig) -> dict[str, str] | None:
         """Of the last checkpoint, None if there is none. Raises TrainingError for others, CheckpointError."""
 
-    def load(self, state: State, settings: dict[str, str]) -> None: ...
+    def load(self, state: TrainState, settings: dict[str, str]) -> None: ...
 
-    def save(self, state: State, settings: dict[str, str]) -> None:
+    def save(self, state: TrainState, settings: dict[str, str]) -> None:
         """Write a checkpoint, or begin to. Raises OutputError; the last one survives until this one is whole."""
 
     def close(self) -> None:
         """Wait until all is written."""
 
 
-def store_for(folder: Path, stage: StageConfig, group: Group) -> Store:
+def store_for(folder: Path, stage: StageConfig, group: Distributed) -> CheckpointStore:
     """Where the checkpoints of a stage stand, in the form that the group writes."""
     one, many = folder / f"state-{stage.name}.safetensors", folder / f"state-{stage.name}"
-    wanted, other = (many, one) if isinstance(group, Shards) else (one, many)
+    wanted, other = (many, one) if isinstance(group, FullyShardedDistributed) else (one, many)
     if other.exists() and not wanted.exists():
         raise TrainingError(
             f"{other} was written under another shard.mode than {stage.shard.mode}; go on with that one, "
             "or start anew in another --output."
         )
-    return _Shards(many, group) if isinstance(group, Shards) else _File(one, group)
+    return _Shards(many, group) if isinstance(group, FullyShardedDistributed) else _File(one, group)
 
 
 class _File:
     """One safetensors file, written by the first process."""
 
-    def __init__(self, path: Path, group: Group) -> None:
+    def __init__(self, path: Path, group: Distributed) -> None:
         self.path, self.group = path, group
 
     def settings(self, run: RunConfig, stage: StageConfig) -> dict[str, str] | None:
@@ -131,10 +131,10 @@ class _File:
             load_tensors(self.path)  # says what is wrong
             raise
 
-    def load(self, state: State, settings: dict[str, str]) -> None:
+    def load(self, state: TrainState, settings: dict[str, str]) -> None:
         state.fill(load_tensors(self.path), settings, self.path)
 
-    def save(self, state: State, settings: dict[str, str]) -> None:
+    def save(self, state: TrainState, settings: dict[str, str]) -> None:
         for optimizer in state.optimizers:
             if isinstance(optimizer, ZeroRedundancyOptimizer):
                 optimizer.consolidate_state_dict(to=0)
@@ -153,7 +153,7 @@ class _Shards:
     leaves a folder with a dot in front, which is never read and goes with the next checkpoint.
     """
 
-    def __init__(self, folder: Path, group: Group) -> None:
+    def __init__(self, folder: Path, group: Distributed) -> None:
         self.folder, self.group = folder, group
         # of its own: the background would otherwise mix its messages with those of the steps
         self.talk = dist.new_group(backend="gloo")
@@ -169,7 +169,7 @@ class _Shards:
             return None
         return _check_settings(last, json.loads((last / "settings.json").read_text()), run, stage)
 
-    def load(self, state: State, settings: dict[str, str]) -> None:
+    def load(self, state: TrainState, settings: dict[str, str]) -> None:
         last = self._last()
         assert last is not None
         tensors = state.tensors()
@@ -194,7 +194,7 @@ class _Shards:
         load(tensors, checkpoint_id=last, process_group=self.talk)
         state.fill(tensors, settings, last)
 
-    def save(self, state: State, settings: dict[str, str]) -> None:
+    def save(self, state: TrainState, settings: dict[str, str]) -> None:
         self.close()
         new, done = self.folder / f".{state.step}.new", self.folder / str(state.step)
         if self.group.is_first:

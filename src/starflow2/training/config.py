@@ -13,12 +13,12 @@ __all__ = [
     "CaptionConfig",
     "CorpusConfig",
     "MixConfig",
-    "OpeningConfig",
     "OptimConfig",
     "Precision",
     "RunConfig",
     "ShardConfig",
     "StageConfig",
+    "WarmupMixConfig",
 ]
 
 
@@ -38,7 +38,7 @@ class OptimConfig:
     clip: float = 1.0  # global gradient norm
     ema: float = 0.995  # decay of the averaged weights that are kept; 0 = none
     # AdamW's moments; 8bit needs torchao, 8bit-bnb bitsandbytes
-    states: Literal["float32", "8bit", "8bit-bnb"] = "float32"
+    optimizer_state_dtype: Literal["float32", "8bit", "8bit-bnb"] = "float32"
 
     def rate(self, step: int, steps: int) -> float:
         """Factor on both learning rates at `step` of `steps`."""
@@ -83,7 +83,7 @@ class MixConfig(_Shares):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpeningConfig:
+class WarmupMixConfig:
     """A stage's first steps, with another mix of documents: what is hard is learnt sooner from nothing else."""
 
     steps: int = 0
@@ -132,13 +132,13 @@ class StageConfig:
     lpips: float = 0.0  # weight of LPIPS, where the package lpips and its weights are there (fae)
     adversarial: float = 0.0  # weight of the judge of features (fae)
     text_weight: float = 0.25  # of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
-    blind_share: float = 0.0  # of last edits, predicted without sight of their own latents (joint)
-    keep: float = 0.0  # weight of the distance to what the flow of stage t2i draws from words alone (joint)
+    hidden_latents_share: float = 0.0  # of last edits, predicted without sight of their own latents (joint)
+    kl_to_t2i: float = 0.0  # weight of the distance to what the flow of stage t2i draws from words alone (joint)
     distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
     codec_weight: float = 0.0  # of the FAE's own losses, 0 = frozen; above, FAE and flow train end to end (t2i)
     captions: CaptionConfig = field(default_factory=CaptionConfig)  # of drawings (t2i, joint)
     mix: MixConfig = field(default_factory=MixConfig)  # of documents (joint)
-    opening: OpeningConfig = field(default_factory=OpeningConfig)  # what comes in front of that (joint)
+    warmup_mix: WarmupMixConfig = field(default_factory=WarmupMixConfig)  # what comes before that (joint)
     accumulate: int = 1  # microbatches of a step in every process
     # whose layers forget their activations and compute them again in the backward pass
     checkpoint_activations: Literal["none", "trained", "all"] = "none"
@@ -151,10 +151,10 @@ class StageConfig:
                 f"codec_weight is {self.codec_weight} in stage {self.name}; expected 0, or more in stage t2i, "
                 "where FAE and flow can train together."
             )
-        if self.keep < 0 or (self.keep and (self.name != "joint" or self.shard.mode != "none")):
+        if self.kl_to_t2i < 0 or (self.kl_to_t2i and (self.name != "joint" or self.shard.mode != "none")):
             raise ConfigError(
-                f"keep is {self.keep} in stage {self.name} under shard.mode {self.shard.mode}; expected 0, or more in "
-                "stage joint of processes that each hold a copy."
+                f"kl_to_t2i is {self.kl_to_t2i} in stage {self.name} under shard.mode {self.shard.mode}; expected 0, "
+                "or more in stage joint of processes that each hold a copy."
             )
 
 

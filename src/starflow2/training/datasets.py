@@ -15,11 +15,11 @@ from torch import Tensor
 
 from starflow2.core.images import to_floats
 from starflow2.data.dialogue import Dialogue, Turn, pictures, without_words
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.sequence import Batch, Layout, pack
 from starflow2.models.tokenizer import ChatTokenizer
 from starflow2.training.config import CaptionConfig, StageConfig
-from starflow2.world.captions import draw_task
+from starflow2.world.captions import caption_task
 from starflow2.world.conversations import understanding_dialogue
 from starflow2.world.edits import edit_chain_dialogue, edit_dialogue, edit_task
 from starflow2.world.scene import Scene, SceneDialogue, render_batch, stream
@@ -40,7 +40,7 @@ class Scenes:
     seed: int
 
     def __call__(self, indices: range) -> Tensor:
-        return to_images([draw_task(self.seed, i).scene for i in indices])
+        return to_images([caption_task(self.seed, i).scene for i in indices])
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Captions:
 
     def __call__(self, indices: range) -> tuple[Tensor, list[list[int]]]:
         weights = asdict(self.shares)
-        drawings = [draw_task(self.seed, i, weights=weights) for i in indices]
+        drawings = [caption_task(self.seed, i, weights=weights) for i in indices]
         drops = np.random.default_rng([self.seed, indices.start]).random(len(indices)) < self.drop
         prompts = ["" if gone else d.prompt for d, gone in zip(drawings, drops, strict=True)]
         return to_images([d.scene for d in drawings]), [self.tokenizer.drawing_prompt(p) for p in prompts]
@@ -70,10 +70,12 @@ class Documents:
     dialogue: Callable[[int], SceneDialogue]  # by index
 
     @classmethod
-    def of(cls, parts: Parts, dialogue: Callable[[int], SceneDialogue], layout: Layout | None = None) -> Documents:
+    def of(
+        cls, components: Components, dialogue: Callable[[int], SceneDialogue], layout: Layout | None = None
+    ) -> Documents:
         """`layout`: how pictures are spelled, by default with one slot per latent."""
-        assert parts.tokenizer is not None
-        return cls(parts.tokenizer, layout or parts.layout, parts.cfg.fae.image_size, dialogue)
+        assert components.tokenizer is not None
+        return cls(components.tokenizer, layout or components.layout, components.cfg.fae.image_size, dialogue)
 
     def __call__(self, indices: range) -> tuple[Tensor, Batch]:
         dialogues = [self.dialogue(i) for i in indices]
@@ -85,14 +87,14 @@ class Documents:
 def joint_dialogue(stage: StageConfig, seed: int, index: int) -> SceneDialogue:
     """Document number `index` of stage 3, its words dropped now and then."""
     rng = stream(seed, index, _JOINT_STREAM)
-    mix = stage.opening.mix if index < stage.opening.steps * stage.batch else stage.mix
+    mix = stage.warmup_mix.mix if index < stage.warmup_mix.steps * stage.batch else stage.mix
     shares = np.array([getattr(mix, f.name) for f in fields(mix)])
     name = fields(mix)[int(rng.choice(len(shares), p=shares / shares.sum()))].name
     return dropped(_makers(stage.captions)[name](seed, index), rng, stage.caption_drop)
 
 
 def _drawing(shares: CaptionConfig, seed: int, index: int) -> SceneDialogue:
-    drawing = draw_task(seed, index, weights=asdict(shares))
+    drawing = caption_task(seed, index, weights=asdict(shares))
     return Dialogue((Turn((drawing.prompt,), (drawing.scene,)),), "draw")
 
 
@@ -116,7 +118,7 @@ def dropped(dialogue: SceneDialogue, rng: np.random.Generator, share: float) -> 
 
     That is what guidance calls the unconditional branch (docs/choices.md#guidance).
     """
-    drawn = any(pictures(turn.told) for turn in dialogue.turns)
+    drawn = any(pictures(turn.assistant) for turn in dialogue.turns)
     if not drawn or rng.random() >= share:
         return dialogue
     return without_words(dialogue, shows=bool(rng.random() < 0.5))

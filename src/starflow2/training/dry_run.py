@@ -15,12 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from starflow2.models.components import Parts, build
+from starflow2.models.components import Components, build
 from starflow2.models.sequence import Image, Layout, Segment, Text, pack
 from starflow2.models.tokenizer import ChatTokenizer
 from starflow2.training.config import RunConfig, StageConfig
 from starflow2.training.loop import try_step
-from starflow2.training.parallel import Group
+from starflow2.training.parallel import Distributed
 from starflow2.training.task import Task
 from starflow2.training.tasks import TASKS
 
@@ -33,17 +33,17 @@ PROMPT_TOKENS, REPLY_TOKENS = 128, 32  # of a made-up document, less where a mod
 class _Made:
     """Documents of one length with random words and pictures, in the form that the stage's own task takes."""
 
-    parts: Parts
+    components: Components
     stage: str
 
     def __call__(self, indices: range) -> Any:
-        count, size = len(indices), self.parts.cfg.fae.image_size
+        count, size = len(indices), self.components.cfg.fae.image_size
         generator = torch.Generator().manual_seed(indices.start)
         documents = [self._document(generator) for _ in indices]
         if self.stage in ("features", "fae"):
             return _noise(count, size, generator)
         if self.stage == "t2i":
-            special = self.parts.cfg.vlm.special
+            special = self.components.cfg.vlm.special
             rows = [[special.user, *self._ids(self._prompt, generator), special.assistant] for _ in indices]
             return _noise(count, size, generator), [[*row, special.vision_start] for row in rows]
         batch = pack(documents, self._layout)
@@ -51,12 +51,12 @@ class _Made:
 
     @property
     def _prompt(self) -> int:
-        return min(PROMPT_TOKENS, self.parts.cfg.max_prompt_tokens - 4)
+        return min(PROMPT_TOKENS, self.components.cfg.max_prompt_tokens - 4)
 
     @property
     def _layout(self) -> Layout:
-        layout = self.parts.layout
-        return replace(layout, grid=self.parts.cfg.vlm.image_grid) if self.stage == "vlm" else layout
+        layout = self.components.layout
+        return replace(layout, grid=self.components.cfg.vlm.image_grid) if self.stage == "vlm" else layout
 
     def _document(self, generator: torch.Generator) -> list[Segment]:
         """A picture and words are shown; words are the reply, and in stage 3 a picture, too."""
@@ -65,7 +65,7 @@ class _Made:
         return [*document, Image(is_target=True)] if self.stage == "joint" else document
 
     def _ids(self, count: int, generator: torch.Generator) -> list[int]:
-        cfg = self.parts.cfg.vlm
+        cfg = self.components.cfg.vlm
         special = [getattr(cfg.special, name) for name in ("pad", "user", "assistant", "end", "vision_start")]
         special += [cfg.special.vision_end, cfg.special.image_pad]
         ordinary = torch.tensor([i for i in range(min(cfg.vocab, 1024)) if i not in special])
@@ -80,18 +80,20 @@ def rehearse(run: RunConfig, stage_name: str, device: str = "meta") -> dict[str,
     most that this process ever held. Raises TrainingError where the batch cannot be shared, ConfigError.
     """
     stage, is_real = run.stage(stage_name), device != "meta"
-    group = Group.from_environment(device, stage.shard) if is_real else Group()
+    group = Distributed.from_environment(device, stage.shard) if is_real else Distributed()
     torch.manual_seed(run.seed)
-    parts = build(run.model, device)
-    parts.stages = tuple(s.name for s in run.stages)  # nothing is fresh, so no task measures data that is not here
-    parts.tokenizer = cast(ChatTokenizer, object())  # made-up documents are ids already
+    components = build(run.model, device)
+    components.finished_stages = tuple(
+        s.name for s in run.stages
+    )  # nothing is fresh, so no task measures data that is not here
+    components.tokenizer = cast(ChatTokenizer, object())  # made-up documents are ids already
     with torch.device(device):
-        task = TASKS[stage_name](parts, stage, run.seed)
-    task.draw = _Made(parts, stage_name)
-    facts = _counted(parts, task, stage, group)
+        task = TASKS[stage_name](components, stage, run.seed)
+    task.make_batch = _Made(components, stage_name)
+    facts = _counted(components, task, stage, group)
     if not is_real:
         return facts
-    parts.requires_grad_(False)
+    components.requires_grad_(False)
     started = time.perf_counter()
     values = try_step(task, stage, run, group, device)
     return facts | {
@@ -103,14 +105,14 @@ def rehearse(run: RunConfig, stage_name: str, device: str = "meta") -> dict[str,
     }
 
 
-def _counted(parts: Parts, task: Task, stage: StageConfig, group: Group) -> dict[str, Any]:
-    trained, everything = _count([task.trained]), _count([parts, task.trained])
+def _counted(components: Components, task: Task, stage: StageConfig, group: Distributed) -> dict[str, Any]:
+    trained, everything = _count([task.trained]), _count([components, task.trained])
     share = stage.batch // (group.world * stage.accumulate)
-    data = task.draw(range(share))
-    positions, pictures = _size(data, parts.layout.num_latents)
-    holders = group.holders
-    divided = _count(parts.vlm.layers) if stage.shard.frozen == "sharded" and "vlm" not in task.trained else 0
-    moments = 8 if stage.optim.states == "float32" else 2
+    data = task.make_batch(range(share))
+    positions, pictures = _size(data, components.layout.num_latents)
+    holders = group.shard_size
+    divided = _count(components.vlm.layers) if stage.shard.frozen == "sharded" and "vlm" not in task.trained else 0
+    moments = 8 if stage.optim.optimizer_state_dtype == "float32" else 2
     return {
         "parameters": {"trained": trained, "frozen": everything - trained},
         "microbatch": {"documents": share, "positions": positions, "pictures": pictures},

@@ -23,18 +23,18 @@ from starflow2.core.images import read_picture
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError, DataError
 from starflow2.models import lora
-from starflow2.models.checkpoint import load_parts, save_parts
-from starflow2.models.components import Parts
+from starflow2.models.checkpoint import load_components, save_components
+from starflow2.models.components import Components
 from starflow2.models.hub import NANO
 from starflow2.models.lora import LoraConfig
-from starflow2.models.prompts import heard
+from starflow2.models.prompts import normalized
 from starflow2.models.sequence import Layout, pack
 from starflow2.models.tokenizer import ChatTokenizer
 from starflow2.training.config import OptimConfig, StageConfig
 from starflow2.training.datasets import joint_dialogue, to_images
 from starflow2.training.loop import StepReport, fit_task
 from starflow2.training.tasks import JointTask, T2iTask
-from starflow2.world.captions import draw_task
+from starflow2.world.captions import caption_task
 from starflow2.world.scene import Scene, SceneDialogue, stream
 
 __all__ = ["Album", "FinetuneConfig", "finetune", "read_album"]
@@ -122,7 +122,7 @@ class _Mixed:
         turns = [dialogue for dialogue, _ in items]
         if self.layout is not None:
             return pictures, pack([self.tokenizer.document(d.turns) for d in turns], self.layout)
-        prompts = [next((p for p in d.turns[0].asked if isinstance(p, str)), "") for d in turns]
+        prompts = [next((p for p in d.turns[0].user if isinstance(p, str)), "") for d in turns]
         return pictures, [self.tokenizer.drawing_prompt(text) for text in prompts]
 
     def _item(self, index: int) -> tuple[SceneDialogue, list[Tensor]]:
@@ -138,7 +138,7 @@ class _Mixed:
     def _replayed(self, index: int, rng: np.random.Generator) -> SceneDialogue:
         if self.layout is not None:
             return joint_dialogue(self.stage, self.config.seed, index)
-        drawing = draw_task(self.config.seed, index)
+        drawing = caption_task(self.config.seed, index)
         said = () if rng.random() < self.stage.caption_drop else (drawing.prompt,)
         return Dialogue((Turn(said, (drawing.scene,)),), "draw")
 
@@ -161,32 +161,34 @@ def finetune(
     model that does not draw yet, DataError for captions it cannot read, CheckpointError, OutputError.
     """
     check_writable(output / "config.json")
-    parts = load_parts(NANO if str(model) == "nano" else model, device)
-    task, stage = _task(parts, album, config), config.stage()
+    components = load_components(NANO if str(model) == "nano" else model, device)
+    task, stage = _task(components, album, config), config.stage()
     fit_task(task, stage, config.seed, device=device, report=report)
     adapter = output.with_name(f".{output.name}.adapter")
-    lora.save(parts, config.lora, adapter)
-    lora.merge(parts)
-    save_parts(parts, output)
+    lora.save(components, config.lora, adapter)
+    lora.merge(components)
+    save_components(components, output)
     adapter.replace(output / "adapter.safetensors")
     return output
 
 
-def _task(parts: Parts, album: Album, config: FinetuneConfig) -> T2iTask | JointTask:
+def _task(components: Components, album: Album, config: FinetuneConfig) -> T2iTask | JointTask:
     """The task by which this model learnt to draw, with adapters to train and the album to draw from."""
-    if "t2i" not in parts.stages:
-        raise ConfigError(f"this model has finished stages {', '.join(parts.stages) or 'none'}; it needs t2i to draw.")
-    if parts.lexicon:
-        parts.lexicon |= album.words
-    assert parts.tokenizer is not None
-    spoken = Album(album.pictures, tuple(heard(parts, text) for text in album.captions))
-    longest = max(len(parts.tokenizer.drawing_prompt(text)) for text in spoken.captions)
-    if longest > parts.cfg.max_prompt_tokens:
-        raise DataError(f"a caption has {longest} tokens; this model reads up to {parts.cfg.max_prompt_tokens}.")
-    is_joint, stage = "joint" in parts.stages, config.stage()
-    task = (JointTask if is_joint else T2iTask)(parts, stage, config.seed)
-    parts.requires_grad_(False)
-    task.trained = lora.attach(parts, config.lora, config.seed)
-    layout = parts.layout if is_joint else None
-    task.draw = partial(_Mixed.__call__, _Mixed(spoken, parts.tokenizer, layout, stage, config))
+    if "t2i" not in components.finished_stages:
+        raise ConfigError(
+            f"this model has finished stages {', '.join(components.finished_stages) or 'none'}; it needs t2i to draw."
+        )
+    if components.vocabulary:
+        components.vocabulary |= album.words
+    assert components.tokenizer is not None
+    spoken = Album(album.pictures, tuple(normalized(components, text) for text in album.captions))
+    longest = max(len(components.tokenizer.drawing_prompt(text)) for text in spoken.captions)
+    if longest > components.cfg.max_prompt_tokens:
+        raise DataError(f"a caption has {longest} tokens; this model reads up to {components.cfg.max_prompt_tokens}.")
+    is_joint, stage = "joint" in components.finished_stages, config.stage()
+    task = (JointTask if is_joint else T2iTask)(components, stage, config.seed)
+    components.requires_grad_(False)
+    task.trained = lora.attach(components, config.lora, config.seed)
+    layout = components.layout if is_joint else None
+    task.make_batch = partial(_Mixed.__call__, _Mixed(spoken, components.tokenizer, layout, stage, config))
     return task

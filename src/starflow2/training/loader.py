@@ -18,7 +18,7 @@ from starflow2.data.mixture import BatchConfig, Batches, Spelling, loader, read_
 from starflow2.data.shards import WorkerShard
 from starflow2.errors import TrainingError
 from starflow2.training.config import StageConfig
-from starflow2.training.parallel import Group
+from starflow2.training.parallel import Distributed
 from starflow2.training.task import Task
 
 __all__ = ["Feed", "feed_for"]
@@ -35,7 +35,9 @@ class Feed(Protocol):
         """What a checkpoint has to hold of it. All processes call it."""
 
 
-def feed_for(task: Task, stage: StageConfig, group: Group, *, step: int, saved: str = "", workers: int = 0) -> Feed:
+def feed_for(
+    task: Task, stage: StageConfig, group: Distributed, *, step: int, saved: str = "", workers: int = 0
+) -> Feed:
     """What `stage` asks for, from step `step` on. saved: "feed" among the checkpoint's settings, "" at the start.
 
     `workers` processes draw the world; a mixture has its own setting.
@@ -48,8 +50,8 @@ def feed_for(task: Task, stage: StageConfig, group: Group, *, step: int, saved: 
 class _Drawn:
     """Items of the drawn world by index: one thread ahead of the training, or several processes."""
 
-    def __init__(self, task: Task, stage: StageConfig, group: Group, step: int, workers: int) -> None:
-        self.draw, self.stage, self.step, self.group = task.draw, stage, step, group
+    def __init__(self, task: Task, stage: StageConfig, group: Distributed, step: int, workers: int) -> None:
+        self.make_batch, self.stage, self.step, self.group = task.make_batch, stage, step, group
         self.ahead = 1 + 2 * workers
         self.pool: Executor = ThreadPoolExecutor(1)
         if workers:
@@ -70,7 +72,7 @@ class _Drawn:
         share = self.stage.batch // (self.group.world * count)
         first = step * self.stage.batch + self.group.rank * count * share
         firsts = range(first, first + count * share, share)
-        return [self.pool.submit(self.draw, range(at, at + share)) for at in firsts]
+        return [self.pool.submit(self.make_batch, range(at, at + share)) for at in firsts]
 
     def _batches(self) -> Iterator[list[Any]]:
         coming: deque[list[Future[Any]]] = deque()
@@ -85,11 +87,11 @@ class _Drawn:
 class _Stream:
     """Packed documents of real corpora; every process reads its own part of each source."""
 
-    def __init__(self, task: Task, stage: StageConfig, group: Group, step: int, saved: str) -> None:
-        parts, corpus = task.parts, stage.corpus
-        assert parts.tokenizer is not None
-        layout = parts.tower_layout if stage.name == "vlm" else parts.layout
-        spelling = Spelling(parts.tokenizer, layout, parts.cfg.fae.image_size)
+    def __init__(self, task: Task, stage: StageConfig, group: Distributed, step: int, saved: str) -> None:
+        components, corpus = task.components, stage.corpus
+        assert components.tokenizer is not None
+        layout = components.tower_layout if stage.name == "vlm" else components.layout
+        spelling = Spelling(components.tokenizer, layout, components.cfg.fae.image_size)
         drop, share = stage.caption_drop, WorkerShard(rank=group.rank, world=group.world)
         config = BatchConfig(rows=corpus.rows, width=corpus.width, caption_drop=drop, broken=corpus.broken)
         batches = Batches(read_mixture(corpus.mixture), spelling, config, share)
@@ -110,9 +112,9 @@ class _Stream:
         pass
 
     def settings(self) -> dict[str, str]:
-        return {"feed": json.dumps(self.group.gathered(self.loader.state_dict()))}
+        return {"feed": json.dumps(self.group.all_gather(self.loader.state_dict()))}
 
     def _batches(self) -> Iterator[list[Any]]:
         documents = iter(self.loader)
         for _ in range(self.step, self.stage.steps):
-            yield [self.task.taken(*next(documents)) for _ in range(self.stage.accumulate)]
+            yield [self.task.from_documents(*next(documents)) for _ in range(self.stage.accumulate)]

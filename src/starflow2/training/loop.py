@@ -25,17 +25,17 @@ from torch import Tensor, nn
 from starflow2.core.files import replacing
 from starflow2.core.serialize import to_dict
 from starflow2.errors import ConfigError, TrainingError
-from starflow2.models.checkpoint import load_parts, save_parts
-from starflow2.models.components import Parts
+from starflow2.models.checkpoint import load_components, save_components
+from starflow2.models.components import Components
 from starflow2.models.config import ModelConfig
 from starflow2.models.tokenizer import train_tokenizer
-from starflow2.training.checkpoint import State, store_for
+from starflow2.training.checkpoint import TrainState, store_for
 from starflow2.training.config import OptimConfig, Precision, RunConfig, StageConfig
 from starflow2.training.loader import feed_for
-from starflow2.training.parallel import Group, check_shares, checkpoint_layers
+from starflow2.training.parallel import Distributed, check_batch_divides, checkpoint_layers
 from starflow2.training.task import Task
 from starflow2.training.tasks import TASKS
-from starflow2.world.captions import draw_task
+from starflow2.world.captions import caption_task
 from starflow2.world.conversations import understanding_dialogue, understanding_words
 from starflow2.world.edits import edit_task, edit_words
 from starflow2.world.stories import story_dialogue, story_task, story_words
@@ -69,7 +69,7 @@ def fit(
     resume: bool = True,
     device: str = "cpu",
     report: Callable[[StepReport], None] | None = None,
-    evaluate: Callable[[Parts, int], dict[str, float]] | None = None,
+    evaluate: Callable[[Components, int], dict[str, float]] | None = None,
     workers: int = 0,
 ) -> Path:
     """Train one stage in `folder` and return the model folder it wrote, folder/model.
@@ -79,34 +79,34 @@ def fit(
     `evaluate` is called with (parts holding averaged weights, step) whenever a checkpoint is written.
     """
     stage, folder = run.stage(stage_name), Path(folder)
-    group = Group.from_environment(device, stage.shard)
-    check_shares(stage, group, evaluates=evaluate is not None)
+    group = Distributed.from_environment(device, stage.shard)
+    check_batch_divides(stage, group, evaluates=evaluate is not None)
     store = store_for(folder, stage, group)
-    parts = _start_parts(run, stage_name, folder, device, group.divides(stage))
+    components = _start_components(run, stage_name, folder, device, group.sharded_components(stage))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)  # of what a task makes for itself, such as a head
-        task = TASKS[stage_name](parts, stage, run.seed)
-    parts.stages = (*(s for s in parts.stages if s != stage_name), stage_name)
-    parts.requires_grad_(False)
+        task = TASKS[stage_name](components, stage, run.seed)
+    components.finished_stages = (*(s for s in components.finished_stages if s != stage_name), stage_name)
+    components.requires_grad_(False)
     task.trained.requires_grad_(True)
     saved = store.settings(run, stage) if resume else None
-    precision = group.agreed(saved["precision"] if saved else _pick_precision(run.precision, device))
+    precision = group.broadcast_choice(saved["precision"] if saved else _pick_precision(run.precision, device))
     checkpoint_layers(task, stage)
-    group.place(task, precision, device)
+    group.prepare(task, precision, device)
     state = _new_state(task, stage, group)
     if saved is not None:
         store.load(state, saved)
-    how = _Step(run.seed, precision, device, group)
+    context = StepContext(run.seed, precision, device, group)
     position = saved.get("feed", "") if saved is not None else ""
     feed = feed_for(task, stage, group, step=state.step, saved=position, workers=workers)
     with (
-        _Terminated() as stop,
+        StopSignal() as stop,
         _Metrics(folder, stage_name, state.step) if group.is_first else contextlib.nullcontext() as metrics,
         feed as batches,
     ):
         for data in batches:
             started = time.perf_counter()
-            values, stopping = _step(state, task, stage, data, how, stop)
+            values, stopping = _step(state, task, stage, data, context, stop)
             done = state.step == stage.steps
             if metrics is not None and (state.step % stage.log_every == 0 or done):
                 line = metrics.write(state.step, values, stage, time.perf_counter() - started)
@@ -117,17 +117,17 @@ def fit(
                 store.save(state, state.settings(stage, kept))
                 if metrics is not None and evaluate is not None:
                     with _averaged(state):
-                        metrics.extra(state.step, evaluate(parts, state.step))
+                        metrics.extra(state.step, evaluate(components, state.step))
             if stopping and not done:
                 store.close()
                 raise TrainingError(
                     f"stopped by a signal at step {state.step}; its checkpoint is written, go on with --resume auto."
                 )
     store.close()
-    with _averaged(state), group.unsharded(parts):
+    with _averaged(state), group.unsharded(components):
         if group.is_first:
-            save_parts(parts, folder / "model")
-    group.wait()
+            save_components(components, folder / "model")
+    group.barrier()
     return folder / "model"
 
 
@@ -144,15 +144,15 @@ def fit_task(
 
     For short runs, comparisons and fine-tuning. Returns the last step's metrics. A run that is lost is begun again.
     """
-    group = Group()
+    group = Distributed()
     task.trained.to(device).requires_grad_(True)
     state = _new_state(task, stage, group)
-    how = _Step(seed, _pick_precision("auto", device), device, group)
+    context = StepContext(seed, _pick_precision("auto", device), device, group)
     values: dict[str, float] = {}
     started = time.perf_counter()
-    with _Terminated() as stop, feed_for(task, stage, group, step=0, workers=workers) as batches:
+    with StopSignal() as stop, feed_for(task, stage, group, step=0, workers=workers) as batches:
         for data in batches:
-            values, stopping = _step(state, task, stage, data, how, stop)
+            values, stopping = _step(state, task, stage, data, context, stop)
             if report is not None and (state.step % stage.log_every == 0 or state.step == stage.steps):
                 report(_reported(stage, state.step, values, time.perf_counter() - started))
             if stopping:
@@ -162,51 +162,53 @@ def fit_task(
     return values
 
 
-def try_step(task: Task, stage: StageConfig, run: RunConfig, group: Group, device: str) -> dict[str, float]:
+def try_step(task: Task, stage: StageConfig, run: RunConfig, group: Distributed, device: str) -> dict[str, float]:
     """The first step of a stage as `fit` takes it, without files; returns its metrics. For rehearsals."""
-    check_shares(stage, group)
+    check_batch_divides(stage, group)
     task.trained.requires_grad_(True)
-    precision = group.agreed(_pick_precision(run.precision, device))
+    precision = group.broadcast_choice(_pick_precision(run.precision, device))
     checkpoint_layers(task, stage)
-    group.place(task, precision, device)
+    group.prepare(task, precision, device)
     state = _new_state(task, stage, group)
-    with _Terminated() as stop, feed_for(task, replace(stage, steps=1), group, step=0) as batches:
-        return _step(state, task, stage, next(batches), _Step(run.seed, precision, device, group), stop)[0]
+    with StopSignal() as stop, feed_for(task, replace(stage, steps=1), group, step=0) as batches:
+        return _step(state, task, stage, next(batches), StepContext(run.seed, precision, device, group), stop)[0]
 
 
-def _start_parts(run: RunConfig, stage: str, folder: Path, device: str, waiting: tuple[str, ...] = ()) -> Parts:
+def _start_components(
+    run: RunConfig, stage: str, folder: Path, device: str, waiting: tuple[str, ...] = ()
+) -> Components:
     """The parts that earlier stages left, or fresh ones with a new tokenizer at the first stage.
 
-    waiting: parts whose layers stay in their files; see `load_parts`.
+    waiting: parts whose layers stay in their files; see `load_components`.
     """
     names: list[str] = [s.name for s in run.stages]
     if (folder / "model" / "config.json").is_file():
-        parts = load_parts(folder / "model", device, waiting)
-        _check_same(parts.cfg, run.model)
-        missing = [name for name in names[: names.index(stage)] if name not in parts.stages]
+        components = load_components(folder / "model", device, waiting)
+        _check_same(components.cfg, run.model)
+        missing = [name for name in names[: names.index(stage)] if name not in components.finished_stages]
         if missing:
             raise TrainingError(
                 f"stage {stage} starts from stages that {folder}/model has not seen: "
                 f"{', '.join(missing)}; run --stage {missing[0]} first."
             )
         if run.stage(stage).corpus.mixture:
-            parts.lexicon = frozenset()  # real text: any word may stand in it
-        elif stage in TALKING and parts.lexicon:
-            parts.lexicon |= _all_words()
-        return parts
+            components.vocabulary = frozenset()  # real text: any word may stand in it
+        elif stage in TALKING and components.vocabulary:
+            components.vocabulary |= _all_words()
+        return components
     if stage != names[0]:
         raise TrainingError(
             f"stage {stage} starts from the stage before it, but {folder}/model is not there; "
             f"run --stage {names[0]} first."
         )
     torch.manual_seed(run.seed)
-    parts = Parts(run.model).to(device)
+    components = Components(run.model).to(device)
     corpus = (words for i in range(2000) for words in _words_of(run.seed, i))
-    parts.tokenizer = train_tokenizer(corpus, run.model.vlm.vocab)
-    if parts.tokenizer.special != run.model.vlm.special:
+    components.tokenizer = train_tokenizer(corpus, run.model.vlm.vocab)
+    if components.tokenizer.special != run.model.vlm.special:
         raise ConfigError("vlm.special does not fit the tokenizer's special tokens.")
-    parts.lexicon = _all_words()
-    return parts
+    components.vocabulary = _all_words()
+    return components
 
 
 def _all_words() -> frozenset[str]:
@@ -216,10 +218,10 @@ def _all_words() -> frozenset[str]:
 
 def _words_of(seed: int, index: int) -> Iterator[str]:
     """What the tokenizer learns from: captions, conversations, instructions."""
-    yield draw_task(seed, index).prompt
+    yield caption_task(seed, index).prompt
     yield edit_task(seed, index).instruction
     for dialogue in (understanding_dialogue(seed, index), story_dialogue(story_task(seed, index))):
-        yield from (part for turn in dialogue.turns for part in (*turn.asked, *turn.told) if isinstance(part, str))
+        yield from (part for turn in dialogue.turns for part in (*turn.user, *turn.assistant) if isinstance(part, str))
 
 
 def _check_same(saved: ModelConfig, wanted: ModelConfig) -> None:
@@ -233,7 +235,7 @@ def _check_same(saved: ModelConfig, wanted: ModelConfig) -> None:
         )
 
 
-def _new_state(task: Task, stage: StageConfig, group: Group) -> State:
+def _new_state(task: Task, stage: StageConfig, group: Distributed) -> TrainState:
     named = {k: p for k, p in task.trained.named_parameters() if p.requires_grad}
     o = stage.optim
     matrices = {k: p for k, p in named.items() if o.matrix_lr and is_hidden_matrix(k, p)}
@@ -244,20 +246,21 @@ def _new_state(task: Task, stage: StageConfig, group: Group) -> State:
         optimizers.append(group.optimizer(torch.optim.Muon, list(matrices.values()), muon))
     ema = {k: v.detach().clone() for k, v in task.trained.state_dict().items()} if o.ema else {}
     task.trained.train()
-    return State(task.trained, ema, optimizers)
+    return TrainState(task.trained, ema, optimizers)
 
 
 def adam(params: list[nn.Parameter], o: OptimConfig) -> torch.optim.Optimizer:
     """AdamW with moments of the size asked for. Raises ConfigError where 8 bits have no library."""
     settings: dict[str, Any] = {"lr": o.lr, "betas": (0.9, 0.95), "weight_decay": o.weight_decay}
-    if o.states == "float32":
+    if o.optimizer_state_dtype == "float32":
         return torch.optim.AdamW(params, **settings, fused=True)
-    package, module = ADAMW_8BIT[o.states]
+    package, module = ADAMW_8BIT[o.optimizer_state_dtype]
     try:
         kind = import_module(module).AdamW8bit
     except ImportError as error:
         raise ConfigError(
-            f"optim.states is {o.states}, which {package} does; pip install {package}, or use float32."
+            f"optim.optimizer_state_dtype is {o.optimizer_state_dtype}, which {package} provides; "
+            f"pip install {package}, or use float32."
         ) from error
     optimizer: torch.optim.Optimizer = kind(params, **settings)
     return optimizer
@@ -278,15 +281,15 @@ def is_hidden_matrix(name: str, p: Tensor) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class StepContext:
     seed: int
     precision: str
     device: str
-    group: Group
+    group: Distributed
 
 
 def _step(
-    state: State, task: Task, stage: StageConfig, batches: list[Any], how: _Step, stop: _Terminated
+    state: TrainState, task: Task, stage: StageConfig, batches: list[Any], context: StepContext, stop: StopSignal
 ) -> tuple[dict[str, float], bool]:
     """One optimiser step: its metrics, and whether any process was asked to stop.
 
@@ -294,9 +297,9 @@ def _step(
     """
     rate = stage.optim.rate(state.step, stage.steps)
     buffers = {k: v.clone() for k, v in task.trained.named_buffers()}
-    told = _backward(task, stage, batches, how, state.step)
-    stopping, told = how.group.agree(task.trained, stop.asked, told)
-    norm = how.group.clip(task.trained, stage.optim.clip)
+    told = _backward(task, stage, batches, context, state.step)
+    stopping, told = context.group.reduce_gradients(task.trained, stop.asked, told)
+    norm = context.group.clip(task.trained, stage.optim.clip)
     finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(told["loss"]))
     for optimizer, lr in zip(state.optimizers, (stage.optim.lr, stage.optim.matrix_lr), strict=False):
         for group in optimizer.param_groups:
@@ -315,16 +318,16 @@ def _step(
     return {**values, "grad_norm": float(norm), "rate": rate, **skipped}, stopping
 
 
-def _backward(task: Task, stage: StageConfig, batches: list[Any], how: _Step, step: int) -> dict[str, Tensor]:
+def _backward(task: Task, stage: StageConfig, batches: list[Any], context: StepContext, step: int) -> dict[str, Tensor]:
     """Gradients of this process's shares of a step; the mean of their losses and of what else they tell."""
     told: dict[str, Tensor] = {}
-    shares = how.group.shares(task, batches, how.device)
+    shares = context.group.shares(task, batches, context.device)
     for i, (data, share) in enumerate(zip(batches, shares, strict=True)):
-        number = how.group.rank * len(batches) + i  # noise belongs to a share, whichever process it falls to
-        generator = torch.Generator().manual_seed(_seed(how.seed, f"{stage.name}/{number}", step))
-        how.group.accumulate(is_last=i == len(batches) - 1)
-        with torch.autocast(how.device, dtype=torch.bfloat16, enabled=how.precision == "bfloat16"):
-            loss, extra = how.group.loss(task, data, generator, share)
+        number = context.group.rank * len(batches) + i  # noise belongs to a share, whichever process it falls to
+        generator = torch.Generator().manual_seed(_seed(context.seed, f"{stage.name}/{number}", step))
+        context.group.set_gradient_sync(is_last=i == len(batches) - 1)
+        with torch.autocast(context.device, dtype=torch.bfloat16, enabled=context.precision == "bfloat16"):
+            loss, extra = context.group.loss(task, data, generator, share)
         (loss / len(batches)).backward()
         for name, value in {"loss": loss, **extra}.items():
             part = value.detach() / len(batches)
@@ -340,7 +343,7 @@ def _put_back(module: nn.Module, buffers: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _update_ema(state: State, decay: float) -> None:
+def _update_ema(state: TrainState, decay: float) -> None:
     if not state.ema:
         return
     decay = min(decay, (1 + state.step) / (10 + state.step))
@@ -352,7 +355,7 @@ def _update_ema(state: State, decay: float) -> None:
 
 
 @contextlib.contextmanager
-def _averaged(state: State) -> Iterator[None]:
+def _averaged(state: TrainState) -> Iterator[None]:
     """Inside the block the trained modules hold their averaged weights and are in eval mode."""
     kept = {k: v.detach().clone() for k, v in state.trained.state_dict().items()}
     state.trained.load_state_dict(state.ema or kept)
@@ -446,13 +449,13 @@ def _tensorboard(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
-class _Terminated:
+class StopSignal:
     """Turns SIGTERM into a flag, so that a run ends with a checkpoint."""
 
     def __init__(self) -> None:
         self.asked = False
 
-    def __enter__(self) -> _Terminated:
+    def __enter__(self) -> StopSignal:
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             self.previous = signal.signal(signal.SIGTERM, self._ask)
         return self

@@ -21,7 +21,7 @@ from starflow2.models.token_loss import Head, token_nats
 from starflow2.nn import at_least_fp32
 
 __all__ = [
-    "FeatureJudge",
+    "FeatureDiscriminator",
     "JointTerms",
     "adversarial_losses",
     "count_replies",
@@ -43,7 +43,7 @@ def ngp_loss(flow: Flow, latents: Tensor, context: Context, generator: torch.Gen
     plain mean of nats per dim with it, whose floor on held-out data is 1.419 + E[ln level].
     """
     assert flow.cfg.noise is not None
-    level = flow.cfg.noise.draw(len(latents), generator).to(latents.device)
+    level = flow.cfg.noise.sample_levels(len(latents), generator).to(latents.device)
     noisy = add_noise(latents, level, generator)
     u, shallow_logdet = flow.shallow(noisy, level)
     z, deep_logdet = flow.deep(u, context, level)
@@ -183,7 +183,7 @@ def masked_picture_loss(feats: Tensor, head: nn.Linear, images: Tensor, patch: i
 # -- pixel decoders ---------------------------------------------------------------------------------------
 
 
-class FeatureJudge(nn.Module):
+class FeatureDiscriminator(nn.Module):
     """Tells drawn pictures from true ones, patch by patch, by frozen features (as in StyleGAN-T's DINO heads)."""
 
     def __init__(self, feature_dim: int, width: int = 64) -> None:
@@ -203,7 +203,7 @@ def perceptual_loss(drawn: Tensor, true: Tensor) -> Tensor:
     return F.mse_loss(F.layer_norm(at_least_fp32(drawn), width), F.layer_norm(at_least_fp32(true), width))
 
 
-def adversarial_losses(judge: FeatureJudge, drawn: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+def adversarial_losses(judge: FeatureDiscriminator, drawn: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
     """Hinge losses of both players: what the decoder pays for being found out, and what the judge pays for mistakes.
 
     drawn, true: features (B, N, F). The first has no gradient to the judge, the second none to the decoder, so that

@@ -27,21 +27,28 @@ from starflow2.nn import CausalStack, at_least_fp32
 from starflow2.training.config import ShardConfig, StageConfig
 from starflow2.training.task import LossAndMetrics, LossWeights, Task
 
-__all__ = ["Group", "Shards", "check_shares", "checkpoint_layers", "layers_of", "whole"]
+__all__ = [
+    "Distributed",
+    "FullyShardedDistributed",
+    "check_batch_divides",
+    "checkpoint_layers",
+    "transformer_layers",
+    "unsharded_parameters",
+]
 
 
-class Group:
+class Distributed:
     """The processes of a run, one or those that torchrun started; each holds all weights and takes its shares."""
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world = rank, world
 
     @staticmethod
-    def from_environment(device: str, shard: ShardConfig | None = None) -> Group:
+    def from_environment(device: str, shard: ShardConfig | None = None) -> Distributed:
         """The group that torchrun describes, or this process alone. Raises ConfigError where shards do not fit."""
         world, is_sharded = int(os.environ.get("WORLD_SIZE", "1")), shard is not None and shard.mode != "none"
         if world == 1 and not is_sharded:
-            return Group()
+            return Distributed()
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if not dist.is_initialized():
@@ -51,30 +58,30 @@ class Group:
             else:
                 dist.init_process_group(backend)
         if shard is None or not is_sharded:
-            return Group(dist.get_rank(), world)
-        return Shards(dist.get_rank(), world, shard, device)
+            return Distributed(dist.get_rank(), world)
+        return FullyShardedDistributed(dist.get_rank(), world, shard, device)
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     @property
-    def holders(self) -> int:
+    def shard_size(self) -> int:
         """Over how many processes one copy of the model is spread."""
         return 1
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
 
-    def agreed(self, choice: str) -> str:
+    def broadcast_choice(self, choice: str) -> str:
         """The first process's choice, for what each would measure for itself."""
         choices = [choice]
         if self.world > 1:
             dist.broadcast_object_list(choices, 0)
         return choices[0]
 
-    def gathered(self, value: object) -> list[object]:
+    def all_gather(self, value: object) -> list[object]:
         """What every process has, by rank."""
         values: list[object] = [value]
         if self.world > 1:
@@ -84,11 +91,11 @@ class Group:
 
     # -- weights
 
-    def divides(self, stage: StageConfig) -> tuple[str, ...]:
+    def sharded_components(self, stage: StageConfig) -> tuple[str, ...]:
         """The parts of a model whose layers `place` cuts in shards: they may wait in their files until then."""
         return ()
 
-    def place(self, task: Task, precision: str, device: str) -> None:
+    def prepare(self, task: Task, precision: str, device: str) -> None:
         """Make the trained weights of all processes the first one's, on `device` and ready for `loss`."""
         task.trained.to(device)
         if self.world > 1:
@@ -130,11 +137,13 @@ class Group:
         """The loss of a share and what to tell about it."""
         return task.loss(data, generator, share)
 
-    def accumulate(self, is_last: bool) -> None:
+    def set_gradient_sync(self, is_last: bool) -> None:
         """To be called before each share of a step: gradients are exchanged with the last."""
 
     @torch.no_grad()
-    def agree(self, trained: nn.Module, asked: bool, told: dict[str, Tensor]) -> tuple[bool, dict[str, Tensor]]:
+    def reduce_gradients(
+        self, trained: nn.Module, asked: bool, told: dict[str, Tensor]
+    ) -> tuple[bool, dict[str, Tensor]]:
         """Average gradients and running statistics over processes; was any asked to stop, and the mean of `told`.
 
         The loss is among it because all must agree whether it is finite: a step is taken by all or by none.
@@ -174,7 +183,7 @@ class Group:
 # -- shards ---------------------------------------------------------------------------------------------
 
 
-class Shards(Group):
+class FullyShardedDistributed(Distributed):
     """The same with every weight, gradient and optimiser state cut into shards, one for each process (FSDP2).
 
     Transformer layers are gathered one by one; everything else is one unit that stays gathered during a step, so
@@ -189,21 +198,21 @@ class Shards(Group):
         self.root: _Loss | None = None
 
     @property
-    def holders(self) -> int:
+    def shard_size(self) -> int:
         return self.mesh.size(self.mesh.ndim - 1)
 
-    def divides(self, stage: StageConfig) -> tuple[str, ...]:
+    def sharded_components(self, stage: StageConfig) -> tuple[str, ...]:
         trained = ("flow",) if stage.name in ("t2i", "joint") else ()
         # a fresh stage t2i measures states of the language model before anything is cut
         frozen = ("vlm",) if self.shard.frozen == "sharded" and stage.name in ("adapter", "joint") else ()
         return trained + frozen
 
-    def place(self, task: Task, precision: str, device: str) -> None:
+    def prepare(self, task: Task, precision: str, device: str) -> None:
         half = torch.bfloat16 if precision == "bfloat16" else None
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
         as_they_are = MixedPrecisionPolicy(cast_forward_inputs=False)
-        units = layers_of(task.trained)
-        language = task.parts.vlm.layers if self.shard.frozen == "sharded" else []
+        units = transformer_layers(task.trained)
+        language = task.components.vlm.layers if self.shard.frozen == "sharded" else []
         frozen = [layer for layer in language if not any(layer is unit for unit in units)]
         for layers, how in ((units, policy), (frozen, as_they_are)):
             for layer in layers:
@@ -234,18 +243,20 @@ class Shards(Group):
 
     @contextmanager
     def unsharded(self, module: nn.Module) -> Iterator[None]:
-        with whole(module, keep=self.is_first):
+        with unsharded_parameters(module, keep=self.is_first):
             yield
 
     def loss(self, task: Task, data: Any, generator: torch.Generator, share: LossWeights) -> LossAndMetrics:
         assert self.root is not None
         return cast(LossAndMetrics, self.root(data, generator, share))
 
-    def accumulate(self, is_last: bool) -> None:
+    def set_gradient_sync(self, is_last: bool) -> None:
         cast(FSDPModule, self.root).set_requires_gradient_sync(is_last)
 
     @torch.no_grad()
-    def agree(self, trained: nn.Module, asked: bool, told: dict[str, Tensor]) -> tuple[bool, dict[str, Tensor]]:
+    def reduce_gradients(
+        self, trained: nn.Module, asked: bool, told: dict[str, Tensor]
+    ) -> tuple[bool, dict[str, Tensor]]:
         assert self.root is not None
         used = torch.tensor(self.root.used, device=next(iter(told.values())).device)
         if self.world > 1:
@@ -314,7 +325,7 @@ def _weights_of(loss: Tensor, besides: Tensor) -> set[Tensor]:
     return leaves
 
 
-def layers_of(module: nn.Module) -> list[nn.Module]:
+def transformer_layers(module: nn.Module) -> list[nn.Module]:
     """The transformer layers in a module: what is gathered, and recomputed, one by one."""
     found = list[nn.Module]()
     for part in module.modules():
@@ -333,7 +344,7 @@ def _mesh(shard: ShardConfig, world: int, device: str) -> DeviceMesh:
 
 
 @contextmanager
-def whole(module: nn.Module, keep: bool) -> Iterator[None]:
+def unsharded_parameters(module: nn.Module, keep: bool) -> Iterator[None]:
     """Inside, sharded weights are replaced by whole ones on the CPU, where `keep`; all processes must enter."""
     swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
     full: dict[nn.Parameter, nn.Parameter] = {}  # tied ones stay tied
@@ -371,16 +382,16 @@ def checkpoint_layers(task: Task, stage: StageConfig) -> None:
     """
     if stage.checkpoint_activations == "none":
         return
-    layers = layers_of(task.trained)
+    layers = transformer_layers(task.trained)
     if stage.checkpoint_activations == "all":
-        layers += [layer for layer in task.parts.vlm.layers if not any(layer is other for other in layers)]
+        layers += [layer for layer in task.components.vlm.layers if not any(layer is other for other in layers)]
     for layer in layers:
         if not isinstance(layer, _Recomputed):
             kind = type(layer)
             layer.__class__ = type(f"Recomputed{kind.__name__}", (_Recomputed, kind), {})
 
 
-def check_shares(stage: StageConfig, group: Group, *, evaluates: bool = False) -> None:
+def check_batch_divides(stage: StageConfig, group: Distributed, *, evaluates: bool = False) -> None:
     """Raise TrainingError unless a step's batch can be shared equally and shards go with the rest."""
     shares = group.world * stage.accumulate
     if stage.accumulate < 1 or stage.batch % shares:
@@ -388,8 +399,10 @@ def check_shares(stage: StageConfig, group: Group, *, evaluates: bool = False) -
             f"batch {stage.batch} cannot be shared equally by {group.world} processes of {stage.accumulate} "
             "microbatches; expected a multiple of their product."
         )
-    states = stage.optim.states
-    if states != "float32" and isinstance(group, Shards):
-        raise TrainingError(f"optim.states {states} and shard.mode are both set; shards divide float32 states already.")
-    if evaluates and isinstance(group, Shards):
+    states = stage.optim.optimizer_state_dtype
+    if states != "float32" and isinstance(group, FullyShardedDistributed):
+        raise TrainingError(
+            f"optim.optimizer_state_dtype {states} and shard.mode are both set; shards divide float32 states already."
+        )
+    if evaluates and isinstance(group, FullyShardedDistributed):
         raise TrainingError("evaluate is given, but no process holds whole weights; score the model folder afterwards.")

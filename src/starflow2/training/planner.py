@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from starflow2.errors import ConfigError
-from starflow2.models.components import Parts, build
+from starflow2.models.components import Components, build
 from starflow2.models.config import FaeConfig, ModelConfig
 from starflow2.models.token_loss import LOGITS_AT_ONCE
 from starflow2.nn import StackConfig
@@ -32,7 +32,7 @@ __all__ = ["SCHEMES", "Hardware", "Scheme", "Shape", "Sizes", "Work", "flops", "
 
 Mode = Literal["forward", "through", "train"]  # frozen; frozen, but gradients pass; trained
 END_TO_END = "t2i end to end"  # t2i with a codec_weight
-KEPT = "joint kept"  # joint with keep
+KEPT = "joint kept"  # joint with kl_to_t2i
 TIMES = {"forward": 1, "through": 2, "train": 3}  # the cost of a forward pass
 RESERVED = 2e9  # bytes of a GPU that its context and the allocator's gaps take
 GIB = 2**30
@@ -132,7 +132,7 @@ class Sizes:
     """Weights by part, the parts on the meta device, and what each stage trains."""
 
     cfg: ModelConfig
-    parts: Parts
+    components: Components
 
     @classmethod
     def of(cls, cfg: ModelConfig) -> Sizes:
@@ -140,7 +140,7 @@ class Sizes:
 
     @property
     def weights(self) -> dict[str, int]:
-        p, cfg = self.parts, self.cfg
+        p, cfg = self.components, self.cfg
         head = cfg.vlm.vocab * cfg.vlm.width
         vision = _count(p.vlm.model.model.visual)
         embeddings = head if cfg.vlm.ties_embeddings else 2 * head
@@ -160,7 +160,7 @@ class Sizes:
 
     def trained(self, stage: str) -> nn.ModuleDict:
         """The same modules as the stage's own task trains."""
-        p = self.parts
+        p = self.components
         table: dict[str, dict[str, nn.Module]] = {
             "vlm": {"vlm": p.vlm},
             "t2i": {"flow": p.flow},
@@ -244,14 +244,14 @@ def flops(sizes: Sizes, stage: str) -> dict[str, float]:
 def frozen_bytes(sizes: Sizes, stage: str) -> dict[str, int]:
     """Bytes of what stands by and does not train, by part, in the format each is held in."""
     cfg = sizes.cfg
-    parts = dict(sizes.parts.named_children())
+    parts = dict(sizes.components.named_children())
     trained = {id(p) for p in sizes.trained(stage).parameters()}
     held = {name: 2 if ref.precision == "bfloat16" else 4 for name, ref in cfg.references.items()}
     found = {
         name: held.get(name, 4) * sum(p.numel() for p in module.parameters() if id(p) not in trained)
         for name, module in parts.items()
     }
-    return found | ({"flow as it was": 4 * _count(sizes.parts.flow.deep)} if stage == KEPT else {})
+    return found | ({"flow as it was": 4 * _count(sizes.components.flow.deep)} if stage == KEPT else {})
 
 
 def state_bytes(sizes: Sizes, stage: StageConfig, scheme: Scheme) -> dict[str, int]:
@@ -354,7 +354,7 @@ def _stage(sizes: Sizes, stage: StageConfig, hardware: Hardware) -> dict[str, An
 
 def _kind(stage: StageConfig) -> str:
     """Under which name a stage stands in `SHAPES`."""
-    if stage.keep:
+    if stage.kl_to_t2i:
         return KEPT
     return END_TO_END if stage.codec_weight else stage.name
 

@@ -29,7 +29,7 @@ from starflow2.models.config import (
 )
 from starflow2.models.pretrained import Pretrained
 from starflow2.nn import StackConfig
-from starflow2.training.config import CaptionConfig, MixConfig, OpeningConfig, OptimConfig, RunConfig, StageConfig
+from starflow2.training.config import CaptionConfig, MixConfig, OptimConfig, RunConfig, StageConfig, WarmupMixConfig
 
 __all__ = [
     "find",
@@ -138,9 +138,9 @@ def nano() -> RunConfig:
                 steps=10000,
                 batch=32,
                 optim=OptimConfig(matrix_lr=3e-3, decay_share=0.35),
-                blind_share=0.6,
-                keep=24.0,
-                opening=OpeningConfig(
+                hidden_latents_share=0.6,
+                kl_to_t2i=24.0,
+                warmup_mix=WarmupMixConfig(
                     steps=3000, mix=MixConfig(understand=0.05, draw=0.15, edit=0.8, chain=0.0, story=0.0)
                 ),
                 mix=MixConfig(understand=0.04, draw=0.42, edit=0.24, chain=0.03, beginning=0.18, story=0.09),

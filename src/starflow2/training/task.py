@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.sequence import Batch
 
 __all__ = [
@@ -35,17 +35,17 @@ LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 class Task(Protocol):
     """What a stage trains, what it draws and how it scores it.
 
-    `draw` makes the items of some indices; it can be sent to another process, since it holds no weights. `counts`
+    `make_batch` makes the items of some indices; it can be sent to another process, since it holds no weights. `counts`
     says what the terms of a loss are means of, by term; those left out are means over equally many documents.
     """
 
-    parts: Parts
+    components: Components
     trained: nn.ModuleDict
-    draw: Callable[[range], Any]
+    make_batch: Callable[[range], Any]
 
     def counts(self, data: Any) -> dict[str, int]: ...
 
-    def taken(self, images: Tensor, batch: Batch) -> Any:
-        """Packed documents of real corpora with their pictures (P, 3, s, s), in the form of `draw`'s items."""
+    def from_documents(self, images: Tensor, batch: Batch) -> Any:
+        """Packed documents of real corpora with their pictures (P, 3, s, s), in the form of `make_batch`'s items."""
 
     def loss(self, data: Any, generator: torch.Generator, share: LossWeights = WHOLE) -> LossAndMetrics: ...

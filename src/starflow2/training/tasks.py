@@ -19,7 +19,7 @@ from starflow2.data.mixture import BatchConfig, Batches, Spelling, read_mixture
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow.affine import Affine
 from starflow2.flow.noise import add_noise
-from starflow2.models.components import Parts
+from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
 from starflow2.models.pretzel import Output
 from starflow2.models.sequence import IGNORE, Batch, length_groups, with_pictures
@@ -35,7 +35,7 @@ from starflow2.training.losses import (
     ntp_loss,
 )
 from starflow2.training.task import WHOLE, LossAndMetrics, LossWeights, Task
-from starflow2.world.captions import draw_task
+from starflow2.world.captions import caption_task
 from starflow2.world.conversations import understanding_dialogue
 
 __all__ = [
@@ -49,18 +49,18 @@ __all__ = [
 class _Packed:
     """A task that takes packed documents as they are."""
 
-    def taken(self, images: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
+    def from_documents(self, images: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
         return images, batch
 
 
 class VlmTask(_Packed):
     """Conversations about drawn pictures, seen through the model's own vision tower, and about words."""
 
-    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts = parts
+    def __init__(self, components: Components, stage: StageConfig, seed: int) -> None:
+        self.components = components
         dialogue = partial(understanding_dialogue, seed)
-        self.draw: Callable[[range], Any] = Documents.of(parts, dialogue, parts.tower_layout)
-        self.trained = nn.ModuleDict({"vlm": parts.vlm})
+        self.make_batch: Callable[[range], Any] = Documents.of(components, dialogue, components.tower_layout)
+        self.trained = nn.ModuleDict({"vlm": components.vlm})
 
     def counts(self, data: tuple[Tensor, Batch]) -> dict[str, int]:
         return {"text": count_replies(data[1].labels)}
@@ -68,8 +68,8 @@ class VlmTask(_Packed):
     def loss(
         self, data: tuple[Tensor, Batch], generator: torch.Generator, share: LossWeights = WHOLE
     ) -> LossAndMetrics:
-        images, batch = data[0].to(self.parts.device), data[1].to(self.parts.device)
-        return share.of("text", _reading_loss(self.parts, self.parts.vlm.see(images), batch)), {}
+        images, batch = data[0].to(self.components.device), data[1].to(self.components.device)
+        return share.of("text", _reading_loss(self.components, self.components.vlm.see(images), batch)), {}
 
 
 class T2iTask:
@@ -79,34 +79,36 @@ class T2iTask:
     standardised over the batch, so that no scale of them makes them likelier (docs/choices.md#end-to-end).
     """
 
-    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.stage, self.seed = parts, stage, seed
-        assert parts.tokenizer is not None
-        self.draw: Callable[[range], Any] = Captions(parts.tokenizer, seed, stage.caption_drop, stage.captions)
-        self.trained = nn.ModuleDict({"flow": parts.flow})
-        self.codec = FaeTask(parts, stage, seed) if stage.codec_weight else None
+    def __init__(self, components: Components, stage: StageConfig, seed: int) -> None:
+        self.components, self.stage, self.seed = components, stage, seed
+        assert components.tokenizer is not None
+        self.make_batch: Callable[[range], Any] = Captions(
+            components.tokenizer, seed, stage.caption_drop, stage.captions
+        )
+        self.trained = nn.ModuleDict({"flow": components.flow})
+        self.codec = FaeTask(components, stage, seed) if stage.codec_weight else None
         if self.codec is not None:
             self.trained.update(dict(self.codec.trained.items()))
-        if "t2i" not in parts.stages:
+        if "t2i" not in components.finished_stages:
             self._whiten()
 
     def _whiten(self, prompts: int = 2048, batch: int = 128) -> None:
         """Fresh flows start from whitened text states; see `AffineBlock.whiten_context`."""
         rows = self._captions(prompts)
-        contexts = [drawing_context(self.parts, rows[i : i + batch]) for i in range(0, prompts, batch)]
-        self.parts.flow.deep.whiten_context(torch.cat([c.states[c.attend] for c in contexts]))
+        contexts = [drawing_context(self.components, rows[i : i + batch]) for i in range(0, prompts, batch)]
+        self.components.flow.deep.whiten_context(torch.cat([c.states[c.attend] for c in contexts]))
 
     def _captions(self, count: int) -> list[list[int]]:
         """Token ids of the first captions of the mixture, or of the drawn world where the stage has none."""
-        parts, corpus = self.parts, self.stage.corpus
-        assert parts.tokenizer is not None
+        components, corpus = self.components, self.stage.corpus
+        assert components.tokenizer is not None
         if not corpus.mixture:
-            return [parts.tokenizer.drawing_prompt(draw_task(self.seed, i).prompt) for i in range(count)]
-        spelling = Spelling(parts.tokenizer, parts.layout, parts.cfg.fae.image_size)
+            return [components.tokenizer.drawing_prompt(caption_task(self.seed, i).prompt) for i in range(count)]
+        spelling = Spelling(components.tokenizer, components.layout, components.cfg.fae.image_size)
         config = BatchConfig(rows=corpus.rows, width=corpus.width, caption_drop=0.0)
         rows = list[list[int]]()
         for images, batch in Batches(read_mixture(corpus.mixture), spelling, config):  # without end
-            rows += self.taken(images, batch)[1]
+            rows += self.from_documents(images, batch)[1]
             if len(rows) >= count:
                 break
         return rows[:count]
@@ -114,7 +116,7 @@ class T2iTask:
     def counts(self, data: tuple[Tensor, list[list[int]]]) -> dict[str, int]:
         return {"pictures": len(data[0])}
 
-    def taken(self, images: Tensor, batch: Batch) -> tuple[Tensor, list[list[int]]]:
+    def from_documents(self, images: Tensor, batch: Batch) -> tuple[Tensor, list[list[int]]]:
         """Every drawn picture with the words in front of it. Raises DataError where that is more than words."""
         if not len(images) or not bool(lone_drawings(batch).all()):
             raise DataError("stage t2i takes words with one drawn picture; leave other sources to stage joint.")
@@ -124,15 +126,15 @@ class T2iTask:
         self, data: tuple[Tensor, list[list[int]]], generator: torch.Generator, share: LossWeights = WHOLE
     ) -> LossAndMetrics:
         images, rows = data
-        latents, loss, extra = self._encoded(images.to(self.parts.device), generator)
+        latents, loss, extra = self._encoded(images.to(self.components.device), generator)
         nats = latents.new_zeros(())
-        picture = self.parts.cfg.flow.deep.num_latents
+        picture = self.components.cfg.flow.deep.num_latents
         lengths = [len(r) for r in rows]
         # sharded layers are gathered by all processes at once, so all must read as many groups
         groups = length_groups(lengths, picture) if self.stage.shard.mode == "none" else [list(range(len(rows)))]
         for group in groups:
-            context = drawing_context(self.parts, [rows[i] for i in group])
-            terms = ngp_loss(self.parts.flow, latents[group], context, generator)
+            context = drawing_context(self.components, [rows[i] for i in group])
+            terms = ngp_loss(self.components.flow, latents[group], context, generator)
             part = len(group) / len(rows)
             loss, nats = loss + part * terms[0], nats + part * terms[1]
         return share.of("pictures", loss), {"nats_per_dim": nats, **extra}
@@ -141,7 +143,7 @@ class T2iTask:
         """Latents (B, N, D), and what the FAE itself pays for them where it trains."""
         if self.codec is None:
             with torch.no_grad():
-                latents = self.parts.codec.encode(images).float()
+                latents = self.components.codec.encode(images).float()
             return latents, latents.new_zeros(()), {}
         loss, extra, latents = self.codec.terms(images, generator)
         return latents, self.stage.codec_weight * loss, extra
@@ -159,15 +161,15 @@ def _words_before(batch: Batch, pictures: Sequence[int]) -> list[list[int]]:
 class AdapterTask(_Packed):
     """Paper stage 2: answers about pictures that the language model sees through the adapter; nothing else trains."""
 
-    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.stage = parts, stage
-        self.draw: Callable[[range], Any] = Documents.of(parts, partial(understanding_dialogue, seed))
-        self.trained = nn.ModuleDict({"adapter": parts.joints.adapter})
-        seen, latents = parts.cfg.vlm.image_grid, parts.cfg.flow.deep.grid
+    def __init__(self, components: Components, stage: StageConfig, seed: int) -> None:
+        self.components, self.stage = components, stage
+        self.make_batch: Callable[[range], Any] = Documents.of(components, partial(understanding_dialogue, seed))
+        self.trained = nn.ModuleDict({"adapter": components.joints.adapter})
+        seen, latents = components.cfg.vlm.image_grid, components.cfg.flow.deep.grid
         if stage.distill and seen != latents:
             raise ConfigError(f"distill is {stage.distill}, but the tower sees {seen}, latents are {latents}; use 0.")
-        if "adapter" not in parts.stages:
-            parts.joints.adapter.set_scale(_rms_of_tower(parts, seed))
+        if "adapter" not in components.finished_stages:
+            components.joints.adapter.set_scale(_rms_of_tower(components, seed))
 
     def counts(self, data: tuple[Tensor, Batch]) -> dict[str, int]:
         return {"text": count_replies(data[1].labels), "distance": len(data[0])}
@@ -175,18 +177,18 @@ class AdapterTask(_Packed):
     def loss(
         self, data: tuple[Tensor, Batch], generator: torch.Generator, share: LossWeights = WHOLE
     ) -> LossAndMetrics:
-        images, batch = data[0].to(self.parts.device), data[1].to(self.parts.device)
-        pretzel = self.parts.pretzel
-        level = _source_levels(self.parts, len(images), generator)
+        images, batch = data[0].to(self.components.device), data[1].to(self.components.device)
+        pretzel = self.components.pretzel
+        level = _source_levels(self.components, len(images), generator)
         with torch.no_grad():
-            latents = self.parts.codec.encode(images).float()
-            u, _ = self.parts.flow.shallow(add_noise(latents, level, generator), level)
+            latents = self.components.codec.encode(images).float()
+            u, _ = self.components.flow.shallow(add_noise(latents, level, generator), level)
         adapted = pretzel.adapted(u, level)
-        loss = share.of("text", _reading_loss(self.parts, adapted, batch))
+        loss = share.of("text", _reading_loss(self.components, adapted, batch))
         if not self.stage.distill:
             return loss, {}
         with torch.no_grad():
-            seen = self.parts.vlm.see(images)
+            seen = self.components.vlm.see(images)
         far = (adapted - seen).square().mean() / seen.square().mean() if len(images) else adapted.sum()
         far = share.of("distance", far)  # over shares a mean of ratios, by pictures, not the ratio of means
         return loss + self.stage.distill * far, {"distance": far}
@@ -195,14 +197,14 @@ class AdapterTask(_Packed):
 class JointTask(_Packed):
     """Paper stage 3: everything at once, with the skips open; the language model and the FAE stay frozen."""
 
-    def __init__(self, parts: Parts, stage: StageConfig, seed: int) -> None:
-        self.parts, self.stage, self.pretzel = parts, stage, parts.pretzel
+    def __init__(self, components: Components, stage: StageConfig, seed: int) -> None:
+        self.components, self.stage, self.pretzel = components, stage, components.pretzel
         # layers that all processes gather at once, or that run again in the backward pass, run once for each batch
         is_sharded = stage.shard.mode != "none" and stage.shard.frozen == "sharded"
-        self.pretzel.reads_apart = not is_sharded and stage.checkpoint_activations != "all"
-        self.draw: Callable[[range], Any] = Documents.of(parts, partial(joint_dialogue, stage, seed))
-        self.before = _Before(parts) if stage.keep else None
-        self.trained = parts.joined_above if stage.keep else parts.joined
+        self.pretzel.two_pass_prefix = not is_sharded and stage.checkpoint_activations != "all"
+        self.make_batch: Callable[[range], Any] = Documents.of(components, partial(joint_dialogue, stage, seed))
+        self.before = FrozenReferenceFlow(components) if stage.kl_to_t2i else None
+        self.trained = components.joined_above if stage.kl_to_t2i else components.joined
 
     def counts(self, data: tuple[Tensor, Batch]) -> dict[str, int]:
         return {"text": count_replies(data[1].labels), "flow": int(data[1].pictures.is_target.sum())}
@@ -210,13 +212,13 @@ class JointTask(_Packed):
     def loss(
         self, data: tuple[Tensor, Batch], generator: torch.Generator, share: LossWeights = WHOLE
     ) -> LossAndMetrics:
-        images, batch = data[0].to(self.parts.device), data[1].to(self.parts.device)
-        noise = self.parts.cfg.flow.noise
+        images, batch = data[0].to(self.components.device), data[1].to(self.components.device)
+        noise = self.components.cfg.flow.noise
         assert noise is not None
         with torch.no_grad():
-            latents = self.parts.codec.encode(images).float()
-        drawn = noise.draw(len(images), generator).to(latents.device)
-        level = torch.where(batch.pictures.is_target, drawn, _source_levels(self.parts, len(images), generator))
+            latents = self.components.codec.encode(images).float()
+        drawn = noise.sample_levels(len(images), generator).to(latents.device)
+        level = torch.where(batch.pictures.is_target, drawn, _source_levels(self.components, len(images), generator))
         blind = self._blind(batch, generator)
         terms = joint_loss(self.pretzel, batch, (add_noise(latents, level, generator), level), noise, blind)
         told = {"flow": share.of("flow", terms.flow), "text": share.of("text", terms.text)}
@@ -226,36 +228,36 @@ class JointTask(_Packed):
             loss = loss + told["blind"]
         if self.before is not None:
             told["kept"] = share.of("flow", self.before.distance(terms.out, batch, level))
-            loss = loss + self.stage.keep * told["kept"]
+            loss = loss + self.stage.kl_to_t2i * told["kept"]
         return loss, told
 
     def _blind(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
         """Which edits are predicted without sight of their own latents, (P,) bool; None where none are asked for."""
-        if not self.stage.blind_share:
+        if not self.stage.hidden_latents_share:
             return None
         drawn = torch.rand(len(batch.pictures.is_target), generator=generator).to(batch.pictures.is_target.device)
-        return (drawn < self.stage.blind_share) & last_edits(batch)
+        return (drawn < self.stage.hidden_latents_share) & last_edits(batch)
 
 
-class _Before:
+class FrozenReferenceFlow:
     """The deep flow as stage t2i left it, which stage joint is kept near where it draws from words alone.
 
     Distances are of Gaussians of the same intermediate latents, so the shallow blocks stay as they are:
-    `Parts.joined_above` trains (docs/choices.md#what-stage-3-keeps).
+    `Components.joined_above` trains (docs/choices.md#what-stage-3-keeps).
     """
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts, self.is_late = parts, "joint" in parts.stages
-        self.deep = copy.deepcopy(parts.flow.deep).requires_grad_(False)
+    def __init__(self, components: Components) -> None:
+        self.components, self.is_late = components, "joint" in components.finished_stages
+        self.deep = copy.deepcopy(components.flow.deep).requires_grad_(False)
 
     def distance(self, out: Output, batch: Batch, level: Tensor) -> Tensor:
         """Weighted KL per dim, summed over pictures alone in their documents, over all drawings of the batch."""
         if self.is_late:
             raise ConfigError(
-                "keep needs the flow as stage t2i left it, and this run folder's model has finished joint; go on from "
-                "a copy of the folder with the model as it was, or with keep 0."
+                "kl_to_t2i > 0 compares with the flow after stage t2i, but this model has finished stage joint. "
+                "Start joint again from a copy of the t2i model folder, or set --kl-to-t2i 0."
             )
-        noise = self.parts.cfg.flow.noise
+        noise = self.components.cfg.flow.noise
         assert noise is not None
         total, alone = out.u.new_zeros(()), lone_drawings(batch).nonzero()[:, 0]
         rows = _words_before(batch, alone.tolist())
@@ -269,35 +271,35 @@ class _Before:
     @torch.no_grad()
     def _affine(self, rows: list[list[int]], u: Tensor, level: Tensor) -> Affine:
         deep = self.deep.to(u.device)
-        run = deep.begin(len(u), drawing_context(self.parts, rows), level)
+        run = deep.begin(len(u), drawing_context(self.components, rows), level)
         return deep.predict(F.pad(u, (0, 0, 0, 1)), (0, u.shape[1]), run)
 
 
-def _reading_loss(parts: Parts, seen: Tensor, batch: Batch) -> Tensor:
+def _reading_loss(components: Components, seen: Tensor, batch: Batch) -> Tensor:
     """Next-token loss of the language model alone, pictures read as `seen` (P, N, E)."""
-    embeds = with_pictures(parts.vlm.embed(batch.ids), seen, batch)
-    h = parts.vlm.states(embeds, batch.mrope, attend=batch.attend)
-    return ntp_loss(parts.vlm.logits, (h[batch.labels != IGNORE],), batch.labels)
+    embeds = with_pictures(components.vlm.embed(batch.ids), seen, batch)
+    h = components.vlm.states(embeds, batch.mrope, attend=batch.attend)
+    return ntp_loss(components.vlm.logits, (h[batch.labels != IGNORE],), batch.labels)
 
 
-def _source_levels(parts: Parts, count: int, generator: torch.Generator) -> Tensor:
+def _source_levels(components: Components, count: int, generator: torch.Generator) -> Tensor:
     """Noise levels (count,) of pictures that are read: often clean as uploads are, often at the level of drawing."""
-    noise = parts.cfg.flow.noise
+    noise = components.cfg.flow.noise
     assert noise is not None
     kind, uniform = torch.rand(2, count, generator=generator)
     level = noise.noise_min + (noise.noise_max - noise.noise_min) * uniform
     level = torch.where(kind < 0.4, torch.full_like(level, noise.noise_min), level)
-    return torch.where(kind > 0.7, torch.full_like(level, noise.noise_max), level).to(parts.device)
+    return torch.where(kind > 0.7, torch.full_like(level, noise.noise_max), level).to(components.device)
 
 
 @torch.no_grad()
-def _rms_of_tower(parts: Parts, seed: int, pictures: int = 64) -> float:
+def _rms_of_tower(components: Components, seed: int, pictures: int = 64) -> float:
     """Root mean square of what the language model's own tower feeds it: the scale the adapter starts at."""
-    images = to_images([draw_task(seed, i).scene for i in range(pictures)]).to(parts.device)
-    return float(parts.vlm.see(images).square().mean().sqrt())
+    images = to_images([caption_task(seed, i).scene for i in range(pictures)]).to(components.device)
+    return float(components.vlm.see(images).square().mean().sqrt())
 
 
-TASKS: dict[str, Callable[[Parts, StageConfig, int], Task]] = {
+TASKS: dict[str, Callable[[Components, StageConfig, int], Task]] = {
     "features": FeaturesTask,
     "fae": FaeTask,
     "vlm": VlmTask,

@@ -14,7 +14,7 @@ from starflow2.world.scene import (
     BACKGROUND_NAMES,
     COLORS,
     IMAGE_SIZE,
-    MAX_THINGS,
+    MAX_OBJECTS,
     OPPOSITES,
     RELATIONS,
     SHAPES,
@@ -22,8 +22,8 @@ from starflow2.world.scene import (
     Bucket,
     Relation,
     Scene,
+    SceneObject,
     Split,
-    Thing,
     chance,
     pick,
     relations,
@@ -40,11 +40,11 @@ __all__ = [
     "T2I_MIX",
     "WORDINGS",
     "Brief",
-    "Drawing",
+    "CaptionedScene",
     "Wording",
     "article",
     "caption",
-    "draw_task",
+    "caption_task",
     "metadata",
     "paraphrase_drawings",
     "suite_drawings",
@@ -84,7 +84,7 @@ class Brief:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drawing:
+class CaptionedScene:
     """One text-to-image item: the prompt, a scene that satisfies it, and GenEval's metadata line."""
 
     prompt: str
@@ -117,7 +117,7 @@ def make_menu(split: Split | None = None, row: str = "") -> Menu:
     meets = tuple(m for m in itertools.combinations(k, 2) if not any(frozenset(m) in t.shapes for t in tables))
     told = [(a, r, b) for a, b in itertools.permutations(k, 2) for r in RELATIONS if tuple(sorted((a, b))) in meets]
     told = [fact for fact in told if not any(canonical(*fact) in t.facts for t in tables)]
-    counts = [(s, n) for s in k for n in range(2, MAX_THINGS + 1) if not any((s, n) in t.counts for t in tables)]
+    counts = [(s, n) for s in k for n in range(2, MAX_OBJECTS + 1) if not any((s, n) in t.counts for t in tables)]
     colors = second = _colors_by_shape(pairs)
     if split is not None:
         table = HELD_OUT[split]
@@ -330,23 +330,23 @@ def article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
-def _kind(thing: Thing, mentions: frozenset[str]) -> str:
+def _kind(thing: SceneObject, mentions: frozenset[str]) -> str:
     """An object in words, such as "small red circle", with only what is mentioned."""
     words = [SIZES[thing.size]] * ("size" in mentions) + [COLORS[thing.color]] * ("color" in mentions)
     return " ".join([*words, SHAPES[thing.shape]])
 
 
-def noun(thing: Thing, mentions: frozenset[str]) -> str:
+def noun(thing: SceneObject, mentions: frozenset[str]) -> str:
     return article(_kind(thing, mentions))
 
 
-def _counted(things: Sequence[Thing], mentions: frozenset[str]) -> str:
+def _counted(things: Sequence[SceneObject], mentions: frozenset[str]) -> str:
     """Objects of one shape in words, such as "two small red hearts"."""
     *words, _ = _kind(things[0], mentions).split()
     return " ".join([NUMBERS[len(things)], *words, PLURALS[things[0].shape]])
 
 
-def _place(thing: Thing) -> str:
+def _place(thing: SceneObject) -> str:
     """Where an object stands on the 3 x 3 grid, in words."""
     column, row = (min(int(3 * v / IMAGE_SIZE), 2) for v in (thing.x, thing.y))
     return PLACES[row][column]
@@ -419,7 +419,7 @@ def metadata(brief: Brief, prompt: str) -> dict[str, Any]:
     """
     things = brief.scene.things
 
-    def entry(thing: Thing, count: int = 1) -> dict[str, Any]:
+    def entry(thing: SceneObject, count: int = 1) -> dict[str, Any]:
         color = {"color": COLORS[thing.color]} if "color" in brief.mentions else {}
         return {"class": SHAPES[thing.shape], "count": count} | color
 
@@ -438,8 +438,8 @@ def metadata(brief: Brief, prompt: str) -> dict[str, Any]:
     return line | {"prompt": prompt}
 
 
-def _drawing(brief: Brief, prompt: str) -> Drawing:
-    return Drawing(prompt=prompt, scene=brief.scene, family=brief.family, metadata=metadata(brief, prompt))
+def _drawing(brief: Brief, prompt: str) -> CaptionedScene:
+    return CaptionedScene(prompt=prompt, scene=brief.scene, family=brief.family, metadata=metadata(brief, prompt))
 
 
 def _family(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
@@ -454,10 +454,10 @@ def _family(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
     return family
 
 
-def draw_task(seed: int, index: int, *, weights: Mapping[str, float] = T2I_MIX) -> Drawing:
+def caption_task(seed: int, index: int, *, weights: Mapping[str, float] = T2I_MIX) -> CaptionedScene:
     """Text-to-image training item number `index`: a pure function of its arguments, free of anything held out.
 
-    >>> draw_task(0, 5) == draw_task(0, 5)
+    >>> caption_task(0, 5) == caption_task(0, 5)
     True
     """
     rng = stream(seed, index, DRAW_STREAM)
@@ -510,9 +510,9 @@ def _suite_briefs(split: Split, part: Literal["id", "cg"], family: str, count: i
     return briefs
 
 
-def _worded(briefs: Sequence[Brief], wording: Bucket, where: tuple[int, ...]) -> list[Drawing]:
+def _worded(briefs: Sequence[Brief], wording: Bucket, where: tuple[int, ...]) -> list[CaptionedScene]:
     """The briefs in words, each prompt different from the others if 20 tries can make it so."""
-    drawings: list[Drawing] = []
+    drawings: list[CaptionedScene] = []
     seen: set[str] = set()
     for item, brief in enumerate(briefs):
         rng = stream(*where, item, 1)  # not the stream of the item's scene
@@ -525,7 +525,7 @@ def _worded(briefs: Sequence[Brief], wording: Bucket, where: tuple[int, ...]) ->
 
 def suite_drawings(
     suite: Literal["geneval"], split: Split, part: Literal["id", "cg"], per_category: int = 64
-) -> list[Drawing]:
+) -> list[CaptionedScene]:
     """The frozen prompts of a benchmark, category by category; the first n are the same whatever `per_category` is.
 
     "id": six families, unseen scenes, seen combinations, training wording. "cg": five families (single_object has no
@@ -542,7 +542,7 @@ def suite_drawings(
     ]
 
 
-def paraphrase_drawings(split: Split, per_category: int = 64) -> list[Drawing]:
+def paraphrase_drawings(split: Split, per_category: int = 64) -> list[CaptionedScene]:
     """The "id" items of `suite_drawings`, scene by scene, in the sentence forms held out for `split`."""
     return [
         drawing

@@ -17,7 +17,7 @@ import numpy as np
 
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError
-from starflow2.world.captions import NUMBERS, PLURALS, draw_task
+from starflow2.world.captions import NUMBERS, PLURALS, caption_task
 from starflow2.world.multiple_choice import (
     DIMENSIONS,
     POINTS,
@@ -28,7 +28,7 @@ from starflow2.world.multiple_choice import (
     riddle,
     several_pictures,
 )
-from starflow2.world.questions import LIST, lexicon, understanding_task
+from starflow2.world.questions import LIST, known_words, understanding_task
 from starflow2.world.scene import BACKGROUND_NAMES, COLORS, OPPOSITES, SHAPES, SIZES, Scene, SceneDialogue, pick, stream
 from starflow2.world.splits import HELD_OUT
 
@@ -261,7 +261,7 @@ def _choice(seed: int, index: int, rng: np.random.Generator) -> SceneDialogue:
 
 
 def _reading(seed: int, index: int, rng: np.random.Generator) -> SceneDialogue:
-    drawing = draw_task(seed, index, weights=READ_MIX)
+    drawing = caption_task(seed, index, weights=READ_MIX)
     reader = _Reader(drawing.prompt, drawing.metadata, rng)
     made = [_READ[int(i)](reader) for i in rng.permutation(len(_READ))]
     (question, answer), *more = [asked for asked in made if asked is not None][: int(rng.integers(3, 6))]
@@ -295,9 +295,9 @@ def understanding_dialogue(seed: int, index: int, *, weights: Mapping[str, float
 
 @functools.cache
 def understanding_words() -> frozenset[str]:
-    """Every word, in lower case, that these conversations can contain; a superset of `tasks.lexicon()`.
+    """Every word, in lower case, that these conversations can contain; a superset of `tasks.known_words()`.
 
     >>> {"beats", "third", "letter", "circle"} <= understanding_words()
     True
     """
-    return lexicon() | choice_words()
+    return known_words() | choice_words()

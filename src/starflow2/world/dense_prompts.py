@@ -24,8 +24,8 @@ from starflow2.world.scene import (
     SIZES,
     Relation,
     Scene,
+    SceneObject,
     Split,
-    Thing,
     pick,
     relations,
     stream,
@@ -84,7 +84,7 @@ class DensePrompt:
     part: Part
 
 
-def _kind(thing: Thing) -> str:
+def _kind(thing: SceneObject) -> str:
     return f"{COLORS[thing.color]} {SHAPES[thing.shape]}"
 
 
@@ -119,7 +119,7 @@ class _Tree:
         self.nodes.append(node)
         return number
 
-    def _object(self, index: int, thing: Thing) -> int:
+    def _object(self, index: int, thing: SceneObject) -> int:
         """The questions about one object; returns the number of the one whether it is there at all."""
         shape, color, size, place = SHAPES[thing.shape], COLORS[thing.color], SIZES[thing.size], place_of(thing)
         entity = self._add("entity", "shape", f"is there a {shape}?", shape, subject=index)

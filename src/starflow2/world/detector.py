@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as nnf
 
 from starflow2.errors import DataError
-from starflow2.world.scene import COLORS, IMAGE_SIZE, MAX_ANGLE, PALETTE, RADII, SHAPES, Scene, Thing, render
+from starflow2.world.scene import COLORS, IMAGE_SIZE, MAX_ANGLE, PALETTE, RADII, SHAPES, Scene, SceneObject, render
 
 __all__ = ["Detection", "Scan", "detect"]
 
@@ -251,7 +251,7 @@ def _bank() -> _Bank:
     rows = list(product(range(len(SHAPES)), range(len(RADII)), angles, offsets))
     middle, black = IMAGE_SIZE / 2, COLORS.index("black")
     things = [
-        Thing(shape=shape, color=black, size=size, x=middle + by, y=middle + by, angle=angle)
+        SceneObject(shape=shape, color=black, size=size, x=middle + by, y=middle + by, angle=angle)
         for shape, size, angle, by in rows
     ]
     images = np.stack([render(Scene(things=(thing,), background=0)) for thing in things])

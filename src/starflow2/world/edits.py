@@ -27,15 +27,15 @@ from starflow2.world.scene import (
     IMAGE_SIZE,
     MARGIN,
     MAX_ANGLE,
-    MAX_THINGS,
+    MAX_OBJECTS,
     SHAPES,
     SIZES,
     Bucket,
     Relation,
     Scene,
     SceneDialogue,
+    SceneObject,
     Split,
-    Thing,
     fits,
     half_box,
     pick,
@@ -258,7 +258,7 @@ def _other(rng: np.random.Generator, count: int, value: int) -> int:
     return int(value + rng.integers(1, count)) % count
 
 
-def _goal(thing: Thing, value: int) -> tuple[float, float]:
+def _goal(thing: SceneObject, value: int) -> tuple[float, float]:
     """Where an object stands after a move; `value` indexes _GOALS."""
     if value >= len(_PLACES):
         right, down = _DIRECTIONS[value - len(_PLACES)]
@@ -269,12 +269,12 @@ def _goal(thing: Thing, value: int) -> tuple[float, float]:
     return min(max(x, low_x), IMAGE_SIZE - low_x), min(max(y, low_y), IMAGE_SIZE - low_y)
 
 
-def _with(scene: Scene, index: int, *things: Thing) -> Scene:
+def _with(scene: Scene, index: int, *things: SceneObject) -> Scene:
     """The scene with one object replaced, or with none in its place."""
     return replace(scene, things=(*scene.things[:index], *things, *scene.things[index + 1 :]))
 
 
-def _changed(scene: Scene, operation: Operation, index: int, thing: Thing, value: int) -> _Step:
+def _changed(scene: Scene, operation: Operation, index: int, thing: SceneObject, value: int) -> _Step:
     target = _with(scene, index, thing)
     return _Step(source=scene, target=target, operation=operation, before=index, after=index, value=value)
 
@@ -308,11 +308,11 @@ def _move(rng: np.random.Generator, scene: Scene) -> _Step | None:
 
 
 def _add(rng: np.random.Generator, scene: Scene) -> _Step | None:
-    if len(scene.things) == MAX_THINGS:
+    if len(scene.things) == MAX_OBJECTS:
         return None
     value, shape = int(rng.integers(len(_PLACES))), int(rng.integers(len(SHAPES)))
     color, size = int(rng.integers(len(COLORS))), int(rng.integers(len(SIZES)))
-    thing = Thing(shape=shape, color=color, size=size, x=0, y=0, angle=float(rng.uniform(-MAX_ANGLE, MAX_ANGLE)))
+    thing = SceneObject(shape=shape, color=color, size=size, x=0, y=0, angle=float(rng.uniform(-MAX_ANGLE, MAX_ANGLE)))
     x, y = _goal(thing, value)
     target = replace(scene, things=(*scene.things, replace(thing, x=x, y=y)))
     return _Step(source=scene, target=target, operation="add", before=None, after=len(scene.things), value=value)
@@ -431,7 +431,7 @@ class _Cast:
     """What a source must be like."""
 
     where: Bucket
-    most: int = MAX_THINGS
+    most: int = MAX_OBJECTS
     least: int = 2
     first: tuple[int, ...] = ()  # shapes that must be there
     relation: Relation | None = None  # what the first is with respect to the second
@@ -494,7 +494,7 @@ def _chain(
     earlier picture, the one after `undo_to` edits."""
     least = max(2 if where != "train" else 1, operations.count("remove") + 1)
     spare = max(operations.count("add"), len(operations) > 1)  # four objects leave several edits too little room
-    cast = _Cast(where=where, least=least, most=MAX_THINGS - spare)
+    cast = _Cast(where=where, least=least, most=MAX_OBJECTS - spare)
     for _ in range(_SOURCES if cast.least <= cast.most else 0):
         steps = _rest(rng, where, operations, [_source(rng, cast)], undo_to)
         if steps is not None:
@@ -524,8 +524,8 @@ def edit_dialogue(edit: Edit) -> SceneDialogue:
 
 def _dialogue(edits: Sequence[Edit], kind: str) -> SceneDialogue:
     first, *rest = edits
-    turns = [Turn(asked=(first.source, first.instruction), told=(first.target,))]
-    turns += [Turn(asked=(edit.instruction,), told=(edit.target,)) for edit in rest]
+    turns = [Turn(user=(first.source, first.instruction), assistant=(first.target,))]
+    turns += [Turn(user=(edit.instruction,), assistant=(edit.target,)) for edit in rest]
     return Dialogue(turns=tuple(turns), kind=kind)
 
 
@@ -616,7 +616,7 @@ def _unseen_step(rng: np.random.Generator, split: Split, operation: Operation, i
 def _unseen_cast(rng: np.random.Generator, split: Split, operation: Operation, row: str) -> _Cast:
     """A source from which `operation` can lead to a picture that shows `row` of the split."""
     table = HELD_OUT[split]
-    most = MAX_THINGS - (operation == "add")
+    most = MAX_OBJECTS - (operation == "add")
     is_kept = operation in ("resize", "background") or (operation == "remove" and row != "count")
     spare = int(operation in ("reshape", "remove"))  # objects besides those that make the row
     first: tuple[int, ...] = ()

@@ -24,7 +24,7 @@ from starflow2.world.scene import (
     BACKGROUND_NAMES,
     COLORS,
     IMAGE_SIZE,
-    MAX_THINGS,
+    MAX_OBJECTS,
     OPPOSITES,
     RELATIONS,
     SHAPES,
@@ -33,8 +33,8 @@ from starflow2.world.scene import (
     Relation,
     Scene,
     SceneDialogue,
+    SceneObject,
     SceneTurn,
-    Thing,
     chance,
     pick,
     relations,
@@ -178,7 +178,7 @@ def draw_scene(
     if novel and split == "train":
         raise ConfigError("novel: training may show nothing held out; expected split='dev' or 'test'")
     wanted: set[str] = {"pair"} if novel else set()
-    count = int(rng.choice(MAX_THINGS, p=SCENE_SHARES)) + 1 if num_things is None else num_things
+    count = int(rng.choice(MAX_OBJECTS, p=SCENE_SHARES)) + 1 if num_things is None else num_things
     colors_of: Bucket = split if novel else "train"
     while True:
         shapes = _draw_shapes(rng, count, shape)
@@ -226,15 +226,15 @@ def _draw_colors(rng: np.random.Generator, shapes: Sequence[int], novel: Bucket)
 # ----------------------------------------------------------------------------------- about one picture
 
 
-def _value(thing: Thing, attribute: str) -> str:
+def _value(thing: SceneObject, attribute: str) -> str:
     return _ATTRIBUTES[attribute][getattr(thing, attribute)]
 
 
-def _pair(thing: Thing) -> str:
+def _pair(thing: SceneObject) -> str:
     return f"{COLORS[thing.color]} {SHAPES[thing.shape]}"
 
 
-def _name(scene: Scene, thing: Thing, rng: np.random.Generator, hide: str = "") -> str | None:
+def _name(scene: Scene, thing: SceneObject, rng: np.random.Generator, hide: str = "") -> str | None:
     """Words for this object alone, such as "the red star", without the attribute to hide; None if there are none."""
     found = []
     for attributes in _NAMES:
@@ -244,7 +244,7 @@ def _name(scene: Scene, thing: Thing, rng: np.random.Generator, hide: str = "") 
     return pick(rng, found) if found else None
 
 
-def _named(scene: Scene, rng: np.random.Generator, hide: str = "") -> tuple[Thing, str] | None:
+def _named(scene: Scene, rng: np.random.Generator, hide: str = "") -> tuple[SceneObject, str] | None:
     for thing in shuffled(rng, scene.things):
         name = _name(scene, thing, rng, hide)
         if name is not None:
@@ -300,7 +300,7 @@ class _Maker:
         thing = pick(self.rng, self.scene.things)
         return self._choice("identity", _STEMS["which"], article(_pair(thing)), self._other_pairs(thing))
 
-    def _other_pairs(self, thing: Thing) -> list[str]:
+    def _other_pairs(self, thing: SceneObject) -> list[str]:
         """Two colours by two shapes without the true one, so that no option stands out; none of them in the picture."""
         there = {(t.shape, t.color) for t in self.scene.things}
         for shape, color in shuffled(self.rng, list(itertools.product(range(len(SHAPES)), range(len(COLORS))))):
@@ -377,7 +377,7 @@ class _Maker:
         wrong = self._other_contents(*things)
         return self._choice("scene", _STEMS["shows"], _contents(*things), wrong) if wrong else self.background()
 
-    def _other_contents(self, a: Thing, b: Thing) -> list[str]:
+    def _other_contents(self, a: SceneObject, b: SceneObject) -> list[str]:
         """The same two shapes in other colours: exchanged if they differ, else one, the other or both changed."""
         colors = shuffled(self.rng, range(len(COLORS)))
         options = [(b.color, a.color)] if a.color != b.color else []
@@ -389,11 +389,11 @@ class _Maker:
         return []
 
 
-def _contents(a: Thing, b: Thing) -> str:
+def _contents(a: SceneObject, b: SceneObject) -> str:
     return _joined([article(_pair(a)), article(_pair(b))])
 
 
-def place_of(thing: Thing, *, edge: float = EDGE) -> str | None:
+def place_of(thing: SceneObject, *, edge: float = EDGE) -> str | None:
     """Where on the 3 x 3 grid, in words such as "at the top"; None within `edge` pixels of one of its lines."""
     cell = IMAGE_SIZE / 3
     if any(abs(v - line * cell) < edge for v in (thing.x, thing.y) for line in (1, 2)):
@@ -496,7 +496,7 @@ class _Riddler:
         return Choice(scenes=(scene,), question=question, options=(), answer=answer, kind="points")
 
     def together(self) -> Choice:
-        counts = self.rng.integers(1, MAX_THINGS + 1, size=2).tolist()
+        counts = self.rng.integers(1, MAX_OBJECTS + 1, size=2).tolist()
         scenes = (self._scene(counts[0], first=True), self._scene(counts[1]))
         answer = POINTS[sum(counts)]
         return Choice(scenes=scenes, question=_STEMS["together"], options=(), answer=answer, kind="together")
@@ -580,7 +580,7 @@ def _objects(count: int, color: str = "") -> str:
 
 
 def _game_sum(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]]]:
-    colors, counts = _three_colors(rng), rng.integers(1, MAX_THINGS + 1, size=2).tolist()
+    colors, counts = _three_colors(rng), rng.integers(1, MAX_OBJECTS + 1, size=2).tolist()
     told = _joined([_objects(n, color) for n, color in zip(counts, colors, strict=False)])
     asked = [("how many objects are there?", POINTS[sum(counts)])]
     asked += [(f"how many {c} objects are there?", POINTS[n]) for n, c in zip((*counts, 0), colors, strict=True)]
@@ -639,7 +639,7 @@ def _changed(rng: np.random.Generator) -> tuple[Scene, Scene, str]:
     """A scene, the same with one object of another colour, without it, or with one more, and that in words."""
     operation = pick(rng, ("recolor", "recolor", "remove", "add"))
     while True:
-        scene = draw_scene(rng, num_things=int(rng.integers(1 + (operation != "recolor"), MAX_THINGS + 1)))
+        scene = draw_scene(rng, num_things=int(rng.integers(1 + (operation != "recolor"), MAX_OBJECTS + 1)))
         place = int(rng.integers(len(scene.things)))
         thing = scene.things[place]
         if sum(_pair(t) == _pair(thing) for t in scene.things) > 1:
@@ -761,7 +761,7 @@ def _ask_count(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, 
 
 @functools.cache
 def choice_words() -> frozenset[str]:
-    """Every word that the questions, options and answers here can contain beside those of `tasks.lexicon`."""
+    """Every word that the questions, options and answers here can contain beside those of `tasks.vocabulary`."""
     fixed = (
         "in this game beats beat wins which does is are the object objects above left of highest lowest furthest right "
         "what size color how many there and more or them go away come comes now were before a an to yes no gone new "

@@ -3,8 +3,7 @@
 Everything is a pure function of its seed and index. A `Brief` is a scene plus what its caption says about it; what
 the caption leaves out is random, and the scene holds nothing that the caption does not mention. Training never words or
 shows a combination that `world.HELD_OUT` keeps for dev or test, nor a sentence form that `WORDINGS` keeps for them.
-All text is lower case, numbers are words, and `lexicon()` lists every word there is. One file in spite of its length:
-captions, suites and questions share the grammar, the guard against held-out words, and that lexicon.
+All text is lower case, numbers are words, and `known_words()` lists every word there is.
 Our choice: docs/choices.md#world. GenEval's six families and metadata format: Ghosh et al. 2023.
 """
 
@@ -40,7 +39,7 @@ from starflow2.world.captions import (
 from starflow2.world.scene import (
     BACKGROUND_NAMES,
     COLORS,
-    MAX_THINGS,
+    MAX_OBJECTS,
     OPPOSITES,
     RELATIONS,
     SHAPES,
@@ -48,8 +47,8 @@ from starflow2.world.scene import (
     Bucket,
     Relation,
     Scene,
+    SceneObject,
     Split,
-    Thing,
     chance,
     pick,
     relations,
@@ -67,7 +66,7 @@ __all__ = [
     "Question",
     "chain",
     "describe",
-    "lexicon",
+    "known_words",
     "list_objects",
     "questions",
     "understanding_task",
@@ -145,7 +144,7 @@ _BANNED: Final[Mapping[Bucket, HeldOut]] = MappingProxyType(
 )
 
 
-def _value(thing: Thing, attribute: str) -> str:
+def _value(thing: SceneObject, attribute: str) -> str:
     return _ATTRIBUTES[attribute][getattr(thing, attribute)]
 
 
@@ -165,7 +164,7 @@ class _Asker:
     def _may_pair(self, shape: int, color: int) -> bool:
         return (shape, color) not in self.banned.pairs
 
-    def _may_say(self, a: Thing, relation: Relation, b: Thing) -> bool:
+    def _may_say(self, a: SceneObject, relation: Relation, b: SceneObject) -> bool:
         return canonical(a.shape, relation, b.shape) not in self.banned.facts
 
     def _text(self, form: str, **fields: str) -> str:
@@ -173,7 +172,7 @@ class _Asker:
 
     # Naming objects
 
-    def _names(self, thing: Thing) -> list[tuple[tuple[str, ...], str]]:
+    def _names(self, thing: SceneObject) -> list[tuple[tuple[str, ...], str]]:
         """Every (attributes, words such as "the red star") that fits this object alone."""
         clear: list[tuple[tuple[str, ...], str]] = []
         for attributes in _NAMES:
@@ -182,12 +181,12 @@ class _Asker:
                 clear.append((attributes, " ".join(["the", *values] + ["object"] * ("shape" not in attributes))))
         return clear
 
-    def _name(self, thing: Thing, avoid: str = "") -> str | None:
+    def _name(self, thing: SceneObject, avoid: str = "") -> str | None:
         """Words that fit this object alone and do not tell the attribute to avoid."""
         clear = [words for attributes, words in self.names[id(thing)] if avoid not in attributes]
         return pick(self.rng, clear) if clear else None
 
-    def _named(self, avoid: str = "") -> tuple[Thing, str] | None:
+    def _named(self, avoid: str = "") -> tuple[SceneObject, str] | None:
         """A random object that words can single out."""
         for thing in shuffled(self.rng, self.things):
             name = self._name(thing, avoid)
@@ -195,7 +194,7 @@ class _Asker:
                 return thing, name
         return None
 
-    def _related(self) -> list[tuple[list[Thing], Relation, Thing, str]]:
+    def _related(self) -> list[tuple[list[SceneObject], Relation, SceneObject, str]]:
         """Every (objects, relation, reference, its name) with all the objects that stand so, in random order."""
         rows = []
         for thing in self.things:
@@ -206,7 +205,7 @@ class _Asker:
                     rows.append((found, relation, thing, name))
         return shuffled(self.rng, rows)
 
-    def _related_one(self) -> tuple[Thing, str] | None:
+    def _related_one(self) -> tuple[SceneObject, str] | None:
         """The one object that stands somewhere, and words for it by its place."""
         for found, relation, _, name in self._related():
             if len(found) == 1:
@@ -216,7 +215,7 @@ class _Asker:
     def _side(self, relation: Relation) -> str:
         return pick(self.rng, RELATION_WORDS[relation])
 
-    def _other_value(self, thing: Thing, attribute: str) -> str | None:
+    def _other_value(self, thing: SceneObject, attribute: str) -> str | None:
         """Another value of an attribute: that of another object if it can be, so that only binding tells."""
         pool = {
             "color": [COLORS[c] for c in range(len(COLORS)) if c != thing.color and self._may_pair(thing.shape, c)],
@@ -261,7 +260,7 @@ class _Asker:
     def count(self) -> tuple[Question, Question] | None:
         shape: int | None = pick(self.rng, self.things).shape if chance(self.rng, 0.7) else None
         right = sum(shape is None or t.shape == shape for t in self.things)
-        wrong = [n for n in (right - 1, right + 1) if 1 <= n <= MAX_THINGS and (shape, n) not in self.banned.counts]
+        wrong = [n for n in (right - 1, right + 1) if 1 <= n <= MAX_OBJECTS and (shape, n) not in self.banned.counts]
         if not wrong:
             return None
         form = pick(self.rng, _FORMS["count"])
@@ -580,7 +579,7 @@ def understanding_task(seed: int, index: int) -> tuple[Scene, list[tuple[str, st
     ['describe the picture.', 'list every object.']
     """
     rng = stream(seed, index, ASK_STREAM)
-    count = int(rng.choice(MAX_THINGS, p=(0.15, 0.3, 0.3, 0.25))) + 1
+    count = int(rng.choice(MAX_OBJECTS, p=(0.15, 0.3, 0.3, 0.25))) + 1
     scene = crowd(rng, make_menu(), count, repeats=0.35)
     while not is_trainable(scene):
         scene = crowd(rng, make_menu(), count, repeats=0.35)
@@ -592,10 +591,10 @@ def understanding_task(seed: int, index: int) -> tuple[Scene, list[tuple[str, st
 
 
 @functools.cache
-def lexicon() -> frozenset[str]:
+def known_words() -> frozenset[str]:
     """Every word, in lower case, that any caption, question or answer can contain.
 
-    >>> {"two", "hearts", "left"} <= lexicon() and "tree" not in lexicon()
+    >>> {"two", "hearts", "left"} <= known_words() and "tree" not in known_words()
     True
     """
     wordings = [form for w in WORDINGS.values() for split in ("train", "dev", "test") for form in w.forms(split)]

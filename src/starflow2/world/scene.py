@@ -25,7 +25,7 @@ __all__ = [
     "BACKGROUND_NAMES",
     "COLORS",
     "IMAGE_SIZE",
-    "MAX_THINGS",
+    "MAX_OBJECTS",
     "OPPOSITES",
     "PALETTE",
     "RADII",
@@ -36,9 +36,9 @@ __all__ = [
     "Relation",
     "Scene",
     "SceneDialogue",
+    "SceneObject",
     "SceneTurn",
     "Split",
-    "Thing",
     "chance",
     "coverage",
     "fits",
@@ -70,7 +70,7 @@ OPPOSITES: Final[Mapping[Relation, Relation]] = MappingProxyType(
 
 IMAGE_SIZE: Final = 64  # pixels, square
 RADII: Final = (8.0, 11.0)  # pixels, small and large; 6.5 was too small for the auto-encoder
-MAX_THINGS: Final = 4
+MAX_OBJECTS: Final = 4
 MAX_ANGLE: Final = 0.22  # radians, either way
 GAP: Final = 3.0  # pixels between any two outlines, so that connected components separate
 MARGIN: Final = 1.0  # pixels between an outline and the border
@@ -102,7 +102,7 @@ _SUPERSAMPLE: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Thing:
+class SceneObject:
     """One object: indices into SHAPES, COLORS and SIZES; centre x, y in pixels; angle in radians."""
 
     shape: int
@@ -125,7 +125,7 @@ class Thing:
 class Scene:
     """The whole truth about a picture: its objects, in no meaningful order, and an index into BACKGROUNDS."""
 
-    things: tuple[Thing, ...]
+    things: tuple[SceneObject, ...]
     background: int
 
 
@@ -212,7 +212,7 @@ def _extent(outline: Floats) -> tuple[float, float]:
 _EXTENT: Final = tuple(_extent(polygons[0]) for polygons in _OUTLINES)
 
 
-def _sprite(thing: Thing, image_size: int) -> tuple[Pixels, int, int]:
+def _sprite(thing: SceneObject, image_size: int) -> tuple[Pixels, int, int]:
     """Coverage of one object in a small window, 0-255, and the window's left and top pixel."""
     scale = image_size / IMAGE_SIZE
     half = int(np.ceil(_REACH[thing.shape] * thing.radius * scale)) + 1
@@ -236,10 +236,10 @@ def _clip(start: int, length: int, image_size: int) -> tuple[slice, slice]:
     return slice(low, high), slice(low - start, high - start)
 
 
-def coverage(thing: Thing, image_size: int = IMAGE_SIZE) -> Pixels:
+def coverage(thing: SceneObject, image_size: int = IMAGE_SIZE) -> Pixels:
     """How much of each pixel one object covers: (image_size, image_size) uint8, 255 = all of it.
 
-    >>> round(coverage(Thing(shape=0, color=0, size=1, x=32, y=32, angle=0)).sum() / 255, -1).item()  # pi 11^2 = 380
+    >>> round(coverage(SceneObject(shape=0, color=0, size=1, x=32, y=32, angle=0)).sum() / 255, -1).item()
     380.0
     """
     alpha, left, top = _sprite(thing, image_size)
@@ -270,7 +270,7 @@ def render_batch(scenes: Sequence[Scene], image_size: int = IMAGE_SIZE) -> Pixel
 # --------------------------------------------------------------------------------- relations, facts
 
 
-def relations(a: Thing, b: Thing) -> frozenset[Relation]:
+def relations(a: SceneObject, b: SceneObject) -> frozenset[Relation]:
     """What a is with respect to b: none, one or two of RELATIONS, by GenEval's box rule (shrink 0.1, threshold 0.5).
 
     Boxes are centre +- radius. Each axis of the offset is shortened by 0.1 of the two widths, then divided by the
@@ -327,7 +327,7 @@ def _place(rng: np.random.Generator, shapes: Sequence[int], sizes: Sequence[int]
             return np.asarray(places[winner])
 
 
-def half_box(thing: Thing) -> tuple[float, float]:
+def half_box(thing: SceneObject) -> tuple[float, float]:
     """Half the width and height of a box that holds the object at every allowed angle, in pixels."""
     width, height = _EXTENT[thing.shape]
     return width * thing.radius, height * thing.radius
@@ -370,13 +370,13 @@ def sample_scene(
     True
     """
     count = len(shapes)
-    if not 1 <= count <= MAX_THINGS or (relation is not None and count < 2):
-        raise ConfigError(f"shapes: got {count} objects; expected 1 to {MAX_THINGS}, and 2 or more with a relation")
+    if not 1 <= count <= MAX_OBJECTS or (relation is not None and count < 2):
+        raise ConfigError(f"shapes: got {count} objects; expected 1 to {MAX_OBJECTS}, and 2 or more with a relation")
     colors = rng.integers(len(COLORS), size=count).tolist() if colors is None else colors
     sizes = rng.integers(len(SIZES), size=count).tolist() if sizes is None else sizes
     background = int(rng.integers(len(BACKGROUND_NAMES))) if background is None else background
     places = _place(rng, shapes, sizes, relation).tolist()
     angles = rng.uniform(-MAX_ANGLE, MAX_ANGLE, size=count).tolist()
     rows = zip(shapes, colors, sizes, places, angles, strict=True)
-    things = tuple(Thing(shape=s, color=c, size=z, x=x, y=y, angle=w) for s, c, z, (x, y), w in rows)
+    things = tuple(SceneObject(shape=s, color=c, size=z, x=x, y=y, angle=w) for s, c, z, (x, y), w in rows)
     return Scene(things=things, background=background)

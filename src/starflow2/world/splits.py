@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
-from starflow2.world.scene import COLORS, IMAGE_SIZE, MAX_THINGS, SHAPES, Bucket, Scene, Split, relations
+from starflow2.world.scene import COLORS, IMAGE_SIZE, MAX_OBJECTS, SHAPES, Bucket, Scene, Split, relations
 
 __all__ = [
     "HELD_OUT",
@@ -55,7 +55,7 @@ def _held_out_table(rest: int, shapes: Sequence[tuple[int, int]]) -> HeldOut:
         pairs=frozenset((s, c) for s in range(k) for c in range(len(COLORS)) if (c + 3 * s) % k == rest),
         facts=frozenset([(a, "left of", b) for a, b in left]) | frozenset([(a, "above", b) for a, b in above]),
         shapes=frozenset(frozenset(pair) for pair in shapes),
-        counts=frozenset((s, n) for s in range(k) for n in range(2, MAX_THINGS + 1) if (s + 3 * n) % k == rest),
+        counts=frozenset((s, n) for s in range(k) for n in range(2, MAX_OBJECTS + 1) if (s + 3 * n) % k == rest),
     )
 
 

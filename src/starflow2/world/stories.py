@@ -26,7 +26,7 @@ from starflow2.world.captions import NUMBERS, Wording
 from starflow2.world.scene import (
     COLORS,
     IMAGE_SIZE,
-    MAX_THINGS,
+    MAX_OBJECTS,
     OPPOSITES,
     RELATIONS,
     SHAPES,
@@ -35,8 +35,8 @@ from starflow2.world.scene import (
     Relation,
     Scene,
     SceneDialogue,
+    SceneObject,
     Split,
-    Thing,
     pick,
     relations,
     sample_scene,
@@ -108,7 +108,7 @@ class Look:
     color: int
     size: int | None = None
 
-    def fits(self, thing: Thing) -> bool:
+    def fits(self, thing: SceneObject) -> bool:
         """Whether the object is one of which these words are true."""
         return (thing.shape, thing.color) == (self.shape, self.color) and self.size in (None, thing.size)
 
@@ -149,8 +149,8 @@ class Story:
 
 def story_dialogue(story: Story) -> SceneDialogue:
     """The story as a conversation: a turn per step, and one for the question."""
-    turns = [Turn(asked=(step.instruction,), told=(step.sentence, step.scene)) for step in story.steps]
-    return Dialogue(turns=(*turns, Turn(asked=(story.question,), told=(story.answer,))), kind="story")
+    turns = [Turn(user=(step.instruction,), assistant=(step.sentence, step.scene)) for step in story.steps]
+    return Dialogue(turns=(*turns, Turn(user=(story.question,), assistant=(story.answer,))), kind="story")
 
 
 # --------------------------------------------------------------------------------------------- words
@@ -225,7 +225,7 @@ def _noun(look: Look) -> str:
     return f"an {look}" if str(look)[0] in "aeiou" else f"a {look}"
 
 
-def _the(look: Look | Thing, others: Iterable[Look | Thing]) -> str:
+def _the(look: Look | SceneObject, others: Iterable[Look | SceneObject]) -> str:
     """Words for one of the objects: its shape, and its colour if another has that shape too."""
     is_alone = sum(other.shape == look.shape for other in others) == 1
     return f"the {SHAPES[look.shape]}" if is_alone else f"the {COLORS[look.color]} {SHAPES[look.shape]}"
@@ -296,7 +296,7 @@ def parse_sentence(text: str) -> Claim | None:
     """
     match = _SENTENCE.fullmatch(re.sub(r" (?=[.,])", "", " ".join(text.lower().split())))
     nouns = re.findall(_NOUN, match[1]) if match else []
-    if match is None or len(nouns) > MAX_THINGS:
+    if match is None or len(nouns) > MAX_OBJECTS:
         return None
     looks = tuple(
         Look(SHAPES.index(shape), COLORS.index(color), SIZES.index(size) if size else None)
@@ -311,17 +311,17 @@ def parse_sentence(text: str) -> Claim | None:
     return Claim(looks, tuple(found))
 
 
-def _only(things: Sequence[Look | Thing], color: str, shape: str) -> int | None:
+def _only(things: Sequence[Look | SceneObject], color: str, shape: str) -> int | None:
     """The number of the one object of that shape, and of that colour unless it is empty."""
     fits = [i for i, t in enumerate(things) if SHAPES[t.shape] == shape and (not color or color == _color_word(t))]
     return fits[0] if len(fits) == 1 else None
 
 
-def _color_word(thing: Look | Thing) -> str:
+def _color_word(thing: Look | SceneObject) -> str:
     return COLORS[thing.color] if thing.color >= 0 else ""
 
 
-def agrees(claim: Claim, things: Sequence[Thing]) -> bool:
+def agrees(claim: Claim, things: Sequence[SceneObject]) -> bool:
     """Whether these objects, all that are there, are exactly the claimed ones and stand as claimed.
 
     things: of a scene or found in a picture; a colour of -1 fits no word.
@@ -344,7 +344,7 @@ _WHAT: Final = re.compile(f"what (color|size) is {_THE}\\?")
 _IS_IT: Final = re.compile(f"is {_THE} ({'|'.join((*_SIDES, *RELATIONS))}) {_THE}\\?")
 
 
-def answer_question(question: str, things: Sequence[Thing]) -> str | None:
+def answer_question(question: str, things: Sequence[SceneObject]) -> str | None:
     """The one-word answer that these objects give to a story's question; None if they do not settle it.
 
     things: as in `agrees`. None, for instance, for the colour of a star where there is no star, or two.
@@ -370,7 +370,7 @@ def answer_question(question: str, things: Sequence[Thing]) -> str | None:
     raise ConfigError(f"question={question!r}: not a question that a story asks")
 
 
-def _stands(words: str, a: Thing, b: Thing) -> str | None:
+def _stands(words: str, a: SceneObject, b: SceneObject) -> str | None:
     """The answer to "is a WORDS b?", WORDS being a relation or a choice of two."""
     found = relations(a, b)
     if words not in _SIDES:
@@ -427,7 +427,7 @@ class _Draft:
     kind: str
 
 
-_Here = Mapping[int, Thing]  # what is to be seen, by number in the cast, in the order in which it came
+_Here = Mapping[int, SceneObject]  # what is to be seen, by number in the cast, in the order in which it came
 
 
 @dataclass(frozen=True, slots=True)
@@ -735,7 +735,7 @@ def _told(
     teller: _Teller, acts: Sequence[_Act], played: Sequence[_Here], scenes: Sequence[Scene], kind: str
 ) -> _Draft | None:
     """The acts in the order of their telling, and a question; None if words cannot do it."""
-    moves, before = [], dict[int, Thing]()
+    moves, before = [], dict[int, SceneObject]()
     for act, scene, after in zip(acts, scenes, played, strict=True):
         move = teller.move(act, before, scene, after)
         if move is None:
