@@ -33,7 +33,7 @@ from starflow2.inference.session import Session
 from starflow2.models.checkpoint import save_components
 from starflow2.pipeline import StarFlow2
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 VERBS = [command.verb for command in cli.COMMANDS]
 JOINT = ("features", "fae", "vlm", "t2i", "adapter", "joint")
 HEAVY = ("torch", "transformers", "numpy", "PIL", "rich")

@@ -49,7 +49,7 @@ LATER: dict[str, dict[str, Any]] = {
 
 def run(base: Path, runs: dict[str, dict[str, Any]]) -> None:
     plan = [{"folder": str(base / name), **job} for name, job in runs.items()]
-    program = Path(__file__).parent / "shard_program.py"
+    program = Path(__file__).parents[1] / "shard_program.py"
     subprocess.run([sys.executable, str(program), json.dumps(plan)], check=True)
 
 

@@ -212,7 +212,7 @@ def test_the_pictures_of_the_new_colour_show_it_and_the_judge_with_its_palette_s
 
 @pytest.mark.slow
 def test_the_script_runs_from_end_to_end(tmp_path):
-    script = Path(__file__).parent.parent / "scripts" / "teach_word.py"
+    script = Path(__file__).parents[2] / "scripts" / "teach_word.py"
     sizes = ["--steps", "2", "--pictures", "4", "--samples", "1", "--batch", "4", "--quick-suite", "no"]
     subprocess.run([sys.executable, str(script), "--out", str(tmp_path / "out"), *sizes], check=True)
     result = json.loads((tmp_path / "out" / "result.json").read_text())

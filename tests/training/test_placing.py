@@ -27,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Two steps of stage 3 by two processes, with the language model in shards and without."""
     base = tmp_path_factory.mktemp("placing")
     write_run(base / "start", base / "upstream")
-    program = Path(__file__).parent / "placing_program.py"
+    program = Path(__file__).parents[1] / "placing_program.py"
     for frozen in FROZEN:
         shutil.copytree(base / "start", base / frozen)
         command = [sys.executable, str(program), str(base / frozen), str(base / "upstream"), frozen]

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from test_captions_and_questions import leaks, text_leaks, words
 
 from starflow2.errors import ConfigError, DataError
 from starflow2.world import edits
@@ -22,7 +23,6 @@ from starflow2.world.edits import (
 )
 from starflow2.world.scene import BACKGROUND_NAMES, COLORS, SHAPES, SIZES, sample_scene, stream
 from starflow2.world.splits import bucket, held_out, scene_key
-from test_tasks import leaks, text_leaks, words
 
 NOUN = re.compile(rf"the ((?:(?:{'|'.join((*SIZES, *COLORS))}) )*(?:{'|'.join(SHAPES)}))")
 ATTRIBUTE = {"recolor": "color", "reshape": "shape", "resize": "size"}

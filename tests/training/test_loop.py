@@ -177,7 +177,7 @@ def killed(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     for folder in folders.values():
         shutil.copytree(ready, folder)
     script = KILLED.replace("STEPS, EVERY", f"{STEPS}, {EVERY}")
-    asked = [Path(__file__).parent, torch.get_num_threads(), *folders.values()]
+    asked = [Path(__file__).parents[1], torch.get_num_threads(), *folders.values()]
     subprocess.run([sys.executable, "-c", script, *map(str, asked)], check=True)
     return folders
 
@@ -959,7 +959,7 @@ def killed_later(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("killed-later")
     folders = {stage: tiny_folder(base / stage, STAGES[: STAGES.index(stage)]) for stage in ("adapter", "joint")}
     script = KILLED_LATER.replace("STEPS, EVERY", f"{STEPS}, {EVERY}")
-    asked = [Path(__file__).parent, torch.get_num_threads(), *folders.values()]
+    asked = [Path(__file__).parents[1], torch.get_num_threads(), *folders.values()]
     subprocess.run([sys.executable, "-c", script, *map(str, asked)], check=True)
     return folders
 
@@ -1046,7 +1046,7 @@ assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
 @pytest.mark.distributed
 @pytest.mark.timeout(600)
 def test_a_step_that_goes_wrong_in_one_process_is_skipped_by_all_and_their_weights_stay_equal(folder):
-    subprocess.run([sys.executable, "-c", TWO, str(Path(__file__).parent), str(folder)], check=True)
+    subprocess.run([sys.executable, "-c", TWO, str(Path(__file__).parents[1]), str(folder)], check=True)
     first, second = load_file(folder / "rank-0"), load_file(folder / "rank-1")
     assert same(first, second)
     assert any(not torch.equal(v, load_components(folder / "model").flow.state_dict()[k]) for k, v in first.items())
