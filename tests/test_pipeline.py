@@ -17,7 +17,7 @@ import torch
 from model_cases import STAGES, tiny_components
 from starflow2 import StarFlow2
 from starflow2.core.images import read_picture, save_png, to_pil
-from starflow2.errors import CheckpointError, ConfigError, DataError, DeviceError, PromptError, ShapeError
+from starflow2.errors import CheckpointError, ConfigError, DataError, DeviceError, PromptError, ShapeError, StateError
 from starflow2.flow import Context, SampleConfig
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.likelihood import score
@@ -235,7 +235,7 @@ def test_prompts_and_seeds_come_in_pairs(model, prompts, seeds):
 
 def test_a_model_whose_flow_was_never_trained_does_not_draw():
     unfinished = StarFlow2(tiny_components(("features", "fae", "vlm")))
-    with pytest.raises(ConfigError, match="drawing needs t2i"):
+    with pytest.raises(StateError, match="drawing needs t2i"):
         unfinished.generate("two red hearts")
 
 
@@ -318,7 +318,7 @@ def test_what_both_kinds_of_models_refuse_is_the_same(joint):
 
 def test_a_model_without_joint_training_holds_no_conversation(model):
     for call in (model.session, lambda: model.ask(photo(), "two red hearts"), lambda: model.edit(photo(), PROMPTS[0])):
-        with pytest.raises(ConfigError, match="needs adapter"):
+        with pytest.raises(StateError, match="needs adapter"):
             call()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from model_cases import STAGES, tiny_components
 from starflow2 import nn, selfcheck
-from starflow2.errors import ConfigError, DataError
+from starflow2.errors import DataError, StateError
 from starflow2.flow import Affine, Flow, Jacobi
 from starflow2.inference.decoder import BatchDecoder
 from starflow2.inference.sampler import Sampler
@@ -100,7 +100,7 @@ def test_a_bound_holds_in_its_direction_and_never_for_what_is_not_a_number():
 
 
 def test_a_model_without_a_flow_is_refused():
-    with pytest.raises(ConfigError, match="the checks need t2i"):
+    with pytest.raises(StateError, match="the checks need t2i"):
         check_model(StarFlow2(tiny_components(stages=("features", "fae", "vlm"))))
 
 

@@ -2,17 +2,19 @@
 
     Exception
     └── StarFlowError            catch this one to catch them all
-        ├── ShapeError           (ValueError)  a tensor of another shape than the function takes
-        ├── ConfigError          (ValueError)  a config key, value or command-line option that cannot be used
-        ├── PromptError          (ValueError)  a prompt or question the model cannot take
-        ├── CheckpointError                    weights missing, truncated, foreign or in another format
-        ├── DeviceError                        the device asked for is not there
-        ├── OutputError          (OSError)     a file could not be written; what was there before is untouched
-        ├── DataError                          training or evaluation data that cannot be read or does not fit
-        └── TrainingError                      a run that cannot start, go on or resume
+        ├── ShapeError           (ValueError)   a tensor of another shape than the function takes
+        ├── ConfigError          (ValueError)   a config key or argument value that cannot be used
+        ├── UsageError           (ValueError)   a command line that cannot be understood or followed
+        ├── StateError           (RuntimeError) an object that is not in a state for the call
+        ├── PromptError          (ValueError)   a prompt or question the model cannot take
+        ├── CheckpointError                     weights missing, truncated, foreign or in another format
+        ├── DeviceError                         the device asked for is not there
+        ├── OutputError          (OSError)      a file could not be written; what was there before is untouched
+        ├── DataError                           training or evaluation data that cannot be read or does not fit
+        └── TrainingError                       a run that cannot start, go on or resume
 
 A message names the argument, its value, what was expected and, where one is known, the remedy, on one line.
-The second bases let callers keep the `except ValueError` and `except OSError` that they already have.
+The second bases let callers keep the `except ValueError`, `RuntimeError` and `OSError` that they already have.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ __all__ = [
     "PromptError",
     "ShapeError",
     "StarFlowError",
+    "StateError",
     "TrainingError",
+    "UsageError",
     "nearest",
 ]
 
@@ -43,7 +47,15 @@ class ShapeError(StarFlowError, ValueError):
 
 
 class ConfigError(StarFlowError, ValueError):
-    """A config key, a config value or a command-line option that cannot be used."""
+    """A config key or an argument value that cannot be used."""
+
+
+class UsageError(StarFlowError, ValueError):
+    """A command line that cannot be understood or followed: unknown, missing, repeated or contradictory options."""
+
+
+class StateError(StarFlowError, RuntimeError):
+    """An object that is not in a state for the call: a busy session, a mark of another one, a missing stage."""
 
 
 class PromptError(StarFlowError, ValueError):

@@ -173,7 +173,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
     # -- conversations ------------------------------------------------------------------------------
 
     def session(self, *, seed: int = 0, config: DrawConfig | None = None) -> Session:
-        """A conversation with this model. Raises ConfigError if its streams were not trained together."""
+        """A conversation with this model. Raises StateError if its streams were not trained together."""
         return Session(self.sampler(config), seed)
 
     def ask(self, image: str | Path | PILImage | Tensor, question: str) -> str:

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from starflow2.core.images import to_floats
-from starflow2.errors import ConfigError, DataError
+from starflow2.errors import DataError, StateError
 from starflow2.flow import AffineBlock, BlockConfig, Context, Flow, Jacobi, SampleConfig, solve
 from starflow2.flow.block import scan
 from starflow2.flow.solve import Guide
@@ -102,10 +102,10 @@ def check_model(model: StarFlow2, progress: Callable[[str], None] | None = None)
     """Every check on `model`, on its own device; those in float64 on a copy of the flow on the CPU.
 
     `progress` is called with the name of each check before it runs. A check that raises is one that fails.
-    Raises ConfigError for a model without a trained flow.
+    Raises StateError for a model without a trained flow.
     """
     if "t2i" not in model.components.finished_stages:
-        raise ConfigError(
+        raise StateError(
             f"this model has finished stages {list(model.components.finished_stages)}; the checks need t2i."
         )
     material = _material(model)

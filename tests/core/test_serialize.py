@@ -14,7 +14,7 @@ import pytest
 
 from starflow2.core.files import replacing
 from starflow2.core.serialize import from_dict, load_json, save_json, to_dict
-from starflow2.errors import ConfigError, OutputError, StarFlowError, nearest
+from starflow2.errors import ConfigError, OutputError, StarFlowError, StateError, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +190,10 @@ def test_a_link_is_followed(tmp_path):
 
 
 def test_the_errors_are_also_what_callers_already_catch():
-    assert issubclass(ConfigError, ValueError) and issubclass(OutputError, OSError)
-    assert all(issubclass(e, StarFlowError) for e in (ConfigError, OutputError))
+    assert (
+        issubclass(ConfigError, ValueError)
+        and issubclass(StateError, RuntimeError)
+        and issubclass(OutputError, OSError)
+    )
+    assert all(issubclass(e, StarFlowError) for e in (ConfigError, OutputError, StateError))
     assert nearest("guidence", ["guidance", "seed"]) == ' Did you mean "guidance"?'

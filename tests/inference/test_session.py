@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model_cases import STAGES, tiny_components
 from starflow2.core.images import read_picture
-from starflow2.errors import CheckpointError, ConfigError, DataError, OutputError, PromptError, ShapeError
+from starflow2.errors import CheckpointError, ConfigError, DataError, OutputError, PromptError, ShapeError, StateError
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.decoder import BatchDecoder
 from starflow2.inference.events import Drew, Event, Finished, Made, Started, Wrote
@@ -357,7 +357,7 @@ def stale(sampler: Sampler) -> Iterator[tuple[str, Callable[[], None]]]:
 
 def test_stale_marks_and_marks_of_other_sessions_are_refused(sampler):
     for name, rewind in stale(sampler):
-        with pytest.raises(ConfigError, match="mark of another session, or of something that was taken back"):
+        with pytest.raises(StateError, match="mark of another session, or of something that was taken back"):
             rewind()
             pytest.fail(name)
 
@@ -535,7 +535,7 @@ def test_a_reply_takes_fewer_words_or_no_picture_where_there_is_no_room_for_more
 @pytest.mark.parametrize("stages", [STAGES[:4], STAGES[:5]], ids=["t2i", "adapter"])
 def test_a_model_whose_streams_were_not_trained_together_holds_no_conversation(stages):
     needed = STAGES[len(stages)]
-    with pytest.raises(ConfigError, match=f"{stages[-1]}; a session needs {needed}"):
+    with pytest.raises(StateError, match=f"{stages[-1]}; a session needs {needed}"):
         Session(sampler_of(tiny_components(stages, side=SIDE)))
 
 
@@ -589,7 +589,7 @@ def test_marks_from_before_the_file_do_not_hold_in_the_loaded_session(sampler, t
     session = Session(sampler).add("a red circle")
     mark = session.mark()
     session.save(tmp_path / "talk")
-    with pytest.raises(ConfigError, match="another session"):
+    with pytest.raises(StateError, match="another session"):
         Session.load(tmp_path / "talk", sampler).rewind(mark)
 
 
@@ -662,7 +662,7 @@ def test_while_a_reply_is_being_made_nothing_else_can_happen_to_the_session(samp
     next(events)
     save = lambda: session.save(tmp_path / "s")  # noqa: E731
     for forbidden in (lambda: session.add("a star"), session.write, session.fork, session.mark, save):
-        with pytest.raises(ConfigError, match="still being made"):
+        with pytest.raises(StateError, match="still being made"):
             forbidden()
     events.close()
     assert [piece.text for piece in session.pieces] == ["a red circle"]

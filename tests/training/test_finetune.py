@@ -18,7 +18,7 @@ from helpers import script
 from model_cases import STAGES, tiny_components, tiny_folder
 from starflow2.cli.app import main
 from starflow2.cli.train import Finetune
-from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
+from starflow2.errors import CheckpointError, DataError, PromptError, StateError
 from starflow2.models import lora
 from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
@@ -95,7 +95,7 @@ def test_an_adapter_alone_is_small_and_goes_back_on_its_own_model_only(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match="no adapters"):
         lora.load(tiny_components(STAGES), tmp_path / "none.safetensors")
-    with pytest.raises(ConfigError, match="already"):
+    with pytest.raises(StateError, match="already"):
         lora.attach(again, LoraConfig())
 
 
@@ -183,7 +183,7 @@ def test_the_command_and_the_library_begin_from_the_same_settings():
 
 
 def test_a_model_that_does_not_draw_yet_is_refused(album_folder):
-    with pytest.raises(ConfigError, match="needs t2i"):
+    with pytest.raises(StateError, match="needs t2i"):
         _task(tiny_components(STAGES[:3]), read_album(album_folder, 64), SMALL)
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from starflow2.core.images import PILImage, read_picture, to_pil
-from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
+from starflow2.errors import CheckpointError, DataError, PromptError, StateError
 from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import (
     Begun,
@@ -100,7 +100,7 @@ class Session:
         missing = [stage for stage in ("t2i", "adapter", "joint") if stage not in sampler.components.finished_stages]
         if missing:
             done = ", ".join(sampler.components.finished_stages) or "none"
-            raise ConfigError(f"this model has finished stages {done}; a session needs {missing[0]}, too.")
+            raise StateError(f"this model has finished stages {done}; a session needs {missing[0]}, too.")
         self.sampler, self.seed = sampler, seed
         self.pieces: list[Piece] = []
         self.encode_calls = 0  # how often a picture from outside was encoded
@@ -254,7 +254,7 @@ class Session:
 
     def _check_idle(self) -> None:
         if self._is_replying:
-            raise ConfigError("a reply is still being made; take its events to the end, or close the loop over them.")
+            raise StateError("a reply is still being made; take its events to the end, or close the loop over them.")
 
     def _check_room(self, wanted: int) -> None:
         if wanted > self.room:
@@ -281,11 +281,11 @@ class Session:
     def rewind(self, mark: Mark) -> None:
         """Forget all since `mark`; what was before stays bit-equal.
 
-        Raises ConfigError for a mark of another session, or of something that was taken back since.
+        Raises StateError for a mark of another session, or of something that was taken back since.
         """
         self._check_idle()
         if mark.length > self._valid.get(mark.branch, -1):
-            raise ConfigError("rewind got a mark of another session, or of something that was taken back since.")
+            raise StateError("rewind got a mark of another session, or of something that was taken back since.")
         main, canvas = self._rows.conditional, self._rows.buffers
         main.cache.truncate(mark.length)
         main.is_real = main.is_real[:, : mark.length]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from starflow2.errors import ConfigError, DataError
+from starflow2.errors import ConfigError, DataError, StateError
 from starflow2.flow import Context, Flow, SampleConfig
 from starflow2.inference.config import DrawConfig
 from starflow2.models.components import Components
@@ -47,13 +47,13 @@ def draw(
 ) -> Drawn:
     """One picture per (prompt, seed). `progress` is called with (latents done, latents in all).
 
-    Raises ConfigError if the model has no trained flow or lengths differ, DataError if a sampled
+    Raises StateError if the model has no trained flow, ConfigError if lengths differ, DataError if a sampled
     latent is not finite.
     """
     if len(prompts) != len(seeds) or not prompts:
         raise ConfigError(f"{len(prompts)} prompts and {len(seeds)} seeds; expected equally many.")
     if "t2i" not in components.finished_stages:
-        raise ConfigError(f"this model has finished stages {list(components.finished_stages)}; drawing needs t2i.")
+        raise StateError(f"this model has finished stages {list(components.finished_stages)}; drawing needs t2i.")
     flow = _sampling_flow(components, config)
     done: list[Tensor] = []
     total = len(prompts) * components.cfg.flow.deep.num_latents

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from starflow2.errors import ConfigError
+from starflow2.errors import ConfigError, StateError
 from starflow2.models.components import Components
 from starflow2.models.sequence import Batch, Image, Text, pack, text_mrope, with_pictures
 
@@ -27,14 +27,14 @@ def answer(components: Components, images: Tensor, questions: Sequence[str], *, 
     """One answer per (picture, question), each of at most `max_tokens` tokens; the likeliest token at every step.
 
     images: (B, 3, s, s) in [-1, 1], s = components.cfg.vlm.image_size.
-    Raises ConfigError if lengths differ or the model's language part was not trained, ShapeError for other pictures.
+    Raises ConfigError if lengths differ, StateError if the language model was not trained, ShapeError for other images.
     """
     if len(images) != len(questions):
         raise ConfigError(f"{len(images)} images and {len(questions)} questions; expected equally many.")
     if max_tokens < 1:
         raise ConfigError(f"max_tokens is {max_tokens}; expected at least 1.")
     if "vlm" not in components.finished_stages:
-        raise ConfigError(f"this model has finished stages {list(components.finished_stages)}; answering needs vlm.")
+        raise StateError(f"this model has finished stages {list(components.finished_stages)}; answering needs vlm.")
     tokenizer = components.tokenizer
     assert tokenizer is not None
     rows = [tokenizer.encode(question) for question in questions]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from starflow2.core.serialize import from_dict, to_dict
-from starflow2.errors import CheckpointError, ConfigError
+from starflow2.errors import CheckpointError, ConfigError, StateError
 from starflow2.flow import AffineBlock
 from starflow2.models.checkpoint import load_tensors, save_tensors
 from starflow2.models.components import Components
@@ -72,12 +72,12 @@ def _adapter(layer: nn.Linear) -> tuple[Lora, Tensor] | None:
 def attach(components: Components, cfg: LoraConfig, seed: int = 0) -> nn.ModuleDict:
     """Put fresh adapters on the deep block; returns them by name, with "/" for ".".
 
-    Raises ConfigError if there are some already.
+    Raises StateError if there are some already.
     """
     generator, added = torch.Generator().manual_seed(seed), nn.ModuleDict()
     for name, layer in _targets(components.flow.deep).items():
         if parametrize.is_parametrized(layer):
-            raise ConfigError("the deep block has adapters already; merge them first.")
+            raise StateError("the deep block has adapters already; merge them first.")
         added[name.replace(".", "/")] = lora = Lora(cfg, layer.weight, generator)
         parametrize.register_parametrization(layer, "weight", lora)
     return added
@@ -109,7 +109,7 @@ def save(components: Components, cfg: LoraConfig, path: Path) -> None:
             own = found[0].state_dict()
             tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in own.items()}
     if not tensors:
-        raise ConfigError("the deep block has no adapters to save; attach some first.")
+        raise StateError("the deep block has no adapters to save; attach some first.")
     about = {
         "lora": json.dumps(to_dict(cfg)),
         "base": digest(components),

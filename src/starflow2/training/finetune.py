@@ -21,7 +21,7 @@ from torch import Tensor
 from starflow2.core.files import check_writable
 from starflow2.core.images import read_picture
 from starflow2.data.dialogue import Dialogue, Turn
-from starflow2.errors import ConfigError, DataError
+from starflow2.errors import ConfigError, DataError, StateError
 from starflow2.models import lora
 from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
@@ -157,7 +157,7 @@ def finetune(
 ) -> Path:
     """Teach a model, "nano" or a folder, an album; writes a whole model to `output` and the adapter alone into it.
 
-    The adapter is adapter.safetensors; `lora.load` puts it back on the model it came from. Raises ConfigError for a
+    The adapter is adapter.safetensors; `lora.load` puts it back on the model it came from. Raises StateError for a
     model that does not draw yet, DataError for captions it cannot read, CheckpointError, OutputError.
     """
     check_writable(output / "config.json")
@@ -175,7 +175,7 @@ def finetune(
 def _task(components: Components, album: Album, config: FinetuneConfig) -> T2iTask | JointTask:
     """The task by which this model learnt to draw, with adapters to train and the album to draw from."""
     if "t2i" not in components.finished_stages:
-        raise ConfigError(
+        raise StateError(
             f"this model has finished stages {', '.join(components.finished_stages) or 'none'}; it needs t2i to draw."
         )
     if components.vocabulary:
