@@ -159,7 +159,7 @@ def test_the_recipe_is_nano_but_for_the_weight_and_takes_a_step_in_miniature():
 
 def test_the_plan_counts_what_trains():
     run = nano_end_to_end()
-    components = Sizes.of(run.model).parts
+    components = Sizes.of(run.model).components
     both = sum(p.numel() for module in (components.fae, components.flow) for p in module.parameters())
     assert state_bytes(Sizes.of(run.model), run.stage("t2i"), SCHEMES[0])["parameters"] == 4 * both
     rows = {r["stage"]: r["tflops_by_part"] for r in plan(run, Hardware(gpus=1))["stages"]}

@@ -139,7 +139,7 @@ def test_the_loss_of_an_album_falls_when_nothing_is_replayed(album_folder):
 def test_a_share_of_every_batch_is_the_drawn_world(album_folder, stages):
     def tealness(replay: float) -> float:
         config = FinetuneConfig(steps=1, batch=4, replay=replay)
-        pictures = _task(tiny_components(stages), read_album(album_folder, 64), config).draw(range(80))[0]
+        pictures = _task(tiny_components(stages), read_album(album_folder, 64), config).make_batch(range(80))[0]
         return float((pictures[:, 0].amax((1, 2)) < -0.8).float().mean())  # no red anywhere
 
     assert tealness(0.0) == 1.0
@@ -148,7 +148,7 @@ def test_a_share_of_every_batch_is_the_drawn_world(album_folder, stages):
 
 def test_captions_are_heard_as_prompts_are(album_folder):
     components = tiny_components(STAGES[:4])
-    _, rows = _task(components, read_album(album_folder, 64), FinetuneConfig(steps=1, batch=4, replay=0.0)).draw(
+    _, rows = _task(components, read_album(album_folder, 64), FinetuneConfig(steps=1, batch=4, replay=0.0)).make_batch(
         range(40)
     )
     said, nothing = (components.tokenizer.drawing_prompt(text) for text in ("a teal circle, twice", ""))

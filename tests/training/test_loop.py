@@ -165,7 +165,7 @@ for folder, how in zip(folders, (after_a_checkpoint, while_writing_a_checkpoint,
             os.kill(child, signal.SIGKILL)
         time.sleep(0.005)
         gone, status = os.waitpid(child, os.WNOHANG)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (context.__name__, status)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (how.__name__, status)
 """
 
 
@@ -473,7 +473,7 @@ TRAINED = {
 }  # fmt: skip
 
 
-def components(components: Components) -> dict[str, torch.nn.Module]:
+def modules_of(components: Components) -> dict[str, torch.nn.Module]:
     whole = {name: getattr(components, name) for name in ("features", "fae", "vlm", "flow")}
     return whole | dict(components.joints.named_children())
 
@@ -485,12 +485,12 @@ def test_a_stage_changes_what_it_trains_and_leaves_the_rest_bit_equal(tmp_path, 
     modes: list[set[str]] = []
 
     def look(components: Components, step: int) -> dict[str, float]:
-        modes.append({name for name, part in components(components).items() if any(m.training for m in part.modules())})
+        modes.append({name for name, part in modules_of(components).items() if any(m.training for m in part.modules())})
         return {}
 
     fit(with_stage(stage, steps=2), stage, folder, evaluate=look)
     after = load_components(folder / "model")
-    pairs = zip(components(before).items(), components(after).values(), strict=True)
+    pairs = zip(modules_of(before).items(), modules_of(after).values(), strict=True)
     changed = {name for (name, old), new in pairs if not same(old.state_dict(), new.state_dict())}
     assert changed == TRAINED[stage]
     assert modes == [set()], "frozen parts, and averaged ones under evaluation, are in eval mode"
@@ -575,11 +575,11 @@ def t2i_task(components: Components, seed: int = 0, **changes: Any) -> stages.T2
 
 def test_the_batch_of_a_step_is_a_function_of_seed_and_step_alone():
     components = tiny_components()
-    images, rows = t2i_task(components).draw(range(8, 16))
-    t2i_task(components).draw(range(0, 8))
-    again, same_rows = t2i_task(components).draw(range(8, 16))
+    images, rows = t2i_task(components).make_batch(range(8, 16))
+    t2i_task(components).make_batch(range(0, 8))
+    again, same_rows = t2i_task(components).make_batch(range(8, 16))
     assert torch.equal(images, again) and rows == same_rows
-    other, other_rows = t2i_task(components, seed=1).draw(range(8, 16))
+    other, other_rows = t2i_task(components, seed=1).make_batch(range(8, 16))
     assert not torch.equal(images, other) and rows != other_rows
 
 
@@ -590,7 +590,7 @@ def test_batches_of_the_other_stages_are_functions_of_seed_and_step_too(stage):
 
     components = tiny_components(STAGES)
     first, again, other = (
-        flat(TASKS[stage](components, RUN.stage(stage), seed).draw(range(4, 8))) for seed in (0, 0, 1)
+        flat(TASKS[stage](components, RUN.stage(stage), seed).make_batch(range(4, 8))) for seed in (0, 0, 1)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert first[-1].shape != other[-1].shape or not torch.equal(first[-1], other[-1])
@@ -598,7 +598,7 @@ def test_batches_of_the_other_stages_are_functions_of_seed_and_step_too(stage):
 
 @pytest.mark.parametrize(("share", "low", "high"), [(0.1, 0.07, 0.13), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)])
 def test_about_a_tenth_of_the_captions_is_dropped_unless_asked_otherwise(monkeypatch, share, low, high):
-    monkeypatch.setattr(stages, "to_images", lambda scenes: None)
+    monkeypatch.setattr(datasets, "to_images", lambda scenes: None)
     task = t2i_task(tiny_components(), caption_drop=share)
     empty = task.components.tokenizer.drawing_prompt("")
     count = 1500 if 0 < share < 1 else 60
@@ -633,7 +633,7 @@ def test_training_in_groups_of_similar_length_gives_the_loss_of_the_whole_batch(
 @pytest.mark.parametrize("stage", ["vlm", "adapter"])
 def test_the_language_stage_and_its_adapter_learn_answers_and_not_questions(stage):
     components = tiny_components(STAGES)
-    images, batch = TASKS[stage](components, RUN.stage(stage), 0).draw(range(6))
+    images, batch = TASKS[stage](components, RUN.stage(stage), 0).make_batch(range(6))
     special = components.tokenizer.special
     dialogues = [understanding_dialogue(0, i) for i in range(6)]
     for index, dialogue in enumerate(dialogues):
@@ -686,8 +686,8 @@ def test_the_loss_of_a_fixed_batch_falls_and_what_is_frozen_stays(stage):
     components = tiny_components(STAGES)
     losses = falls(stage, components, 3e-3)
     assert losses[-1] < 0.98 * losses[0] and all(b < a for a, b in zip(losses, losses[3:], strict=False))
-    frozen = {name: part for name, part in components(components).items() if name not in TRAINED[stage]}
-    before = components(tiny_components(STAGES))
+    frozen = {name: part for name, part in modules_of(components).items() if name not in TRAINED[stage]}
+    before = modules_of(tiny_components(STAGES))
     assert len(frozen) >= 3 and all(same(part.state_dict(), before[name].state_dict()) for name, part in frozen.items())
 
 
@@ -924,7 +924,7 @@ def test_a_dropped_drawing_is_read_as_the_unconditional_branch_of_guidance():
 def test_a_scene_is_shown_and_drawn_as_it_is_rendered():
     components = tiny_components(STAGES)
     stage = replace(RUN.stage("joint"), mix=mix_of(edit=0.5, chain=0.5), caption_drop=0.0)
-    images, batch = TASKS["joint"](components, stage, 0).draw(range(1, 4))
+    images, batch = TASKS["joint"](components, stage, 0).make_batch(range(1, 4))
     scenes = [s for i in range(1, 4) for s in joint_dialogue(stage, 0, i).pictures]
     assert all(isinstance(s, Scene) for s in scenes) and len(images) == len(scenes) == len(batch.pictures)
     assert all(torch.equal(to_bytes(image), to_bytes(render(s))) for image, s in zip(images, scenes, strict=True))

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from helpers import wake
 from model_cases import STAGES, WIDTH, tiny_components, tiny_model
 from starflow2.flow import Context, Flow
+from starflow2.models import token_loss
 from starflow2.models.components import Components
 from starflow2.models.sequence import IGNORE, Document, Image, Text, pack
 from starflow2.training import losses
@@ -162,7 +163,7 @@ def test_in_chunks_the_gradients_are_those_of_all_logits_at_once(monkeypatch):
     labels, weight = labelled("..abcdef", "a..bc...", "abcd...."), torch.randn(11, 5, requires_grad=True)
     h = torch.randn(13, 5, requires_grad=True)
     whole = torch.autograd.grad(ntp_loss(lambda s: s @ weight.T, (h,), labels), (h, weight))
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 3 * 11)
+    monkeypatch.setattr(token_loss, "LOGITS_AT_ONCE", 3 * 11)
     chunked = torch.autograd.grad(ntp_loss(lambda s: s @ weight.T, (h,), labels), (h, weight))
     assert whole[0].abs().max() > 1e-3
     assert all((a - b).abs().max() <= 1e-6 for a, b in zip(whole, chunked, strict=True))
@@ -175,7 +176,7 @@ def test_a_vocabulary_of_152k_takes_a_tenth_of_the_memory_in_chunks_and_gives_th
     labels = torch.randint(vocab, (1, positions))
     peaks, grads = [], []
     for at_once in (vocab * positions, vocab * 25):
-        monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(token_loss, "LOGITS_AT_ONCE", at_once)
         with PeakBytes() as memory:
             grads += torch.autograd.grad(ntp_loss(lambda s: s @ weight.T, (h,), labels), h)
         peaks.append(memory.peak)
@@ -188,7 +189,7 @@ def test_a_vocabulary_of_152k_takes_a_tenth_of_the_memory_in_chunks_and_gives_th
 
 
 @pytest.fixture(scope="module")
-def parts() -> Components:
+def components() -> Components:
     return tiny_components(STAGES)
 
 
