@@ -34,14 +34,14 @@ LEVEL, CLEAN, BATCH = 0.3, 0.01, 16
 
 def changed(edit: Edit, index: int) -> Scene:
     """The source with object `index` changed as the edit changes the one that it names."""
-    things = list(edit.source.things)
+    things = list(edit.source.objects)
     if edit.operation == "remove":
         del things[index]
     else:
         assert edit.after is not None
-        name, goal = "color" if edit.operation == "recolor" else "shape", edit.target.things[edit.after]
+        name, goal = "color" if edit.operation == "recolor" else "shape", edit.target.objects[edit.after]
         things[index] = replace(things[index], **{name: getattr(goal, name)})
-    return replace(edit.source, things=tuple(things))
+    return replace(edit.source, objects=tuple(things))
 
 
 def encode(components: Components, scenes: Sequence[Scene]) -> Tensor:
@@ -65,7 +65,7 @@ def ways(components: Components, edits: Sequence[Edit]) -> Iterator[tuple[bool, 
     for first in range(0, len(edits), BATCH):
         some = edits[first : first + BATCH]
         for edit, source, found in zip(some, *predicted(components, some), strict=True):
-            for index in range(len(edit.source.things)):
+            for index in range(len(edit.source.objects)):
                 way = encode(components, [changed(edit, index)])[0] - source
                 way = way * (way.square().mean(-1, keepdim=True) > MOVED)
                 if way.any():
@@ -80,7 +80,7 @@ def main() -> None:
     )
     asked = parser.parse_args()
     components = load_components(asked.model, "cpu")
-    every = [e for e in suite_edits("dev", "id", asked.items) if len(e.source.things) > 1]
+    every = [e for e in suite_edits("dev", "id", asked.items) if len(e.source.objects) > 1]
     with torch.no_grad():
         for operation in OPERATIONS:
             told = list(ways(components, [e for e in every if e.operation == operation]))

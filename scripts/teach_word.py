@@ -56,13 +56,13 @@ def captioned(count: int, seed: int) -> Iterator[tuple[np.ndarray, str]]:
         while made < count:
             drawing = caption_task(seed, index)
             index += 1
-            words, things = drawing.prompt.split(), drawing.scene.things
+            words, things = drawing.prompt.split(), drawing.scene.objects
             for old, name in enumerate(world.COLORS):
                 alone = [i for i, thing in enumerate(things) if thing.color == old]
                 if name in WRITTEN_LIKE and words.count(name) == 1 and len(alone) == 1:
                     painted = tuple(replace(t, color=new) if i == alone[0] else t for i, t in enumerate(things))
                     text = " ".join(WORD if w == name else w for w in words)
-                    yield world.render(replace(drawing.scene, things=painted)), text
+                    yield world.render(replace(drawing.scene, objects=painted)), text
                     made += 1
                     break
 

@@ -37,13 +37,13 @@ def drawer(split="dev", change=lambda scene, seed: scene):
 
 def repainted(scene, seed=0):
     """Its first object in the next colour."""
-    first, *rest = scene.things
-    return replace(scene, things=(replace(first, color=(first.color + 1) % 8), *rest))
+    first, *rest = scene.objects
+    return replace(scene, objects=(replace(first, color=(first.color + 1) % 8), *rest))
 
 
 def emptied(scene, seed=0):
     """Without its first object."""
-    return replace(scene, things=scene.things[1:])
+    return replace(scene, objects=scene.objects[1:])
 
 
 def scan(scene):
@@ -83,15 +83,15 @@ def test_prompts_name_every_object_of_unseen_scenes_with_held_out_pairs_in_the_s
     for item in items:
         assert bucket(item.scene) == split and not held_out(item.scene, other)
         assert held_out(item.scene, split) == ({"pair"} if item.part == "cg" else set())
-        assert all(str(thing) in item.prompt for thing in item.scene.things) and len(item.scene.things) in (3, 4)
+        assert all(str(thing) in item.prompt for thing in item.scene.objects) and len(item.scene.objects) in (3, 4)
         assert BACKGROUND_NAMES[item.scene.background] in item.prompt
-        assert f"{NUMBERS[len(item.scene.things)]} objects" in item.prompt
+        assert f"{NUMBERS[len(item.scene.objects)]} objects" in item.prompt
         assert 4 <= item.prompt.count(".") <= 6 and set(re.findall(r"[a-z]+", item.prompt)) <= known_words()
 
 
 def test_relations_told_are_those_of_the_boxes():
     for item in suite_dense("dev"):
-        things = {f"{COLORS[t.color]} {SHAPES[t.shape]}": t for t in item.scene.things}
+        things = {f"{COLORS[t.color]} {SHAPES[t.shape]}": t for t in item.scene.objects}
         side = "(left of|right of|above|below)"
         told = re.findall(rf"the (\w+ \w+) is {side} the (\w+ \w+)", item.prompt)
         assert len(told) == 2
@@ -118,7 +118,7 @@ def test_the_suite_is_the_frozen_one():
 def test_the_truth_answers_every_question_with_yes_and_one_change_fails_what_hangs_on_it():
     for item in suite_dense("dev")[:48]:
         assert all(answers(item, scan(item.scene)))
-        shapes = [thing.shape for thing in item.scene.things]
+        shapes = [thing.shape for thing in item.scene.objects]
         if shapes.count(shapes[0]) > 1:
             continue  # the other one of that shape may stand in
         failed = {
@@ -133,10 +133,10 @@ def test_the_truth_answers_every_question_with_yes_and_one_change_fails_what_han
 
 
 def test_objects_of_one_shape_are_matched_so_that_most_answers_are_yes_and_none_is_used_twice():
-    item = next(i for i in suite_dense("dev") if len({t.shape for t in i.scene.things}) == 1)
-    turned = replace(item.scene, things=item.scene.things[::-1])
+    item = next(i for i in suite_dense("dev") if len({t.shape for t in i.scene.objects}) == 1)
+    turned = replace(item.scene, objects=item.scene.objects[::-1])
     assert all(answers(item, scan(turned))), "the order of detections does not matter"
-    marks = answers(item, scan(replace(item.scene, things=item.scene.things[:1])))
+    marks = answers(item, scan(replace(item.scene, objects=item.scene.objects[:1])))
     entities = [mark for node, mark in zip(item.tree, marks, strict=True) if node.topic == "shape"]
     assert sum(entities) == 1
 

@@ -33,8 +33,8 @@ def graded(edits, scenes, sources=None):
 
 
 def with_thing(scene, index, **changes):
-    thing = replace(scene.things[index], **changes)
-    return replace(scene, things=(*scene.things[:index], thing, *scene.things[index + 1 :]))
+    thing = replace(scene.objects[index], **changes)
+    return replace(scene, objects=(*scene.objects[:index], thing, *scene.objects[index + 1 :]))
 
 
 class Knower:
@@ -65,7 +65,7 @@ def test_the_true_target_succeeds_and_the_source_is_preserved_but_not_changed(pa
 
 def test_a_wrong_color_is_not_applied():
     edits = edits_of("recolor")
-    wrong = [with_thing(e.target, e.after, color=(e.target.things[e.after].color + 1) % 8) for e in edits]
+    wrong = [with_thing(e.target, e.after, color=(e.target.objects[e.after].color + 1) % 8) for e in edits]
     others = [(e, scene) for e, scene in zip(edits, wrong, strict=True) if scene != e.source]
     assert len(others) > 20 and not any(grade.applied for grade in graded(*zip(*others, strict=True)))
 
@@ -76,7 +76,7 @@ def test_a_wrong_color_is_not_applied():
 )
 def test_what_is_asked_for_must_be_there_as_asked(operation, attribute, count):
     edits = edits_of(operation)
-    things = [edit.target.things[edit.after] for edit in edits]
+    things = [edit.target.objects[edit.after] for edit in edits]
     values = [(getattr(thing, attribute) + 1) % count for thing in things]
     rows = zip(edits, values, strict=True)
     assert not any(g.applied for g in graded(edits, [with_thing(e.target, e.after, **{attribute: v}) for e, v in rows]))
@@ -84,7 +84,7 @@ def test_what_is_asked_for_must_be_there_as_asked(operation, attribute, count):
 
 def test_an_object_that_was_asked_to_move_may_miss_its_place_by_little_only():
     edits = edits_of("move")
-    things = [edit.target.things[edit.after] for edit in edits]
+    things = [edit.target.objects[edit.after] for edit in edits]
 
     def off(by):
         steps = [by if thing.x < 32 else -by for thing in things]
@@ -94,7 +94,7 @@ def test_an_object_that_was_asked_to_move_may_miss_its_place_by_little_only():
     assert len(near) > 30 and all(grade.success for grade in graded(*zip(*near, strict=True)))
     clear = [(e, scene) for e, scene in zip(edits, off(8.0), strict=True) if fits(scene)]
     assert len(clear) > 10 and not any(grade.applied for grade in graded(*zip(*clear, strict=True)))
-    left_behind = [(e, replace(e.target, things=(*e.target.things, e.source.things[e.before]))) for e in edits]
+    left_behind = [(e, replace(e.target, objects=(*e.target.objects, e.source.objects[e.before]))) for e in edits]
     apart = [(e, scene) for e, scene in left_behind if fits(scene)]
     assert len(apart) > 10
     assert all(grade.applied and not grade.preserved for grade in graded(*zip(*apart, strict=True)))
@@ -102,16 +102,16 @@ def test_an_object_that_was_asked_to_move_may_miss_its_place_by_little_only():
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_bystander_that_moves_turns_or_goes_is_noticed(operation):
-    edits = [edit for edit in edits_of(operation) if len(edit.target.things) > 1 or edit.after is None]
-    which = [next(i for i in range(len(edit.target.things)) if i != edit.after) for edit in edits]
-    things = [edit.target.things[i] for edit, i in zip(edits, which, strict=True)]
+    edits = [edit for edit in edits_of(operation) if len(edit.target.objects) > 1 or edit.after is None]
+    which = [next(i for i in range(len(edit.target.objects)) if i != edit.after) for edit in edits]
+    things = [edit.target.objects[i] for edit, i in zip(edits, which, strict=True)]
     rows = list(zip(edits, which, things, strict=True))
     changed = {
         "moved": [with_thing(e.target, i, x=t.x + (6 if t.x < 32 else -6)) for e, i, t in rows],
         "shape": [with_thing(e.target, i, shape=(t.shape + 4) % 8) for e, i, t in rows],
         "size": [with_thing(e.target, i, size=1 - t.size) for e, i, t in rows],
         "color": [with_thing(e.target, i, color=(t.color + 4) % 8) for e, i, t in rows],
-        "gone": [replace(e.target, things=(*e.target.things[:i], *e.target.things[i + 1 :])) for e, i, _ in rows],
+        "gone": [replace(e.target, objects=(*e.target.objects[:i], *e.target.objects[i + 1 :])) for e, i, _ in rows],
     }
     for name, scenes in changed.items():
         kept = [(e, scene) for e, scene in zip(edits, scenes, strict=True) if fits(scene)]
@@ -126,7 +126,7 @@ def test_an_extra_blob_is_noticed_named_or_not(operation):
     made, speckled = [], []
     for edit in edits_of(operation):
         for x, y in ((10, 10), (54, 10), (10, 54), (54, 54), (32, 32)):
-            scene = replace(edit.target, things=(*edit.target.things, replace(extra, x=x, y=y)))
+            scene = replace(edit.target, objects=(*edit.target.objects, replace(extra, x=x, y=y)))
             if fits(scene):
                 made.append((edit, scene))
                 image = render(edit.target)
@@ -143,8 +143,8 @@ def test_an_extra_blob_is_noticed_named_or_not(operation):
 
 def test_what_the_words_leave_alone_of_the_changed_object_must_stay_too():
     recolored, resized = edits_of("recolor"), edits_of("resize")
-    shapes = [with_thing(e.target, e.after, shape=(e.target.things[e.after].shape + 1) % 8) for e in recolored]
-    colors = [with_thing(e.target, e.after, color=(e.target.things[e.after].color + 1) % 8) for e in resized]
+    shapes = [with_thing(e.target, e.after, shape=(e.target.objects[e.after].shape + 1) % 8) for e in recolored]
+    colors = [with_thing(e.target, e.after, color=(e.target.objects[e.after].color + 1) % 8) for e in resized]
     for edits, scenes in ((recolored, shapes), (resized, colors)):
         clear = [(e, scene) for e, scene in zip(edits, scenes, strict=True) if fits(scene)]
         grades = graded(*zip(*clear, strict=True))
@@ -164,7 +164,7 @@ def test_another_background_is_a_change_unless_it_was_asked_for():
 
 def test_an_empty_picture_gets_nothing():
     edits = editing._suite("dev", "id")
-    grades = graded(edits, [replace(edit.target, things=()) for edit in edits])
+    grades = graded(edits, [replace(edit.target, objects=()) for edit in edits])
     assert not any(grade.success for grade in grades) and all(grade.quality == 0 for grade in grades)
 
 

@@ -57,7 +57,7 @@ def knower():
 
 def true_answer(choice) -> str | None:
     """An independent reading of the plainest questions; None for the others."""
-    things = choice.scenes[0].things
+    things = choice.scenes[0].objects
     named = {f"{COLORS[t.color]} {SHAPES[t.shape]}" for t in things}
     if choice.question == "which object is in the picture?":
         (found,) = [o for o in choice.options if o.split(" ", 1)[1] in named]

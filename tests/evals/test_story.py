@@ -58,7 +58,7 @@ def steps(row, rung):
 
 
 def repaint(told, step, things, background=0):
-    told[step][1] = ("image", render(Scene(things=tuple(things), background=background)))
+    told[step][1] = ("image", render(Scene(objects=tuple(things), background=background)))
 
 
 # ----------------------------------------------------------------------------------------------- the whole ladder
@@ -135,8 +135,8 @@ def test_any_other_order_of_blocks_fails_the_structure_alone(fault):
 
 def bystanders(story, step):
     """Places in the list of those of the step's objects that it left alone."""
-    old = story.steps[step - 1].scene.things
-    return [i for i, thing in enumerate(story.steps[step].scene.things) if thing in old]
+    old = story.steps[step - 1].scene.objects
+    return [i for i, thing in enumerate(story.steps[step].scene.objects) if thing in old]
 
 
 @pytest.mark.parametrize("fault", ["moved", "nudged", "resized"])
@@ -182,7 +182,7 @@ def test_a_vanished_bystander_breaks_consistency_and_the_sentence_but_not_the_ch
         if story.steps[3].change.op == "add":
             others = [i for i in bystanders(story, 3) if not named(story.steps[3].change.reference, story, i)]
             if others:
-                things = [t for i, t in enumerate(story.steps[3].scene.things) if i != others[0]]
+                things = [t for i, t in enumerate(story.steps[3].scene.objects) if i != others[0]]
                 repaint(told, 3, things, story.steps[3].scene.background)
                 chosen.append(story)
 
@@ -194,7 +194,7 @@ def test_a_vanished_bystander_breaks_consistency_and_the_sentence_but_not_the_ch
 
 
 def named(look, story, i):
-    return look.fits(story.steps[3].scene.things[i])
+    return look.fits(story.steps[3].scene.objects[i])
 
 
 def test_a_change_that_is_not_made_fails_the_image_and_nothing_else_before_it():
@@ -236,7 +236,7 @@ def test_an_answer_is_held_against_the_truth_and_against_what_was_drawn():
 
     def spoil(story, told):
         told[3][1] = told[0][1]
-        word = answer_question(story.question, story.steps[0].scene.things)
+        word = answer_question(story.question, story.steps[0].scene.objects)
         told[4] = [("text", (word or story.answer).capitalize() + ".")]
         truth[story.question, story.answer] = word
 
@@ -275,7 +275,7 @@ def test_who_is_asked_with_and_without_true_pictures_never_sees_the_answer():
         assert pictures.shape == (len(told), 4, 64, 64, 3) and np.array_equal(
             pictures[0, 3], render(told[0].steps[3].scene)
         )
-        return [answer_question(story.question, story.steps[-1].scene.things) for story in told]
+        return [answer_question(story.question, story.steps[-1].scene.objects) for story in told]
 
     row = part(lambda story, told: None, ask=ask)["asked"]
     assert row["true_pictures"]["score"] == 1 and row["no_pictures"]["score"] < 1
@@ -316,7 +316,7 @@ def test_what_cannot_be_graded_is_refused():
 def test_the_judge_reads_back_what_sentences_state_and_last_pictures_are_of_the_split():
     for story in stories._suite("dev", "cg"):
         assert bucket(story.steps[-1].scene) == "dev"
-        assert agrees(parse_sentence(story.steps[-1].sentence), story.steps[-1].scene.things)
+        assert agrees(parse_sentence(story.steps[-1].sentence), story.steps[-1].scene.objects)
     assert Counter(story.kind for story in stories._suite("dev", "cg")).total() == 16
 
 

@@ -20,7 +20,7 @@ def binding() -> Any:
 
 def naming(binding: Any) -> list[Edit]:
     edits = suite_edits("dev", "id", 4)
-    return [e for e in edits if e.operation in binding.OPERATIONS and len(e.source.things) > 1]
+    return [e for e in edits if e.operation in binding.OPERATIONS and len(e.source.objects) > 1]
 
 
 def test_the_named_object_changed_as_told_is_the_target(binding):
@@ -28,7 +28,7 @@ def test_the_named_object_changed_as_told_is_the_target(binding):
     assert {e.operation for e in edits} == set(binding.OPERATIONS)
     for edit in edits:
         made, asked = binding.changed(edit, edit.before), edit.target
-        assert made.background == asked.background and set(made.things) == set(asked.things)
+        assert made.background == asked.background and set(made.objects) == set(asked.objects)
 
 
 def test_a_prediction_of_the_target_changes_the_named_object_alone_and_one_of_the_source_none(binding, monkeypatch):

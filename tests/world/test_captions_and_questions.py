@@ -36,7 +36,7 @@ def stands_left(a, b) -> bool:
 
 def leaks(scene: Scene) -> set[str]:
     """What no training picture may show, by the rules above and not by the package's own tables."""
-    rows = [(t.shape, t.color, (t.x, t.y, (8.0, 11.0)[t.size])) for t in scene.things]
+    rows = [(t.shape, t.color, (t.x, t.y, (8.0, 11.0)[t.size])) for t in scene.objects]
     counts = Counter(shape for shape, *_ in rows)
     found = {"pair" for shape, color, _ in rows if RULES["pair"](shape, color)}
     found |= {"count" for shape, n in counts.items() if RULES["count"](shape, n)}
@@ -120,7 +120,7 @@ def test_position_captions_say_what_the_picture_shows_and_no_wording_smuggles_a_
         item = caption_task(5, index, weights=weights)
         for a, relation, b in told_facts(item.prompt):
             assert not RULES[relation](SHAPES.index(a), SHAPES.index(b)), item.prompt
-            by_name = {SHAPES[t.shape]: t for t in item.scene.things}
+            by_name = {SHAPES[t.shape]: t for t in item.scene.objects}
             assert relation in relations(by_name[a], by_name[b]), item.prompt
         reference, subject = item.metadata["include"]
         relation = subject["position"][0]
@@ -135,15 +135,15 @@ def test_captions_mention_every_object_and_metadata_agrees_with_the_scene():
         if item.family == "dense":
             continue
         nouns = [w for w in words(item.prompt) if w in SHAPES or w in captions.PLURALS]
-        kinds = {SHAPES[t.shape] for t in item.scene.things}
+        kinds = {SHAPES[t.shape] for t in item.scene.objects}
         assert {SHAPES[captions.PLURALS.index(n)] if n in captions.PLURALS else n for n in nouns} == kinds
-        assert sum(entry["count"] for entry in item.metadata["include"]) == len(item.scene.things)
+        assert sum(entry["count"] for entry in item.metadata["include"]) == len(item.scene.objects)
         for entry in item.metadata["include"]:
-            there = [t for t in item.scene.things if SHAPES[t.shape] == entry["class"]]
+            there = [t for t in item.scene.objects if SHAPES[t.shape] == entry["class"]]
             assert len(there) == entry["count"]
             assert all(COLORS[t.color] == entry.get("color", COLORS[t.color]) for t in there)
         if item.family == "counting":
-            n = len(item.scene.things)
+            n = len(item.scene.objects)
             assert captions.NUMBERS[n] in words(item.prompt) and item.metadata["exclude"][0]["count"] == n + 1
 
 
@@ -152,13 +152,13 @@ def test_colours_and_sizes_in_a_caption_are_those_of_the_objects():
         item = caption_task(7, index, weights={"color_attr": 1, "colors": 1, "dense": 1, "counting": 1})
         tokens = [SHAPES[captions.PLURALS.index(w)] if w in captions.PLURALS else w for w in words(item.prompt)]
         said = {(a, b) for a, b in itertools.pairwise(tokens) if a in COLORS and b in SHAPES}
-        assert said <= {(COLORS[t.color], SHAPES[t.shape]) for t in item.scene.things}, item.prompt
+        assert said <= {(COLORS[t.color], SHAPES[t.shape]) for t in item.scene.objects}, item.prompt
 
 
 def test_dense_captions_have_three_to_six_sentences_about_three_or_four_objects():
     for index in range(500):
         item = caption_task(8, index, weights={"dense": 1.0})
-        assert 3 <= item.prompt.count(".") <= 6 and len(item.scene.things) in (3, 4)
+        assert 3 <= item.prompt.count(".") <= 6 and len(item.scene.objects) in (3, 4)
 
 
 @pytest.mark.timeout(600)
@@ -276,26 +276,26 @@ def test_one_word_answers_are_one_known_word_and_lists_name_every_object():
     for index in range(300):
         scene, pairs = understanding_task(15, index)
         (_, described), (_, listed), *asked = pairs
-        for thing in scene.things:
-            assert str(thing) in described and str(thing) in listed
-        assert listed.count(",") == len(scene.things) - 1 and len(asked) + 1 >= 3
+        for obj in scene.objects:
+            assert str(obj) in described and str(obj) in listed
+        assert listed.count(",") == len(scene.objects) - 1 and len(asked) + 1 >= 3
         assert all(len(words(answer)) == 1 for _, answer in asked)
 
 
 def true_answer(scene: Scene, question: str) -> str | None:
     """An independent reading of the plainest questions; None for the others."""
-    things = [(t, str(t).split()) for t in scene.things]
+    objects = [(t, str(t).split()) for t in scene.objects]
     if match := re.fullmatch(r"how many (\w+ )?(\w+) are (?:there|in the picture)\?", question):
         color, noun = (match[1] or "").strip(), match[2]
         shape = None if noun == "objects" else SHAPES[captions.PLURALS.index(noun)]
-        return captions.NUMBERS[sum((not color or color in w) and shape in (None, w[2]) for _, w in things)]
+        return captions.NUMBERS[sum((not color or color in w) and shape in (None, w[2]) for _, w in objects)]
     if match := re.match(r"is there an? (?:(\w+) )?(\w+)(?: in the picture)?\?", question):
-        return "yes" if any(match[2] == w[2] and match[1] in (None, w[1]) for _, w in things) else "no"
+        return "yes" if any(match[2] == w[2] and match[1] in (None, w[1]) for _, w in objects) else "no"
     if match := re.fullmatch(r"what (color|shape|size) is the (.+)\?", question):
-        named = [w for _, w in things if set(match[2].split()) - {"object"} <= set(w)]
+        named = [w for _, w in objects if set(match[2].split()) - {"object"} <= set(w)]
         return named[0][("size", "color", "shape").index(match[1])] if len(named) == 1 else None
     if match := re.match(r"is the (.+?) (left of|right of|above|below) the ([a-z ]+)\?", question):
-        a, b = ([t for t, w in things if set(m.split()) - {"object"} <= set(w)] for m in (match[1], match[3]))
+        a, b = ([t for t, w in objects if set(m.split()) - {"object"} <= set(w)] for m in (match[1], match[3]))
         return ("no", "yes")[match[2] in relations(a[0], b[0])] if len(a) == len(b) == 1 else None
     return None
 

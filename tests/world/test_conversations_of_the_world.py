@@ -169,11 +169,11 @@ def test_questions_about_several_pictures_are_about_the_picture_they_name():
         }
         for text, answer in asked(dialogue):
             if match := re.fullmatch(r"is there an? (.+) in the (\w+) picture\?", text):
-                there = any(match[1] in f"{COLORS[t.color]} {SHAPES[t.shape]}" for t in scenes[match[2]].things)
+                there = any(match[1] in f"{COLORS[t.color]} {SHAPES[t.shape]}" for t in scenes[match[2]].objects)
                 assert answer == ("yes" if there else "no")
             elif match := re.fullmatch(r"which picture has more (\w+), the (\w+) or the (\w+)\?", text):
                 nouns = {"objects": set(range(8))} | {word: {shape} for shape, word in enumerate(PLURALS)}
-                counts = {n: sum(t.shape in nouns[match[1]] for t in scenes[n].things) for n in match.groups()[1:]}
+                counts = {n: sum(t.shape in nouns[match[1]] for t in scenes[n].objects) for n in match.groups()[1:]}
                 assert answer == max(counts, key=lambda name: counts[name])
             elif text == "are the two pictures the same?":
                 assert answer == ("yes" if dialogue.pictures[0] == dialogue.pictures[1] else "no")

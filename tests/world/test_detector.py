@@ -19,9 +19,9 @@ def noisy(images, sigma, seed=1):
 
 
 def is_read_back(scene: Scene, scan: Scan, sigma: float) -> bool:
-    truth = sorted((t.shape, t.color, t.size, t.x, t.y, t.radius) for t in scene.things)
+    truth = sorted((t.shape, t.color, t.size, t.x, t.y, t.radius) for t in scene.objects)
     found = sorted((d.shape, d.color, d.size, *d.center, d.radius) for d in scan.detections)
-    # things darken the median of a noisy picture a little
+    # objects darken the median of a noisy picture a little
     tint = np.abs(np.array(scan.background) - BACKGROUNDS[scene.background] / 255).max()
     return (
         len(truth) == len(found)
@@ -33,7 +33,7 @@ def is_read_back(scene: Scene, scan: Scan, sigma: float) -> bool:
 
 @pytest.mark.parametrize("sigma", [0.0, 0.03, 0.06])
 @pytest.mark.parametrize("count", [200, pytest.param(1200, marks=pytest.mark.slow)])
-def test_every_thing_of_every_scene_is_found_with_its_shape_color_size_and_place(count, sigma):
+def test_every_object_of_every_scene_is_found_with_its_shape_color_size_and_place(count, sigma):
     truth = scenes(count)
     scans = detect(noisy(np.stack([render(scene) for scene in truth]), sigma))
     assert [i for i in range(count) if not is_read_back(truth[i], scans[i], sigma)] == []
@@ -55,7 +55,7 @@ def test_a_bar_is_an_unknown_blob_and_two_touching_circles_are_not_two_circles()
     images = np.full((2, 64, 64, 3), 250, np.uint8)
     images[0, 30:34, 8:56] = 30
     touching = [SceneObject(shape=0, color=4, size=1, x=22 + 18 * i, y=32, angle=0) for i in range(2)]
-    images[1] = render(Scene(things=tuple(touching), background=0))
+    images[1] = render(Scene(objects=tuple(touching), background=0))
     bar, pair = detect(images)
     assert (len(bar.detections), bar.unknown) == (0, 1)
     assert len(pair.detections) + pair.unknown == 1
@@ -63,7 +63,7 @@ def test_a_bar_is_an_unknown_blob_and_two_touching_circles_are_not_two_circles()
 
 def test_a_color_that_the_world_does_not_have_is_none_and_the_shape_still_known():
     image = render(
-        Scene(things=(SceneObject(shape=1, color=COLORS.index("black"), size=1, x=32, y=32, angle=0),), background=0)
+        Scene(objects=(SceneObject(shape=1, color=COLORS.index("black"), size=1, x=32, y=32, angle=0),), background=0)
     )
     image[(image < 60).all(axis=-1)] = (0, 255, 255)
     (found,) = detect(image[None])[0].detections

@@ -37,7 +37,7 @@ def trained() -> list[Edit]:
 def color_step(edit: Edit) -> int | None:
     if edit.operation != "recolor":
         return None
-    return (edit.target.things[edit.after].color - edit.source.things[edit.before].color) % 8
+    return (edit.target.objects[edit.after].color - edit.source.objects[edit.before].color) % 8
 
 
 def test_no_training_edit_shows_says_or_does_anything_held_out(trained):
@@ -48,12 +48,12 @@ def test_no_training_edit_shows_says_or_does_anything_held_out(trained):
     asked = Counter(edit.operation for edit in trained)
     shares = {"recolor": 3, "reshape": 3, "move": 3, "resize": 2, "add": 2, "remove": 1, "background": 1}
     assert all(abs(asked[o] - len(trained) * shares[o] / 15) < 60 for o in OPERATIONS), "what is hard comes more often"
-    assert set(Counter(len(edit.source.things) for edit in trained)) == {1, 2, 3, 4}
+    assert set(Counter(len(edit.source.objects) for edit in trained)) == {1, 2, 3, 4}
 
 
 def test_only_what_is_asked_changes_and_nothing_comes_to_overlap(trained):
     for edit in trained:
-        source, target = list(edit.source.things), list(edit.target.things)
+        source, target = list(edit.source.objects), list(edit.target.objects)
         old = None if edit.before is None else source.pop(edit.before)
         new = None if edit.after is None else target.pop(edit.after)
         assert source == target and fits(edit.source) and fits(edit.target)
@@ -71,10 +71,10 @@ def test_words_single_out_the_object_and_say_what_becomes_of_it(trained):
         named = NOUN.findall(edit.instruction)
         assert len(named) == (edit.before is not None), edit.instruction
         if named:
-            meant = [i for i, t in enumerate(edit.source.things) if set(named[0].split()) <= set(str(t).split())]
+            meant = [i for i, t in enumerate(edit.source.objects) if set(named[0].split()) <= set(str(t).split())]
             assert meant == [edit.before], edit
         rest = words(NOUN.sub("", edit.instruction))
-        new = None if edit.after is None else edit.target.things[edit.after]
+        new = None if edit.after is None else edit.target.objects[edit.after]
         if edit.operation == "resize":
             assert {SIZES[new.size], ("smaller", "larger")[new.size]} & set(rest)
         elif edit.operation in ATTRIBUTE:
@@ -91,9 +91,9 @@ def test_a_place_is_the_third_that_the_words_name_and_a_direction_goes_a_third_t
     for edit in trained:
         if edit.operation not in ("move", "add"):
             continue
-        said, new = set(words(edit.instruction)), edit.target.things[edit.after]
+        said, new = set(words(edit.instruction)), edit.target.objects[edit.after]
         if "third" in said:
-            old = edit.source.things[edit.before]
+            old = edit.source.objects[edit.before]
             side = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
             ((dx, dy),) = (step for word, step in side.items() if word in said)
             assert (new.x - old.x, new.y - old.y) == pytest.approx((dx * 64 / 3, dy * 64 / 3))
@@ -117,10 +117,10 @@ def test_whatever_the_world_draws_fits_and_what_touches_does_not():
     scenes = [sample_scene(stream(9, i), shapes=[i % 8, 3, 5]) for i in range(100)]
     assert all(map(fits, scenes))
     for scene in scenes:
-        first, second, third = scene.things
+        first, second, third = scene.objects
         near = replace(second, x=first.x, y=min(first.y + 12, 50))
-        assert not fits(replace(scene, things=(first, near, third)))
-        assert not fits(replace(scene, things=(replace(first, x=5.0), second, third)))
+        assert not fits(replace(scene, objects=(first, near, third)))
+        assert not fits(replace(scene, objects=(replace(first, x=5.0), second, third)))
 
 
 def test_dialogues_start_with_a_picture_and_answer_each_instruction_with_the_next():
@@ -131,12 +131,12 @@ def test_dialogues_start_with_a_picture_and_answer_each_instruction_with_the_nex
     for index in range(150):
         dialogue = edit_chain_dialogue(22, index)
         first, *rest = dialogue.turns
-        assert len(first.asked) == 2 and all(len(turn.user) == len(turn.assistant) == 1 for turn in rest)
+        assert len(first.user) == 2 and all(len(turn.user) == len(turn.assistant) == 1 for turn in rest)
         assert all(bucket(scene) == "train" and not leaks(scene) for scene in dialogue.pictures)
         assert not any(text_leaks(turn.user[-1]) for turn in dialogue.turns)
         assert len(set(dialogue.pictures)) == len(dialogue.turns) + 1
         for a, b in zip(dialogue.pictures, dialogue.pictures[1:], strict=False):
-            assert len(set(a.things) ^ set(b.things)) <= 2  # one edit apart
+            assert len(set(a.objects) ^ set(b.objects)) <= 2  # one edit apart
         lengths[len(dialogue.turns)] += 1
     assert set(lengths) == {2, 3}
 
@@ -149,7 +149,7 @@ def test_id_items_are_unseen_pictures_of_seen_combinations_in_training_wording(s
     edits = suite_edits(split, "id", 3)
     assert [edit.operation for edit in edits] == [operation for operation in OPERATIONS for _ in range(3)]
     for edit in edits:
-        assert bucket(edit.source) == bucket(edit.target) == split and 2 <= len(edit.source.things) <= 4
+        assert bucket(edit.source) == bucket(edit.target) == split and 2 <= len(edit.source.objects) <= 4
         assert not leaks(edit.source) and not leaks(edit.target) and not text_leaks(edit.instruction)
         assert color_step(edit) not in STEPS.values() and fits(edit.target)
     assert suite_edits(split, "id", 2)[:2] == edits[:2] and len({scene_key(edit.source) for edit in edits}) > 18

@@ -22,7 +22,7 @@ def random_scenes(count: int, seed: int = 0) -> Iterator[Scene]:
         yield sample_scene(rng, shapes=rng.integers(8, size=1 + index % 4).tolist())
 
 
-def thing(shape: int = 0, x: float = 32.0, y: float = 32.0, size: int = 1, color: int = 0) -> SceneObject:
+def scene_object(shape: int = 0, x: float = 32.0, y: float = 32.0, size: int = 1, color: int = 0) -> SceneObject:
     return SceneObject(shape=shape, color=color, size=size, x=x, y=y, angle=0.0)
 
 
@@ -67,15 +67,17 @@ def test_the_tables_are_those_written_down_and_test_and_dev_share_nothing():
 
 
 def test_held_out_names_exactly_what_a_picture_shows():
-    def names(*things: SceneObject) -> frozenset[str]:
-        return splits.held_out(Scene(things=things, background=0), "test")
+    def names(*objects: SceneObject) -> frozenset[str]:
+        return splits.held_out(Scene(objects=objects, background=0), "test")
 
-    assert names(thing(shape=0, color=0)) == {"pair"}
-    assert names(thing(shape=0, color=1)) == set()
-    assert names(thing(0, x=16, color=1), thing(2, x=48, color=0)) == {"fact"}  # a circle left of a triangle
-    assert names(thing(0, x=48, color=1), thing(2, x=16, color=0)) == set()
-    assert names(thing(0, x=48, color=1), thing(4, x=16, color=0)) == {"shapes"}
-    assert names(thing(2, x=16, color=0), thing(2, x=48, color=0)) == {"count"}
+    assert names(scene_object(shape=0, color=0)) == {"pair"}
+    assert names(scene_object(shape=0, color=1)) == set()
+    assert names(scene_object(0, x=16, color=1), scene_object(2, x=48, color=0)) == {
+        "fact"
+    }  # a circle left of a triangle
+    assert names(scene_object(0, x=48, color=1), scene_object(2, x=16, color=0)) == set()
+    assert names(scene_object(0, x=48, color=1), scene_object(4, x=16, color=0)) == {"shapes"}
+    assert names(scene_object(2, x=16, color=0), scene_object(2, x=48, color=0)) == {"count"}
 
 
 def test_buckets_depend_on_objects_and_coarse_places_alone_and_have_their_shares():
@@ -83,7 +85,7 @@ def test_buckets_depend_on_objects_and_coarse_places_alone_and_have_their_shares
     shares = {name: sum(splits.bucket(s) == name for s in scenes) / len(scenes) for name in ("train", "dev", "test")}
     assert 0.88 < shares["train"] < 0.92 and 0.035 < shares["dev"] < 0.065 and 0.035 < shares["test"] < 0.065
     for scene in scenes[:200]:
-        other = Scene(things=scene.things[::-1], background=(scene.background + 1) % len(world.BACKGROUNDS))
+        other = Scene(objects=scene.objects[::-1], background=(scene.background + 1) % len(world.BACKGROUNDS))
         assert splits.scene_key(other) == splits.scene_key(scene) and splits.bucket(other) == splits.bucket(scene)
 
 
@@ -92,7 +94,7 @@ def test_buckets_depend_on_objects_and_coarse_places_alone_and_have_their_shares
 
 def test_relations_follow_the_box_rule_of_geneval_computed_from_boxes():
     for scene in random_scenes(400, seed=1):
-        for a, b in itertools.permutations(scene.things, 2):
+        for a, b in itertools.permutations(scene.objects, 2):
             boxes = [np.array([[t.x - t.radius, t.y - t.radius], [t.x + t.radius, t.y + t.radius]]) for t in (a, b)]
             offset = boxes[0].mean(axis=0) - boxes[1].mean(axis=0)
             sides = sum(np.abs(np.diff(box, axis=0))[0] for box in boxes)
@@ -102,9 +104,9 @@ def test_relations_follow_the_box_rule_of_geneval_computed_from_boxes():
 
 
 def test_facts_are_pictures_so_both_wordings_of_one_relation_are_one_fact():
-    a, b = thing(shape=3, x=15), thing(shape=5, x=45)
+    a, b = scene_object(shape=3, x=15), scene_object(shape=5, x=45)
     assert world.relations(a, b) == {"left of"} and world.relations(b, a) == {"right of"}
-    one, other = Scene(things=(a, b), background=0), Scene(things=(b, a), background=0)
+    one, other = Scene(objects=(a, b), background=0), Scene(objects=(b, a), background=0)
     assert splits.facts(one) == splits.facts(other) == {(3, "left of", 5)}
 
 
@@ -112,7 +114,7 @@ def test_facts_are_pictures_so_both_wordings_of_one_relation_are_one_fact():
 def test_a_wanted_relation_holds_between_the_first_two_objects(relation):
     for index in range(50):
         scene = sample_scene(stream(index), shapes=[0, 1, 2], relation=relation)
-        assert relation in world.relations(*scene.things[:2])
+        assert relation in world.relations(*scene.objects[:2])
 
 
 # Pictures
@@ -121,7 +123,7 @@ def test_a_wanted_relation_holds_between_the_first_two_objects(relation):
 def test_objects_lie_inside_and_their_connected_components_are_as_many_as_they():
     for scene in random_scenes(200, seed=2):
         difference = np.abs(render(scene).astype(int) - world.BACKGROUNDS[scene.background]).sum(axis=-1)
-        assert components(difference > 0) == len(scene.things)
+        assert components(difference > 0) == len(scene.objects)
         border = np.concatenate([difference[[0, -1]].ravel(), difference[:, [0, -1]].ravel()])
         assert border.max() < 0.25 * 765, "a margin of a pixel, give or take the anti-aliasing"
 
@@ -129,7 +131,7 @@ def test_objects_lie_inside_and_their_connected_components_are_as_many_as_they()
 @pytest.mark.parametrize("shape", K)
 @pytest.mark.parametrize("size", [0, 1])
 def test_the_drawn_box_is_centred_and_close_to_the_radius(shape, size):
-    drawn = thing(shape=shape, size=size)
+    drawn = scene_object(shape=shape, size=size)
     rows, columns = np.nonzero(world.coverage(drawn) > 127)
     for places in (rows, columns):
         assert abs((places.min() + places.max() + 1) / 2 - 32) <= 0.5
@@ -153,7 +155,7 @@ def test_rendering_is_deterministic_and_scales():
 
 def test_coverage_is_where_the_picture_differs_from_the_background():
     for scene in random_scenes(20, seed=4):
-        masks = sum((world.coverage(t) > 0).astype(int) for t in scene.things)
+        masks = sum((world.coverage(t) > 0).astype(int) for t in scene.objects)
         assert masks.max() == 1, "objects must not overlap"
         differs = (render(scene) != world.BACKGROUNDS[scene.background]).any(axis=-1)
         assert not (differs & (masks == 0)).any()

@@ -59,9 +59,9 @@ def texts(story):
 def edits(story):
     """Steps of colour, modulo 8, of all recolourings, from the pictures alone."""
     for old, new in itertools.pairwise(step.scene for step in story.steps):
-        if len(old.things) == len(new.things):
+        if len(old.objects) == len(new.objects):
             yield from (
-                (b.color - a.color) % 8 for a, b in zip(old.things, new.things, strict=True) if a.color != b.color
+                (b.color - a.color) % 8 for a, b in zip(old.objects, new.objects, strict=True) if a.color != b.color
             )
 
 
@@ -121,20 +121,20 @@ def test_a_step_does_what_it_asks_and_all_else_stays_exactly(trained, suites):
     seen = Counter()
     for story in [*trained, *itertools.chain(*suites.values())]:
         scenes = [step.scene for step in story.steps]
-        assert len(scenes) == 4 and len(scenes[0].things) == 1 and len({scene.background for scene in scenes}) == 1
-        for before, step in zip([Scene(things=(), background=0), *scenes], story.steps, strict=False):
-            old, new, change = set(before.things), set(step.scene.things), step.change
+        assert len(scenes) == 4 and len(scenes[0].objects) == 1 and len({scene.background for scene in scenes}) == 1
+        for before, step in zip([Scene(objects=(), background=0), *scenes], story.steps, strict=False):
+            old, new, change = set(before.objects), set(step.scene.objects), step.change
             seen[change.op] += 1
             assert 1 <= len(new) <= 4
             assert len({(t.shape, t.color) for t in new}) == len(new), "words must tell all objects apart"
             gone, come = old - new, new - old
-            assert all(change.before.fits(thing) for thing in gone) and all(change.after.fits(t) for t in come)
+            assert all(change.before.fits(obj) for obj in gone) and all(change.after.fits(t) for t in come)
             counts = {"start": (0, 1), "add": (0, 1), "remove": (1, 0), "recolor": (1, 1)}[change.op]
             assert (len(gone), len(come)) == counts
             if change.op == "recolor":
                 assert replace(gone.pop(), color=change.after.color) == come.pop()
             if change.op == "add":
-                (other,) = (thing for thing in old if change.reference.fits(thing))
+                (other,) = (obj for obj in old if change.reference.fits(obj))
                 assert change.relation in relations(come.pop(), other)
                 assert change.relation in {SIDES[w] for w in words(step.instruction) if w in SIDES}
     assert min(seen.values()) > 300
@@ -143,7 +143,7 @@ def test_a_step_does_what_it_asks_and_all_else_stays_exactly(trained, suites):
 def test_pictures_of_a_story_never_overlap(trained):
     for story in trained[:40]:
         for step in story.steps:
-            assert sum((coverage(thing) > 0).astype(int) for thing in step.scene.things).max() == 1
+            assert sum((coverage(obj) > 0).astype(int) for obj in step.scene.objects).max() == 1
 
 
 def test_it_means_the_only_object_that_the_request_before_named(trained):
@@ -166,7 +166,7 @@ def test_names_in_requests_fit_one_object_only(trained):
         for before, step in itertools.pairwise(story.steps):
             for match in re.finditer(r"the (?:(\w+) )?(\w+)", step.instruction):
                 if match[2] in SHAPES:
-                    fits = [t for t in before.scene.things if SHAPES[t.shape] == match[2]]
+                    fits = [t for t in before.scene.objects if SHAPES[t.shape] == match[2]]
                     fits = [t for t in fits if match[1] not in COLORS or COLORS[t.color] == match[1]]
                     assert len(fits) == 1, step.instruction
 
@@ -178,15 +178,15 @@ def test_sentences_parse_to_what_is_to_be_seen_and_agree_with_no_other_picture(t
     for story in trained[:500]:
         claims = [parse_sentence(step.sentence) for step in story.steps]
         for claim, step in zip(claims, story.steps, strict=True):
-            assert agrees(claim, step.scene.things)
+            assert agrees(claim, step.scene.objects)
             assert len(claim.relations) == (step.change.op == "add")
-            assert [(look.shape, look.color) for look in claim.things] == [
-                (t.shape, t.color) for t in step.scene.things
+            assert [(look.shape, look.color) for look in claim.objects] == [
+                (t.shape, t.color) for t in step.scene.objects
             ]
         for claim, before in zip(claims[1:], story.steps[:-1], strict=True):
-            assert not agrees(claim, before.scene.things)
+            assert not agrees(claim, before.scene.objects)
         for claim, step in zip(claims, story.steps, strict=True):
-            swapped = [replace(t, x=64 - t.x, y=64 - t.y) for t in step.scene.things]
+            swapped = [replace(t, x=64 - t.x, y=64 - t.y) for t in step.scene.objects]
             assert agrees(claim, swapped) == (not claim.relations), "relations are looked at"
 
 
@@ -210,17 +210,17 @@ def test_the_grammar_takes_its_own_sentences_and_nothing_else():
 
 
 def test_two_alike_must_both_be_there_and_sizes_count_where_they_are_told(trained):
-    scene = next(s.steps[-1].scene for s in trained if len(s.steps[-1].scene.things) == 1)
-    (thing,) = scene.things
-    assert agrees(Claim((Look(thing.shape, thing.color, thing.size),)), [thing])
-    assert not agrees(Claim((Look(thing.shape, thing.color, 1 - thing.size),)), [thing])
-    assert not agrees(Claim((Look(thing.shape, thing.color),) * 2), [thing])
-    assert not agrees(Claim((Look(thing.shape, thing.color),)), [replace(thing, color=-1)])
+    scene = next(s.steps[-1].scene for s in trained if len(s.steps[-1].scene.objects) == 1)
+    (obj,) = scene.objects
+    assert agrees(Claim((Look(obj.shape, obj.color, obj.size),)), [obj])
+    assert not agrees(Claim((Look(obj.shape, obj.color, 1 - obj.size),)), [obj])
+    assert not agrees(Claim((Look(obj.shape, obj.color),) * 2), [obj])
+    assert not agrees(Claim((Look(obj.shape, obj.color),)), [replace(obj, color=-1)])
 
 
 def true_answer(story):
     """A second reading of the questions, from the last picture."""
-    rows = [(str(t).split(), t) for t in story.steps[-1].scene.things]
+    rows = [(str(t).split(), t) for t in story.steps[-1].scene.objects]
     tokens = words(story.question)
     if tokens[:2] == ["how", "many"]:
         return NUMBERS[len(rows)]
@@ -240,7 +240,7 @@ def true_answer(story):
 
 def test_answers_are_one_true_word_by_a_second_reading(trained, suites):
     for story in [*trained, *itertools.chain(*suites.values())]:
-        assert story.answer == true_answer(story) == answer_question(story.question, story.steps[-1].scene.things)
+        assert story.answer == true_answer(story) == answer_question(story.question, story.steps[-1].scene.objects)
         assert len(words(story.answer)) == 1
 
 
@@ -259,15 +259,17 @@ def is_named(change, shape: str) -> bool:
 
 def test_pictures_alone_settle_what_no_request_told(trained):
     for story in trained:
-        things = {SHAPES[t.shape]: t for t in story.steps[-1].scene.things}
+        objects = {SHAPES[t.shape]: t for t in story.steps[-1].scene.objects}
         shapes = [token for token in words(story.question) if token in SHAPES]
-        if story.kind == "size" and len(things) == len(story.steps[-1].scene.things):
-            size = SIZES[things[shapes[0]].size]
+        if story.kind == "size" and len(objects) == len(story.steps[-1].scene.objects):
+            size = SIZES[objects[shapes[0]].size]
             gone = [i for i, s in enumerate(story.steps) if s.change.op == "remove" and is_named(s.change, shapes[0])]
             told = " ".join(step.instruction for step in story.steps[max(gone, default=0) :])
-            assert f"{size} {COLORS[things[shapes[0]].color]} {shapes[0]}" not in told  # of one that has gone it may be
+            assert (
+                f"{size} {COLORS[objects[shapes[0]].color]} {shapes[0]}" not in told
+            )  # of one that has gone it may be
         if story.kind in ("position", "left_right", "above_below"):
-            here = story.steps[-1].scene.things
+            here = story.steps[-1].scene.objects
             for change in (step.change for step in story.steps if step.change.op == "add"):
                 both = {change.after.shape, change.reference.shape}
                 assert both != set(shapes) or len({t.shape for t in here}) < len(here)
@@ -328,13 +330,13 @@ def test_a_story_is_a_conversation_of_five_turns(trained):
 
 def test_training_stories_leave_room_around_what_comes_first(trained, suites):
     def off_centre(stories):
-        firsts = [story.steps[0].scene.things[0] for story in stories]
-        return sorted(max(abs(thing.x - 32), abs(thing.y - 32)) for thing in firsts)
+        firsts = [story.steps[0].scene.objects[0] for story in stories]
+        return sorted(max(abs(obj.x - 32), abs(obj.y - 32)) for obj in firsts)
 
     def is_large(stories, is_told):
         comers = [step for story in stories for step in story.steps if step.change.op in ("start", "add")]
         comers = [step for step in comers if (step.change.after.size is not None) == is_told]
-        return sum(step.scene.things[-1].size for step in comers) / len(comers)
+        return sum(step.scene.objects[-1].size for step in comers) / len(comers)
 
     places = off_centre(trained)
     assert places[len(places) // 2] < 8 and places[-len(places) // 20] < 12

@@ -107,9 +107,9 @@ def answers(prompt: DensePrompt, scan: Scan) -> list[bool]:
 
 def _matched(prompt: DensePrompt, scan: Scan) -> dict[int, Detection]:
     """Which detection stands for which object: one-to-one, the same shape, and the most yes that this can give."""
-    asked = range(len(prompt.scene.things))
+    asked = range(len(prompt.scene.objects))
     options: list[list[Detection | None]] = [
-        [*[d for d in scan.detections if d.shape == prompt.scene.things[index].shape][:CANDIDATES], None]
+        [*[d for d in scan.detections if d.shape == prompt.scene.objects[index].shape][:CANDIDATES], None]
         for index in asked
     ]
     best: dict[int, Detection] = {}

@@ -159,7 +159,7 @@ def grade_edits(edits: Sequence[Edit], images: Images, references: Images) -> li
 
 
 def _grade(edit: Edit, scan: Scan, image: Images, reference: Images) -> EditGrade:
-    others = [thing for i, thing in enumerate(edit.source.things) if i != edit.before]
+    others = [thing for i, thing in enumerate(edit.source.objects) if i != edit.before]
     matched = [_standing(thing, scan.detections) for thing in others]
     taken = {id(found) for found in matched if found is not None}
     free = [found for found in scan.detections if id(found) not in taken]
@@ -211,7 +211,7 @@ def _has_background(scan: Scan, scene: Scene) -> bool:
 def _changed(edit: Edit) -> tuple[SceneObject, SceneObject]:
     """The changed object before and after; the same twice where it was not there before or is gone after."""
     found = [
-        scene.things[index]
+        scene.objects[index]
         for scene, index in ((edit.source, edit.before), (edit.target, edit.after))
         if index is not None
     ]
@@ -246,7 +246,7 @@ def _touched(edit: Edit) -> Bools:
     """(64, 64): the changed object where it was and where it should be, and two pixels around; all but the objects for
     a background."""
     if edit.operation == "background":
-        touched = np.max([coverage(thing) for thing in edit.source.things], axis=0) < 255
+        touched = np.max([coverage(thing) for thing in edit.source.objects], axis=0) < 255
     else:
         touched = np.max([coverage(thing) for thing in _changed(edit)], axis=0) > 0
     grown = nnf.max_pool2d(torch.from_numpy(touched)[None].float(), 2 * DILATION + 1, stride=1, padding=DILATION)

@@ -81,7 +81,7 @@ class _Item:
 class _Picture:
     """What the judge saw. `unknown` blobs are things that have no name."""
 
-    things: tuple[SceneObject, ...]
+    objects: tuple[SceneObject, ...]
     unknown: int
 
 
@@ -246,7 +246,7 @@ def step_grades(story: Story, reading: _Reading) -> list[tuple[bool, bool, bool]
         if now is None or before is None:
             grades.append((now is not None and _agree(text, now), False, False))
         else:
-            num_before = len(story.steps[index - 1].scene.things) if index else 0
+            num_before = len(story.steps[index - 1].scene.objects) if index else 0
             stays = num_before - (step.change.before is not None)
             changed, kept = _is_changed(step.change, before, now), _is_kept(step.change, stays, before, now)
             grades.append((_agree(text, now), changed, kept))
@@ -256,7 +256,7 @@ def step_grades(story: Story, reading: _Reading) -> list[tuple[bool, bool, bool]
 
 def _agree(text: str, picture: _Picture) -> bool:
     claim = parse_sentence(text)
-    return claim is not None and not picture.unknown and agrees(claim, picture.things)
+    return claim is not None and not picture.unknown and agrees(claim, picture.objects)
 
 
 def _is_changed(change: Change, before: _Picture, now: _Picture) -> bool:
@@ -274,7 +274,7 @@ def _is_changed(change: Change, before: _Picture, now: _Picture) -> bool:
 
 
 def _all(look: Look, picture: _Picture) -> list[SceneObject]:
-    return [thing for thing in picture.things if look.fits(thing)]
+    return [thing for thing in picture.objects if look.fits(thing)]
 
 
 def _is_kept(change: Change, stays: int, before: _Picture, now: _Picture) -> bool:
@@ -283,13 +283,13 @@ def _is_kept(change: Change, stays: int, before: _Picture, now: _Picture) -> boo
     stays: how many objects the request leaves alone; a picture that had fewer cannot keep them. An object recoloured
     must keep its shape, size and place.
     """
-    rest, target = list(before.things), None
+    rest, target = list(before.objects), None
     if change.before is not None:
         target = next(iter(_all(change.before, before)), None)
         rest = [thing for thing in rest if thing is not target]
     if len(rest) < stays:
         return False
-    left = list(now.things)
+    left = list(now.objects)
     for thing in rest:
         twin = _twin(thing, left)
         if twin is None:
@@ -315,7 +315,7 @@ def _word(text: str) -> str:
 def _shown_answer(story: Story, reading: _Reading) -> str | None:
     """What the last picture answers; None if it does not settle the question."""
     last = reading.pictures[-1]
-    return None if last is None or last.unknown else answer_question(story.question, last.things)
+    return None if last is None or last.unknown else answer_question(story.question, last.objects)
 
 
 # ---------------------------------------------------------------------------------------------------- scores, intervals

@@ -143,7 +143,7 @@ class _Mixed:
         return Dialogue((Turn(said, (drawing.scene,)),), "draw")
 
 
-_PLACE = Scene(things=(), background=0)
+_PLACE = Scene(objects=(), background=0)
 
 
 def finetune(

@@ -75,7 +75,7 @@ _SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, m
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Brief:
-    """A scene, its family, and what the caption is to say; objects are mentioned in the order of `scene.things`."""
+    """A scene, its family, and what the caption is to say; objects are mentioned in the order of `scene.objects`."""
 
     scene: Scene
     family: str
@@ -330,25 +330,25 @@ def article(words: str) -> str:
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
-def _kind(thing: SceneObject, mentions: frozenset[str]) -> str:
+def _kind(obj: SceneObject, mentions: frozenset[str]) -> str:
     """An object in words, such as "small red circle", with only what is mentioned."""
-    words = [SIZES[thing.size]] * ("size" in mentions) + [COLORS[thing.color]] * ("color" in mentions)
-    return " ".join([*words, SHAPES[thing.shape]])
+    words = [SIZES[obj.size]] * ("size" in mentions) + [COLORS[obj.color]] * ("color" in mentions)
+    return " ".join([*words, SHAPES[obj.shape]])
 
 
-def noun(thing: SceneObject, mentions: frozenset[str]) -> str:
-    return article(_kind(thing, mentions))
+def noun(obj: SceneObject, mentions: frozenset[str]) -> str:
+    return article(_kind(obj, mentions))
 
 
-def _counted(things: Sequence[SceneObject], mentions: frozenset[str]) -> str:
+def _counted(objects: Sequence[SceneObject], mentions: frozenset[str]) -> str:
     """Objects of one shape in words, such as "two small red hearts"."""
-    *words, _ = _kind(things[0], mentions).split()
-    return " ".join([NUMBERS[len(things)], *words, PLURALS[things[0].shape]])
+    *words, _ = _kind(objects[0], mentions).split()
+    return " ".join([NUMBERS[len(objects)], *words, PLURALS[objects[0].shape]])
 
 
-def _place(thing: SceneObject) -> str:
+def _place(obj: SceneObject) -> str:
     """Where an object stands on the 3 x 3 grid, in words."""
-    column, row = (min(int(3 * v / IMAGE_SIZE), 2) for v in (thing.x, thing.y))
+    column, row = (min(int(3 * v / IMAGE_SIZE), 2) for v in (obj.x, obj.y))
     return PLACES[row][column]
 
 
@@ -357,11 +357,11 @@ def _caption_dense(scene: Scene, rng: np.random.Generator, wording: Bucket) -> s
     opening = [pick(rng, DENSE_BACKGROUND)] if chance(rng, 0.75) else []
     sentences = [s.format(tint=BACKGROUND_NAMES[scene.background]) for s in opening]
     forms = WORDINGS["dense"].forms(wording)
-    sentences += [pick(rng, forms).format(a=noun(t, full), place=_place(t)) for t in scene.things]
+    sentences += [pick(rng, forms).format(a=noun(t, full), place=_place(t)) for t in scene.objects]
     room = 6 - len(sentences)
     closing = []
     if chance(rng, 0.6):
-        closing.append(pick(rng, DENSE_COUNT).format(n=NUMBERS[len(scene.things)]))
+        closing.append(pick(rng, DENSE_COUNT).format(n=NUMBERS[len(scene.objects)]))
     told = _told_relations(scene)
     for index in rng.permutation(len(told))[: room - len(closing)].tolist():
         a, relation, b = told[index]
@@ -374,8 +374,8 @@ def _caption_dense(scene: Scene, rng: np.random.Generator, wording: Bucket) -> s
 
 def _told_relations(scene: Scene) -> list[tuple[str, Relation, str]]:
     """Every true relation between objects that colour and shape tell apart, as (words, relation, words)."""
-    kinds = [_kind(t, frozenset({"color"})) for t in scene.things]
-    clear = [(t, kind) for t, kind in zip(scene.things, kinds, strict=True) if kinds.count(kind) == 1]
+    kinds = [_kind(t, frozenset({"color"})) for t in scene.objects]
+    clear = [(t, kind) for t, kind in zip(scene.objects, kinds, strict=True) if kinds.count(kind) == 1]
     return [
         (kind_a, relation, kind_b)
         for (a, kind_a), (b, kind_b) in itertools.permutations(clear, 2)
@@ -391,21 +391,21 @@ def caption(brief: Brief, rng: np.random.Generator, wording: Bucket = "train") -
     >>> "red star" in caption(Brief(scene=scene, family="colors", mentions=frozenset({"color"})), stream(1))
     True
     """
-    things, says = brief.scene.things, brief.mentions
+    objects, says = brief.scene.objects, brief.mentions
     if brief.family == "dense":
         return _caption_dense(brief.scene, rng, wording)
     form = pick(rng, WORDINGS[brief.family].forms(wording))
     if brief.relation is not None:
-        a, b = things
+        a, b = objects
         fields = {"a": noun(a, says), "b": noun(b, says), "kind_a": SHAPES[a.shape], "kind_b": SHAPES[b.shape]}
         text = form.format(**fields, rel=pick(rng, RELATION_WORDS[brief.relation]))
     elif brief.family == "counting":
-        text = form.format(**{"c": _counted(things, says), "is": "are"})
-    elif len(things) == 2:
-        both = pick(rng, TOGETHER).format(a=noun(things[0], says), b=noun(things[1], says))
+        text = form.format(**{"c": _counted(objects, says), "is": "are"})
+    elif len(objects) == 2:
+        both = pick(rng, TOGETHER).format(a=noun(objects[0], says), b=noun(objects[1], says))
         text = form.format(**{"c": both, "is": "is"})
     else:
-        text = form.format(**{"c": noun(things[0], says), "is": "is"})
+        text = form.format(**{"c": noun(objects[0], says), "is": "is"})
     if "background" in says:
         text = pick(rng, BACKGROUND_WORDS).format(c=text, tint=BACKGROUND_NAMES[brief.scene.background])
     return text
@@ -417,24 +417,24 @@ def metadata(brief: Brief, prompt: str) -> dict[str, Any]:
     In `position` the reference object comes first and the subject second, as GenEval has it. "dense" is not a GenEval
     tag; its line lists the objects in the same format.
     """
-    things = brief.scene.things
+    objects = brief.scene.objects
 
-    def entry(thing: SceneObject, count: int = 1) -> dict[str, Any]:
-        color = {"color": COLORS[thing.color]} if "color" in brief.mentions else {}
-        return {"class": SHAPES[thing.shape], "count": count} | color
+    def entry(obj: SceneObject, count: int = 1) -> dict[str, Any]:
+        color = {"color": COLORS[obj.color]} if "color" in brief.mentions else {}
+        return {"class": SHAPES[obj.shape], "count": count} | color
 
     line: dict[str, Any] = {"tag": brief.family}
     if brief.family == "counting":
-        line["include"] = [entry(things[0], len(things))]
-        line["exclude"] = [{"class": SHAPES[things[0].shape], "count": len(things) + 1}]
+        line["include"] = [entry(objects[0], len(objects))]
+        line["exclude"] = [{"class": SHAPES[objects[0].shape], "count": len(objects) + 1}]
     elif brief.relation is not None:
-        line["include"] = [entry(things[1]), entry(things[0]) | {"position": [brief.relation, 0]}]
+        line["include"] = [entry(objects[1]), entry(objects[0]) | {"position": [brief.relation, 0]}]
     elif brief.family == "dense":
-        kinds = [(t.shape, t.color) for t in things]
-        first = {kind: thing for kind, thing in reversed(list(zip(kinds, things, strict=True)))}
-        line["include"] = [entry(thing, kinds.count(kind)) for kind, thing in first.items()]
+        kinds = [(t.shape, t.color) for t in objects]
+        first = {kind: obj for kind, obj in reversed(list(zip(kinds, objects, strict=True)))}
+        line["include"] = [entry(obj, kinds.count(kind)) for kind, obj in first.items()]
     else:
-        line["include"] = [entry(thing) for thing in things]
+        line["include"] = [entry(obj) for obj in objects]
     return line | {"prompt": prompt}
 
 

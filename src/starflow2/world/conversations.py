@@ -217,7 +217,7 @@ def _simple(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     The harder questions of `tasks` choose their wrong answers so near that nothing is to be learnt from them first.
     """
     by, is_yes = ("shape", "shape", "color", "both")[int(rng.integers(4))], rng.random() < 0.5
-    here = {(t.shape, t.color) for t in scene.things}
+    here = {(t.shape, t.color) for t in scene.objects}
     if by == "both":
         all_pairs = [(s, c) for s in range(len(SHAPES)) for c in range(len(COLORS)) if _may_pair(s, c)]
         options = sorted(here) if is_yes else [pair for pair in all_pairs if pair not in here]

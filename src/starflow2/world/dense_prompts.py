@@ -62,7 +62,7 @@ _RELATION: Final = "the {a} is {rel} the {b}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """A question that the right picture answers with yes. `subject` and `other` index the scene's things."""
+    """A question that the right picture answers with yes. `subject` and `other` index the scene's objects."""
 
     number: int
     category: Category
@@ -84,18 +84,18 @@ class DensePrompt:
     part: Part
 
 
-def _kind(thing: SceneObject) -> str:
-    return f"{COLORS[thing.color]} {SHAPES[thing.shape]}"
+def _kind(obj: SceneObject) -> str:
+    return f"{COLORS[obj.color]} {SHAPES[obj.shape]}"
 
 
 def _told_relations(scene: Scene, rng: np.random.Generator) -> list[_Told]:
     """Two relations between different pairs of objects, or fewer if the scene has fewer; of any two boxes at most one
     relation holds, so that neither wording is wrong."""
-    pairs = list(itertools.combinations(range(len(scene.things)), 2))
+    pairs = list(itertools.combinations(range(len(scene.objects)), 2))
     told: list[_Told] = []
     for index in rng.permutation(len(pairs)).tolist():
         a, b = pairs[index] if rng.random() < 0.5 else pairs[index][::-1]
-        found = sorted(relations(scene.things[a], scene.things[b]))
+        found = sorted(relations(scene.objects[a], scene.objects[b]))
         if len(found) == 1 and len(told) < 2:
             told.append((a, found[0], b))
     return told
@@ -108,8 +108,8 @@ class _Tree:
         self.nodes: list[Node] = []
         tint = BACKGROUND_NAMES[scene.background]
         self._add("global", "background", f"is the background {tint}?", tint)
-        self.entities = [self._object(index, thing) for index, thing in enumerate(scene.things)]
-        count = NUMBERS[len(scene.things)]
+        self.entities = [self._object(index, obj) for index, obj in enumerate(scene.objects)]
+        count = NUMBERS[len(scene.objects)]
         self._add("other", "count", f"are there exactly {count} objects?", count, parents=(self.entities[0],))
 
     def _add(self, category: Category, topic: Topic, question: str, value: str, **rest: Any) -> int:
@@ -119,9 +119,9 @@ class _Tree:
         self.nodes.append(node)
         return number
 
-    def _object(self, index: int, thing: SceneObject) -> int:
+    def _object(self, index: int, obj: SceneObject) -> int:
         """The questions about one object; returns the number of the one whether it is there at all."""
-        shape, color, size, place = SHAPES[thing.shape], COLORS[thing.color], SIZES[thing.size], place_of(thing)
+        shape, color, size, place = SHAPES[obj.shape], COLORS[obj.color], SIZES[obj.size], place_of(obj)
         entity = self._add("entity", "shape", f"is there a {shape}?", shape, subject=index)
         self._add("attribute", "color", f"is the {shape} {color}?", color, subject=index, parents=(entity,))
         self._add("attribute", "size", f"is the {shape} {size}?", size, subject=index, parents=(entity,))
@@ -137,15 +137,15 @@ class _Tree:
 
 def _worded(scene: Scene, told: Sequence[_Told], part: Part, rng: np.random.Generator) -> DensePrompt:
     tree = _Tree(scene)
-    tint, count = BACKGROUND_NAMES[scene.background], NUMBERS[len(scene.things)]
+    tint, count = BACKGROUND_NAMES[scene.background], NUMBERS[len(scene.objects)]
     sentences = [pick(rng, _OPENINGS).format(n=count, tint=tint)]
-    for thing in scene.things:
-        noun, place = f"a {thing}", place_of(thing)
+    for obj in scene.objects:
+        noun, place = f"a {obj}", place_of(obj)
         form = pick(rng, _UNPLACED if place is None else _SENTENCES)
         sentences.append(form.format(a=noun, place=place))
     clauses = []
     for a, relation, b in told:
-        names = {"a": _kind(scene.things[a]), "b": _kind(scene.things[b]), "rel": relation}
+        names = {"a": _kind(scene.objects[a]), "b": _kind(scene.objects[b]), "rel": relation}
         clauses.append(_RELATION.format(**names))
         tree.relate(a, relation, b, f"is the {names['a']} {relation} the {names['b']}?")
     sentences.append(" and ".join(clauses) + ".")
@@ -168,9 +168,9 @@ def suite_dense(split: Split) -> tuple[DensePrompt, ...]:
         rng = stream(_SUITE_SEED, _DPG, get_args(Split).index(split), index)
         part: Part = "id" if index < PROMPTS // 2 else "cg"
         while True:
-            scene = draw_scene(rng, split, novel=part == "cg", num_things=3 + index % 2)
+            scene = draw_scene(rng, split, novel=part == "cg", num_objects=3 + index % 2)
             told = _told_relations(scene, rng)
-            are_clear = len({_kind(t) for t in scene.things}) == len(scene.things)
+            are_clear = len({_kind(t) for t in scene.objects}) == len(scene.objects)
             if are_clear and len(told) == 2 and scene_key(scene) not in shown:
                 break
         shown.add(scene_key(scene))

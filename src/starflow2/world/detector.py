@@ -1,4 +1,4 @@
-"""The drawn world's judge: which things a picture shows, found without a network.
+"""The drawn world's judge: which objects a picture shows, found without a network.
 
 Median background, colour distance, connected components, nearest palette colour, then the best soft IoU of the centred,
 scale-normalised alpha crop against rendered templates. Things that touch count as one blob: the world keeps them apart,
@@ -28,7 +28,7 @@ __all__ = ["Detection", "Scan", "detect"]
 FOREGROUND = 0.2  # colour distance from the background
 COLOR_REJECT = 0.3  # colour distance from the nearest palette entry
 SHAPE_REJECT = 0.72  # soft IoU with the best template
-MIN_PIXELS = 12  # smaller blobs are pixel noise; the smallest thing has about seventy
+MIN_PIXELS = 12  # smaller blobs are pixel noise; the smallest object has about seventy
 CROP = 24  # S, cells
 CROP_REACH = 0.95  # half side of the crop in units of sqrt(area): holds the thinnest star
 CHUNK = 64  # images at a time, bounds memory
@@ -41,13 +41,13 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """One recognised thing. Places in pixels, the left edge of the picture is 0 and its right edge 64."""
+    """One recognised object. Places in pixels, the left edge of the picture is 0 and its right edge 64."""
 
     shape: int  # index into SHAPES
     color: int | None  # index into COLORS; None if no palette entry is near
     score: float  # soft IoU with the best template
     box: tuple[float, float, float, float]  # x0, y0, x1, y1: centre ± radius, the box that the world's relations use
-    center: tuple[float, float]  # x, y, where the world says the thing stands
+    center: tuple[float, float]  # x, y, where the world says the object stands
     radius: float
     size: int  # index into RADII
 
@@ -82,7 +82,7 @@ class _Bank(NamedTuple):
     crops: Tensor  # (P, S*S)
     shape: Ints  # (P,)
     unit_area: Floats  # (shapes,) area of each shape at radius 1
-    offset: Floats  # (P, 2) from the thing's place to its centre of mass, at radius 1
+    offset: Floats  # (P, 2) from the object's place to its centre of mass, at radius 1
 
 
 def detect(images: Bytes) -> list[Scan]:
@@ -150,7 +150,7 @@ def _find_blobs(images: Bytes, background: Bytes) -> _Blobs:
     at = np.nonzero(reach)
     owner = reach[at] - 1
     image[owner] = at[0]
-    axis = color - background[image].astype(np.float32)  # (M, 3) from background to thing
+    axis = color - background[image].astype(np.float32)  # (M, 3) from background to object
     axis /= np.maximum(np.square(axis).sum(axis=1, keepdims=True), 1.0)
     alpha = np.clip((difference[at] * axis[owner]).sum(axis=1), 0, 1).astype(np.float32)
     x, y = at[2] + 0.5, at[1] + 0.5
@@ -250,16 +250,16 @@ def _bank() -> _Bank:
     angles, offsets = np.linspace(-MAX_ANGLE, MAX_ANGLE, 7).tolist(), (0.0, 0.5)
     rows = list(product(range(len(SHAPES)), range(len(RADII)), angles, offsets))
     middle, black = IMAGE_SIZE / 2, COLORS.index("black")
-    things = [
+    objects = [
         SceneObject(shape=shape, color=black, size=size, x=middle + by, y=middle + by, angle=angle)
         for shape, size, angle, by in rows
     ]
-    images = np.stack([render(Scene(things=(thing,), background=0)) for thing in things])
+    images = np.stack([render(Scene(objects=(obj,), background=0)) for obj in objects])
     blobs = _find_blobs(images, _background(images))
-    assert np.array_equal(blobs.image, np.arange(len(things))), "a template is not one blob"
-    shape = np.array([thing.shape for thing in things])
-    radius = np.array([thing.radius for thing in things], np.float32)
-    place = np.array([(thing.x, thing.y) for thing in things], np.float32)
+    assert np.array_equal(blobs.image, np.arange(len(objects))), "a template is not one blob"
+    shape = np.array([obj.shape for obj in objects])
+    radius = np.array([obj.radius for obj in objects], np.float32)
+    place = np.array([(obj.x, obj.y) for obj in objects], np.float32)
     unit = blobs.area / np.square(radius)
     unit_area = np.array([unit[shape == k].mean() for k in range(len(SHAPES))], np.float32)
     return _Bank(blobs.crops, shape, unit_area, (blobs.center - place) / radius[:, None])

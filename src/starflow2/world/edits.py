@@ -70,7 +70,7 @@ THIRD: Final = IMAGE_SIZE / 3  # pixels
 
 _EDIT, _CHAIN = 21, 22  # third number of a stream
 _SUITE_SEED, _SUITE, _SESSIONS = 2026, 20, 21  # frozen: another seed or order of draws makes another benchmark
-_THINGS: Final = (0.15, 0.3, 0.3, 0.25)  # shares of training pictures with one to four objects
+_COUNT_SHARES: Final = (0.15, 0.3, 0.3, 0.25)  # shares of training pictures with one to four objects
 _REPEATS: Final = 0.35  # share of pictures of several objects in which some have the same shape
 _TRIES: Final = 64  # recolourings of a layout, and edits of a picture, before another is drawn
 _SOURCES: Final = 2_000  # pictures to start from; a handful is enough for anything possible
@@ -81,7 +81,7 @@ _FEW: Final = 6  # likewise, edits of an operation that has few on one picture
 class Edit:
     """Two pictures and the words between them.
 
-    `before` and `after` say which of `source.things` and `target.things` changed; None where there is no such object.
+    `before` and `after` say which of `source.objects` and `target.objects` changed; None where there is no such object.
     """
 
     source: Scene
@@ -231,7 +231,7 @@ def _names(scene: Scene, index: int) -> list[str]:
     """Every wording that fits this object alone."""
     clear = []
     for attributes in _NAMES:
-        values = [[getattr(thing, k) for k in attributes] for thing in scene.things]
+        values = [[getattr(obj, k) for k in attributes] for obj in scene.objects]
         if values.count(values[index]) == 1:
             words = (_VALUES[k][value] for k, value in zip(attributes, values[index], strict=True))
             clear.append(" ".join(["the", *words]))
@@ -258,70 +258,70 @@ def _other(rng: np.random.Generator, count: int, value: int) -> int:
     return int(value + rng.integers(1, count)) % count
 
 
-def _goal(thing: SceneObject, value: int) -> tuple[float, float]:
+def _goal(obj: SceneObject, value: int) -> tuple[float, float]:
     """Where an object stands after a move; `value` indexes _GOALS."""
     if value >= len(_PLACES):
         right, down = _DIRECTIONS[value - len(_PLACES)]
-        return thing.x + right * THIRD, thing.y + down * THIRD
+        return obj.x + right * THIRD, obj.y + down * THIRD
     row, column = divmod(value, 3)
-    low_x, low_y = (half + MARGIN for half in half_box(thing))
+    low_x, low_y = (half + MARGIN for half in half_box(obj))
     x, y = (column + 0.5) * THIRD, (row + 0.5) * THIRD
     return min(max(x, low_x), IMAGE_SIZE - low_x), min(max(y, low_y), IMAGE_SIZE - low_y)
 
 
-def _with(scene: Scene, index: int, *things: SceneObject) -> Scene:
+def _with(scene: Scene, index: int, *objects: SceneObject) -> Scene:
     """The scene with one object replaced, or with none in its place."""
-    return replace(scene, things=(*scene.things[:index], *things, *scene.things[index + 1 :]))
+    return replace(scene, objects=(*scene.objects[:index], *objects, *scene.objects[index + 1 :]))
 
 
-def _changed(scene: Scene, operation: Operation, index: int, thing: SceneObject, value: int) -> _Step:
-    target = _with(scene, index, thing)
+def _changed(scene: Scene, operation: Operation, index: int, obj: SceneObject, value: int) -> _Step:
+    target = _with(scene, index, obj)
     return _Step(source=scene, target=target, operation=operation, before=index, after=index, value=value)
 
 
 def _recolor(rng: np.random.Generator, scene: Scene) -> _Step:
-    index = int(rng.integers(len(scene.things)))
-    color = _other(rng, len(COLORS), scene.things[index].color)
-    return _changed(scene, "recolor", index, replace(scene.things[index], color=color), color)
+    index = int(rng.integers(len(scene.objects)))
+    color = _other(rng, len(COLORS), scene.objects[index].color)
+    return _changed(scene, "recolor", index, replace(scene.objects[index], color=color), color)
 
 
 def _reshape(rng: np.random.Generator, scene: Scene) -> _Step:
-    index = int(rng.integers(len(scene.things)))
-    shape = _other(rng, len(SHAPES), scene.things[index].shape)
-    return _changed(scene, "reshape", index, replace(scene.things[index], shape=shape), shape)
+    index = int(rng.integers(len(scene.objects)))
+    shape = _other(rng, len(SHAPES), scene.objects[index].shape)
+    return _changed(scene, "reshape", index, replace(scene.objects[index], shape=shape), shape)
 
 
 def _resize(rng: np.random.Generator, scene: Scene) -> _Step:
-    index = int(rng.integers(len(scene.things)))
-    size = 1 - scene.things[index].size
-    return _changed(scene, "resize", index, replace(scene.things[index], size=size), size)
+    index = int(rng.integers(len(scene.objects)))
+    size = 1 - scene.objects[index].size
+    return _changed(scene, "resize", index, replace(scene.objects[index], size=size), size)
 
 
 def _move(rng: np.random.Generator, scene: Scene) -> _Step | None:
-    index = int(rng.integers(len(scene.things)))
-    thing, places = scene.things[index], len(_PLACES)
+    index = int(rng.integers(len(scene.objects)))
+    obj, places = scene.objects[index], len(_PLACES)
     value = int(rng.integers(places) if rng.random() < 0.5 else rng.integers(places, len(_GOALS)))
-    x, y = _goal(thing, value)
-    if np.hypot(x - thing.x, y - thing.y) < CLEAR or not (0 <= x < IMAGE_SIZE and 0 <= y < IMAGE_SIZE):
+    x, y = _goal(obj, value)
+    if np.hypot(x - obj.x, y - obj.y) < CLEAR or not (0 <= x < IMAGE_SIZE and 0 <= y < IMAGE_SIZE):
         return None
-    return _changed(scene, "move", index, replace(thing, x=x, y=y), value)
+    return _changed(scene, "move", index, replace(obj, x=x, y=y), value)
 
 
 def _add(rng: np.random.Generator, scene: Scene) -> _Step | None:
-    if len(scene.things) == MAX_OBJECTS:
+    if len(scene.objects) == MAX_OBJECTS:
         return None
     value, shape = int(rng.integers(len(_PLACES))), int(rng.integers(len(SHAPES)))
     color, size = int(rng.integers(len(COLORS))), int(rng.integers(len(SIZES)))
-    thing = SceneObject(shape=shape, color=color, size=size, x=0, y=0, angle=float(rng.uniform(-MAX_ANGLE, MAX_ANGLE)))
-    x, y = _goal(thing, value)
-    target = replace(scene, things=(*scene.things, replace(thing, x=x, y=y)))
-    return _Step(source=scene, target=target, operation="add", before=None, after=len(scene.things), value=value)
+    obj = SceneObject(shape=shape, color=color, size=size, x=0, y=0, angle=float(rng.uniform(-MAX_ANGLE, MAX_ANGLE)))
+    x, y = _goal(obj, value)
+    target = replace(scene, objects=(*scene.objects, replace(obj, x=x, y=y)))
+    return _Step(source=scene, target=target, operation="add", before=None, after=len(scene.objects), value=value)
 
 
 def _remove(rng: np.random.Generator, scene: Scene) -> _Step | None:
-    if len(scene.things) == 1:
+    if len(scene.objects) == 1:
         return None
-    index = int(rng.integers(len(scene.things)))
+    index = int(rng.integers(len(scene.objects)))
     return _Step(source=scene, target=_with(scene, index), operation="remove", before=index, after=None, value=index)
 
 
@@ -358,7 +358,7 @@ def _asked(step: _Step) -> dict[str, str]:
     """The fields of a sentence form, but for the name of the object."""
     value = step.value
     if step.operation == "add":
-        return {"v": f"a {step.target.things[-1]}", "at": _PLACES[value]}
+        return {"v": f"a {step.target.objects[-1]}", "at": _PLACES[value]}
     if step.operation == "resize":
         return {"v": SIZES[value], "more": _COMPARED[value]}
     words = {
@@ -390,7 +390,7 @@ def _color_step(step: _Step) -> int:
     """By how much a recolouring moves on the colour wheel, 0 for other edits."""
     if step.operation != "recolor" or step.before is None:
         return 0
-    return (step.value - step.source.things[step.before].color) % len(COLORS)
+    return (step.value - step.source.objects[step.before].color) % len(COLORS)
 
 
 def _shows(scene: Scene) -> frozenset[tuple[Split, str]]:
@@ -442,7 +442,7 @@ def _shapes(rng: np.random.Generator, cast: _Cast) -> list[int]:
     """The shapes of a source: those required first, others after them."""
     plain = cast.shows - {(split, row) for split in HELD_OUT for row in ("pair", "fact")}
     low = max(cast.least, len(cast.first))
-    shares = np.array(_THINGS[low - 1 : cast.most])
+    shares = np.array(_COUNT_SHARES[low - 1 : cast.most])
     count = low + int(rng.choice(len(shares), p=shares / shares.sum()))
     while True:
         others = [shape for shape in rng.permutation(len(SHAPES)).tolist() if shape not in cast.first]
@@ -469,7 +469,7 @@ def _source(rng: np.random.Generator, cast: _Cast) -> Scene:
             if bucket(scene) == cast.where:
                 return scene
             color = pick(rng, _colors_of(shapes[place], None if place else novel))
-            scene = _with(scene, place, replace(scene.things[place], color=color))
+            scene = _with(scene, place, replace(scene.objects[place], color=color))
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -563,8 +563,8 @@ def suite_edits(split: Split, part: Part, per_operation: int) -> list[Edit]:
     """Frozen edits, operation by operation; the first n of each are the same whatever `per_operation` is.
 
     "id": unseen pictures, both of the split's bucket, seen combinations, training wording. "cg": recolouring by the
-    split's held-out step, or a result with one thing that the split holds out: made by the edit where it can make it,
-    else in the source too. "paraphrase": the edits of "id" in the split's own wording.
+    split's held-out step, or a result with one combination that the split holds out: made by the edit where it can make
+    it, else in the source too. "paraphrase": the edits of "id" in the split's own wording.
     """
     for name, value, known in (("split", split, tuple(HELD_OUT)), ("part", part, ("id", "cg", "paraphrase"))):
         if value not in known:

@@ -81,7 +81,7 @@ _STEMS: Final[Mapping[str, str]] = MappingProxyType(
         "what": "what {attribute} is {a}?",
         "which": "which object is in the picture?",
         "where": "where is {a}?",
-        "count": "how many {things} are there?",
+        "count": "how many {objects} are there?",
         "stand": "where is {a}, seen from {b}?",
         "beside": "what is {rel} {b}?",
         "background": "what color is the background?",
@@ -168,7 +168,7 @@ def draw_scene(
     split: Bucket = "train",
     *,
     novel: bool = False,
-    num_things: int | None = None,
+    num_objects: int | None = None,
     shape: int | None = None,
 ) -> Scene:
     """A scene of the split's bucket that shows nothing held out, or if `novel` the split's colour-shape pairs alone.
@@ -178,7 +178,7 @@ def draw_scene(
     if novel and split == "train":
         raise ConfigError("novel: training may show nothing held out; expected split='dev' or 'test'")
     wanted: set[str] = {"pair"} if novel else set()
-    count = int(rng.choice(MAX_OBJECTS, p=SCENE_SHARES)) + 1 if num_things is None else num_things
+    count = int(rng.choice(MAX_OBJECTS, p=SCENE_SHARES)) + 1 if num_objects is None else num_objects
     colors_of: Bucket = split if novel else "train"
     while True:
         shapes = _draw_shapes(rng, count, shape)
@@ -193,8 +193,8 @@ def draw_scene(
 
 def _painted(scene: Scene, colors: Sequence[int]) -> Scene:
     """The same objects in other colours."""
-    things = (replace(thing, color=color) for thing, color in zip(scene.things, colors, strict=True))
-    return replace(scene, things=tuple(things))
+    objects = (replace(obj, color=color) for obj, color in zip(scene.objects, colors, strict=True))
+    return replace(scene, objects=tuple(objects))
 
 
 def _draw_shapes(rng: np.random.Generator, count: int, first: int | None) -> list[int]:
@@ -226,29 +226,29 @@ def _draw_colors(rng: np.random.Generator, shapes: Sequence[int], novel: Bucket)
 # ----------------------------------------------------------------------------------- about one picture
 
 
-def _value(thing: SceneObject, attribute: str) -> str:
-    return _ATTRIBUTES[attribute][getattr(thing, attribute)]
+def _value(obj: SceneObject, attribute: str) -> str:
+    return _ATTRIBUTES[attribute][getattr(obj, attribute)]
 
 
-def _pair(thing: SceneObject) -> str:
-    return f"{COLORS[thing.color]} {SHAPES[thing.shape]}"
+def _pair(obj: SceneObject) -> str:
+    return f"{COLORS[obj.color]} {SHAPES[obj.shape]}"
 
 
-def _name(scene: Scene, thing: SceneObject, rng: np.random.Generator, hide: str = "") -> str | None:
+def _name(scene: Scene, obj: SceneObject, rng: np.random.Generator, hide: str = "") -> str | None:
     """Words for this object alone, such as "the red star", without the attribute to hide; None if there are none."""
     found = []
     for attributes in _NAMES:
-        values = [_value(thing, k) for k in attributes]
-        if hide not in attributes and sum([_value(t, k) for k in attributes] == values for t in scene.things) == 1:
+        values = [_value(obj, k) for k in attributes]
+        if hide not in attributes and sum([_value(t, k) for k in attributes] == values for t in scene.objects) == 1:
             found.append(" ".join(["the", *values] + ["object"] * ("shape" not in attributes)))
     return pick(rng, found) if found else None
 
 
 def _named(scene: Scene, rng: np.random.Generator, hide: str = "") -> tuple[SceneObject, str] | None:
-    for thing in shuffled(rng, scene.things):
-        name = _name(scene, thing, rng, hide)
+    for obj in shuffled(rng, scene.objects):
+        name = _name(scene, obj, rng, hide)
         if name is not None:
-            return thing, name
+            return obj, name
     return None
 
 
@@ -274,7 +274,7 @@ class _Maker:
 
     def _present_first(self, values: Sequence[str], attribute: str) -> list[str]:
         """Values in random order, but one that is in the picture in front, if there is any."""
-        here = [v for v in shuffled(self.rng, values) if any(_value(t, attribute) == v for t in self.scene.things)]
+        here = [v for v in shuffled(self.rng, values) if any(_value(t, attribute) == v for t in self.scene.objects)]
         return here[:1] + shuffled(self.rng, [v for v in values if v not in here[:1]])
 
     def _shapes_apart(self, right: int, allowed: Sequence[int]) -> list[str]:
@@ -291,21 +291,21 @@ class _Maker:
         found = _named(self.scene, self.rng, hide="shape")
         if found is None:
             return None
-        thing, name = found
-        allowed = [s for s in range(len(SHAPES)) if _may_pair(s, thing.color, self.split)]
+        obj, name = found
+        allowed = [s for s in range(len(SHAPES)) if _may_pair(s, obj.color, self.split)]
         question = _STEMS["what"].format(attribute="shape", a=name)
-        return self._choice("identity", question, SHAPES[thing.shape], self._shapes_apart(thing.shape, allowed))
+        return self._choice("identity", question, SHAPES[obj.shape], self._shapes_apart(obj.shape, allowed))
 
     def _which(self) -> Choice | None:
-        thing = pick(self.rng, self.scene.things)
-        return self._choice("identity", _STEMS["which"], article(_pair(thing)), self._other_pairs(thing))
+        obj = pick(self.rng, self.scene.objects)
+        return self._choice("identity", _STEMS["which"], article(_pair(obj)), self._other_pairs(obj))
 
-    def _other_pairs(self, thing: SceneObject) -> list[str]:
+    def _other_pairs(self, obj: SceneObject) -> list[str]:
         """Two colours by two shapes without the true one, so that no option stands out; none of them in the picture."""
-        there = {(t.shape, t.color) for t in self.scene.things}
+        there = {(t.shape, t.color) for t in self.scene.objects}
         for shape, color in shuffled(self.rng, list(itertools.product(range(len(SHAPES)), range(len(COLORS))))):
-            others = [(shape, color), (thing.shape, color), (shape, thing.color)]
-            is_grid = shape != thing.shape and color != thing.color and _may_meet([shape, thing.shape], self.split)
+            others = [(shape, color), (obj.shape, color), (shape, obj.color)]
+            is_grid = shape != obj.shape and color != obj.color and _may_meet([shape, obj.shape], self.split)
             if is_grid and all(_may_pair(*other, self.split) and other not in there for other in others):
                 return [article(f"{COLORS[c]} {SHAPES[s]}") for s, c in shuffled(self.rng, others)]
         return []
@@ -315,17 +315,17 @@ class _Maker:
         found = _named(self.scene, self.rng, hide=attribute)
         if found is None:
             return None
-        thing, name = found
-        colors = [COLORS[c] for c in range(len(COLORS)) if _may_pair(thing.shape, c, self.split) and c != thing.color]
+        obj, name = found
+        colors = [COLORS[c] for c in range(len(COLORS)) if _may_pair(obj.shape, c, self.split) and c != obj.color]
         wrong = SIZES if attribute == "size" else self._present_first(colors, "color")
         question = _STEMS["what"].format(attribute=attribute, a=name)
-        return self._choice("attribute", question, _value(thing, attribute), wrong)
+        return self._choice("attribute", question, _value(obj, attribute), wrong)
 
     def location(self) -> Choice | None:
-        for thing in shuffled(self.rng, self.scene.things):
-            place, name = place_of(thing), _name(self.scene, thing, self.rng)
+        for obj in shuffled(self.rng, self.scene.objects):
+            place, name = place_of(obj), _name(self.scene, obj, self.rng)
             if place is not None and name is not None:
-                places = [place_of(t) for t in self.scene.things if t is not thing]
+                places = [place_of(t) for t in self.scene.objects if t is not obj]
                 here = [p for p in places if p is not None][:1]
                 wrong = here + shuffled(self.rng, list(itertools.chain.from_iterable(PLACES)))
                 return self._choice("location", _STEMS["where"].format(a=name), place, wrong)
@@ -334,20 +334,22 @@ class _Maker:
     def counting(self) -> Choice | None:
         """Counts are drawn before what is counted, so that "one" is not nearly always right."""
         groups: dict[int, list[tuple[str, int | None]]] = {}
-        things: list[tuple[str, int | None, int | None]] = [("objects", None, None)]
-        things += [(PLURALS[s], s, None) for s in range(len(SHAPES))]
-        things += [(f"{COLORS[c]} objects", None, c) for c in range(len(COLORS))]
-        for words, shape, color in things:
-            count = sum(shape in (None, t.shape) and color in (None, t.color) for t in self.scene.things)
+        objects: list[tuple[str, int | None, int | None]] = [("objects", None, None)]
+        objects += [(PLURALS[s], s, None) for s in range(len(SHAPES))]
+        objects += [(f"{COLORS[c]} objects", None, c) for c in range(len(COLORS))]
+        for words, shape, color in objects:
+            count = sum(shape in (None, t.shape) and color in (None, t.color) for t in self.scene.objects)
             groups.setdefault(count, []).append((words, shape))
         weights = np.array([COUNT_WEIGHTS[count] for count in sorted(groups)])
         count = sorted(groups)[int(self.rng.choice(len(weights), p=weights / weights.sum()))]
         words, shape = pick(self.rng, groups[count])
         wrong = [NUMBERS[n] for n in range(len(NUMBERS)) if (shape, n) not in _tables(self.split).counts]
-        return self._choice("counting", _STEMS["count"].format(things=words), NUMBERS[count], shuffled(self.rng, wrong))
+        return self._choice(
+            "counting", _STEMS["count"].format(objects=words), NUMBERS[count], shuffled(self.rng, wrong)
+        )
 
     def relation(self) -> Choice | None:
-        for a, b in shuffled(self.rng, list(itertools.permutations(self.scene.things, 2))):
+        for a, b in shuffled(self.rng, list(itertools.permutations(self.scene.objects, 2))):
             found, names = sorted(relations(a, b)), (_name(self.scene, a, self.rng), _name(self.scene, b, self.rng))
             if len(found) != 1 or names[0] is None or names[1] is None:
                 continue
@@ -355,9 +357,9 @@ class _Maker:
                 if all(_may_say(a.shape, side, b.shape, self.split) for side in RELATIONS):
                     question = _STEMS["stand"].format(a=names[0], b=names[1])
                     return self._choice("relation", question, found[0], [OPPOSITES[found[0]], *self._sides()])
-            elif sum(found[0] in relations(t, b) for t in self.scene.things if t is not b) == 1:
+            elif sum(found[0] in relations(t, b) for t in self.scene.objects if t is not b) == 1:
                 allowed = [s for s in range(len(SHAPES)) if _may_say(s, found[0], b.shape, self.split)]
-                if sum(t.shape == a.shape for t in self.scene.things) == 1:
+                if sum(t.shape == a.shape for t in self.scene.objects) == 1:
                     wrong = self._shapes_apart(a.shape, [s for s in allowed if s != b.shape])
                     question = _STEMS["beside"].format(rel=found[0], b=names[1])
                     return self._choice("relation", question, SHAPES[a.shape], wrong)
@@ -371,11 +373,11 @@ class _Maker:
         return self._choice("scene", _STEMS["background"], tint, shuffled(self.rng, BACKGROUND_NAMES))
 
     def scenery(self) -> Choice | None:
-        things = self.scene.things
-        if len(things) != 2 or things[0].shape == things[1].shape or chance(self.rng, 0.4):
+        objects = self.scene.objects
+        if len(objects) != 2 or objects[0].shape == objects[1].shape or chance(self.rng, 0.4):
             return self.background()
-        wrong = self._other_contents(*things)
-        return self._choice("scene", _STEMS["shows"], _contents(*things), wrong) if wrong else self.background()
+        wrong = self._other_contents(*objects)
+        return self._choice("scene", _STEMS["shows"], _contents(*objects), wrong) if wrong else self.background()
 
     def _other_contents(self, a: SceneObject, b: SceneObject) -> list[str]:
         """The same two shapes in other colours: exchanged if they differ, else one, the other or both changed."""
@@ -393,12 +395,12 @@ def _contents(a: SceneObject, b: SceneObject) -> str:
     return _joined([article(_pair(a)), article(_pair(b))])
 
 
-def place_of(thing: SceneObject, *, edge: float = EDGE) -> str | None:
+def place_of(obj: SceneObject, *, edge: float = EDGE) -> str | None:
     """Where on the 3 x 3 grid, in words such as "at the top"; None within `edge` pixels of one of its lines."""
     cell = IMAGE_SIZE / 3
-    if any(abs(v - line * cell) < edge for v in (thing.x, thing.y) for line in (1, 2)):
+    if any(abs(v - line * cell) < edge for v in (obj.x, obj.y) for line in (1, 2)):
         return None
-    row, column = (min(max(int(v // cell), 0), 2) for v in (thing.y, thing.x))
+    row, column = (min(max(int(v // cell), 0), 2) for v in (obj.y, obj.x))
     return PLACES[row][column]
 
 
@@ -440,9 +442,9 @@ class _Riddler:
     split: Bucket
     novel: bool
 
-    def _scene(self, num_things: int | None = None, shape: int | None = None, first: bool = False) -> Scene:
+    def _scene(self, num_objects: int | None = None, shape: int | None = None, first: bool = False) -> Scene:
         novel = self.novel and first
-        return draw_scene(self.rng, self.split, novel=novel, num_things=num_things, shape=shape)
+        return draw_scene(self.rng, self.split, novel=novel, num_objects=num_objects, shape=shape)
 
     def _apart(self, right: int, near: Sequence[int], size: int) -> tuple[str, ...]:
         """Shape options in random order: the right one, those near that may meet, and others."""
@@ -455,22 +457,22 @@ class _Riddler:
     def beats(self) -> Choice:
         while True:
             scene = self._scene(int(self.rng.integers(2, 4)), first=True)
-            things = shuffled(self.rng, scene.things)
-            if len({t.color for t in things}) == len({t.shape for t in things}) == len(things):
+            objects = shuffled(self.rng, scene.objects)
+            if len({t.color for t in objects}) == len({t.shape for t in objects}) == len(objects):
                 break
-        rules = [f"{COLORS[a.color]} beats {COLORS[b.color]}" for a, b in itertools.pairwise(things)]
+        rules = [f"{COLORS[a.color]} beats {COLORS[b.color]}" for a, b in itertools.pairwise(objects)]
         question = _STEMS["beats"].format(rules=_joined(shuffled(self.rng, rules)))
-        options = self._apart(things[0].shape, [t.shape for t in things[1:]], 4)
-        answer = SHAPES[things[0].shape]
+        options = self._apart(objects[0].shape, [t.shape for t in objects[1:]], 4)
+        answer = SHAPES[objects[0].shape]
         return Choice(scenes=(scene,), question=question, options=options, answer=answer, kind="beats")
 
     def odd(self) -> Choice:
         attribute = pick(self.rng, ("color", "shape"))
         while True:
             scenes = tuple(shuffled(self.rng, [self._scene(1, first=place == 0) for place in range(3)]))
-            values = [_value(scene.things[0], attribute) for scene in scenes]
+            values = [_value(scene.objects[0], attribute) for scene in scenes]
             lone = [place for place, value in enumerate(values) if values.count(value) == 1]
-            if len(lone) == 1 and _may_meet([scene.things[0].shape for scene in scenes], "train"):
+            if len(lone) == 1 and _may_meet([scene.objects[0].shape for scene in scenes], "train"):
                 break
         question = _STEMS["odd"].format(attribute=attribute)
         options = tuple(shuffled(self.rng, ORDINALS))
@@ -478,7 +480,7 @@ class _Riddler:
 
     def turns(self) -> Choice:
         first = self._scene(1, first=True)
-        shape = first.things[0].shape
+        shape = first.objects[0].shape
         other = shape
         while other == shape or not _may_meet([shape, other], "train"):
             other = int(self.rng.integers(len(SHAPES)))
@@ -488,7 +490,7 @@ class _Riddler:
 
     def points(self) -> Choice:
         scene = self._scene(first=True)
-        shapes = [t.shape for t in scene.things]
+        shapes = [t.shape for t in scene.objects]
         may = [s for s in range(len(SHAPES)) if _may_meet([*shapes, s], "train")]
         shape = pick(self.rng, shapes if chance(self.rng, 0.8) else may)
         question = _STEMS["points"].format(shape=SHAPES[shape])
@@ -625,7 +627,7 @@ def _puzzle(rng: np.random.Generator) -> SceneDialogue:
 
 
 def _comparison(rng: np.random.Generator) -> SceneDialogue:
-    """Two pictures that differ in one thing or in nothing."""
+    """Two pictures that differ in one object or not at all."""
     before, after, told = _changed(rng)
     if is_same := chance(rng, 0.4):
         after, told = before, "nothing."
@@ -639,20 +641,20 @@ def _changed(rng: np.random.Generator) -> tuple[Scene, Scene, str]:
     """A scene, the same with one object of another colour, without it, or with one more, and that in words."""
     operation = pick(rng, ("recolor", "recolor", "remove", "add"))
     while True:
-        scene = draw_scene(rng, num_things=int(rng.integers(1 + (operation != "recolor"), MAX_OBJECTS + 1)))
-        place = int(rng.integers(len(scene.things)))
-        thing = scene.things[place]
-        if sum(_pair(t) == _pair(thing) for t in scene.things) > 1:
+        scene = draw_scene(rng, num_objects=int(rng.integers(1 + (operation != "recolor"), MAX_OBJECTS + 1)))
+        place = int(rng.integers(len(scene.objects)))
+        obj = scene.objects[place]
+        if sum(_pair(t) == _pair(obj) for t in scene.objects) > 1:
             continue
         if operation == "recolor":
             color = int(rng.integers(len(COLORS)))
-            things = [replace(t, color=color) if t is thing else t for t in scene.things]
-            told = f"the {_pair(thing)} is {COLORS[color]} now."
-            may = _may_recolor(thing.color, color) and _may_pair(thing.shape, color, "train")
+            objects = [replace(t, color=color) if t is obj else t for t in scene.objects]
+            told = f"the {_pair(obj)} is {COLORS[color]} now."
+            may = _may_recolor(obj.color, color) and _may_pair(obj.shape, color, "train")
         else:
-            things, may = [t for t in scene.things if t is not thing], True
-            told = f"the {_pair(thing)} is gone." if operation == "remove" else f"there is a new {_pair(thing)}."
-        other = replace(scene, things=tuple(things))
+            objects, may = [t for t in scene.objects if t is not obj], True
+            told = f"the {_pair(obj)} is gone." if operation == "remove" else f"there is a new {_pair(obj)}."
+        other = replace(scene, objects=tuple(objects))
         if may and is_trainable(other):
             return (other, scene, told) if operation == "add" else (scene, other, told)
 
@@ -682,7 +684,7 @@ def _shown(rng: np.random.Generator, scenes: Sequence[Scene], asked: tuple[str, 
         return [Turn(parts, (answer,))]
     turns = []
     for scene in scenes:
-        counts = "how many objects are in the picture?", NUMBERS[len(scene.things)]
+        counts = "how many objects are in the picture?", NUMBERS[len(scene.objects)]
         tint = "what color is the background?", BACKGROUND_NAMES[scene.background]
         own, said = pick(rng, (counts, tint))
         turns.append(Turn((scene, own), (said,)))
@@ -704,15 +706,15 @@ def _which_picture(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[i
 
 def _ask_more(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str] | None:
     a, b = sorted(rng.permutation(len(scenes))[:2].tolist())
-    things = [t for scene in (scenes[a], scenes[b]) for t in scene.things]
-    thing = pick(rng, things)
+    objects = [t for scene in (scenes[a], scenes[b]) for t in scene.objects]
+    obj = pick(rng, objects)
     words, attribute = pick(
-        rng, (("objects", None), (PLURALS[thing.shape], "shape"), (f"{COLORS[thing.color]} objects", "color"))
+        rng, (("objects", None), (PLURALS[obj.shape], "shape"), (f"{COLORS[obj.color]} objects", "color"))
     )
     counts = [
-        len(scenes[i].things)
+        len(scenes[i].objects)
         if attribute is None
-        else sum(_value(t, attribute) == _value(thing, attribute) for t in scenes[i].things)
+        else sum(_value(t, attribute) == _value(obj, attribute) for t in scenes[i].objects)
         for i in (a, b)
     ]
     if counts[0] == counts[1]:
@@ -726,7 +728,7 @@ def _ask_there(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, 
     place, name = _which_picture(rng, scenes)
     is_yes = chance(rng, 0.5)
     has_color = chance(rng, 0.5)
-    words = [{_pair(t) if has_color else SHAPES[t.shape] for t in scene.things} for scene in scenes]
+    words = [{_pair(t) if has_color else SHAPES[t.shape] for t in scene.objects} for scene in scenes]
     here = words.pop(place)
     elsewhere = set().union(*words) - here
     pool = sorted(here if is_yes else elsewhere)
@@ -746,11 +748,11 @@ def _ask_value(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, 
 
 def _ask_count(rng: np.random.Generator, scenes: Sequence[Scene]) -> tuple[str, str] | None:
     place, name = _which_picture(rng, scenes)
-    things = scenes[place].things
+    objects = scenes[place].objects
     if chance(rng, 0.5):
-        return f"how many objects are in the {name} picture?", NUMBERS[len(things)]
-    shape = pick(rng, [t.shape for scene in scenes for t in scene.things])
-    count = sum(t.shape == shape for t in things)
+        return f"how many objects are in the {name} picture?", NUMBERS[len(objects)]
+    shape = pick(rng, [t.shape for scene in scenes for t in scene.objects])
+    count = sum(t.shape == shape for t in objects)
     if count == 1 and chance(rng, 0.6):  # the commonest count by far
         return None
     return f"how many {PLURALS[shape]} are in the {name} picture?", NUMBERS[count]

@@ -102,7 +102,7 @@ _FORMS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "position": ("is {a} {rel} {b}?",),
         "is": ("is {a} {value}?",),
         "query": ("what {attribute} is {a}?",),
-        "how many": ("how many {things} are there?", "how many {things} are in the picture?"),
+        "how many": ("how many {objects} are there?", "how many {objects} are in the picture?"),
         "choose": ("is {a} {value} or {other}?",),
         "choose place": ("is {a} {value} {b}?",),
         "related": ("the object {rel} {b}",),
@@ -144,8 +144,8 @@ _BANNED: Final[Mapping[Bucket, HeldOut]] = MappingProxyType(
 )
 
 
-def _value(thing: SceneObject, attribute: str) -> str:
-    return _ATTRIBUTES[attribute][getattr(thing, attribute)]
+def _value(obj: SceneObject, attribute: str) -> str:
+    return _ATTRIBUTES[attribute][getattr(obj, attribute)]
 
 
 class _Asker:
@@ -155,9 +155,9 @@ class _Asker:
     """
 
     def __init__(self, scene: Scene, rng: np.random.Generator, split: Bucket) -> None:
-        self.things, self.rng, self.banned = scene.things, rng, _BANNED[split]
-        self.names = {id(thing): self._names(thing) for thing in scene.things}
-        self.stands = {(id(a), id(b)): relations(a, b) for a, b in itertools.permutations(scene.things, 2)}
+        self.objects, self.rng, self.banned = scene.objects, rng, _BANNED[split]
+        self.names = {id(obj): self._names(obj) for obj in scene.objects}
+        self.stands = {(id(a), id(b)): relations(a, b) for a, b in itertools.permutations(scene.objects, 2)}
 
     # What may be said
 
@@ -172,37 +172,37 @@ class _Asker:
 
     # Naming objects
 
-    def _names(self, thing: SceneObject) -> list[tuple[tuple[str, ...], str]]:
+    def _names(self, obj: SceneObject) -> list[tuple[tuple[str, ...], str]]:
         """Every (attributes, words such as "the red star") that fits this object alone."""
         clear: list[tuple[tuple[str, ...], str]] = []
         for attributes in _NAMES:
-            values = [_value(thing, k) for k in attributes]
-            if sum([_value(t, k) for k in attributes] == values for t in self.things) == 1:
+            values = [_value(obj, k) for k in attributes]
+            if sum([_value(t, k) for k in attributes] == values for t in self.objects) == 1:
                 clear.append((attributes, " ".join(["the", *values] + ["object"] * ("shape" not in attributes))))
         return clear
 
-    def _name(self, thing: SceneObject, avoid: str = "") -> str | None:
+    def _name(self, obj: SceneObject, avoid: str = "") -> str | None:
         """Words that fit this object alone and do not tell the attribute to avoid."""
-        clear = [words for attributes, words in self.names[id(thing)] if avoid not in attributes]
+        clear = [words for attributes, words in self.names[id(obj)] if avoid not in attributes]
         return pick(self.rng, clear) if clear else None
 
     def _named(self, avoid: str = "") -> tuple[SceneObject, str] | None:
         """A random object that words can single out."""
-        for thing in shuffled(self.rng, self.things):
-            name = self._name(thing, avoid)
+        for obj in shuffled(self.rng, self.objects):
+            name = self._name(obj, avoid)
             if name is not None:
-                return thing, name
+                return obj, name
         return None
 
     def _related(self) -> list[tuple[list[SceneObject], Relation, SceneObject, str]]:
         """Every (objects, relation, reference, its name) with all the objects that stand so, in random order."""
         rows = []
-        for thing in self.things:
-            name = self._name(thing)
+        for obj in self.objects:
+            name = self._name(obj)
             if name is not None:
                 for relation in RELATIONS:
-                    found = [t for t in self.things if t is not thing and relation in self.stands[id(t), id(thing)]]
-                    rows.append((found, relation, thing, name))
+                    found = [t for t in self.objects if t is not obj and relation in self.stands[id(t), id(obj)]]
+                    rows.append((found, relation, obj, name))
         return shuffled(self.rng, rows)
 
     def _related_one(self) -> tuple[SceneObject, str] | None:
@@ -215,14 +215,14 @@ class _Asker:
     def _side(self, relation: Relation) -> str:
         return pick(self.rng, RELATION_WORDS[relation])
 
-    def _other_value(self, thing: SceneObject, attribute: str) -> str | None:
+    def _other_value(self, obj: SceneObject, attribute: str) -> str | None:
         """Another value of an attribute: that of another object if it can be, so that only binding tells."""
         pool = {
-            "color": [COLORS[c] for c in range(len(COLORS)) if c != thing.color and self._may_pair(thing.shape, c)],
-            "shape": [SHAPES[s] for s in range(len(SHAPES)) if s != thing.shape and self._may_pair(s, thing.color)],
-            "size": [SIZES[1 - thing.size]],
+            "color": [COLORS[c] for c in range(len(COLORS)) if c != obj.color and self._may_pair(obj.shape, c)],
+            "shape": [SHAPES[s] for s in range(len(SHAPES)) if s != obj.shape and self._may_pair(s, obj.color)],
+            "size": [SIZES[1 - obj.size]],
         }[attribute]
-        present = [value for value in pool if any(_value(t, attribute) == value for t in self.things)]
+        present = [value for value in pool if any(_value(t, attribute) == value for t in self.objects)]
         return pick(self.rng, present or pool) if pool else None
 
     def _some_count(self, counts: Iterable[int]) -> int:
@@ -240,26 +240,26 @@ class _Asker:
         )
 
     def existence(self) -> tuple[Question, Question] | None:
-        thing = pick(self.rng, self.things)
+        obj = pick(self.rng, self.objects)
         if chance(self.rng, 0.5):
-            absent = [s for s in range(len(SHAPES)) if all(t.shape != s for t in self.things)]
-            yes, no = SHAPES[thing.shape], SHAPES[pick(self.rng, absent)]
+            absent = [s for s in range(len(SHAPES)) if all(t.shape != s for t in self.objects)]
+            yes, no = SHAPES[obj.shape], SHAPES[pick(self.rng, absent)]
             program: tuple[str, ...] = ("select", "exist")
         else:
-            there = {(t.shape, t.color) for t in self.things}
-            near = [(thing.shape, c) for c in range(len(COLORS))] + [(s, thing.color) for s in range(len(SHAPES))]
+            there = {(t.shape, t.color) for t in self.objects}
+            near = [(obj.shape, c) for c in range(len(COLORS))] + [(s, obj.color) for s in range(len(SHAPES))]
             near = [pair for pair in near if pair not in there and self._may_pair(*pair)]
             if not near:
                 return None
             shape, color = pick(self.rng, near)
-            yes, no = f"{COLORS[thing.color]} {SHAPES[thing.shape]}", f"{COLORS[color]} {SHAPES[shape]}"
+            yes, no = f"{COLORS[obj.color]} {SHAPES[obj.shape]}", f"{COLORS[color]} {SHAPES[shape]}"
             program = ("select", "filter", "exist")
         form = pick(self.rng, _FORMS["existence"])
         return self._both(form.format(np=article(yes)), form.format(np=article(no)), "existence", *program)
 
     def count(self) -> tuple[Question, Question] | None:
-        shape: int | None = pick(self.rng, self.things).shape if chance(self.rng, 0.7) else None
-        right = sum(shape is None or t.shape == shape for t in self.things)
+        shape: int | None = pick(self.rng, self.objects).shape if chance(self.rng, 0.7) else None
+        right = sum(shape is None or t.shape == shape for t in self.objects)
         wrong = [n for n in (right - 1, right + 1) if 1 <= n <= MAX_OBJECTS and (shape, n) not in self.banned.counts]
         if not wrong:
             return None
@@ -272,7 +272,7 @@ class _Asker:
         return self._both(ask(right), ask(pick(self.rng, wrong)), "count", "select", "count", "verify")
 
     def position(self) -> tuple[Question, Question] | None:
-        for a, b in shuffled(self.rng, list(itertools.permutations(self.things, 2))):
+        for a, b in shuffled(self.rng, list(itertools.permutations(self.objects, 2))):
             found, names = sorted(self.stands[id(a), id(b)]), (self._name(a), self._name(b))
             if len(found) == 1 and names[0] is not None and names[1] is not None:
                 sides = (found[0], OPPOSITES[found[0]])
@@ -315,16 +315,16 @@ class _Asker:
 
     def how_many(self) -> Question:
         """Counts are drawn before what is counted, so that "one" is not the answer to nearly everything."""
-        groups: dict[int, list[tuple[str, tuple[str, ...]]]] = {len(self.things): [("objects", ("select", "count"))]}
+        groups: dict[int, list[tuple[str, tuple[str, ...]]]] = {len(self.objects): [("objects", ("select", "count"))]}
         for s, c in itertools.product((None, *range(len(SHAPES))), (None, *range(len(COLORS)))):
             if (s is None) != (c is None) or (s is not None and c is not None and self._may_pair(s, c)):
-                n = sum(s in (None, t.shape) and c in (None, t.color) for t in self.things)
+                n = sum(s in (None, t.shape) and c in (None, t.color) for t in self.objects)
                 words = [] if c is None else [COLORS[c]]
                 program = ("select", "filter", "count") if c is not None else ("select", "count")
                 groups.setdefault(n, []).append((" ".join([*words, "objects" if s is None else PLURALS[s]]), program))
         count = self._some_count(groups)
-        things, operators = pick(self.rng, groups[count])
-        text = self._text("how many", things=things)
+        objects, operators = pick(self.rng, groups[count])
+        text = self._text("how many", objects=objects)
         return Question(text=text, answer=NUMBERS[count], program=operators, kind="count")
 
     def choose(self) -> Question | None:
@@ -339,7 +339,7 @@ class _Asker:
         return Question(text=text, answer=answer, program=("select", "choose"), kind="choose")
 
     def choose_place(self) -> Question | None:
-        for a, b in shuffled(self.rng, list(itertools.permutations(self.things, 2))):
+        for a, b in shuffled(self.rng, list(itertools.permutations(self.objects, 2))):
             names = (self._name(a), self._name(b))
             for words, sides in shuffled(self.rng, _SIDES):
                 true = [side for side in sides if side in self.stands[id(a), id(b)]]
@@ -371,14 +371,14 @@ class _Asker:
 
     def related_filtered_query(self) -> Question | None:
         for found, relation, _, name in self._related():
-            for thing in shuffled(self.rng, found):
+            for obj in shuffled(self.rng, found):
                 by, asked = pick(self.rng, (("color", "shape"), ("size", "color"), ("size", "shape")))
-                value = _value(thing, by)
+                value = _value(obj, by)
                 if len(found) > 1 and sum(_value(t, by) == value for t in found) == 1:
                     words = self._text("related filtered", value=value, rel=self._side(relation), b=name)
                     text = self._text("query", attribute=asked, a=words)
                     program = ("select", "relate", "filter", "query")
-                    return Question(text=text, answer=_value(thing, asked), program=program, kind="relate")
+                    return Question(text=text, answer=_value(obj, asked), program=program, kind="relate")
         return None
 
     def related_twice_query(self) -> Question | None:
@@ -386,7 +386,7 @@ class _Asker:
             if len(found) == 1:
                 middle = self._text("related", rel=self._side(relation), b=name)
                 for side in shuffled(self.rng, RELATIONS):
-                    last = [t for t in self.things if t is not found[0] and side in self.stands[id(t), id(found[0])]]
+                    last = [t for t in self.objects if t is not found[0] and side in self.stands[id(t), id(found[0])]]
                     if len(last) == 1 and last[0] is not reference:
                         attribute = pick(self.rng, ("color", "shape", "size"))
                         words = self._text("related", rel=self._side(side), b=middle)
@@ -397,7 +397,7 @@ class _Asker:
 
     def related_count(self) -> Question | None:
         rows = self._related()
-        if not rows or len(self.things) == 1:
+        if not rows or len(self.objects) == 1:
             return None
         count = self._some_count({len(found) for found, *_ in rows})
         relation, name = next((r, name) for found, r, _, name in rows if len(found) == count)
@@ -407,7 +407,7 @@ class _Asker:
     def compare(self) -> Question | None:
         attribute, is_yes = pick(self.rng, ("color", "shape", "size")), chance(self.rng, 0.5)
         options: dict[bool, tuple[str, str]] = {}
-        for a, b in shuffled(self.rng, list(itertools.permutations(self.things, 2))):
+        for a, b in shuffled(self.rng, list(itertools.permutations(self.objects, 2))):
             names = (self._name(a, attribute), self._name(b, attribute))
             if names[0] is not None and names[1] is not None:
                 options.setdefault(_value(a, attribute) == _value(b, attribute), (names[0], names[1]))
@@ -417,7 +417,7 @@ class _Asker:
         return Question(text=text, answer=_yes(is_yes), program=("select", "select", "compare"), kind="compare")
 
     def logical(self) -> Question | None:
-        here = sorted({t.shape for t in self.things})
+        here = sorted({t.shape for t in self.objects})
         op = pick(self.rng, ("and", "or")) if len(here) > 1 else "or"  # else "and" could only be answered no
         is_yes = chance(self.rng, 0.5)
         gone = [s for s in range(len(SHAPES)) if s not in here]
@@ -434,11 +434,11 @@ class _Asker:
     def related_compare(self) -> Question | None:
         attribute, is_yes = pick(self.rng, ("color", "shape", "size")), chance(self.rng, 0.5)
         for found, relation, reference, name in self._related():
-            for thing in shuffled(self.rng, self.things):
-                other = self._name(thing, attribute)
-                if len(found) != 1 or other is None or thing is reference or thing is found[0]:
+            for obj in shuffled(self.rng, self.objects):
+                other = self._name(obj, attribute)
+                if len(found) != 1 or other is None or obj is reference or obj is found[0]:
                     continue
-                if (_value(found[0], attribute) == _value(thing, attribute)) == is_yes:
+                if (_value(found[0], attribute) == _value(obj, attribute)) == is_yes:
                     words = self._text("related", rel=self._side(relation), b=name)
                     text = self._text("related same", a=words, b=other, attribute=attribute)
                     program = ("select", "relate", "select", "compare")
@@ -451,7 +451,7 @@ class _Asker:
             for found, relation, _, name in self._related()
             if found
             for by in ("color", "size")
-            for value in sorted({_value(t, by) for t in self.things})
+            for value in sorted({_value(t, by) for t in self.objects})
         ]
         if not rows:
             return None
@@ -521,16 +521,16 @@ def yes_no_pair(
 def list_objects(scene: Scene) -> str:
     """Every object, top to bottom: "a small red circle, a large blue square."."""
     full = frozenset({"color", "size"})
-    things = sorted(scene.things, key=lambda t: (t.y, t.x))
-    return ", ".join(noun(thing, full) for thing in things) + "."
+    objects = sorted(scene.objects, key=lambda t: (t.y, t.x))
+    return ", ".join(noun(obj, full) for obj in objects) + "."
 
 
 def describe(scene: Scene) -> str:
     """One sentence with everything: objects top to bottom, for two of them how they stand, and the background."""
     full = frozenset({"color", "size"})
-    things = sorted(scene.things, key=lambda t: (t.y, t.x))
-    nouns = [noun(thing, full) for thing in things]
-    found = sorted(relations(things[0], things[1])) if len(things) == 2 else []
+    objects = sorted(scene.objects, key=lambda t: (t.y, t.x))
+    nouns = [noun(obj, full) for obj in objects]
+    found = sorted(relations(objects[0], objects[1])) if len(objects) == 2 else []
     if found:
         words = f"{nouns[0]} {found[0]} {nouns[1]}"
     else:

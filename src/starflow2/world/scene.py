@@ -125,7 +125,7 @@ class SceneObject:
 class Scene:
     """The whole truth about a picture: its objects, in no meaningful order, and an index into BACKGROUNDS."""
 
-    things: tuple[SceneObject, ...]
+    objects: tuple[SceneObject, ...]
     background: int
 
 
@@ -212,20 +212,20 @@ def _extent(outline: Floats) -> tuple[float, float]:
 _EXTENT: Final = tuple(_extent(polygons[0]) for polygons in _OUTLINES)
 
 
-def _sprite(thing: SceneObject, image_size: int) -> tuple[Pixels, int, int]:
+def _sprite(obj: SceneObject, image_size: int) -> tuple[Pixels, int, int]:
     """Coverage of one object in a small window, 0-255, and the window's left and top pixel."""
     scale = image_size / IMAGE_SIZE
-    half = int(np.ceil(_REACH[thing.shape] * thing.radius * scale)) + 1
-    left, top = int(thing.x * scale) - half, int(thing.y * scale) - half
+    half = int(np.ceil(_REACH[obj.shape] * obj.radius * scale)) + 1
+    left, top = int(obj.x * scale) - half, int(obj.y * scale) - half
     side = _SUPERSAMPLE * (2 * half + 1)
     window = Image.new("L", (side, side))
     draw = ImageDraw.Draw(window)
-    cos, sin = np.cos(thing.angle), np.sin(thing.angle)
-    turn = np.array([[cos, sin], [-sin, cos]]) * (thing.radius * scale * _SUPERSAMPLE)
+    cos, sin = np.cos(obj.angle), np.sin(obj.angle)
+    turn = np.array([[cos, sin], [-sin, cos]]) * (obj.radius * scale * _SUPERSAMPLE)
     # Pillow cuts vertices to whole sub-pixels and fills both edges: with this 0.5 an outline comes out an eighth of a
     # pixel up and left and as much too wide, the same for every picture and every template of the judge.
-    centre = np.array([thing.x * scale - left, thing.y * scale - top]) * _SUPERSAMPLE - 0.5
-    for fill, polygon in zip((255, 0), _OUTLINES[thing.shape], strict=False):
+    centre = np.array([obj.x * scale - left, obj.y * scale - top]) * _SUPERSAMPLE - 0.5
+    for fill, polygon in zip((255, 0), _OUTLINES[obj.shape], strict=False):
         draw.polygon((polygon @ turn + centre).ravel().tolist(), fill=fill)
     return np.asarray(window.reduce(_SUPERSAMPLE)), left, top
 
@@ -236,13 +236,13 @@ def _clip(start: int, length: int, image_size: int) -> tuple[slice, slice]:
     return slice(low, high), slice(low - start, high - start)
 
 
-def coverage(thing: SceneObject, image_size: int = IMAGE_SIZE) -> Pixels:
+def coverage(obj: SceneObject, image_size: int = IMAGE_SIZE) -> Pixels:
     """How much of each pixel one object covers: (image_size, image_size) uint8, 255 = all of it.
 
     >>> round(coverage(SceneObject(shape=0, color=0, size=1, x=32, y=32, angle=0)).sum() / 255, -1).item()
     380.0
     """
-    alpha, left, top = _sprite(thing, image_size)
+    alpha, left, top = _sprite(obj, image_size)
     canvas = np.zeros((image_size, image_size), dtype=np.uint8)
     (rows, from_rows), (columns, from_columns) = (_clip(start, len(alpha), image_size) for start in (top, left))
     canvas[rows, columns] = alpha[from_rows, from_columns]
@@ -253,12 +253,12 @@ def render(scene: Scene, image_size: int = IMAGE_SIZE) -> Pixels:
     """The picture of a scene, anti-aliased: (image_size, image_size, 3) uint8 RGB."""
     canvas = np.empty((image_size, image_size, 3), dtype=np.uint8)
     canvas[:] = BACKGROUNDS[scene.background]
-    for thing in scene.things:
-        alpha, left, top = _sprite(thing, image_size)
+    for obj in scene.objects:
+        alpha, left, top = _sprite(obj, image_size)
         (rows, from_rows), (columns, from_columns) = (_clip(start, len(alpha), image_size) for start in (top, left))
         weight = alpha[from_rows, from_columns, None].astype(np.uint16)  # (h, w, 1)
         below = canvas[rows, columns]  # (h, w, 3), a view
-        below[:] = (below * (255 - weight) + PALETTE[thing.color] * weight + 127) // 255
+        below[:] = (below * (255 - weight) + PALETTE[obj.color] * weight + 127) // 255
     return canvas
 
 
@@ -291,12 +291,12 @@ def relations(a: SceneObject, b: SceneObject) -> frozenset[Relation]:
 
 
 @functools.cache
-def _pairs(num_things: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    return np.triu_indices(num_things, k=1)
+def _pairs(num_objects: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    return np.triu_indices(num_objects, k=1)
 
 
 def _stands(places: Floats, radii: Floats, relation: Relation) -> npt.NDArray[np.bool_]:
-    """In which candidates (n, things, 2) the first object stands in `relation` to the second, by the box rule."""
+    """In which candidates (n, objects, 2) the first object stands in `relation` to the second, by the box rule."""
     offset = places[:, 0] - places[:, 1]  # (n, 2)
     axis = 0 if relation in ("left of", "right of") else 1
     sign = -1.0 if relation in ("left of", "above") else 1.0
@@ -305,10 +305,10 @@ def _stands(places: Floats, radii: Floats, relation: Relation) -> npt.NDArray[np
 
 
 def _place(rng: np.random.Generator, shapes: Sequence[int], sizes: Sequence[int], relation: Relation | None) -> Floats:
-    """Centres (things, 2), uniform over all layouts that fit. Rejection, many candidates at a time."""
+    """Centres (objects, 2), uniform over all layouts that fit. Rejection, many candidates at a time."""
     radii = np.array([RADII[size] for size in sizes])
     reach = radii * [_REACH[shape] for shape in shapes]
-    extent = radii[:, None] * [_EXTENT[shape] for shape in shapes]  # (things, 2)
+    extent = radii[:, None] * [_EXTENT[shape] for shape in shapes]  # (objects, 2)
     first, second = _pairs(len(shapes))
     apart = reach[first] + reach[second] + GAP  # between circles around the two
     beside = extent[first] + extent[second] + GAP  # between boxes around the two, on either axis
@@ -327,10 +327,10 @@ def _place(rng: np.random.Generator, shapes: Sequence[int], sizes: Sequence[int]
             return np.asarray(places[winner])
 
 
-def half_box(thing: SceneObject) -> tuple[float, float]:
+def half_box(obj: SceneObject) -> tuple[float, float]:
     """Half the width and height of a box that holds the object at every allowed angle, in pixels."""
-    width, height = _EXTENT[thing.shape]
-    return width * thing.radius, height * thing.radius
+    width, height = _EXTENT[obj.shape]
+    return width * obj.radius, height * obj.radius
 
 
 def fits(scene: Scene) -> bool:
@@ -339,11 +339,11 @@ def fits(scene: Scene) -> bool:
     >>> fits(sample_scene(stream(0), shapes=[0, 3, 5]))
     True
     """
-    boxes = [half_box(thing) for thing in scene.things]
-    for thing, (width, height) in zip(scene.things, boxes, strict=True):
-        if min(thing.x, IMAGE_SIZE - thing.x) < width + MARGIN or min(thing.y, IMAGE_SIZE - thing.y) < height + MARGIN:
+    boxes = [half_box(obj) for obj in scene.objects]
+    for obj, (width, height) in zip(scene.objects, boxes, strict=True):
+        if min(obj.x, IMAGE_SIZE - obj.x) < width + MARGIN or min(obj.y, IMAGE_SIZE - obj.y) < height + MARGIN:
             return False
-    for (a, box_a), (b, box_b) in itertools.combinations(zip(scene.things, boxes, strict=True), 2):
+    for (a, box_a), (b, box_b) in itertools.combinations(zip(scene.objects, boxes, strict=True), 2):
         dx, dy = abs(a.x - b.x), abs(a.y - b.y)
         apart = _REACH[a.shape] * a.radius + _REACH[b.shape] * b.radius + GAP
         if dx < box_a[0] + box_b[0] + GAP and dy < box_a[1] + box_b[1] + GAP and float(np.hypot(dx, dy)) < apart:
@@ -366,7 +366,7 @@ def sample_scene(
     Knows nothing of the split: callers reject with `is_trainable` or `held_out`.
 
     >>> scene = sample_scene(stream(0), shapes=[3, 5], relation="left of")
-    >>> (3, "left of", 5) in facts(scene)
+    >>> "left of" in relations(*scene.objects)
     True
     """
     count = len(shapes)
@@ -378,5 +378,5 @@ def sample_scene(
     places = _place(rng, shapes, sizes, relation).tolist()
     angles = rng.uniform(-MAX_ANGLE, MAX_ANGLE, size=count).tolist()
     rows = zip(shapes, colors, sizes, places, angles, strict=True)
-    things = tuple(SceneObject(shape=s, color=c, size=z, x=x, y=y, angle=w) for s, c, z, (x, y), w in rows)
-    return Scene(things=things, background=background)
+    objects = tuple(SceneObject(shape=s, color=c, size=z, x=x, y=y, angle=w) for s, c, z, (x, y), w in rows)
+    return Scene(objects=objects, background=background)

@@ -28,7 +28,7 @@ Fact = tuple[int, Literal["left of", "above"], int]
 def facts(scene: Scene) -> frozenset[Fact]:
     """Every (shape, "left of" or "above", other shape) true in the picture, whichever words would say it."""
     found: set[Fact] = set()
-    for a, b in itertools.permutations(scene.things, 2):
+    for a, b in itertools.permutations(scene.objects, 2):
         if a.shape != b.shape:
             for relation in relations(a, b):
                 if relation == "left of" or relation == "above":
@@ -68,9 +68,9 @@ RECOLOR_HELD_OUT: Final[Mapping[Split, int]] = MappingProxyType({"test": 3, "dev
 def held_out(scene: Scene, split: Split) -> frozenset[str]:
     """Which of "pair", "fact", "shapes", "count" a split holds out and this picture shows."""
     table = HELD_OUT[split]
-    shapes = [thing.shape for thing in scene.things]
+    shapes = [obj.shape for obj in scene.objects]
     found = set()
-    if any((thing.shape, thing.color) in table.pairs for thing in scene.things):
+    if any((obj.shape, obj.color) in table.pairs for obj in scene.objects):
         found.add("pair")
     if any((shape, shapes.count(shape)) in table.counts for shape in shapes):
         found.add("count")
@@ -87,7 +87,7 @@ def scene_key(scene: Scene) -> tuple[int, ...]:
     The background and the angle are left out, so neither makes a seen scene new.
     """
     cell = IMAGE_SIZE / 8
-    rows = sorted((t.shape, t.color, t.size, int(t.x // cell), int(t.y // cell)) for t in scene.things)
+    rows = sorted((t.shape, t.color, t.size, int(t.x // cell), int(t.y // cell)) for t in scene.objects)
     return tuple(itertools.chain.from_iterable(rows))
 
 

@@ -108,9 +108,9 @@ class Look:
     color: int
     size: int | None = None
 
-    def fits(self, thing: SceneObject) -> bool:
+    def fits(self, obj: SceneObject) -> bool:
         """Whether the object is one of which these words are true."""
-        return (thing.shape, thing.color) == (self.shape, self.color) and self.size in (None, thing.size)
+        return (obj.shape, obj.color) == (self.shape, self.color) and self.size in (None, obj.size)
 
     def __str__(self) -> str:
         return " ".join([*([] if self.size is None else [SIZES[self.size]]), COLORS[self.color], SHAPES[self.shape]])
@@ -262,7 +262,7 @@ def _instruction(move: _Move, looks: Sequence[Look], wording: Bucket, rng: np.ra
 class Claim:
     """What a sentence states: every object that is to be seen, and (number, relation, number) between them."""
 
-    things: tuple[Look, ...]
+    objects: tuple[Look, ...]
     relations: tuple[tuple[int, Relation, int], ...] = ()
 
 
@@ -311,31 +311,31 @@ def parse_sentence(text: str) -> Claim | None:
     return Claim(looks, tuple(found))
 
 
-def _only(things: Sequence[Look | SceneObject], color: str, shape: str) -> int | None:
+def _only(objects: Sequence[Look | SceneObject], color: str, shape: str) -> int | None:
     """The number of the one object of that shape, and of that colour unless it is empty."""
-    fits = [i for i, t in enumerate(things) if SHAPES[t.shape] == shape and (not color or color == _color_word(t))]
+    fits = [i for i, t in enumerate(objects) if SHAPES[t.shape] == shape and (not color or color == _color_word(t))]
     return fits[0] if len(fits) == 1 else None
 
 
-def _color_word(thing: Look | SceneObject) -> str:
-    return COLORS[thing.color] if thing.color >= 0 else ""
+def _color_word(obj: Look | SceneObject) -> str:
+    return COLORS[obj.color] if obj.color >= 0 else ""
 
 
-def agrees(claim: Claim, things: Sequence[SceneObject]) -> bool:
+def agrees(claim: Claim, objects: Sequence[SceneObject]) -> bool:
     """Whether these objects, all that are there, are exactly the claimed ones and stand as claimed.
 
-    things: of a scene or found in a picture; a colour of -1 fits no word.
+    objects: of a scene or found in a picture; a colour of -1 fits no word.
 
     >>> story = story_task(0, 0)
-    >>> all(agrees(parse_sentence(step.sentence), step.scene.things) for step in story.steps)
+    >>> all(agrees(parse_sentence(step.sentence), step.scene.objects) for step in story.steps)
     True
     """
-    if len(things) != len(claim.things):
+    if len(objects) != len(claim.objects):
         return False
     return any(
-        all(look.fits(thing) for look, thing in zip(claim.things, order, strict=True))
+        all(look.fits(obj) for look, obj in zip(claim.objects, order, strict=True))
         and all(relation in relations(order[a], order[b]) for a, relation, b in claim.relations)
-        for order in itertools.permutations(things)
+        for order in itertools.permutations(objects)
     )
 
 
@@ -344,10 +344,10 @@ _WHAT: Final = re.compile(f"what (color|size) is {_THE}\\?")
 _IS_IT: Final = re.compile(f"is {_THE} ({'|'.join((*_SIDES, *RELATIONS))}) {_THE}\\?")
 
 
-def answer_question(question: str, things: Sequence[SceneObject]) -> str | None:
+def answer_question(question: str, objects: Sequence[SceneObject]) -> str | None:
     """The one-word answer that these objects give to a story's question; None if they do not settle it.
 
-    things: as in `agrees`. None, for instance, for the colour of a star where there is no star, or two.
+    objects: as in `agrees`. None, for instance, for the colour of a star where there is no star, or two.
 
     >>> answer_question("how many objects are left?", [])
     'zero'
@@ -355,18 +355,18 @@ def answer_question(question: str, things: Sequence[SceneObject]) -> str | None:
     True
     """
     if question in _HOW_MANY:
-        return NUMBERS[len(things)] if len(things) < len(NUMBERS) else None
+        return NUMBERS[len(objects)] if len(objects) < len(NUMBERS) else None
     if match := _IS_THERE.fullmatch(question):
         color, shape = match.groups()
-        return _yes(any(SHAPES[t.shape] == shape and color in (None, _color_word(t)) for t in things))
+        return _yes(any(SHAPES[t.shape] == shape and color in (None, _color_word(t)) for t in objects))
     if match := _WHAT.fullmatch(question):
-        place = _only(things, match[2] or "", match[3])
+        place = _only(objects, match[2] or "", match[3])
         if place is None:
             return None
-        return SIZES[things[place].size] if match[1] == "size" else _color_word(things[place]) or None
+        return SIZES[objects[place].size] if match[1] == "size" else _color_word(objects[place]) or None
     if match := _IS_IT.fullmatch(question):
-        a, b = _only(things, match[1] or "", match[2]), _only(things, match[4] or "", match[5])
-        return None if a is None or b is None or a == b else _stands(match[3], things[a], things[b])
+        a, b = _only(objects, match[1] or "", match[2]), _only(objects, match[4] or "", match[5])
+        return None if a is None or b is None or a == b else _stands(match[3], objects[a], objects[b])
     raise ConfigError(f"question={question!r}: not a question that a story asks")
 
 
@@ -480,8 +480,8 @@ def _ops(rng: np.random.Generator) -> tuple[Op, ...]:
     """What the four requests ask for: a start, then mostly additions; never an empty picture."""
     ops: list[Op] = ["start"]
     while len(ops) < STEPS:
-        num_things = 1 + ops.count("add") - ops.count("remove")
-        removal = 0.3 if num_things > 1 else 0.0
+        num_objects = 1 + ops.count("add") - ops.count("remove")
+        removal = 0.3 if num_objects > 1 else 0.0
         ops.append("remove" if rng.random() < removal else "recolor" if rng.random() < 0.25 else "add")
     return tuple(ops)
 
@@ -519,13 +519,13 @@ def _roomy_cast(rng: np.random.Generator, shapes: Sequence[int], large: float) -
     sizes = (rng.random(len(shapes)) < large).astype(int).tolist()
     casts = [sample_scene(rng, shapes=shapes, sizes=sizes) for _ in range(_CASTS)]
     cast, middle = min(((cast, i) for cast in casts for i in range(len(shapes))), key=lambda c: _off_centre(*c))
-    things = list(cast.things)
-    return replace(cast, things=(things.pop(middle), *things))
+    objects = list(cast.objects)
+    return replace(cast, objects=(objects.pop(middle), *objects))
 
 
 def _off_centre(scene: Scene, number: int) -> float:
-    thing = scene.things[number]
-    return max(abs(thing.x - _MIDDLE), abs(thing.y - _MIDDLE))
+    obj = scene.objects[number]
+    return max(abs(obj.x - _MIDDLE), abs(obj.y - _MIDDLE))
 
 
 def _may_meet(shapes: Sequence[int], split: Split, row: str) -> bool:
@@ -565,13 +565,13 @@ def _script(rng: np.random.Generator, ops: Sequence[Op], cast: Scene, rules: _Ru
     for op in ops:
         is_new = op in ("start", "add")
         number = entered if is_new else pick(rng, list(here))
-        shape, old = cast.things[number].shape, here.get(number)
+        shape, old = cast.objects[number].shape, here.get(number)
         color = old if op == "remove" else _color(rng, shape, old, rules)
         if color is None:
             return None
         acts.append(_Act(op, number, color))
         here, entered = _acted(here, acts[-1]), entered + is_new
-        if len({(cast.things[i].shape, c) for i, c in here.items()}) < len(here):
+        if len({(cast.objects[i].shape, c) for i, c in here.items()}) < len(here):
             return None
     return tuple(acts)
 
@@ -587,7 +587,7 @@ def _played(acts: Sequence[_Act], cast: Scene) -> list[_Here]:
     colors: dict[int, int] = {}
     for act in acts:
         colors = _acted(colors, act)
-        found.append({number: replace(cast.things[number], color=color) for number, color in colors.items()})
+        found.append({number: replace(cast.objects[number], color=color) for number, color in colors.items()})
     return found
 
 
@@ -612,8 +612,8 @@ class _Teller:
 
     def look(self, number: int, here: _Here) -> Look:
         """The object as words tell it."""
-        thing = here[number]
-        return Look(thing.shape, thing.color, thing.size if self.tells_size[number] else None)
+        obj = here[number]
+        return Look(obj.shape, obj.color, obj.size if self.tells_size[number] else None)
 
     def move(self, act: _Act, before: _Here, scene: Scene, after: _Here) -> _Move | None:
         """An act told, or None if what is added stands in no clear relation to anything."""
@@ -681,7 +681,7 @@ class _Asker:
 
     def _color(self) -> str | None:
         shapes = [t.shape for t in self.here.values()]
-        clear = [number for number, thing in self.here.items() if shapes.count(thing.shape) == 1]
+        clear = [number for number, obj in self.here.items() if shapes.count(obj.shape) == 1]
         clear = [number for number in clear if number in self.recolored] or clear
         return f"what color is {self._named(pick(self.rng, clear))}?" if clear else None
 
@@ -722,11 +722,11 @@ def _draft(rng: np.random.Generator, plan: _Plan, rules: _Rules) -> _Draft | Non
         assert cast is not None
         acts = _script(rng, plan.ops, cast, rules)
         played = _played(acts, cast) if acts else []
-        scenes = [Scene(things=tuple(here.values()), background=cast.background) for here in played]
+        scenes = [Scene(objects=tuple(here.values()), background=cast.background) for here in played]
         if acts and _is_allowed(scenes, rules):
-            things = cast.things[: 1 + max(act.number for act in acts)]
+            objects = cast.objects[: 1 + max(act.number for act in acts)]
             told = plan.sizes(rules).told
-            teller = _Teller(rng, [bool(rng.random() < told[thing.size]) for thing in things])
+            teller = _Teller(rng, [bool(rng.random() < told[obj.size]) for obj in objects])
             return _told(teller, acts, played, scenes, plan.kind)
     return None
 
@@ -743,7 +743,7 @@ def _told(
         moves.append(move)
         before = dict(after)
     question = _Asker(teller.rng, played, acts, teller).ask(kind)
-    answer = answer_question(question, scenes[-1].things) if question else None
+    answer = answer_question(question, scenes[-1].objects) if question else None
     return _Draft(tuple(moves), question, answer, kind) if question and answer else None
 
 
