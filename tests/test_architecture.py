@@ -38,7 +38,7 @@ MAY: dict[str, tuple[str, ...]] = {
 HOMES = {
     "torch": {*MAY, "world/detector"} - {"errors", "world", "__main__"},
     "transformers": {"models"},
-    "PIL": {"core", "data", "world"},
+    "PIL": {"core", "data", "world", "research/plots"},
     "torch.distributed": {"training"},
     "tyro": {"cli"},
     "torchvision": set(),

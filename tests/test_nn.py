@@ -23,6 +23,7 @@ from starflow2.nn import (
     attention,
     axial_angles,
     check,
+    num_parameters,
     rotate,
     zero_linear,
 )
@@ -65,6 +66,13 @@ def test_half_precision_is_promoted_and_double_is_left_alone() -> None:
 def test_a_zero_linear_answers_zero_to_anything() -> None:
     assert not zero_linear(3, 5)(torch.randn(2, 3)).any()
     assert zero_linear(3, 5, bias=False).bias is None
+
+
+def test_parameters_shared_by_modules_are_counted_once() -> None:
+    one, other = torch.nn.Linear(3, 5), torch.nn.Linear(3, 5)
+    assert num_parameters(one, other) == 40
+    other.weight = one.weight
+    assert num_parameters(one, other) == num_parameters(torch.nn.ModuleList([one, other])) == 25
 
 
 def test_the_final_norm_is_an_rms_norm_with_gain_one_plus_weight() -> None:

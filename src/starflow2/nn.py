@@ -26,6 +26,8 @@ __all__ = [
     "attention_mask",
     "axial_angles",
     "check",
+    "num_parameters",
+    "raw_bytes",
     "rotate",
     "zero_linear",
 ]
@@ -48,6 +50,15 @@ def check(x: Tensor, shape: str, name: str = "x", **sizes: int) -> None:
 def raw_bytes(x: Tensor) -> bytes:
     """Every value of `x` as it stands in memory, for digests."""
     return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def num_parameters(*modules: nn.Module) -> int:
+    """Number of parameters that these modules have together, shared ones counted once.
+
+    >>> num_parameters(nn.Linear(2, 3))
+    9
+    """
+    return sum(p.numel() for p in {id(p): p for module in modules for p in module.parameters()}.values())
 
 
 def at_least_fp32(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from starflow2.core.images import to_floats
+from starflow2.core.images import psnr, to_floats
 from starflow2.errors import DataError, StateError
 from starflow2.flow import AffineBlock, BlockConfig, Context, Flow, Jacobi, SampleConfig, solve
 from starflow2.flow.block import scan
@@ -340,8 +340,7 @@ def _no_guidance(m: _Material) -> float:
 def _codec(m: _Material) -> float:
     """Mean PSNR of drawn scenes after encoding and decoding."""
     images = _scenes(m.model.components, SCENES)
-    error = (m.model.roundtrip(images) - images).square().flatten(1).mean(1)  # (B,)
-    return float((10 * torch.log10(4 / error.clamp(min=1e-12))).mean())  # values span 2
+    return float(psnr(m.model.roundtrip(images), images).mean())
 
 
 _PLAN: tuple[tuple[Check, _Measure], ...] = (

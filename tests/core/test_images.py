@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from starflow2.core.images import contact_sheet, read_metadata, read_picture, save_png, to_pil, to_tensor
+from starflow2.core.images import contact_sheet, psnr, read_metadata, read_picture, save_png, to_pil, to_tensor
 from starflow2.errors import DataError, OutputError, ShapeError
 
 
@@ -62,6 +62,14 @@ def test_wrong_shapes_and_numbers_that_are_none_are_refused():
         to_pil(torch.zeros(1, 3, 2, 2))
     with pytest.raises(DataError, match="NaN"):
         to_pil(torch.full((3, 2, 2), torch.nan))
+
+
+def test_the_signal_to_noise_ratio_is_that_of_the_mean_square_error_image_by_image():
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64) - 0.5
+    noisy = images + torch.tensor([0.1, 0.01])[:, None, None, None]
+    torch.testing.assert_close(psnr(noisy, images), torch.tensor([26.0206, 46.0206], dtype=torch.float64))
+    torch.testing.assert_close(psnr(127.5 * noisy, 127.5 * images, span=255), psnr(noisy, images))
+    assert psnr(images, images).isfinite().all()
 
 
 def test_a_sheet_shows_each_picture_in_its_place_above_its_label():

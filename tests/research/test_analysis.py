@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from model_cases import STAGES, tiny_components
-from starflow2.core.images import CURVES, Panel, histogram_outline, plot_panels
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.sampler import Sampler
@@ -26,6 +25,7 @@ from starflow2.research.analysis import (
     turn_costs,
 )
 from starflow2.research.mot import MotComponents
+from starflow2.research.plots import CURVES, Panel, histogram_outline, plot_panels
 from starflow2.world.questions import known_words
 
 SIDE = 2

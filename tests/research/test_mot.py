@@ -22,7 +22,8 @@ from starflow2.inference.sampler import Sampler
 from starflow2.models.components import Components
 from starflow2.models.pretzel import States
 from starflow2.models.sequence import Batch, Document, Image, Text, pack
-from starflow2.research.mot import Mot, MotComponents, Trains, matched_width, num_parameters
+from starflow2.nn import num_parameters
+from starflow2.research.mot import Mot, MotComponents, Trains, matched_width
 from starflow2.training.losses import joint_loss
 from starflow2.training.recipes import nano_model
 

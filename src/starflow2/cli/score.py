@@ -187,7 +187,7 @@ class Invert:
 
     def _drawn(self, model: StarFlow2, files: Sequence[Path]) -> dict[str, Any]:
         """Invert, draw, write; the facts for --json."""
-        from starflow2.core.images import read_picture, save_png, to_tensor
+        from starflow2.core.images import psnr, read_picture, save_png, to_tensor
 
         for words in filter(None, (self.prompt.strip(), self.swap)):
             model.check_prompt(words)
@@ -199,7 +199,6 @@ class Invert:
         for picture, prompt, path in zip(drawn, prompts, files, strict=True):
             about = {"prompt": prompt, "source": str(self.image), "inverted with": self.prompt}
             save_png(picture, path, about | {"model": model.components.cfg.name})
-        error = float((to_tensor(drawn[0]) - image).square().mean())
         return {
             "image": str(self.image),
             "prompt": self.prompt,
@@ -208,6 +207,6 @@ class Invert:
             "log_prob": code.log_prob,
             "bits": code.log_prob / math.log(2),
             "nats_per_dim": -code.log_prob / code.z.numel(),
-            "psnr_db": 10 * math.log10(4 / max(error, 1e-12)),
+            "psnr_db": float(psnr(to_tensor(drawn[0])[None], image[None])),
             "model": model.components.cfg.name,
         }

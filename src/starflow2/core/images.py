@@ -7,10 +7,8 @@ float32 in [-1, 1], which is how images enter and leave the codec.
 from __future__ import annotations
 
 import io
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +22,8 @@ from starflow2.errors import DataError, OutputError, ShapeError
 
 __all__ = [
     "PILImage",
-    "Panel",
     "contact_sheet",
-    "histogram_outline",
-    "plot_panels",
+    "psnr",
     "read_metadata",
     "read_picture",
     "save_png",
@@ -43,8 +39,41 @@ PILImage = Image.Image  # for annotations elsewhere, without importing PIL there
 INK, PAPER, FRAME = (32, 32, 36), (255, 255, 255), (214, 214, 220)
 MIN_SIDE = 16  # pixels; less than that shows nothing
 MARGIN, FONT_SIZE, LABEL_LINES = 12, 15, 6  # pixels, pixels, lines
-CURVES = ((31, 99, 176), (208, 92, 24), (46, 134, 72), (150, 60, 150))  # readable side by side, also in grey
-PLOT = (400, 260)  # pixels of a panel within its axes
+
+
+# -- pixels and numbers --------------------------------------------------------------------------------------
+
+
+def to_bytes(images: Tensor) -> Bytes:
+    """(B, 3, height, width) floats -> (B, height, width, 3) bytes; what lies outside [-1, 1] is clipped.
+
+    >>> to_bytes(torch.zeros(1, 3, 2, 2)).shape
+    (1, 2, 2, 3)
+    """
+    pixels = images.detach().float().cpu().permute(0, 2, 3, 1)  # (B, height, width, 3)
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+
+
+def to_floats(images: Bytes) -> Tensor:
+    """(B, height, width, 3) bytes -> (B, 3, height, width) float32 in [-1, 1].
+
+    >>> to_floats(np.full((1, 2, 2, 3), 255, np.uint8)).max()
+    tensor(1.)
+    """
+    return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # (B, 3, height, width)
+
+
+def psnr(images: Tensor, references: Tensor, span: float = 2.0) -> Tensor:
+    """Peak signal-to-noise ratio of each image of a batch in dB: (B, ...) and (B, ...) -> (B,).
+
+    span: largest minus smallest value that a pixel can have. Equal images have the ratio of a mean square error of
+    1e-12, so that a mean over images stays finite.
+
+    >>> psnr(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.2))
+    tensor([20.])
+    """
+    error = (images - references).square().flatten(1).mean(1)  # (B,)
+    return 10 * torch.log10(span**2 / error.clamp(min=1e-12))
 
 
 def to_tensor(image: PILImage | np.ndarray) -> Tensor:
@@ -58,7 +87,7 @@ def to_tensor(image: PILImage | np.ndarray) -> Tensor:
     pixels = np.asarray(_rgb(image)) if isinstance(image, Image.Image) else image  # (height, width, 3)
     if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
         raise ShapeError(f"image: expected (height, width, 3) uint8, got {pixels.shape} {pixels.dtype}.")
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1  # (3, height, width)
+    return to_floats(pixels[None])[0]  # (3, height, width)
 
 
 def to_pil(image: Tensor) -> PILImage:
@@ -68,10 +97,9 @@ def to_pil(image: Tensor) -> PILImage:
     """
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
         raise ShapeError(f"image: expected (3, height, width) float, got {tuple(image.shape)} {image.dtype}.")
-    pixels = image.detach().float().cpu().permute(1, 2, 0)  # (height, width, 3)
-    if not pixels.isfinite().all():
+    if not image.isfinite().all():
         raise DataError("image: expected finite numbers, got NaN or infinity; the model that drew it has diverged.")
-    return Image.fromarray(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy())
+    return Image.fromarray(to_bytes(image[None])[0])
 
 
 def read_picture(source: str | Path | PILImage | bytes, size: int) -> Tensor:
@@ -159,85 +187,6 @@ def contact_sheet(images: Sequence[PILImage], labels: Sequence[str], columns: in
     return sheet
 
 
-# -- plots ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """One plot: curves by name, each a line through its points (x, y)."""
-
-    title: str
-    x_label: str
-    y_label: str
-    curves: Mapping[str, Sequence[tuple[float, float]]]
-
-
-def histogram_outline(edges: Sequence[float], heights: Sequence[float]) -> list[tuple[float, float]]:
-    """The outline of a histogram as the points of a curve; one more edge than heights.
-
-    >>> histogram_outline([0.0, 1.0, 2.0], [3.0, 4.0])
-    [(0.0, 0.0), (0.0, 3.0), (1.0, 3.0), (1.0, 4.0), (2.0, 4.0), (2.0, 0.0)]
-    """
-    if len(edges) != len(heights) + 1:
-        raise ShapeError(f"histogram_outline: {len(edges)} edges and {len(heights)} heights; expected one edge more.")
-    sides = [(x, y) for left, right, y in zip(edges, edges[1:], heights, strict=False) for x in (left, right)]
-    return [(edges[0], 0.0), *sides, (edges[-1], 0.0)]
-
-
-def plot_panels(panels: Sequence[Panel]) -> PILImage:
-    """Plots side by side, their y axes from 0 or below. Raises ShapeError for no panel or a panel without points.
-
-    >>> plot_panels([Panel(title="a", x_label="x", y_label="y", curves={"one": [(0, 1), (2, 3)]})]).size
-    (508, 368)
-    """
-    if not panels or any(not any(panel.curves.values()) for panel in panels):
-        raise ShapeError(f"plot_panels got {len(panels)} panels; expected at least one, each with a point to draw.")
-    left, top = 84, max(52, MARGIN + 20 * max(len(panel.curves) for panel in panels))
-    width, height = PLOT[0] + left + 2 * MARGIN, PLOT[1] + top + 56
-    page = Image.new("RGB", (width * len(panels), height), PAPER)
-    for i, panel in enumerate(panels):
-        _plot(ImageDraw.Draw(page), panel, (i * width + left, top))
-    return page
-
-
-def _plot(draw: ImageDraw.ImageDraw, panel: Panel, corner: tuple[int, int]) -> None:
-    """One panel, the upper left corner of its axes at `corner`."""
-    font = ImageFont.load_default(FONT_SIZE - 2)
-    left, top = corner
-    right, bottom = left + PLOT[0], top + PLOT[1]
-    points = [point for curve in panel.curves.values() for point in curve]
-    x_ticks, y_ticks = _ticks([x for x, _ in points]), _ticks([0.0, *(y for _, y in points)])
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return left + across * PLOT[0], bottom - up * PLOT[1]
-
-    draw.text((left, top - 40), panel.title, fill=INK, font=ImageFont.load_default(FONT_SIZE))
-    draw.text((left, top - 20), panel.y_label, fill=INK, font=font)
-    draw.text(((left + right) / 2, bottom + 28), panel.x_label, fill=INK, font=font, anchor="ma")
-    for x in x_ticks:
-        draw.line((place(x, y_ticks[0]), place(x, y_ticks[-1])), fill=FRAME)
-        draw.text((place(x, 0)[0], bottom + 6), f"{x:.4g}", fill=INK, font=font, anchor="ma")
-    for y in y_ticks:
-        draw.line((place(x_ticks[0], y), place(x_ticks[-1], y)), fill=FRAME)
-        draw.text((left - 6, place(0, y)[1]), f"{y:.4g}", fill=INK, font=font, anchor="rm")
-    for i, (name, curve) in enumerate(panel.curves.items()):
-        colour = CURVES[i % len(CURVES)]
-        draw.line([place(x, y) for x, y in curve], fill=colour, width=2, joint="curve")
-        draw.text((right, top - 20 * (len(panel.curves) - i)), name, fill=colour, font=font, anchor="ra")
-
-
-def _ticks(values: Sequence[float]) -> list[float]:
-    """Round numbers, at most seven, from below the smallest value to above the largest."""
-    low, high = min(values), max(values)
-    span = high - low or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / 5))
-    step = next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 5)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [step * i for i in range(first, max(last, first + 1) + 1)]
-
-
 # -- files ------------------------------------------------------------------------------------------------
 
 
@@ -299,23 +248,3 @@ def _text_height(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) 
     tall = "\n".join("Ag" for _ in range(text.count("\n") + 1))
     box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), tall, font=font, spacing=2)
     return int(box[3]) + MARGIN // 2
-
-
-def to_bytes(images: Tensor) -> Bytes:
-    """(B, 3, height, width) floats -> (B, height, width, 3) bytes, rounded as saved pictures are.
-
-    >>> to_bytes(torch.zeros(1, 3, 2, 2)).shape
-    (1, 2, 2, 3)
-    """
-    pixels = images.detach().float().cpu().permute(0, 2, 3, 1)  # (B, height, width, 3)
-    found: Bytes = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
-    return found
-
-
-def to_floats(images: Bytes) -> Tensor:
-    """(B, height, width, 3) bytes -> (B, 3, height, width) float32 in [-1, 1].
-
-    >>> to_floats(np.full((1, 2, 2, 3), 255, np.uint8)).max()
-    tensor(1.)
-    """
-    return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # (B, 3, height, width)

@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import hypot, log10, sqrt
+from math import hypot, sqrt
 from types import MappingProxyType
 from typing import Final, Protocol, get_args
 
@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as nnf
 
+from starflow2.core.images import psnr
 from starflow2.errors import ConfigError
 from starflow2.evals.statistics import (
     Grades,
@@ -255,9 +256,10 @@ def _touched(edit: Edit) -> Bools:
 
 def _psnr(image: Images, reference: Images, where: Bools) -> float:
     """In dB over some of the pixels, at most MOST_DB; equal if there are none."""
-    off = (image[where].astype(np.float64) - reference[where]) / 255
-    error = float(np.square(off).mean()) if off.size else 0.0
-    return MOST_DB if error == 0 else min(-10 * log10(error), MOST_DB)
+    if not where.any():
+        return MOST_DB
+    found, wanted = (torch.from_numpy(x[where].astype(np.float64))[None] for x in (image, reference))  # 2 x (1, M, 3)
+    return min(float(psnr(found, wanted, span=255)), MOST_DB)
 
 
 def _table(grades: Iterable[EditGrade]) -> Grades:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from rich.table import Table
-from torch import nn
 
 from starflow2.models.components import build
 from starflow2.models.config import ModelConfig
+from starflow2.nn import num_parameters
 
 __all__ = ["describe", "table"]
 
@@ -30,16 +30,16 @@ def describe(cfg: ModelConfig) -> dict[str, Any]:
     True
     """
     components = build(cfg, "meta")
-    vision = _count(components.vlm.model.model.visual)
+    vision = num_parameters(components.vlm.model.model.visual)
     counts = {
-        "features": _count(components.features) if components.has_fae else 0,
+        "features": num_parameters(components.features) if components.has_fae else 0,
         "vlm.vision": vision,
-        "vlm.language": _count(components.vlm) - vision,
-        "fae": _count(components.fae) if components.has_fae else 0,
-        "flow.deep": _count(components.flow.deep),
-        "flow.shallow": _count(components.flow.shallow),
-        "adapter": _count(components.joints.adapter),
-        "skips": _count(components.joints) - _count(components.joints.adapter),
+        "vlm.language": num_parameters(components.vlm) - vision,
+        "fae": num_parameters(components.fae) if components.has_fae else 0,
+        "flow.deep": num_parameters(components.flow.deep),
+        "flow.shallow": num_parameters(components.flow.shallow),
+        "adapter": num_parameters(components.joints.adapter),
+        "skips": num_parameters(components.joints) - num_parameters(components.joints.adapter),
     }
     total = sum(counts.values())
     language, deep = cfg.vlm, cfg.flow.deep.stack
@@ -61,10 +61,6 @@ def describe(cfg: ModelConfig) -> dict[str, Any]:
         "latents": {"count": cfg.flow.deep.num_latents, "dim": cfg.flow.deep.dim},
         "image_size": cfg.fae.image_size,
     }
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())  # shared ones once
 
 
 def table(facts: dict[str, Any]) -> Table:

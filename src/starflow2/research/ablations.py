@@ -28,6 +28,7 @@ from starflow2.evals.report import KeptRows
 from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
 from starflow2.models.pretrained import fingerprint
+from starflow2.nn import num_parameters
 from starflow2.pipeline import StarFlow2
 from starflow2.research.mot import MotComponents
 from starflow2.research.runs import ProgressPrinter, run_parallel
@@ -179,7 +180,7 @@ def _units(arms: Iterable[str], seeds: Iterable[int]) -> Iterator[_Unit]:
 def _rows(unit: _Unit, config: CompareConfig, place: _Workplace) -> list[Row]:
     """Train one arm and score it."""
     components, task = _trained(unit, config, place)
-    trained = sum(p.numel() for p in task.trained.parameters())
+    trained = num_parameters(task.trained)
     rows = []
     for arm in unit.arms:
         closed = arm in ("stage 1", "stage 3, skips closed", "closed in use")

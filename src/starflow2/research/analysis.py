@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starflow2.core.images import Panel, histogram_outline, plot_panels, save_png
+from starflow2.core.images import save_png
 from starflow2.errors import ConfigError
 from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import Completed, DecodedImage, Token
@@ -25,6 +25,7 @@ from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
 from starflow2.models.prompts import normalized
 from starflow2.models.sequence import Document, Image, Text, pack
+from starflow2.research.plots import Panel, histogram_outline, plot_panels
 from starflow2.world.captions import FAMILIES, suite_drawings
 from starflow2.world.questions import DESCRIBE
 

@@ -29,6 +29,7 @@ from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
 from starflow2.models.pretrained import fingerprint
 from starflow2.models.protocols import FeatureExtractor
+from starflow2.nn import num_parameters
 from starflow2.pipeline import StarFlow2
 from starflow2.research.ablations import fresh_components
 from starflow2.research.runs import ProgressPrinter, run_parallel
@@ -105,7 +106,7 @@ def _rows(unit: tuple[Arm, int], config: CodecsConfig, folder: str | Path, devic
     task = T2iTask(components, stage, seed)
     fit_task(task, stage, seed, device=device, report=ProgressPrinter(arm, seed))
     components.finished_stages = (*components.finished_stages, "t2i")
-    trained = sum(p.numel() for p in task.trained.parameters())
+    trained = num_parameters(task.trained)
     cleanups: dict[str, Cleanup] = {arm: "none"}
     if arm == "patches":
         cleanups[CLEANED] = "tweedie"

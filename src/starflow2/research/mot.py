@@ -22,7 +22,7 @@ from starflow2.flow import Flow, FlowConfig
 from starflow2.models.components import Components
 from starflow2.models.config import JointsConfig, LanguageConfig
 from starflow2.models.pretzel import Joints, Pretzel, PretzelCache, Slots, States, reference_in
-from starflow2.nn import Cache, StackConfig, at_least_fp32, attention, attention_mask, check
+from starflow2.nn import Cache, StackConfig, at_least_fp32, attention, attention_mask, check, num_parameters
 
 __all__ = [
     "Experts",
@@ -33,7 +33,6 @@ __all__ = [
     "Trains",
     "VisualExperts",
     "matched_width",
-    "num_parameters",
 ]
 
 Trains = Literal["frozen", "finetuned"]  # what happens to the text experts
@@ -282,11 +281,6 @@ class Mot(Pretzel):
 
 
 # -- beside a model ---------------------------------------------------------------------------------------------
-
-
-def num_parameters(*modules: nn.Module) -> int:
-    """How many parameters these modules have together, shared ones once."""
-    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
 
 
 def matched_width(components: Components) -> int:
