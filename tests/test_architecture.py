@@ -40,7 +40,6 @@ HOMES = {
     "transformers": {"models"},
     "PIL": {"core", "data", "world", "research/plots"},
     "torch.distributed": {"training"},
-    "tyro": {"cli"},
     "torchvision": set(),
 }
 

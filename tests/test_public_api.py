@@ -13,7 +13,7 @@ import pytest
 import starflow2
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "transformers", "numpy", "PIL", "tyro", "rich")
+HEAVY = ("torch", "transformers", "numpy", "PIL", "rich")
 LOOK = f"import sys, starflow2; print([name for name in {HEAVY} if name in sys.modules])"
 
 

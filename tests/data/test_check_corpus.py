@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from corpora_cases import LAYOUT, PUBLISHED, SIDE, Letters, captioned, encoded, write_tar
-from starflow2.cli import app as cli
+from starflow2.cli.app import main
+from starflow2.cli.data import Data
 from starflow2.data.check import survey
 from starflow2.data.corpora import Corpus
 from starflow2.data.mixture import Source, Spelling
@@ -20,7 +21,7 @@ SPELLING = Spelling(Letters(), LAYOUT, SIDE)
 
 
 def test_choices_of_the_command_are_those_of_the_library():
-    hints = get_type_hints(cli.Data)
+    hints = get_type_hints(Data)
     assert get_args(hints["corpus"]) == get_args(Corpus) and get_args(hints["format"]) == get_args(Format)
 
 
@@ -62,7 +63,7 @@ def test_reasons_come_with_their_count_and_three_examples(tmp_path):
 def test_the_command_prints_and_writes_the_survey_with_the_models_own_tokenizer(tmp_path, capsys):
     captioned(tmp_path / "data" / "0.tar", 6, words=lambda i: f"a picture\x1b[31m of {i} hearts")
     out = tmp_path / "facts.json"
-    assert cli.main(["data", "check", str(tmp_path / "data"), "--limit", "4", "--json", str(out)]) == 0
+    assert main(["data", "check", str(tmp_path / "data"), "--limit", "4", "--json", str(out)]) == 0
     facts = json.loads(out.read_text())
     assert (facts["samples"], facts["documents"], facts["pictures"], facts["format"]) == (4, 4, 4, "tar")
     assert facts["positions"]["p50"] == facts["tokens"]["p50"] + 66  # nano: 8 x 8 latents, begin and end
@@ -71,7 +72,7 @@ def test_the_command_prints_and_writes_the_survey_with_the_models_own_tokenizer(
 
 def test_a_corpus_with_nothing_to_use_ends_with_status_1_and_its_reasons(tmp_path, capsys):
     write_tar(tmp_path / "0.tar", [("\x1b[31m0.png", b"no picture"), ("\x1b[31m0.txt", b"words")])
-    assert cli.main(["data", "check", str(tmp_path)]) == 1
+    assert main(["data", "check", str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert "not a picture" in said.out and "\x1b[31m" not in said.out
     assert "none of the 1 samples" in " ".join(said.err.split())
@@ -82,7 +83,7 @@ def test_a_corpus_with_nothing_to_use_ends_with_status_1_and_its_reasons(tmp_pat
     [
         (["gone/"], "there is no file to read at gone/"),
         (["."], "there is no file to read at ."),
-        ([".", "--corpus", "cc12"], "Expected one of"),
+        ([".", "--corpus", "cc12"], "expected captions, cc12m"),
         ([".", "--limit", "0"], "--limit is 0"),
         ([".", "--copus", "cc12m"], 'Did you mean "--corpus"'),
         ([".", "--model", "gone"], "there is no model"),
@@ -91,7 +92,7 @@ def test_a_corpus_with_nothing_to_use_ends_with_status_1_and_its_reasons(tmp_pat
 )
 def test_what_cannot_be_checked_is_refused_with_status_2(argv, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["data", "check", *argv]) == 2
+    assert main(["data", "check", *argv]) == 2
     assert says in capsys.readouterr().err
 
 

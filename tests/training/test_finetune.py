@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from helpers import script
 from model_cases import STAGES, tiny_components, tiny_folder
 from starflow2.cli.app import main
-from starflow2.cli.train import Finetune
+from starflow2.cli.finetune import Finetune
 from starflow2.errors import CheckpointError, DataError, PromptError, StateError
 from starflow2.models import lora
 from starflow2.models.checkpoint import load_components

@@ -1,60 +1,44 @@
-"""The command line: every command is a dataclass of its options and a call into the library.
+"""The command line: a table of verbs, each a dataclass of options whose `run` calls the library.
 
-Importing this file imports neither torch nor transformers: what a command needs, it imports when it runs, so that
-`starflow2 --help` is quick. Exit status: 0 done, 1 a check failed, 2 bad input or an error of ours, 130 Ctrl-C.
+Importing a verb's file imports neither torch nor transformers; a command imports what it needs when it runs, so that
+`starflow2 --help` is fast. Exit status: 0 done, 1 a check failed, 2 bad input or an error of ours, 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 import starflow2
-from starflow2.cli.analyze import Analyze
-from starflow2.cli.check import Check, Demo
-from starflow2.cli.conversation import Ask, Chat, Edit
-from starflow2.cli.data import Data
-from starflow2.cli.evaluate import Eval
-from starflow2.cli.generate import Generate
-from starflow2.cli.options import (
-    PROGRAM,
-    Command,
-    check_text,
-)
-from starflow2.cli.parsing import parse, refuse_repeated
-from starflow2.cli.score import Invert, Score
-from starflow2.cli.train import Finetune, Info, Prepare, Train
-from starflow2.errors import ConfigError, StarFlowError, nearest
+from starflow2.cli.options import PROGRAM, Command, check_text
+from starflow2.cli.parsing import help_text, parse, refuse_repeated
+from starflow2.cli.train import Train
+from starflow2.errors import StarFlowError, UsageError, nearest
 
-__all__ = [
-    "main",
-]
+__all__ = ["COMMANDS", "command", "main"]
 
-
-# -- the program ------------------------------------------------------------------------------------------------------
-
-COMMANDS: tuple[type[Command], ...] = (
-    Generate,
-    Ask,
-    Edit,
-    Chat,
-    Score,
-    Invert,
-    Demo,
-    Prepare,
-    Train,
-    Finetune,
-    Eval,
-    Analyze,
-    Data,
-    Info,
-    Check,
-)
+COMMANDS = {
+    "generate": "starflow2.cli.generate:Generate",
+    "ask": "starflow2.cli.ask:Ask",
+    "edit": "starflow2.cli.edit:Edit",
+    "chat": "starflow2.cli.chat:Chat",
+    "score": "starflow2.cli.score:Score",
+    "invert": "starflow2.cli.invert:Invert",
+    "demo": "starflow2.cli.check:Demo",
+    "prepare": "starflow2.cli.prepare:Prepare",
+    "train": "starflow2.cli.train:Train",
+    "finetune": "starflow2.cli.finetune:Finetune",
+    "eval": "starflow2.cli.evaluate:Eval",
+    "analyze": "starflow2.cli.analyze:Analyze",
+    "data": "starflow2.cli.data:Data",
+    "info": "starflow2.cli.info:Info",
+    "check": "starflow2.cli.check:Check",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit status; `argv` is sys.argv without the program by default."""
+    """Run a command line and return its exit status. argv: without the program, by default that of this process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         check_text(*arguments)
@@ -67,48 +51,55 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def command(verb: str) -> type[Command]:
+    """The dataclass of a verb. Raises UsageError with the nearest verb."""
+    if verb not in COMMANDS:
+        raise UsageError(
+            f"there is no command {verb!r}; expected one of {', '.join(COMMANDS)}.{nearest(verb, COMMANDS)}"
+        )
+    module, _, name = COMMANDS[verb].partition(":")
+    found: type[Command] = getattr(import_module(module), name)
+    return found
+
+
 def _dispatch(arguments: list[str]) -> int:
-    verb = arguments[0] if arguments else "--help"
+    verb, *rest = arguments or ["--help"]
     if verb in ("-h", "--help"):
         print(_overview())
         return 0
     if verb == "--version":
         print(f"{PROGRAM} {starflow2.__version__}")
         return 0
-    for command in COMMANDS:
-        if command.verb == verb:
-            return _run(command, arguments[1:])
-    verbs = [command.verb for command in COMMANDS]
-    raise ConfigError(f"there is no command {verb!r}; expected one of {', '.join(verbs)}.{nearest(verb, verbs)}")
+    return _run(command(verb), rest)
 
 
-def _run(command: type[Command], arguments: list[str]) -> int:
-    program = f"{PROGRAM} {command.verb}"
+def _run(kind: type[Command], arguments: list[str]) -> int:
+    program = f"{PROGRAM} {kind.verb}"
     if {"-h", "--help"} & set(arguments):
-        with contextlib.suppress(SystemExit):
-            parse(command, None, ["--help"], program)
-        rest = [a for a in arguments if a not in ("-h", "--help")]
-        if command is Train and rest:
-            parsed, _ = parse(Train, None, rest, program)
-            parsed.stage_help()
+        print(help_text(kind, program), end="")
+        others = [argument for argument in arguments if argument not in ("-h", "--help")]
+        if kind is Train and others:
+            print(parse(Train, others, program)[0].stage_help())
         return 0
     refuse_repeated(arguments, program)
-    parsed, unknown = parse(command, None, arguments, program)
+    parsed, unknown = parse(kind, arguments, program)
     return parsed.run(unknown)
 
 
 def _overview() -> str:
-    width = max(len(command.verb) for command in COMMANDS)
-    lines = [f"  {c.verb:<{width}}  {(c.__doc__ or '').splitlines()[0]}" for c in COMMANDS]
+    """The help page of the program: every verb with the first line of its docstring."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {verb:<{width}}  {(command(verb).__doc__ or '').splitlines()[0]}" for verb in COMMANDS]
     return "\n".join(
         [
             f"usage: {PROGRAM} [-h] [--version] COMMAND ...",
             "",
-            "Words and pictures as one causal sequence, drawn by a normalizing flow.",
+            "Text and images as one causal sequence; the images are drawn by a normalizing flow.",
             "",
             "commands:",
             *lines,
             "",
-            f'`{PROGRAM} COMMAND --help` lists the options of one. To begin: {PROGRAM} generate "two red hearts" -n 4',
+            f"`{PROGRAM} COMMAND --help` lists the options of a command.",
+            f'To begin: {PROGRAM} generate "two red hearts" -n 4',
         ]
     )

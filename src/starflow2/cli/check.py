@@ -1,4 +1,4 @@
-"""`starflow2 check` and `starflow2 demo`: is a model exact on this machine, and what does it make?"""
+"""`starflow2 check` and `starflow2 demo`: test that a model is exact on this machine, and show what it draws."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
-
-from tyro.conf import arg
 
 from starflow2.cli.options import (
     Device,
@@ -19,18 +17,16 @@ from starflow2.cli.options import (
     refuse,
     write_json,
 )
+from starflow2.cli.parsing import Option
 
-__all__ = [
-    "Check",
-    "Demo",
-]
+__all__ = ["Check", "Demo"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Test on this machine that a model is exact: inverse, log-determinant, cache, batches.
+    """Test that a model is exact on this machine: inverse, log-determinant, cache, batches.
 
-    Exit status 1 if anything fails.
+    The exit status is 1 if any check fails.
     """
 
     verb: ClassVar[str] = "check"
@@ -56,11 +52,11 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Draw and score pictures of the test suite, and make a page of them."""
+    """Draw and score images of the test suite, and make a page of them."""
 
     verb: ClassVar[str] = "demo"
 
-    output: Annotated[Path, arg(aliases=("-o",), metavar="FOLDER", help="where the page goes")] = Path("out") / "demo"
+    output: Annotated[Path, Option("where the page goes", metavar="FOLDER", short="-o")] = Path("out") / "demo"
     json: JsonFile = None
     model: Model = "nano"
     device: Device = "auto"
@@ -68,15 +64,17 @@ class Demo:
     def run(self, unknown: Sequence[str]) -> int:
         refuse(unknown, type(self))
         check_json(self.json)
-        with progress("drawing", "pictures") as step:
+        with progress("drawing", "images") as step:
             from starflow2.cli.demo import make_demo
 
             made = make_demo(self.model, self.output, device=self.device, progress=step)
         from starflow2.evals.report import table
 
         console().print(table(made.scores))
-        right = sum(shown.verdict.correct for shown in made.shown)
+        correct = sum(shown.verdict.correct for shown in made.shown)
         pace = made.report["seconds_per_image"]
-        print(f"{right} of {len(made.shown)} pictures show what was asked, {pace:.2f} s each. The page: {made.page}")
+        print(
+            f"{correct} of {len(made.shown)} images show what was asked for, {pace:.2f} s each. The page: {made.page}"
+        )
         write_json(made.report, self.json)
         return 0

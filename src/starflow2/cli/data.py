@@ -1,4 +1,4 @@
-"""`starflow2 data`: read a corpus as training would, and report what is in it and what is broken."""
+"""`starflow2 data`: read a corpus as training would, and report its content and its broken samples."""
 
 from __future__ import annotations
 
@@ -7,44 +7,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from tyro.conf import Positional, arg
-
 from starflow2.cli.options import (
     JsonFile,
     Model,
     check_json,
     console,
-    own,
     printable,
     progress,
     refuse,
     write_json,
 )
-from starflow2.errors import ConfigError
+from starflow2.cli.parsing import Option, Positional
+from starflow2.errors import UsageError
 
-__all__ = [
-    "Data",
-]
+__all__ = ["Data"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Check a corpus before training: documents, pictures, lengths, and what is broken and why.
+    """Check a corpus before training: documents, images, lengths, and broken samples with their reasons.
 
-    Exit status 1 if none of its samples can be used. Needs the extra `train`.
+    The exit status is 1 if no sample can be used. Needs the extra `train` (pip install 'starflow2[train]').
     """
 
     verb: ClassVar[str] = "data"
 
-    what: Positional[Annotated[Literal["check"], arg(metavar="check", help="read it as training would")]]
-    url: Positional[Annotated[str, arg(metavar="URL", help="a file, folder or pattern, here or remote")]]
+    what: Positional[Annotated[Literal["check"], Option("read the corpus as training would", metavar="check")]]
+    url: Positional[Annotated[str, Option("a file, folder or pattern, local or remote", metavar="URL")]]
     corpus: Annotated[
         Literal["captions", "cc12m", "journeydb", "blip3o", "cambrian", "comm", "pico-banana", "omniedit", "zebra-cot"],
-        arg(help="whose schema it has; captions: pictures with words beside them"),
+        Option("the corpus whose schema it has; captions: images with text files beside them"),
     ] = "captions"
-    format: Annotated[Literal["auto", "tar", "parquet", "jsonl", "folder"], arg(help="what the files are")] = "auto"
-    pictures: Annotated[str, own("FOLDER", "where paths of pictures start", "the file's own folder")] = ""
-    limit: Annotated[int | None, own("INT", "samples to read", "all")] = None
+    format: Annotated[Literal["auto", "tar", "parquet", "jsonl", "folder"], Option("format of the files")] = "auto"
+    pictures: Annotated[
+        str, Option("folder that image paths are relative to", metavar="FOLDER", default="the file's own folder")
+    ] = ""
+    limit: Annotated[int | None, Option("samples to read", default="all")] = None
     json: JsonFile = None
     model: Model = "nano"
 
@@ -52,7 +50,7 @@ class Data:
         refuse(unknown, type(self))
         check_json(self.json)
         if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"--limit is {self.limit}; expected at least 1 sample.")
+            raise UsageError(f"--limit is {self.limit}; expected at least 1 sample.")
         from starflow2.data.check import survey
         from starflow2.data.mixture import Source
 
@@ -68,7 +66,7 @@ class Data:
 
 
 def _spelling(name: str) -> Any:
-    """How the model of that name writes documents down; its weights are not read."""
+    """Tokenizer, layout and image size of a model, by its name, without reading its weights."""
     from starflow2.data.mixture import Spelling
     from starflow2.models.checkpoint import load_words
     from starflow2.models.components import build
@@ -87,9 +85,9 @@ def _data_table(facts: Mapping[str, Any]) -> Any:
     table.add_row("samples", f"{facts['samples']:,}")
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in facts["kinds"].items())
     table.add_row("documents", f"{facts['documents']:,}" + (f" ({kinds})" if kinds else ""))
-    table.add_row("pictures", f"{facts['pictures']:,}")
+    table.add_row("images", f"{facts['pictures']:,}")
     for name in ("positions", "tokens"):
-        table.add_row(f"{name} of a document", ", ".join(f"{k} {v:,}" for k, v in facts[name].items()))
+        table.add_row(f"{name} per document", ", ".join(f"{k} {v:,}" for k, v in facts[name].items()))
     table.add_section()
     table.add_row("broken", f"{facts['samples'] - facts['documents']:,}")
     for reason, found in facts["broken"].items():

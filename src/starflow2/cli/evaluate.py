@@ -7,20 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from tyro.conf import Positional, arg
-
-from starflow2.cli.conversation import conversing
 from starflow2.cli.options import (
     Device,
     JsonFile,
     Model,
     check_json,
     console,
-    own,
+    load_joint,
     progress,
     refuse,
 )
-from starflow2.errors import ConfigError
+from starflow2.cli.parsing import Option, Positional
+from starflow2.errors import UsageError
 
 if TYPE_CHECKING:
     from starflow2.pipeline import StarFlow2
@@ -45,22 +43,23 @@ class Eval:
     benchmark: Positional[
         Annotated[
             Literal["world", "fae"],
-            arg(metavar="SUITE", help="world: the drawn world; fae: pictures through the codec and back"),
+            Option("world: the drawn world; fae: images through the codec and back", metavar="SUITE"),
         ]
     ]
     suite: Annotated[
         Literal["geneval", "dpg", "mme", "gqa", "mcq", "edit", "sessions", "story"],
-        arg(help="drawing: geneval, dpg; answering: mme, gqa, mcq; edits, alone and in sessions; stories"),
+        Option("drawing: geneval, dpg; answering: mme, gqa, mcq; editing: edit, sessions; stories: story"),
     ] = "geneval"
-    split: Annotated[Literal["dev", "test"], arg(help="dev for every choice, test to report")] = "dev"
-    quick: Annotated[bool, arg(help="one item in eight: noisy")] = False
+    split: Annotated[Literal["dev", "test"], Option("dev for every choice, test to report")] = "dev"
+    quick: Annotated[bool, Option("one item in eight; noisy")] = False
     part: Annotated[
         tuple[Literal["id", "cg", "paraphrase"], ...],
-        arg(help="of geneval: seen combinations, new ones, other wording"),
+        Option("parts of geneval: seen combinations, new ones, other wording"),
     ] = ("id", "cg")
-    samples: Annotated[int, arg(help="of geneval: pictures of each prompt, 1 to 4")] = 4
+    samples: Annotated[int, Option("images per prompt of geneval, 1 to 4")] = 4
     images: Annotated[
-        Path | None, own("FOLDER", "of fae: the first 512 pictures by name", "512 of the drawn world")
+        Path | None,
+        Option("images of fae: the first 512 of a folder, by name", metavar="FOLDER", default="512 of the drawn world"),
     ] = None
     json: JsonFile = None
     model: Model = "nano"
@@ -92,14 +91,14 @@ class Eval:
         if self.benchmark == "fae":
             self._check_codec()
         if not self.part:
-            raise ConfigError("--part names no part; expected one or more of id, cg, paraphrase.")
+            raise UsageError("--part is empty; expected one or more of id, cg, paraphrase.")
         if self.suite != "geneval" and (self.part != ("id", "cg") or self.samples != 4):
-            raise ConfigError(f"--part and --samples are of suite geneval; {self.suite} takes neither.")
+            raise UsageError(f"--part and --samples belong to --suite geneval; {self.suite} takes neither.")
         if self.benchmark == "world" and self.images is not None:
-            raise ConfigError("--images is of eval fae; eval world draws its own.")
+            raise UsageError("--images belongs to eval fae; eval world draws its own images.")
 
     def _check_codec(self) -> None:
-        """Raise ConfigError for options that `eval fae` would not look at."""
+        """Raise UsageError for options that `eval fae` would not look at."""
         theirs = {
             "--suite": self.suite != "geneval",
             "--part": self.part != ("id", "cg"),
@@ -107,8 +106,8 @@ class Eval:
         }
         theirs["--split"] = self.split != "dev" and self.images is not None
         for name in (name for name, is_given in theirs.items() if is_given):
-            why = "--images says which pictures" if name == "--split" else "it is of eval world"
-            raise ConfigError(f"eval fae does not take {name} here: {why}.")
+            why = "--images chooses the images" if name == "--split" else "it belongs to eval world"
+            raise UsageError(f"eval fae does not take {name} here: {why}.")
 
     def _codec(self) -> int:
         from starflow2.evals.codec import codec_pictures, codec_table, evaluate_codec
@@ -129,7 +128,7 @@ class Eval:
 
         if self.suite in DRAWN:
             return StarFlow2.from_pretrained(self.model, device=self.device)
-        return conversing(self.model, self.device, f"eval --suite {self.suite}")
+        return load_joint(self.model, self.device, f"eval --suite {self.suite}")
 
     def _scored(self, model: StarFlow2, step: Callable[[int, int], None]) -> dict[str, Any]:
         from starflow2.evals.runner import score_suite

@@ -1,4 +1,4 @@
-"""`starflow2 generate`: draw pictures from prompts, or reply in words and pictures, and write the files."""
+"""`starflow2 generate`: draw images from prompts, or reply in text and images, and write the files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from tyro.conf import Positional, arg
-
-from starflow2.cli.conversation import conversing
 from starflow2.cli.options import (
     PROGRAM,
     Device,
@@ -21,14 +18,15 @@ from starflow2.cli.options import (
     Model,
     PriorScale,
     check_seed,
-    own,
+    load_joint,
     png_text,
     printable,
     progress,
     refuse,
 )
+from starflow2.cli.parsing import Option, Positional
 from starflow2.core.files import check_writable
-from starflow2.errors import ConfigError, DataError, OutputError, PromptError
+from starflow2.errors import DataError, OutputError, PromptError, StateError, UsageError
 
 if TYPE_CHECKING:
     from starflow2.core.images import PILImage
@@ -36,37 +34,36 @@ if TYPE_CHECKING:
     from starflow2.inference.session import Session
     from starflow2.pipeline import Drawing, StarFlow2
 
-__all__ = [
-    "Generate",
-]
+__all__ = ["Generate"]
 
-
-REPLY_TOKENS, REPLY_PICTURES = 256, 4  # what one interleaved reply may hold
+REPLY_TOKENS, REPLY_IMAGES = 256, 4  # at most, of one interleaved reply
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Draw pictures from words.
+    """Draw images from prompts.
 
-    One picture is written to --output. Several become a contact sheet there; where --output is a folder, one file each
-    beside the sheet. Every PNG carries prompt, seed and settings. With --mode interleaved the model replies to the
-    prompt as it sees fit, in words and pictures: out-1.png, out-2.png, ...
+    One image is written to --output; several become a contact sheet there. If --output is a folder, every image gets
+    a file of its own, beside the sheet. Every PNG file carries prompt, seed and settings. With --mode interleaved the
+    model itself decides how to reply, in text and images; the images go to out-1.png, out-2.png, ...
     """
 
     verb: ClassVar[str] = "generate"
 
-    prompt: Positional[Annotated[tuple[str, ...], arg(metavar="PROMPT", help="what to draw, in quotes")]] = ()
-    mode: Annotated[Literal["image", "interleaved"], arg(help="a picture, or whatever the model replies")] = "image"
-    n: Annotated[int, arg(aliases=("-n",), help="pictures of each prompt, seeds counting on")] = 1
-    keep: Annotated[Literal["all", "best"], arg(help="best: of each prompt the one that it explains best")] = "all"
-    seed: Annotated[int, arg(help="seed of the first picture of each prompt")] = 0
+    prompt: Positional[Annotated[tuple[str, ...], Option("what to draw, in quotes", metavar="PROMPT")]] = ()
+    mode: Annotated[Literal["image", "interleaved"], Option("draw images, or let the model reply")] = "image"
+    n: Annotated[int, Option("images per prompt, with consecutive seeds", short="-n")] = 1
+    keep: Annotated[Literal["all", "best"], Option("best: per prompt, the image that the prompt makes most likely")] = (
+        "all"
+    )
+    seed: Annotated[int, Option("seed of the first image of each prompt")] = 0
     guidance: Guidance = None
     prior_scale: PriorScale = None
-    cleanup: Annotated[Literal["none", "tweedie"], arg(help="denoise the sampled latents")] = "none"
-    batch: Annotated[int | None, own("INT", "pictures at once", "32")] = None
-    prompts: Annotated[Path | None, own("FILE", "more prompts, one on each line", "")] = None
-    output: Annotated[str, arg(aliases=("-o",), metavar="PATH", help="a .png file, or a folder")] = "out.png"
-    json: Annotated[bool, arg(help="tell what was made as a JSON list on standard output")] = False
+    cleanup: Annotated[Literal["none", "tweedie"], Option("denoise the sampled latents")] = "none"
+    batch: Annotated[int | None, Option("images drawn at once", default="32")] = None
+    prompts: Annotated[Path | None, Option("a file with more prompts, one per line", metavar="FILE")] = None
+    output: Annotated[str, Option("a .png file, or a folder", metavar="PATH", short="-o")] = "out.png"
+    json: Annotated[bool, Option("print the results as a JSON list on standard output")] = False
     model: Model = "nano"
     device: Device = "auto"
 
@@ -74,16 +71,14 @@ class Generate:
         refuse(unknown, type(self))
         prompts = [*self.prompt, *_lines(self.prompts)]
         if not prompts:
-            raise PromptError('there is nothing to draw: give a prompt, for instance "two red hearts".')
+            raise PromptError('there is nothing to draw: give a prompt, such as "two red hearts".')
         if self.n < 1:
-            raise ConfigError(f"-n is {self.n}; expected at least 1 picture per prompt.")
+            raise UsageError(f"-n is {self.n}; expected at least 1 image per prompt.")
         if self.keep == "best" and self.n < 2:
-            raise ConfigError(
-                f"--keep best chooses among the pictures of a prompt; -n is {self.n}, expected 2 or more."
-            )
+            raise UsageError(f"--keep best chooses among the images of a prompt; -n is {self.n}, expected 2 or more.")
         check_seed(self.seed, self.n)
         if self.mode == "interleaved":
-            return self._converse(prompts)
+            return self._reply(prompts)
         seeds = ["best"] if self.keep == "best" else range(self.seed, self.seed + self.n)
         files = _plan(self.output, prompts, seeds)
         pictures, seconds = self._draw(prompts)
@@ -115,28 +110,24 @@ class Generate:
         with progress("drawing", "latents") as step:
             model = StarFlow2.from_pretrained(self.model, device=self.device)
             config = self._config(model)
-            if self.keep == "best" and not (model.is_joint and config.guidance):
-                done = ", ".join(model.components.finished_stages)
-                raise ConfigError(
-                    "--keep best compares pictures by what the prompt adds to their likelihood, which takes guidance "
-                    f"and a model with stage joint; --guidance is {config.guidance:g} and this model has {done}."
-                )
+            if self.keep == "best":
+                _check_gain(model, config)
             started = time.perf_counter()
             pictures = model.generate(prompts, n=self.n, seed=self.seed, config=config, progress=step)
             return pictures, time.perf_counter() - started
 
-    def _converse(self, prompts: list[str]) -> int:
-        """Let the model reply to one prompt; nothing is written before the reply is whole."""
+    def _reply(self, prompts: list[str]) -> int:
+        """Let the model reply to one prompt; write nothing before the reply is complete."""
         if len(prompts) > 1 or self.n > 1:
-            raise ConfigError(
-                f"--mode interleaved replies to one prompt once, not to {len(prompts)} with -n {self.n}; "
-                f"{PROGRAM} chat takes turn after turn."
+            raise UsageError(
+                f"--mode interleaved replies once to one prompt, got {len(prompts)} with -n {self.n}; "
+                f"{PROGRAM} chat takes several turns."
             )
         if self.batch is not None:
-            raise ConfigError("--batch is of --mode image; --mode interleaved makes one reply, picture after picture.")
+            raise UsageError("--batch belongs to --mode image; --mode interleaved draws one image after the other.")
         (prompt,) = prompts
         paths = _numbered(self.output, prompt)
-        model = conversing(self.model, self.device, "--mode interleaved")
+        model = load_joint(self.model, self.device, "--mode interleaved")
         config = self._config(model)
         blocks = _replied(model.session(seed=self.seed, config=config).add(prompt))
         settings = config.told() | {"model": model.components.cfg.name}
@@ -149,18 +140,30 @@ class Generate:
         return 0
 
 
+def _check_gain(model: StarFlow2, config: DrawConfig) -> None:
+    """Raise StateError or UsageError if drawing does not measure how much a prompt adds to the likelihood."""
+    if not model.is_joint:
+        done = ", ".join(model.components.finished_stages)
+        raise StateError(f"--keep best needs a model that has finished stage joint; this one has finished {done}.")
+    if not config.guidance:
+        raise UsageError(
+            "--keep best compares the likelihood with and without the prompt, which only guidance computes; "
+            "--guidance is 0, expected more."
+        )
+
+
 def _best(pictures: Sequence[Drawing]) -> Drawing:
-    """The one to whose likelihood the prompt adds most."""
+    """The image whose likelihood the prompt raises most."""
     return max(pictures, key=lambda picture: -math.inf if picture.gain is None else picture.gain)
 
 
 def _replied(session: Session) -> list[str | PILImage]:
-    """What the model replies: words and pictures in order."""
+    """The model's reply: text and images in order."""
     from starflow2.inference.events import Drew, Made, Wrote
 
     blocks: list[str | PILImage] = []
     with progress("drawing", "latents") as step:
-        for event in session.run(tokens=REPLY_TOKENS, pictures=REPLY_PICTURES):
+        for event in session.run(tokens=REPLY_TOKENS, pictures=REPLY_IMAGES):
             match event:
                 case Drew():
                     step(event.done, event.total)
@@ -174,10 +177,10 @@ def _replied(session: Session) -> list[str | PILImage]:
 
 
 def _numbered(output: str, prompt: str) -> list[Path]:
-    """Names of the pictures of a reply, as many as there can be: out-1.png, ... or folder/two-red-hearts-1.png, ..."""
+    """A file name for every image that a reply can hold: out-1.png, ... or folder/two-red-hearts-1.png, ..."""
     one = _plan(output, [prompt], [""]).each
     assert one is not None
-    paths = [one[0].with_name(f"{one[0].stem}-{i}.png") for i in range(1, REPLY_PICTURES + 1)]
+    paths = [one[0].with_name(f"{one[0].stem}-{i}.png") for i in range(1, REPLY_IMAGES + 1)]
     for path in paths:
         check_writable(path)
     return paths
@@ -186,7 +189,7 @@ def _numbered(output: str, prompt: str) -> list[Path]:
 def _save_blocks(
     blocks: Sequence[str | PILImage], paths: Sequence[Path], about: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """Write the pictures among the blocks and list all of them in order, by text or file."""
+    """Write the images; return one JSON row per block, with its text or its file."""
     from starflow2.core.images import save_png
 
     rows: list[dict[str, Any]] = []
@@ -207,25 +210,25 @@ def _print_json(rows: Sequence[dict[str, Any]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Where pictures go: a file for each, or none, and a sheet of all, or none."""
+    """Where images go: a file for each, a contact sheet of all, or both."""
 
     each: list[Path] | None
     sheet: Path | None
 
 
 def _plan(output: str, prompts: Sequence[str], seeds: Sequence[object]) -> _Files:
-    """Names of what will be written, all of it checked to be writable before anything is drawn.
+    """File names of everything that will be written. Raises OutputError if one of them cannot be.
 
-    In a folder a name is that of the prompt, and which of `seeds` it is.
+    In a folder, a file is named after its prompt and its seed.
     """
     count, path = len(prompts) * len(seeds), Path(output)
     if output.endswith(("/", "\\")) or path.is_dir():
         names = ["-".join(filter(None, (_slug(prompt), str(seed)))) for prompt in prompts for seed in seeds]
-        taken: dict[str, int] = {"sheet": 1}
-        each = [path / f"{_unique(name, taken)}.png" for name in names]
+        counts: dict[str, int] = {"sheet": 1}
+        each = [path / f"{_unique(name, counts)}.png" for name in names]
         files = _Files(each, path / "sheet.png" if count > 1 else None)
     elif path.suffix.lower() != ".png":
-        raise OutputError(f"--output is {output}; expected a name that ends in .png, or a folder with / at its end.")
+        raise OutputError(f"--output is {output}; expected a name that ends in .png, or in / for a folder.")
     else:
         files = _Files([path], None) if count == 1 else _Files(None, path)
     for file in [*(files.each or []), *([files.sheet] if files.sheet else [])]:
@@ -235,16 +238,17 @@ def _plan(output: str, prompts: Sequence[str], seeds: Sequence[object]) -> _File
 
 def _slug(prompt: str) -> str:
     """A prompt as a file name: "two red hearts" -> two-red-hearts."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "picture"
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "image"
 
 
-def _unique(name: str, taken: dict[str, int]) -> str:
-    taken[name] = taken.get(name, 0) + 1
-    return name if taken[name] == 1 else f"{name}-{taken[name]}"
+def _unique(name: str, counts: dict[str, int]) -> str:
+    """`name`, numbered from its second use on."""
+    counts[name] = counts.get(name, 0) + 1
+    return name if counts[name] == 1 else f"{name}-{counts[name]}"
 
 
 def _save(pictures: Sequence[Drawing], files: _Files) -> list[Path]:
-    """Write them and say which file each picture is in."""
+    """Write the files; return the one that each image is in."""
     from starflow2.core.images import contact_sheet, save_png
 
     if files.sheet is not None:
@@ -269,7 +273,7 @@ def _row(picture: Drawing, path: Path, seconds: float) -> dict[str, Any]:
 
 
 def _lines(path: Path | None) -> list[str]:
-    """Prompts of a file, one on each line; blank lines are skipped."""
+    """The prompts of a file, one per line; blank lines are skipped. Raises DataError."""
     if path is None:
         return []
     try:

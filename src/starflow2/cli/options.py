@@ -1,132 +1,178 @@
-"""What the commands share: options that mean the same everywhere, refusals on one line, bars, JSON files.
+"""What the verbs share: common options, checks of arguments, loading a model, progress bars, JSON files.
 
-Imports neither torch nor rich before they are used, so that `starflow2 --help` stays quick. Not here: any command.
+Imports neither torch nor rich before they are used, so that `starflow2 --help` stays quick. Not here: any verb.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
-from tyro.conf import arg
-
 import starflow2
+from starflow2.cli.parsing import Option, flags
 from starflow2.core.files import check_writable, replacing
-from starflow2.errors import ConfigError, OutputError, PromptError, nearest
+from starflow2.errors import OutputError, PromptError, StateError, UsageError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from starflow2.pipeline import StarFlow2
+    from starflow2.training.config import RunConfig, StageConfig
+    from starflow2.training.loop import StepReport
 
 __all__ = [
     "PROGRAM",
     "Command",
     "Device",
     "Guidance",
+    "ImageFile",
     "JsonFile",
     "Model",
+    "PngFile",
     "PriorScale",
+    "Seed",
     "check_json",
     "check_png",
     "check_seed",
     "check_text",
     "console",
-    "flags",
-    "own",
+    "find_recipe",
+    "importable_folder",
+    "load_joint",
     "png_text",
     "printable",
     "progress",
     "refuse",
+    "training_bar",
     "write_json",
 ]
 
 PROGRAM = "starflow2"
 MAX_SEED = 2**63 - 1
+OWN = "the model's own"
 
-
-def own(metavar: str, text: str, default: str = "the model's own") -> Any:
-    """An option that is None by default, with what that means in its help."""
-    return arg(metavar=metavar, help=text, help_behavior_hint=f"(default: {default})" if default else "")
-
-
-Model = Annotated[str, arg(metavar="NAME", help="nano, a model folder, or a Hub id (owner/name)")]
-Device = Annotated[str, arg(metavar="{auto,cpu,cuda,mps}", help="where to compute")]
-JsonFile = Annotated[Path | None, own("FILE", "also write the outcome to this file as JSON", "")]
-Guidance = Annotated[float | None, own("FLOAT", "how hard to follow the words, in edits too; 0 = off")]
-PriorScale = Annotated[float | None, own("FLOAT", "spread of the prior, 1 = exact sampling")]
+Model = Annotated[str, Option("nano, a model folder, or a Hub id (owner/name)", metavar="NAME")]
+Device = Annotated[str, Option("where to compute", metavar="{auto,cpu,cuda,mps}")]
+JsonFile = Annotated[Path | None, Option("also write the outcome to this file as JSON", metavar="FILE")]
+Guidance = Annotated[float | None, Option("how closely to follow the words, in edits too; 0 = off", default=OWN)]
+PriorScale = Annotated[float | None, Option("spread of the prior; 1 = exact sampling", default=OWN)]
+Seed = Annotated[int, Option("the same seed draws the same image")]
+ImageFile = Annotated[Path, Option("an image file; its middle square is read", metavar="IMAGE")]
+PngFile = Annotated[Path, Option("a .png file", metavar="FILE", short="-o")]
 
 
 class Command(Protocol):
-    """What every command offers; its class docstring is its help."""
+    """A dataclass of options that can be run; its docstring is the help page of its verb."""
 
     verb: ClassVar[str]
 
     def run(self, unknown: Sequence[str]) -> int:
-        """Do it and return the exit status. `unknown`: arguments that are no options of the command itself."""
+        """Run the command and return the exit status. `unknown`: arguments that are no options of the command."""
         ...
 
 
-# -- refusals ---------------------------------------------------------------------------------------------------------
+# -- checks of arguments ----------------------------------------------------------------------------------------------
 
 
 def refuse(unknown: Sequence[str], command: type[Command], hint: str = "", known: Sequence[str] = ()) -> None:
-    """Raise ConfigError for the first argument that nothing takes, with the nearest option there is."""
+    """Raise UsageError for the first argument that the command does not have, with the nearest option.
+
+    known: options beside those of the command.
+    """
     if not unknown:
         return
     name = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
     kind = "option" if name.startswith("-") else "argument"
-    raise ConfigError(
+    raise UsageError(
         f"{command.verb} has no {kind} {name}{hint}.{nearest(name, [*flags(command), *known])} "
         f"See {PROGRAM} {command.verb} --help."
     )
 
 
-def flags(kind: type[Any], prefix: str = "") -> list[str]:
-    """Long options of a dataclass: --steps, --optim.lr, --shard.no-reshards for what is on by default."""
-    found = []
-    for field in dataclasses.fields(kind):
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        if dataclasses.is_dataclass(default) and not isinstance(default, type):
-            found += flags(type(default), f"{prefix}{field.name}.")
-        else:
-            found.append(f"--{prefix}{'no-' if default is True else ''}{field.name}".replace("_", "-"))
-    return found
-
-
 def check_text(*texts: str) -> None:
-    """Raise PromptError for bytes that were no UTF-8; Python hands them on as lone surrogates, which nothing takes."""
+    """Raise PromptError for bytes that are not UTF-8; Python passes them on as lone surrogates."""
     for text in texts:
         if text.encode("utf-8", "ignore").decode() != text:
             raise PromptError(f"{ascii(text)[:60]} is not UTF-8 text.")
 
 
 def check_seed(seed: int, count: int = 1) -> None:
-    """Raise ConfigError where one of the seeds [seed, seed + count) is none."""
+    """Raise UsageError unless all of the seeds [seed, seed + count) are 0 to 2^63 - 1."""
     if not 0 <= seed <= MAX_SEED - count:
-        raise ConfigError(f"--seed is {seed}; expected 0 to 2^63 - 1.")
+        raise UsageError(f"--seed is {seed}; expected 0 to 2^63 - 1.")
 
 
 def check_png(path: Path, option: str = "--output") -> None:
-    """Raise OutputError for a picture that could not be written there, before there is one."""
+    """Raise OutputError if no PNG file can be written to `path`."""
     if path.suffix.lower() != ".png":
         raise OutputError(f"{option} is {path}; expected a name that ends in .png.")
     check_writable(path)
 
 
+def check_json(path: Path | None) -> None:
+    """Raise OutputError if no file can be written to the path that --json gives."""
+    if path is not None:
+        check_writable(path)
+
+
+# -- models and recipes -----------------------------------------------------------------------------------------------
+
+
+def load_joint(name: str, device: str, verb: str) -> StarFlow2:
+    """Load the model of that name. Raises StateError if its streams were not trained together, CheckpointError."""
+    from starflow2.pipeline import StarFlow2
+
+    with console(stderr=True).status("loading"):
+        model = StarFlow2.from_pretrained(name, device=device)
+    if not model.is_joint:
+        done = ", ".join(model.components.finished_stages) or "none"
+        raise StateError(
+            f"{verb} needs a model that has finished stage joint; {name} has finished {done}. "
+            "Train it further, or choose another --model."
+        )
+    return model
+
+
+@contextlib.contextmanager
+def importable_folder() -> Iterator[None]:
+    """Make modules in the current folder importable inside the block, where a user's own recipes are."""
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        sys.path.remove("")
+
+
+def find_recipe(name: str) -> RunConfig:
+    """The run of a recipe's name, or of module:function, also from the current folder. Raises ConfigError."""
+    from starflow2.training.recipes import find
+
+    with importable_folder():
+        return find(name)
+
+
+# -- output -----------------------------------------------------------------------------------------------------------
+
+
 def png_text(prompt: str, seed: int, settings: Mapping[str, Any]) -> dict[str, str]:
-    """What every PNG that we write says about itself; `settings` names the model."""
+    """Text chunks that every PNG file carries; `settings` includes the model's name."""
     about = {"settings": json.dumps(settings), "model": str(settings["model"]), "version": starflow2.__version__}
     return {"prompt": prompt, "seed": str(seed), **about}
 
 
-# -- what is seen -----------------------------------------------------------------------------------------------------
+def write_json(data: dict[str, Any], path: Path | None) -> None:
+    """Write `data` to the path that --json gives, if any."""
+    if path is not None:
+        with replacing(path) as temp:
+            temp.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def printable(text: str) -> str:
-    """`text` without what could steer a terminal: no model and no file gets to write escape codes.
+    """`text` without control characters, so that neither a model nor a file can write escape codes to a terminal.
 
     >>> printable("two \\x1b[31mred hearts")
     'two [31mred hearts'
@@ -135,7 +181,7 @@ def printable(text: str) -> str:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Where tables (standard output) and bars (standard error) go."""
+    """A rich console for tables (standard output) or bars (standard error)."""
     from rich.console import Console
 
     return Console(stderr=stderr)
@@ -143,7 +189,7 @@ def console(*, stderr: bool = False) -> Console:
 
 @contextlib.contextmanager
 def progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error and the function (done, in all) that moves it."""
+    """A progress bar on standard error and the function (done, total) that moves it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
@@ -159,17 +205,31 @@ def progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         yield step
 
 
-# -- JSON files -------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def training_bar(stage: StageConfig, latents: int) -> Iterator[Callable[[StepReport], None]]:
+    """A progress bar for one stage and the function that takes its reports.
+
+    latents: per image. Where standard error is no terminal, every report becomes a line instead, for log files.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    screen = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+    with Progress(*columns, console=screen, disable=not screen.is_terminal) as bar:
+        task = bar.add_task(stage.name, total=stage.steps, state="starting")
+
+        def report(step: StepReport) -> None:
+            state = _training_state(step, latents)
+            bar.update(task, completed=step.step, state=state)
+            if not screen.is_terminal:
+                screen.print(f"{step.stage} {step.step}/{step.steps} {state}", soft_wrap=True, highlight=False)
+
+        yield report
 
 
-def check_json(path: Path | None) -> None:
-    """Raise OutputError now for a --json file that could not be written in the end."""
-    if path is not None:
-        check_writable(path)
-
-
-def write_json(data: dict[str, Any], path: Path | None) -> None:
-    """Write `data` where --json asks for it."""
-    if path is not None:
-        with replacing(path) as temp:
-            temp.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+def _training_state(step: StepReport, latents: int) -> str:
+    """For instance: loss 0.123 · 71 images/s · 4,569 latents/s · 12 min left"""
+    minutes = step.eta_s / 60
+    left = f"{minutes:.0f} min" if minutes >= 2 else f"{step.eta_s:.0f} s"
+    rate = step.images_per_s
+    return f"loss {step.metrics['loss']:.4f} · {rate:,.0f} images/s · {rate * latents:,.0f} latents/s · {left} left"

@@ -1,4 +1,4 @@
-"""`starflow2 score` and `invert`: exact likelihood of replies, and the latent code of a picture."""
+"""`starflow2 score`: the exact log probability of a reply, text and images."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from tyro.conf import Positional, arg
-
-from starflow2.cli.conversation import ImageFile, PngFile, conversing
 from starflow2.cli.options import (
     Device,
     JsonFile,
@@ -18,12 +15,13 @@ from starflow2.cli.options import (
     check_json,
     check_png,
     console,
-    own,
+    load_joint,
     printable,
     refuse,
     write_json,
 )
-from starflow2.errors import ConfigError, DataError
+from starflow2.cli.parsing import Option, Positional
+from starflow2.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,27 +31,23 @@ if TYPE_CHECKING:
     from starflow2.inference.likelihood import Score as Scored
     from starflow2.pipeline import StarFlow2
 
-__all__ = [
-    "Invert",
-    "Score",
-]
+__all__ = ["Score"]
 
-
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Say how likely a reply is: exact log probability of words and pictures.
+    """Compute the exact log probability of a reply, text or image.
 
-    The last part is the reply, those before it are what the user said and showed. A part that is the name of a file is
-    a picture, any other is words.
+    The last PART is the reply; those before it are the user's turn. A PART that is the name of a file is an image,
+    anything else is text.
     """
 
     verb: ClassVar[str] = "score"
 
-    parts: Positional[Annotated[tuple[str, ...], arg(metavar="PART", help="words in quotes, or a picture file")]] = ()
-    map: Annotated[Path | None, own("FILE", "show how unlikely each patch of a picture is", "")] = None
+    parts: Positional[Annotated[tuple[str, ...], Option("text in quotes, or an image file", metavar="PART")]] = ()
+    map: Annotated[Path | None, Option("draw a map of how likely each patch of the image is", metavar="FILE")] = None
     json: JsonFile = None
     model: Model = "nano"
     device: Device = "auto"
@@ -61,13 +55,13 @@ class Score:
     def run(self, unknown: Sequence[str]) -> int:
         refuse(unknown, type(self))
         if not self.parts:
-            raise ConfigError("there is nothing to score: give a reply, and before it what it replies to.")
+            raise UsageError("there is nothing to score: give a reply, preceded by what it replies to.")
         if self.map is not None:
-            if not _is_picture(self.parts[-1]):
-                raise ConfigError(f"--map needs a picture as the reply, the last part; it is {self.parts[-1]!r}.")
+            if not _is_image(self.parts[-1]):
+                raise UsageError(f"--map needs an image as the reply, the last PART; it is {self.parts[-1]!r}.")
             check_png(self.map, "--map")
         check_json(self.json)
-        model = conversing(self.model, self.device, self.verb)
+        model = load_joint(self.model, self.device, self.verb)
         parts = [_part(model, part) for part in self.parts]
         scored = model.score(parts[:-1], parts[-1:])
         console().print(_score_table(scored))
@@ -78,23 +72,23 @@ class Score:
         return 0
 
 
-def _is_picture(part: str) -> bool:
-    """Whether the part is the name of a file. Raises DataError for one that only looks like it."""
+def _is_image(part: str) -> bool:
+    """True if the part is the name of a file. Raises DataError if it only looks like one."""
     try:
         if Path(part).is_file():
             return True
-    except (OSError, ValueError):  # too long for a name: words
+    except (OSError, ValueError):  # too long for a file name, so it is text
         return False
-    if part.lower().endswith(PICTURE_SUFFIXES):
-        raise DataError(f"cannot read {part} as a picture: there is no such file.")
+    if part.lower().endswith(IMAGE_SUFFIXES):
+        raise DataError(f"cannot read {part} as an image: there is no such file.")
     return False
 
 
 def _part(model: StarFlow2, part: str) -> str | Tensor:
-    """A picture, read once, or words as they are. Raises DataError."""
+    """The image of a file name as a tensor, or the text itself. Raises DataError."""
     from starflow2.core.images import read_picture
 
-    return read_picture(part, model.components.cfg.fae.image_size) if _is_picture(part) else part
+    return read_picture(part, model.components.cfg.fae.image_size) if _is_image(part) else part
 
 
 def _score_table(scored: Scored) -> Table:
@@ -108,7 +102,7 @@ def _score_table(scored: Scored) -> Table:
     for token in scored.tokens:
         table.add_row(Text(printable(token.text.replace("Ġ", ""))), *_figures(token.log_prob))
     for picture in scored.pictures:
-        label = f"picture, {picture.dims} dims at noise {picture.noise_level:g}"
+        label = f"image, {picture.dims} dimensions at noise level {picture.noise_level:g}"
         table.add_row(label, *_figures(picture.log_prob, picture.dims))
     table.add_section()
     table.add_row("all", *_figures(scored.log_prob))
@@ -142,7 +136,7 @@ def _picture_facts(picture: PictureScore) -> dict[str, Any]:
 
 
 def _save_map(image: str | Tensor, picture: PictureScore, path: Path) -> str:
-    """Write the map and say what its colours mean."""
+    """Write the map; return a line that explains its colours."""
     from starflow2.core.heatmap import heat_map
     from starflow2.core.images import save_png, to_pil
 
@@ -150,63 +144,4 @@ def _save_map(image: str | Tensor, picture: PictureScore, path: Path) -> str:
     low, high = float(picture.patches.min()), float(picture.patches.max())
     about = {"likeliest": f"{high:.3f}", "unlikeliest": f"{low:.3f}", "unit": "nats per patch"}
     save_png(to_pil(heat_map(image, -picture.patches)), path, about)
-    return f"{path}: blue patches are likely (up to {high:.1f} nats), yellow ones are not (down to {low:.1f})"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Invert:
-    """Find the code from which a prompt draws a picture, and draw from it again.
-
-    The reconstruction goes to --output; what --swap draws from the same code goes beside it, as FILE-swap.png.
-    """
-
-    verb: ClassVar[str] = "invert"
-
-    image: Positional[ImageFile]
-    prompt: Positional[Annotated[str, arg(metavar="PROMPT", help='what the picture shows, in quotes; "" for no words')]]
-    output: PngFile = Path("out.png")
-    swap: Annotated[str | None, own("PROMPT", "draw this from the same code, too", "")] = None
-    json: JsonFile = None
-    model: Model = "nano"
-    device: Device = "auto"
-
-    def run(self, unknown: Sequence[str]) -> int:
-        refuse(unknown, type(self))
-        swapped = self.output.with_name(f"{self.output.stem}-swap{self.output.suffix}")
-        files = [self.output] if self.swap is None else [self.output, swapped]
-        for path in files:
-            check_png(path)
-        check_json(self.json)
-        facts = self._drawn(conversing(self.model, self.device, self.verb), files)
-        print(f"code: {facts['log_prob']:.3f} nats, {facts['bits']:.3f} bits, {facts['nats_per_dim']:.4f} -nats/dim")
-        print(f"reconstruction: {facts['psnr_db']:.1f} dB PSNR")
-        for path in files:
-            print(path)
-        write_json(facts, self.json)
-        return 0
-
-    def _drawn(self, model: StarFlow2, files: Sequence[Path]) -> dict[str, Any]:
-        """Invert, draw, write; the facts for --json."""
-        from starflow2.core.images import psnr, read_picture, save_png, to_tensor
-
-        for words in filter(None, (self.prompt.strip(), self.swap)):
-            model.check_prompt(words)
-        image = read_picture(self.image, model.components.cfg.fae.image_size)
-        with console(stderr=True).status("drawing"):
-            code = model.invert(image, self.prompt)
-            prompts = [self.prompt] if self.swap is None else [self.prompt, self.swap]
-            drawn = [model.from_code(code, prompt) for prompt in prompts]
-        for picture, prompt, path in zip(drawn, prompts, files, strict=True):
-            about = {"prompt": prompt, "source": str(self.image), "inverted with": self.prompt}
-            save_png(picture, path, about | {"model": model.components.cfg.name})
-        return {
-            "image": str(self.image),
-            "prompt": self.prompt,
-            "swap": self.swap,
-            "files": [str(path) for path in files],
-            "log_prob": code.log_prob,
-            "bits": code.log_prob / math.log(2),
-            "nats_per_dim": -code.log_prob / code.z.numel(),
-            "psnr_db": float(psnr(to_tensor(drawn[0])[None], image[None])),
-            "model": model.components.cfg.name,
-        }
+    return f"{path}: blue patches are likely (up to {high:.1f} nats), yellow ones unlikely (down to {low:.1f})"

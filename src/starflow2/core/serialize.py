@@ -2,7 +2,7 @@
 
 A config is a frozen keyword-only dataclass of bool, int, float, str, None, Literal, tuple, dict[str, X], unions of
 those and further dataclasses. Reading one back names every key: an unknown one, a missing one and a value of another
-type each raise ConfigError with the path to it. Not a parser of command lines (tyro reads the same dataclasses) and
+type each raise ConfigError with the path to it. Not a parser of command lines (cli.parsing is) and
 not a place for defaults from elsewhere: what is in the dictionary is the whole config.
 """
 

@@ -1,0 +1,66 @@
+"""`starflow2 edit`: change an image as an instruction says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from starflow2.cli.options import (
+    Device,
+    Guidance,
+    ImageFile,
+    JsonFile,
+    Model,
+    PngFile,
+    PriorScale,
+    Seed,
+    check_json,
+    check_png,
+    check_seed,
+    console,
+    load_joint,
+    png_text,
+    refuse,
+    write_json,
+)
+from starflow2.cli.parsing import Option, Positional
+
+__all__ = ["Edit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """Change an image as an instruction says."""
+
+    verb: ClassVar[str] = "edit"
+
+    image: Positional[ImageFile]
+    instruction: Positional[Annotated[str, Option("what to change, in quotes", metavar="INSTRUCTION")]]
+    output: PngFile = Path("out.png")
+    seed: Seed = 0
+    guidance: Guidance = None
+    prior_scale: PriorScale = None
+    json: JsonFile = None
+    model: Model = "nano"
+    device: Device = "auto"
+
+    def run(self, unknown: Sequence[str]) -> int:
+        refuse(unknown, type(self))
+        check_seed(self.seed)
+        check_png(self.output)
+        check_json(self.json)
+        from starflow2.core.images import save_png
+        from starflow2.inference.config import DrawConfig
+
+        model = load_joint(self.model, self.device, self.verb)
+        config = DrawConfig.for_model(model.components, guidance=self.guidance, prior_scale=self.prior_scale)
+        with console(stderr=True).status("drawing"):
+            made = model.edit(self.image, self.instruction, seed=self.seed, config=config)
+        about = png_text(self.instruction, self.seed, made.settings)
+        save_png(made.image, self.output, about | {"source": str(self.image)})
+        print(self.output)
+        facts = {"file": str(self.output), "image": str(self.image), "instruction": self.instruction}
+        write_json(facts | {"seed": self.seed, "settings": made.settings, "gain": made.gain}, self.json)
+        return 0

@@ -1,0 +1,58 @@
+"""`starflow2 info`: parameters, bytes and cache of a recipe or model, and a plan of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from starflow2.cli.options import JsonFile, check_json, console, find_recipe, importable_folder, refuse, write_json
+from starflow2.cli.parsing import Option, Positional
+from starflow2.errors import UsageError
+
+__all__ = ["Info"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Count parameters, bytes and cache of a recipe or a model folder; with --gpus, plan its training.
+
+    The plan (memory by component, FLOPs, days) is calculated at an assumed share of peak, not measured.
+    """
+
+    verb: ClassVar[str] = "info"
+
+    name: Positional[Annotated[str, Option("recipe name, module:function, or a model folder", metavar="RECIPE")]] = (
+        "nano"
+    )
+    gpus: Annotated[int | None, Option("plan the recipe's training on this many GPUs", default="no plan")] = None
+    gpu_memory: Annotated[float, Option("GiB of each GPU")] = 80.0
+    gpu_tflops: Annotated[float, Option("dense bfloat16 peak of each GPU; 989 is an H100")] = 989.0
+    json: JsonFile = None
+
+    def run(self, unknown: Sequence[str]) -> int:
+        refuse(unknown, type(self))
+        check_json(self.json)
+        from starflow2.models.summary import describe, table
+        from starflow2.training.recipes import find_config
+
+        with importable_folder():
+            config = find_config(self.name)
+        facts, tables = describe(config), []
+        if self.gpus is not None:
+            facts["plan"], shown = self._plan(self.gpus)
+            tables.append(shown)
+        console().print(table(facts), *tables)
+        write_json(facts, self.json)
+        return 0
+
+    def _plan(self, gpus: int) -> tuple[dict[str, Any], Any]:
+        """The plan as JSON and as a table."""
+        from starflow2.training.planner import Hardware, plan, table
+
+        if Path(self.name).is_dir():
+            raise UsageError(f"--gpus plans the stages of a recipe, but {self.name} is a model folder; name a recipe.")
+        hardware = Hardware(gpus=gpus, gpu_memory=self.gpu_memory, peak=1e12 * self.gpu_tflops)
+        planned = plan(find_recipe(self.name), hardware)
+        return planned, table(planned)
