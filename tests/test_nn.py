@@ -289,10 +289,49 @@ def test_a_fork_repeats_rows_bit_for_bit_and_shares_no_memory(copies: int) -> No
         assert torch.equal(k, keys[layer]) and torch.equal(v, values[layer])
 
 
+def test_a_cache_made_from_the_state_of_another_is_equal_and_shares_no_memory() -> None:
+    cache, keys, values = filled(length=5, capacity=16)
+    state = cache.state()
+    assert list(state) == ["0.k", "0.v", "1.k", "1.v"] and state["0.k"].shape == (3, 2, 5, 4)
+    twin = Cache.from_state(state)
+    assert twin.length == 5 and twin.depth == 2
+    twin.append(0, torch.zeros(3, 2, 1, 4), torch.zeros(3, 2, 1, 4))
+    twin.truncate(0)
+    for layer in range(2):
+        for x in twin.append(layer, torch.full((3, 2, 5, 4), 9.0), torch.full((3, 2, 5, 4), 9.0)):
+            assert x.eq(9).all()
+    for layer, (k, v) in enumerate(held(cache)):
+        assert torch.equal(k, keys[layer]) and torch.equal(v, values[layer])
+
+
+def test_a_stack_continues_from_a_saved_state_as_from_the_cache_itself() -> None:
+    body, x, where = stack(), torch.randn(2, 8, 48), places(2, 8)
+    with torch.no_grad():
+        cache = Cache(CFG.depth)
+        body(x[:, :5], where[:, :5], None, cache)
+        again = Cache.from_state({name: value.clone() for name, value in cache.state().items()})
+        wanted, got = (body(x[:, 5:], where[:, 5:], None, c) for c in (cache, again))
+    assert torch.equal(got, wanted)  # the same values in the same shapes
+
+
+def test_a_state_that_no_cache_could_have_is_refused() -> None:
+    state = filled()[0].state()
+    for broken in (
+        {},
+        {"0.k": state["0.k"]},
+        {**state, "2.k": state["0.k"]},
+        {f"vlm.{k}": v for k, v in state.items()},
+    ):
+        with pytest.raises(ShapeError, match="has keys"):
+            Cache.from_state(broken)
+    with pytest.raises(ShapeError, match="has shapes"):
+        Cache.from_state({**state, "1.v": state["1.v"][:, :, :4]})
+
+
 def test_an_empty_cache_holds_nothing_and_forks_into_one() -> None:
     cache = Cache(2)
     assert cache.length == cache.nbytes == 0
-    assert cache.fork(2).nbytes == 0
+    assert cache.fork(2).nbytes == 0 and cache.state() == {}
 
 
 def test_branches_of_a_fork_continue_as_if_they_had_been_alone() -> None:

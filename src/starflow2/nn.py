@@ -6,6 +6,7 @@ Letters: B batch, T positions, C width, H heads, K head dim, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -210,6 +211,30 @@ class Cache:
             for pair in self._buffers
         ]
         return twin
+
+    def state(self) -> dict[str, Tensor]:
+        """Keys and values of the filled positions by layer: "0.k", "0.v", "1.k", ..., each (B, H, T, K), as views.
+
+        Empty for a cache without positions. `from_state` makes an equal cache of it.
+        """
+        return {f"{i}.{name}": x for i, pair in enumerate(self.filled()) for name, x in zip("kv", pair, strict=True)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Cache:
+        """A cache that holds copies of these keys and values, named as `state` names them.
+
+        Raises ShapeError for other names, a layer that is missing, and layers of unequal shape.
+        """
+        depth = len(state) // 2
+        wanted = {f"{i}.{name}" for i in range(depth) for name in "kv"}
+        if not state or set(state) != wanted:
+            raise ShapeError(
+                f"the state of a cache has keys {sorted(state)}; expected 0.k, 0.v, 1.k, ... of all layers."
+            )
+        if len({x.shape for x in state.values()}) > 1:
+            shapes = {name: tuple(x.shape) for name, x in state.items()}
+            raise ShapeError(f"the state of a cache has shapes {shapes}; expected one (B, H, T, K) for all.")
+        return cls.of([(state[f"{i}.k"], state[f"{i}.v"]) for i in range(depth)])
 
     def filled(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (B, H, T, K) of every layer, as far as they are filled."""
