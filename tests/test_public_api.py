@@ -18,7 +18,8 @@ LOOK = f"import sys, starflow2; print([name for name in {HEAVY} if name in sys.m
 
 
 def test_the_export_list_is_what_we_promised():
-    assert starflow2.__all__ == ["StarFlow2", "StarFlowError", "__version__"]
+    events = ["Drew", "Event", "Finished", "Made", "Started", "Wrote"]
+    assert sorted(starflow2.__all__) == sorted(["StarFlow2", "Session", *events, "StarFlowError", "__version__"])
     assert starflow2.__version__ == "0.1.0"
     assert set(starflow2.__all__) <= set(dir(starflow2))
 
@@ -26,6 +27,15 @@ def test_the_export_list_is_what_we_promised():
 def test_importing_the_package_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_exported_name_is_found_where_it_lives():
+    from starflow2 import Session, StarFlow2, Wrote
+    from starflow2.inference import events, session
+    from starflow2.pipeline import StarFlow2 as Pipeline
+
+    assert (Session, Wrote, StarFlow2) == (session.Session, events.Wrote, Pipeline)
+    assert all(getattr(starflow2, name) is not None for name in starflow2.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error():
