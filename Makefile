@@ -20,7 +20,10 @@ space := $(empty) $(empty)
 # Nothing here may pull torchvision in: one that does not match torch breaks transformers.
 PACKAGES := -c constraints.txt -e '.[dev]' tensorboard
 
-.PHONY: help setup demo test check slow docs nano
+# Tests that compare two routes to one number: they have to pass with any instruction set.
+EXACT := tests/flow tests/inference tests/models/test_pretzel.py tests/models/test_prefix.py tests/models/test_sequence.py
+
+.PHONY: help setup demo test check exact portable slow docs nano
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -36,10 +39,10 @@ setup: .venv/.stamp ## .venv with exact versions, about 20 seconds
 	  || $(BIN)/python -m pip install -q $(PACKAGES)
 	@touch $@
 
-demo: setup ## draw, edit, answer and tell with the shipped weights, into out/demo
+demo: setup ## images, edits, answers and a story by the shipped weights, into out/demo
 	$(BIN)/starflow2 demo
 
-test: check ## lint, types and the tests that need neither time nor an accelerator
+test: check ## lint, types and the quick tests, which need no accelerator
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not gpu"
 
 check: setup ## lint, format and types only
@@ -47,7 +50,13 @@ check: setup ## lint, format and types only
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-slow: setup ## the tests that take their time
+exact: setup ## the tests of exactness without vector instructions, a minute
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not gpu" $(EXACT)
+
+portable: setup ## the suite under other threads and instruction sets, half an hour; one line each
+	$(BIN)/python scripts/portable.py --jobs $(JOBS)
+
+slow: setup ## the slow tests
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "slow and not gpu"
 
 docs: setup ## write docs/api.md from the source

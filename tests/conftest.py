@@ -1,4 +1,7 @@
-"""Fixtures for every test: fixed seeds, one thread per worker, no network, a device, stored values, shared material."""
+"""Fixtures for every test: seeds, threads, no network, a device, stored values, shared material.
+
+A worker of pytest-xdist computes with one thread; STARFLOW2_TEST_THREADS sets another number.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # a worker has one core; a number that is set, not found, also keeps MKL from choosing one on its own
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_threads())
+    # a worker has one core; a number that is set explicitly also keeps MKL from choosing one on its own
+    usual = 1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_threads()
+    torch.set_num_threads(int(os.environ.get("STARFLOW2_TEST_THREADS", usual)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
