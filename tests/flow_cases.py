@@ -22,7 +22,6 @@ from starflow2.flow import (
     Sequential,
     ShallowFlow,
     Solver,
-    solve,
 )
 from starflow2.nn import StackConfig
 
@@ -48,7 +47,7 @@ class Case:
     def inverse(self, z: Tensor, solver: Solver | None = None) -> Tensor:
         solver = solver or Sequential()
         if isinstance(self.piece, AffineBlock):
-            return solve(self.piece, z, self.context, self.noise_level, solver=solver).x
+            return self.piece.inverse(z, self.context, self.noise_level, solver=solver)
         if isinstance(self.piece, ShallowFlow):
             return self.piece.inverse(z, self.noise_level, solver)
         config = SampleConfig(deep_solver=solver, shallow_solver=solver)

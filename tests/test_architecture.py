@@ -146,8 +146,8 @@ def test_the_flow_library_stands_alone():
         ("cli/app.py", "from PIL import Image", away_from_home),
         ("nn.py", "from torch import distributed as dist", away_from_home),
         ("nn.py", "import torch\ntorch.distributed.barrier()", away_from_home),
-        ("flow/solve.py", "import einops", beyond_the_flow),
-        ("flow/solve.py", "from starflow2.core.images import to_pil", beyond_the_flow),
+        ("flow/solver.py", "import einops", beyond_the_flow),
+        ("flow/solver.py", "from starflow2.core.images import to_pil", beyond_the_flow),
     ],
 )
 def test_the_rules_above_catch_what_they_are_for(path, code, rule):

@@ -24,9 +24,8 @@ from torch import Tensor
 
 from starflow2.core.images import psnr, to_floats
 from starflow2.errors import DataError, StateError
-from starflow2.flow import AffineBlock, BlockConfig, Context, Flow, Jacobi, SampleConfig, solve
+from starflow2.flow import AffineBlock, BlockConfig, Context, Flow, Guide, Jacobi, SampleConfig
 from starflow2.flow.block import scan
-from starflow2.flow.solve import Guide
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import Completed, DecodedImage, Token
@@ -288,7 +287,7 @@ def _cached_is_full(m: _Material) -> float:
     for block in (m.flow.deep, *reversed(m.flow.shallow.blocks)):
         assert isinstance(block, AffineBlock)
         context = m.context if block is m.flow.deep else None
-        cached = solve(block, z, context, m.level).x
+        cached = block.inverse(z, context, m.level)
         inward = scan(cached, block.cfg.direction)
         run = block.begin(len(z), context, m.level)
         affine = block.predict(F.pad(inward, (0, 0, 0, 1)), (0, block.cfg.num_latents), run)
@@ -301,7 +300,7 @@ def _cached_is_full(m: _Material) -> float:
 def _parallel_inverse(m: _Material) -> float:
     """All latents at once, iterated (Jacobi), against one after the other; from where drawn scenes land in z."""
     z, _ = m.flow(m.x, m.context, m.level)
-    u = solve(m.flow.deep, z, m.context, m.level, solver=JACOBI).x
+    u = m.flow.deep.inverse(z, m.context, m.level, solver=JACOBI)
     return _gap(m.flow.shallow.inverse(u, m.level, JACOBI), m.flow.inverse(z, m.context, m.level))
 
 
@@ -333,8 +332,8 @@ def _no_guidance(m: _Material) -> float:
     """Both branches with guidance 0, against the conditional branch by itself."""
     flow, (context, unconditional), level = _sampler(m)
     z = flow.prior(list(range(len(m.x)))).to(level)
-    plain = solve(flow.deep, z, context, level).x
-    return _gap(solve(flow.deep, z, context, level, guide=Guide(unconditional, 0.0)).x, plain)
+    plain = flow.deep.inverse(z, context, level)
+    return _gap(flow.deep.inverse(z, context, level, guide=Guide(unconditional, 0.0)), plain)
 
 
 def _codec(m: _Material) -> float:

@@ -20,15 +20,14 @@ from starflow2.flow import (
     Context,
     Flow,
     FlowConfig,
+    Guide,
     Jacobi,
     NoiseConfig,
     NoiseEmbedding,
     SampleConfig,
-    solve,
 )
 from starflow2.flow.affine import Schedule, strengths
 from starflow2.flow.noise import add_noise
-from starflow2.flow.solve import Guide
 from starflow2.nn import StackConfig
 
 F64 = torch.float64
@@ -138,13 +137,13 @@ def test_guided_samples_equal_two_separate_branches_stepped_by_hand(rule: str, s
             strength = 1.5 if schedule == "constant" else 1.5 * n / 5
             buffer[:, n] = cond.guide(uncond, strength, rule).denormalize(z[:, : n + 1])[:, n]
     guide = Guide(empty, 1.5, rule, schedule)
-    got = solve(block, z, context, guide=guide).x
+    got = block.inverse(z, context, guide=guide)
     assert gap(got, buffer[:, :-1]) <= 1e-4
-    parallel = solve(block, z, context, guide=guide, solver=Jacobi())
-    assert gap(parallel.x, got) <= 1e-4
+    parallel = block.inverse(z, context, guide=guide, solver=Jacobi())
+    assert gap(parallel, got) <= 1e-4
     config = SampleConfig(guidance=1.5, rule=rule, schedule=schedule)
     assert gap(flow.sample(z, context, empty, config=config), flow.shallow.inverse(got)) <= 1e-6
-    assert gap(got, solve(block, z, context).x) > 1e-2
+    assert gap(got, block.inverse(z, context)) > 1e-2
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -411,7 +410,7 @@ def test_flow_parameters_collect_no_gradient_from_denoising() -> None:
 def test_a_block_with_context_still_runs_without_one_from_its_start() -> None:
     block = wake(AffineBlock(block_config(context_dim=WIDE)))
     x = torch.randn(2, 6, 3)
-    assert gap(solve(block, block(x)[0]).x, x) <= 1e-4
+    assert gap(block.inverse(block(x)[0]), x) <= 1e-4
     assert gap(block(x)[0], block(x, replace(contexts("plain")))[0]) > 1e-3
 
 

@@ -4,12 +4,14 @@ Needs torch only. See docs/flows.md for a twelve-line example on one's own vecto
 """
 
 from starflow2.flow.affine import Affine, standard_normal_log_prob
-from starflow2.flow.block import AffineBlock, BlockConfig, Context
+from starflow2.flow.block import AffineBlock, BlockConfig
+from starflow2.flow.context import Context, Guide
 from starflow2.flow.model import Flow, FlowConfig, SampleConfig, ShallowFlow
 from starflow2.flow.noise import NoiseConfig, NoiseEmbedding
-from starflow2.flow.solve import BlockJacobi, Jacobi, Sequential, Solution, Solver, solve
+from starflow2.flow.solver import SEQUENTIAL, BlockJacobi, Jacobi, Sequential, Solution, Solver, solve
 
 __all__ = [
+    "SEQUENTIAL",
     "Affine",
     "AffineBlock",
     "BlockConfig",
@@ -17,6 +19,7 @@ __all__ = [
     "Context",
     "Flow",
     "FlowConfig",
+    "Guide",
     "Jacobi",
     "NoiseConfig",
     "NoiseEmbedding",

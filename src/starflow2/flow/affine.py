@@ -30,10 +30,10 @@ def soft_clip(x: Tensor, bound: float) -> Tensor:
     return bound * torch.tanh(x / bound) if bound else x
 
 
-def strengths(guidance: Strength, schedule: Schedule, at: Tensor, count: int) -> Strength | Tensor:
-    """Guidance for latents number `at` of `count`: the same for all or, "linear", rising from 0 at the first latent to
+def strengths(guidance: Strength, schedule: Schedule, index: Tensor, count: int) -> Strength | Tensor:
+    """Guidance strength at latents `index` of `count`: constant, or rising linearly from 0 at the first latent to
     `guidance` at the last (TARFlow's annealed guidance; docs/choices.md#guidance)."""
-    return guidance if schedule == "constant" else guidance * at / max(1, count - 1)
+    return guidance if schedule == "constant" else guidance * index / max(1, count - 1)
 
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:
@@ -75,11 +75,15 @@ class Affine:
         z = (at_least_fp32(u) - self.mu) * torch.exp(-self.log_scale)
         return -(0.5 * z.square() + self.log_scale + 0.5 * math.log(2 * math.pi)).sum(-1)
 
+    def chunk(self, chunks: int) -> tuple[Affine, ...]:
+        """Parts of equal size along the batch axis."""
+        return tuple(map(Affine, self.mu.chunk(chunks), self.log_scale.chunk(chunks)))
+
     def kl(self, other: Affine) -> Tensor:
         """KL(self | other) of each channel, (B, N, D) nats: what predicting `other` costs where `self` is right."""
         log_ratio = self.log_scale - other.log_scale
-        far = (self.mu - other.mu) * torch.exp(-other.log_scale)
-        return 0.5 * (torch.exp(2 * log_ratio) + far.square() - 1) - log_ratio
+        distance = (self.mu - other.mu) * torch.exp(-other.log_scale)
+        return 0.5 * (torch.exp(2 * log_ratio) + distance.square() - 1) - log_ratio
 
     def guide(self, unconditional: Affine, guidance: float | Tensor, rule: Guidance = "starflow") -> Affine:
         """The Gaussian of classifier-free guidance; guidance 0 returns `self` unchanged. A tensor broadcasts over mu.

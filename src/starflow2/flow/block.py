@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from starflow2.errors import ConfigError, ShapeError
-from starflow2.flow.affine import Affine, Scale, soft_clip
+from starflow2.flow.affine import Affine, Scale, soft_clip, strengths
+from starflow2.flow.context import Context, Guide
 from starflow2.flow.noise import NoiseEmbedding
+from starflow2.flow.solver import SEQUENTIAL, Predict, Progress, Solver, solve
 from starflow2.nn import Cache, CausalStack, StackConfig, at_least_fp32, check, zero_linear
 
-__all__ = ["AffineBlock", "BlockConfig", "Context", "Direction", "Run", "scan"]
+__all__ = ["AffineBlock", "BlockConfig", "Direction", "Run", "scan"]
 
 Direction = Literal["l2r", "r2l"]
 
@@ -49,49 +51,6 @@ class BlockConfig:
         return self.grid[0] * self.grid[1]
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
-    """States in front of the latents. states: (B, T, E); the rest has defaults.
-
-    positions: (B, T, 3), default (0, 0, index). attend: (B, T) bool, False at padding; the last
-    position must be real. step: (B,) third coordinate of the latents, default that of the last state.
-    """
-
-    states: Tensor
-    positions: Tensor | None = None
-    attend: Tensor | None = None
-    step: Tensor | None = None
-
-    def resolved_positions(self) -> Tensor:
-        if self.positions is not None:
-            return self.positions
-        batch, length, _ = self.states.shape
-        index = torch.arange(length, device=self.states.device).float()
-        zeros = torch.zeros_like(index)
-        return torch.stack([zeros, zeros, index], dim=-1).expand(batch, -1, -1)
-
-    def resolved_step(self) -> Tensor:
-        return self.resolved_positions()[:, -1, 2] if self.step is None else self.step
-
-    def joined(self, other: Context) -> Context:
-        """Both contexts as one doubled batch, `self` first; lengths must be equal."""
-        check(self.states, "B T E", "context.states")
-        batch, length, width = self.states.shape
-        check(other.states, "B T E", "unconditional.states", B=batch, T=length, E=width)
-        pairs = (
-            (self.states, other.states),
-            (self.resolved_positions(), other.resolved_positions()),
-            (self._attend(), other._attend()),
-            (self.resolved_step(), other.resolved_step()),
-        )
-        return Context(*(torch.cat(pair) for pair in pairs))
-
-    def _attend(self) -> Tensor:
-        if self.attend is not None:
-            return self.attend
-        return torch.ones(self.states.shape[:2], dtype=torch.bool, device=self.states.device)
-
-
 def scan(x: Tensor, direction: Direction) -> Tensor:
     """x in scan order; its own inverse. (B, N, D)."""
     return x.flip(1) if direction == "r2l" else x
@@ -113,7 +72,7 @@ class Run:
 class AffineBlock(nn.Module):
     """One autoregressive flow block, x <-> z, in either scan direction (paper eq. 2.2).
 
-    x, z: (B, N, D). logdet: (B,) nats, log|dz/dx|. The inverse lives in `flow.solve`.
+    x, z: (B, N, D). logdet: (B,) nats, log|dz/dx|. `forward` is one parallel pass, `inverse` N cached steps.
     """
 
     def __init__(self, cfg: BlockConfig) -> None:
@@ -138,44 +97,72 @@ class AffineBlock(nn.Module):
         """Compute what the config says and no file holds, behind a construction on the meta device."""
         self.above = _above(self.cfg.grid)
 
-    # -- data to prior, one parallel pass --------------------------------------------------------
+    # -- the flow and its inverse ------------------------------------------------------------------
 
     def forward(
         self, x: Tensor, context: Context | None = None, noise_level: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x: (B, N, D) -> z: (B, N, D), logdet: (B,) nats. Raises ShapeError."""
+        """x -> z and logdet, with u = x in scan order: z = (u - mu) exp(-s), logdet = -sum(s) (paper eq. 2.2).
+
+        x: (B, N, D), z: (B, N, D), logdet: (B,) nats. mu and s of every latent at once, each from the latents before
+        it. Raises ShapeError.
+        """
         check(x, "B N D", N=self.cfg.num_latents, D=self.cfg.dim)
-        x = scan(x, self.cfg.direction)
-        run = self.begin(len(x), context, noise_level)
-        affine = self.predict(F.pad(x, (0, 0, 0, 1)), (0, self.cfg.num_latents), run)
-        z, logdet = affine.normalize(x)
+        u = scan(x, self.cfg.direction)
+        run = self.begin(len(u), context, noise_level)
+        affine = self.predict(F.pad(u, (0, 0, 0, 1)), (0, self.cfg.num_latents), run)
+        z, logdet = affine.normalize(u)
         return scan(z, self.cfg.direction), logdet
 
     @torch.no_grad()
-    def whiten_context(self, states: Tensor, smallest: float = 1e-3) -> None:
-        """Set the context projection so that states like these enter with zero mean and unit variance.
+    def inverse(
+        self,
+        z: Tensor,
+        context: Context | None = None,
+        noise_level: Tensor | None = None,
+        *,
+        solver: Solver = SEQUENTIAL,
+        guide: Guide | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """z -> x, with u = x in scan order: u = mu + exp(s) z, solved for u, as mu and s read it (paper eq. 3.5).
 
-        states: (n, E), more than E of them. Directions with less than `smallest` of the largest variance
-        are amplified no further. Language models keep most of their variance in a few directions that say
-        little about the word (our choice: docs/choices.md#whitened-context).
+        z: (B, N, D) -> x: (B, N, D), in float32 or better. progress is called with (latents done, N). Raises
+        ShapeError, and ConfigError for a guide without a context.
         """
-        x = states.double()
-        mean = x.mean(0)
-        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
-        scales = values.clamp(min=smallest * float(values[-1])).rsqrt()
-        whitening = (vectors * scales) @ vectors.T  # (E, E), symmetric: no free rotation, so no luck in it
-        width, dim = self.context_in.weight.shape
-        if width != dim:
-            turn = torch.empty(width, dim, dtype=torch.float64)
-            nn.init.orthogonal_(turn, generator=torch.Generator().manual_seed(0))
-            whitening = turn.to(whitening) @ whitening
-        self.context_in.weight.copy_(whitening)
-        self.context_in.bias.copy_(-(whitening @ mean))
+        check(z, "B N D", "z", N=self.cfg.num_latents, D=self.cfg.dim)
+        z = scan(at_least_fp32(z), self.cfg.direction)
+        predict = self.predictor(len(z), context, noise_level, guide)
+        return scan(solve(predict, z, solver, progress).x, self.cfg.direction)
+
+    def predictor(
+        self,
+        batch: int,
+        context: Context | None = None,
+        noise_level: Tensor | None = None,
+        guide: Guide | None = None,
+    ) -> Predict:
+        """`predict` through a cache, for `solve`; with a guide both branches run as one doubled batch."""
+        if guide is None:
+            run = self.begin(batch, context, noise_level, cached=True)
+            return lambda buffer, targets: self.predict(buffer, targets, run)
+        if context is None:
+            raise ConfigError("guide is given but context is None; guidance needs both branches.")
+        level = None if noise_level is None else noise_level.repeat(2)
+        both = self.begin(2 * batch, context.joined(guide.unconditional), level, cached=True)
+
+        def guided(buffer: Tensor, targets: tuple[int, int]) -> Affine:
+            conditional, unconditional = self.predict(buffer.repeat(2, 1, 1), targets, both).chunk(2)
+            index = torch.arange(*targets).to(buffer)[:, None]
+            strength = strengths(guide.guidance, guide.schedule, index, self.cfg.num_latents)
+            return conditional.guide(unconditional, strength, guide.rule)
+
+        return guided
 
     # -- prediction --------------------------------------------------------------------------------
 
-    def begin(self, batch: int, context: Context | None, noise_level: Tensor | None) -> Run:
-        """Embed what stands in front of the latents and the noise level."""
+    def begin(self, batch: int, context: Context | None, noise_level: Tensor | None, *, cached: bool = False) -> Run:
+        """Embed the noise level and the slots before the latents; `cached`: predict chunk by chunk, through a cache."""
         self._check_conditions(batch, context, noise_level)
         like = self.proj_in.weight
         prefix, positions = [like.new_empty(batch, 0, self.cfg.stack.width)], []
@@ -192,15 +179,19 @@ class AffineBlock(nn.Module):
         noise = None if noise_level is None else self.noise_embedding(noise_level).unsqueeze(1)
         where = torch.cat(positions, 1) if positions else like.new_zeros(batch, 0, 3)
         shift = 0 if self._starts(context) else 1
-        return Run(torch.cat(prefix, 1), where, step, attend, noise, shift)
+        cache = Cache(self.cfg.stack.depth, where.shape[1] + self.cfg.num_latents) if cached else None
+        return Run(torch.cat(prefix, 1), where, step, attend, noise, shift, cache)
 
     def predict(self, buffer: Tensor, targets: tuple[int, int], run: Run) -> Affine:
         """Gaussians of targets [first, last), from the latents before them.
 
-        buffer: (B, N + 1, D) in scan order, its last row zero; rows at and behind `last` - 1 are
-        never read. With a cache in `run`, everything before `first` must already be in it.
+        buffer: (B, N + 1, D) in scan order, its last row zero; rows from `last` - 1 on are never
+        read. With a cache in `run`, targets before `first` must have been predicted; the cache is
+        rewound to them, so that a chunk may be predicted again from other latents.
         """
         first, last = targets
+        if run.cache is not None:
+            run.cache.truncate(run.prefix.shape[1] + first - 1 if first else 0)
         slots, positions = self.slots(buffer, targets, run)
         if run.cache is None or run.cache.length == 0:
             slots = torch.cat([run.prefix[:, :-1].to(slots.dtype), slots], dim=1)
@@ -262,6 +253,29 @@ class AffineBlock(nn.Module):
             raw_scale, mu = raw.chunk(2, dim=-1)
             raw = torch.cat([soft_clip(raw_scale, self.cfg.clip), mu], dim=-1)
             return Affine.from_raw(raw, self.cfg.scale)
+
+    # -- initialisation ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def whiten_context(self, states: Tensor, smallest: float = 1e-3) -> None:
+        """Set the context projection so that states like these enter with zero mean and unit variance.
+
+        states: (n, E), more than E of them. Directions with less than `smallest` of the largest variance
+        are amplified no further. Language models keep most of their variance in a few directions that say
+        little about the word (our choice: docs/choices.md#whitened-context).
+        """
+        x = states.double()
+        mean = x.mean(0)
+        values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+        scales = values.clamp(min=smallest * float(values[-1])).rsqrt()
+        whitening = (vectors * scales) @ vectors.T  # (E, E), symmetric: no free rotation, so no luck in it
+        width, dim = self.context_in.weight.shape
+        if width != dim:
+            turn = torch.empty(width, dim, dtype=torch.float64)
+            nn.init.orthogonal_(turn, generator=torch.Generator().manual_seed(0))
+            whitening = turn.to(whitening) @ whitening
+        self.context_in.weight.copy_(whitening)
+        self.context_in.bias.copy_(-(whitening @ mean))
 
     # -- details -------------------------------------------------------------------------------------
 

@@ -6,7 +6,6 @@ Letters: B batch, N latents, D latent dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 
 from starflow2.errors import ConfigError
 from starflow2.flow.affine import Guidance, Schedule, standard_normal_log_prob
-from starflow2.flow.block import AffineBlock, BlockConfig, Context
+from starflow2.flow.block import AffineBlock, BlockConfig
+from starflow2.flow.context import Context, Guide
 from starflow2.flow.noise import NoiseConfig
-from starflow2.flow.solve import SEQUENTIAL, Guide, Solver, solve
+from starflow2.flow.solver import SEQUENTIAL, Progress, Solver
 
 __all__ = ["Flow", "FlowConfig", "SampleConfig", "ShallowFlow"]
 
@@ -67,11 +67,11 @@ class ShallowFlow(nn.Module):
             logdet = logdet + term
         return x, logdet
 
-    def inverse(self, u: Tensor, noise_level: Tensor | None = None, solver: Solver | None = None) -> Tensor:
+    def inverse(self, u: Tensor, noise_level: Tensor | None = None, solver: Solver = SEQUENTIAL) -> Tensor:
         """u -> x, both (B, N, D), blocks in reverse order; noise_level: (B,) where the blocks were given one."""
         for block in reversed(self.blocks):
             assert isinstance(block, AffineBlock)
-            u = solve(block, u, None, noise_level, solver=solver).x
+            u = block.inverse(u, None, noise_level, solver=solver)
         return u
 
 
@@ -100,7 +100,7 @@ class Flow(nn.Module):
 
     def inverse(self, z: Tensor, context: Context | None = None, noise_level: Tensor | None = None) -> Tensor:
         """z -> x, one latent after the other, exact up to rounding."""
-        u = solve(self.deep, z, context, noise_level).x
+        u = self.deep.inverse(z, context, noise_level)
         return self.shallow.inverse(u, noise_level)
 
     def log_prob(self, x: Tensor, context: Context | None = None, noise_level: Tensor | None = None) -> Tensor:
@@ -121,7 +121,7 @@ class Flow(nn.Module):
         noise_level: Tensor | None = None,
         *,
         config: SampleConfig | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Tensor:
         """Latents from prior draws z: (B, N, D), see `prior`. Guidance acts in the deep block only.
 
@@ -136,15 +136,8 @@ class Flow(nn.Module):
                     "of the empty prompt, or guidance 0."
                 )
             guide = Guide(unconditional, config.guidance, config.rule, config.schedule)
-        u = solve(
-            self.deep,
-            z * config.prior_scale,
-            context,
-            noise_level,
-            solver=config.deep_solver,
-            guide=guide,
-            progress=progress,
-        ).x
+        z = z * config.prior_scale
+        u = self.deep.inverse(z, context, noise_level, solver=config.deep_solver, guide=guide, progress=progress)
         return self.shallow.inverse(u, noise_level, config.shallow_solver)
 
     def prior(self, seeds: list[int]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from starflow2.errors import ConfigError, nearest
 from starflow2.flow.affine import Guidance, Schedule
-from starflow2.flow.solve import SEQUENTIAL, Solver
+from starflow2.flow.solver import SEQUENTIAL, Solver
 from starflow2.models.components import Components
 
 __all__ = [
