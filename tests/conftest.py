@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import random
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def smoke_model(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Pat
     run = (base if worker_id == "master" else base.parent) / "smoke-run"
     with FileLock(f"{run}.lock"):
         if not (run / "done").is_file():
-            recipe = smoke(nano())
+            recipe = smoke(nano())  # fewer captions than usual are read before the first step of stage t2i
+            recipe = replace(recipe, stages=tuple(replace(s, whitening_captions=256) for s in recipe.stages))
             for stage in recipe.stages:
                 fit(recipe, stage.name, run)
             (run / "done").touch()

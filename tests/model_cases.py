@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from functools import cache, partialmethod
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -16,13 +16,11 @@ from starflow2.models.components import Components
 from starflow2.models.config import ModelConfig
 from starflow2.models.tokenizer import ChatTokenizer, train_tokenizer
 from starflow2.nn import StackConfig
-from starflow2.training import tasks as stages
-from starflow2.training.config import MixConfig, OptimConfig, RunConfig, StageConfig
+from starflow2.training.config import MixConfig, RunConfig, StageConfig
 from starflow2.training.recipes import nano_model, smoke
 from starflow2.world.captions import caption_task
 from starflow2.world.questions import known_words, understanding_task
 
-WHITEN = stages.T2iTask._whiten
 WIDTH, LATENT = 40, 4  # of every stream; channels of a latent
 STAGES = ("features", "fae", "vlm", "t2i", "adapter", "joint")
 
@@ -106,17 +104,12 @@ def mix_of(**shares: float) -> MixConfig:
 def tiny_run(steps: int = 4, save_every: int = 2, precision: str = "float32") -> RunConfig:
     """All six stages of the tiny model, `steps` steps of four documents each, every step logged."""
     stages = tuple(
-        StageConfig(name=name, steps=steps, batch=4, optim=OptimConfig())  # type: ignore[arg-type]
+        StageConfig(name=name, steps=steps, batch=4, whitening_captions=64)  # type: ignore[arg-type]
         for name in STAGES
     )
     run = smoke(RunConfig(model=tiny_model(), stages=stages, precision=precision))
     long = tuple(replace(s, steps=steps, save_every=save_every, log_every=1) for s in run.stages)
     return replace(run, stages=long)
-
-
-def whiten_quickly() -> None:
-    """Let a fresh t2i stage look at a few captions only, instead of thousands, in this process from now on."""
-    stages.T2iTask._whiten = partialmethod(WHITEN, 64, 32)  # type: ignore[assignment]
 
 
 def tiny_folder(folder: Path, stages: tuple[str, ...] = ("features", "fae", "vlm")) -> Path:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from model_cases import STAGES, WHITEN, tiny_components, tiny_folder, tiny_run, whiten_quickly
+from model_cases import STAGES, tiny_components, tiny_folder, tiny_run
 from starflow2 import nn as nn_module
 from starflow2.errors import ConfigError, OutputError, TrainingError
 from starflow2.flow import Affine, Flow
@@ -22,7 +22,6 @@ from starflow2.models.pretzel import Pretzel
 from starflow2.training import checkpoint as trainstate
 from starflow2.training import loop as train
 from starflow2.training import parallel
-from starflow2.training import tasks as stages
 from starflow2.training.checkpoint import TrainState, store_for
 from starflow2.training.config import OptimConfig, ShardConfig, StageConfig
 from starflow2.training.parallel import Distributed, check_batch_divides, checkpoint_layers
@@ -179,8 +178,6 @@ def _alone() -> Iterator[None]:
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_trains_in_shards_as_it_does_in_copies(name, tmp_path, monkeypatch):
     monkeypatch.setattr("starflow2.training.tasks.length_groups", lambda lengths, _: [list(range(len(lengths)))])
-    monkeypatch.setattr(stages.T2iTask, "_whiten", WHITEN)  # is put back
-    whiten_quickly()
     told: dict[str, list[float]] = {}
     for mode in ("none", "fsdp"):
         folder = tiny_folder(tmp_path / mode, STAGES[: STAGES.index(name)])

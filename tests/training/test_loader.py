@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
 
-from model_cases import STAGES, WHITEN, tiny_components, tiny_run
+from model_cases import STAGES, tiny_components, tiny_run
 from starflow2.core.images import to_pil
 from starflow2.errors import DataError, TrainingError
 from starflow2.models.checkpoint import load_components, save_components
+from starflow2.models.components import Components
+from starflow2.models.context import drawing_context
 from starflow2.models.sequence import Image, Text, pack
-from starflow2.training import tasks as stages
 from starflow2.training.config import CorpusConfig, StageConfig
 from starflow2.training.datasets import to_images
 from starflow2.training.loop import StepReport, fit
@@ -37,12 +37,6 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder.with_name("mixture.json")
     file.write_text(json.dumps([{"corpus": "captions", "url": str(folder), "weight": 1.0}]))
     return file
-
-
-@pytest.fixture(autouse=True)
-def _few_captions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fresh stage t2i looks at a few captions instead of thousands."""
-    monkeypatch.setattr(T2iTask, "_whiten", partialmethod(WHITEN, 64, 32))
 
 
 def on(mixture: Path, stage: StageConfig, steps: int) -> StageConfig:
@@ -102,19 +96,21 @@ def test_a_stream_goes_on_in_as_many_processes_only(tmp_path, mixture):
         feed_for(T2iTask(components, stage, 0), stage, Distributed(0, 2), step=1, saved=saved)
 
 
-def test_a_fresh_flow_is_whitened_by_the_captions_of_the_mixture(mixture, monkeypatch):
-    seen = list[list[int]]()
-    context = stages.drawing_context
-    monkeypatch.setattr(
-        stages, "drawing_context", lambda components, rows: seen.extend(rows) or context(components, rows)
-    )
+def test_a_fresh_flow_is_whitened_by_the_captions_of_the_mixture(mixture):
     components = tiny_components(STAGES[:3])
-    before = components.flow.deep.context_in.weight.clone()
-    T2iTask(components, on(mixture, StageConfig(name="t2i", steps=2, batch=4), 2), 0)
-    told = [components.tokenizer.decode(row) for row in seen]
-    expected = {f"{caption_task(5, i).prompt}, zebra {i}" for i in range(20) if i != 7}
-    assert len(told) == 64 and set(told) == expected
-    assert not torch.equal(components.flow.deep.context_in.weight, before)
+    task = T2iTask(components, on(mixture, StageConfig(name="t2i", steps=2, batch=4, whitening_captions=64), 2), 0)
+    rows = task.whitening_prompts()
+    captions = {f"{caption_task(5, i).prompt}, zebra {i}" for i in range(20) if i != 7}
+    assert len(rows) == 64 and {components.tokenizer.decode(row) for row in rows} == captions
+    task.initialise()
+    entered = components.flow.deep.context_in(text_states(components, rows))
+    assert entered.mean(0).abs().max() < 1e-3
+
+
+def text_states(components: Components, rows: list[list[int]]) -> torch.Tensor:
+    """The language model's states of all tokens of these prompts."""
+    context = drawing_context(components, rows)
+    return context.states[context.attend]
 
 
 def test_captions_come_out_of_packed_rows_as_they_went_in_and_pictures_before_pictures_are_refused():

@@ -33,9 +33,10 @@ from starflow2.pipeline import StarFlow2
 from starflow2.research.mot import MotComponents
 from starflow2.research.runs import ProgressPrinter, run_parallel
 from starflow2.training.config import MixConfig, OptimConfig, StageConfig
+from starflow2.training.initialise import match_tower_scale, whiten_text_states, world_captions
 from starflow2.training.loop import fit_task
 from starflow2.training.task import Task
-from starflow2.training.tasks import AdapterTask, JointTask, T2iTask
+from starflow2.training.tasks import JointTask, T2iTask
 
 __all__ = ["ARMS", "Arm", "CompareConfig", "compare", "compare_and_keep", "fresh_components", "summary", "write"]
 
@@ -88,8 +89,8 @@ class _Workplace:
         components = fresh_components(self.folder, seed, self.device)
         if arm != "fresh":
             return MotComponents(components, "frozen" if arm == "mot frozen" else "finetuned", seed)
-        for prepare in (T2iTask, AdapterTask):  # both set a scale when they meet weights that are new
-            prepare(components, config.stage("t2i"), seed)
+        whiten_text_states(components, world_captions(components, seed, config.stage("t2i").whitening_captions))
+        match_tower_scale(components, seed)
         return components.requires_grad_(False)
 
     def _ready(self) -> Components:

@@ -41,6 +41,7 @@ FREE = (
     "log_every",
     "accumulate",
     "checkpoint_activations",
+    "whitening_captions",  # read before the first step only
 )  # what a resume may change, and `shard`
 
 

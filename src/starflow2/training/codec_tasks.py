@@ -31,6 +31,9 @@ __all__ = [
 class _Pictures:
     """A task that takes pictures alone; its loss is a mean over them."""
 
+    def initialise(self) -> None:
+        pass
+
     def counts(self, data: Any) -> dict[str, int]:
         return {"pictures": len(data)}
 

@@ -137,6 +137,7 @@ class StageConfig:
     distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
     codec_weight: float = 0.0  # of the FAE's own losses, 0 = frozen; above, FAE and flow train end to end (t2i)
     captions: CaptionConfig = field(default_factory=CaptionConfig)  # of drawings (t2i, joint)
+    whitening_captions: int = 2048  # captions whose text states are measured to whiten a fresh flow's input (t2i)
     mix: MixConfig = field(default_factory=MixConfig)  # of documents (joint)
     warmup_mix: WarmupMixConfig = field(default_factory=WarmupMixConfig)  # what comes before that (joint)
     accumulate: int = 1  # microbatches of a step in every process

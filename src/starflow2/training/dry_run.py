@@ -83,9 +83,6 @@ def rehearse(run: RunConfig, stage_name: str, device: str = "meta") -> dict[str,
     group = Distributed.from_environment(device, stage.shard) if is_real else Distributed()
     torch.manual_seed(run.seed)
     components = build(run.model, device)
-    components.finished_stages = tuple(
-        s.name for s in run.stages
-    )  # nothing is fresh, so no task measures data that is not here
     components.tokenizer = cast(ChatTokenizer, object())  # made-up documents are ids already
     with torch.device(device):
         task = TASKS[stage_name](components, stage, run.seed)

@@ -86,10 +86,12 @@ def fit(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)  # of what a task makes for itself, such as a head
         task = TASKS[stage_name](components, stage, run.seed)
+    saved = store.settings(run, stage) if resume else None
+    if saved is None and stage_name not in components.finished_stages:
+        task.initialise()
     components.finished_stages = (*(s for s in components.finished_stages if s != stage_name), stage_name)
     components.requires_grad_(False)
     task.trained.requires_grad_(True)
-    saved = store.settings(run, stage) if resume else None
     precision = group.broadcast_choice(saved["precision"] if saved else _pick_precision(run.precision, device))
     checkpoint_layers(task, stage)
     group.prepare(task, precision, device)

@@ -43,6 +43,9 @@ class Task(Protocol):
     trained: nn.ModuleDict
     make_batch: Callable[[range], Any]
 
+    def initialise(self) -> None:
+        """Measure on data what fresh weights start from; `fit` calls it once, before a stage's first step."""
+
     def counts(self, data: Any) -> dict[str, int]: ...
 
     def from_documents(self, images: Tensor, batch: Batch) -> Any:

@@ -25,7 +25,8 @@ from starflow2.models.pretzel import Output
 from starflow2.models.sequence import IGNORE, Batch, length_groups, with_pictures
 from starflow2.training.codec_tasks import FaeTask, FeaturesTask
 from starflow2.training.config import StageConfig
-from starflow2.training.datasets import Captions, Documents, joint_dialogue, to_images
+from starflow2.training.datasets import Captions, Documents, joint_dialogue
+from starflow2.training.initialise import match_tower_scale, whiten_text_states, world_captions
 from starflow2.training.losses import (
     count_replies,
     joint_loss,
@@ -35,7 +36,6 @@ from starflow2.training.losses import (
     ntp_loss,
 )
 from starflow2.training.task import WHOLE, LossAndMetrics, LossWeights, Task
-from starflow2.world.captions import caption_task
 from starflow2.world.conversations import understanding_dialogue
 
 __all__ = [
@@ -48,6 +48,9 @@ __all__ = [
 
 class _Packed:
     """A task that takes packed documents as they are."""
+
+    def initialise(self) -> None:
+        pass
 
     def from_documents(self, images: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
         return images, batch
@@ -89,21 +92,16 @@ class T2iTask:
         self.codec = FaeTask(components, stage, seed) if stage.codec_weight else None
         if self.codec is not None:
             self.trained.update(dict(self.codec.trained.items()))
-        if "t2i" not in components.finished_stages:
-            self._whiten()
 
-    def _whiten(self, prompts: int = 2048, batch: int = 128) -> None:
-        """Fresh flows start from whitened text states; see `AffineBlock.whiten_context`."""
-        rows = self._captions(prompts)
-        contexts = [drawing_context(self.components, rows[i : i + batch]) for i in range(0, prompts, batch)]
-        self.components.flow.deep.whiten_context(torch.cat([c.states[c.attend] for c in contexts]))
+    def initialise(self) -> None:
+        whiten_text_states(self.components, self.whitening_prompts())
 
-    def _captions(self, count: int) -> list[list[int]]:
-        """Token ids of the first captions of the mixture, or of the drawn world where the stage has none."""
-        components, corpus = self.components, self.stage.corpus
-        assert components.tokenizer is not None
+    def whitening_prompts(self) -> list[list[int]]:
+        """Token ids of the first `whitening_captions` captions of the mixture, or of the drawn world without one."""
+        components, corpus, count = self.components, self.stage.corpus, self.stage.whitening_captions
         if not corpus.mixture:
-            return [components.tokenizer.drawing_prompt(caption_task(self.seed, i).prompt) for i in range(count)]
+            return world_captions(components, self.seed, count)
+        assert components.tokenizer is not None
         spelling = Spelling(components.tokenizer, components.layout, components.cfg.fae.image_size)
         config = BatchConfig(rows=corpus.rows, width=corpus.width, caption_drop=0.0)
         rows = list[list[int]]()
@@ -168,8 +166,10 @@ class AdapterTask(_Packed):
         seen, latents = components.cfg.vlm.image_grid, components.cfg.flow.deep.grid
         if stage.distill and seen != latents:
             raise ConfigError(f"distill is {stage.distill}, but the tower sees {seen}, latents are {latents}; use 0.")
-        if "adapter" not in components.finished_stages:
-            components.joints.adapter.set_scale(_rms_of_tower(components, seed))
+        self.seed = seed
+
+    def initialise(self) -> None:
+        match_tower_scale(self.components, self.seed)
 
     def counts(self, data: tuple[Tensor, Batch]) -> dict[str, int]:
         return {"text": count_replies(data[1].labels), "distance": len(data[0])}
@@ -290,13 +290,6 @@ def _source_levels(components: Components, count: int, generator: torch.Generato
     level = noise.noise_min + (noise.noise_max - noise.noise_min) * uniform
     level = torch.where(kind < 0.4, torch.full_like(level, noise.noise_min), level)
     return torch.where(kind > 0.7, torch.full_like(level, noise.noise_max), level).to(components.device)
-
-
-@torch.no_grad()
-def _rms_of_tower(components: Components, seed: int, pictures: int = 64) -> float:
-    """Root mean square of what the language model's own tower feeds it: the scale the adapter starts at."""
-    images = to_images([caption_task(seed, i).scene for i in range(pictures)]).to(components.device)
-    return float(components.vlm.see(images).square().mean().sqrt())
 
 
 TASKS: dict[str, Callable[[Components, StageConfig, int], Task]] = {
