@@ -115,7 +115,7 @@ def main() -> None:
     write_album(asked.out / "album", asked.pictures, seed=7)
     before = StarFlow2.from_pretrained(asked.model, device=asked.device)
     album = read_album(asked.out / "album", before.components.cfg.fae.image_size)
-    result: dict[str, Any] = {"codec_ceiling": codec_ceiling(before, album.pictures)}
+    result: dict[str, Any] = {"codec_ceiling": codec_ceiling(before, album.images)}
     result["before"] = scores(before, asked.samples, asked.quick_suite == "yes")
     config = FinetuneConfig(steps=asked.steps, lr=asked.lr, replay=asked.replay, batch=asked.batch)
     started = time.perf_counter()

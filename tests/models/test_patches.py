@@ -26,7 +26,7 @@ from starflow2.models.summary import describe
 from starflow2.pipeline import StarFlow2
 from starflow2.training.config import StageConfig
 from starflow2.training.datasets import to_images
-from starflow2.training.dry_run import rehearse
+from starflow2.training.dry_run import dry_run
 from starflow2.training.loop import fit
 from starflow2.training.recipes import nano, nano_patches, smoke, with_patches
 from starflow2.training.tasks import TASKS
@@ -218,5 +218,5 @@ def test_patches_go_through_their_stages(tmp_path):
 def test_the_recipe_takes_a_step_in_miniature():
     run = smoke(nano_patches())
     assert run.model == nano_patches().model and [s.name for s in run.stages] == list(DONE)
-    facts = rehearse(run, "t2i", "cpu")
+    facts = dry_run(run, "t2i", "cpu")
     assert torch.tensor([facts["loss"], facts["grad_norm"]]).isfinite().all() and facts["grad_norm"] > 0

@@ -158,7 +158,7 @@ def test_moments_of_eight_bits_are_small_close_and_go_on_bit_for_bit(states, pac
 
 def test_drawings_are_counted_by_their_pictures():
     task: Task = TASKS["t2i"](tiny_components(STAGES), RUN.stage("t2i"), 0)
-    assert task.counts(task.make_batch(range(2))) == {"pictures": 2}
+    assert task.counts(task.make_batch(range(2))) == {"images": 2}
 
 
 # -- one process with the code of many

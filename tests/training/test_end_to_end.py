@@ -15,7 +15,7 @@ from starflow2.models.checkpoint import load_components
 from starflow2.models.context import drawing_context
 from starflow2.models.sequence import length_groups
 from starflow2.training.config import OptimConfig, StageConfig
-from starflow2.training.dry_run import rehearse
+from starflow2.training.dry_run import dry_run
 from starflow2.training.loop import fit
 from starflow2.training.losses import ngp_loss
 from starflow2.training.planner import SCHEMES, Hardware, Sizes, plan, state_bytes
@@ -81,7 +81,7 @@ def test_noise_of_the_posterior_is_no_way_around_it():
     for log_var in (-8.0, 4.0):
         with torch.no_grad():
             task.components.fae.encoder.head.bias[LATENT:] = log_var
-            latents, _, _ = task._encoded(data[0], torch.Generator().manual_seed(0))
+            latents, _, _ = task._encode(data[0], torch.Generator().manual_seed(0))
         seen.append(latents.flatten(0, 1).std(0, correction=0))
     assert all((std - 1).abs().max() < 1e-2 for std in seen)
 
@@ -150,9 +150,9 @@ def test_the_recipe_is_nano_but_for_the_weight_and_takes_a_step_in_miniature():
     assert run.model == nano().model
     plain = tuple(replace(s, codec_weight=0.0) for s in nano_end_to_end().stages)
     assert plain == nano().stages and run.stage("t2i").codec_weight > 0
-    facts = rehearse(run, "t2i", "cpu")
+    facts = dry_run(run, "t2i", "cpu")
     assert torch.tensor([facts["loss"], facts["grad_norm"]]).isfinite().all()
-    assert facts["parameters"]["trained"] > rehearse(smoke(nano()), "t2i")["parameters"]["trained"]
+    assert facts["parameters"]["trained"] > dry_run(smoke(nano()), "t2i")["parameters"]["trained"]
 
 
 def test_the_plan_counts_what_trains():

@@ -24,7 +24,7 @@ from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
 from starflow2.models.lora import LoraConfig
 from starflow2.models.prompts import check_words
-from starflow2.training.finetune import FinetuneConfig, _task, finetune, read_album
+from starflow2.training.finetune import FinetuneConfig, finetune, finetune_task, read_album
 from starflow2.training.loop import StepReport
 from starflow2.world.captions import caption_task
 
@@ -123,7 +123,7 @@ def test_finetuning_changes_the_deep_block_alone_and_the_lexicon_grows(tmp_path,
 def test_the_loss_of_an_album_falls_when_nothing_is_replayed(album_folder):
     components = tiny_components(STAGES[:4])
     config = FinetuneConfig(steps=12, batch=4, replay=0.0, lr=1e-2, lora=LoraConfig(rank=4))
-    task = _task(components, read_album(album_folder, 64), config)
+    task = finetune_task(components, read_album(album_folder, 64), config)
     data, losses = task.make_batch(range(4)), list[float]()
     optimizer = torch.optim.AdamW(task.trained.parameters(), lr=1e-2)
     for _ in range(12):
@@ -139,24 +139,23 @@ def test_the_loss_of_an_album_falls_when_nothing_is_replayed(album_folder):
 def test_a_share_of_every_batch_is_the_drawn_world(album_folder, stages):
     def tealness(replay: float) -> float:
         config = FinetuneConfig(steps=1, batch=4, replay=replay)
-        pictures = _task(tiny_components(stages), read_album(album_folder, 64), config).make_batch(range(80))[0]
+        pictures = finetune_task(tiny_components(stages), read_album(album_folder, 64), config).make_batch(range(80))[0]
         return float((pictures[:, 0].amax((1, 2)) < -0.8).float().mean())  # no red anywhere
 
     assert tealness(0.0) == 1.0
     assert 0.2 < tealness(0.5) < 0.7
 
 
-def test_captions_are_heard_as_prompts_are(album_folder):
+def test_captions_are_normalized_as_prompts_are(album_folder):
     components = tiny_components(STAGES[:4])
-    _, rows = _task(components, read_album(album_folder, 64), FinetuneConfig(steps=1, batch=4, replay=0.0)).make_batch(
-        range(40)
-    )
-    said, nothing = (components.tokenizer.drawing_prompt(text) for text in ("a teal circle, twice", ""))
-    assert all(row in (said, nothing) for row in rows) and said in rows
+    config = FinetuneConfig(steps=1, batch=4, replay=0.0)
+    _, rows = finetune_task(components, read_album(album_folder, 64), config).make_batch(range(40))
+    caption, empty = (components.tokenizer.drawing_prompt(text) for text in ("a teal circle, twice", ""))
+    assert all(row in (caption, empty) for row in rows) and caption in rows
 
 
 def test_albums_that_cannot_be_read_say_why(tmp_path, album_folder):
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         read_album(tmp_path / "nowhere", 64)
     (album_folder / "1.txt").write_text(" \n")
     with pytest.raises(DataError, match=r"1\.txt is empty"):
@@ -172,7 +171,7 @@ def test_the_command_teaches_a_folder_and_says_where_the_model_is(tmp_path, albu
     assert main(["finetune", str(album_folder), "--model", str(base), "-o", str(out), *sizes]) == 0
     assert capsys.readouterr().out.strip() == str(out) and (out / "adapter.safetensors").is_file()
     assert main(["finetune", str(tmp_path), "--model", str(base), "-o", str(out), *sizes]) == 2
-    assert "holds no pictures" in capsys.readouterr().err
+    assert "holds no images" in capsys.readouterr().err
 
 
 def test_the_command_and_the_library_begin_from_the_same_settings():
@@ -184,13 +183,13 @@ def test_the_command_and_the_library_begin_from_the_same_settings():
 
 def test_a_model_that_does_not_draw_yet_is_refused(album_folder):
     with pytest.raises(StateError, match="needs t2i"):
-        _task(tiny_components(STAGES[:3]), read_album(album_folder, 64), SMALL)
+        finetune_task(tiny_components(STAGES[:3]), read_album(album_folder, 64), SMALL)
 
 
 def test_the_ceiling_is_what_the_codec_leaves_of_the_new_colour(tmp_path):
     teach = script("teach_word")
     teach.write_album(tmp_path, 4, seed=3)
-    true = read_album(tmp_path, 64).pictures
+    true = read_album(tmp_path, 64).images
     grey = torch.full((4, 3, 64, 64), 0.5)
     for left, share in ((lambda images, noise: images, 1.0), (lambda images, noise: grey, 0.0)):
         model = SimpleNamespace(sampling_noise=0.5, roundtrip=left)

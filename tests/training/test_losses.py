@@ -25,7 +25,7 @@ from starflow2.training.losses import (
     adversarial_losses,
     joint_loss,
     last_edits,
-    masked_picture_loss,
+    masked_image_loss,
     ngp_loss,
     ntp_loss,
     perceptual_loss,
@@ -244,15 +244,15 @@ def test_each_loss_reaches_the_joints_in_front_of_it(components):
     assert all(g.abs().max() > 0 for g in of_text[:2])
 
 
-def test_masked_picture_loss_reads_the_patches_row_by_row_channel_first():
+def test_masked_image_loss_reads_the_patches_row_by_row_channel_first():
     images = torch.randn(2, 3, 8, 12)
     patches = [images[:, :, r : r + 4, c : c + 4].flatten(1) for r in (0, 4) for c in (0, 4, 8)]
     feats = torch.stack(patches, dim=1)  # (B, N, 3 * 4 * 4)
     head = torch.nn.Linear(48, 48)
     torch.nn.init.eye_(head.weight)
     torch.nn.init.zeros_(head.bias)
-    assert masked_picture_loss(feats, head, images, 4).item() == 0
-    assert masked_picture_loss(feats + 0.5, head, images, 4).item() == pytest.approx(0.25)
+    assert masked_image_loss(feats, head, images, 4).item() == 0
+    assert masked_image_loss(feats + 0.5, head, images, 4).item() == pytest.approx(0.25)
 
 
 # -- pixel decoders

@@ -87,17 +87,17 @@ class Train:
         from starflow2.core.serialize import to_dict
 
         plan = {"recipe": self.recipe, "output": str(folder), "seed": run.seed, "precision": run.precision}
-        sizes = {name: self._rehearsed(run, name) for name in stages}
+        sizes = {name: self._dry_run(run, name) for name in stages}
         plan |= {"stages": [to_dict(run.stage(name)) for name in stages], "sizes": sizes}
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(plan, indent=1))
 
-    def _rehearsed(self, run: RunConfig, stage: str) -> dict[str, Any]:
+    def _dry_run(self, run: RunConfig, stage: str) -> dict[str, Any]:
         """Counts alone, unless --device names where to take a step."""
         from starflow2.models.hub import pick_device
-        from starflow2.training.dry_run import rehearse
+        from starflow2.training.dry_run import dry_run
 
-        return rehearse(run, stage, "meta" if self.device == "auto" else pick_device(self.device).type)
+        return dry_run(run, stage, "meta" if self.device == "auto" else pick_device(self.device).type)
 
     def _fit(self, run: RunConfig, stage: str, folder: Path) -> Path:
         from starflow2.models.hub import pick_device

@@ -1,7 +1,7 @@
-"""A conversation of words and pictures: turns, and what each side brings. No tensors, no token ids here.
+"""A conversation of words and images: turns, and what each side brings. No token ids here.
 
-The one type that every task and every corpus yields; `sequence` knows how a model reads it. A picture is whatever its
-source has, P: a Scene of the drawn world, a Photo of a corpus.
+The one type that every task and every corpus yields; `models.sequence` knows how a model reads it. An image is whatever
+its source has, P: a Scene of the drawn world, a Photo of a corpus, a tensor of an album.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-__all__ = ["Dialogue", "Turn", "pictures", "without_words"]
+__all__ = ["Dialogue", "Turn", "pictures", "replace_pictures", "without_words"]
 
 P = TypeVar("P")
+Q = TypeVar("Q")
 
 
 def pictures(parts: Iterable[str | P]) -> tuple[P, ...]:
-    """The parts of a turn that are no words."""
+    """The parts of a turn that are images."""
     return tuple(part for part in parts if not isinstance(part, str))
 
 
 @dataclass(frozen=True, slots=True)
 class Turn(Generic[P]):
-    """What the user says or shows, and what the model says or draws in reply, in order."""
+    """Words and images of the user, and words and images of the model's reply, each in order."""
 
     user: tuple[str | P, ...]
     assistant: tuple[str | P, ...]
@@ -37,14 +38,25 @@ class Dialogue(Generic[P]):
 
     @property
     def pictures(self) -> tuple[P, ...]:
-        """Every picture in order of appearance."""
+        """Every image in order of appearance."""
         return pictures(part for turn in self.turns for part in (*turn.user, *turn.assistant))
 
 
-def without_words(dialogue: Dialogue[P], *, shows: bool) -> Dialogue[P]:
-    """What is left where the user says nothing: the pictures that the model draws, and with `shows` the user's own.
+def replace_pictures(dialogue: Dialogue[P], images: Iterable[Q]) -> Dialogue[Q]:
+    """The dialogue with its images replaced, in order, by as many others."""
+    rest = iter(images)
 
-    Turns of words alone go: an answer without its question teaches guessing.
+    def replaced(parts: Iterable[str | P]) -> tuple[str | Q, ...]:
+        return tuple(part if isinstance(part, str) else next(rest) for part in parts)
+
+    turns = tuple(Turn(replaced(turn.user), replaced(turn.assistant)) for turn in dialogue.turns)
+    return Dialogue(turns, dialogue.kind)
+
+
+def without_words(dialogue: Dialogue[P], *, shows: bool) -> Dialogue[P]:
+    """The dialogue without any words: the images that the model draws, and with `shows` the user's own.
+
+    Turns without a drawn image are left out: an answer without its question teaches guessing.
     """
     turns = (Turn(pictures(turn.user) if shows else (), pictures(turn.assistant)) for turn in dialogue.turns)
     return Dialogue(tuple(turn for turn in turns if turn.assistant), dialogue.kind)

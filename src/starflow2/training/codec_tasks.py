@@ -1,8 +1,7 @@
-"""The first stages of nano: features by masked pictures, then the feature auto-encoder on top of them."""
+"""The first stages of nano: features by masked images, then the feature auto-encoder on top of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,102 +16,107 @@ from starflow2.training.datasets import Scenes
 from starflow2.training.losses import (
     FeatureDiscriminator,
     adversarial_losses,
-    masked_picture_loss,
+    masked_image_loss,
     perceptual_loss,
 )
-from starflow2.training.task import WHOLE, LossAndMetrics, LossWeights
+from starflow2.training.task import WHOLE_BATCH, Dataset, LossAndMetrics, LossWeights, Task
 
-__all__ = [
-    "FaeTask",
-    "FeaturesTask",
-]
+__all__ = ["FaeTask", "FeaturesTask"]
 
 
-class _Pictures:
-    """A task that takes pictures alone; its loss is a mean over them."""
+class _ImageTask(Task):
+    """A task on images alone; its loss is a mean over them."""
 
-    def initialise(self) -> None:
-        pass
+    def default_dataset(self) -> Dataset:
+        return Scenes(self.seed)
 
     def counts(self, data: Any) -> dict[str, int]:
-        return {"pictures": len(data)}
+        return {"images": len(data)}
 
     def from_documents(self, images: Tensor, batch: Batch) -> Tensor:
         if not len(images):
-            raise DataError("a batch of the mixture holds no picture; give this stage sources with pictures.")
+            raise DataError("a batch of the mixture holds no image; give this stage sources with images.")
         return images
 
 
-class FeaturesTask(_Pictures):
-    """Masked-picture training of the DINOv2 that nano freezes afterwards."""
+class FeaturesTask(_ImageTask):
+    """Masked-image training of the DINOv2 that nano freezes afterwards."""
 
-    def __init__(self, components: Components, stage: StageConfig, seed: int) -> None:
-        self.components, self.stage = components, stage
-        self.make_batch: Callable[[range], Any] = Scenes(seed)
-        cfg = _features_of(components, "stage features")
-        self.patch = cfg.patch_size
-        self.head = nn.Linear(cfg.width, 3 * cfg.patch_size**2)
-        self.trained = nn.ModuleDict({"features": components.features, "pixel_head": self.head})
+    def default_trained(self) -> nn.ModuleDict:
+        cfg = _features_config(self.components, "stage features")
+        head = nn.Linear(cfg.width, 3 * cfg.patch_size**2)
+        return nn.ModuleDict({"features": self.components.features, "pixel_head": head})
 
-    def loss(self, images: Tensor, generator: torch.Generator, share: LossWeights = WHOLE) -> LossAndMetrics:
-        images = images.to(self.components.device)
+    def loss(self, data: Tensor, generator: torch.Generator, weights: LossWeights = WHOLE_BATCH) -> LossAndMetrics:
+        images = data.to(self.components.device)
         rows, cols = self.components.features.grid
         rate = self.stage.hidden_share * torch.rand(len(images), 1, generator=generator)
         hidden = torch.rand(len(images), rows * cols, generator=generator) < rate
         feats = self.components.features.features(images, hidden.to(images.device))
-        loss = masked_picture_loss(feats, self.head, images, self.patch)
-        return share.of("pictures", loss), {}
+        patch = _features_config(self.components, "stage features").patch_size
+        loss = masked_image_loss(feats, self.trained["pixel_head"], images, patch)
+        return weights.apply("images", loss), {}
 
 
-class FaeTask(_Pictures):
+class FaeTask(_ImageTask):
     """Latents and decoders on frozen features."""
 
-    def __init__(self, components: Components, stage: StageConfig, seed: int) -> None:
-        self.components, self.stage = components, stage
-        self.make_batch: Callable[[range], Any] = Scenes(seed)
-        _features_of(components, "codec_weight" if stage.codec_weight else "stage fae")
-        self.trained = nn.ModuleDict({"fae": components.fae})
-        if stage.adversarial:
-            self.trained["judge"] = FeatureDiscriminator(components.features.feature_dim)
+    def __init__(
+        self,
+        components: Components,
+        stage: StageConfig,
+        seed: int,
+        *,
+        dataset: Dataset | None = None,
+        trained: nn.ModuleDict | None = None,
+    ) -> None:
+        super().__init__(components, stage, seed, dataset=dataset, trained=trained)
         self.lpips = _lpips().to(components.device) if stage.lpips else None
 
-    def loss(self, images: Tensor, generator: torch.Generator, share: LossWeights = WHOLE) -> LossAndMetrics:
-        loss, extra, _ = self.terms(images.to(self.components.device), generator)
-        return share.of("pictures", loss), extra
+    def default_trained(self) -> nn.ModuleDict:
+        _features_config(self.components, "codec_weight" if self.stage.codec_weight else "stage fae")
+        trained = nn.ModuleDict({"fae": self.components.fae})
+        if self.stage.adversarial:
+            trained["judge"] = FeatureDiscriminator(self.components.features.feature_dim)
+        return trained
+
+    def loss(self, data: Tensor, generator: torch.Generator, weights: LossWeights = WHOLE_BATCH) -> LossAndMetrics:
+        loss, metrics, _ = self.terms(data.to(self.components.device), generator)
+        return weights.apply("images", loss), metrics
 
     def terms(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The loss, what it is made of, and the latents (B, N, D) it was taken at, with their gradient."""
+        """The loss, its terms by name, and the latents (B, N, D) that it was computed on, with their gradient."""
         with torch.no_grad():
             feats = self.components.features.features(images)
         losses = self.components.fae.losses(images, feats.float(), generator)
-        extra = {name: getattr(losses, name) for name in ("feature", "kl", "pixel", "edge")}
-        extra |= self._seen(losses.drawn, images, feats)
+        metrics = {name: getattr(losses, name) for name in ("feature", "kl", "pixel", "edge")}
+        metrics |= self._network_losses(losses.drawn, images, feats)
         weights = {name: getattr(self.stage, name) for name in ("perceptual", "lpips", "adversarial")}
-        added = sum(weight * extra[name] for name, weight in weights.items() if weight)
-        return losses.total + added + extra.get("judge", 0.0), extra, losses.latents
+        added = sum(weight * metrics[name] for name, weight in weights.items() if weight)
+        return losses.total + added + metrics.get("judge", 0.0), metrics, losses.latents
 
-    def _seen(self, drawn: Tensor, images: Tensor, feats: Tensor) -> dict[str, Tensor]:
-        """The losses that look at pictures through another network, those that have a weight."""
-        extra: dict[str, Tensor] = {}
+    def _network_losses(self, decoded: Tensor, images: Tensor, feats: Tensor) -> dict[str, Tensor]:
+        """Losses that compare images through another network, those whose weight is not 0."""
+        metrics: dict[str, Tensor] = {}
         if self.lpips is not None:
-            extra["lpips"] = self.lpips(drawn, images).mean()
+            metrics["lpips"] = self.lpips(decoded, images).mean()
         if not self.stage.perceptual and not self.stage.adversarial:
-            return extra
-        given = self.components.features.features(drawn)
+            return metrics
+        decoded_feats = self.components.features.features(decoded)
         if self.stage.perceptual:
-            extra["perceptual"] = perceptual_loss(given, feats)
+            metrics["perceptual"] = perceptual_loss(decoded_feats, feats)
         if self.stage.adversarial:
-            judge = self.trained["judge"]
-            assert isinstance(judge, FeatureDiscriminator)
-            extra["adversarial"], extra["judge"] = adversarial_losses(judge, given, feats)
-        return extra
+            discriminator = self.trained["judge"]
+            assert isinstance(discriminator, FeatureDiscriminator)
+            metrics["adversarial"], metrics["judge"] = adversarial_losses(discriminator, decoded_feats, feats)
+        return metrics
 
 
-def _features_of(components: Components, what: str) -> DinoConfig | SiglipConfig:
-    """The sizes of what an FAE reads. Raises ConfigError for a model of native patches, which has neither."""
+def _features_config(components: Components, setting: str) -> DinoConfig | SiglipConfig:
+    """The sizes of the feature extractor that an FAE reads. Raises ConfigError for a model of native patches."""
     if components.cfg.features is None:
         raise ConfigError(
-            f"{what} trains an FAE or what it reads, and {components.cfg.name} has native patches in its place; "
+            f"{setting} trains an FAE or its features, but {components.cfg.name} has native patches instead; "
             "leave it out, or use a recipe with a FaeConfig."
         )
     return components.cfg.features
@@ -124,8 +128,8 @@ def _lpips() -> nn.Module:
         import lpips
     except ImportError as error:
         raise ConfigError(
-            "lpips is not 0, but that package cannot be imported; install it with the torchvision that fits torch, "
-            "or use perceptual, which needs neither."
+            "the weight lpips is not 0, but the package lpips cannot be imported; install it with the torchvision that "
+            "fits your torch, or use the weight perceptual, which needs neither."
         ) from error
     net: nn.Module = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
     return net

@@ -1,6 +1,6 @@
-"""A step of a stage on made-up data at the recipe's real shapes: does it fit, and what does it take?
+"""Count what a stage takes at the recipe's real shapes, or run one step of it on random data.
 
-On the meta device it only counts; on a real one it takes the step. Weights are random and nothing is read or written.
+On the meta device it only counts; on a real one it takes a step. Weights are random and nothing is read or written.
 """
 
 from __future__ import annotations
@@ -8,30 +8,29 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from starflow2.models.components import Components, build
 from starflow2.models.sequence import Image, Layout, Segment, Text, pack
-from starflow2.models.tokenizer import ChatTokenizer
-from starflow2.training.config import RunConfig, StageConfig
+from starflow2.nn import num_parameters
+from starflow2.training.config import RunConfig
 from starflow2.training.loop import try_step
 from starflow2.training.parallel import Distributed
 from starflow2.training.task import Task
 from starflow2.training.tasks import TASKS
 
-__all__ = ["rehearse"]
+__all__ = ["RandomDocuments", "dry_run"]
 
-PROMPT_TOKENS, REPLY_TOKENS = 128, 32  # of a made-up document, less where a model reads less
+PROMPT_TOKENS, REPLY_TOKENS = 128, 32  # of a random document, fewer where a model reads fewer
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
-    """Documents of one length with random words and pictures, in the form that the stage's own task takes."""
+class RandomDocuments:
+    """Documents of one length with random words and images, in the input format of the stage's task."""
 
     components: Components
     stage: str
@@ -41,27 +40,26 @@ class _Made:
         generator = torch.Generator().manual_seed(indices.start)
         documents = [self._document(generator) for _ in indices]
         if self.stage in ("features", "fae"):
-            return _noise(count, size, generator)
+            return _random_images(count, size, generator)
         if self.stage == "t2i":
             special = self.components.cfg.vlm.special
-            rows = [[special.user, *self._ids(self._prompt, generator), special.assistant] for _ in indices]
-            return _noise(count, size, generator), [[*row, special.vision_start] for row in rows]
+            rows = [[special.user, *self._ids(self._prompt_tokens, generator), special.assistant] for _ in indices]
+            return _random_images(count, size, generator), [[*row, special.vision_start] for row in rows]
         batch = pack(documents, self._layout)
-        return _noise(len(batch.pictures), size, generator), batch
+        return _random_images(len(batch.pictures), size, generator), batch
 
     @property
-    def _prompt(self) -> int:
+    def _prompt_tokens(self) -> int:
         return min(PROMPT_TOKENS, self.components.cfg.max_prompt_tokens - 4)
 
     @property
     def _layout(self) -> Layout:
-        layout = self.components.layout
-        return replace(layout, grid=self.components.cfg.vlm.image_grid) if self.stage == "vlm" else layout
+        return self.components.tower_layout if self.stage == "vlm" else self.components.layout
 
     def _document(self, generator: torch.Generator) -> list[Segment]:
-        """A picture and words are shown; words are the reply, and in stage 3 a picture, too."""
-        asked, told = self._ids(self._prompt, generator), self._ids(REPLY_TOKENS, generator)
-        document: list[Segment] = [Image(), Text(tuple(asked)), Text(tuple(told), is_target=True)]
+        """An image and words of the user, words of the reply, and in stage joint an image of the reply."""
+        prompt, reply = self._ids(self._prompt_tokens, generator), self._ids(REPLY_TOKENS, generator)
+        document: list[Segment] = [Image(), Text(tuple(prompt)), Text(tuple(reply), is_target=True)]
         return [*document, Image(is_target=True)] if self.stage == "joint" else document
 
     def _ids(self, count: int, generator: torch.Generator) -> list[int]:
@@ -69,77 +67,78 @@ class _Made:
         special = [getattr(cfg.special, name) for name in ("pad", "user", "assistant", "end", "vision_start")]
         special += [cfg.special.vision_end, cfg.special.image_pad]
         ordinary = torch.tensor([i for i in range(min(cfg.vocab, 1024)) if i not in special])
-        drawn: list[int] = ordinary[torch.randint(len(ordinary), (count,), generator=generator)].tolist()
-        return drawn
+        ids: list[int] = ordinary[torch.randint(len(ordinary), (count,), generator=generator)].tolist()
+        return ids
 
 
-def rehearse(run: RunConfig, stage_name: str, device: str = "meta") -> dict[str, Any]:
-    """What a stage trains, reads and holds, in numbers and bytes; on a real device one step of it is taken.
+def dry_run(run: RunConfig, stage_name: str, device: str = "meta") -> dict[str, Any]:
+    """Count parameters, positions and bytes of a stage; on a real device also run one training step on random data.
 
-    Under torchrun every process takes its share. Bytes of a step: the most that the accelerator held; on a CPU, the
-    most that this process ever held. Raises TrainingError where the batch cannot be shared, ConfigError.
+    Under torchrun every process takes its share. Peak bytes: the most that the accelerator has allocated; on a CPU, the
+    most that this process has ever used. Raises TrainingError for a batch that cannot be divided, ConfigError.
     """
     stage, is_real = run.stage(stage_name), device != "meta"
     group = Distributed.from_environment(device, stage.shard) if is_real else Distributed()
     torch.manual_seed(run.seed)
     components = build(run.model, device)
-    components.tokenizer = cast(ChatTokenizer, object())  # made-up documents are ids already
     with torch.device(device):
-        task = TASKS[stage_name](components, stage, run.seed)
-    task.make_batch = _Made(components, stage_name)
-    facts = _counted(components, task, stage, group)
+        task = TASKS[stage_name](components, stage, run.seed, dataset=RandomDocuments(components, stage_name))
+    facts = _sizes(task, group)
     if not is_real:
         return facts
     components.requires_grad_(False)
     started = time.perf_counter()
-    values = try_step(task, stage, run, group, device)
+    metrics = try_step(task, stage, run, group, device)
     return facts | {
         "device": device,
-        "loss": values["loss"],
-        "grad_norm": values["grad_norm"],
+        "loss": metrics["loss"],
+        "grad_norm": metrics["grad_norm"],
         "seconds": round(time.perf_counter() - started, 3),
-        "peak_bytes": _peak(device),
+        "peak_bytes": _peak_bytes(device),
     }
 
 
-def _counted(components: Components, task: Task, stage: StageConfig, group: Distributed) -> dict[str, Any]:
-    trained, everything = _count([task.trained]), _count([components, task.trained])
-    share = stage.batch // (group.world * stage.accumulate)
-    data = task.make_batch(range(share))
-    positions, pictures = _size(data, components.layout.num_latents)
-    holders = group.shard_size
-    divided = _count(components.vlm.layers) if stage.shard.frozen == "sharded" and "vlm" not in task.trained else 0
+def _sizes(task: Task, group: Distributed) -> dict[str, Any]:
+    """Parameters, one microbatch, and bytes of weights and optimiser states in each process."""
+    components, stage = task.components, task.stage
+    trained, total = num_parameters(task.trained), num_parameters(components, task.trained)
+    documents = stage.batch // (group.world * stage.accumulate)
+    positions, images = _batch_size(task.make_batch(range(documents)), components.layout.num_latents)
     moments = 8 if stage.optim.optimizer_state_dtype == "float32" else 2
     return {
-        "parameters": {"trained": trained, "frozen": everything - trained},
-        "microbatch": {"documents": share, "positions": positions, "pictures": pictures},
+        "parameters": {"trained": trained, "frozen": total - trained},
+        "microbatch": {"documents": documents, "positions": positions, "pictures": images},
         "bytes_per_process": {
-            "frozen": 4 * (everything - trained - divided + divided // holders),
-            "weights_gradients_average": 4 * (3 if stage.optim.ema else 2) * trained // holders,
-            "optimizer": moments * trained // holders,  # at most: Muon keeps half of it
+            "frozen": 4 * (total - trained - _saved_by_sharding(task, group)),
+            "weights_gradients_average": 4 * (3 if stage.optim.ema else 2) * trained // group.shard_size,
+            "optimizer": moments * trained // group.shard_size,  # at most: Muon needs half of it
         },
     }
 
 
-def _count(modules: Iterable[nn.Module]) -> int:
-    return sum(p.numel() for p in {id(p): p for module in modules for p in module.parameters()}.values())
+def _saved_by_sharding(task: Task, group: Distributed) -> int:
+    """How many frozen parameters are left out of each process because the layers of the language model are sharded."""
+    if task.stage.shard.frozen != "sharded" or "vlm" in task.trained:
+        return 0
+    layers = num_parameters(*task.components.vlm.layers)
+    return layers - layers // group.shard_size
 
 
-def _size(data: Any, latents: int) -> tuple[int, int]:
-    """Positions that a transformer reads in a microbatch, padding included, and its pictures."""
+def _batch_size(data: Any, num_latents: int) -> tuple[int, int]:
+    """Positions of a microbatch that a transformer reads, padding included, and its images."""
     if isinstance(data, Tensor):
-        return len(data) * latents, len(data)
+        return len(data) * num_latents, len(data)
     images, words = data
     if isinstance(words, list):
-        return len(words) * (max(len(row) for row in words) + latents), len(images)
+        return len(words) * (max(len(row) for row in words) + num_latents), len(images)
     return words.ids.numel(), len(images)
 
 
-def _noise(count: int, size: int, generator: torch.Generator) -> Tensor:
+def _random_images(count: int, size: int, generator: torch.Generator) -> Tensor:
     return 2 * torch.rand(count, 3, size, size, generator=generator) - 1
 
 
-def _peak(device: str) -> int:
+def _peak_bytes(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.max_memory_allocated())
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

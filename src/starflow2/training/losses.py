@@ -29,7 +29,7 @@ __all__ = [
     "last_edits",
     "latent_penalty",
     "lone_drawings",
-    "masked_picture_loss",
+    "masked_image_loss",
     "ngp_loss",
     "ntp_loss",
     "perceptual_loss",
@@ -170,8 +170,8 @@ def _gaussian_nats(out: Output) -> Tensor:
     return nats - 0.5 * math.log(2 * math.pi)
 
 
-def masked_picture_loss(feats: Tensor, head: nn.Linear, images: Tensor, patch: int) -> Tensor:
-    """MSE of pixels that a linear head reads off features of a partly hidden picture.
+def masked_image_loss(feats: Tensor, head: nn.Module, images: Tensor, patch: int) -> Tensor:
+    """MSE of pixels that a linear head predicts from features of a partly hidden image.
 
     feats: (B, N, F); images: (B, 3, h, w). Hidden and visible patches count alike: the features
     must both guess what is hidden and keep what they see.

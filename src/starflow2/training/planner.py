@@ -24,7 +24,7 @@ from starflow2.errors import ConfigError
 from starflow2.models.components import Components, build
 from starflow2.models.config import FaeConfig, ModelConfig
 from starflow2.models.token_loss import LOGITS_AT_ONCE
-from starflow2.nn import StackConfig
+from starflow2.nn import StackConfig, num_parameters
 from starflow2.training.config import RunConfig, StageConfig
 from starflow2.training.loop import is_hidden_matrix
 
@@ -142,20 +142,24 @@ class Sizes:
     def weights(self) -> dict[str, int]:
         p, cfg = self.components, self.cfg
         head = cfg.vlm.vocab * cfg.vlm.width
-        vision = _count(p.vlm.model.model.visual)
+        vision = num_parameters(p.vlm.model.model.visual)
         embeddings = head if cfg.vlm.ties_embeddings else 2 * head
         codec = dict.fromkeys(("features", "fae encoder", "fae decoders"), 0)
         if p.has_fae:
-            decoders = _count(p.fae.feature_decoder) + _count(p.fae.pixel_decoder)
-            codec = {"features": _count(p.features), "fae encoder": _count(p.fae.encoder), "fae decoders": decoders}
+            decoders = num_parameters(p.fae.feature_decoder) + num_parameters(p.fae.pixel_decoder)
+            codec = {
+                "features": num_parameters(p.features),
+                "fae encoder": num_parameters(p.fae.encoder),
+                "fae decoders": decoders,
+            }
         return {
             **codec,
-            "language": _count(p.vlm) - vision - embeddings,
+            "language": num_parameters(p.vlm) - vision - embeddings,
             "head": head,
             "vision": vision,
-            "deep": _count(p.flow.deep.body),
-            "shallow": sum(_count(block.get_submodule("body")) for block in p.flow.shallow.blocks),
-            "adapter": _count(p.joints.adapter.mlp),
+            "deep": num_parameters(p.flow.deep.body),
+            "shallow": sum(num_parameters(block.get_submodule("body")) for block in p.flow.shallow.blocks),
+            "adapter": num_parameters(p.joints.adapter.mlp),
         }
 
     def trained(self, stage: str) -> nn.ModuleDict:
@@ -173,10 +177,6 @@ class Sizes:
             table |= {"features": {"features": p.features, "pixel_head": head}, "fae": {"fae": p.fae}}
             table[END_TO_END] = {"flow": p.flow, "fae": p.fae}
         return nn.ModuleDict(table[stage])
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 # -- time ---------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def frozen_bytes(sizes: Sizes, stage: str) -> dict[str, int]:
         name: held.get(name, 4) * sum(p.numel() for p in module.parameters() if id(p) not in trained)
         for name, module in parts.items()
     }
-    return found | ({"flow as it was": 4 * _count(sizes.components.flow.deep)} if stage == KEPT else {})
+    return found | ({"flow as it was": 4 * num_parameters(sizes.components.flow.deep)} if stage == KEPT else {})
 
 
 def state_bytes(sizes: Sizes, stage: StageConfig, scheme: Scheme) -> dict[str, int]:

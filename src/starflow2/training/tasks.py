@@ -1,15 +1,15 @@
-"""Stages as data, and what each trains: its `Task` draws items and says what they cost. No loops, no files here.
+"""The tasks of the stages: what each trains, its default data, its loss. No loops and no files here.
 
 Every random choice is a pure function of (seed, stage, index or step).
-Letters: B documents, T positions, N latents, P pictures.
+Letters: B documents, T positions, N latents, P images.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,65 +35,75 @@ from starflow2.training.losses import (
     ngp_loss,
     ntp_loss,
 )
-from starflow2.training.task import WHOLE, LossAndMetrics, LossWeights, Task
+from starflow2.training.task import WHOLE_BATCH, Dataset, LossAndMetrics, LossWeights, Task
 from starflow2.world.conversations import understanding_dialogue
 
-__all__ = [
-    "TASKS",
-]
+__all__ = ["TASKS", "AdapterTask", "FrozenReferenceFlow", "JointTask", "MakeTask", "T2iTask", "VlmTask"]
+
+CaptionBatch = tuple[Tensor, list[list[int]]]  # images (B, 3, s, s), and their prompts as token ids
+DocumentBatch = tuple[Tensor, Batch]  # images (P, 3, s, s) in order, and the packed documents that they stand in
 
 
-# -- tasks --------------------------------------------------------------------------------------------
+class _DocumentTask(Task):
+    """A task on packed documents."""
 
-
-class _Packed:
-    """A task that takes packed documents as they are."""
-
-    def initialise(self) -> None:
-        pass
-
-    def from_documents(self, images: Tensor, batch: Batch) -> tuple[Tensor, Batch]:
+    def from_documents(self, images: Tensor, batch: Batch) -> DocumentBatch:
         return images, batch
 
+    def _to_device(self, data: DocumentBatch) -> DocumentBatch:
+        return data[0].to(self.components.device), data[1].to(self.components.device)
 
-class VlmTask(_Packed):
-    """Conversations about drawn pictures, seen through the model's own vision tower, and about words."""
 
-    def __init__(self, components: Components, stage: StageConfig, seed: int) -> None:
-        self.components = components
-        dialogue = partial(understanding_dialogue, seed)
-        self.make_batch: Callable[[range], Any] = Documents.of(components, dialogue, components.tower_layout)
-        self.trained = nn.ModuleDict({"vlm": components.vlm})
+class VlmTask(_DocumentTask):
+    """Conversations about drawn images, which the model's own vision tower reads, and about words."""
 
-    def counts(self, data: tuple[Tensor, Batch]) -> dict[str, int]:
+    def default_dataset(self) -> Dataset:
+        dialogue = partial(understanding_dialogue, self.seed)
+        return Documents.of(self.components, dialogue, self.components.tower_layout)
+
+    def default_trained(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"vlm": self.components.vlm})
+
+    def counts(self, data: DocumentBatch) -> dict[str, int]:
         return {"text": count_replies(data[1].labels)}
 
     def loss(
-        self, data: tuple[Tensor, Batch], generator: torch.Generator, share: LossWeights = WHOLE
+        self, data: DocumentBatch, generator: torch.Generator, weights: LossWeights = WHOLE_BATCH
     ) -> LossAndMetrics:
-        images, batch = data[0].to(self.components.device), data[1].to(self.components.device)
-        return share.of("text", _reading_loss(self.components, self.components.vlm.see(images), batch)), {}
+        images, batch = self._to_device(data)
+        loss = _reply_loss(self.components, self.components.vlm.see(images), batch)
+        return weights.apply("text", loss), {}
 
 
-class T2iTask:
+class T2iTask(Task):
     """Paper stage 1: the flow's exact NLL given the frozen VLM's states of the caption.
 
     With `codec_weight` the FAE trains, too: on its own losses, and through its latents on the flow's. Those stay
     standardised over the batch, so that no scale of them makes them likelier (docs/choices.md#end-to-end).
     """
 
-    def __init__(self, components: Components, stage: StageConfig, seed: int) -> None:
-        self.components, self.stage, self.seed = components, stage, seed
-        assert components.tokenizer is not None
-        self.make_batch: Callable[[range], Any] = Captions(
-            components.tokenizer, seed, stage.caption_drop, stage.captions
-        )
-        self.trained = nn.ModuleDict({"flow": components.flow})
+    def __init__(
+        self,
+        components: Components,
+        stage: StageConfig,
+        seed: int,
+        *,
+        dataset: Dataset | None = None,
+        trained: nn.ModuleDict | None = None,
+    ) -> None:
         self.codec = FaeTask(components, stage, seed) if stage.codec_weight else None
-        if self.codec is not None:
-            self.trained.update(dict(self.codec.trained.items()))
+        super().__init__(components, stage, seed, dataset=dataset, trained=trained)
+
+    def default_dataset(self) -> Dataset:
+        assert self.components.tokenizer is not None
+        return Captions(self.components.tokenizer, self.seed, self.stage.caption_drop, self.stage.captions)
+
+    def default_trained(self) -> nn.ModuleDict:
+        codec = {} if self.codec is None else dict(self.codec.trained.items())
+        return nn.ModuleDict({"flow": self.components.flow, **codec})
 
     def initialise(self) -> None:
+        """Whiten the text states that a fresh flow reads (docs/choices.md#whitened-context)."""
         whiten_text_states(self.components, self.whitening_prompts())
 
     def whitening_prompts(self) -> list[list[int]]:
@@ -105,144 +115,178 @@ class T2iTask:
         spelling = Spelling(components.tokenizer, components.layout, components.cfg.fae.image_size)
         config = BatchConfig(rows=corpus.rows, width=corpus.width, caption_drop=0.0)
         rows = list[list[int]]()
-        for images, batch in Batches(read_mixture(corpus.mixture), spelling, config):  # without end
+        for images, batch in Batches(read_mixture(corpus.mixture), spelling, config):  # an endless stream
             rows += self.from_documents(images, batch)[1]
             if len(rows) >= count:
                 break
         return rows[:count]
 
-    def counts(self, data: tuple[Tensor, list[list[int]]]) -> dict[str, int]:
-        return {"pictures": len(data[0])}
+    def counts(self, data: CaptionBatch) -> dict[str, int]:
+        return {"images": len(data[0])}
 
-    def from_documents(self, images: Tensor, batch: Batch) -> tuple[Tensor, list[list[int]]]:
-        """Every drawn picture with the words in front of it. Raises DataError where that is more than words."""
+    def from_documents(self, images: Tensor, batch: Batch) -> CaptionBatch:
+        """Every drawn image with the words before it. Raises DataError for documents of another form."""
         if not len(images) or not bool(lone_drawings(batch).all()):
-            raise DataError("stage t2i takes words with one drawn picture; leave other sources to stage joint.")
+            raise DataError("stage t2i takes words followed by one drawn image; leave other sources to stage joint.")
         return images, _words_before(batch, range(len(images)))
 
     def loss(
-        self, data: tuple[Tensor, list[list[int]]], generator: torch.Generator, share: LossWeights = WHOLE
+        self, data: CaptionBatch, generator: torch.Generator, weights: LossWeights = WHOLE_BATCH
     ) -> LossAndMetrics:
         images, rows = data
-        latents, loss, extra = self._encoded(images.to(self.components.device), generator)
+        latents, loss, metrics = self._encode(images.to(self.components.device), generator)
         nats = latents.new_zeros(())
-        picture = self.components.cfg.flow.deep.num_latents
+        num_latents = self.components.cfg.flow.deep.num_latents
         lengths = [len(r) for r in rows]
-        # sharded layers are gathered by all processes at once, so all must read as many groups
-        groups = length_groups(lengths, picture) if self.stage.shard.mode == "none" else [list(range(len(rows)))]
+        # all processes gather a sharded layer at the same time, so all must run the same number of groups
+        groups = length_groups(lengths, num_latents) if self.stage.shard.mode == "none" else [list(range(len(rows)))]
         for group in groups:
             context = drawing_context(self.components, [rows[i] for i in group])
             terms = ngp_loss(self.components.flow, latents[group], context, generator)
             part = len(group) / len(rows)
             loss, nats = loss + part * terms[0], nats + part * terms[1]
-        return share.of("pictures", loss), {"nats_per_dim": nats, **extra}
+        return weights.apply("images", loss), {"nats_per_dim": nats, **metrics}
 
-    def _encoded(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Latents (B, N, D), and what the FAE itself pays for them where it trains."""
+    def _encode(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Latents (B, N, D), the weighted loss of an FAE that trains (0 for a frozen one), and its metrics."""
         if self.codec is None:
             with torch.no_grad():
                 latents = self.components.codec.encode(images).float()
             return latents, latents.new_zeros(()), {}
-        loss, extra, latents = self.codec.terms(images, generator)
-        return latents, self.stage.codec_weight * loss, extra
+        loss, metrics, latents = self.codec.terms(images, generator)
+        return latents, self.stage.codec_weight * loss, metrics
 
 
-def _words_before(batch: Batch, pictures: Sequence[int]) -> list[list[int]]:
-    """Token ids of the documents of some pictures, up to the slots that begin them."""
-    rows, places = [], list(zip(batch.pictures.row.tolist(), batch.pictures.begin.tolist(), strict=True))
-    for row, begin in (places[i] for i in pictures):
+def _words_before(batch: Batch, images: Sequence[int]) -> list[list[int]]:
+    """Token ids of the documents of some images, up to and including the slots that begin these."""
+    rows, slots = [], list(zip(batch.pictures.row.tolist(), batch.pictures.begin.tolist(), strict=True))
+    for row, begin in (slots[i] for i in images):
         own = batch.document[row, : begin + 1] == batch.document[row, begin]
         rows.append(batch.ids[row, : begin + 1][own].tolist())
     return rows
 
 
-class AdapterTask(_Packed):
-    """Paper stage 2: answers about pictures that the language model sees through the adapter; nothing else trains."""
+class AdapterTask(_DocumentTask):
+    """Paper stage 2: answers about images that the language model reads through the adapter; nothing else trains."""
 
-    def __init__(self, components: Components, stage: StageConfig, seed: int) -> None:
-        self.components, self.stage = components, stage
-        self.make_batch: Callable[[range], Any] = Documents.of(components, partial(understanding_dialogue, seed))
-        self.trained = nn.ModuleDict({"adapter": components.joints.adapter})
-        seen, latents = components.cfg.vlm.image_grid, components.cfg.flow.deep.grid
-        if stage.distill and seen != latents:
-            raise ConfigError(f"distill is {stage.distill}, but the tower sees {seen}, latents are {latents}; use 0.")
-        self.seed = seed
+    def __init__(
+        self,
+        components: Components,
+        stage: StageConfig,
+        seed: int,
+        *,
+        dataset: Dataset | None = None,
+        trained: nn.ModuleDict | None = None,
+    ) -> None:
+        super().__init__(components, stage, seed, dataset=dataset, trained=trained)
+        tower, latents = components.cfg.vlm.image_grid, components.cfg.flow.deep.grid
+        if stage.distill and tower != latents:
+            raise ConfigError(
+                f"distill is {stage.distill}, but the vision tower gives {tower} embeddings of an image and the flow "
+                f"{latents} latents; set distill to 0."
+            )
+
+    def default_dataset(self) -> Dataset:
+        return Documents.of(self.components, partial(understanding_dialogue, self.seed))
+
+    def default_trained(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"adapter": self.components.joints.adapter})
 
     def initialise(self) -> None:
+        """Start a fresh adapter at the scale of the vision tower's embeddings."""
         match_tower_scale(self.components, self.seed)
 
-    def counts(self, data: tuple[Tensor, Batch]) -> dict[str, int]:
+    def counts(self, data: DocumentBatch) -> dict[str, int]:
         return {"text": count_replies(data[1].labels), "distance": len(data[0])}
 
     def loss(
-        self, data: tuple[Tensor, Batch], generator: torch.Generator, share: LossWeights = WHOLE
+        self, data: DocumentBatch, generator: torch.Generator, weights: LossWeights = WHOLE_BATCH
     ) -> LossAndMetrics:
-        images, batch = data[0].to(self.components.device), data[1].to(self.components.device)
-        pretzel = self.components.pretzel
+        images, batch = self._to_device(data)
         level = _source_levels(self.components, len(images), generator)
         with torch.no_grad():
             latents = self.components.codec.encode(images).float()
             u, _ = self.components.flow.shallow(add_noise(latents, level, generator), level)
-        adapted = pretzel.adapted(u, level)
-        loss = share.of("text", _reading_loss(self.components, adapted, batch))
+        adapted = self.components.pretzel.adapted(u, level)
+        loss = weights.apply("text", _reply_loss(self.components, adapted, batch))
         if not self.stage.distill:
             return loss, {}
+        # over microbatches a mean of ratios, by images, rather than the ratio of means
+        distance = weights.apply("distance", self._distance_to_tower(adapted, images))
+        return loss + self.stage.distill * distance, {"distance": distance}
+
+    def _distance_to_tower(self, adapted: Tensor, images: Tensor) -> Tensor:
+        """Mean square of the difference to the vision tower's embeddings, relative to theirs; a scalar."""
         with torch.no_grad():
-            seen = self.components.vlm.see(images)
-        far = (adapted - seen).square().mean() / seen.square().mean() if len(images) else adapted.sum()
-        far = share.of("distance", far)  # over shares a mean of ratios, by pictures, not the ratio of means
-        return loss + self.stage.distill * far, {"distance": far}
+            tower = self.components.vlm.see(images)
+        if not len(images):
+            return adapted.sum()  # 0, with a gradient
+        return (adapted - tower).square().mean() / tower.square().mean()
 
 
-class JointTask(_Packed):
-    """Paper stage 3: everything at once, with the skips open; the language model and the FAE stay frozen."""
+class JointTask(_DocumentTask):
+    """Paper stage 3: all kinds of documents, with the skips open; the language model and the FAE stay frozen."""
 
-    def __init__(self, components: Components, stage: StageConfig, seed: int) -> None:
-        self.components, self.stage, self.pretzel = components, stage, components.pretzel
-        # layers that all processes gather at once, or that run again in the backward pass, run once for each batch
+    def __init__(
+        self,
+        components: Components,
+        stage: StageConfig,
+        seed: int,
+        *,
+        dataset: Dataset | None = None,
+        trained: nn.ModuleDict | None = None,
+    ) -> None:
+        super().__init__(components, stage, seed, dataset=dataset, trained=trained)
+        self.pretzel = components.pretzel
+        # layers that are gathered by all processes, or recomputed in the backward pass, run once for each batch
         is_sharded = stage.shard.mode != "none" and stage.shard.frozen == "sharded"
         self.pretzel.two_pass_prefix = not is_sharded and stage.checkpoint_activations != "all"
-        self.make_batch: Callable[[range], Any] = Documents.of(components, partial(joint_dialogue, stage, seed))
-        self.before = FrozenReferenceFlow(components) if stage.kl_to_t2i else None
-        self.trained = components.joined_above if stage.kl_to_t2i else components.joined
+        self.reference = FrozenReferenceFlow(components) if stage.kl_to_t2i else None
 
-    def counts(self, data: tuple[Tensor, Batch]) -> dict[str, int]:
+    def default_dataset(self) -> Dataset:
+        return Documents.of(self.components, partial(joint_dialogue, self.stage, self.seed))
+
+    def default_trained(self) -> nn.ModuleDict:
+        return self.components.joined_above if self.stage.kl_to_t2i else self.components.joined
+
+    def counts(self, data: DocumentBatch) -> dict[str, int]:
         return {"text": count_replies(data[1].labels), "flow": int(data[1].pictures.is_target.sum())}
 
     def loss(
-        self, data: tuple[Tensor, Batch], generator: torch.Generator, share: LossWeights = WHOLE
+        self, data: DocumentBatch, generator: torch.Generator, weights: LossWeights = WHOLE_BATCH
     ) -> LossAndMetrics:
-        images, batch = data[0].to(self.components.device), data[1].to(self.components.device)
+        images, batch = self._to_device(data)
         noise = self.components.cfg.flow.noise
         assert noise is not None
         with torch.no_grad():
             latents = self.components.codec.encode(images).float()
-        drawn = noise.sample_levels(len(images), generator).to(latents.device)
-        level = torch.where(batch.pictures.is_target, drawn, _source_levels(self.components, len(images), generator))
-        blind = self._blind(batch, generator)
+        target_levels = noise.sample_levels(len(images), generator).to(latents.device)
+        source_levels = _source_levels(self.components, len(images), generator)
+        level = torch.where(batch.pictures.is_target, target_levels, source_levels)
+        blind = self._blind_targets(batch, generator)
         terms = joint_loss(self.pretzel, batch, (add_noise(latents, level, generator), level), noise, blind)
-        told = {"flow": share.of("flow", terms.flow), "text": share.of("text", terms.text)}
-        loss = told["flow"] + self.stage.text_weight * told["text"]
+        metrics = {"flow": weights.apply("flow", terms.flow), "text": weights.apply("text", terms.text)}
+        loss = metrics["flow"] + self.stage.text_weight * metrics["text"]
         if blind is not None:
-            told["blind"] = share.of("flow", terms.blind)
-            loss = loss + told["blind"]
-        if self.before is not None:
-            told["kept"] = share.of("flow", self.before.distance(terms.out, batch, level))
-            loss = loss + self.stage.kl_to_t2i * told["kept"]
-        return loss, told
+            metrics["blind"] = weights.apply("flow", terms.blind)
+            loss = loss + metrics["blind"]
+        if self.reference is not None:
+            metrics["kept"] = weights.apply("flow", self.reference.distance(terms.out, batch, level))
+            loss = loss + self.stage.kl_to_t2i * metrics["kept"]
+        return loss, metrics
 
-    def _blind(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
-        """Which edits are predicted without sight of their own latents, (P,) bool; None where none are asked for."""
+    def _blind_targets(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
+        """The edits that are predicted without sight of their own latents, (P,) bool; None if the stage has none."""
         if not self.stage.hidden_latents_share:
             return None
-        drawn = torch.rand(len(batch.pictures.is_target), generator=generator).to(batch.pictures.is_target.device)
-        return (drawn < self.stage.hidden_latents_share) & last_edits(batch)
+        chance = torch.rand(len(batch.pictures.is_target), generator=generator).to(batch.pictures.is_target.device)
+        return (chance < self.stage.hidden_latents_share) & last_edits(batch)
 
 
 class FrozenReferenceFlow:
-    """The deep flow as stage t2i left it, which stage joint is kept near where it draws from words alone.
+    """A frozen copy of the deep flow that stage t2i left; stage joint stays near it on drawings from words alone.
 
-    Distances are of Gaussians of the same intermediate latents, so the shallow blocks stay as they are:
+    Distances are between Gaussians of the same intermediate latents, so the shallow blocks must not change:
     `Components.joined_above` trains (docs/choices.md#what-stage-3-keeps).
     """
 
@@ -251,7 +295,7 @@ class FrozenReferenceFlow:
         self.deep = copy.deepcopy(components.flow.deep).requires_grad_(False)
 
     def distance(self, out: Output, batch: Batch, level: Tensor) -> Tensor:
-        """Weighted KL per dim, summed over pictures alone in their documents, over all drawings of the batch."""
+        """Weighted KL per dim, summed over the only images of their documents, divided by all drawings of the batch."""
         if self.is_late:
             raise ConfigError(
                 "kl_to_t2i > 0 compares with the flow after stage t2i, but this model has finished stage joint. "
@@ -263,9 +307,9 @@ class FrozenReferenceFlow:
         rows = _words_before(batch, alone.tolist())
         for group in length_groups([len(row) for row in rows], out.u.shape[1]):
             index = alone[group]
-            was = self._affine([rows[i] for i in group], out.u[index].detach(), level[index])
-            far = was.kl(Affine(out.affine.mu[index], out.affine.log_scale[index])).mean((1, 2))
-            total = total + (noise.loss_weight(level[index]) * far).sum()
+            reference = self._affine([rows[i] for i in group], out.u[index].detach(), level[index])
+            kl = reference.kl(Affine(out.affine.mu[index], out.affine.log_scale[index])).mean((1, 2))
+            total = total + (noise.loss_weight(level[index]) * kl).sum()
         return total / max(1, int(batch.pictures.is_target.sum()))
 
     @torch.no_grad()
@@ -275,15 +319,15 @@ class FrozenReferenceFlow:
         return deep.predict(F.pad(u, (0, 0, 0, 1)), (0, u.shape[1]), run)
 
 
-def _reading_loss(components: Components, seen: Tensor, batch: Batch) -> Tensor:
-    """Next-token loss of the language model alone, pictures read as `seen` (P, N, E)."""
-    embeds = with_pictures(components.vlm.embed(batch.ids), seen, batch)
+def _reply_loss(components: Components, embeddings: Tensor, batch: Batch) -> Tensor:
+    """Next-token loss of the language model alone, which reads images as `embeddings` (P, N, E)."""
+    embeds = with_pictures(components.vlm.embed(batch.ids), embeddings, batch)
     h = components.vlm.states(embeds, batch.mrope, attend=batch.attend)
     return ntp_loss(components.vlm.logits, (h[batch.labels != IGNORE],), batch.labels)
 
 
 def _source_levels(components: Components, count: int, generator: torch.Generator) -> Tensor:
-    """Noise levels (count,) of pictures that are read: often clean as uploads are, often at the level of drawing."""
+    """Noise levels (count,) of images that are read: 40 % as clean as uploads, 30 % as noisy as samples, or between."""
     noise = components.cfg.flow.noise
     assert noise is not None
     kind, uniform = torch.rand(2, count, generator=generator)
@@ -292,7 +336,21 @@ def _source_levels(components: Components, count: int, generator: torch.Generato
     return torch.where(kind > 0.7, torch.full_like(level, noise.noise_max), level).to(components.device)
 
 
-TASKS: dict[str, Callable[[Components, StageConfig, int], Task]] = {
+class MakeTask(Protocol):
+    """A task class, or anything that makes a task as one does."""
+
+    def __call__(
+        self,
+        components: Components,
+        stage: StageConfig,
+        seed: int,
+        *,
+        dataset: Dataset | None = None,
+        trained: nn.ModuleDict | None = None,
+    ) -> Task: ...
+
+
+TASKS: dict[str, MakeTask] = {
     "features": FeaturesTask,
     "fae": FaeTask,
     "vlm": VlmTask,
