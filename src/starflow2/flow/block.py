@@ -1,8 +1,9 @@
 """One autoregressive affine flow block: a causal transformer that predicts each latent's Gaussian.
 
-A *slot* is a position of the body whose output predicts one *target* latent. With a start token or
-without context, slot k holds latent k - 1; with a context its last position is the slot of target 0.
-Letters: B batch, N latents, D latent dim, C width, T context positions.
+A *slot* is a position of the transformer whose output predicts one *target* latent. The slots are those of the prefix
+(context states, then a start token), of which the last predicts target 0, and one per latent: latent n - 1 predicts
+target n.
+Letters: B batch, N latents, D latent dim, C width, T context positions, P prefix slots.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from starflow2.flow.noise import NoiseEmbedding
 from starflow2.flow.solver import SEQUENTIAL, Predict, Progress, Solver, solve
 from starflow2.nn import Cache, CausalStack, StackConfig, at_least_fp32, check, zero_linear
 
-__all__ = ["AffineBlock", "BlockConfig", "Direction", "Run", "scan"]
+__all__ = ["AffineBlock", "BlockConfig", "Direction", "Prefix", "Run", "scan"]
 
 Direction = Literal["l2r", "r2l"]
 
@@ -34,8 +35,9 @@ class BlockConfig:
     grid: tuple[int, int]  # rows and columns; N = rows * columns in raster order
     stack: StackConfig
     direction: Direction = "l2r"
-    # what predicts target 0: "auto" a learned start unless there is a context, "always" a learned
-    # start behind any context (STARFlow), "none" nothing: target 0 passes unchanged (TARFlow)
+    # what predicts target 0: "auto" the last context state, or a learned start token without a context; "always" a
+    # start token, after any context (STARFlow); "none" the last context state, or nothing without a context: target 0
+    # passes unchanged (TARFlow)
     start: Literal["auto", "always", "none"] = "auto"
     scale: Scale = "exp"
     clip: float = 4.0  # soft bound of the raw scale, 0 = none
@@ -56,17 +58,47 @@ def scan(x: Tensor, direction: Direction) -> Tensor:
     return x.flip(1) if direction == "r2l" else x
 
 
-@dataclass(slots=True)
-class Run:
-    """What stays fixed while one batch of latents is predicted, and the cache if there is one."""
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Slots before the latents: context states, then a start token if there is one. The last predicts target 0."""
 
-    prefix: Tensor  # (B, P, C) embedded context and start; the last one is the slot of target 0
-    prefix_positions: Tensor  # (B, P, 3)
-    step: Tensor  # (B,)
-    attend: Tensor | None  # (B, P) bool
-    noise: Tensor | None  # (B, 1, C)
-    shift: int  # 1: slots carry their own latent's place; 0: a start token moved them to the target's
+    slots: Tensor  # (B, P, C) embedded
+    positions: Tensor  # (B, P, 3)
+    attend: Tensor | None  # (B, P) bool, None where all are real
+    step: Tensor  # (B,) third coordinate of the latents
+    has_start: bool  # a start token is the last slot
+
+    @property
+    def length(self) -> int:
+        return self.slots.shape[1]
+
+    @property
+    def first_target(self) -> int:
+        """0, or 1 where the prefix is empty: no slot predicts target 0, which passes unchanged."""
+        return 0 if self.length else 1
+
+    @property
+    def shift(self) -> int:
+        """Targets minus positions of slots: with a start token a slot has its target's position, else its latent's."""
+        return 0 if self.has_start else 1
+
+    def slot_of(self, target: int) -> int:
+        """Index of the slot that predicts a target, counted from the first slot of the prefix."""
+        return self.length - 1 + target
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Inputs that stay fixed while one batch of latents is predicted, and the cache if there is one."""
+
+    prefix: Prefix
+    noise: Tensor | None  # (B, 1, C) embedded level
     cache: Cache | None = None
+
+    @property
+    def past(self) -> int:
+        """Number of cached slots."""
+        return 0 if self.cache is None else self.cache.length
 
 
 class AffineBlock(nn.Module):
@@ -74,6 +106,8 @@ class AffineBlock(nn.Module):
 
     x, z: (B, N, D). logdet: (B,) nats, log|dz/dx|. `forward` is one parallel pass, `inverse` N cached steps.
     """
+
+    above: Tensor  # (N + 1, 3)
 
     def __init__(self, cfg: BlockConfig) -> None:
         super().__init__()
@@ -90,11 +124,11 @@ class AffineBlock(nn.Module):
             self.noise_embedding = NoiseEmbedding(width, cfg.noise_waves)
         self.body = CausalStack(cfg.stack)
         self.head = zero_linear(width, 2 * cfg.dim)  # identity map at initialisation
-        self.above: Tensor
+        self._starts_alone, self._starts_after_context = cfg.start != "none", cfg.start == "always"
         self.register_buffer("above", _above(cfg.grid), persistent=False)
 
     def rebuild_buffers(self) -> None:
-        """Compute what the config says and no file holds, behind a construction on the meta device."""
+        """Compute what no file holds, after a construction on the meta device."""
         self.above = _above(self.cfg.grid)
 
     # -- the flow and its inverse ------------------------------------------------------------------
@@ -162,82 +196,82 @@ class AffineBlock(nn.Module):
     # -- prediction --------------------------------------------------------------------------------
 
     def begin(self, batch: int, context: Context | None, noise_level: Tensor | None, *, cached: bool = False) -> Run:
-        """Embed the noise level and the slots before the latents; `cached`: predict chunk by chunk, through a cache."""
+        """Embed the prefix and the noise level. `cached`: targets are predicted chunk by chunk, through a cache."""
         self._check_conditions(batch, context, noise_level)
+        prefix = self._prefix(batch, context)
+        noise = None if noise_level is None else self.noise_embedding(noise_level).unsqueeze(1)
+        cache = Cache(self.cfg.stack.depth, prefix.length + self.cfg.num_latents) if cached else None
+        return Run(prefix, noise, cache)
+
+    def _prefix(self, batch: int, context: Context | None) -> Prefix:
         like = self.proj_in.weight
-        prefix, positions = [like.new_empty(batch, 0, self.cfg.stack.width)], []
-        step = like.new_zeros(batch)
-        attend = None
+        slots, positions = [like.new_empty(batch, 0, self.cfg.stack.width)], list[Tensor]()
+        step, attend = like.new_zeros(batch), None
         if context is not None:
-            prefix.append(self.context_in(context.states))
+            slots.append(self.context_in(context.states))
             positions.append(context.resolved_positions())
             step, attend = context.resolved_step(), context.attend
-        if self._starts(context):
-            prefix.append(self._project(self.start.expand(batch, 1, -1), None))
+        has_start = self._starts_alone if context is None else self._starts_after_context
+        if has_start:
+            slots.append(self._project(self.start.expand(batch, 1, -1), None))
             positions.append(self._positions(step, 0, 1))
             attend = None if attend is None else F.pad(attend, (0, 1), value=True)
-        noise = None if noise_level is None else self.noise_embedding(noise_level).unsqueeze(1)
-        where = torch.cat(positions, 1) if positions else like.new_zeros(batch, 0, 3)
-        shift = 0 if self._starts(context) else 1
-        cache = Cache(self.cfg.stack.depth, where.shape[1] + self.cfg.num_latents) if cached else None
-        return Run(torch.cat(prefix, 1), where, step, attend, noise, shift, cache)
+        where = torch.cat(positions, 1) if positions else like.new_empty(batch, 0, 3)
+        return Prefix(torch.cat(slots, 1), where, attend, step, has_start)
 
     def predict(self, buffer: Tensor, targets: tuple[int, int], run: Run) -> Affine:
         """Gaussians of targets [first, last), from the latents before them.
 
         buffer: (B, N + 1, D) in scan order, its last row zero; rows from `last` - 1 on are never
-        read. With a cache in `run`, targets before `first` must have been predicted; the cache is
-        rewound to them, so that a chunk may be predicted again from other latents.
+        read. Without a cache in `run`, first is 0. With one, targets before `first` must have been
+        predicted; the cache is rewound to them, so that a chunk may be predicted again.
         """
-        first, last = targets
+        first, _ = targets
+        assert first == 0 or run.cache is not None
         if run.cache is not None:
-            run.cache.truncate(run.prefix.shape[1] + first - 1 if first else 0)
+            run.cache.truncate(run.prefix.slot_of(first) if first else 0)
+        affine = self.affine(self._read(buffer, targets, run))
+        return affine if first >= run.prefix.first_target else _with_identity_first(affine)
+
+    def _read(self, buffer: Tensor, targets: tuple[int, int], run: Run) -> Tensor:
+        """Body outputs (B, n, C) at the n slots of the targets."""
         slots, positions = self.slots(buffer, targets, run)
-        if run.cache is None or run.cache.length == 0:
-            slots = torch.cat([run.prefix[:, :-1].to(slots.dtype), slots], dim=1)
-            positions = torch.cat([run.prefix_positions[:, :-1], positions], dim=1)
-        count = last - max(first, 0 if run.prefix.shape[1] else 1)
-        past = 0 if run.cache is None else run.cache.length
-        attend = self._attend(run, past + slots.shape[1])
-        h = self.body(slots, positions, attend, run.cache) if slots.shape[1] else slots
-        affine = self.affine(h[:, slots.shape[1] - count :])
-        return affine if count == last - first else _with_identity_first(affine)
+        count = slots.shape[1]
+        if not count:  # target 0 alone, where nothing predicts it
+            return slots
+        if targets[0] == 0:
+            slots = torch.cat([run.prefix.slots[:, :-1].to(slots.dtype), slots], dim=1)
+            positions = torch.cat([run.prefix.positions[:, :-1], positions], dim=1)
+        attend = run.prefix.attend
+        if attend is not None:
+            attend = F.pad(attend, (0, run.past + slots.shape[1] - run.prefix.length), value=True)
+        return self.body(slots, positions, attend, run.cache)[:, -count:]
 
     def slots(self, buffer: Tensor, targets: tuple[int, int], run: Run) -> tuple[Tensor, Tensor]:
         """Embedded slots of the targets, (B, n, C), and their positions, (B, n, 3)."""
-        first, last = targets
-        parts, where = [], []
-        if first == 0 and run.prefix.shape[1]:
-            parts.append(run.prefix[:, -1:])
-            where.append(run.prefix_positions[:, -1:])
+        prefix, (first, last) = run.prefix, targets
         low = max(first, 1)
-        if low < last:
-            parts.append(self.embed(buffer, low, last, run.shift))
-            where.append(self._positions(run.step, low - run.shift, last - run.shift))
-        if not parts:
-            return buffer.new_empty(len(buffer), 0, self.cfg.stack.width), run.prefix_positions
-        slots = torch.cat([p.to(parts[0].dtype) for p in parts], dim=1)
-        slots = slots if run.noise is None else slots + run.noise
-        return slots, torch.cat(where, dim=1)
+        slots = self.embed(buffer, low, last, prefix.shift)
+        positions = self._positions(prefix.step, low - prefix.shift, last - prefix.shift)
+        if first == prefix.first_target == 0:
+            slots = torch.cat([prefix.slots[:, -1:], slots.to(prefix.slots.dtype)], dim=1)
+            positions = torch.cat([prefix.positions[:, -1:], positions], dim=1)
+        return slots if run.noise is None else slots + run.noise, positions
 
     def embed(self, buffer: Tensor, first: int, last: int, shift: int = 1) -> Tensor:
-        """Latents in front of targets [first, last), first >= 1, embedded: (B, n, C).
+        """Latents before targets [first, last), first >= 1, embedded: (B, n, C).
 
-        `shift` 1: a slot carries its own latent's place; 0: that of its target.
+        `shift` 1: a slot has the learned position of its own latent; 0: that of its target.
         """
         x = buffer[:, first - 1 : last - 1]
-        above = None
-        if self.cfg.stencil:
-            above = buffer[:, self.above[first:last]].flatten(2)
+        above = buffer[:, self.above[first:last]].flatten(2) if self.cfg.stencil else None
         h = self._project(x, above)
-        if self.cfg.learned_positions:
-            h = h + self.position_table[first - shift : last - shift]
-        return h
+        return h + self.position_table[first - shift : last - shift] if self.cfg.learned_positions else h
 
     def embed_at(self, buffer: Tensor, targets: Tensor) -> Tensor:
-        """As `embed`, with targets of its own for every row: (B, n) int64 from 1 to N -> (B, n, C).
+        """Latents before targets that differ from row to row, embedded: (B, n) int64 from 1 to N -> (B, n, C).
 
-        Target N is behind the last latent: its slot holds that latent, has no stencil and predicts nothing.
+        Target N comes after the last latent: its slot holds that latent, has no stencil and predicts nothing.
         """
         rows = torch.arange(len(buffer), device=buffer.device)[:, None]
         above = buffer[rows[..., None], self.above[targets]].flatten(2) if self.cfg.stencil else None
@@ -284,31 +318,14 @@ class AffineBlock(nn.Module):
             if above is None:
                 above = x.new_zeros(*x.shape[:2], 3 * self.cfg.dim)
             x = torch.cat([x, above], dim=-1)
-        h: Tensor = self.proj_in(x.to(self.proj_in.weight.dtype))
-        return h
-
-    def _starts(self, context: Context | None) -> bool:
-        return self.cfg.start == "always" or (self.cfg.start == "auto" and context is None)
+        return self.proj_in(x.to(self.proj_in.weight.dtype))
 
     def _positions(self, step: Tensor, first: int, last: int) -> Tensor:
         """(row, column, step) of the latents [first, last): (B, n, 3)."""
         index = torch.arange(first, last, device=step.device)
-        row = (index // self.cfg.grid[1]).to(step.dtype)
-        col = (index % self.cfg.grid[1]).to(step.dtype)
-        batch = len(step)
-        return torch.stack(
-            [
-                row.expand(batch, -1),
-                col.expand(batch, -1),
-                step[:, None].expand(-1, len(index)),
-            ],
-            dim=-1,
-        )
-
-    def _attend(self, run: Run, keys: int) -> Tensor | None:
-        if run.attend is None:
-            return None
-        return F.pad(run.attend, (0, keys - run.attend.shape[1]), value=True)
+        columns = self.cfg.grid[1]
+        row, column = (x.to(step.dtype).expand(len(step), -1) for x in (index // columns, index % columns))
+        return torch.stack([row, column, step[:, None].expand(-1, len(index))], dim=-1)
 
     def _check_conditions(self, batch: int, context: Context | None, noise_level: Tensor | None) -> None:
         if (context is not None) and not self.cfg.context_dim:
@@ -341,5 +358,5 @@ def _above(grid: tuple[int, int]) -> Tensor:
 
 
 def _with_identity_first(affine: Affine) -> Affine:
-    """The same Gaussians with mu 0 and log_scale 0 put in front."""
+    """Prepend the standard Gaussian of a latent that passes unchanged, mu 0 and log_scale 0."""
     return Affine(F.pad(affine.mu, (0, 0, 1, 0)), F.pad(affine.log_scale, (0, 0, 1, 0)))
