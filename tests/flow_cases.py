@@ -22,8 +22,8 @@ from starflow2.flow import (
     Sequential,
     ShallowFlow,
     Solver,
+    StackConfig,
 )
-from starflow2.nn import StackConfig
 
 BATCH, STATES, WIDE = 2, 4, 5  # rows, context length, context width
 STACK = StackConfig(width=40, depth=2, head_dim=20)

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starflow2.flow import AffineBlock, BlockConfig
+from starflow2.flow import AffineBlock, BlockConfig, StackConfig
 from starflow2.models import convert
-from starflow2.nn import StackConfig
 
 
 def load_reference(path: Path) -> dict[str, Tensor]:

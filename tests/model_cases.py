@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 
 from helpers import wake
-from starflow2.flow import NoiseConfig
+from starflow2.flow import NoiseConfig, StackConfig
 from starflow2.models.checkpoint import save_components
 from starflow2.models.components import Components
 from starflow2.models.config import ModelConfig
 from starflow2.models.tokenizer import ChatTokenizer, train_tokenizer
-from starflow2.nn import StackConfig
 from starflow2.training.config import MixConfig, RunConfig, StageConfig
 from starflow2.training.recipes import nano_model, smoke
 from starflow2.world.captions import caption_task

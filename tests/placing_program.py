@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor
 from model_cases import mix_of
 from pretrained_cases import paper_in_miniature, write_upstream
 from shard_program import start
+from starflow2.flow import StackConfig
 from starflow2.models import pretzel
 from starflow2.models.checkpoint import save_components, start_components
 from starflow2.models.config import ModelConfig
 from starflow2.models.pretrained import Pretrained
-from starflow2.nn import StackConfig
 from starflow2.training import loop as train
 from starflow2.training.config import OptimConfig, RunConfig, ShardConfig
 from starflow2.training.recipes import paper, smoke

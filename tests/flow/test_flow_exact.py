@@ -27,11 +27,12 @@ from starflow2.flow import (
     Sequential,
     ShallowFlow,
     Solver,
+    StackConfig,
     solve,
     standard_normal_log_prob,
 )
 from starflow2.flow.block import Run, scan
-from starflow2.nn import Cache, StackConfig
+from starflow2.nn import Cache
 
 F64 = torch.float64
 pieces = pytest.mark.parametrize("build", PIECES.values(), ids=PIECES.keys())

@@ -25,10 +25,10 @@ from starflow2.flow import (
     NoiseConfig,
     NoiseEmbedding,
     SampleConfig,
+    StackConfig,
 )
 from starflow2.flow.affine import Schedule, strengths
 from starflow2.flow.noise import add_noise
-from starflow2.nn import StackConfig
 
 F64 = torch.float64
 RULES = ("starflow", "tarflow")
@@ -415,9 +415,6 @@ def test_a_block_with_context_still_runs_without_one_from_its_start() -> None:
 
 
 def test_whitened_context_enters_with_zero_mean_and_unit_variance() -> None:
-    from starflow2.flow import AffineBlock, BlockConfig
-    from starflow2.nn import StackConfig
-
     stack = StackConfig(width=40, depth=1, head_dim=20)
     block = AffineBlock(BlockConfig(dim=2, grid=(1, 2), stack=stack, context_dim=12))
     skewed = torch.randn(4000, 12) * torch.logspace(0, -1, 12) + 5.0

@@ -1,7 +1,9 @@
 """Standalone normalizing flows: autoregressive affine blocks, deep-shallow stacks, exact likelihoods.
 
-Needs torch only. See docs/flows.md for a twelve-line example on one's own vectors.
+Needs torch only. docs/flows.md has an example on vectors of your own.
 """
+
+from __future__ import annotations
 
 from starflow2.flow.affine import Affine, standard_normal_log_prob
 from starflow2.flow.block import AffineBlock, BlockConfig
@@ -9,6 +11,7 @@ from starflow2.flow.context import Context, Guide
 from starflow2.flow.model import Flow, FlowConfig, SampleConfig, ShallowFlow
 from starflow2.flow.noise import NoiseConfig, NoiseEmbedding
 from starflow2.flow.solver import SEQUENTIAL, BlockJacobi, Jacobi, Sequential, Solution, Solver, solve
+from starflow2.nn import StackConfig
 
 __all__ = [
     "SEQUENTIAL",
@@ -28,6 +31,7 @@ __all__ = [
     "ShallowFlow",
     "Solution",
     "Solver",
+    "StackConfig",
     "solve",
     "standard_normal_log_prob",
 ]

@@ -78,7 +78,7 @@ class ShallowFlow(nn.Module):
 class Flow(nn.Module):
     """A deep-shallow normalizing flow with an optional context prefix (STARFlow; paper eq. 3.3).
 
-    >>> from starflow2.nn import StackConfig
+    >>> from starflow2.flow import StackConfig
     >>> block = BlockConfig(dim=2, grid=(1, 1), stack=StackConfig(width=64, depth=1))
     >>> Flow(FlowConfig(deep=block)).log_prob(torch.zeros(3, 1, 2)).shape
     torch.Size([3])
