@@ -114,7 +114,7 @@ def _beside(rows: Sequence[Batch]) -> Batch:
         ),
     )
     ids, labels, document = joined("ids", 0), joined("labels", IGNORE), joined("document", -1)
-    return Batch(ids, labels, document, joined("mrope", 0, 1), places, pictures)
+    return Batch(ids, labels, document, joined("mrope", 0, 1), places, pictures, shares_rows=False)
 
 
 def real(batches: Sequence[Batch]) -> int:

@@ -178,6 +178,14 @@ def test_rows_of_one_document_each_need_no_mask_since_a_causal_model_does_not_se
     assert pack([WORDS, WORDS], LAYOUT, 8).attend is not None
 
 
+def test_the_mask_of_a_batch_is_built_once_and_without_reading_a_value_from_the_device():
+    batch = pack([WORDS, STORY, WORDS], LAYOUT, 30)
+    assert batch.attend is batch.attend
+    elsewhere = batch.to("meta")  # where to read a value raises
+    assert elsewhere.attend is not None and elsewhere.attend.shape == (1, 29, 29)
+    assert pack([STORY, WORDS], LAYOUT).to("meta").attend is None
+
+
 def test_what_cannot_be_packed_is_refused():
     for documents in ([], [WORDS, ()], [(Text(()),)]):
         with pytest.raises(DataError, match="at least one segment"):

@@ -1,14 +1,15 @@
-"""Documents as tensors: segments of text and pictures, packed into rows, with the positions of both streams.
+"""Documents as tensors: segments of text and images, packed into rows, with the positions of both streams.
 
-A document is a list of segments. A picture takes one slot to begin, one per latent and one to end; which picture
-stands in a slot is an index, so that packing never touches pixels or latents. Not here: tokenizers and codecs.
-Letters: B rows, T positions, N latents of one picture, P pictures of a batch.
+A document is a list of segments. An image takes one slot to begin, one per latent and one to end; a slot holds the
+index of its image, so that packing never touches pixels or latents. Not here: tokenizers and codecs.
+Letters: B rows, T positions, N latents of one image, P images of a batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,12 +36,12 @@ __all__ = [
 ]
 
 IGNORE = -100  # label of positions that carry no next-token loss
-_PASS_COST = 256
+_PASS_COST = 256  # positions of padding that cost as much as another pass over the network
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Token ids; `is_target`: they are to be predicted."""
+    """Token ids. is_target: the model learns to predict them."""
 
     ids: tuple[int, ...]
     is_target: bool = False
@@ -48,7 +49,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A picture, known by its place among the pictures of a batch; `is_target`: it is to be predicted."""
+    """An image, identified by its order among those of a batch. is_target: the model learns to draw it."""
 
     is_target: bool = False
 
@@ -59,7 +60,7 @@ Document = Sequence[Segment]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a picture is spelled: its grid of latents, the ids around it, and the id that fills unused positions."""
+    """Token ids of an image (begin, one per latent, end), its grid of latents, and the padding id."""
 
     grid: tuple[int, int]
     begin: int
@@ -72,7 +73,7 @@ class Layout:
         return self.grid[0] * self.grid[1]
 
     def ids(self, segment: Segment) -> list[int]:
-        """Every slot of a segment as a token id."""
+        """Token ids of all slots of a segment."""
         if isinstance(segment, Text):
             return list(segment.ids)
         return [self.begin, *[self.latent] * self.num_latents, self.end]
@@ -80,9 +81,9 @@ class Layout:
 
 @dataclass(slots=True)
 class Cursor:
-    """Where the next slot of a document stands, in the language model's positions and in the flow's.
+    """Running positions of a document: those of its next slot, for the language model (M-RoPE) and for the flow.
 
-    The flow sees text at (0, 0, step) and a latent at (row, column, step of its begin slot); see
+    In the flow text is at (0, 0, step) and a latent at (row, column, step of its begin slot); see
     docs/choices.md#positions.
     """
 
@@ -91,7 +92,7 @@ class Cursor:
     step: int = 0
 
     def text(self, count: int) -> tuple[Tensor, Tensor]:
-        """M-RoPE ids (3, count) and flow places (count, 3) of the next `count` tokens; moves on."""
+        """Advance over `count` tokens: their M-RoPE ids (3, count) and flow positions (count, 3)."""
         ids = torch.arange(self.mrope, self.mrope + count).expand(3, -1)
         places = torch.zeros(count, 3)
         places[:, 2] = torch.arange(self.step, self.step + count)
@@ -99,7 +100,10 @@ class Cursor:
         return ids, places
 
     def latents(self, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor]:
-        """The same, (3, n) and (n, 3), of latents [first, last) behind the begin slot; moves on with the last one."""
+        """M-RoPE ids (3, n) and flow positions (n, 3) of latents [first, last) of the image whose begin slot came last.
+
+        Advances only over the image's last latent, so that an image may be read in pieces.
+        """
         ids, after = image_mrope(self.grid, self.mrope)
         last = ids.shape[1] if last is None else last
         if last == ids.shape[1]:
@@ -111,43 +115,46 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """Where the pictures of a batch stand, in the order of its documents. All (P,)."""
+    """Positions of the images of a batch, in the order of its documents. All (P,)."""
 
     row: Tensor  # int64
     begin: Tensor  # int64, position of the begin slot; latent k stands at begin + 1 + k
     is_target: Tensor  # bool
-    previous: Tensor  # int64, the picture before it in its document, -1 if none
+    previous: Tensor  # int64, index of the image before it in its document, -1 if none
 
     def __len__(self) -> int:
         return len(self.row)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Batch:
-    """Documents packed into rows. The labels of a position are what the next one holds, where that is a target."""
+    """Documents packed into rows. The label of a position is the token at the next one, where that is a target."""
 
     ids: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64, IGNORE where nothing is to be predicted
-    document: Tensor  # (B, T) int64, which document a position belongs to, -1 behind the last
+    document: Tensor  # (B, T) int64, which document a position belongs to, -1 after the last
     mrope: Tensor  # (3, B, T)
     places: Tensor  # (B, T, 3) float
     pictures: Pictures
+    shares_rows: bool  # True if some row holds more than one document
 
-    @property
+    @cached_property
     def attend(self) -> Tensor | None:
-        """(B, T, T) bool, block-diagonal and causal; None where every row holds one document."""
-        shares = (self.document != self.document[:, :1]) & (self.document >= 0)
-        if not bool(shares.any()):
+        """(B, T, T) bool, block-diagonal and causal; None where every row holds one document.
+
+        Built at the first access, from `shares_rows` and without waiting for the device, and kept.
+        """
+        if not self.shares_rows:
             return None
-        same = self.document[:, :, None] == self.document[:, None]
-        return same & torch.ones_like(same[0]).tril()
+        return (self.document[:, :, None] == self.document[:, None]).tril()
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on another device."""
+        """Copy of the batch on another device."""
         p = self.pictures
         pictures = Pictures(p.row.to(device), p.begin.to(device), p.is_target.to(device), p.previous.to(device))
+        ids, labels, document = self.ids.to(device), self.labels.to(device), self.document.to(device)
         mrope, places = self.mrope.to(device), self.places.to(device)
-        return Batch(self.ids.to(device), self.labels.to(device), self.document.to(device), mrope, places, pictures)
+        return Batch(ids, labels, document, mrope, places, pictures, self.shares_rows)
 
 
 @dataclass(slots=True)
@@ -160,10 +167,10 @@ class _Row:
 
 
 def pack(documents: Sequence[Document], layout: Layout, width: int = 0) -> Batch:
-    """Documents as rows of at most `width` positions, or of the longest document (0).
+    """Pack documents into rows of at most `width` positions; 0: as long as the longest document.
 
-    Longest first, each into the first row that has room. Raises DataError for an empty document or one that is
-    longer than `width`.
+    The longest document goes first, each into the first row that has room. Raises DataError for an empty document or
+    one that is longer than `width`.
 
     >>> layout = Layout(grid=(1, 2), begin=1, end=2, latent=3, pad=0)
     >>> pack([[Text((7, 8)), Image(is_target=True)], [Text((9,))]], layout).ids
@@ -172,51 +179,54 @@ def pack(documents: Sequence[Document], layout: Layout, width: int = 0) -> Batch
     """
     lengths = [sum(len(layout.ids(s)) for s in document) for document in documents]
     if not lengths or min(lengths) == 0:
-        raise DataError("cannot pack an empty document; give each at least one segment with one slot.")
+        found = f"document {lengths.index(0)} is empty" if lengths else "there is none"
+        raise DataError(f"cannot pack documents: {found}; expected each to have at least one segment with one slot.")
     width = width or max(lengths)
     if max(lengths) > width:
-        raise DataError(f"a document has {max(lengths)} positions; expected at most {width}.")
+        raise DataError(
+            f"a document has {max(lengths)} positions; expected at most {width}: shorten it or give more width."
+        )
     rows: list[_Row] = []
-    placed: dict[int, tuple[int, int]] = {}
+    starts: dict[int, tuple[int, int]] = {}  # row and first position of every document
     for i in sorted(range(len(documents)), key=lambda i: -lengths[i]):
-        at = next((r for r, row in enumerate(rows) if len(row.ids) + lengths[i] <= width), len(rows))
-        if at == len(rows):
+        index = next((r for r, row in enumerate(rows) if len(row.ids) + lengths[i] <= width), len(rows))
+        if index == len(rows):
             rows.append(_Row())
-        placed[i] = (at, len(rows[at].ids))
-        _write(rows[at], documents[i], i, layout)
-    return _batch(rows, _pictures(documents, placed, layout), layout)
+        starts[i] = (index, len(rows[index].ids))
+        _write(rows[index], documents[i], i, layout)
+    return _batch(rows, _pictures(documents, starts, layout), layout)
 
 
 def _write(row: _Row, document: Document, index: int, layout: Layout) -> None:
     """Append a document to a row."""
-    cursor, ids, told = Cursor(layout.grid), list[int](), list[bool]()
+    cursor, ids, is_target = Cursor(layout.grid), list[int](), list[bool]()
     for segment in document:
         own = layout.ids(segment)
         ids += own
         if isinstance(segment, Text):
-            told += [segment.is_target] * len(own)
+            is_target += [segment.is_target] * len(own)
             pieces = [cursor.text(len(own))]
-        else:  # only its begin is predicted as a token: what follows is drawn, and its end is certain
-            told += [segment.is_target] + [False] * (len(own) - 1)
+        else:  # only its begin is predicted as a token: latents are drawn, and where they end is certain
+            is_target += [segment.is_target] + [False] * (len(own) - 1)
             pieces = [cursor.text(1), cursor.latents(), cursor.text(1)]
         row.mrope += [mrope for mrope, _ in pieces]
         row.places += [places for _, places in pieces]
     row.ids += ids
-    row.labels += [ids[i] if told[i] else IGNORE for i in range(1, len(ids))] + [IGNORE]
+    row.labels += [ids[i] if is_target[i] else IGNORE for i in range(1, len(ids))] + [IGNORE]
     row.document += [index] * len(ids)
 
 
-def _pictures(documents: Sequence[Document], placed: dict[int, tuple[int, int]], layout: Layout) -> Pictures:
-    found: list[tuple[int, int, int, int]] = []
+def _pictures(documents: Sequence[Document], starts: dict[int, tuple[int, int]], layout: Layout) -> Pictures:
+    images: list[tuple[int, int, int, int]] = []
     for i, document in enumerate(documents):
-        row, at = placed[i]
+        row, position = starts[i]
         previous = -1
         for segment in document:
             if isinstance(segment, Image):
-                found.append((row, at, int(segment.is_target), previous))
-                previous = len(found) - 1
-            at += len(layout.ids(segment))
-    columns = torch.tensor(found, dtype=torch.long).view(-1, 4).unbind(1)
+                images.append((row, position, int(segment.is_target), previous))
+                previous = len(images) - 1
+            position += len(layout.ids(segment))
+    columns = torch.tensor(images, dtype=torch.long).view(-1, 4).unbind(1)
     return Pictures(columns[0], columns[1], columns[2].bool(), columns[3])
 
 
@@ -229,14 +239,15 @@ def _batch(rows: Sequence[_Row], pictures: Pictures, layout: Layout) -> Batch:
         ids[i, :end], labels[i, :end] = torch.tensor(row.ids), torch.tensor(row.labels)
         document[i, :end] = torch.tensor(row.document)
         mrope[:, i, :end], places[i, :end] = torch.cat(row.mrope, 1), torch.cat(row.places)
-    return Batch(ids, labels, document, mrope, places, pictures)
+    shares_rows = any(row.document[0] != row.document[-1] for row in rows)
+    return Batch(ids, labels, document, mrope, places, pictures, shares_rows)
 
 
-def with_pictures(embeds: Tensor, seen: Tensor, batch: Batch) -> Tensor:
-    """Embeddings (B, T, E) with pictures (P, N, E) put into their slots."""
-    row = batch.pictures.row[:, None].expand(-1, seen.shape[1])
-    at = batch.pictures.begin[:, None] + 1 + torch.arange(seen.shape[1], device=seen.device)
-    return embeds.index_put((row, at), seen.to(embeds.dtype))
+def with_pictures(embeds: Tensor, images: Tensor, batch: Batch) -> Tensor:
+    """Embeddings (B, T, E) in which the slots of latents hold those of the images, (P, N, E)."""
+    row = batch.pictures.row[:, None].expand(-1, images.shape[1])
+    column = batch.pictures.begin[:, None] + 1 + torch.arange(images.shape[1], device=images.device)
+    return embeds.index_put((row, column), images.to(embeds.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,18 +262,19 @@ class TextRows:
         return int(self.ids.shape[1])
 
     def left_padded(self, states: Tensor) -> Tensor:
-        """Per-position states (B, T, E) moved so that every row ends at the last position."""
+        """States (B, T, E) of these rows, shifted so that every row ends at the last position."""
         index = torch.arange(self.width, device=states.device)[None] - self.padding[:, None]
         index = index.clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])
         return states.gather(1, index)
 
     @property
     def padding(self) -> Tensor:
+        """Number of padding positions, (B,)."""
         return self.width - self.lengths
 
     @property
     def left_attend(self) -> Tensor:
-        """(B, T) bool, True at real positions once left-padded."""
+        """(B, T) bool, True at real positions of the left-padded rows."""
         index = torch.arange(self.width, device=self.ids.device)
         return index[None] >= self.padding[:, None]
 
@@ -284,12 +296,12 @@ def pad_rows(rows: Sequence[Sequence[int]], pad: int) -> TextRows:
 
 
 def text_mrope(batch: int, length: int, start: int = 0) -> Tensor:
-    """M-RoPE ids of plain text: (3, B, T), all three axes count on from `start`."""
+    """M-RoPE ids of plain text: (3, B, T), all three axes count from `start`."""
     return torch.arange(start, start + length).expand(3, batch, length)
 
 
 def image_mrope(grid: tuple[int, int], start: int) -> tuple[Tensor, int]:
-    """M-RoPE ids (3, N) of a picture that begins at `start`, and where text goes on after it."""
+    """M-RoPE ids (3, N) of an image whose first latent is at `start`, and the position of the token after it."""
     rows, cols = grid
     index = torch.arange(rows * cols)
     positions = torch.stack([torch.zeros_like(index), index // cols, index % cols]) + start
@@ -297,7 +309,7 @@ def image_mrope(grid: tuple[int, int], start: int) -> tuple[Tensor, int]:
 
 
 def length_groups(lengths: Sequence[int], extra: int) -> list[list[int]]:
-    """Row indices as one or two groups of similar length, whichever wastes less on padding; none of no rows.
+    """Split row indices into one or two groups of similar length, whichever costs less; no group for no rows.
 
     `extra` positions follow each row. A second pass over the network costs about as much as the
     padding of `_PASS_COST` positions, so rows are split only where that pays. Exact: a mean over
