@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 import tomllib
@@ -49,3 +50,13 @@ def test_what_is_installed_never_asks_for_torchvision():
     pinned = (ROOT / "constraints.txt").read_text().split()
     assert not [name for name in (*wanted, *pinned) if name.startswith(("torchvision", "timm", "lpips", "torch-fid"))]
     assert not [line for line in pinned if "+" in line], "a local build number would bind everybody to this machine"
+
+
+def test_every_extra_has_code_that_imports_it():
+    """`dev` apart, which the tests use; fsspec is how datasets reads the web."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "src").rglob("*.py"))
+    packages = {re.split(r"[\[>=]", need)[0] for name, needs in extras.items() if name != "dev" for need in needs}
+    assert not [
+        name for name in packages - {"fsspec"} if not re.search(rf"\b(import|from) [\w.]*{name}|\"{name}", source)
+    ]
