@@ -19,12 +19,12 @@ from starflow2.evals.dpg import (
     soft_score,
     verify_lock,
 )
-from starflow2.world.captions import NUMBERS
 from starflow2.world.dense_prompts import CATEGORIES, PROMPTS, Node, suite_dense
 from starflow2.world.detector import detect
 from starflow2.world.questions import known_words
 from starflow2.world.scene import BACKGROUND_NAMES, COLORS, SHAPES, relations, render
 from starflow2.world.splits import bucket, held_out, scene_key
+from starflow2.world.words import NUMBERS
 
 
 def drawer(split="dev", change=lambda scene, seed: scene):

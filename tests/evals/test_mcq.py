@@ -12,19 +12,13 @@ import pytest
 from starflow2.errors import ConfigError, DataError
 from starflow2.evals import mcq as choices
 from starflow2.evals.mcq import SUITES, evaluate_mcq, first_letter, leading_letter, text_prior, verify_lock
-from starflow2.world.captions import NUMBERS
-from starflow2.world.multiple_choice import (
-    DIMENSIONS,
-    OPEN_RIDDLES,
-    RIDDLES,
-    choice_about,
-    choice_words,
-    draw_scene,
-    riddle,
-)
+from starflow2.world.multiple_choice import DIMENSIONS, choice_about, choice_words
 from starflow2.world.questions import known_words
+from starflow2.world.riddles import OPEN_RIDDLES, RIDDLES, riddle, riddle_words
+from starflow2.world.sampling import sample_split_scene
 from starflow2.world.scene import COLORS, SHAPES, relations, render, stream
 from starflow2.world.splits import bucket, held_out, is_trainable, scene_key
+from starflow2.world.words import NUMBERS
 
 
 def all_items(split="dev"):
@@ -95,7 +89,7 @@ def test_training_riddles_show_trainable_pictures_and_only_known_words(kind):
     for index in range(40):
         made = riddle(stream(5, index), kind)
         assert all(is_trainable(scene) for scene in made.scenes)
-        assert set(re.findall(r"[a-z]+", made.text + " " + made.answer)) <= choice_words() | known_words()
+        assert set(re.findall(r"[a-z]+", made.text + " " + made.answer)) <= choice_words() | riddle_words() | known_words()
         assert made.answer in (made.options or (made.answer,)) and len(set(made.options)) == len(made.options)
 
 
@@ -103,7 +97,7 @@ def test_training_riddles_show_trainable_pictures_and_only_known_words(kind):
 def test_wrong_options_in_training_name_nothing_held_out_and_are_all_different(kind):
     for index in range(60):
         rng = stream(6, index)
-        made = choice_about(draw_scene(rng), rng, kind, num_options=2 + index % 3)
+        made = choice_about(sample_split_scene(rng), rng, kind, num_options=2 + index % 3)
         if made is not None:
             assert len(set(made.options)) == 2 + index % 3
             for option in made.options:
@@ -214,11 +208,11 @@ def test_what_cannot_be_scored_is_refused():
     for bad in (lambda images, texts: texts[1:], lambda images, texts: [None] * len(texts)):
         with pytest.raises(DataError, match="texts"):
             evaluate_mcq(bad, "dev", quick=True)
-    scene = draw_scene(stream(0))
+    scene = sample_split_scene(stream(0))
     for wrong in ({"kind": "colour"}, {"kind": "scene", "num_options": 5}):
         with pytest.raises(ConfigError, match="expected"):
             choice_about(scene, stream(0), **wrong)
     with pytest.raises(ConfigError, match="kind"):
         riddle(stream(0), "sudoku")
     with pytest.raises(ConfigError, match="novel"):
-        draw_scene(stream(0), novel=True)
+        sample_split_scene(stream(0), novel=True)

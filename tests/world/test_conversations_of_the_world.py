@@ -8,12 +8,12 @@ import pytest
 
 from starflow2.data.dialogue import Dialogue
 from starflow2.errors import ConfigError
-from starflow2.world.captions import NUMBERS, PLURALS
 from starflow2.world.conversations import MIX, mentions, understanding_dialogue, understanding_words
-from starflow2.world.multiple_choice import POINTS, SHAPES
+from starflow2.world.multiple_choice import SHAPES
 from starflow2.world.questions import known_words
 from starflow2.world.scene import COLORS, Scene
 from starflow2.world.splits import is_trainable
+from starflow2.world.words import NUMBERS, PLURALS, POINTS
 
 COUNT = 2000
 

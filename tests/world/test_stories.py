@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 from starflow2.errors import ConfigError
-from starflow2.world.captions import NUMBERS
 from starflow2.world.scene import COLORS, SHAPES, SIZES, Scene, coverage, relations
 from starflow2.world.splits import bucket, held_out, is_trainable
 from starflow2.world.stories import (
@@ -26,6 +25,7 @@ from starflow2.world.stories import (
     story_words,
     suite_stories,
 )
+from starflow2.world.words import NUMBERS
 
 SIDES = {"left": "left of", "right": "right of", "above": "above", "over": "above", "below": "below", "under": "below"}
 EDITS = {"test": 3, "dev": 5}

@@ -36,12 +36,11 @@ from starflow2.evals.statistics import (
     lock_text,
     quick_share,
 )
-from starflow2.world.captions import NUMBERS
 from starflow2.world.dense_prompts import CATEGORIES, PROMPTS, DensePrompt, Node, suite_dense
 from starflow2.world.detector import Detection, Scan, detect
-from starflow2.world.multiple_choice import place_of
 from starflow2.world.scene import BACKGROUND_NAMES, BACKGROUNDS, COLORS, SHAPES, SIZES, SceneObject, Split, render
 from starflow2.world.splits import scene_key
+from starflow2.world.words import NUMBERS, place_of
 
 __all__ = ["answers", "evaluate_dpg", "lock_spec", "picture_score", "roundtrip_ceiling", "soft_score", "verify_lock"]
 

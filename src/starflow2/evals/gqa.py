@@ -45,10 +45,10 @@ from starflow2.evals.statistics import (
     interval,
     lock_text,
 )
-from starflow2.world.captions import NUMBERS, PLURALS
 from starflow2.world.questions import SUBTASKS, YES_NO, Question, questions, understanding_task
 from starflow2.world.scene import COLORS, SHAPES, SIZES, Scene, Split, stream
 from starflow2.world.splits import scene_key
+from starflow2.world.words import NUMBERS, PLURALS
 
 __all__ = [
     "evaluate_gqa",

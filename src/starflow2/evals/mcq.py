@@ -36,19 +36,12 @@ from starflow2.evals.statistics import (
     lock_text,
     quick_share,
 )
-from starflow2.world.multiple_choice import (
-    DIMENSIONS,
-    LETTERS,
-    OPEN_RIDDLES,
-    POINTS,
-    RIDDLES,
-    Choice,
-    choice_about,
-    draw_scene,
-    riddle,
-)
+from starflow2.world.multiple_choice import DIMENSIONS, LETTERS, Choice, choice_about
+from starflow2.world.riddles import OPEN_RIDDLES, RIDDLES, riddle
+from starflow2.world.sampling import sample_split_scene
 from starflow2.world.scene import Scene, Split, render, stream
 from starflow2.world.splits import scene_key
+from starflow2.world.words import POINTS
 
 __all__ = ["SUITES", "evaluate_mcq", "first_letter", "leading_letter", "lock_spec", "text_prior", "verify_lock"]
 
@@ -273,7 +266,7 @@ def _made(
     if kind not in DIMENSIONS:
         return riddle(rng, kind, split=bucket, novel=novel)
     while True:
-        scene = draw_scene(rng, bucket, novel=novel)
+        scene = sample_split_scene(rng, bucket, novel=novel)
         choice = choice_about(scene, rng, kind, split=bucket if novel else "train", num_options=num_options)
         if choice is not None:
             return choice

@@ -1,19 +1,27 @@
-"""Scenes put into words: prompts of six families, their wordings, and the suites' frozen drawings."""
+"""Captions of the drawn world: briefs drawn by family, their wordings, GenEval metadata, and the frozen prompt suites.
+
+A `Brief` is a scene plus what its caption says about it; what the caption leaves out is random, and every object of the
+scene is mentioned. Training items are pure functions of seed and index, and combine nothing that `splits.WITHHELD`
+reserves; nor do they use the sentence forms that `WORDINGS` reserves for dev and test.
+The six families and the metadata format are GenEval's (Ghosh et al. 2023). Our choice: docs/choices.md#world.
+"""
+
+from __future__ import annotations
 
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Final, Literal, NotRequired, TypedDict
 
 import numpy as np
 
 from starflow2.errors import ConfigError
+from starflow2.world.sampling import sample_crowd
 from starflow2.world.scene import (
     BACKGROUND_NAMES,
     COLORS,
-    IMAGE_SIZE,
     MAX_OBJECTS,
     OPPOSITES,
     RELATIONS,
@@ -30,26 +38,30 @@ from starflow2.world.scene import (
     sample_scene,
     stream,
 )
-from starflow2.world.splits import HELD_OUT, bucket, held_out, is_trainable
+from starflow2.world.splits import HELD_OUT, WITHHELD, bucket, colors_of, held_out, is_trainable
+from starflow2.world.words import NUMBERS, PLURALS, Wording, article, place_of
 
 __all__ = [
+    "BACKGROUND_WORDS",
+    "DENSE_BACKGROUND",
+    "DENSE_COUNT",
+    "DENSE_RELATION",
     "FAMILIES",
-    "NUMBERS",
-    "PLACES",
-    "PLURALS",
+    "RELATION_WORDS",
     "T2I_MIX",
+    "TOGETHER",
     "WORDINGS",
     "Brief",
     "CaptionedScene",
-    "Wording",
-    "article",
+    "GenEvalMetadata",
+    "GenEvalObject",
     "caption",
     "caption_task",
     "metadata",
+    "noun",
     "paraphrase_drawings",
     "suite_drawings",
 ]
-
 
 FAMILIES: Final = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 T2I_MIX: Final[Mapping[str, float]] = MappingProxyType(
@@ -57,25 +69,34 @@ T2I_MIX: Final[Mapping[str, float]] = MappingProxyType(
         "single_object": 0.06,
         "two_object": 0.28,
         "counting": 0.14,
-        "colors": 0.10,  # short captions that say most about the picture teach the words fastest
+        "colors": 0.10,  # short captions that say most about the image teach the words fastest
         "position": 0.18,  # which word belongs to what is learnt last
         "color_attr": 0.22,
         "dense": 0.02,
     }
 )
-NUMBERS: Final = ("zero", "one", "two", "three", "four")
-PLURALS: Final = ("circles", "squares", "triangles", "stars", "hearts", "rings", "crosses", "diamonds")
-DRAW_STREAM, ASK_STREAM, _SUITE = (
-    1,
-    2,
-    3,
-)  # third number of a stream: the same seed and index must not repeat between uses
+_CAPTION: Final = 1  # third number of a stream, so that no other task repeats these draws for the same seed and index
+_SUITE: Final = 3  # second number of a suite's stream
 _SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
+
+GenEvalObject = TypedDict(  # one row of "include" or "exclude"
+    "GenEvalObject",
+    {"class": str, "count": int, "color": NotRequired[str], "position": NotRequired[list[str | int]]},
+)
+
+
+class GenEvalMetadata(TypedDict):
+    """A line of GenEval's metadata file; "exclude" only where objects are counted."""
+
+    tag: str
+    include: list[GenEvalObject]
+    exclude: NotRequired[list[GenEvalObject]]
+    prompt: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Brief:
-    """A scene, its family, and what the caption is to say; objects are mentioned in the order of `scene.objects`."""
+    """A scene and what its caption has to say; objects are mentioned in the order of `scene.objects`."""
 
     scene: Scene
     family: str
@@ -90,68 +111,57 @@ class CaptionedScene:
     prompt: str
     scene: Scene
     family: str
-    metadata: dict[str, Any]
+    metadata: GenEvalMetadata
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Menu:
-    """What a draw may choose from: everything for training, one row replaced for a held-out suite."""
+class _Menu:
+    """Combinations that a brief may be drawn from: those of training, one row replaced for a held-out suite."""
 
     colors: tuple[tuple[int, ...], ...]  # by shape
     second_colors: tuple[tuple[int, ...], ...]  # likewise, for the second object
     shapes: tuple[tuple[int, int], ...]  # two different shapes that may meet
-    facts: tuple[tuple[int, Relation, int], ...]
+    relations: tuple[tuple[int, Relation, int], ...]  # (shape, relation, shape)
     counts: tuple[tuple[int, int], ...]  # (shape, how many)
 
 
-def _colors_by_shape(pairs: frozenset[tuple[int, int]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(c for c in range(len(COLORS)) if (s, c) in pairs) for s in range(len(SHAPES)))
-
-
 @functools.cache
-def make_menu(split: Split | None = None, row: str = "") -> Menu:
-    """The training menu, or the same with `row` ("pair", "pairs", "fact", "shapes", "count") held out by `split`."""
-    k = range(len(SHAPES))
-    tables = tuple(HELD_OUT.values())
-    pairs = frozenset((s, c) for s in k for c in range(len(COLORS)) if not any((s, c) in t.pairs for t in tables))
-    meets = tuple(m for m in itertools.combinations(k, 2) if not any(frozenset(m) in t.shapes for t in tables))
-    told = [(a, r, b) for a, b in itertools.permutations(k, 2) for r in RELATIONS if tuple(sorted((a, b))) in meets]
-    told = [fact for fact in told if not any(canonical(*fact) in t.facts for t in tables)]
-    counts = [(s, n) for s in k for n in range(2, MAX_OBJECTS + 1) if not any((s, n) in t.counts for t in tables)]
-    colors = second = _colors_by_shape(pairs)
+def _menu(split: Split | None = None, row: str = "") -> _Menu:
+    """The training menu, or that menu with one row ("pair", "pairs", "fact", "shapes", "count") held out by `split`."""
+    k, guard = range(len(SHAPES)), WITHHELD["train"]
+    meets = tuple(pair for pair in itertools.combinations(k, 2) if guard.allows_together(pair))
+    stands = [(a, r, b) for a, b in itertools.permutations(k, 2) for r in RELATIONS if tuple(sorted((a, b))) in meets]
+    stands = [(a, r, b) for a, r, b in stands if guard.allows_fact(a, r, b)]
+    counts = [(s, n) for s in k for n in range(2, MAX_OBJECTS + 1) if guard.allows_count(s, n)]
+    colors = second = tuple(colors_of(shape) for shape in k)
     if split is not None:
         table = HELD_OUT[split]
         if row in ("pair", "pairs"):
-            colors = _colors_by_shape(table.pairs)
+            colors = tuple(colors_of(shape, split) for shape in k)
             second = colors if row == "pairs" else second
         elif row == "fact":
             ways = sorted(table.facts) + sorted((b, OPPOSITES[r], a) for a, r, b in table.facts)
-            told = [(a, r, b) for a, r, b in ways]
+            stands = [(a, r, b) for a, r, b in ways]
         elif row == "shapes":
             first_two = sorted(tuple(sorted(pair)) for pair in table.shapes)
             meets = tuple((pair[0], pair[1]) for pair in first_two)
         elif row == "count":
             counts = sorted(table.counts)
-    return Menu(colors=colors, second_colors=second, shapes=meets, facts=tuple(told), counts=tuple(counts))
+    return _Menu(colors=colors, second_colors=second, shapes=meets, relations=tuple(stands), counts=tuple(counts))
 
 
-def canonical(a: int, relation: Relation, b: int) -> tuple[int, Relation, int]:
-    """The one of "a left of b" and "b right of a" by which facts are kept."""
-    return (a, relation, b) if relation in ("left of", "above") else (b, OPPOSITES[relation], a)
-
-
-def _mentions(rng: np.random.Generator, **chances: float) -> frozenset[str]:
+def _pick_mentions(rng: np.random.Generator, **chances: float) -> frozenset[str]:
     return frozenset(name for name, probability in chances.items() if chance(rng, probability))
 
 
-def _brief_one(rng: np.random.Generator, menu: Menu, family: str) -> Brief:
+def _brief_one(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
     shape = int(rng.integers(len(SHAPES)))
     scene = sample_scene(rng, shapes=[shape], colors=[pick(rng, menu.colors[shape])])
-    says = _mentions(rng, color=float(family == "colors"), size=0.3, background=0.25)
-    return Brief(scene=scene, family=family, mentions=says)
+    mentions = _pick_mentions(rng, color=float(family == "colors"), size=0.3, background=0.25)
+    return Brief(scene=scene, family=family, mentions=mentions)
 
 
-def _brief_two(rng: np.random.Generator, menu: Menu, family: str) -> Brief:
+def _brief_two(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
     a, b = pick(rng, menu.shapes)
     if chance(rng, 0.5):
         a, b = b, a
@@ -160,11 +170,11 @@ def _brief_two(rng: np.random.Generator, menu: Menu, family: str) -> Brief:
     while family == "color_attr" and colors[0] == colors[1]:
         colors = [pick(rng, options[0][a]), pick(rng, options[1][b])]
     scene = sample_scene(rng, shapes=[a, b], colors=colors)
-    says = _mentions(rng, color=float(family == "color_attr"), size=0.2, background=0.2)
-    return Brief(scene=scene, family=family, mentions=says)
+    mentions = _pick_mentions(rng, color=float(family == "color_attr"), size=0.2, background=0.2)
+    return Brief(scene=scene, family=family, mentions=mentions)
 
 
-def _brief_counting(rng: np.random.Generator, menu: Menu, family: str) -> Brief:
+def _brief_counting(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
     shape, count = pick(rng, menu.counts)
     one_color, one_size = chance(rng, 0.5), chance(rng, 0.5)
     colors = [pick(rng, menu.colors[shape]) for _ in range(count)]
@@ -175,48 +185,24 @@ def _brief_counting(rng: np.random.Generator, menu: Menu, family: str) -> Brief:
         colors=colors[:1] * count if one_color else colors,
         sizes=sizes[:1] * count if one_size else sizes,
     )
-    says = _mentions(rng, color=0.6 * one_color, size=0.5 * one_size, background=0.2)
-    return Brief(scene=scene, family=family, mentions=says)
+    mentions = _pick_mentions(rng, color=0.6 * one_color, size=0.5 * one_size, background=0.2)
+    return Brief(scene=scene, family=family, mentions=mentions)
 
 
-def _brief_position(rng: np.random.Generator, menu: Menu, family: str) -> Brief:
-    a, relation, b = pick(rng, menu.facts)
+def _brief_position(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
+    a, relation, b = pick(rng, menu.relations)
     colors = [pick(rng, menu.colors[a]), pick(rng, menu.colors[b])]
     scene = sample_scene(rng, shapes=[a, b], colors=colors, relation=relation)
-    says = _mentions(rng, color=0.35, size=0.15, background=0.15)
-    return Brief(scene=scene, family=family, mentions=says, relation=relation)
+    mentions = _pick_mentions(rng, color=0.35, size=0.15, background=0.15)
+    return Brief(scene=scene, family=family, mentions=mentions, relation=relation)
 
 
-def _crowd_shapes(rng: np.random.Generator, count: int, repeats: float) -> list[int]:
-    shapes: list[int] = rng.permutation(len(SHAPES))[:count].tolist()
-    if count > 1 and chance(rng, repeats):
-        same = int(rng.integers(2, count + 1))
-        shapes = [shapes[0]] * same + shapes[same:]
-    return shapes
-
-
-def _may_meet(shapes: Sequence[int], menu: Menu) -> bool:
-    kinds = sorted(set(shapes))
-    return all(pair in menu.shapes for pair in itertools.combinations(kinds, 2)) and all(
-        shapes.count(kind) == 1 or (kind, shapes.count(kind)) in menu.counts for kind in kinds
-    )
-
-
-def crowd(rng: np.random.Generator, menu: Menu, count: int, repeats: float) -> Scene:
-    """`count` objects; with probability `repeats` all but one or two share a shape."""
-    shapes = _crowd_shapes(rng, count, repeats)
-    while not _may_meet(shapes, menu):  # cheap, and most of what `is_trainable` would refuse later
-        shapes = _crowd_shapes(rng, count, repeats)
-    colors = [pick(rng, menu.colors[shape]) for shape in shapes]
-    return sample_scene(rng, shapes=shapes, colors=colors)
-
-
-def _brief_dense(rng: np.random.Generator, menu: Menu, family: str) -> Brief:
-    scene = crowd(rng, menu, count=int(rng.integers(3, 5)), repeats=0.35)
+def _brief_dense(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
+    scene = sample_crowd(rng, int(rng.integers(3, 5)))
     return Brief(scene=scene, family=family, mentions=frozenset({"color", "size", "background"}))
 
 
-_BRIEFS: Final[Mapping[str, Callable[[np.random.Generator, Menu, str], Brief]]] = MappingProxyType(
+_BRIEFS: Final[Mapping[str, Callable[[np.random.Generator, _Menu, str], Brief]]] = MappingProxyType(
     {
         "single_object": _brief_one,
         "two_object": _brief_two,
@@ -229,20 +215,7 @@ _BRIEFS: Final[Mapping[str, Callable[[np.random.Generator, Menu, str], Brief]]] 
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wording:
-    """Sentence forms of a family: those of training, and those kept to test other wording."""
-
-    train: tuple[str, ...]
-    dev: tuple[str, str]
-    test: tuple[str, str, str]
-
-    def forms(self, split: Bucket) -> tuple[str, ...]:
-        """The forms of one split."""
-        return {"train": self.train, "dev": self.dev, "test": self.test}[split]
-
-
-_PHRASE: Final = Wording(  # {c} is what is to be seen, {is} is "is" or "are"
+_PHRASE: Final = Wording(  # {c} is the content, {is} is "is" or "are"
     train=(
         "{c}",
         "a photo of {c}",
@@ -307,11 +280,6 @@ RELATION_WORDS: Final[Mapping[Relation, tuple[str, ...]]] = MappingProxyType(
         "below": ("below", "under", "beneath"),
     }
 )
-PLACES: Final = (  # rows of the 3 x 3 grid, top first
-    ("in the upper left", "at the top", "in the upper right"),
-    ("on the left", "in the middle", "on the right"),
-    ("in the lower left", "at the bottom", "in the lower right"),
-)
 DENSE_BACKGROUND: Final = (
     "the background is {tint}.",
     "the picture has a {tint} background.",
@@ -325,11 +293,6 @@ DENSE_COUNT: Final = (
 )
 
 
-def article(words: str) -> str:
-    """The words behind "a" or "an"."""
-    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
-
-
 def _kind(obj: SceneObject, mentions: frozenset[str]) -> str:
     """An object in words, such as "small red circle", with only what is mentioned."""
     words = [SIZES[obj.size]] * ("size" in mentions) + [COLORS[obj.color]] * ("color" in mentions)
@@ -337,6 +300,7 @@ def _kind(obj: SceneObject, mentions: frozenset[str]) -> str:
 
 
 def noun(obj: SceneObject, mentions: frozenset[str]) -> str:
+    """An object in words with its article, such as "a small red circle", with only what is mentioned."""
     return article(_kind(obj, mentions))
 
 
@@ -346,25 +310,19 @@ def _counted(objects: Sequence[SceneObject], mentions: frozenset[str]) -> str:
     return " ".join([NUMBERS[len(objects)], *words, PLURALS[objects[0].shape]])
 
 
-def _place(obj: SceneObject) -> str:
-    """Where an object stands on the 3 x 3 grid, in words."""
-    column, row = (min(int(3 * v / IMAGE_SIZE), 2) for v in (obj.x, obj.y))
-    return PLACES[row][column]
-
-
 def _caption_dense(scene: Scene, rng: np.random.Generator, wording: Bucket) -> str:
     full = frozenset({"color", "size"})
     opening = [pick(rng, DENSE_BACKGROUND)] if chance(rng, 0.75) else []
     sentences = [s.format(tint=BACKGROUND_NAMES[scene.background]) for s in opening]
     forms = WORDINGS["dense"].forms(wording)
-    sentences += [pick(rng, forms).format(a=noun(t, full), place=_place(t)) for t in scene.objects]
+    sentences += [pick(rng, forms).format(a=noun(t, full), place=place_of(t)) for t in scene.objects]
     room = 6 - len(sentences)
     closing = []
     if chance(rng, 0.6):
         closing.append(pick(rng, DENSE_COUNT).format(n=NUMBERS[len(scene.objects)]))
-    told = _told_relations(scene)
-    for index in rng.permutation(len(told))[: room - len(closing)].tolist():
-        a, relation, b = told[index]
+    rows = _relation_phrases(scene)
+    for index in rng.permutation(len(rows))[: room - len(closing)].tolist():
+        a, relation, b = rows[index]
         fields = {"kind_a": a, "kind_b": b, "rel": pick(rng, RELATION_WORDS[relation])}
         sentences.append(pick(rng, DENSE_RELATION).format(**fields))
         if chance(rng, 0.5):
@@ -372,7 +330,7 @@ def _caption_dense(scene: Scene, rng: np.random.Generator, wording: Bucket) -> s
     return " ".join(sentences + closing[:room])
 
 
-def _told_relations(scene: Scene) -> list[tuple[str, Relation, str]]:
+def _relation_phrases(scene: Scene) -> list[tuple[str, Relation, str]]:
     """Every true relation between objects that colour and shape tell apart, as (words, relation, words)."""
     kinds = [_kind(t, frozenset({"color"})) for t in scene.objects]
     clear = [(t, kind) for t, kind in zip(scene.objects, kinds, strict=True) if kinds.count(kind) == 1]
@@ -391,51 +349,55 @@ def caption(brief: Brief, rng: np.random.Generator, wording: Bucket = "train") -
     >>> "red star" in caption(Brief(scene=scene, family="colors", mentions=frozenset({"color"})), stream(1))
     True
     """
-    objects, says = brief.scene.objects, brief.mentions
+    objects, mentions = brief.scene.objects, brief.mentions
     if brief.family == "dense":
         return _caption_dense(brief.scene, rng, wording)
     form = pick(rng, WORDINGS[brief.family].forms(wording))
     if brief.relation is not None:
         a, b = objects
-        fields = {"a": noun(a, says), "b": noun(b, says), "kind_a": SHAPES[a.shape], "kind_b": SHAPES[b.shape]}
+        fields = {"a": noun(a, mentions), "b": noun(b, mentions), "kind_a": SHAPES[a.shape], "kind_b": SHAPES[b.shape]}
         text = form.format(**fields, rel=pick(rng, RELATION_WORDS[brief.relation]))
     elif brief.family == "counting":
-        text = form.format(**{"c": _counted(objects, says), "is": "are"})
+        text = form.format(**{"c": _counted(objects, mentions), "is": "are"})
     elif len(objects) == 2:
-        both = pick(rng, TOGETHER).format(a=noun(objects[0], says), b=noun(objects[1], says))
+        both = pick(rng, TOGETHER).format(a=noun(objects[0], mentions), b=noun(objects[1], mentions))
         text = form.format(**{"c": both, "is": "is"})
     else:
-        text = form.format(**{"c": noun(objects[0], says), "is": "is"})
-    if "background" in says:
+        text = form.format(**{"c": noun(objects[0], mentions), "is": "is"})
+    if "background" in mentions:
         text = pick(rng, BACKGROUND_WORDS).format(c=text, tint=BACKGROUND_NAMES[brief.scene.background])
     return text
 
 
-def metadata(brief: Brief, prompt: str) -> dict[str, Any]:
-    """The brief as a line of GenEval's metadata: tag, include, for counting exclude, and prompt.
+def metadata(brief: Brief, prompt: str) -> GenEvalMetadata:
+    """The brief as a line of GenEval's metadata.
 
-    In `position` the reference object comes first and the subject second, as GenEval has it. "dense" is not a GenEval
+    For "position" the reference object comes first and the subject second, as GenEval has it. "dense" is not a GenEval
     tag; its line lists the objects in the same format.
     """
     objects = brief.scene.objects
-
-    def entry(obj: SceneObject, count: int = 1) -> dict[str, Any]:
-        color = {"color": COLORS[obj.color]} if "color" in brief.mentions else {}
-        return {"class": SHAPES[obj.shape], "count": count} | color
-
-    line: dict[str, Any] = {"tag": brief.family}
     if brief.family == "counting":
-        line["include"] = [entry(objects[0], len(objects))]
-        line["exclude"] = [{"class": SHAPES[objects[0].shape], "count": len(objects) + 1}]
-    elif brief.relation is not None:
-        line["include"] = [entry(objects[1]), entry(objects[0]) | {"position": [brief.relation, 0]}]
+        include = [_entry(brief, objects[0], len(objects))]
+        exclude: list[GenEvalObject] = [{"class": SHAPES[objects[0].shape], "count": len(objects) + 1}]
+        return {"tag": brief.family, "include": include, "exclude": exclude, "prompt": prompt}
+    if brief.relation is not None:
+        subject = _entry(brief, objects[0])
+        subject["position"] = [brief.relation, 0]
+        include = [_entry(brief, objects[1]), subject]
     elif brief.family == "dense":
-        kinds = [(t.shape, t.color) for t in objects]
+        kinds = [(obj.shape, obj.color) for obj in objects]
         first = {kind: obj for kind, obj in reversed(list(zip(kinds, objects, strict=True)))}
-        line["include"] = [entry(obj, kinds.count(kind)) for kind, obj in first.items()]
+        include = [_entry(brief, obj, kinds.count(kind)) for kind, obj in first.items()]
     else:
-        line["include"] = [entry(obj) for obj in objects]
-    return line | {"prompt": prompt}
+        include = [_entry(brief, obj) for obj in objects]
+    return {"tag": brief.family, "include": include, "prompt": prompt}
+
+
+def _entry(brief: Brief, obj: SceneObject, count: int = 1) -> GenEvalObject:
+    entry: GenEvalObject = {"class": SHAPES[obj.shape], "count": count}
+    if "color" in brief.mentions:
+        entry["color"] = COLORS[obj.color]
+    return entry
 
 
 def _drawing(brief: Brief, prompt: str) -> CaptionedScene:
@@ -460,15 +422,15 @@ def caption_task(seed: int, index: int, *, weights: Mapping[str, float] = T2I_MI
     >>> caption_task(0, 5) == caption_task(0, 5)
     True
     """
-    rng = stream(seed, index, DRAW_STREAM)
+    rng = stream(seed, index, _CAPTION)
     family = _family(rng, weights)
     while True:
-        brief = _BRIEFS[family](rng, make_menu(), family)
+        brief = _BRIEFS[family](rng, _menu(), family)
         if is_trainable(brief.scene):
             return _drawing(brief, caption(brief, rng))
 
 
-_ROWS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(  # held out per family; single_object has no such thing
+_ROWS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(  # held out per family; single_object combines nothing
     {
         "two_object": ("shapes",),
         "counting": ("count",),
@@ -479,46 +441,48 @@ _ROWS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(  # held out per 
 )
 
 
-def _where(split: Split, part: Literal["id", "cg", "paraphrase"], family: str) -> tuple[int, ...]:
-    """The numbers that name a suite's stream."""
+def _suite_stream(split: Split, part: Literal["id", "cg", "paraphrase"], family: str) -> tuple[int, ...]:
+    """The first numbers of all streams of one part and family of a suite."""
     parts = ("id", "cg", "paraphrase")
     return (_SUITE_SEED, _SUITE, ("dev", "test").index(split), parts.index(part), FAMILIES.index(family))
 
 
 def _suite_briefs(split: Split, part: Literal["id", "cg"], family: str, count: int) -> list[Brief]:
-    """`count` briefs of one family with scenes of the split's bucket, all captions and scenes different if there are
-    enough. "id": nothing held out by anyone. "cg": exactly the family's row held out by the split, nothing else."""
+    """`count` briefs of one family with scenes of the split's bucket, with different captions if there are enough.
+
+    "id": nothing held out. "cg": the family's row is held out by the split and nothing else is held out.
+    """
     other: Split = "dev" if split == "test" else "test"
     briefs: list[Brief] = []
-    seen: set[str] = set()
+    captions: set[str] = set()
     for item in range(count):
-        rng = stream(*_where(split, part, family), item)
+        rng = stream(*_suite_stream(split, part, family), item)
         row = _ROWS[family][item % len(_ROWS[family])] if part == "cg" else ""
         wanted = {row.rstrip("s") if family == "color_attr" else row} if row else set()
-        menu = make_menu(split, row) if row else make_menu()
+        menu = _menu(split, row) if row else _menu()
         tries = 0
         while True:
             brief = _BRIEFS[family](rng, menu, family)
             if bucket(brief.scene) != split or held_out(brief.scene, split) != wanted or held_out(brief.scene, other):
                 continue
-            plain = caption(brief, stream(0))  # the same form for all: what is said, not how
+            plain = caption(brief, stream(0))  # one form for all, so that only the content is compared
             tries += 1
-            if plain not in seen or tries > 20:
+            if plain not in captions or tries > 20:
                 break
-        seen.add(plain)
+        captions.add(plain)
         briefs.append(brief)
     return briefs
 
 
-def _worded(briefs: Sequence[Brief], wording: Bucket, where: tuple[int, ...]) -> list[CaptionedScene]:
-    """The briefs in words, each prompt different from the others if 20 tries can make it so."""
+def _worded(briefs: Sequence[Brief], wording: Bucket, numbers: tuple[int, ...]) -> list[CaptionedScene]:
+    """The briefs in words; a prompt differs from those before it unless 20 tries all repeat one."""
     drawings: list[CaptionedScene] = []
-    seen: set[str] = set()
+    prompts: set[str] = set()
     for item, brief in enumerate(briefs):
-        rng = stream(*where, item, 1)  # not the stream of the item's scene
-        prompt = next((p for p in (caption(brief, rng, wording) for _ in range(20)) if p not in seen), None)
+        rng = stream(*numbers, item, 1)  # a stream apart from that of the scene
+        prompt = next((p for p in (caption(brief, rng, wording) for _ in range(20)) if p not in prompts), None)
         prompt = caption(brief, rng, wording) if prompt is None else prompt
-        seen.add(prompt)
+        prompts.add(prompt)
         drawings.append(_drawing(brief, prompt))
     return drawings
 
@@ -526,28 +490,30 @@ def _worded(briefs: Sequence[Brief], wording: Bucket, where: tuple[int, ...]) ->
 def suite_drawings(
     suite: Literal["geneval"], split: Split, part: Literal["id", "cg"], per_category: int = 64
 ) -> list[CaptionedScene]:
-    """The frozen prompts of a benchmark, category by category; the first n are the same whatever `per_category` is.
+    """The frozen prompts of a benchmark, category by category; a larger `per_category` only adds items.
 
     "id": six families, unseen scenes, seen combinations, training wording. "cg": five families (single_object has no
     combination), each item with the combination of its family that `split` holds out: colors a colour-shape pair,
     color_attr one or both pairs, position a fact, counting a count, two_object two shapes together.
     """
     if suite != "geneval":
-        raise ConfigError(f"suite={suite!r}: expected 'geneval'")
+        raise ConfigError(f"suite={suite!r}: expected 'geneval', the only suite of prompts made here")
     families = FAMILIES if part == "id" else tuple(f for f in FAMILIES if f in _ROWS)
     return [
         drawing
         for family in families
-        for drawing in _worded(_suite_briefs(split, part, family, per_category), "train", _where(split, part, family))
+        for drawing in _worded(
+            _suite_briefs(split, part, family, per_category), "train", _suite_stream(split, part, family)
+        )
     ]
 
 
 def paraphrase_drawings(split: Split, per_category: int = 64) -> list[CaptionedScene]:
-    """The "id" items of `suite_drawings`, scene by scene, in the sentence forms held out for `split`."""
+    """The "id" items of `suite_drawings` in the same order and scenes, worded in the forms reserved for `split`."""
     return [
         drawing
         for family in FAMILIES
         for drawing in _worded(
-            _suite_briefs(split, "id", family, per_category), split, _where(split, "paraphrase", family)
+            _suite_briefs(split, "id", family, per_category), split, _suite_stream(split, "paraphrase", family)
         )
     ]

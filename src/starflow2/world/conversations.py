@@ -1,44 +1,52 @@
-"""What the language model and its adapter are trained on: conversations about pictures, or about words alone.
+"""Training conversations for the language model and its adapter: about images, or about words alone.
 
-`understanding_dialogue` mixes five kinds by `MIX`: one picture with several turns, several pictures, lettered options,
-a caption that has to be read for its answers, and a rule game in words. Everything is a pure function of seed and
-index and free of anything that `world.HELD_OUT` keeps. Drawing is not trained here: no answer holds a picture.
+`understanding_dialogue` mixes five kinds by `MIX`: one image with several turns, several images, lettered options, a
+caption that has to be read for its answers, and a rule game in words. Everything is a pure function of seed and index
+and combines nothing that `splits.WITHHELD` reserves. No answer is an image: drawing is not trained here.
 Our choice: docs/choices.md#world.
 """
+
+from __future__ import annotations
 
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final, NamedTuple, cast
 
 import numpy as np
 
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError
-from starflow2.world.captions import NUMBERS, PLURALS, caption_task
-from starflow2.world.multiple_choice import (
-    DIMENSIONS,
-    POINTS,
-    choice_about,
-    choice_words,
-    draw_scene,
-    game,
-    riddle,
-    several_pictures,
-)
+from starflow2.world.captions import GenEvalMetadata, caption_task
+from starflow2.world.multiple_choice import DIMENSIONS, choice_about, choice_words
 from starflow2.world.questions import LIST, known_words, understanding_task
-from starflow2.world.scene import BACKGROUND_NAMES, COLORS, OPPOSITES, SHAPES, SIZES, Scene, SceneDialogue, pick, stream
-from starflow2.world.splits import HELD_OUT
+from starflow2.world.riddles import game, riddle, riddle_words
+from starflow2.world.sampling import sample_split_scene
+from starflow2.world.scene import (
+    BACKGROUND_NAMES,
+    COLORS,
+    OPPOSITES,
+    SHAPES,
+    SIZES,
+    Relation,
+    Scene,
+    SceneDialogue,
+    pick,
+    stream,
+)
+from starflow2.world.several_images import several_images_dialogue, several_images_words
+from starflow2.world.splits import WITHHELD
+from starflow2.world.words import NUMBERS, PLURALS, POINTS, article, yes_or_no
 
 __all__ = ["MIX", "READ_MIX", "Mention", "mentions", "understanding_dialogue", "understanding_words"]
 
 MIX: Final[Mapping[str, float]] = MappingProxyType(
     {
-        "picture": 0.62,  # describing and short answers, what most questions are
+        "picture": 0.62,  # descriptions and short answers, the form of most questions
         "pictures": 0.14,
-        "choice": 0.10,  # letters are soon learnt; the questions behind them are those of "picture"
+        "choice": 0.10,  # letters are soon learnt; the questions themselves are those of "picture"
         "reading": 0.09,  # colours, counts and places bound to objects by words: what a drawer must read
         "game": 0.05,
     }
@@ -46,11 +54,11 @@ MIX: Final[Mapping[str, float]] = MappingProxyType(
 READ_MIX: Final[Mapping[str, float]] = MappingProxyType(  # families of captions to be read
     {"two_object": 0.1, "counting": 0.15, "colors": 0.05, "position": 0.25, "color_attr": 0.3, "dense": 0.15}
 )
-RIDDLE_SHARE: Final = 0.25  # of "choice": a rule to be applied to the picture
-WHOLE_SHARE: Final = 0.4  # of "picture", each for the description and the list: they teach to see, the rest to reason
-SIMPLE_SHARE: Final = 0.6  # of "picture": mostly whether something is there; without these no yes or no is learnt
+RIDDLE_SHARE: Final = 0.25  # of "choice": a rule to be applied to the image
+WHOLE_SHARE: Final = 0.4  # of "picture", each for the description and the list: they teach seeing, the rest reasoning
+SIMPLE_SHARE: Final = 0.6  # of "picture": mostly whether an object is there; without these no yes or no is learnt
 
-_MIX_STREAM: Final = 11  # third number of a stream
+_MIX_STREAM: Final = 11  # third number of a stream, so that no other task repeats its draws
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -58,7 +66,7 @@ _MIX_STREAM: Final = 11  # third number of a stream
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """What a caption introduces at one place: so many objects of a shape, with the colour and size that it names."""
+    """Objects that a caption introduces at one place: how many of which shape, with the colour and size it names."""
 
     shape: int
     count: int = 1
@@ -67,12 +75,12 @@ class Mention:
 
     @property
     def words(self) -> str:
-        """As in a list of objects: "a small red circle", "two blue stars"."""
+        """The mention as an item of a list: "a small red circle", "two blue stars"."""
         names = [SIZES[self.size]] if self.size is not None else []
         names += [COLORS[self.color]] if self.color is not None else []
-        names.append(SHAPES[self.shape] if self.count == 1 else PLURALS[self.shape])
-        first = NUMBERS[self.count] if self.count > 1 else "an" if names[0][0] in "aeiou" else "a"
-        return " ".join([first, *names])
+        if self.count > 1:
+            return " ".join([NUMBERS[self.count], *names, PLURALS[self.shape]])
+        return article(" ".join([*names, SHAPES[self.shape]]))
 
 
 def _any(words: Sequence[str]) -> str:
@@ -86,7 +94,7 @@ _TINT: Final = re.compile(rf"\b({_any(BACKGROUND_NAMES)}) background|background 
 
 
 def mentions(caption: str) -> list[Mention]:
-    """What a caption introduces ("a ...", "two ..."), in order; "the ..." only refers back.
+    """The objects that a caption introduces ("a ...", "two ..."), in order; "the ..." only refers back.
 
     >>> [mention.words for mention in mentions("a red circle left of two small stars")]
     ['a red circle', 'two small stars']
@@ -99,12 +107,19 @@ def mentions(caption: str) -> list[Mention]:
     return found
 
 
+class _Colored(NamedTuple):
+    """A single object whose colour a caption names."""
+
+    shape: int
+    color: int
+
+
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Asks what a caption says: only what follows from its words, whatever else the picture would show."""
+    """Asks about a caption: only about what follows from its words, whatever else the image would show."""
 
     caption: str
-    metadata: Mapping[str, Any]
+    metadata: GenEvalMetadata
     rng: np.random.Generator
 
     @property
@@ -116,31 +131,39 @@ class _Reader:
         shapes = [m.shape for m in self.found]
         return [m for m in self.found if m.count == 1 and shapes.count(m.shape) == 1]
 
+    def _colored(self) -> list[_Colored]:
+        """Those of `_lone` whose colour is named."""
+        return [_Colored(m.shape, m.color) for m in self._lone() if m.color is not None]
+
     def listing(self) -> tuple[str, str]:
         return LIST, ", ".join(m.words for m in self.found) + "."
 
     def color(self) -> tuple[str, str] | None:
-        known: list[Any] = [m for m in self._lone() if m.color is not None]
+        known = self._colored()
         if not known:
             return None
         one = pick(self.rng, known)
         return f"what color is the {SHAPES[one.shape]}?", COLORS[one.color]
 
     def is_color(self) -> tuple[str, str] | None:
-        known: list[Any] = [m for m in self._lone() if m.color is not None]
+        known = self._colored()
         if not known:
             return None
         one = pick(self.rng, known)
         if self.rng.random() < 0.5:
             return f"is the {SHAPES[one.shape]} {COLORS[one.color]}?", "yes"
-        near = [m.color for m in self.found if m.color not in (None, one.color) and _may_pair(one.shape, m.color)]
-        others = [c for c in range(len(COLORS)) if c != one.color and _may_pair(one.shape, c)]
+        may_pair = WITHHELD["train"].allows_pair
+        named = [m.color for m in self.found if m.color is not None and m.color != one.color]
+        near = [color for color in named if may_pair(one.shape, color)]
+        others = [color for color in range(len(COLORS)) if color != one.color and may_pair(one.shape, color)]
         return f"is the {SHAPES[one.shape]} {COLORS[pick(self.rng, near or others)]}?", "no"
 
     def shape(self) -> tuple[str, str] | None:
         colors = [m.color for m in self.found]
-        known: list[Any] = [
-            m for m in self.found if m.count == 1 and m.color is not None and colors.count(m.color) == 1
+        known = [
+            _Colored(m.shape, m.color)
+            for m in self.found
+            if m.count == 1 and m.color is not None and colors.count(m.color) == 1
         ]
         if not known or None in colors:
             return None
@@ -148,18 +171,17 @@ class _Reader:
         return f"what shape is the {COLORS[one.color]} object?", SHAPES[one.shape]
 
     def size(self) -> tuple[str, str] | None:
-        known: list[Any] = [m for m in self._lone() if m.size is not None]
+        known = [(m.shape, m.size) for m in self._lone() if m.size is not None]
         if not known:
             return None
-        one = pick(self.rng, known)
-        return f"what size is the {SHAPES[one.shape]}?", SIZES[one.size]
+        shape, size = pick(self.rng, known)
+        return f"what size is the {SHAPES[shape]}?", SIZES[size]
 
     def there(self) -> tuple[str, str]:
         here = sorted({m.shape for m in self.found})
         is_yes = self.rng.random() < 0.5
         shape = pick(self.rng, here if is_yes else [s for s in range(len(SHAPES)) if s not in here])
-        noun = SHAPES[shape]
-        return f"is there {'an' if noun[0] in 'aeiou' else 'a'} {noun}?", "yes" if is_yes else "no"
+        return f"is there {article(SHAPES[shape])}?", yes_or_no(is_yes)
 
     def count(self) -> tuple[str, str]:
         """The number of a shape, or of all objects; one time in five of a shape that is not there."""
@@ -172,23 +194,19 @@ class _Reader:
         return f"how many {PLURALS[shape]} are there?", POINTS[sum(m.count for m in self.found if m.shape == shape)]
 
     def beside(self) -> tuple[str, str] | None:
-        """Which object stands where, from either side of what the caption says."""
-        placed = [row for row in self.metadata["include"] if "position" in row]
-        if not placed:
+        """A question about the one relation of a caption, from either side of it."""
+        reference, *others = self.metadata["include"]
+        subject = next((row for row in others if "position" in row), None)
+        if subject is None:
             return None
-        subject, reference = placed[0]["class"], self.metadata["include"][0]["class"]
-        relation = placed[0]["position"][0]
+        relation = cast("Relation", subject["position"][0])
         if self.rng.random() < 0.5:
-            subject, relation, reference = reference, OPPOSITES[relation], subject
-        return f"what is {relation} the {reference}?", subject
+            return f"what is {OPPOSITES[relation]} the {subject['class']}?", reference["class"]
+        return f"what is {relation} the {reference['class']}?", subject["class"]
 
     def tint(self) -> tuple[str, str] | None:
         match = _TINT.search(self.caption)
         return ("what color is the background?", match[1] or match[2]) if match else None
-
-
-def _may_pair(shape: int, color: int | None) -> bool:
-    return not any((shape, color) in table.pairs for table in HELD_OUT.values())
 
 
 _READ: Final[tuple[Callable[[_Reader], tuple[str, str] | None], ...]] = (
@@ -212,25 +230,26 @@ def _words_only(asked: Sequence[tuple[str, str]], kind: str) -> SceneDialogue:
 
 
 def _simple(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """Is there such a thing? By shape, by colour, or by both, the answer no being any that is absent.
+    """A question whether an object of some shape, colour or both is there; a wrong one may be any that is absent.
 
-    The harder questions of `tasks` choose their wrong answers so near that nothing is to be learnt from them first.
+    The harder questions of `questions` choose wrong answers so near to the truth that they are no start for learning.
     """
     by, is_yes = ("shape", "shape", "color", "both")[int(rng.integers(4))], rng.random() < 0.5
-    here = {(t.shape, t.color) for t in scene.objects}
+    here = {(obj.shape, obj.color) for obj in scene.objects}
     if by == "both":
-        all_pairs = [(s, c) for s in range(len(SHAPES)) for c in range(len(COLORS)) if _may_pair(s, c)]
+        may_pair = WITHHELD["train"].allows_pair
+        all_pairs = [(s, c) for s in range(len(SHAPES)) for c in range(len(COLORS)) if may_pair(s, c)]
         options = sorted(here) if is_yes else [pair for pair in all_pairs if pair not in here]
         shape, color = options[int(rng.integers(len(options)))]
         words = f"{COLORS[color]} {SHAPES[shape]}"
     else:
-        place, names = (0, SHAPES) if by == "shape" else (1, COLORS)
-        seen = sorted({pair[place] for pair in here})
-        values = seen if is_yes else [v for v in range(len(names)) if v not in seen]
+        column, names = (0, SHAPES) if by == "shape" else (1, COLORS)
+        present = sorted({pair[column] for pair in here})
+        values = present if is_yes else [v for v in range(len(names)) if v not in present]
         value = names[values[int(rng.integers(len(values)))]]
         words = value if by == "shape" else f"{value} object"
     form = ("is there {np} in the picture?", "is there {np}?")[int(rng.integers(2))]
-    return form.format(np=f"{'an' if words[0] in 'aeiou' else 'a'} {words}"), "yes" if is_yes else "no"
+    return form.format(np=article(words)), yes_or_no(is_yes)
 
 
 def _picture(seed: int, index: int, rng: np.random.Generator) -> SceneDialogue:
@@ -244,15 +263,15 @@ def _picture(seed: int, index: int, rng: np.random.Generator) -> SceneDialogue:
 
 
 def _pictures(seed: int, index: int, rng: np.random.Generator) -> SceneDialogue:
-    return several_pictures(rng)
+    return several_images_dialogue(rng)
 
 
 def _choice(seed: int, index: int, rng: np.random.Generator) -> SceneDialogue:
-    """Two or three questions with options about one picture, or a rule to be applied to it."""
+    """Two or three questions with options about one image, or a rule to be applied to it."""
     if rng.random() < RIDDLE_SHARE:
         asked = riddle(rng, ("beats", "points")[int(rng.integers(2))])
         return Dialogue(turns=(Turn((*asked.scenes, asked.text), (asked.reply,)),), kind="choice")
-    scene = draw_scene(rng)
+    scene = sample_split_scene(rng)
     kinds = [DIMENSIONS[int(i)] for i in rng.permutation(len(DIMENSIONS))]
     sizes = rng.choice((2, 3, 4), size=len(kinds), p=(0.15, 0.15, 0.7)).tolist()
     made = (choice_about(scene, rng, kind, num_options=size) for kind, size in zip(kinds, sizes, strict=True))
@@ -261,11 +280,11 @@ def _choice(seed: int, index: int, rng: np.random.Generator) -> SceneDialogue:
 
 
 def _reading(seed: int, index: int, rng: np.random.Generator) -> SceneDialogue:
-    drawing = caption_task(seed, index, weights=READ_MIX)
-    reader = _Reader(drawing.prompt, drawing.metadata, rng)
+    item = caption_task(seed, index, weights=READ_MIX)
+    reader = _Reader(item.prompt, item.metadata, rng)
     made = [_READ[int(i)](reader) for i in rng.permutation(len(_READ))]
     (question, answer), *more = [asked for asked in made if asked is not None][: int(rng.integers(3, 6))]
-    caption = drawing.prompt if drawing.prompt.endswith(".") else f"{drawing.prompt}."
+    caption = item.prompt if item.prompt.endswith(".") else f"{item.prompt}."
     return _words_only([(f"{caption} {question}", answer), *more], "reading")
 
 
@@ -295,9 +314,9 @@ def understanding_dialogue(seed: int, index: int, *, weights: Mapping[str, float
 
 @functools.cache
 def understanding_words() -> frozenset[str]:
-    """Every word, in lower case, that these conversations can contain; a superset of `tasks.known_words()`.
+    """Every word, in lower case, that these conversations can contain; a superset of `known_words()`.
 
     >>> {"beats", "third", "letter", "circle"} <= understanding_words()
     True
     """
-    return known_words() | choice_words()
+    return known_words() | choice_words() | riddle_words() | several_images_words()

@@ -20,7 +20,6 @@ import numpy as np
 
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError, DataError
-from starflow2.world.captions import Wording
 from starflow2.world.scene import (
     BACKGROUND_NAMES,
     COLORS,
@@ -43,6 +42,7 @@ from starflow2.world.scene import (
     stream,
 )
 from starflow2.world.splits import HELD_OUT, RECOLOR_HELD_OUT, bucket, held_out, scene_key
+from starflow2.world.words import Wording
 
 __all__ = [
     "EDIT_WORDINGS",

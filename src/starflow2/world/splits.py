@@ -1,5 +1,14 @@
-"""Combinations that no training item may show, and which scenes and facts belong to which split."""
+"""Held-out combinations, and which scenes and words each part of the drawn world may have.
 
+`HELD_OUT[split]` lists the combinations that are reserved for "dev" or "test". `WITHHELD[bucket]` is the guard for
+everything made for one part of the world: training combines nothing that either split holds out, in an image or in
+words; dev and test may combine anything. Nothing else in this package decides what is held out.
+Nothing here is from the paper; our choice: docs/choices.md#world.
+"""
+
+from __future__ import annotations
+
+import functools
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -7,43 +16,108 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
-from starflow2.world.scene import COLORS, IMAGE_SIZE, MAX_OBJECTS, SHAPES, Bucket, Scene, Split, relations
+from starflow2.world.scene import (
+    COLORS,
+    IMAGE_SIZE,
+    MAX_OBJECTS,
+    OPPOSITES,
+    SHAPES,
+    Bucket,
+    Relation,
+    Scene,
+    Split,
+    relations,
+)
 
 __all__ = [
     "HELD_OUT",
     "RECOLOR_HELD_OUT",
+    "WITHHELD",
     "Fact",
     "HeldOut",
+    "Row",
+    "as_fact",
     "bucket",
+    "colors_of",
     "facts",
     "held_out",
     "is_trainable",
+    "may_recolor",
+    "recolor_step",
     "scene_key",
 ]
 
+Row = Literal["pair", "fact", "shapes", "count"]  # the kinds of combination in a table of held-out ones
+Fact = tuple[int, Literal["left of", "above"], int]  # (shape, relation, shape)
 
-Fact = tuple[int, Literal["left of", "above"], int]
+
+def as_fact(a: int, relation: Relation, b: int) -> Fact:
+    """The fact that shape a is in `relation` to shape b; "a left of b" and "b right of a" are one fact.
+
+    >>> as_fact(3, "below", 5)
+    (5, 'above', 3)
+    """
+    if relation == "left of" or relation == "above":
+        return (a, relation, b)
+    return (b, "left of" if OPPOSITES[relation] == "left of" else "above", a)
 
 
 def facts(scene: Scene) -> frozenset[Fact]:
-    """Every (shape, "left of" or "above", other shape) true in the picture, whichever words would say it."""
-    found: set[Fact] = set()
-    for a, b in itertools.permutations(scene.objects, 2):
-        if a.shape != b.shape:
-            for relation in relations(a, b):
-                if relation == "left of" or relation == "above":
-                    found.add((a.shape, relation, b.shape))
-    return frozenset(found)
+    """Every fact between two different shapes that is true of the scene."""
+    return frozenset(
+        as_fact(a.shape, relation, b.shape)
+        for a, b in itertools.combinations(scene.objects, 2)
+        if a.shape != b.shape
+        for relation in relations(a, b)
+    )
+
+
+# --------------------------------------------------------------------------------------------- the tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """The combinations that one split keeps for itself; none is in any training picture, caption or question."""
+    """Combinations that are reserved: none may be in a training image, caption, question or edit."""
 
     pairs: frozenset[tuple[int, int]]  # (shape, color)
     facts: frozenset[Fact]
-    shapes: frozenset[frozenset[int]]  # two shapes in one picture
+    shapes: frozenset[frozenset[int]]  # two shapes in one image
     counts: frozenset[tuple[int, int]]  # (shape, exactly this many of it)
+
+    def allows_pair(self, shape: int, color: int) -> bool:
+        """True if a shape of this colour is not held out."""
+        return (shape, color) not in self.pairs
+
+    def allows_fact(self, a: int, relation: Relation, b: int) -> bool:
+        """True if shape a in `relation` to shape b is not held out, whichever of its two wordings is used."""
+        return as_fact(a, relation, b) not in self.facts
+
+    def allows_together(self, shapes: Sequence[int]) -> bool:
+        """True if no two of the shapes are held out from being in one image."""
+        return not any(pair.issubset(shapes) for pair in self.shapes)
+
+    def allows_count(self, shape: int, count: int) -> bool:
+        """True if exactly `count` objects of this shape are not held out."""
+        return (shape, count) not in self.counts
+
+    def rows_of_shapes(self, shapes: Sequence[int]) -> frozenset[Row]:
+        """Which of "shapes" and "count" an image has whose objects have exactly these shapes, wherever they are."""
+        found: set[Row] = set()
+        if not self.allows_together(shapes):
+            found.add("shapes")
+        if not all(self.allows_count(shape, shapes.count(shape)) for shape in shapes):
+            found.add("count")
+        return frozenset(found)
+
+    def rows_of(self, scene: Scene) -> frozenset[Row]:
+        """Which kinds of held-out combination the scene shows."""
+        shapes = [obj.shape for obj in scene.objects]
+        found: set[Row] = set(self.rows_of_shapes(shapes))
+        if not all(self.allows_pair(obj.shape, obj.color) for obj in scene.objects):
+            found.add("pair")
+        if len(shapes) > 1 and not self.facts.isdisjoint(facts(scene)):
+            found.add("fact")
+        return frozenset(found)
 
 
 def _held_out_table(rest: int, shapes: Sequence[tuple[int, int]]) -> HeldOut:
@@ -59,32 +133,53 @@ def _held_out_table(rest: int, shapes: Sequence[tuple[int, int]]) -> HeldOut:
     )
 
 
+def _union(tables: Sequence[HeldOut]) -> HeldOut:
+    return HeldOut(
+        pairs=frozenset().union(*(table.pairs for table in tables)),
+        facts=frozenset().union(*(table.facts for table in tables)),
+        shapes=frozenset().union(*(table.shapes for table in tables)),
+        counts=frozenset().union(*(table.counts for table in tables)),
+    )
+
+
 HELD_OUT: Final[Mapping[Split, HeldOut]] = MappingProxyType(
     {"test": _held_out_table(0, [(0, 4), (1, 5)]), "dev": _held_out_table(4, [(2, 6), (3, 7)])}
 )
-RECOLOR_HELD_OUT: Final[Mapping[Split, int]] = MappingProxyType({"test": 3, "dev": 5})  # colour c to c + step, modulo 8
+WITHHELD: Final[Mapping[Bucket, HeldOut]] = MappingProxyType(
+    {"train": _union(tuple(HELD_OUT.values())), "dev": _union(()), "test": _union(())}
+)
+RECOLOR_HELD_OUT: Final[Mapping[Split, int]] = MappingProxyType({"test": 3, "dev": 5})  # see `recolor_step`
 
 
-def held_out(scene: Scene, split: Split) -> frozenset[str]:
-    """Which of "pair", "fact", "shapes", "count" a split holds out and this picture shows."""
-    table = HELD_OUT[split]
-    shapes = [obj.shape for obj in scene.objects]
-    found = set()
-    if any((obj.shape, obj.color) in table.pairs for obj in scene.objects):
-        found.add("pair")
-    if any((shape, shapes.count(shape)) in table.counts for shape in shapes):
-        found.add("count")
-    if any(pair.issubset(shapes) for pair in table.shapes):
-        found.add("shapes")
-    if len(shapes) > 1 and not table.facts.isdisjoint(facts(scene)):
-        found.add("fact")
-    return frozenset(found)
+# ---------------------------------------------------------------------------------------------- questions to them
+
+
+def held_out(scene: Scene, split: Split) -> frozenset[Row]:
+    """Which kinds of combination `split` holds out and this scene shows."""
+    return HELD_OUT[split].rows_of(scene)
+
+
+@functools.cache
+def colors_of(shape: int, split: Split | None = None) -> tuple[int, ...]:
+    """Colours in which training may show a shape, or those that `split` holds out for it, in rising order."""
+    table = WITHHELD["train"] if split is None else HELD_OUT[split]
+    return tuple(color for color in range(len(COLORS)) if table.allows_pair(shape, color) == (split is None))
+
+
+def recolor_step(old: int, new: int) -> int:
+    """By how many colours a change moves on, modulo the number of colours."""
+    return (new - old) % len(COLORS)
+
+
+def may_recolor(old: int, new: int) -> bool:
+    """True if training may turn colour `old` into `new`: they differ, and the step between them is not held out."""
+    return recolor_step(old, new) not in (0, *RECOLOR_HELD_OUT.values())
 
 
 def scene_key(scene: Scene) -> tuple[int, ...]:
-    """What makes two scenes the same for the split: sorted objects with attributes, places on an 8 x 8 grid.
+    """Identity of a scene for the split: sorted objects with their attributes, places on an 8 x 8 grid.
 
-    The background and the angle are left out, so neither makes a seen scene new.
+    The background and the angle are left out, so that neither makes a known scene new.
     """
     cell = IMAGE_SIZE / 8
     rows = sorted((t.shape, t.color, t.size, int(t.x // cell), int(t.y // cell)) for t in scene.objects)
@@ -92,7 +187,7 @@ def scene_key(scene: Scene) -> tuple[int, ...]:
 
 
 def bucket(scene: Scene) -> Bucket:
-    """Which part of the world a scene belongs to: 90 % train, 5 % dev, 5 % test, by a hash of its key alone."""
+    """Part of the world that a scene belongs to: 90 % train, 5 % dev, 5 % test, by a hash of its key alone."""
     digest = hashlib.blake2b(bytes(scene_key(scene)), digest_size=8).digest()
     number = int.from_bytes(digest, "big") % 100
     return "train" if number < 90 else "dev" if number < 95 else "test"
@@ -100,4 +195,4 @@ def bucket(scene: Scene) -> Bucket:
 
 def is_trainable(scene: Scene) -> bool:
     """True if the scene lies in the train bucket and shows nothing that dev or test holds out."""
-    return bucket(scene) == "train" and not held_out(scene, "test") and not held_out(scene, "dev")
+    return bucket(scene) == "train" and not WITHHELD["train"].rows_of(scene)

@@ -22,7 +22,6 @@ import numpy as np
 
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError
-from starflow2.world.captions import NUMBERS, Wording
 from starflow2.world.scene import (
     COLORS,
     IMAGE_SIZE,
@@ -44,6 +43,7 @@ from starflow2.world.scene import (
     stream,
 )
 from starflow2.world.splits import HELD_OUT, RECOLOR_HELD_OUT, bucket, held_out, is_trainable
+from starflow2.world.words import NUMBERS, Wording
 
 __all__ = [
     "CG_ROWS",
