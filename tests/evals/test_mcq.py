@@ -89,7 +89,8 @@ def test_training_riddles_show_trainable_pictures_and_only_known_words(kind):
     for index in range(40):
         made = riddle(stream(5, index), kind)
         assert all(is_trainable(scene) for scene in made.scenes)
-        assert set(re.findall(r"[a-z]+", made.text + " " + made.answer)) <= choice_words() | riddle_words() | known_words()
+        known = choice_words() | riddle_words() | known_words()
+        assert set(re.findall(r"[a-z]+", made.text + " " + made.answer)) <= known
         assert made.answer in (made.options or (made.answer,)) and len(set(made.options)) == len(made.options)
 
 
