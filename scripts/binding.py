@@ -22,6 +22,7 @@ from torch import Tensor
 from starflow2.flow.noise import add_noise
 from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
+from starflow2.models.joint_stream import read_documents
 from starflow2.models.sequence import pack
 from starflow2.training.datasets import to_images
 from starflow2.world.edits import Edit, edit_dialogue, suite_edits
@@ -50,13 +51,12 @@ def encode(components: Components, scenes: Sequence[Scene]) -> Tensor:
 
 def predicted(components: Components, edits: Sequence[Edit]) -> tuple[Tensor, Tensor]:
     """Latents (B, N, D) of the sources, and of what comes of them without sight of what came."""
-    assert components.tokenizer is not None
     batch = pack([components.tokenizer.document(edit_dialogue(e).turns) for e in edits], components.layout)
     latents = encode(components, [scene for e in edits for scene in (e.source, e.target)])
     blind = batch.pictures.is_target
     level = torch.where(blind, torch.tensor(LEVEL), torch.tensor(CLEAN))
     noisy = add_noise(latents, level, torch.Generator().manual_seed(0))
-    mean = components.pretzel.forward(batch, noisy, level, blind).affine.mu[blind]
+    mean = read_documents(components.pretzel, batch, noisy, level, blind).affine.mu[blind]
     return latents[~blind], components.flow.shallow.inverse(mean, level[blind])
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from helpers import wake
-from starflow2.flow import NoiseConfig, StackConfig
+from starflow2.flow import Context, NoiseConfig, SampleConfig, StackConfig
+from starflow2.inference.config import DrawConfig
 from starflow2.models.checkpoint import save_components
 from starflow2.models.components import Components
 from starflow2.models.config import ModelConfig
+from starflow2.models.pretzel import text_context
+from starflow2.models.sequence import pad_rows, text_mrope
 from starflow2.models.tokenizer import ChatTokenizer, train_tokenizer
 from starflow2.training.config import MixConfig, RunConfig, StageConfig
 from starflow2.training.recipes import nano_model, smoke
@@ -115,3 +120,35 @@ def tiny_folder(folder: Path, stages: tuple[str, ...] = ("features", "fae", "vlm
     """`folder` with a model in it that is ready for the stage behind `stages`."""
     save_components(tiny_components(stages), folder / "model")
     return folder
+
+
+@torch.no_grad()
+def sampled_by_the_flow(
+    components: Components, prompts: list[str], seeds: list[int], config: DrawConfig
+) -> torch.Tensor:
+    """Latents (B, N, D) row by row by the flow library's own sampling, all in float64: without Pretzel or cache."""
+    twin = copy.deepcopy(components).double()
+    settings = SampleConfig(
+        guidance=config.guidance, rule=config.rule, schedule=config.schedule, prior_scale=config.prior_scale
+    )
+    level = torch.tensor([components.cfg.draw_level]).double()
+    rows = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        context, unconditional = _prompt_states(twin, prompt)
+        z = twin.flow.prior([seed]).double()
+        rows.append(twin.flow.sample(z, context, unconditional if config.guidance else None, level, config=settings))
+    return torch.cat(rows).float()
+
+
+def _prompt_states(components: Components, prompt: str) -> tuple[Context, Context]:
+    """States of the prompt and, padded to its length, of the empty one; each is read alone."""
+    rows = [components.tokenizer.drawing_prompt(text) for text in (prompt, "")]
+    text = pad_rows(rows, components.cfg.vlm.special.pad)
+    found = []
+    for i, row in enumerate(rows):
+        ids = torch.tensor([row])
+        embeds = components.vlm.embed(ids)
+        h = text_context(components.cfg.joints, embeds, components.vlm.states(embeds, text_mrope(*ids.shape)))
+        h = F.pad(h, (0, 0, text.width - len(row), 0))
+        found.append(Context(h, text.left_positions[i : i + 1].to(h), text.left_attend[i : i + 1]))
+    return found[0], found[1]

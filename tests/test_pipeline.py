@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,17 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from model_cases import STAGES, tiny_components
+from model_cases import STAGES, sampled_by_the_flow, tiny_components
 from starflow2 import StarFlow2
 from starflow2.core.images import read_picture, save_png, to_pil
 from starflow2.errors import CheckpointError, ConfigError, DataError, DeviceError, PromptError, ShapeError, StateError
-from starflow2.flow import Context, SampleConfig
+from starflow2.inference.cleanup import denoised
 from starflow2.inference.config import DrawConfig
+from starflow2.inference.conversations import generate_replies
+from starflow2.inference.decoder import ReplyLimits
 from starflow2.inference.likelihood import score
 from starflow2.inference.session import Session
-from starflow2.inference.text_to_image import draw
-from starflow2.models import checkpoint, lora
-from starflow2.models.context import drawing_context, prompt_context
+from starflow2.models import checkpoint, hub, lora
+from starflow2.models.context import drawing_context
 from starflow2.models.hub import pick_device
 from starflow2.models.lora import LoraConfig
 
@@ -42,7 +44,9 @@ def model() -> StarFlow2:
 
 
 def latents(model: StarFlow2, prompts: list[str], seeds: list[int], config: DrawConfig) -> torch.Tensor:
-    return draw(model.components, prompts, seeds, config).latents
+    talks = [[[prompt]] for prompt in prompts]
+    replies = generate_replies(model.sampler(config), talks, seeds, ReplyLimits(tokens=0, pictures=1), draws=True)
+    return torch.stack([image.x for ((image,),) in replies]).float()
 
 
 def gap(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -61,8 +65,9 @@ def test_row_i_of_a_mixed_batch_is_the_picture_of_its_prompt_alone(model, config
     together = latents(model, PROMPTS, seeds, config)
     alone = torch.cat([latents(model, [p], [s], config) for p, s in zip(PROMPTS, seeds, strict=True)])
     assert gap(together, alone) <= 1e-4
-    images = draw(model.components, PROMPTS, seeds, config).images
-    assert gap(images[1:2], draw(model.components, PROMPTS[1:2], seeds[1:2], config).images) <= 1e-4
+    assert gap(together, sampled_by_the_flow(model.components, PROMPTS, seeds, config)) <= 1e-4
+    images = model.draw(PROMPTS, seeds, config)
+    assert gap(images[1:2], model.draw(PROMPTS[1:2], seeds[1:2], config)) <= 1e-4
     assert gap(together[0], together[1]) > 0.1, "rows that are all alike would show nothing"
 
 
@@ -138,9 +143,10 @@ def test_progress_counts_every_latent_of_every_picture_once(model):
 
 
 def test_tweedie_clean_up_moves_latents_by_the_squared_noise_level_times_the_score(model):
-    config = DrawConfig(guidance=1.5, cleanup="tweedie")
     raw = latents(model, PROMPTS, [1, 2, 3], ON)
-    clean = latents(model, PROMPTS, [1, 2, 3], config)
+    clean = denoised(model.sampler(ON), PROMPTS, raw).float()
+    shown = model.draw(PROMPTS, [1, 2, 3], DrawConfig(guidance=1.5, cleanup="tweedie"))
+    assert gap(shown, model.components.codec.decode(clean)) <= 1e-4
     assert clean.shape == raw.shape and bool(torch.isfinite(clean).all()) and not clean.requires_grad
     assert gap(clean, raw) > 1e-3
     rows = [model.components.tokenizer.drawing_prompt(p) for p in PROMPTS]
@@ -286,7 +292,8 @@ def test_zero_skips_draw_the_pictures_of_stage_one():
         for linear in (components.joints.visual_skip, components.joints.text_skip, components.joints.reference):
             linear.weight.zero_()
     drawn = StarFlow2(components).draw(PROMPTS, [5, 6, 7], ON)
-    assert gap(drawn, draw(components, PROMPTS, [5, 6, 7], ON).images) <= 1e-4
+    by_the_flow = sampled_by_the_flow(components, PROMPTS, [5, 6, 7], ON)
+    assert gap(drawn, components.codec.decode(by_the_flow)) <= 1e-4
     assert gap(drawn, StarFlow2(tiny_components(STAGES, side=2)).draw(PROMPTS, [5, 6, 7], ON)) > 1e-3
 
 
@@ -296,7 +303,7 @@ def test_a_joint_model_generates_what_a_session_would_draw(joint, model):
     for picture in pictures:
         made = joint.session(seed=picture.seed, config=ON).add(picture.prompt).draw()
         assert same_picture(picture.image, made.image)
-        assert picture.gain == pytest.approx(made.picture.log_prob - made.picture.unconditional, abs=1e-3)
+        assert picture.gain == pytest.approx(made.picture.log_prob - made.picture.unconditional_log_prob, abs=1e-3)
     assert [(p.prompt, p.seed) for p in pictures] == [(p, s) for p in PROMPTS[:2] for s in (3, 4)]
     assert joint.generate(PROMPTS[0], config=OFF)[0].gain is None, "nobody asked the unconditional branch"
 
@@ -329,7 +336,7 @@ def test_asking_and_editing_are_short_sessions(joint, tmp_path):
     edited = joint.edit(str(tmp_path / "a.png"), "a red circle", seed=4, config=ON)
     made = joint.session(seed=4, config=ON).add(seen, "a red circle").draw()
     assert same_picture(edited.image, made.image) and edited.seed == 4 and edited.prompt == "a red circle"
-    assert edited.gain == pytest.approx(made.picture.log_prob - made.picture.unconditional)
+    assert edited.gain == pytest.approx(made.picture.log_prob - made.picture.unconditional_log_prob)
     asked = [joint.ask(shown, "a red circle") for shown in (str(tmp_path / "a.png"), tmp_path / "a.png", picture, seen)]
     assert asked == [joint.session().add(seen, "a red circle").write()] * 4
 
@@ -387,9 +394,28 @@ def test_likelihoods_take_what_sessions_take_and_refuse_what_they_refuse(joint, 
         score(joint.sampler(), [], [shown], noise_level=0)
 
 
-def test_a_sampler_is_made_once_for_each_setting(joint):
-    assert joint.sampler(ON) is joint.sampler(ON)
-    assert joint.sampler(OFF).config.guidance == 0
+def test_closed_skips_are_a_setting_that_no_other_setting_reopens(joint):
+    """The comparison of paper table 4 used to close them through a cache that held one setting."""
+    closed = StarFlow2(joint.components, DrawConfig.for_model(joint.components, skips=()))
+    assert closed.sampler().pretzel.skips == frozenset()
+    closed.sampler(ON)
+    assert closed.sampler().pretzel.skips == frozenset() and joint.sampler().pretzel.skips == {"visual", "text"}
+    assert gap(closed.draw(PROMPTS[:1], [0]), joint.draw(PROMPTS[:1], [0])) > 1e-3
+    with torch.no_grad():
+        open_ended = copy.deepcopy(joint.components)
+        open_ended.joints.visual_skip.weight.zero_()
+    assert gap(closed.draw(PROMPTS[:1], [0]), StarFlow2(open_ended).draw(PROMPTS[:1], [0])) <= 1e-4
+    with pytest.raises(ConfigError, match="skips holds 'both'"):
+        DrawConfig(skips=("both",))
+
+
+def test_a_sampler_with_a_code_refuses_guidance_and_can_be_pickled(joint):
+    deep = joint.components.cfg.flow.deep
+    fixed = joint.sampler().with_code(torch.zeros(deep.num_latents, deep.dim))
+    with pytest.raises(ConfigError, match=r"guidance is 2\.0"):
+        fixed.changed(guidance=2.0)
+    again = pickle.loads(pickle.dumps(fixed.changed(batch=2)))
+    assert torch.equal(again.prior((1, 1), torch.Generator()), fixed.start)
 
 
 def test_the_shipped_model_draws_what_a_conversation_with_it_draws_bit_for_bit():
@@ -398,22 +424,14 @@ def test_the_shipped_model_draws_what_a_conversation_with_it_draws_bit_for_bit()
     assert nano.is_joint and same_picture(picture.image, nano.session(seed=3).add("two red hearts").draw().image)
 
 
-def test_the_shipped_flow_without_its_joints_draws_what_it_samples_bit_for_bit():
-    """As a model of stage 1: through the class and by hand."""
+def test_the_shipped_flow_without_its_joints_draws_what_it_samples():
+    """A model of stage 1 draws through both streams with closed skips, and by hand through the flow library alone."""
     nano = StarFlow2.from_pretrained("nano", device="cpu")
     nano.components.finished_stages = STAGES[:4]
     (picture,) = nano.generate("two red hearts", seed=3)
-    components, config = nano.components, DrawConfig.for_model(nano.components)
-    flow = copy.deepcopy(components.flow).double()
-    rows = [components.tokenizer.drawing_prompt(prompt) for prompt in ("two red hearts", "")]
-    with torch.no_grad():
-        both = prompt_context(components, rows, torch.float64)
-        said, silent = (Context(*(t[i : i + 1] for t in (both.states, both.positions, both.attend))) for i in (0, 1))
-        z = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(3)).double()
-        settings = SampleConfig(guidance=config.guidance, rule=config.rule, prior_scale=config.prior_scale)
-        x = flow.sample(z, said, silent, torch.tensor([0.5], dtype=torch.float64), config=settings)
-        image = components.fae.decode(x.float())[0]
-    assert np.array_equal(np.asarray(picture.image), np.asarray(to_pil(image)))
+    config = DrawConfig.for_model(nano.components)
+    x = sampled_by_the_flow(nano.components, ["two red hearts"], [3], config)
+    assert same_picture(picture.image, to_pil(nano.components.codec.decode(x)[0]))  # one grey level: two computations
 
 
 # -- files and Hub
@@ -520,11 +538,8 @@ def test_a_hub_id_is_fetched_with_the_options_given_and_loaded_from_where_it_lie
         asked.append((name, options))
         return str(saved)
 
-    from starflow2 import pipeline as home
-
-    signature = inspect.signature(home.snapshot_download)
-    fetched.__signature__ = signature  # type: ignore[attr-defined]
-    monkeypatch.setattr(home, "snapshot_download", fetched)
+    fetched.__signature__ = inspect.signature(hub.snapshot_download)  # type: ignore[attr-defined]
+    monkeypatch.setattr(hub, "snapshot_download", fetched)
     loaded = StarFlow2.from_pretrained("somebody/drawings", revision="v1", device="cpu")
     assert asked == [("somebody/drawings", {"revision": "v1"})]
     assert loaded.components.cfg.name == "tiny"

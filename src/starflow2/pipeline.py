@@ -5,18 +5,18 @@ Everything it does is a call into generate and checkpoint. Not here: training an
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
 from starflow2.core.images import PILImage, to_pil
-from starflow2.errors import ConfigError, nearest
+from starflow2.errors import ConfigError, StateError
+from starflow2.inference.cleanup import denoised
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.conversations import PastTurn, generate_replies, reply_after
 from starflow2.inference.decoder import ReplyLimits
@@ -24,7 +24,6 @@ from starflow2.inference.events import DecodedImage, RowEvent, Stepped
 from starflow2.inference.likelihood import Code, Score, decode_code, invert, score
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Said, Session, checked_part
-from starflow2.inference.text_to_image import draw
 from starflow2.inference.vlm_answer import answer
 from starflow2.models.checkpoint import load_components, save_components, write_config
 from starflow2.models.components import Components
@@ -47,9 +46,9 @@ class Drawing:
 
 def _gain(picture: DecodedImage) -> float | None:
     """log p(picture | words) - log p(picture), free of charge where guidance read both."""
-    if picture.log_prob is None or picture.unconditional is None:
+    if picture.log_prob is None or picture.unconditional_log_prob is None:
         return None
-    return picture.log_prob - picture.unconditional
+    return picture.log_prob - picture.unconditional_log_prob
 
 
 def _words(blocks: Sequence[str | DecodedImage]) -> str:
@@ -69,10 +68,9 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
     >>> model.generate("two red hearts", n=4)[0].image.save("hearts.png")  # doctest: +SKIP
     """
 
-    def __init__(self, components: Components) -> None:
-        self.components = components
-        self._sampler: Sampler | None = None
-        self._held: list[tuple[int, int]] = []  # the tensors that it was made of, and how often each had changed
+    def __init__(self, components: Components, config: DrawConfig | None = None) -> None:
+        """config: settings of every call that gives none of its own; by default the model's."""
+        self.components, self.config = components, config
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +99,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             raise ConfigError(f"seed is {seed}; expected a 64-bit integer.")
         for prompt in prompts:
             self.check_prompt(prompt)
-        config = config or DrawConfig.for_model(self.components)
+        config = config or self.settings
         asked = [(p, seed + j) for p in prompts for j in range(n)]
         settings = {
             "guidance": config.guidance,
@@ -109,12 +107,8 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             "cleanup": config.cleanup,
             "model": self.components.cfg.name,
         }
-        if not self.is_joint:
-            images = self.draw([p for p, _ in asked], [s for _, s in asked], config, progress)
-            drawn: list[tuple[Tensor, float | None]] = [(image, None) for image in images]
-        else:
-            made = self._drawn([p for p, _ in asked], [s for _, s in asked], config, progress)
-            drawn = [(p.image, _gain(p)) for p in made]
+        seeds = [s for _, s in asked]
+        drawn = [(p.image, _gain(p)) for p in self._drawn([p for p, _ in asked], seeds, config, progress)]
         return [
             Drawing(to_pil(image), prompt, s, settings, gain)
             for (image, gain), (prompt, s) in zip(drawn, asked, strict=True)
@@ -128,27 +122,22 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """One image per (prompt, seed) as a tensor (B, 3, height, width) in [-1, 1], unchecked."""
-        config = config or DrawConfig.for_model(self.components)
-        if self.is_joint:
-            return torch.stack([p.image for p in self._drawn(prompts, seeds, config, progress)]).cpu()
-        said = [normalized(self.components, p) for p in prompts]
-        return draw(self.components, said, seeds, config, progress).images.cpu()
+        drawn = self._drawn(prompts, seeds, config or self.settings, progress)
+        return torch.stack([p.image for p in drawn]).cpu()
 
     @property
     def is_joint(self) -> bool:
         """Whether both streams have been trained together, so that pictures are drawn in conversations."""
         return "joint" in self.components.finished_stages
 
-    def sampler(self, config: DrawConfig | None = None) -> Sampler:
-        """Both streams ready for sampling; made once per setting, since it copies them where it has to.
+    @property
+    def settings(self) -> DrawConfig:
+        """Settings of calls that give none of their own."""
+        return self.config or DrawConfig.for_model(self.components)
 
-        Made anew where weights have changed since, or adapters were loaded or merged.
-        """
-        config = config or DrawConfig.for_model(self.components)
-        held = [(id(t), t._version) for t in (*self.components.parameters(), *self.components.buffers())]
-        if self._sampler is None or self._sampler.config != config or self._held != held:
-            self._sampler, self._held = Sampler(self.components, config), held
-        return self._sampler
+    def sampler(self, config: DrawConfig | None = None) -> Sampler:
+        """Both streams ready for sampling with the weights of this moment, copied where the precision asks for it."""
+        return Sampler(self.components, config or self.settings)
 
     def _drawn(
         self,
@@ -157,6 +146,12 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         config: DrawConfig,
         progress: Callable[[int, int], None] | None,
     ) -> list[DecodedImage]:
+        """Images of (prompt, seed), cleaned up if asked. Raises StateError for a model that has not learnt to draw."""
+        self._check_stage("t2i", "drawing")
+        if len(prompts) != len(seeds) or not prompts:
+            raise ConfigError(
+                f"{len(prompts)} prompts and {len(seeds)} seeds; expected equally many, and at least one of each."
+            )
         sampler, done = self.sampler(config), 0
         total = len(prompts) * sampler.layout.num_latents
 
@@ -166,9 +161,23 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             if progress is not None and isinstance(event, Stepped):
                 progress(done, total)
 
-        talks = [[[normalized(self.components, p)]] for p in prompts]
-        told = generate_replies(sampler, talks, seeds, ReplyLimits(tokens=0, pictures=1), draws=True, watch=watch)
-        return [picture for ((picture, *_),) in told if isinstance(picture, DecodedImage)]
+        prompts = [normalized(self.components, p) for p in prompts]
+        limits = ReplyLimits(tokens=0, pictures=1)
+        replies = generate_replies(sampler, [[[p]] for p in prompts], seeds, limits, draws=True, watch=watch)
+        drawn = [part for ((part, *_),) in replies if isinstance(part, DecodedImage)]
+        if config.cleanup == "none":
+            return drawn
+        x = denoised(sampler, prompts, torch.stack([p.x for p in drawn]))
+        images = self.components.codec.decode(x.to(self.components.flow.deep.head.weight.dtype))
+        return [replace(p, image=image) for p, image in zip(drawn, images, strict=True)]
+
+    def _check_stage(self, stage: str, verb: str) -> None:
+        """Raise StateError for a model that has not finished a stage."""
+        done = self.components.finished_stages
+        if stage not in done:
+            raise StateError(
+                f"this model has finished stages {', '.join(done) or 'none'}; {verb} needs {stage}: train it first."
+            )
 
     # -- conversations ------------------------------------------------------------------------------
 
@@ -206,19 +215,19 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         talks: list[list[list[str | Tensor]]] = [
             [[*shown, normalized(self.components, q)]] for shown, q in zip(images, questions, strict=True)
         ]
-        told = generate_replies(self.sampler(), talks, [0] * len(talks), ReplyLimits(tokens=tokens, pictures=0))
-        return [_words(blocks) for (blocks,) in told]
+        replies = generate_replies(self.sampler(), talks, [0] * len(talks), ReplyLimits(tokens=tokens, pictures=0))
+        return [_words(blocks) for (blocks,) in replies]
 
     def answers_after(self, pasts: Sequence[Sequence[PastTurn]], questions: Sequence[str]) -> list[str]:
         """One greedy answer per question, each after a past of (said, replied), words and pictures (3, s, s)."""
 
-        def taken(side: Sequence[str | Tensor]) -> list[str | Tensor]:
+        def read(side: Sequence[str | Tensor]) -> list[str | Tensor]:
             return [normalized(self.components, part) if isinstance(part, str) else part for part in side]
 
-        held = [[(taken(said), taken(replied)) for said, replied in past] for past in pasts]
+        turns = [[(read(user), read(assistant)) for user, assistant in past] for past in pasts]
         asked = [[normalized(self.components, question)] for question in questions]
-        told = reply_after(self.sampler(), held, asked, ReplyLimits(tokens=48, pictures=0))
-        return [_words(blocks) for blocks in told]
+        replies = reply_after(self.sampler(), turns, asked, ReplyLimits(tokens=48, pictures=0))
+        return [_words(blocks) for blocks in replies]
 
     def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:
         """What the language model alone answers, seeing pictures (B, 3, s, s) through its own vision tower."""
@@ -274,8 +283,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
     @property
     def sampling_noise(self) -> float:
         """Noise level of sampled latents (standard deviation, on standardised latents)."""
-        noise = self.components.cfg.flow.noise
-        return 0.0 if noise is None else noise.noise_max
+        return self.components.cfg.draw_level
 
     def check_prompt(self, prompt: str) -> None:
         """Raise PromptError for what this model cannot draw: nothing, too much, unknown words."""
@@ -300,9 +308,5 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
         Raises CheckpointError for anything that is no whole starflow2 model, DeviceError.
         """
-        known = ["device", *inspect.signature(snapshot_download).parameters]
-        for option in hub:
-            if option not in known:
-                raise ConfigError(f"unknown option {option!r} of from_pretrained.{nearest(option, known)}")
         where = pick_device(device)
         return cls(load_components(find_model(name, **hub), where))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from itertools import zip_longest
 from typing import Any, Literal
@@ -33,7 +33,8 @@ from starflow2.inference.likelihood import decode_code, invert
 from starflow2.inference.sampler import Sampler
 from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
-from starflow2.models.pretzel import Output, Pretzel, PretzelCache, Slots, States
+from starflow2.models.joint_stream import JointStream, Output, PretzelCache, Slots, States, read_documents
+from starflow2.models.pretzel import Pretzel
 from starflow2.models.sequence import IGNORE, Document, Image, Text, pack, with_pictures
 from starflow2.pipeline import StarFlow2
 from starflow2.world.captions import caption_task
@@ -154,7 +155,6 @@ def table(checks: Iterable[Check]) -> Table:
 def _material(model: StarFlow2) -> _Material:
     components = model.components
     tokenizer = components.tokenizer
-    assert tokenizer is not None
     drawings = [caption_task(0, index) for index in range(ROWS)]
     rows = [tokenizer.drawing_prompt(drawing.prompt) for drawing in drawings]
     empty = [tokenizer.drawing_prompt("")] * ROWS
@@ -359,28 +359,35 @@ _PLAN: tuple[tuple[Check, _Measure], ...] = (
 # -- the checks of both streams together ------------------------------------------------------------------------------
 
 
-class _Recorder(Pretzel):
-    """A Pretzel that remembers the states it computes, and behind which cache."""
+def _fields_of(stream: JointStream) -> dict[str, Any]:
+    """The fields of a Pretzel, to make a twin of another class from. Raises ConfigError for another stream."""
+    if not isinstance(stream, Pretzel):
+        raise StateError(f"the checks of both streams need a Pretzel, not {type(stream).__name__}.")
+    return {field.name: getattr(stream, field.name) for field in fields(stream)}
 
-    def __init__(self, pretzel: Pretzel) -> None:
-        super().__init__(pretzel.vlm, pretzel.flow, pretzel.joints)
-        self.kept: list[tuple[PretzelCache | None, States]] = []
+
+@dataclass(frozen=True)
+class _Recorder(Pretzel):
+    """A Pretzel that records the states it computes, with the cache that they went into."""
+
+    record: list[tuple[PretzelCache | None, States]] = field(default_factory=list)
 
     def read(self, slots: Slots, cache: PretzelCache | None = None) -> States:
-        self.kept.append((cache, super().read(slots, cache)))
-        return self.kept[-1][1]
+        self.record.append((cache, super().read(slots, cache)))
+        return self.record[-1][1]
 
     def states(self, cache: PretzelCache | None) -> tuple[Tensor, Tensor]:
         """Both streams at all positions, (B, T, E) and (B, T, C)."""
-        kept = [states for where, states in self.kept if where is cache]
-        return torch.cat([states.h for states in kept], 1), torch.cat([states.g for states in kept], 1)
+        record = [states for used, states in self.record if used is cache]
+        return torch.cat([states.h for states in record], 1), torch.cat([states.g for states in record], 1)
 
 
+@dataclass(frozen=True)
 class _Steered(Pretzel):
-    """A Pretzel that begins a picture wherever the language state's first number exceeds a threshold, else writes."""
+    """A Pretzel that begins an image wherever the language state's first number exceeds a threshold, else writes."""
 
-    begin: int
-    threshold: float
+    begin: int = 0
+    threshold: float = 0.0
 
     def logits(self, h: Tensor, g: Tensor) -> Tensor:
         scores = super().logits(h, g)
@@ -390,7 +397,6 @@ class _Steered(Pretzel):
 
 def _ids(components: Components, index: int, *, asks: bool = True) -> list[int]:
     """A training caption as the user says it; `asks`: and the model's turn to reply."""
-    assert components.tokenizer is not None
     tokenizer, words = components.tokenizer, components.tokenizer.encode(caption_task(0, index).prompt)
     return [*tokenizer.opens_user(), *words, *(tokenizer.opens_reply() if asks else [])]
 
@@ -411,8 +417,7 @@ def _interleaved(components: Components, precision: Literal["float32", "float64"
     """Both streams at every position of words, upload, drawn picture, words, drawn picture: step by step through the
     cache, against one full pass; as a share of the largest state."""
     sampler = Sampler(components, DrawConfig.for_model(components, precision=precision))
-    recorder = sampler.pretzel = _Recorder(sampler.pretzel)
-    assert components.tokenizer is not None
+    recorder = sampler.pretzel = _Recorder(**_fields_of(sampler.pretzel))
     replies, ends = components.tokenizer.opens_reply(), components.cfg.vlm.special.end
     upload = sampler.noisy(_upload(components)[None], torch.tensor([sampler.upload_level]))
     rows = BatchDecoder(sampler, 1)
@@ -428,7 +433,7 @@ def _interleaved(components: Components, precision: Literal["float32", "float64"
     document: Document = [*opened, Text(tuple(again)), drawn, end]
     x = torch.stack([upload[0], first.x, second.x])
     levels = torch.tensor([sampler.upload_level, sampler.noise_level, sampler.noise_level], dtype=x.dtype).to(x.device)
-    recorder.forward(pack([document], sampler.layout).to(x.device), x, levels)
+    read_documents(recorder, pack([document], sampler.layout).to(x.device), x, levels)
     pairs = zip(recorder.states(rows.conditional.cache), recorder.states(None), strict=True)
     return max(_gap(cached, full) / float(full.abs().max()) for cached, full in pairs)
 
@@ -461,11 +466,10 @@ def _closed_skips(m: _Material) -> float:
     """Logits with both skips closed, against the language model by itself on the same embeddings."""
     components, sampler = m.model.components, m.model.sampler()
     shared = sampler.pretzel
-    pretzel = Pretzel(shared.vlm, shared.flow, shared.joints)
-    pretzel.skips = frozenset()
+    pretzel = shared.with_skips(())
     x, levels = (t[:3] for t in _latents(sampler))
     batch = pack(_documents(components)[:1], components.layout).to(x.device)
-    told = pretzel.forward(batch, x, levels).logits
+    told = read_documents(pretzel, batch, x, levels).logits
     u, _ = shared.flow.shallow(x, levels)
     embeds = with_pictures(shared.vlm.embed(batch.ids), pretzel.adapted(u, levels), batch)
     bare = shared.vlm.states(embeds, batch.mrope)[batch.labels != IGNORE]
@@ -491,10 +495,9 @@ def _steered(sampler: Sampler, asked: Sequence[Sequence[int]]) -> Sampler:
     rows.read(asked)
     ordered = rows.conditional.h[:, 0].sort().values
     widest = int(ordered.diff().argmax())
-    steered = _Steered(sampler.pretzel.vlm, sampler.pretzel.flow, sampler.pretzel.joints)
-    steered.begin, steered.threshold = sampler.layout.begin, float(ordered[widest : widest + 2].mean())
+    threshold = float(ordered[widest : widest + 2].mean())
     twin = copy.copy(sampler)
-    twin.pretzel = steered
+    twin.pretzel = _Steered(**_fields_of(sampler.pretzel), begin=sampler.layout.begin, threshold=threshold)
     return twin
 
 
@@ -555,7 +558,7 @@ def _packed(m: _Material) -> float:
 
     def read(some: Sequence[Document], pictures: slice) -> Output:
         batch = pack(some, sampler.layout, width).to(x.device)
-        return sampler.pretzel.forward(batch, x[pictures], levels[pictures])
+        return read_documents(sampler.pretzel, batch, x[pictures], levels[pictures])
 
     together, worst, first = read(documents, slice(None)), 0.0, 0
     for index, document in enumerate(documents):
@@ -573,7 +576,7 @@ def _encodings(m: _Material) -> float:
     """How often the codec's encoder ran behind the upload of a conversation in which two pictures are drawn."""
     calls: list[None] = []
     session = m.model.session()
-    hook = m.model.components.encoder.register_forward_hook(lambda *_: calls.append(None))
+    hook = m.model.components.codec.encoder.register_forward_hook(lambda *_: calls.append(None))
     try:
         session.add(m.prompts[0], _upload(m.model.components))
         if len(calls) != 1:

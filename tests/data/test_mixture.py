@@ -529,7 +529,6 @@ def test_a_stage_trains_on_batches_of_real_corpora_as_on_drawn_ones(tmp_path):
     captioned(tmp_path / "a" / "0.tar", 8)
     url, _ = PUBLISHED["zebra-cot"](tmp_path / "b")
     components = tiny_components()
-    assert components.tokenizer is not None
     sources = [
         Source(corpus="captions", url=str(tmp_path / "a"), weight=1),
         Source(corpus="zebra-cot", url=url, weight=1),

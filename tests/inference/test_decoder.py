@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -14,8 +13,9 @@ from starflow2.inference.config import DrawConfig
 from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import Begun, Completed, Ended, Token
 from starflow2.inference.sampler import Sampler
-from starflow2.models.pretzel import PretzelCache, Slots, States
+from starflow2.models.joint_stream import PretzelCache, Slots, States, read_documents
 from starflow2.models.sequence import Image, Segment, Text, pack
+from stream_cases import bent, recording
 
 PRECISIONS = ("float32", "float64")
 
@@ -25,25 +25,11 @@ def a_sampler(guidance: float = 1.0, precision: str = "float32", prior_scale: fl
     return Sampler(components, DrawConfig(guidance=guidance, prior_scale=prior_scale, precision=precision))  # type: ignore[arg-type]
 
 
-@dataclass
-class Recorder:
-    """Stands in for `Pretzel.read` and keeps the states of the first row of the main stream, position by position."""
-
-    rows: BatchDecoder
-    h: list[Tensor] = field(default_factory=list)
-    g: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.real = self.rows.sampler.pretzel.read
-        self.rows.sampler.pretzel.read = self  # type: ignore[method-assign]
-
-    def __call__(self, slots: Slots, cache: PretzelCache | None = None) -> States:
-        states = self.real(slots, cache)
-        if cache is self.rows.conditional.cache:
-            keep = self.rows.conditional.is_real[0, -slots.ids.shape[1] :]
-            self.h.append(states.h[0, keep])
-            self.g.append(states.g[0, keep])
-        return states
+def recorded(rows: BatchDecoder, calls: list[tuple[Slots, PretzelCache | None, States]]) -> tuple[Tensor, Tensor]:
+    """States of the only row at all its positions, as they came step by step: (T, E) and (T, C)."""
+    own = [states for _, cache, states in calls if cache is rows.conditional.cache]
+    real = rows.conditional.is_real[0]
+    return torch.cat([s.h[0] for s in own])[real], torch.cat([s.g[0] for s in own])[real]
 
 
 def six_segments(rows: BatchDecoder, row: int = 0) -> tuple[list[Segment], Tensor, Tensor]:
@@ -81,19 +67,17 @@ def six_segments(rows: BatchDecoder, row: int = 0) -> tuple[list[Segment], Tenso
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_cached_steps_equal_one_full_pass_at_every_position_of_a_document(precision, guidance):
-    rows = BatchDecoder(a_sampler(guidance, precision), 1)
-    recorder = Recorder(rows)
+    sampler = a_sampler(guidance, precision)
+    stream = sampler.pretzel = recording(sampler.pretzel)
+    rows = BatchDecoder(sampler, 1)
     document, x, levels = six_segments(rows)
-    pretzel = rows.sampler.pretzel
-    pretzel.read = recorder.real
-    full = []
-    pretzel.read = lambda slots, cache=None: full.append(recorder.real(slots, cache)) or full[-1]
+    h, g = recorded(rows, stream.calls)
     with torch.no_grad():
-        pretzel.forward(pack([document], rows.sampler.layout), x, levels)
-    h, g = torch.cat(recorder.h), torch.cat(recorder.g)
-    assert h.shape == full[0].h[0].shape == (rows.conditional.cache.length, 40)
-    assert (h - full[0].h[0]).abs().max() <= 1e-4
-    assert (g - full[0].g[0]).abs().max() <= 1e-4
+        read_documents(stream, pack([document], sampler.layout), x, levels)
+    full = stream.calls[-1][2]
+    assert h.shape == full.h[0].shape == (rows.conditional.cache.length, 40)
+    assert (h - full.h[0]).abs().max() <= 1e-4
+    assert (g - full.g[0]).abs().max() <= 1e-4
 
 
 def events_of(rows: BatchDecoder, asked: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[object]]:
@@ -114,14 +98,11 @@ def test_rows_in_different_modalities_equal_the_same_rows_alone():
     begin = sampler.layout.begin
     asked = [[1, 30, 2], [1, 31, 32, 33, 34, 2, 60, 61], [1, 35, 36, 2]]
 
-    real = sampler.pretzel.logits
+    def steered(logits: Tensor) -> Tensor:
+        logits[:, begin] += torch.where(logits[:, 40] > logits[:, 41], 50.0, -50.0)  # some rows draw, some write
+        return logits
 
-    def logits(h: Tensor, g: Tensor) -> Tensor:
-        out = real(h, g)
-        out[:, begin] += torch.where(out[:, 40] > out[:, 41], 50.0, -50.0)  # some rows draw, some write
-        return out
-
-    sampler.pretzel.logits = logits  # type: ignore[method-assign]
+    sampler.pretzel = bent(sampler.pretzel, steered)
     together = events_of(BatchDecoder(sampler, 3), asked, [7, 8, 9])
     alone = [events_of(BatchDecoder(sampler, 1), [a], [s])[0] for a, s in zip(asked, [7, 8, 9], strict=True)]
     kinds = {tuple(type(e).__name__ for e in row) for row in together}

@@ -19,6 +19,7 @@ from starflow2.inference.events import DecodedImage, Token
 from starflow2.inference.likelihood import decode_code, invert, score
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
+from starflow2.models.joint_stream import read_documents
 from starflow2.models.sequence import Image as Slot
 from starflow2.models.sequence import Text, pack
 from starflow2.pipeline import StarFlow2
@@ -71,7 +72,7 @@ def test_a_reply_of_words_scores_what_the_next_token_loss_says(sampler):
         [sampler.components.tokenizer.document([Turn(("a red circle",), ("two red hearts",))])], sampler.layout
     )
     with torch.no_grad():
-        out = sampler.pretzel.forward(batch, torch.zeros(0, 4, 4, dtype=torch.float64), torch.zeros(0))
+        out = read_documents(sampler.pretzel, batch, torch.zeros(0, 4, 4, dtype=torch.float64), torch.zeros(0))
     assert -found.log_prob == pytest.approx(
         len(found.tokens) * ntp_loss(out.head, (out.h, out.g), batch.labels).item(), abs=1e-4
     )
@@ -85,7 +86,7 @@ def test_a_drawn_picture_scores_what_the_loss_of_pictures_says(sampler, level):
     batch = pack([sampler.components.tokenizer.document([Turn(("a red circle",), (photo(),))])], sampler.layout)
     levels = torch.tensor([used], dtype=torch.float64)
     with torch.no_grad():
-        noise = sampler.components.cfg.flow.noise
+        noise = sampler.components.cfg.noise
         loss = joint_loss(sampler.pretzel, batch, (noisy(sampler, photo(), used), levels), noise).flow
     assert found.nats_per_dim == pytest.approx(loss.item() / used + 0.5 * math.log(2 * math.pi), abs=1e-8)
 
@@ -110,7 +111,9 @@ def test_words_written_without_chance_are_the_likeliest_at_every_step_of_one_pas
     document = [said, Slot(), Text((s.assistant,)), Text(tuple(seen), is_target=True)]
     level = torch.tensor([0.01], dtype=torch.float64)
     with torch.no_grad():
-        logits = sampler.pretzel.forward(pack([document], sampler.layout), noisy(sampler, photo(), 0.01), level).logits
+        logits = read_documents(
+            sampler.pretzel, pack([document], sampler.layout), noisy(sampler, photo(), 0.01), level
+        ).logits
     logits[:, [s.pad, s.user, s.assistant, s.vision_start, s.vision_end, s.image_pad]] = -torch.inf
     logits[:, sampler.components.tokenizer.vocab :] = -torch.inf
     assert len(seen) > 2 and logits.argmax(1).tolist() == seen
@@ -120,7 +123,7 @@ def test_the_chances_of_all_next_tokens_are_one(sampler):
     base = score(sampler, ["a red circle"], ["two"]).tokens[0].log_prob
     batch = pack([sampler.components.tokenizer.document([Turn(("a red circle",), ("two",))])], sampler.layout)
     with torch.no_grad():
-        out = sampler.pretzel.forward(batch, torch.zeros(0, 4, 4, dtype=torch.float64), torch.zeros(0))
+        out = read_documents(sampler.pretzel, batch, torch.zeros(0, 4, 4, dtype=torch.float64), torch.zeros(0))
     chances = out.logits[0].softmax(-1)
     assert float(chances.sum()) == pytest.approx(1) and base == pytest.approx(float(chances[out.labels[0]].log()))
 
@@ -190,7 +193,7 @@ def test_the_code_of_a_drawn_picture_is_what_it_was_drawn_from(sampler):
     assert isinstance(picture, DecodedImage)
     batch = pack([sampler.components.tokenizer.document([Turn(("a red circle",), (photo(),))])], sampler.layout)
     with torch.no_grad():
-        out = plain.pretzel.forward(batch, picture.x[None], torch.tensor([0.5], dtype=torch.float64))
+        out = read_documents(plain.pretzel, batch, picture.x[None], torch.tensor([0.5], dtype=torch.float64))
     z = 0.8 * torch.randn(4, 4, generator=torch.Generator().manual_seed(5))
     assert (out.z[0] - z).abs().max() <= 1e-6
 

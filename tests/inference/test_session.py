@@ -25,6 +25,7 @@ from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
 from starflow2.models.components import Components
 from starflow2.models.fae import Fae
+from starflow2.models.joint_stream import read_documents
 from starflow2.models.sequence import Image as Slot
 from starflow2.models.sequence import Text, pack
 
@@ -209,18 +210,18 @@ def test_what_a_picture_was_drawn_with_is_the_likelihood_that_scoring_finds(samp
     document = [Text((s.user, *tokenizer.encode("a red circle"), s.assistant)), Slot(is_target=True)]
     level = torch.tensor([made.noise_level], dtype=torch.float64)
     with torch.no_grad():
-        out = sampler.pretzel.forward(pack([document], sampler.layout), made.x[None], level)
+        out = read_documents(sampler.pretzel, pack([document], sampler.layout), made.x[None], level)
         blank = [Text((s.user, s.assistant)), Slot(is_target=True)]
-        less = sampler.pretzel.forward(pack([blank], sampler.layout), made.x[None], level)
+        less = read_documents(sampler.pretzel, pack([blank], sampler.layout), made.x[None], level)
     assert (out.u[0] - made.u).abs().max() <= 1e-8
     assert made.log_prob == pytest.approx(float(out.affine.log_prob(out.u).sum()), abs=1e-6)
-    assert made.unconditional == pytest.approx(float(less.affine.log_prob(less.u).sum()), abs=1e-6)
-    assert abs(made.log_prob - made.unconditional) > 1e-3
+    assert made.unconditional_log_prob == pytest.approx(float(less.affine.log_prob(less.u).sum()), abs=1e-6)
+    assert abs(made.log_prob - made.unconditional_log_prob) > 1e-3
 
 
 def test_without_guidance_there_is_no_unconditional_branch_and_nothing_said_about_it():
     made = Session(sampler_of(tiny_components(STAGES, side=SIDE), guidance=0.0)).add("a red circle").draw().picture
-    assert made.log_prob is not None and made.unconditional is None
+    assert made.log_prob is not None and made.unconditional_log_prob is None
 
 
 # -- nothing is read twice
@@ -554,7 +555,11 @@ def test_a_saved_session_goes_on_bit_for_bit(sampler, tmp_path):
     assert same(state(again), state(session)) and told(again) == told(session)
     assert (again.seed, again.encode_calls, again.length) == (6, 1, session.length)
     old, new = (s.pieces[-2].picture for s in (session, again))
-    assert (old.log_prob, old.unconditional, old.noise_level) == (new.log_prob, new.unconditional, new.noise_level)
+    assert (old.log_prob, old.unconditional_log_prob, old.noise_level) == (
+        new.log_prob,
+        new.unconditional_log_prob,
+        new.noise_level,
+    )
     assert torch.equal(old.x, new.x) and torch.equal(old.image, new.image)
     assert equal_future(again, session)
 

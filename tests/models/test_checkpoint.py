@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from model_cases import STAGES, tiny_components, tiny_model, tiny_tokenizer
 from starflow2.errors import CheckpointError, ConfigError, StarFlowError
 from starflow2.inference.config import DrawConfig
-from starflow2.inference.text_to_image import draw
 from starflow2.models import checkpoint
 from starflow2.models.checkpoint import FORMAT, load_components, read_config, save_components
 from starflow2.models.components import Components
 from starflow2.models.hub import NANO
+from starflow2.pipeline import StarFlow2
 from starflow2.training.datasets import to_images
 from starflow2.world.captions import caption_task
 
@@ -80,7 +80,7 @@ def test_a_model_comes_back_bit_for_bit_with_everything_beside_its_weights(saved
 def test_a_loaded_model_draws_and_encodes_the_same_bits(saved):
     before, after = tiny_components(), load_components(saved)
     ask = (["two red hearts", "a blue star"], [0, 1], DrawConfig(guidance=1.0))
-    assert torch.equal(draw(before, *ask).images, draw(after, *ask).images)
+    assert torch.equal(StarFlow2(before).draw(*ask), StarFlow2(after).draw(*ask))
     images = to_images([caption_task(0, 0).scene])
     assert torch.equal(before.codec.encode(images), after.codec.encode(images))
 

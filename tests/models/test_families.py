@@ -18,6 +18,7 @@ from starflow2.errors import CheckpointError
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
+from starflow2.models.joint_stream import read_documents
 from starflow2.models.pretzel import Joints, Pretzel
 from starflow2.models.protocols import LanguageStream
 from starflow2.models.qwen import Qwen3Stream
@@ -198,10 +199,10 @@ def test_both_streams_run_over_qwen3_and_see_nothing_ahead():
     turns = [Turn((caption_task(0, 0).prompt,), (object(),)), Turn(("what is it",), ("a ring",))]  # type: ignore[arg-type]
     batch = pack([tokenizer.document(turns)], components.layout)
     x, level = torch.randn(1, 64, 4), torch.full((1,), 0.3)
-    out = pretzel.forward(batch, x, level)
+    out = read_documents(pretzel, batch, x, level)
     changed = x.clone()
     changed[:, -1] += 1  # the shallow flow looks at all of a picture: words behind it change, those before it cannot
-    again = pretzel.forward(batch, changed, level)
+    again = read_documents(pretzel, batch, changed, level)
     assert bool(out.log_prob.isfinite().all()) and out.logits.shape[1] == 320
     begin = torch.nonzero(batch.labels[0] != -100).flatten()
     before = begin < int(batch.pictures.begin[0])

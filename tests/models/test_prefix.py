@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model_cases import STAGES, WIDTH, mix_of, tiny_components
 from starflow2.models import pretzel as module
+from starflow2.models.joint_stream import read_documents
 from starflow2.models.prefix import prefix_mask, two_pass_states
 from starflow2.models.sequence import Batch, Document, Image, Text, pack
 from starflow2.nn import Cache
@@ -108,7 +109,7 @@ def kept_bytes(share: float, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = components.pretzel.forward(batch, x, torch.full((2,), 0.2))
+        out = read_documents(components.pretzel, batch, x, torch.full((2,), 0.2))
         loss = out.log_prob.sum() + out.logits.log_softmax(-1)[:, 0].sum()
         grads = torch.autograd.grad(loss, list(components.joints.adapter.parameters()))
     return sum(kept.values()), list(grads)
@@ -131,7 +132,7 @@ def test_a_language_model_that_trains_is_read_in_one_pass(monkeypatch):
     components = tiny_components(STAGES)
     components.requires_grad_(True)
     x = torch.randn(1, components.layout.num_latents, 4)
-    assert components.pretzel.forward(packed(CAPTION), x, torch.full((1,), 0.2)).log_prob.isfinite().all()
+    assert read_documents(components.pretzel, packed(CAPTION), x, torch.full((1,), 0.2)).log_prob.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from starflow2.errors import CheckpointError, ConfigError
 from starflow2.models.checkpoint import load_components, save_components, start_components
 from starflow2.models.components import Components
 from starflow2.models.config import DinoConfig, ModelConfig, SiglipConfig
+from starflow2.models.joint_stream import read_documents
 from starflow2.models.pretrained import INDEX, Pretrained, fingerprint, inventory, locate
 from starflow2.models.sequence import image_mrope, pack, text_mrope
 from starflow2.models.vision import DinoFeatures, SiglipFeatures
@@ -38,7 +39,7 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelConfi
 
 
 @pytest.fixture(scope="module")
-def parts(upstream: tuple[Path, ModelConfig]) -> Components:
+def components(upstream: tuple[Path, ModelConfig]) -> Components:
     torch.manual_seed(0)
     return start_components(upstream[1])
 
@@ -166,10 +167,9 @@ def test_weights_in_bfloat16_give_states_and_losses_in_float32(upstream):
     rotary = components.vlm.model.model.language_model.rotary_emb.inv_freq
     assert rotary.dtype == torch.float32 and bool(rotary.isfinite().all()) and rotary[0] == 1
     tokenizer = components.tokenizer
-    assert tokenizer is not None
     batch = pack([tokenizer.document([Turn(("two cats",), (as_images(pictures(1))[0],))])], components.layout)  # type: ignore[arg-type]
     x = torch.randn(1, 16, 8)
-    out = components.pretzel.forward(batch, x, torch.full((1,), 0.3))
+    out = read_documents(components.pretzel, batch, x, torch.full((1,), 0.3))
     assert out.log_prob.dtype == torch.float32 and bool(out.log_prob.isfinite().all())
     assert components.codec.encode(as_images(pictures(1))).dtype == torch.float32
 

@@ -8,7 +8,7 @@ import torch
 from model_cases import tiny_folder, tiny_model
 from starflow2.errors import CheckpointError, ConfigError
 from starflow2.models.components import build
-from starflow2.models.pretzel import PretzelCache, Slots
+from starflow2.models.joint_stream import PretzelCache, Slots
 from starflow2.models.sequence import text_mrope
 from starflow2.models.summary import describe
 from starflow2.nn import Cache

@@ -20,7 +20,7 @@ from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import Completed, Token
 from starflow2.inference.sampler import Sampler
 from starflow2.models.components import Components
-from starflow2.models.pretzel import States
+from starflow2.models.joint_stream import States, read_documents
 from starflow2.models.sequence import Batch, Document, Image, Text, pack
 from starflow2.nn import num_parameters
 from starflow2.research.mot import Mot, MotComponents, Trains, matched_width
@@ -59,7 +59,7 @@ def states_of(mot: Mot, batch: Batch, x: Tensor, levels: Tensor) -> States:
     real = mot.read
     mot.read = lambda *args: kept.append(real(*args)) or kept[-1]  # type: ignore[method-assign, func-returns-value]
     with torch.no_grad():
-        mot.forward(batch, x, levels)
+        read_documents(mot, batch, x, levels)
     return kept[0]
 
 
@@ -70,7 +70,7 @@ def states_of(mot: Mot, batch: Batch, x: Tensor, levels: Tensor) -> States:
 def test_without_pictures_the_logits_are_those_of_the_language_model():
     components, mot = tiny_components(STAGES, side=SIDE), a_mot()
     batch = pack([WORDS, (Text(tuple(range(20, 60)), is_target=True),)], components.layout)
-    out = mot.pretzel.forward(batch, *pictures(0))
+    out = read_documents(mot.pretzel, batch, *pictures(0))
     real = components.vlm.states(components.vlm.embed(batch.ids), batch.mrope)
     wanted = components.vlm.logits(real)[batch.labels != -100]
     assert wanted.std() > 0.1
@@ -124,8 +124,8 @@ def test_the_deep_jacobian_is_triangular_and_its_determinant_the_reported_one():
     batch = pack([CAPTION], components.layout)
     x = torch.randn(1, count, LATENT, dtype=torch.float64)
     level = torch.tensor([0.3], dtype=torch.float64)
-    out = mot.forward(batch, x, level)
-    jac = jacobian(lambda v: mot.forward(batch, v[None], level).z.flatten(), x[0]).view(count * LATENT, -1)
+    out = read_documents(mot, batch, x, level)
+    jac = jacobian(lambda v: read_documents(mot, batch, v[None], level).z.flatten(), x[0]).view(count * LATENT, -1)
     assert jac.triu(1).abs().max() == 0
     blocks = jac.view(count, LATENT, count, LATENT).movedim(1, 2)
     assert blocks[3, 0].abs().max() > 1e-4, "later latents must see earlier ones"
@@ -141,9 +141,9 @@ def test_documents_packed_in_one_row_equal_each_alone():
     x, levels = pictures(4)
     documents = [CAPTION, LONG, WORDS]
     with torch.no_grad():
-        together = components.pretzel.forward(pack(documents, components.layout, width=400), x, levels)
+        together = read_documents(components.pretzel, pack(documents, components.layout, width=400), x, levels)
         alone = [
-            components.pretzel.forward(pack([document], components.layout), x[own], levels[own])
+            read_documents(components.pretzel, pack([document], components.layout), x[own], levels[own])
             for document, own in zip(documents, (slice(0, 1), slice(1, 4), slice(0, 0)), strict=True)
         ]
     assert (torch.cat([o.log_prob for o in alone]) - together.log_prob).abs().max() <= 1e-3
@@ -185,7 +185,7 @@ def test_cached_steps_equal_one_full_pass_for_guided_pictures_and_words(precisio
     assert (h - full.h[0]).abs().max() <= 1e-4
     assert (g - full.g[0]).abs().max() <= 1e-4
     with torch.no_grad():
-        log_prob = sampler.pretzel.forward(pack([document], sampler.layout), both, levels).affine
+        log_prob = read_documents(sampler.pretzel, pack([document], sampler.layout), both, levels).affine
     assert float(log_prob.log_prob(drawn.picture.u[None]).sum(1)[1]) == pytest.approx(drawn.picture.log_prob, abs=1e-2)
 
 

@@ -51,7 +51,7 @@ def test_documents_alone_in_their_rows_have_the_losses_of_packed_ones(packing, m
     components = tiny_components(STAGES)
     monkeypatch.setattr(packing, "INTERLEAVED", (150, 260))
     made = packing.documents(components.layout, 320, 4, 1)
-    noise = components.cfg.flow.noise
+    noise = components.cfg.noise
     losses = []
     for arm in (packing.packed, packing.one_a_row):
         (batch,) = arm(made, components.layout, 8, 400)

@@ -17,6 +17,7 @@ from model_cases import STAGES, WIDTH, tiny_components, tiny_model
 from starflow2.flow import Context, Flow
 from starflow2.models import token_loss
 from starflow2.models.components import Components
+from starflow2.models.joint_stream import read_documents
 from starflow2.models.sequence import IGNORE, Document, Image, Text, pack
 from starflow2.training import losses
 from starflow2.training.losses import (
@@ -196,7 +197,7 @@ def components() -> Components:
 def joint(components: Components, documents: list[Document], count: int, seed: int = 0) -> JointTerms:
     generator = torch.Generator().manual_seed(seed)
     x, level = torch.randn(count, 64, 4, generator=generator), 0.1 + 0.3 * torch.rand(count, generator=generator)
-    return joint_loss(components.pretzel, pack(documents, components.layout), (x, level), components.cfg.flow.noise)
+    return joint_loss(components.pretzel, pack(documents, components.layout), (x, level), components.cfg.noise)
 
 
 SHOWN: Document = (Text((1,)), Image(), Text((40, 2)), Text((41, 42, 3), is_target=True))
@@ -211,15 +212,15 @@ def test_a_picture_that_is_only_shown_does_not_count_in_the_loss_of_pictures(com
     generator = torch.Generator().manual_seed(0)
     x, level = torch.randn(1, 64, 4, generator=generator), 0.1 + 0.3 * torch.rand(1, generator=generator)
     both = torch.cat([x, torch.randn(1, 64, 4)]), torch.cat([level, torch.tensor([0.2])])
-    together = joint_loss(components.pretzel, pack([DRAWN, SHOWN], components.layout), both, components.cfg.flow.noise)
+    together = joint_loss(components.pretzel, pack([DRAWN, SHOWN], components.layout), both, components.cfg.noise)
     assert together.flow.item() == pytest.approx(alone.flow.item(), abs=1e-5)
 
 
 def test_the_loss_of_pictures_weighs_each_by_its_noise_level_and_leaves_the_constant_out(components):
     batch = pack([DRAWN, DRAWN], components.layout)
     x, level = torch.randn(2, 64, 4), torch.tensor([0.1, 0.5])
-    terms = joint_loss(components.pretzel, batch, (x, level), components.cfg.flow.noise)
-    nats = -components.pretzel.forward(batch, x, level).log_prob / 256 - HALF_LOG_TAU
+    terms = joint_loss(components.pretzel, batch, (x, level), components.cfg.noise)
+    nats = -read_documents(components.pretzel, batch, x, level).log_prob / 256 - HALF_LOG_TAU
     assert terms.flow.item() == pytest.approx((level * nats).mean().item(), abs=1e-6)
 
 
@@ -306,8 +307,11 @@ def test_a_blind_picture_counts_by_the_deep_flows_gaussians_and_leaves_others_as
     x = torch.randn(3, 64, 4)
     for edited, drawn in ((True, False), (False, True)):
         blind = torch.tensor([False, edited, drawn])
-        terms = joint_loss(components.pretzel, batch, (x, level), components.cfg.flow.noise, blind)
-        sighted, out = components.pretzel.forward(batch, x, level), components.pretzel.forward(batch, x, level, blind)
+        terms = joint_loss(components.pretzel, batch, (x, level), components.cfg.noise, blind)
+        sighted, out = (
+            read_documents(components.pretzel, batch, x, level),
+            read_documents(components.pretzel, batch, x, level, blind),
+        )
         z = (out.u - out.affine.mu) / out.affine.scale
         hidden = (0.5 * z.square() + out.affine.log_scale).sum((1, 2)) / 256  # without the constant, of 256 numbers
         exact = -sighted.log_prob / 256 - HALF_LOG_TAU
@@ -318,7 +322,7 @@ def test_a_blind_picture_counts_by_the_deep_flows_gaussians_and_leaves_others_as
 
 def test_without_blind_pictures_all_likelihoods_are_exact(components):
     batch, level = pack([EDITED, DRAWN], components.layout), torch.tensor([0.1, 0.3, 0.5])
-    given = components.pretzel, batch, (torch.randn(3, 64, 4), level), components.cfg.flow.noise
+    given = components.pretzel, batch, (torch.randn(3, 64, 4), level), components.cfg.noise
     plain, none = joint_loss(*given), joint_loss(*given, torch.zeros(3, dtype=torch.bool))
     assert (plain.flow, plain.text, plain.blind) == (none.flow, none.text, none.blind) and plain.blind == 0
 
@@ -330,7 +334,7 @@ def test_words_behind_a_blind_picture_do_not_count_and_all_others_count_as_befor
     x, level = torch.randn(3, 64, 4), torch.tensor([0.1, 0.3, 0.5])
 
     def text(documents: list[Document], which: slice, blind: list[bool]) -> float:
-        batch, noise = pack(documents, components.layout), components.cfg.flow.noise
+        batch, noise = pack(documents, components.layout), components.cfg.noise
         given = components.pretzel, batch, (x[which], level[which]), noise, torch.tensor(blind)
         return joint_loss(*given).text.item()
 
@@ -349,13 +353,13 @@ def test_neither_stream_sees_the_latents_of_a_blind_picture_but_both_see_the_one
         other = x.clone()
         if changed is not None:
             other[changed] += 1.0
-        predicted.append(components.pretzel.forward(batch, other, level, blind).affine.mu[1])
+        predicted.append(read_documents(components.pretzel, batch, other, level, blind).affine.mu[1])
     assert torch.equal(predicted[0], predicted[2]) and not torch.equal(predicted[0], predicted[1])
-    assert not torch.equal(predicted[0], components.pretzel.forward(batch, x, level).affine.mu[1])
+    assert not torch.equal(predicted[0], read_documents(components.pretzel, batch, x, level).affine.mu[1])
 
 
 def test_a_blind_prediction_cannot_be_had_cheaper_by_shrinking_what_is_predicted(components):
     batch, blind = pack([EDITED], components.layout), torch.tensor([False, True])
-    out = components.pretzel.forward(batch, torch.randn(2, 64, 4), torch.tensor([0.01, 0.2]), blind)
+    out = read_documents(components.pretzel, batch, torch.randn(2, 64, 4), torch.tensor([0.01, 0.2]), blind)
     (grad,) = torch.autograd.grad(losses._gaussian_nats(out)[1], out.u)
     assert grad[1].abs().max() == 0 and grad[0].abs().max() > 0

@@ -47,7 +47,7 @@ class Chat:
 
         session = self._session()
         sampler = session.sampler
-        album = repl.Album(self.save_dir, sampler.config.told() | {"model": sampler.components.cfg.name})
+        album = repl.Album(self.save_dir, sampler.config.recorded() | {"model": sampler.components.cfg.name})
         album.check()
         screen = repl.Screen(sys.stdout, sys.stderr, repl.graphics_of(sys.stdout, os.environ))
         chat = repl.Chat(session, screen, album)

@@ -208,7 +208,7 @@ class _Listener:
 def _encodings(components: Components) -> Iterator[list[None]]:
     """Inside, the list grows by one entry whenever the codec's encoder runs."""
     calls: list[None] = []
-    hook = components.encoder.register_forward_hook(lambda *_: calls.append(None))
+    hook = components.codec.encoder.register_forward_hook(lambda *_: calls.append(None))
     try:
         yield calls
     finally:

@@ -116,7 +116,7 @@ class Eval:
 
         components = StarFlow2.from_pretrained(self.model, device=self.device).components
         images = codec_pictures(self.images, components.codec.image_size, self.split, 64 if self.quick else 512)
-        report = evaluate_codec(components.codec, components.extractor, images.to(components.device))
+        report = evaluate_codec(components.codec, components.codec.extractor, images.to(components.device))
         report["model"] = components.cfg.name
         console().print(codec_table(report))
         if self.json is not None:

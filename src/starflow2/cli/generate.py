@@ -130,7 +130,7 @@ class Generate:
         model = load_joint(self.model, self.device, "--mode interleaved")
         config = self._config(model)
         blocks = _replied(model.session(seed=self.seed, config=config).add(prompt))
-        settings = config.told() | {"model": model.components.cfg.name}
+        settings = config.recorded() | {"model": model.components.cfg.name}
         rows = _save_blocks(blocks, paths, png_text(prompt, self.seed, settings))
         if self.json:
             _print_json(rows)

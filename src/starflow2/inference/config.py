@@ -1,4 +1,4 @@
-"""How a picture is sampled: guidance, prior scale, precision, with a model's own defaults."""
+"""Settings of sampling: guidance, prior scale, precision, open skips, with a model's own defaults."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from starflow2.errors import ConfigError, nearest
 from starflow2.flow.affine import Guidance, Schedule
 from starflow2.flow.solver import SEQUENTIAL, Solver
 from starflow2.models.components import Components
+from starflow2.models.joint_stream import Skip
+from starflow2.models.pretzel import ALL_SKIPS
 
 __all__ = [
     "DrawConfig",
@@ -22,7 +24,7 @@ Precision = Literal["auto", "float32", "float64"]
 
 @dataclass(frozen=True, kw_only=True)
 class DrawConfig:
-    """How a picture is sampled. Defaults of a model come from its own config, see `for_model`."""
+    """Settings of sampling. Defaults of a model come from its own config, see `for_model`."""
 
     guidance: float = 2.0  # 0 = off
     edit_guidance: float | None = None  # of a picture that follows another in its conversation; None: as `guidance`
@@ -36,6 +38,8 @@ class DrawConfig:
     # depends on the batch, by a factor of 10^6 (docs/choices.md#sampling-in-float64), and float32 elsewhere
     precision: Precision = "auto"
     shallow_solver: Solver = SEQUENTIAL
+    # open skips between the streams: () closes both (paper table 4); None: both after stage joint, none before it
+    skips: tuple[Skip, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("guidance", "edit_guidance"):
@@ -43,6 +47,9 @@ class DrawConfig:
                 raise ConfigError(f"{name} is {strength}; expected 0 (off) or more.")
         if not 0 < self.prior_scale < math.inf:
             raise ConfigError(f"prior_scale is {self.prior_scale}; expected more than 0.")
+        unknown = [skip for skip in self.skips or () if skip not in ALL_SKIPS]
+        if unknown:
+            raise ConfigError(f"skips holds {unknown[0]!r}; expected some of {', '.join(sorted(ALL_SKIPS))}.")
         literals = {"rule": Guidance, "schedule": Schedule, "cleanup": Cleanup, "precision": Precision}
         for name, known in ((name, get_args(literal)) for name, literal in literals.items()):
             if (value := getattr(self, name)) not in known:
@@ -55,8 +62,8 @@ class DrawConfig:
         """Guidance of a picture that does or does not follow another in its conversation."""
         return self.edit_guidance if follows and self.edit_guidance is not None else self.guidance
 
-    def told(self) -> dict[str, float]:
-        """What the pictures of a conversation record of it."""
+    def recorded(self) -> dict[str, float]:
+        """Settings written into the metadata of images drawn in a conversation."""
         strengths = {"guidance": self.guidance, "edit_guidance": self.strength(follows=True)}
         return strengths | {"prior_scale": self.prior_scale}
 

@@ -104,7 +104,6 @@ def _chunk(
 def _ask(rows: BatchDecoder, asked: dict[int, Sequence[Part]]) -> None:
     """Let rows read a user's turn, part by part, and open the model's."""
     tokenizer = rows.sampler.components.tokenizer
-    assert tokenizer is not None
     _read(rows, {i: tokenizer.opens_user(is_first=not rows.conditional.cursors[i].step) for i in asked})
     _take(rows, asked)
     _read(rows, {i: tokenizer.opens_reply() for i in asked})
@@ -133,7 +132,6 @@ def _check_room(rows: BatchDecoder, row: int, parts: Sequence[list[int] | Tensor
 
 
 def _ids(sampler: Sampler, text: str) -> list[int]:
-    assert sampler.components.tokenizer is not None
     return sampler.components.tokenizer.encode(text) if text else []
 
 
@@ -169,5 +167,4 @@ def _listen(rows: BatchDecoder, going: list[int], seeds: list[int], style: _Styl
 
 def _text(sampler: Sampler, ids: list[int]) -> str:
     """Tokens as text, without characters at the end that were never finished, as a session tells them."""
-    assert sampler.components.tokenizer is not None
     return sampler.components.tokenizer.decode(ids).rstrip("\ufffd \n")

@@ -21,7 +21,7 @@ from starflow2.errors import ConfigError, DataError
 from starflow2.flow.affine import Affine, strengths
 from starflow2.inference.events import Begun, Completed, DecodedImage, Ended, RowEvent, Stepped, Token
 from starflow2.inference.sampler import Sampler
-from starflow2.models.pretzel import Latent, PretzelCache, Slots
+from starflow2.models.joint_stream import Latent, PretzelCache, Slots
 from starflow2.models.sequence import Cursor
 
 __all__ = [
@@ -141,13 +141,14 @@ class ReplyLimits:
 class _Row:
     """One row while it replies."""
 
+    seed: int
     generator: torch.Generator
     doing: Literal["text", "draw", "close", "done"] = "text"
     tokens: int = 0
     pictures: int = 0
     drawn: int = 0  # latents of the picture at hand
     log_prob: float = 0.0
-    unconditional: float = 0.0
+    unconditional_log_prob: float = 0.0
     reason: Literal["end", "limit"] = "end"
 
 
@@ -212,8 +213,8 @@ class BatchDecoder:
 
         Picture and words of row i come from seeds[i] alone. Raises DataError if a latent is not finite.
         """
-        going = range(self.rows) if rows is None else rows
-        states = {row: _Row(torch.Generator().manual_seed(seed)) for row, seed in zip(going, seeds, strict=True)}
+        active = range(self.rows) if rows is None else rows
+        states = {row: _Row(seed, torch.Generator().manual_seed(seed)) for row, seed in zip(active, seeds, strict=True)}
         if draws and config.pictures < 1:
             raise ConfigError("a reply that begins with a picture needs room for one; pictures is 0.")
         if draws:
@@ -267,7 +268,7 @@ class BatchDecoder:
         logits = self.sampler.pretzel.logits(self.conditional.h[rows], self.conditional.g[rows]).float()  # (R, V)
         s = self.sampler.components.cfg.vlm.special
         logits[:, [s.pad, s.user, s.assistant, s.vision_end, s.image_pad]] = -torch.inf
-        logits[:, self.sampler.components.tokenizer.vocab :] = -torch.inf  # type: ignore[union-attr]
+        logits[:, self.sampler.components.tokenizer.vocab :] = -torch.inf
         tokens: dict[int, int] = {}
         for row, scores in zip(rows, logits, strict=True):
             tokens[row] = self._choose(scores, states[row], config)
@@ -302,49 +303,50 @@ class BatchDecoder:
         shape = self.buffers.z.shape[1:]
         for row in rows:
             states[row].doing, states[row].drawn = "draw", 0
-            states[row].log_prob = states[row].unconditional = 0.0
+            states[row].log_prob = states[row].unconditional_log_prob = 0.0
             states[row].pictures += 1
             z = self.sampler.prior(shape, states[row].generator)
             self.buffers.z[row] = z.to(self.buffers.z)
         if self.sampler.config.guidance or self.sampler.config.edit_guidance:
-            self._begin_blank(index, level)
+            self._begin_unconditional(index, level)
         return [Begun(row) for row in rows]
 
     def _begin(self, index: Tensor, level: Tensor) -> None:
         """A begin slot behind each of these rows."""
         previous, has = self.buffers.previous[index], self.buffers.has_previous[index]
-        added = self.sampler.pretzel.begins(level, previous, has)
+        added = self.sampler.pretzel.inputs.begins(level, previous, has)
         ids: list[list[int]] = [[] for _ in range(self.rows)]
         for row in index.tolist():
             ids[row] = [self.sampler.layout.begin]
         self.conditional.append(ids, begin=(index, added))
 
-    def _begin_blank(self, index: Tensor, level: Tensor) -> None:
+    def _begin_unconditional(self, index: Tensor, level: Tensor) -> None:
         """The empty prompt and a begin slot, for these rows of the unconditional branch."""
         self.unconditional = self.unconditional or Branch(self.sampler, self.rows)
         self.unconditional.restart(index.tolist())
-        assert self.sampler.components.tokenizer is not None
         empty = self.sampler.components.tokenizer.drawing_prompt("")
         ids: list[list[int]] = [[] for _ in range(self.rows)]
         for row in index.tolist():
             ids[row] = empty
-        self.unconditional.append(ids, begin=(index, self.sampler.pretzel.begins(level, None, None)))
+        self.unconditional.append(ids, begin=(index, self.sampler.pretzel.inputs.begins(level, None, None)))
 
     def _draw_next(self, rows: list[int], states: dict[int, _Row]) -> None:
         """The next latent of every row that is drawing, from its z (eq. 3.5)."""
         index = torch.tensor(rows, device=self.conditional.is_real.device)
         at = torch.tensor([states[r].drawn for r in rows], device=index.device)
         deep = self.sampler.pretzel.flow.deep
-        told = deep.affine(self.conditional.g[index][:, None])
-        affine, blank = told, None
+        conditional = deep.affine(self.conditional.g[index][:, None])
+        affine, unconditional = conditional, None
         if self.unconditional is not None:
-            blank = deep.affine(self.unconditional.g[index][:, None])
-            affine = told.guide(blank, self._strengths(index, at), self.sampler.config.rule)
+            unconditional = deep.affine(self.unconditional.g[index][:, None])
+            affine = conditional.guide(unconditional, self._strengths(index, at), self.sampler.config.rule)
         u = affine.denormalize(self.buffers.z[index, at][:, None])  # (R, 1, D)
-        if not bool(torch.isfinite(u).all()):
-            raise DataError("a latent is not finite; try a lower guidance.")
+        finite = torch.isfinite(u).flatten(1).all(1)
+        if not bool(finite.all()):
+            bad = [states[row].seed for row, is_good in zip(rows, finite.tolist(), strict=True) if not is_good]
+            raise DataError(f"latents of seeds {bad} are not finite; try a lower guidance.")
         self.buffers.u[index, at] = u[:, 0].to(self.buffers.u.dtype)
-        self._note(rows, states, (told, blank), u)
+        self._note(rows, states, (conditional, unconditional), u)
 
     def _strengths(self, index: Tensor, at: Tensor) -> Tensor:
         """Guidance (R, 1, 1) of latents number `at` (R,) of the pictures that rows `index` are drawing."""
@@ -357,12 +359,12 @@ class BatchDecoder:
         self, rows: list[int], states: dict[int, _Row], branches: tuple[Affine, Affine | None], u: Tensor
     ) -> None:
         """Add the log density of the new latents under both branches."""
-        told, blank = branches
-        gained = told.log_prob(u)[:, 0].tolist()
-        lost = gained if blank is None else blank.log_prob(u)[:, 0].tolist()
-        for row, a, b in zip(rows, gained, lost, strict=True):
+        conditional, unconditional = branches
+        gained = conditional.log_prob(u)[:, 0].tolist()
+        without = gained if unconditional is None else unconditional.log_prob(u)[:, 0].tolist()
+        for row, a, b in zip(rows, gained, without, strict=True):
             states[row].log_prob += a
-            states[row].unconditional += b
+            states[row].unconditional_log_prob += b
             states[row].drawn += 1
 
     def _append(self, ids: list[list[int]], drawing: list[int], states: dict[int, _Row]) -> None:
@@ -422,6 +424,6 @@ class BatchDecoder:
         for i, row in enumerate(rows):
             state = states[row]
             state.doing = "close"
-            unconditional = None if self.unconditional is None else state.unconditional
+            unconditional = None if self.unconditional is None else state.unconditional_log_prob
             made.append(Completed(row, DecodedImage(x[i], u[i], level, images[i], state.log_prob, unconditional)))
         return made

@@ -36,7 +36,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A picture has begun."""
+    """An image has begun."""
 
     row: int
 
@@ -52,11 +52,11 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """A picture in both of its forms, and how likely the model thought it while drawing it.
+    """An image as pixels and as latents, with its log density while it was drawn.
 
     x: (N, D) latents at their noise level; u: (N, D) what the cache holds; image: (3, height, width) in [-1, 1].
-    log_prob, unconditional: nats of u under both branches, None where the picture was not drawn; unconditional also
-    where it was not guided.
+    log_prob, unconditional_log_prob: nats of u under both branches, None where the image was not drawn; the second
+    also where it was not guided.
     """
 
     x: Tensor
@@ -64,7 +64,7 @@ class DecodedImage:
     noise_level: float
     image: Tensor
     log_prob: float | None = None
-    unconditional: float | None = None
+    unconditional_log_prob: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

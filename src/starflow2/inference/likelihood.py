@@ -18,7 +18,7 @@ from starflow2.inference.conversations import Part, generate_replies
 from starflow2.inference.decoder import ReplyLimits
 from starflow2.inference.events import DecodedImage
 from starflow2.inference.sampler import Sampler
-from starflow2.models.pretzel import Output
+from starflow2.models.joint_stream import Output, read_documents
 from starflow2.models.sequence import pack
 from starflow2.models.token_loss import token_nats
 
@@ -83,7 +83,6 @@ def score(sampler: Sampler, asked: Sequence[Part], told: Sequence[Part], *, nois
         raise ConfigError(f"noise_level is {noise_level}; expected one that was trained, {low:g} to {high:g}.")
     output, levels = _read(sampler, _Turn(asked, told), noise_level)
     tokenizer = sampler.components.tokenizer
-    assert tokenizer is not None
     chances = -token_nats(output.head, (output.h, output.g), output.labels)
     tokens = tuple(
         TokenScore(str(tokenizer.tokenizer.id_to_token(int(i))), float(c))
@@ -96,13 +95,12 @@ def score(sampler: Sampler, asked: Sequence[Part], told: Sequence[Part], *, nois
 def _read(sampler: Sampler, turn: _Turn, noise_level: float | None) -> tuple[Output, Tensor]:
     """One turn in parallel: pictures the user shows at the level of uploads, those of the reply at `noise_level`."""
     components = sampler.components
-    assert components.tokenizer is not None
     shown, drawn = ([p for p in side if isinstance(p, Tensor)] for side in (turn.user, turn.assistant))
     lowest = sampler.upload_level if noise_level is None else noise_level
     levels = torch.tensor([sampler.upload_level] * len(shown) + [lowest] * len(drawn), dtype=sampler.dtype)
     levels = levels.to(components.device)
     batch = pack([components.tokenizer.document([turn])], components.layout).to(components.device)
-    return sampler.pretzel.forward(batch, _noisy(sampler, shown + drawn, levels), levels), levels
+    return read_documents(sampler.pretzel, batch, _noisy(sampler, shown + drawn, levels), levels), levels
 
 
 def _noisy(sampler: Sampler, images: Sequence[Tensor], levels: Tensor) -> Tensor:
@@ -147,6 +145,4 @@ def decode_code(sampler: Sampler, z: Tensor, prompt: str) -> DecodedImage:
     """The picture that `prompt` draws from a code; the prompt of `invert` gives its picture back, another edits it."""
     talk = [[[prompt] if prompt else []]]
     reply = generate_replies(sampler.with_code(z), talk, [0], ReplyLimits(tokens=0, pictures=1), draws=True)[0][0]
-    picture = reply[0]
-    assert isinstance(picture, DecodedImage)
-    return picture
+    return next(part for part in reply if isinstance(part, DecodedImage))

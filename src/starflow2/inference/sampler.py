@@ -1,4 +1,4 @@
-"""A model made ready for sampling: its settings, its precision, and where pictures start and enter."""
+"""A model made ready for sampling: its settings, its precision, and where images start and enter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,58 +15,90 @@ from torch import Tensor
 from starflow2.errors import ConfigError
 from starflow2.inference.config import DrawConfig
 from starflow2.models.components import Components
+from starflow2.models.joint_stream import JointStream, Trace
+from starflow2.models.pretzel import ALL_SKIPS
 from starflow2.models.sequence import Layout
 from starflow2.nn import check, raw_bytes
 
-__all__ = [
-    "Sampler",
-]
+__all__ = ["Sampler"]
 
 
 class Sampler:
-    """A model made ready for sampling: on CPU a float64 twin of both streams (docs/choices.md#sampling-in-float64)."""
+    """A model made ready for sampling: on CPU a float64 twin of both streams (docs/choices.md#sampling-in-float64).
+
+    The twin is a copy: weights that change later do not reach it. Raises ConfigError for settings that this model
+    cannot take.
+    """
 
     def __init__(self, components: Components, config: DrawConfig | None = None) -> None:
         self.components = components
         self.config = config or DrawConfig.for_model(components)
-        if self.config.cleanup != "none":
+        if self.config.cleanup != "none" and "joint" in components.finished_stages:
             raise ConfigError(
-                f"cleanup is {self.config.cleanup!r}; conversations take 'none': their cache is the sample."
+                f"cleanup is {self.config.cleanup!r}; it works for models before stage joint, "
+                f"and {components.cfg.name} has finished joint. Leave it out."
             )
         asked = self.config.precision
         doubles = components.device.type == "cpu" if asked == "auto" else asked == "float64"
         self.dtype = torch.float64 if doubles else components.flow.deep.head.weight.dtype
-        self.pretzel = components.pretzel.in_float64() if doubles else components.pretzel
+        stream = components.pretzel.in_float64() if doubles else components.pretzel
+        self.pretzel = self._with_skips(stream)
+        self.start: Tensor | None = None  # (N, D) that every image starts from, None: drawn from the prior
 
     def prior(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Where a picture starts, at the temperature that is set: z of `shape`, (N, D)."""
+        """Where an image starts: `start`, or z of `shape` (N, D) at the prior scale that is set."""
+        if self.start is not None:
+            return self.start
         return self.config.prior_scale * torch.randn(tuple(shape), generator=generator)
 
     def noisy(self, images: Tensor, levels: Tensor) -> Tensor:
-        """Latents (P, N, D) of pictures from outside (P, 3, s, s) at their levels (P,).
+        """Latents (P, N, D) of images from outside (P, 3, s, s) at their levels (P,).
 
-        Their noise is that of seed 0 for each, so that no picture depends on where it stands or what stands beside it.
+        Their noise is that of seed 0 for each, so that no image depends on where it stands or what stands beside it.
         """
         levels = levels.to(self.components.device, self.dtype)
         x = self.components.codec.encode(images.to(levels.device)).to(self.dtype)
         eps = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
         return x + levels[:, None, None] * eps.to(x)
 
-    def changed(self, **settings: Any) -> Sampler:
-        """The same with other settings of `DrawConfig`, all but precision; nothing is copied."""
+    def changed(self, **settings: Any) -> Self:
+        """A sampler with other settings of `DrawConfig`, all but precision; no weights are copied.
+
+        Raises ConfigError for guidance on a sampler `with_code`.
+        """
         twin = copy.copy(self)
         twin.config = replace(self.config, **settings)
+        if twin.config.precision != self.config.precision:
+            raise ConfigError("precision cannot be changed without a copy of the weights; make another Sampler.")
+        if self.start is not None and (twin.config.guidance or twin.config.edit_guidance):
+            raise ConfigError(
+                f"guidance is {twin.config.guidance} and edit_guidance {twin.config.edit_guidance}; a sampler with a "
+                "code draws without guidance, or it would not undo the inversion. Use 0."
+            )
+        twin.pretzel = twin._with_skips(self.pretzel)
         return twin
 
-    def with_code(self, z: Tensor) -> Sampler:
-        """The same, but every picture starts from z (N, D), whatever the seed, without guidance: exact inversion.
+    def _with_skips(self, stream: JointStream) -> JointStream:
+        """The stream with the skips that the settings open; before stage joint they are untrained, so closed."""
+        if self.config.skips is not None:
+            return stream.with_skips(self.config.skips)
+        return stream.with_skips(ALL_SKIPS if "joint" in self.components.finished_stages else ())
+
+    def with_code(self, z: Tensor) -> Self:
+        """A sampler whose images all start from z (N, D), whatever the seed, without guidance: exact inversion.
 
         Raises ShapeError for any other shape.
         """
         deep = self.components.cfg.flow.deep
         check(z, "N D", "code", N=deep.num_latents, D=deep.dim)
         twin = self.changed(guidance=0.0, edit_guidance=None)
-        twin.prior = lambda shape, generator: z  # type: ignore[method-assign]
+        twin.start = z
+        return twin
+
+    def traced(self, trace: Trace) -> Self:
+        """A sampler that adds every use of a skip to `trace` (eq. 5.1, 5.2)."""
+        twin = copy.copy(self)
+        twin.pretzel = self.pretzel.traced(trace)
         return twin
 
     @cached_property
@@ -84,14 +116,10 @@ class Sampler:
 
     @property
     def noise_level(self) -> float:
-        """Level at which pictures are drawn."""
-        noise = self.components.cfg.flow.noise
-        assert noise is not None
-        return noise.noise_max
+        """Noise level at which images are drawn."""
+        return self.components.cfg.draw_level
 
     @property
     def upload_level(self) -> float:
-        """Level at which pictures from outside enter."""
-        noise = self.components.cfg.flow.noise
-        assert noise is not None
-        return noise.noise_min
+        """Noise level at which images from outside enter."""
+        return self.components.cfg.upload_level

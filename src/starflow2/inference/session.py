@@ -42,7 +42,7 @@ from starflow2.inference.events import (
 from starflow2.inference.sampler import Sampler
 from starflow2.models.checkpoint import save_tensors
 from starflow2.models.components import Components
-from starflow2.models.pretzel import PretzelCache
+from starflow2.models.joint_stream import PretzelCache
 from starflow2.models.prompts import check_words, normalized
 from starflow2.models.sequence import Cursor
 from starflow2.models.tokenizer import ChatTokenizer
@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 Said = str | Path | PILImage | Tensor  # words, or a picture: a file, a PIL image, or a tensor (3, s, s) in [-1, 1]
-SAMPLING = ("guidance", "edit_guidance", "prior_scale", "rule", "schedule")  # settings that a saved session keeps
+SAMPLING = ("guidance", "edit_guidance", "prior_scale", "rule", "schedule", "skips")  # kept by a saved session
 
 _BRANCHES = itertools.count()
 
@@ -143,7 +143,6 @@ class Session:
 
     @property
     def _tokenizer(self) -> ChatTokenizer:
-        assert self.sampler.components.tokenizer is not None
         return self.sampler.components.tokenizer
 
     @property
@@ -363,7 +362,7 @@ class Session:
             raise CheckpointError(f"{path} is no saved session of starflow2.")
         if meta["model"] != sampler.fingerprint:
             raise CheckpointError(f"{path} was saved with another model or precision; load it with the one it is of.")
-        session = cls(sampler.changed(**json.loads(meta.get("sampling", "{}"))))  # older files do not say
+        session = cls(sampler.changed(**_sampling(meta)))
         session._restore(tensors, json.loads(meta["pieces"]), json.loads(meta["state"]))
         return session
 
@@ -407,9 +406,15 @@ def _checked(image: Tensor, size: int) -> Tensor:
     return image
 
 
+def _sampling(meta: dict[str, str]) -> dict[str, Any]:
+    """Settings that a saved session was made with; older files do not hold all of them."""
+    settings: dict[str, Any] = json.loads(meta.get("sampling", "{}"))
+    return settings | ({"skips": tuple(settings["skips"])} if settings.get("skips") is not None else {})
+
+
 def _told_of(piece: Piece) -> dict[str, Any]:
     p = piece.picture
-    level, nats = (None, [None, None]) if p is None else (p.noise_level, [p.log_prob, p.unconditional])
+    level, nats = (None, [None, None]) if p is None else (p.noise_level, [p.log_prob, p.unconditional_log_prob])
     return {"who": piece.who, "text": piece.text, "noise_level": level, "nats": nats}
 
 

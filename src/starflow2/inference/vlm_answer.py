@@ -36,7 +36,6 @@ def answer(components: Components, images: Tensor, questions: Sequence[str], *, 
     if "vlm" not in components.finished_stages:
         raise StateError(f"this model has finished stages {list(components.finished_stages)}; answering needs vlm.")
     tokenizer = components.tokenizer
-    assert tokenizer is not None
     rows = [tokenizer.encode(question) for question in questions]
     answers = [""] * len(rows)
     for group in _equally_long(rows):
@@ -49,7 +48,6 @@ def answer(components: Components, images: Tensor, questions: Sequence[str], *, 
 
 def _documents(components: Components, questions: Sequence[list[int]]) -> Batch:
     """A picture and a question up to where the answer begins, one row each; questions are equally long."""
-    assert components.tokenizer is not None
     before, after = (
         Text(tuple(ids)) for ids in (components.tokenizer.opens_user(), components.tokenizer.opens_reply())
     )

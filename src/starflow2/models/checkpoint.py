@@ -62,8 +62,7 @@ def save_components(components: Components, folder: str | Path) -> Path:
     Files of others in it (a model card) are kept. Raises CheckpointError where the folder cannot be
     written or holds something that is not a model.
     """
-    if components.tokenizer is None:
-        raise CheckpointError("components.tokenizer is None; a model is saved together with its tokenizer.")
+    _ = components.tokenizer  # a model is saved together with its tokenizer: raises where there is none
     folder = Path(folder).resolve()
     _check_replaceable(folder)
     temp = folder.with_name(f".{folder.name}.new")
@@ -102,7 +101,6 @@ def _keep_others(folder: Path, new: Path) -> None:
 
 
 def _write_folder(components: Components, folder: Path) -> None:
-    assert components.tokenizer is not None
     for name in _backbones(components.cfg):
         if name not in components.cfg.references:
             getattr(components, name).save(folder / name)
@@ -159,8 +157,9 @@ def load_components(
     for name in ("model.safetensors", *own, "tokenizer.json"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}; it is no complete starflow2 model.")
+    tokenizer = _tokenizer(folder / "tokenizer.json", cfg)
     with torch.device("meta"):
-        components = Components(cfg)
+        components = Components(cfg, tokenizer)
     tensors = load_tensors(folder / "model.safetensors")
     if not any(name.startswith("joints.") for name in tensors) and "adapter" not in config["stages"]:
         tensors |= _fresh_joints(cfg)
@@ -175,7 +174,6 @@ def load_components(
     for block in components.flow.modules():
         if isinstance(block, AffineBlock):
             block.rebuild_buffers()
-    components.tokenizer = _tokenizer(folder / "tokenizer.json", cfg)
     lexicon = folder / "lexicon.txt"
     components.vocabulary = frozenset(lexicon.read_text().split()) if lexicon.is_file() else frozenset()
     components.finished_stages = tuple(config["stages"])
@@ -198,8 +196,9 @@ def start_components(cfg: ModelConfig, device: str | torch.device = "cpu") -> Co
     """
     if cfg.vlm_from is None:
         raise ConfigError(f"model {cfg.name} has no vlm_from; it starts from its own stages, nothing pretrained.")
+    tokenizer = _tokenizer(locate(cfg.vlm_from) / "tokenizer.json", cfg)
     with torch.device("meta"):
-        components = Components(cfg)
+        components = Components(cfg, tokenizer)
     fresh: dict[str, nn.Module] = {"flow": Flow(cfg.flow), "joints": _new_joints(cfg)}
     if isinstance(cfg.fae, FaeConfig):
         fresh["fae"] = Fae(cfg.fae)
@@ -210,7 +209,6 @@ def start_components(cfg: ModelConfig, device: str | torch.device = "cpu") -> Co
             _refer(components, name, None, "", device)
         else:
             getattr(components, name).model = type(getattr(components, name))(getattr(components, name).cfg).model
-    components.tokenizer = _tokenizer(locate(cfg.vlm_from) / "tokenizer.json", cfg)
     return components.to(device).eval()
 
 

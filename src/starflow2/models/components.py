@@ -1,106 +1,119 @@
-"""The parts of a model side by side: features, language model, codec, flow, joints, tokenizer. No files here.
+"""The components of a model side by side: features, language model, codec, flow, joints, tokenizer. No files here.
 
-What each part is lives in its own module; this one only knows which belong together.
+Each of them lives in its own module; this one only knows which belong together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Generic, cast
 
 import torch
 from torch import nn
+from typing_extensions import TypeVar
 
+from starflow2.errors import ConfigError
 from starflow2.flow import Flow
-from starflow2.models.config import (
-    FaeConfig,
-    ModelConfig,
-)
+from starflow2.models.config import FaeConfig, ModelConfig
 from starflow2.models.fae import Fae, FaeCodec
+from starflow2.models.joint_stream import JointStream
 from starflow2.models.patches import PatchCodec
 from starflow2.models.pretzel import Joints, Pretzel
-from starflow2.models.protocols import Codec, FeatureExtractor
+from starflow2.models.protocols import Codec, LanguageStream
 from starflow2.models.qwen import QwenStream
 from starflow2.models.sequence import Layout
 from starflow2.models.tokenizer import ChatTokenizer
-from starflow2.models.vision import features_of
+from starflow2.models.vision import DinoFeatures, SiglipFeatures, features_of
 
-__all__ = [
-    "Components",
-    "build",
-]
+__all__ = ["Components", "build", "fresh_modules"]
+
+Language = TypeVar("Language", bound=nn.Module, default=QwenStream)
+Joining = TypeVar("Joining", bound=nn.Module, default=Joints)
 
 
-class Components(nn.Module):
-    """The modules of a model and its tokenizer; which of them are trained is `stages`."""
+class Components(nn.Module, Generic[Language, Joining]):
+    """The modules of a model and its tokenizer; `finished_stages` says which stages have trained them.
 
-    def __init__(self, cfg: ModelConfig, tokenizer: ChatTokenizer | None = None) -> None:
+    modules: by the names below, `fresh_modules(cfg)` by default. tokenizer: None for a model that is built to be
+    counted; asking such a model for its tokenizer raises ConfigError.
+    """
+
+    features: DinoFeatures | SiglipFeatures  # with `fae`
+    fae: Fae  # the codec, or
+    patches: PatchCodec  # in its place
+    vlm: Language
+    flow: Flow
+    joints: Joining
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        tokenizer: ChatTokenizer | None = None,
+        modules: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         super().__init__()
-        self.cfg, self.tokenizer = cfg, tokenizer
-        self.vocabulary: frozenset[str] = frozenset()
+        self.cfg, self._tokenizer = cfg, tokenizer
+        self.vocabulary: frozenset[str] = frozenset()  # words that may be said; empty: any
         self.finished_stages: tuple[str, ...] = ()
-        self.fingerprints: dict[str, str] = {}  # of the parts that are only referred to, once they are loaded
-        if cfg.features is not None:
-            self.features = features_of(cfg.features)
-        self.vlm = QwenStream(cfg.vlm)
-        if isinstance(cfg.fae, FaeConfig):
-            self.fae = Fae(cfg.fae)
-        else:
-            self.patches = PatchCodec(cfg.fae)
-        self.flow = Flow(cfg.flow)
-        deep = cfg.flow.deep
-        self.joints = Joints(cfg.joints, deep.dim, cfg.vlm.width, deep.stack.width)
+        self.fingerprints: dict[str, str] = {}  # of components that are only referred to, once they are loaded
+        for name, module in (fresh_modules(cfg) if modules is None else modules).items():
+            self.add_module(name, module)
 
     @property
-    def pretzel(self) -> Pretzel:
-        """Both streams joined, over these weights."""
-        return Pretzel(self.vlm, self.flow, self.joints)
+    def tokenizer(self) -> ChatTokenizer:
+        if self._tokenizer is None:
+            raise ConfigError(f"model {self.cfg.name} was built without a tokenizer; give one to Components.")
+        return self._tokenizer
 
     @property
-    def joined(self) -> nn.ModuleDict:
-        """What stage 3 trains: everything but the language model and the codec."""
-        return nn.ModuleDict({"flow": self.flow, "joints": self.joints})
+    def pretzel(self) -> JointStream:
+        """Both streams joined over these weights; immutable, so closed skips are another one (`with_skips`)."""
+        return Pretzel(cast(LanguageStream, self.vlm), self.flow, cast(Joints, self.joints))
 
     @property
-    def joined_above(self) -> nn.ModuleDict:
-        """The same without the shallow blocks, under the same names."""
-        return nn.ModuleDict({"flow": nn.ModuleDict({"deep": self.flow.deep}), "joints": self.joints})
+    def codec(self) -> Codec:
+        """Images to latents and back, without gradients to an FAE."""
+        return FaeCodec(self.fae, self.features) if isinstance(self.cfg.fae, FaeConfig) else self.patches
+
+    @property
+    def joint_modules(self) -> dict[str, nn.Module]:
+        """Modules that stage 3 trains: all but the language model and the codec."""
+        return {"flow": self.flow, "joints": self.joints}
 
     @property
     def layout(self) -> Layout:
-        """How documents of this model spell a picture."""
+        """How documents of this model spell an image."""
         ids = self.cfg.vlm.special
         return Layout(self.cfg.flow.deep.grid, ids.vision_start, ids.vision_end, ids.image_pad, ids.pad)
 
     @property
     def tower_layout(self) -> Layout:
-        """The same for documents whose pictures the language model's own vision tower sees."""
+        """How documents spell an image that the language model sees through its own vision tower."""
         return replace(self.layout, grid=self.cfg.vlm.image_grid)
-
-    @property
-    def codec(self) -> Codec:
-        """Pictures to latents and back, without gradients to an FAE."""
-        return FaeCodec(self.fae, self.features) if self.has_fae else self.patches
-
-    @property
-    def has_fae(self) -> bool:
-        """Whether there are `fae` and `features`; else there are `patches`."""
-        return isinstance(self.cfg.fae, FaeConfig)
-
-    @property
-    def encoder(self) -> nn.Module:
-        """The module that runs once whenever pictures are encoded."""
-        return self.fae.encoder if self.has_fae else self.patches
-
-    @property
-    def extractor(self) -> FeatureExtractor | None:
-        return self.features if self.has_fae else None
 
     @property
     def device(self) -> torch.device:
         return self.flow.deep.head.weight.device
 
 
+def fresh_modules(cfg: ModelConfig) -> dict[str, nn.Module]:
+    """Modules of a model with new weights, by their names in `Components`."""
+    modules: dict[str, nn.Module] = {}
+    if cfg.features is not None:
+        modules["features"] = features_of(cfg.features)
+    modules["vlm"] = QwenStream(cfg.vlm)
+    if isinstance(cfg.fae, FaeConfig):
+        modules["fae"] = Fae(cfg.fae)
+    else:
+        modules["patches"] = PatchCodec(cfg.fae)
+    modules["flow"] = Flow(cfg.flow)
+    deep = cfg.flow.deep
+    modules["joints"] = Joints(cfg.joints, deep.dim, cfg.vlm.width, deep.stack.width)
+    return modules
+
+
 def build(cfg: ModelConfig, device: str | torch.device = "cpu") -> Components:
-    """Components with fresh weights (or none, on the meta device)."""
+    """Components without tokenizer, with fresh weights (or none, on the meta device)."""
     with torch.device(device):
         return Components(cfg)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from starflow2.errors import ConfigError
 from starflow2.flow import FlowConfig
 from starflow2.flow.affine import Schedule
+from starflow2.flow.noise import NoiseConfig
 from starflow2.models.pretrained import Pretrained
 from starflow2.nn import StackConfig
 
@@ -129,9 +131,30 @@ class ModelConfig:
                 f"fae has {codec.grid} latents of {codec.latent_dim} channels, flow.deep {deep.grid} of {deep.dim}; "
                 "expected the same."
             )
-        if (self.features is None) != isinstance(codec, PatchConfig):
-            told = "none, and an FAE reads them" if self.features is None else "given, and patches read none"
-            raise ConfigError(f"features are {told}; expected features beside a FaeConfig and None beside patches.")
+        if self.features is None and isinstance(codec, FaeConfig):
+            raise ConfigError(
+                "features is None but fae is a FaeConfig, which needs a feature extractor. "
+                "Set features, or use a PatchConfig."
+            )
+        if self.features is not None and isinstance(codec, PatchConfig):
+            raise ConfigError("features are given but fae is a PatchConfig, which reads pixels. Set features to None.")
+        if self.flow.noise is None:
+            raise ConfigError("flow.noise is None; a model samples at the noise levels it was trained at, so set them.")
+
+    @property
+    def noise(self) -> NoiseConfig:
+        """Noise levels that the flow is trained at."""
+        return cast(NoiseConfig, self.flow.noise)  # checked above
+
+    @property
+    def draw_level(self) -> float:
+        """Noise level at which images are drawn (standard deviation, on standardised latents)."""
+        return self.noise.noise_max
+
+    @property
+    def upload_level(self) -> float:
+        """Noise level at which images from outside enter."""
+        return self.noise.noise_min
 
     @property
     def references(self) -> dict[str, Pretrained]:

@@ -23,6 +23,7 @@ from starflow2.nn import CausalStack, StackConfig, at_least_fp32, attention, che
 
 __all__ = [
     "Fae",
+    "FaeCodec",
     "FaeLosses",
 ]
 
@@ -178,12 +179,29 @@ def _pyramid_l1(a: Tensor, b: Tensor, levels: int = 3) -> Tensor:
     return loss
 
 
+@dataclass(frozen=True)
 class FaeCodec:
-    """`Codec` over a FAE and the extractor whose features it was trained on."""
+    """`Codec` over an FAE and the extractor whose features it was trained on, without gradients to either."""
 
-    def __init__(self, fae: Fae, extractor: FeatureExtractor) -> None:
-        self.fae, self.extractor = fae, extractor
-        self.dim, self.grid, self.image_size = fae.dim, fae.grid, fae.image_size
+    fae: Fae
+    extractor: FeatureExtractor
+
+    @property
+    def dim(self) -> int:
+        return self.fae.dim
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.fae.grid
+
+    @property
+    def image_size(self) -> int:
+        return self.fae.image_size
+
+    @property
+    def encoder(self) -> nn.Module:
+        """Runs once whenever images are encoded."""
+        return self.fae.encoder
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from starflow2.errors import CheckpointError, DeviceError, nearest
+from starflow2.errors import CheckpointError, ConfigError, DeviceError, nearest
 
 __all__ = ["NANO", "find_model", "pick_device"]
 
@@ -39,8 +40,12 @@ def pick_device(name: str = "auto") -> torch.device:
 def find_model(name: str | Path, **hub: Any) -> Path:
     """The folder of a model by name ("nano"), folder or Hub id; `hub` goes to huggingface_hub's download.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError where there is none, ConfigError for an option that the download does not have.
     """
+    known = ["device", *inspect.signature(snapshot_download).parameters]
+    for option in hub:
+        if option not in known:
+            raise ConfigError(f"unknown option {option!r} of from_pretrained.{nearest(option, known)}")
     if str(name) == "nano":
         return NANO
     try:

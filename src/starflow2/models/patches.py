@@ -31,6 +31,12 @@ class PatchCodec(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.dim, self.grid, self.image_size = cfg.latent_dim, cfg.grid, cfg.image_size
+        self.extractor = None  # it reads pixels
+
+    @property
+    def encoder(self) -> nn.Module:
+        """Runs once whenever images are encoded."""
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """`encode`, so that a hook can count how often it runs."""

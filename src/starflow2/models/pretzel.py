@@ -4,45 +4,31 @@ Both streams see the same slots under one causal mask. At a latent the language 
 and its state enters the flow's input (eq. 3.1); at a text position the flow's state enters the language head (eq.
 3.2). Both skips are zero at the start, so that training begins from two models that work.
 Not here: transformers, pixels, sampling loops.
-Letters: B rows, T positions, P pictures, N latents, D latent dim, E language width, C flow width, V vocabulary.
+Letters: B rows, T positions, P images, N latents, D latent dim, E language width, C flow width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Literal, Self, cast, get_args
+from typing import Any, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from starflow2.errors import ShapeError
-from starflow2.flow import Affine, Flow
-from starflow2.flow.affine import standard_normal_log_prob
+from starflow2.errors import ConfigError, nearest
+from starflow2.flow import Flow
 from starflow2.flow.noise import NoiseEmbedding
 from starflow2.models.config import JointsConfig
+from starflow2.models.joint_stream import LatentInputs, PretzelCache, Skip, Slots, States, Trace
 from starflow2.models.prefix import prefix_mask, two_pass_states
 from starflow2.models.protocols import LanguageStream
-from starflow2.models.sequence import IGNORE, Batch
-from starflow2.nn import Cache, FiLM, check, zero_linear
+from starflow2.nn import Cache, FiLM, zero_linear
 
-__all__ = [
-    "Adapter",
-    "Joints",
-    "Latent",
-    "Output",
-    "Pretzel",
-    "PretzelCache",
-    "Skip",
-    "Slots",
-    "States",
-    "text_context",
-]
+__all__ = ["ALL_SKIPS", "Adapter", "Joints", "Pretzel", "reference_projection", "text_context"]
 
-Skip = Literal["visual", "text"]
 PREFIX_SHARE = 0.1  # of slots before a picture, from which on reading them apart saves more than a second pass costs
 ALL_SKIPS: frozenset[Skip] = frozenset(get_args(Skip))
 
@@ -51,9 +37,10 @@ ALL_SKIPS: frozenset[Skip] = frozenset(get_args(Skip))
 
 
 def text_context(cfg: JointsConfig, embeds: Tensor, h: Tensor) -> Tensor:
-    """What the flow reads at text positions, before P_txt: states h (B, T, E), with `words` (B, T, 2E).
+    """Input of the flow at text positions, before P_txt: states h (B, T, E), with `words` (B, T, 2E).
 
-    The last states say what comes next; the word that stands there has faded (docs/choices.md#words-beside-states).
+    embeds: (B, T, E) embeddings of the tokens. The last states say what comes next, and little of the token that stands
+    there is left in them (docs/choices.md#words-beside-states).
     """
     return torch.cat([h, F.rms_norm(embeds, embeds.shape[-1:]).to(h.dtype)], dim=-1) if cfg.words else h
 
@@ -85,7 +72,7 @@ class Adapter(nn.Module):
 
 
 class Joints(nn.Module):
-    """All that stage 2 and 3 add: the adapter, both skips, and the way from the previous picture."""
+    """Weights that stages 2 and 3 add: the adapter, both skips, and the projection of the previous image."""
 
     def __init__(self, cfg: JointsConfig, dim: int, width: int, flow_width: int) -> None:
         super().__init__()
@@ -94,136 +81,66 @@ class Joints(nn.Module):
         self.visual_skip = zero_linear(width, flow_width, bias=False)  # W_v, eq. 3.1
         self.text_skip = zero_linear(flow_width, width, bias=False)  # W_t, eq. 3.2
         if cfg.reference:
-            self.reference = reference_in(cfg, dim, flow_width)
+            self.reference = reference_projection(cfg, dim, flow_width)
 
 
-def reference_in(cfg: JointsConfig, dim: int, width: int) -> nn.Linear:
-    """From the window of latents of the picture before, in reading order, into the flow."""
+def reference_projection(cfg: JointsConfig, dim: int, width: int) -> nn.Linear:
+    """The projection of a window of the previous image's latents, in reading order, into the flow."""
     return zero_linear(cfg.reference**2 * dim, width, bias=False)
-
-
-# -- what goes in and comes out ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Latent:
-    """Latents in their slots: what both streams read there, and where those slots are."""
-
-    row: Tensor  # (M,)
-    at: Tensor  # (M,) position among the new ones
-    adapted: Tensor  # (M, E) for the language model
-    base: Tensor  # (M, C) for the flow, without the skip
-
-
-@dataclass(frozen=True, slots=True)
-class Slots:
-    """New positions of B rows: token ids with their positions, and what stands in those that are no text."""
-
-    ids: Tensor  # (B, T)
-    mrope: Tensor  # (3, B, T)
-    places: Tensor  # (B, T, 3)
-    latent: Latent | None = None
-    begin: tuple[Tensor, Tensor, Tensor] | None = None  # rows (P,), positions (P,), what a begin slot adds (P, C)
-    attend: Tensor | None = None  # (B, Tk) or (B, T, Tk) bool
-
-
-@dataclass(frozen=True, slots=True)
-class States:
-    """Both streams at the new positions. h: (B, T, E) language, g: (B, T, C) flow."""
-
-    h: Tensor
-    g: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """A whole batch read in parallel.
-
-    affine, u: Gaussians and intermediate latents (P, N, D) of every picture; z: (P, N, D) and log_prob: (P,) nats of
-    its noisy latents x, shallow_logdet: (P,) nats, the part of the shallow blocks in it; h: (M, E) and g: (M, C) of the
-    M positions with a label, labels: (M,), documents: (M,). head: states of such positions, to logits (M, V).
-    """
-
-    affine: Affine
-    u: Tensor
-    z: Tensor
-    log_prob: Tensor
-    shallow_logdet: Tensor
-    h: Tensor
-    g: Tensor
-    labels: Tensor
-    documents: Tensor
-    head: Callable[[Tensor, Tensor], Tensor]
-
-    @property
-    def logits(self) -> Tensor:
-        """(M, V), all at once; a loss over a large vocabulary takes them in chunks (`losses.token_nats`)."""
-        return self.head(self.h, self.g)
-
-
-class PretzelCache:
-    """One cache for both streams: it grows by appending, rewinds by truncating, and both halves are equally long."""
-
-    def __init__(self, vlm: Cache, flow: Cache) -> None:
-        self.vlm, self.flow = vlm, flow
-
-    @property
-    def length(self) -> int:
-        if self.vlm.length != self.flow.length:
-            raise ShapeError(f"the halves of a cache hold {self.vlm.length} and {self.flow.length} positions.")
-        return self.flow.length
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, spare capacity included."""
-        return self.vlm.nbytes + self.flow.nbytes
-
-    def truncate(self, length: int) -> None:
-        """Forget everything behind `length`; the kept part stays bit-equal."""
-        self.vlm.truncate(length)
-        self.flow.truncate(length)
-
-    def fork(self, copies: int = 1) -> PretzelCache:
-        """A cache of its own with each row repeated `copies` times."""
-        return PretzelCache(self.vlm.fork(copies), self.flow.fork(copies))
 
 
 # -- the two streams ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class Pretzel:
-    """Both streams and the joints between them; owns no weights. `skips` says which of the two are open."""
+    """Both streams and the joints between them, a `JointStream`; immutable, owns no weights.
 
-    def __init__(self, vlm: LanguageStream, flow: Flow, joints: Joints) -> None:
-        self.vlm, self.flow, self.joints = vlm, flow, joints
-        self.skips: frozenset[Skip] = ALL_SKIPS
-        self.two_pass_prefix = True  # what stands before pictures, where that saves work (`prefix`)
-        self.trace: list[tuple[str, Tensor, Tensor]] | None = None
+    skips: which of the two are open. two_pass_prefix: slots before images are read apart where that saves work
+    (`prefix`). trace: a list to which every use of a skip is added.
+    """
+
+    vlm: LanguageStream
+    flow: Flow
+    joints: Joints
+    skips: frozenset[Skip] = ALL_SKIPS
+    two_pass_prefix: bool = True
+    trace: Trace | None = None
+
+    def with_skips(self, skips: Collection[Skip]) -> Self:
+        """Both streams with only these skips open. Raises ConfigError for a name that is none."""
+        for skip in skips:
+            if skip not in ALL_SKIPS:
+                known = sorted(ALL_SKIPS)
+                raise ConfigError(f"skips holds {skip!r}; expected some of {known}.{nearest(str(skip), known)}")
+        return replace(self, skips=frozenset(skips))
+
+    def traced(self, trace: Trace) -> Self:
+        """Both streams, adding every use of a skip to `trace` (eq. 5.1, 5.2)."""
+        return replace(self, trace=trace)
+
+    def in_one_pass(self) -> Self:
+        """Both streams, reading every batch in one pass of the language model."""
+        return replace(self, two_pass_prefix=False)
+
+    def in_float64(self) -> Self:
+        """A twin over copies of the weights in double precision."""
+        vlm, flow, joints = (_doubled(module) for module in (self.vlm, self.flow, self.joints))
+        return replace(self, vlm=vlm, flow=flow, joints=joints)
 
     def new_cache(self) -> PretzelCache:
         return PretzelCache(self.vlm.new_cache(), Cache(self.flow.deep.cfg.stack.depth))
 
-    def in_float64(self) -> Self:
-        """A twin over copies of the weights in double precision."""
-        assert isinstance(self.vlm, nn.Module)
-        vlm = cast(LanguageStream, copy.deepcopy(self.vlm).double())
-        twin = type(self)(vlm, copy.deepcopy(self.flow).double(), copy.deepcopy(self.joints).double())
-        twin.skips = self.skips
-        return twin
-
-    @contextmanager
-    def traced(self) -> Iterator[list[tuple[str, Tensor, Tensor]]]:
-        """Inside, every skip leaves (its name, base (M, width), injected (M, width)) in the list (eq. 5.1, 5.2)."""
-        self.trace = []
-        try:
-            yield self.trace
-        finally:
-            self.trace = None
+    @property
+    def inputs(self) -> LatentInputs:
+        """Embeds latents for the flow."""
+        side = self.joints.cfg.reference
+        return LatentInputs(self.flow, side, self.joints.reference if side else None)
 
     # -- one pass over anything
 
     def read(self, slots: Slots, cache: PretzelCache | None = None) -> States:
-        """Both streams at new positions, behind those in `cache`, which grows by them."""
+        """Both streams at new positions, after those in `cache`, which grows by them."""
         words = embeds = self.vlm.embed(slots.ids)
         latent = slots.latent
         if latent is not None:
@@ -269,18 +186,13 @@ class Pretzel:
             self.trace.append(("text", h.flatten(0, -2), injected.flatten(0, -2)))
         return self.vlm.logits(h + injected)
 
-    # -- what pictures put into their slots
+    # -- images in their slots
 
     def adapted(self, u: Tensor, noise_level: Tensor) -> Tensor:
-        """Whole pictures as the language model reads them: u (P, N, D), noise_level (P,) -> (P, N, E)."""
+        """Whole images as the language model reads them: u (P, N, D), noise_level (P,) -> (P, N, E)."""
         index = torch.arange(u.shape[1], device=u.device).expand(len(u), -1)
-        seen: Tensor = self.joints.adapter(self._seen(F.pad(u, (0, 0, 0, 1)).detach(), index), noise_level)
-        return seen
-
-    def begins(self, noise_level: Tensor, reference: Tensor | None, has_reference: Tensor | None) -> Tensor:
-        """What is added at begin slots, (P, C): the noise level to come and the previous picture's first latent."""
-        added = self.flow.deep.noise_embedding(noise_level)
-        return added + self._reference(reference, has_reference, torch.zeros_like(noise_level[:, None]).long())[:, 0]
+        inputs = self.adapter_inputs(F.pad(u, (0, 0, 0, 1)).detach(), index)
+        return self.joints.adapter(inputs, noise_level)
 
     def latents(
         self,
@@ -290,28 +202,15 @@ class Pretzel:
         reference: Tensor | None,
         has_reference: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Latents in front of `targets`, as the language model (P, n, E) and the flow (P, n, C) read them.
+        """Latents before `targets` for the language model (P, n, E) and the flow (P, n, C), see `JointStream`."""
+        adapted = self.joints.adapter(self.adapter_inputs(buffer.detach(), targets - 1), noise_level)
+        return adapted, self.inputs.base(buffer, targets, noise_level, reference, has_reference)
 
-        buffer: (P, N + 1, D), its last row zero; nothing behind a target's own predecessor is read. targets: (P, n)
-        from 1 to N. reference: (P, N + 1, D), the picture before, where `has_reference` (P,) says there is one.
+    def adapter_inputs(self, buffer: Tensor, index: Tensor) -> Tensor:
+        """Inputs of the adapter at latents `index` (P, n): the latent, and with a stencil those left and above.
+
+        buffer: (P, N + 1, D), its last row zero -> (P, n, D), with a stencil (P, n, 5 D).
         """
-        adapted = self.joints.adapter(self._seen(buffer.detach(), targets - 1), noise_level)
-        return adapted, self._base(buffer, targets, noise_level, reference, has_reference)
-
-    def _base(
-        self,
-        buffer: Tensor,
-        targets: Tensor,
-        noise_level: Tensor,
-        reference: Tensor | None,
-        has_reference: Tensor | None,
-    ) -> Tensor:
-        """What the flow reads there without the skip, (P, n, C)."""
-        base = self.flow.deep.embed_at(buffer, targets) + self.flow.deep.noise_embedding(noise_level)[:, None]
-        return base + self._reference(reference, has_reference, targets)
-
-    def _seen(self, buffer: Tensor, index: Tensor) -> Tensor:
-        """What the adapter reads at latents `index` (P, n): the latent, and with a stencil those left and above."""
         rows = torch.arange(len(buffer), device=buffer.device)[:, None]
         own = buffer[rows, index].to(self.joints.adapter.gain.dtype)
         if not self.joints.cfg.adapter_stencil:
@@ -321,65 +220,7 @@ class Pretzel:
         near = torch.cat([left[..., None], self.flow.deep.above[index]], dim=-1)  # (P, n, 4)
         return torch.cat([own, buffer[rows[..., None], near].flatten(2).to(own)], dim=-1)
 
-    def _reference(self, reference: Tensor | None, has_reference: Tensor | None, targets: Tensor) -> Tensor:
-        """The previous picture's latents around the targets' places, projected: (P, n, C)."""
-        if reference is None or has_reference is None or not self.joints.cfg.reference:
-            return torch.zeros(*targets.shape, self.flow.deep.cfg.stack.width, device=targets.device)
-        rows = torch.arange(len(reference), device=reference.device)[:, None, None]
-        seen = reference[rows, self._window(targets)].flatten(2)  # (P, n, side^2 D)
-        projected: Tensor = self.joints.reference(seen.to(self.joints.reference.weight.dtype))
-        return projected * has_reference[:, None, None]
 
-    def _window(self, targets: Tensor) -> Tensor:
-        """Latents around targets (P, n) in reading order, N where there is none: (P, n, side^2)."""
-        height, width = self.flow.deep.cfg.grid
-        reach = self.joints.cfg.reference // 2
-        steps = torch.arange(-reach, reach + 1, device=targets.device)
-        at = targets[..., None, None]
-        row, column = at // width + steps[:, None], at % width + steps
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (at < height * width)
-        return torch.where(inside, row * width + column, height * width).flatten(-2)
-
-    # -- a whole batch in parallel
-
-    def forward(self, batch: Batch, x: Tensor, noise_level: Tensor, blind: Tensor | None = None) -> Output:
-        """Read documents whole, for training and scoring.
-
-        x: (P, N, D) noisy latents of the batch's pictures in order, noise_level: (P,) their levels. blind: (P,) bool,
-        pictures whose own latents neither stream sees, for training: their `log_prob` is not that of an exact density.
-        """
-        check(x, "P N D", P=len(batch.pictures), N=self.flow.deep.cfg.num_latents, D=self.flow.deep.cfg.dim)
-        u, shallow_logdet = self.flow.shallow(x, noise_level)
-        states = self.read(self._slots(batch, u, noise_level, blind))
-        index = batch.pictures.begin[:, None] + torch.arange(u.shape[1], device=u.device)
-        affine = self.flow.deep.affine(states.g[batch.pictures.row[:, None], index])
-        z, logdet = affine.normalize(u)
-        has_label = batch.labels != IGNORE
-        return Output(
-            affine=affine,
-            u=u,
-            z=z,
-            log_prob=standard_normal_log_prob(z) + logdet + shallow_logdet,
-            shallow_logdet=shallow_logdet,
-            h=states.h[has_label],
-            g=states.g[has_label],
-            head=self.logits,
-            labels=batch.labels[has_label],
-            documents=batch.document[has_label],
-        )
-
-    def _slots(self, batch: Batch, u: Tensor, noise_level: Tensor, blind: Tensor | None) -> Slots:
-        slots = Slots(batch.ids, batch.mrope, batch.places, attend=batch.attend)
-        pictures, count = batch.pictures, u.shape[1]
-        if not len(pictures):
-            return slots
-        buffer = F.pad(u, (0, 0, 0, 1))  # (P, N + 1, D)
-        reference, has_reference = buffer[pictures.previous], pictures.previous >= 0
-        targets = torch.arange(1, count + 1, device=u.device).expand(len(u), -1)
-        own = buffer if blind is None else buffer.masked_fill(blind[:, None, None], 0)
-        adapted, base = self.latents(own, targets, noise_level, reference, has_reference)
-        row = pictures.row[:, None].expand(-1, count).flatten()
-        at = (pictures.begin[:, None] + targets).flatten()
-        begins = self.begins(noise_level, reference, has_reference)
-        latent = Latent(row, at, adapted.flatten(0, 1), base.flatten(0, 1))
-        return replace(slots, latent=latent, begin=(pictures.row, pictures.begin, begins))
+def _doubled(module: Any) -> Any:
+    """A copy of a module in double precision."""
+    return copy.deepcopy(module).double()

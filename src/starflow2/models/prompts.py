@@ -14,7 +14,6 @@ def check_words(components: Components, text: str) -> None:
     """Raise PromptError for words that this model cannot read: none, too many, or some that it never learnt."""
     if not _words(text):
         raise PromptError("the prompt is empty; say what to draw, for instance 'two red hearts'.")
-    assert components.tokenizer is not None
     count = len(components.tokenizer.drawing_prompt(normalized(components, text)))
     limit = components.cfg.max_prompt_tokens
     if count > limit:

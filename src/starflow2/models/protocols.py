@@ -1,13 +1,13 @@
-"""The plugs: what a codec and a feature extractor must offer, so that any backbone can stand behind them.
+"""The plugs: language stream, vision tower, feature extractor and codec, so that any backbone can stand behind them.
 
-Letters: B batch, N latents or patches, D latent dim, F feature dim.
+Letters: B batch, T positions, N latents or patches, D latent dim, E language width, F feature dim, V vocabulary.
 """
 
 from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from starflow2.nn import Cache
 
@@ -56,9 +56,24 @@ class FeatureExtractor(Protocol):
 class Codec(Protocol):
     """Pictures to standardised latents and back."""
 
-    dim: int
-    grid: tuple[int, int]
-    image_size: int
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The module that runs once whenever images are encoded, for hooks that count it."""
+        ...
+
+    @property
+    def extractor(self) -> FeatureExtractor | None:
+        """Frozen features that it reads, None where it reads pixels."""
+        ...
 
     def encode(self, images: Tensor) -> Tensor:
         """images: (B, 3, height, width) in [-1, 1] -> latents (B, N, D), unit variance per channel."""

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from starflow2.models.components import build
-from starflow2.models.config import ModelConfig
+from starflow2.models.config import FaeConfig, ModelConfig
 from starflow2.nn import num_parameters
 
 __all__ = ["describe", "table"]
@@ -32,10 +32,10 @@ def describe(cfg: ModelConfig) -> dict[str, Any]:
     components = build(cfg, "meta")
     vision = num_parameters(components.vlm.model.model.visual)
     counts = {
-        "features": num_parameters(components.features) if components.has_fae else 0,
+        "features": num_parameters(components.features) if isinstance(cfg.fae, FaeConfig) else 0,
         "vlm.vision": vision,
         "vlm.language": num_parameters(components.vlm) - vision,
-        "fae": num_parameters(components.fae) if components.has_fae else 0,
+        "fae": num_parameters(components.fae) if isinstance(cfg.fae, FaeConfig) else 0,
         "flow.deep": num_parameters(components.flow.deep),
         "flow.shallow": num_parameters(components.flow.shallow),
         "adapter": num_parameters(components.joints.adapter),

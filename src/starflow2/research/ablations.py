@@ -25,9 +25,11 @@ from starflow2.errors import CheckpointError, ConfigError, nearest
 from starflow2.evals.geneval import evaluate_geneval
 from starflow2.evals.mme import evaluate_mme
 from starflow2.evals.report import KeptRows
+from starflow2.inference.config import DrawConfig
 from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
 from starflow2.models.pretrained import fingerprint
+from starflow2.models.pretzel import ALL_SKIPS
 from starflow2.nn import num_parameters
 from starflow2.pipeline import StarFlow2
 from starflow2.research.mot import MotComponents
@@ -82,7 +84,7 @@ class _Workplace:
     device: str
     workers: int
 
-    def start(self, arm: Arm, config: CompareConfig, seed: int) -> Components:
+    def start(self, arm: Arm, config: CompareConfig, seed: int) -> Components[Any, Any]:
         """What an arm begins with. Raises CheckpointError for a model without stages 1 and 2."""
         if arm not in AFRESH:
             return self._ready()
@@ -190,24 +192,22 @@ def _rows(unit: _Unit, config: CompareConfig, place: _Workplace) -> list[Row]:
     return rows
 
 
-def _trained(unit: _Unit, config: CompareConfig, place: _Workplace) -> tuple[Components, Task]:
+def _trained(unit: _Unit, config: CompareConfig, place: _Workplace) -> tuple[Components[Any, Any], Task]:
     """The arm's parts after training, and what trained them."""
     arm, seed = unit.arms[0], unit.seed
     components = place.start(arm, config, seed)
     stage = config.stage("t2i" if arm == "stage 1" else "joint")
-    task: Task = T2iTask(components, stage, seed) if arm == "stage 1" else JointTask(components, stage, seed)
-    if arm == "stage 3, skips closed":
-        assert isinstance(task, JointTask)
-        task.pretzel.skips = frozenset()
+    skips = () if arm == "stage 3, skips closed" else ALL_SKIPS
+    task: Task = (
+        T2iTask(components, stage, seed) if arm == "stage 1" else JointTask(components, stage, seed, skips=skips)
+    )
     fit_task(task, stage, seed, device=place.device, report=ProgressPrinter(arm, seed), workers=place.workers)
     components.finished_stages = (*NEEDED, "joint")
     return components, task
 
 
 def _scores(components: Components, *, closed: bool, config: CompareConfig) -> dict[str, float]:
-    model = StarFlow2(components)
-    if closed:
-        model.sampler().pretzel.skips = frozenset()
+    model = StarFlow2(components, DrawConfig.for_model(components, skips=() if closed else None))
 
     def draw(prompts: list[str], seeds: list[int]) -> Any:
         return to_bytes(model.draw(prompts, seeds))
@@ -231,9 +231,7 @@ def _losses(components: Components, *, closed: bool, count: int, batch: int = 32
     for term, kind in (("flow", "draw"), ("text", "understand")):
         only = MixConfig(**{name: float(name == kind) for name in asdict(MixConfig())})
         stage = StageConfig(name="joint", steps=1, batch=batch, caption_drop=0.0, mix=only)
-        task = JointTask(components, stage, UNSEEN_SEED)
-        if closed:
-            task.pretzel.skips = frozenset()
+        task = JointTask(components, stage, UNSEEN_SEED, skips=() if closed else ALL_SKIPS)
         generator = torch.Generator().manual_seed(UNSEEN_SEED)
         chunks = [task.make_batch(range(at, at + batch)) for at in range(0, count, batch)]
         found[term] = float(np.mean([float(task.loss(data, generator)[1][term]) for data in chunks]))

@@ -23,6 +23,7 @@ from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import Completed, DecodedImage, Token
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
+from starflow2.models.joint_stream import Trace, read_documents
 from starflow2.models.prompts import normalized
 from starflow2.models.sequence import Document, Image, Text, pack
 from starflow2.research.plots import Panel, histogram_outline, plot_panels
@@ -120,8 +121,9 @@ def skip_contributions(sampler: Sampler, prompts: int = 50, seed: int = 0) -> Sk
         batch = pack([t.document for t in told], sampler.layout).to(sampler.components.device)
         x = torch.stack([t.picture.x for t in told])
         levels = torch.full((len(told),), sampler.noise_level, dtype=sampler.dtype, device=x.device)
-        with sampler.pretzel.traced() as trace:
-            _ = sampler.pretzel.forward(batch, x, levels).logits  # the text skip shows when words are predicted
+        trace: Trace = []
+        stream = sampler.pretzel.traced(trace)
+        _ = read_documents(stream, batch, x, levels).logits  # the text skip is used where words are predicted
         for name, base, injected in trace:
             found[name].append((base, injected))
     visual, text = (
@@ -147,7 +149,6 @@ class _Transcript:
 def _transcripts(sampler: Sampler, prompts: Sequence[str], seed: int) -> list[_Transcript]:
     """For every prompt: a picture of it by the model, and the model's description of that picture."""
     tokenizer, rows = sampler.components.tokenizer, BatchDecoder(sampler, len(prompts))
-    assert tokenizer is not None
     seeds, replies = range(seed, seed + len(prompts)), tokenizer.opens_reply()
     asked = [(*tokenizer.opens_user(), *_ids(sampler, prompt), *replies) for prompt in prompts]
     question = (*tokenizer.opens_user(is_first=False), *_ids(sampler, DESCRIBE), *replies)
@@ -168,7 +169,6 @@ def _transcripts(sampler: Sampler, prompts: Sequence[str], seed: int) -> list[_T
 
 
 def _ids(sampler: Sampler, text: str) -> list[int]:
-    assert sampler.components.tokenizer is not None
     return sampler.components.tokenizer.encode(normalized(sampler.components, text))
 
 

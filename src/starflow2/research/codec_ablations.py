@@ -102,7 +102,7 @@ def _rows(unit: tuple[Arm, int], config: CodecsConfig, folder: str | Path, devic
     """Train one arm and score it; patches once more with clean-up."""
     arm, seed = unit
     components, stage = start(arm, folder, seed, device), config.stage(arm)
-    judge = fresh_components(folder, seed, device).extractor  # one for all, also for those that have none
+    judge = fresh_components(folder, seed, device).codec.extractor  # one for all, also for those that have none
     task = T2iTask(components, stage, seed)
     task.initialise()
     fit_task(task, stage, seed, device=device, report=ProgressPrinter(arm, seed))
@@ -162,7 +162,6 @@ def _scores(drawer: _Drawer, judge: FeatureExtractor | None, *, quick: bool) -> 
 @torch.no_grad()
 def held_out_nats(components: Components, level: float, pictures: int = PICTURES, batch: int = 32) -> float:
     """Mean nats per latent channel of dev pictures under noise of `level`, given their captions."""
-    assert components.tokenizer is not None
     drawings = suite_drawings("geneval", "dev", "id", -(-pictures // len(FAMILIES)))[:pictures]
     generator, found = torch.Generator().manual_seed(0), []
     for first in range(0, len(drawings), batch):

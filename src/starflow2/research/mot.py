@@ -10,8 +10,10 @@ Letters: B rows, T positions, M slots of one kind, P pictures, E width, H heads,
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,8 @@ from starflow2.errors import ConfigError
 from starflow2.flow import Flow, FlowConfig
 from starflow2.models.components import Components
 from starflow2.models.config import JointsConfig, LanguageConfig
-from starflow2.models.pretzel import Joints, Pretzel, PretzelCache, Slots, States, reference_in
+from starflow2.models.joint_stream import LatentInputs, PretzelCache, Skip, Slots, States, Trace
+from starflow2.models.pretzel import reference_projection
 from starflow2.nn import Cache, StackConfig, at_least_fp32, attention, attention_mask, check, num_parameters
 
 __all__ = [
@@ -225,30 +228,59 @@ def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 # -- the baseline -----------------------------------------------------------------------------------------------
 
 
-class MotJoints(Joints):
-    """Of the joints only the way from the previous picture is left: there is one stream, so nothing to join."""
+class MotJoints(nn.Module):
+    """The projection of the previous image: with one stream there is no adapter and no skip between two."""
 
     def __init__(self, cfg: JointsConfig, dim: int, width: int) -> None:
-        nn.Module.__init__(self)  # not that of Joints, whose adapter and skips have no place here
+        super().__init__()
         self.cfg = cfg
         if cfg.reference:
-            self.reference = reference_in(cfg, dim, width)
+            self.reference = reference_projection(cfg, dim, width)
 
 
-class Mot(Pretzel):
-    """The baseline behind the Pretzel's interface; owns no weights, and C = E: there is one stream.
+@dataclass(frozen=True)
+class Mot:
+    """The baseline as a `JointStream`; owns no weights, and C = E: there is one stream, so no skips.
 
     `flow` has the shallow blocks, and as its deep block only what surrounds a body: embeddings, final norm, head.
     """
 
-    def __init__(self, vlm: Experts, flow: Flow, joints: MotJoints) -> None:
-        super().__init__(vlm, flow, joints)
-        self.experts = vlm
-        self.skips = frozenset()
+    vlm: Experts
+    flow: Flow
+    joints: MotJoints
+    skips: frozenset[Skip] = frozenset()
+
+    def with_skips(self, skips: Collection[Skip]) -> Self:
+        """This stream: there is nothing to open or close between two that are one."""
+        return self
+
+    def traced(self, trace: Trace) -> Self:
+        """This stream: without skips it leaves no trace."""
+        return self
+
+    def in_one_pass(self) -> Self:
+        """This stream, which never reads in two."""
+        return self
+
+    def in_float64(self) -> Self:
+        """A twin over copies of the weights in double precision."""
+        twin = copy.deepcopy(self)
+        for module in (twin.vlm, twin.flow, twin.joints):
+            module.double()
+        return twin
+
+    def new_cache(self) -> PretzelCache:
+        return PretzelCache(self.vlm.new_cache(), Cache(self.flow.deep.cfg.stack.depth))
+
+    @property
+    def inputs(self) -> LatentInputs:
+        """Embeds latents for the flow."""
+        side = self.joints.cfg.reference
+        return LatentInputs(self.flow, side, self.joints.reference if side else None)
 
     def read(self, slots: Slots, cache: PretzelCache | None = None) -> States:
-        """States at new positions, behind those in `cache`: h for words, g the same behind the visual final norm."""
-        x = self.experts.embed(slots.ids)
+        """States at new positions, after those in `cache`: h for words, g the same after the visual final norm."""
+        x = self.vlm.embed(slots.ids)
         is_visual = torch.zeros_like(slots.ids, dtype=torch.bool)
         if slots.begin is not None:
             row, at, added = slots.begin
@@ -259,13 +291,17 @@ class Mot(Pretzel):
             x = x.index_put((row, at), slots.latent.base.to(x.dtype))
             is_visual[row, at] = True
         vlm, flow = (None, None) if cache is None else (cache.vlm, cache.flow)
-        h = self.experts.mixed(x, slots.mrope, is_visual, vlm, slots.attend)
+        h = self.vlm.mixed(x, slots.mrope, is_visual, vlm, slots.attend)
         return States(h, self.flow.deep.body(h, None, slots.attend, flow))
 
+    def logits(self, h: Tensor, g: Tensor) -> Tensor:
+        """Next-token logits of text positions: h (..., E) -> (..., V); g is not read."""
+        return self.vlm.logits(h)
+
     def adapted(self, u: Tensor, noise_level: Tensor) -> Tensor:
-        """Whole pictures as they are read: u (P, N, D), noise_level (P,) -> (P, N, E)."""
+        """Whole images as they are read: u (P, N, D), noise_level (P,) -> (P, N, E)."""
         targets = torch.arange(1, u.shape[1] + 1, device=u.device).expand(len(u), -1)
-        return self.latents(F.pad(u, (0, 0, 0, 1)), targets, noise_level, None, None)[0]
+        return self.inputs.base(F.pad(u, (0, 0, 0, 1)), targets, noise_level, None, None)
 
     def latents(
         self,
@@ -275,8 +311,8 @@ class Mot(Pretzel):
         reference: Tensor | None,
         has_reference: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """As in the Pretzel, but there is one stream: both are the same (P, n, E)."""
-        base = self._base(buffer, targets, noise_level, reference, has_reference)
+        """Latents before `targets`, twice (P, n, E): one stream reads them once, see `JointStream`."""
+        base = self.inputs.base(buffer, targets, noise_level, reference, has_reference)
         return base, base
 
 
@@ -315,31 +351,26 @@ def _flow_config(components: Components) -> FlowConfig:
     return replace(flow, deep=replace(flow.deep, stack=stack, context_dim=0, start="none"))
 
 
-class MotComponents(Components):
-    """The parts of a model with the baseline in place of both streams: what takes Components takes these.
+class MotComponents(Components[Experts, MotJoints]):
+    """Components of a model with the baseline in place of both streams.
 
-    Text experts start as the language model of `parts`, all else is fresh; features, codec and tokenizer are shared.
-    Both variants add as many parameters as the Pretzel's flow and joints have (`matched_width`); "finetuned" trains
-    the text experts besides, so that the totals are equal in both, and in "frozen" what trains is, too.
+    Text experts start as the language model of `components`, all else is fresh; features, codec and tokenizer are
+    shared. Both variants add as many parameters as the Pretzel's flow and joints have (`matched_width`); "finetuned"
+    also trains the text experts, so that the totals are equal in both, and in "frozen" those that train are, too.
     """
 
-    vlm: Any  # Experts: a LanguageStream, without a vision tower
-
     def __init__(self, components: Components, text: Trains = "frozen", seed: int = 0) -> None:
-        """`seed`: of all that is new."""
-        nn.Module.__init__(self)  # not that of Components: most of its parts are taken over
-        self.text = text
-        self.tokenizer, self.vocabulary = components.tokenizer, components.vocabulary
-        self.finished_stages = tuple(
-            stage for stage in components.finished_stages if stage in ("features", "vlm", "fae")
-        )
-        for name in ("features", "fae") if components.has_fae else ("patches",):
-            setattr(self, name, getattr(components, name))
-        self.cfg = replace(components.cfg, name=f"{components.cfg.name}-mot-{text}", flow=_flow_config(components))
+        """`seed`: of all weights that are new."""
+        cfg = replace(components.cfg, name=f"{components.cfg.name}-mot-{text}", flow=_flow_config(components))
+        modules = {k: m for k, m in components.named_children() if k in ("features", "fae", "patches")}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.vlm = Experts(components.cfg.vlm, matched_width(components))
-            self.flow, self.joints = _around(components)
+            modules["vlm"] = Experts(components.cfg.vlm, matched_width(components))
+            modules["flow"], modules["joints"] = _around(components)
+        super().__init__(cfg, components.tokenizer, modules)
+        self.text, self.vocabulary = text, components.vocabulary
+        shared = ("features", "vlm", "fae")
+        self.finished_stages = tuple(stage for stage in components.finished_stages if stage in shared)
         self.vlm.text.load_state_dict(components.vlm.language_weights())
         self.vlm.text.requires_grad_(text == "finetuned")
         self.to(components.device)
@@ -347,11 +378,10 @@ class MotComponents(Components):
     @property
     def pretzel(self) -> Mot:
         """The baseline over these weights."""
-        assert isinstance(self.joints, MotJoints)
         return Mot(self.vlm, self.flow, self.joints)
 
     @property
-    def joined(self) -> nn.ModuleDict:
-        """What training changes: all that is new, and text experts that are finetuned."""
-        parts: dict[str, nn.Module] = {"visual": self.vlm.visual, "flow": self.flow, "joints": self.joints}
-        return nn.ModuleDict(parts | ({"text": self.vlm.text} if self.text == "finetuned" else {}))
+    def joint_modules(self) -> dict[str, nn.Module]:
+        """Modules that training changes: all that is new, and text experts that are finetuned."""
+        modules: dict[str, nn.Module] = {"visual": self.vlm.visual, "flow": self.flow, "joints": self.joints}
+        return modules | ({"text": self.vlm.text} if self.text == "finetuned" else {})

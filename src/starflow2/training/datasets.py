@@ -74,7 +74,6 @@ class Documents:
         cls, components: Components, dialogue: Callable[[int], SceneDialogue], layout: Layout | None = None
     ) -> Documents:
         """`layout`: how pictures are spelled, by default with one slot per latent."""
-        assert components.tokenizer is not None
         return cls(components.tokenizer, layout or components.layout, components.cfg.fae.image_size, dialogue)
 
     def __call__(self, indices: range) -> tuple[Tensor, Batch]:

@@ -180,7 +180,6 @@ def finetune_task(components: Components, album: Album, config: FinetuneConfig) 
         )
     if components.vocabulary:
         components.vocabulary |= album.words
-    assert components.tokenizer is not None
     album = Album(album.images, tuple(normalized(components, text) for text in album.captions))
     longest = max(len(components.tokenizer.drawing_prompt(text)) for text in album.captions)
     if longest > components.cfg.max_prompt_tokens:

@@ -89,7 +89,6 @@ class _Stream:
 
     def __init__(self, task: Task, stage: StageConfig, group: Distributed, step: int, saved: str) -> None:
         components, corpus = task.components, stage.corpus
-        assert components.tokenizer is not None
         layout = components.tower_layout if stage.name == "vlm" else components.layout
         spelling = Spelling(components.tokenizer, layout, components.cfg.fae.image_size)
         drop, share = stage.caption_drop, WorkerShard(rank=group.rank, world=group.world)

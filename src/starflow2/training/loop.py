@@ -203,12 +203,12 @@ def _start_components(
             f"stage {stage} starts from the stage before it, but {folder}/model is not there; "
             f"run --stage {names[0]} first."
         )
-    torch.manual_seed(run.seed)
-    components = Components(run.model).to(device)
     corpus = (words for i in range(2000) for words in _words_of(run.seed, i))
-    components.tokenizer = train_tokenizer(corpus, run.model.vlm.vocab)
-    if components.tokenizer.special != run.model.vlm.special:
+    tokenizer = train_tokenizer(corpus, run.model.vlm.vocab)
+    if tokenizer.special != run.model.vlm.special:
         raise ConfigError("vlm.special does not fit the tokenizer's special tokens.")
+    torch.manual_seed(run.seed)
+    components = Components(run.model, tokenizer).to(device)
     components.vocabulary = _all_words()
     return components
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from starflow2.flow import Context, Flow
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.flow.noise import NoiseConfig, add_noise
-from starflow2.models.pretzel import Output, Pretzel
+from starflow2.models.joint_stream import JointStream, Output, read_documents
 from starflow2.models.sequence import IGNORE, Batch
 from starflow2.models.token_loss import Head, token_nats
 from starflow2.nn import at_least_fp32
@@ -119,7 +119,7 @@ def _last_targets(batch: Batch) -> Tensor:
 
 
 def joint_loss(
-    pretzel: Pretzel,
+    pretzel: JointStream,
     batch: Batch,
     pictures: tuple[Tensor, Tensor],
     noise: NoiseConfig,
@@ -133,7 +133,7 @@ def joint_loss(
     them do not count.
     """
     noisy, level = pictures
-    out = pretzel.forward(batch, noisy, level, blind)
+    out = read_documents(pretzel, batch, noisy, level, blind)
     exact, weight = batch.pictures.is_target, noise.loss_weight(level)
     targets = max(1, int(exact.sum()))
     if blind is not None:
@@ -145,7 +145,7 @@ def joint_loss(
     return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, hidden, out)
 
 
-def _text_loss(pretzel: Pretzel, batch: Batch, out: Output, blind: Tensor | None) -> Tensor:
+def _text_loss(pretzel: JointStream, batch: Batch, out: Output, blind: Tensor | None) -> Tensor:
     """The next-token loss; a reply that could only be guessed, behind a hidden picture, adds nothing to the mean."""
     seen = batch.labels if blind is None else batch.labels.masked_fill(_behind(batch, blind), IGNORE)
     kept = (seen != IGNORE)[batch.labels != IGNORE]  # (M,)

@@ -145,7 +145,7 @@ class Sizes:
         vision = num_parameters(p.vlm.model.model.visual)
         embeddings = head if cfg.vlm.ties_embeddings else 2 * head
         codec = dict.fromkeys(("features", "fae encoder", "fae decoders"), 0)
-        if p.has_fae:
+        if isinstance(cfg.fae, FaeConfig):
             decoders = num_parameters(p.fae.feature_decoder) + num_parameters(p.fae.pixel_decoder)
             codec = {
                 "features": num_parameters(p.features),
@@ -169,8 +169,8 @@ class Sizes:
             "vlm": {"vlm": p.vlm},
             "t2i": {"flow": p.flow},
             "adapter": {"adapter": p.joints.adapter},
-            "joint": dict(p.joined.items()),
-            KEPT: dict(p.joined_above.items()),
+            "joint": p.joint_modules,
+            KEPT: {"flow": p.flow.deep, "joints": p.joints},
         }
         if (cfg := self.cfg.features) is not None:
             head = nn.Linear(cfg.width, 3 * cfg.patch_size**2, device="meta")

@@ -7,7 +7,7 @@ Letters: B documents, T positions, N latents, P images.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -21,7 +21,8 @@ from starflow2.flow.affine import Affine
 from starflow2.flow.noise import add_noise
 from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
-from starflow2.models.pretzel import Output
+from starflow2.models.joint_stream import Output, Skip
+from starflow2.models.pretzel import ALL_SKIPS
 from starflow2.models.sequence import IGNORE, Batch, length_groups, with_pictures
 from starflow2.training.codec_tasks import FaeTask, FeaturesTask
 from starflow2.training.config import StageConfig
@@ -95,7 +96,6 @@ class T2iTask(Task):
         super().__init__(components, stage, seed, dataset=dataset, trained=trained)
 
     def default_dataset(self) -> Dataset:
-        assert self.components.tokenizer is not None
         return Captions(self.components.tokenizer, self.seed, self.stage.caption_drop, self.stage.captions)
 
     def default_trained(self) -> nn.ModuleDict:
@@ -111,7 +111,6 @@ class T2iTask(Task):
         components, corpus, count = self.components, self.stage.corpus, self.stage.whitening_captions
         if not corpus.mixture:
             return world_captions(components, self.seed, count)
-        assert components.tokenizer is not None
         spelling = Spelling(components.tokenizer, components.layout, components.cfg.fae.image_size)
         config = BatchConfig(rows=corpus.rows, width=corpus.width, caption_drop=0.0)
         rows = list[list[int]]()
@@ -235,19 +234,24 @@ class JointTask(_DocumentTask):
         *,
         dataset: Dataset | None = None,
         trained: nn.ModuleDict | None = None,
+        skips: Collection[Skip] = ALL_SKIPS,
     ) -> None:
+        """skips: those between the streams that are open while it trains."""
         super().__init__(components, stage, seed, dataset=dataset, trained=trained)
-        self.pretzel = components.pretzel
         # layers that are gathered by all processes, or recomputed in the backward pass, run once for each batch
         is_sharded = stage.shard.mode != "none" and stage.shard.frozen == "sharded"
-        self.pretzel.two_pass_prefix = not is_sharded and stage.checkpoint_activations != "all"
+        stream = components.pretzel.with_skips(skips)
+        self.pretzel = stream.in_one_pass() if is_sharded or stage.checkpoint_activations == "all" else stream
         self.reference = FrozenReferenceFlow(components) if stage.kl_to_t2i else None
 
     def default_dataset(self) -> Dataset:
         return Documents.of(self.components, partial(joint_dialogue, self.stage, self.seed))
 
     def default_trained(self) -> nn.ModuleDict:
-        return self.components.joined_above if self.stage.kl_to_t2i else self.components.joined
+        modules = self.components.joint_modules
+        if self.stage.kl_to_t2i:  # the distance is between Gaussians of the same u, so the shallow blocks stay
+            modules = modules | {"flow": nn.ModuleDict({"deep": self.components.flow.deep})}
+        return nn.ModuleDict(modules)
 
     def counts(self, data: DocumentBatch) -> dict[str, int]:
         return {"text": count_replies(data[1].labels), "flow": int(data[1].pictures.is_target.sum())}
@@ -256,8 +260,7 @@ class JointTask(_DocumentTask):
         self, data: DocumentBatch, generator: torch.Generator, weights: LossWeights = WHOLE_BATCH
     ) -> LossAndMetrics:
         images, batch = self._to_device(data)
-        noise = self.components.cfg.flow.noise
-        assert noise is not None
+        noise = self.components.cfg.noise
         with torch.no_grad():
             latents = self.components.codec.encode(images).float()
         target_levels = noise.sample_levels(len(images), generator).to(latents.device)
@@ -283,11 +286,16 @@ class JointTask(_DocumentTask):
         return (chance < self.stage.hidden_latents_share) & last_edits(batch)
 
 
+def _above_shallow(components: Components) -> dict[str, nn.Module]:
+    """Modules of stage 3 without the shallow blocks, under their usual names."""
+    return {"flow": nn.ModuleDict({"deep": components.flow.deep}), "joints": components.joints}
+
+
 class FrozenReferenceFlow:
     """A frozen copy of the deep flow that stage t2i left; stage joint stays near it on drawings from words alone.
 
     Distances are between Gaussians of the same intermediate latents, so the shallow blocks must not change:
-    `Components.joined_above` trains (docs/choices.md#what-stage-3-keeps).
+    `JointTask.default_trained` leaves them out (docs/choices.md#what-stage-3-keeps).
     """
 
     def __init__(self, components: Components) -> None:
@@ -301,8 +309,7 @@ class FrozenReferenceFlow:
                 "kl_to_t2i > 0 compares with the flow after stage t2i, but this model has finished stage joint. "
                 "Start joint again from a copy of the t2i model folder, or set --kl-to-t2i 0."
             )
-        noise = self.components.cfg.flow.noise
-        assert noise is not None
+        noise = self.components.cfg.noise
         total, alone = out.u.new_zeros(()), lone_drawings(batch).nonzero()[:, 0]
         rows = _words_before(batch, alone.tolist())
         for group in length_groups([len(row) for row in rows], out.u.shape[1]):
@@ -328,8 +335,7 @@ def _reply_loss(components: Components, embeddings: Tensor, batch: Batch) -> Ten
 
 def _source_levels(components: Components, count: int, generator: torch.Generator) -> Tensor:
     """Noise levels (count,) of images that are read: 40 % as clean as uploads, 30 % as noisy as samples, or between."""
-    noise = components.cfg.flow.noise
-    assert noise is not None
+    noise = components.cfg.noise
     kind, uniform = torch.rand(2, count, generator=generator)
     level = noise.noise_min + (noise.noise_max - noise.noise_min) * uniform
     level = torch.where(kind < 0.4, torch.full_like(level, noise.noise_min), level)
