@@ -1,46 +1,47 @@
-"""Pretzels that record or bend what passes through them, for tests: twins of another class, nothing is patched."""
+"""Streams that record or bend what passes through them, for tests: wrappers, so that nothing is patched."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
 
 from starflow2.models.joint_stream import PretzelCache, Slots, States
-from starflow2.models.pretzel import Pretzel
 
 
-@dataclass(frozen=True)
-class Recording(Pretzel):
+class _Wrapped:
+    """A `JointStream` that hands everything on to another one."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+class Recording(_Wrapped):
     """Records every call of `read`: its slots, its cache and the states it gave."""
 
-    calls: list[tuple[Slots, PretzelCache | None, States]] = field(default_factory=list)
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.calls: list[tuple[Slots, PretzelCache | None, States]] = []
 
     def read(self, slots: Slots, cache: PretzelCache | None = None) -> States:
-        states = super().read(slots, cache)
-        self.calls.append((slots, cache, states))
-        return states
+        self.calls.append((slots, cache, self.stream.read(slots, cache)))
+        return self.calls[-1][2]
+
+    def states(self, cache: PretzelCache | None) -> list[States]:
+        """States of all calls with this cache, in order."""
+        return [states for _, used, states in self.calls if used is cache]
 
 
-@dataclass(frozen=True)
-class Bent(Pretzel):
+class Bent(_Wrapped):
     """Hands logits on after a change."""
 
-    change: Callable[[Tensor], Tensor] = lambda logits: logits
+    def __init__(self, stream: Any, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(stream)
+        self.change = change
 
     def logits(self, h: Tensor, g: Tensor) -> Tensor:
-        return self.change(super().logits(h, g))
-
-
-def recording(stream: Any) -> Recording:
-    return Recording(**_fields(stream))
-
-
-def bent(stream: Any, change: Callable[[Tensor], Tensor]) -> Bent:
-    return Bent(**_fields(stream), change=change)
-
-
-def _fields(stream: Any) -> dict[str, Any]:
-    return {f.name: getattr(stream, f.name) for f in fields(Pretzel)}
+        return self.change(self.stream.logits(h, g))

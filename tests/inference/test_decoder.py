@@ -13,9 +13,9 @@ from starflow2.inference.config import DrawConfig
 from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import Begun, Completed, Ended, Token
 from starflow2.inference.sampler import Sampler
-from starflow2.models.joint_stream import PretzelCache, Slots, States, read_documents
+from starflow2.models.joint_stream import read_documents
 from starflow2.models.sequence import Image, Segment, Text, pack
-from stream_cases import bent, recording
+from stream_cases import Bent, Recording
 
 PRECISIONS = ("float32", "float64")
 
@@ -25,9 +25,9 @@ def a_sampler(guidance: float = 1.0, precision: str = "float32", prior_scale: fl
     return Sampler(components, DrawConfig(guidance=guidance, prior_scale=prior_scale, precision=precision))  # type: ignore[arg-type]
 
 
-def recorded(rows: BatchDecoder, calls: list[tuple[Slots, PretzelCache | None, States]]) -> tuple[Tensor, Tensor]:
+def recorded(rows: BatchDecoder, stream: Recording) -> tuple[Tensor, Tensor]:
     """States of the only row at all its positions, as they came step by step: (T, E) and (T, C)."""
-    own = [states for _, cache, states in calls if cache is rows.conditional.cache]
+    own = stream.states(rows.conditional.cache)
     real = rows.conditional.is_real[0]
     return torch.cat([s.h[0] for s in own])[real], torch.cat([s.g[0] for s in own])[real]
 
@@ -68,13 +68,13 @@ def six_segments(rows: BatchDecoder, row: int = 0) -> tuple[list[Segment], Tenso
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_cached_steps_equal_one_full_pass_at_every_position_of_a_document(precision, guidance):
     sampler = a_sampler(guidance, precision)
-    stream = sampler.pretzel = recording(sampler.pretzel)
+    stream = sampler.pretzel = Recording(sampler.pretzel)
     rows = BatchDecoder(sampler, 1)
     document, x, levels = six_segments(rows)
-    h, g = recorded(rows, stream.calls)
+    h, g = recorded(rows, stream)
     with torch.no_grad():
         read_documents(stream, pack([document], sampler.layout), x, levels)
-    full = stream.calls[-1][2]
+    (full,) = stream.states(None)
     assert h.shape == full.h[0].shape == (rows.conditional.cache.length, 40)
     assert (h - full.h[0]).abs().max() <= 1e-4
     assert (g - full.g[0]).abs().max() <= 1e-4
@@ -102,7 +102,7 @@ def test_rows_in_different_modalities_equal_the_same_rows_alone():
         logits[:, begin] += torch.where(logits[:, 40] > logits[:, 41], 50.0, -50.0)  # some rows draw, some write
         return logits
 
-    sampler.pretzel = bent(sampler.pretzel, steered)
+    sampler.pretzel = Bent(sampler.pretzel, steered)
     together = events_of(BatchDecoder(sampler, 3), asked, [7, 8, 9])
     alone = [events_of(BatchDecoder(sampler, 1), [a], [s])[0] for a, s in zip(asked, [7, 8, 9], strict=True)]
     kinds = {tuple(type(e).__name__ for e in row) for row in together}

@@ -28,6 +28,7 @@ from starflow2.models.fae import Fae
 from starflow2.models.joint_stream import read_documents
 from starflow2.models.sequence import Image as Slot
 from starflow2.models.sequence import Text, pack
+from stream_cases import Bent
 
 SIDE, SIZE = 2, 16  # latents and pixels a side
 COUNT = SIDE * SIDE
@@ -681,21 +682,20 @@ def test_without_words_the_model_draws_or_ends_as_it_finds_likelier(sampler):
     probe._open()
     probe._rows.read([probe._tokenizer.opens_reply()])
     scores = sampler.pretzel.logits(probe._rows.conditional.h, probe._rows.conditional.g)[0]
-    logits, lead = sampler.pretzel.logits, float((scores[layout.begin] - scores[end]).detach())
+    lead = float((scores[layout.begin] - scores[end]).detach())
 
     def by(shift: float) -> Any:
-        def favours(h: Any, g: Any) -> Any:
-            found = logits(h, g).clone()
-            found[:, layout.begin] += shift - lead
-            return found
+        def favours(logits: Any) -> Any:
+            logits = logits.clone()
+            logits[:, layout.begin] += shift - lead
+            return logits
 
         return favours
 
     for shift, draws in ((1.0, True), (-1.0, False)):
         twin = session.fork()
         twin.sampler = twin._rows.sampler = copy.copy(sampler)
-        twin.sampler.pretzel = copy.copy(sampler.pretzel)
-        twin.sampler.pretzel.logits = by(shift)
+        twin.sampler.pretzel = Bent(sampler.pretzel, by(shift))
         events = list(twin.run(tokens=0))
         assert any(isinstance(event, Made) for event in events) is draws
         assert isinstance(events[-1], Finished)

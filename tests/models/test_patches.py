@@ -163,7 +163,7 @@ def test_a_joint_model_of_patches_talks_scores_and_never_encodes_what_it_drew():
     assert found.dims == 64 * 192
     assert abs(float(found.patches.sum()) + found.shallow_logdet - found.log_prob) / found.dims <= 1e-6
     calls: list[None] = []
-    hook = model.components.encoder.register_forward_hook(lambda *_: calls.append(None))
+    hook = model.components.codec.encoder.register_forward_hook(lambda *_: calls.append(None))
     session = model.session().add(image, "a blue square")
     made = session.draw().picture
     session.add("a red circle").draw()
@@ -184,7 +184,9 @@ def test_a_code_of_patches_gives_the_picture_back():
 def test_round_trips_of_patches_are_measured_without_features():
     pytest.importorskip("torchmetrics")
     components = patch_parts()
-    clean, noisy = (report := evaluate_codec(components.codec, components.extractor, pictures(4), (0.0, 0.15)))["rows"]
+    clean, noisy = (report := evaluate_codec(components.codec, components.codec.extractor, pictures(4), (0.0, 0.15)))[
+        "rows"
+    ]
     assert clean["psnr"] > 60 and 25 < noisy["psnr"] < 40, "noise of 0.05 in [-1, 1] is 32 dB"
     assert clean["feature_fd"] is None and codec_table(report).row_count == 2
 

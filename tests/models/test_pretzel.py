@@ -26,7 +26,7 @@ from starflow2.training.config import StageConfig
 from starflow2.training.losses import joint_loss, ngp_loss
 from starflow2.training.tasks import AdapterTask, with_pictures
 from starflow2.world.captions import caption_task
-from stream_cases import recording
+from stream_cases import Recording
 
 LEVELS = (0.05, 0.5, 0.3)
 # words, a picture that is shown, words, a picture that is drawn, words, another one that is drawn
@@ -55,10 +55,10 @@ def levels(count: int) -> Tensor:
 
 def read(pretzel: Pretzel, batch: Batch, x: Tensor, level: Tensor) -> tuple[Output, States]:
     """A forward pass and the states behind it."""
-    stream = recording(pretzel)
+    stream = Recording(pretzel)
     with torch.no_grad():
         out = read_documents(stream, batch, x, level)
-    return out, stream.calls[0][2]
+    return out, stream.states(None)[0]
 
 
 def closed(components: Components) -> Components:

@@ -89,7 +89,7 @@ def test_a_closed_skip_a_model_without_skips_and_no_prompts_are_refused():
     sampler = a_sampler()
     with pytest.raises(ConfigError, match="prompts is 0"):
         skip_contributions(sampler, prompts=0)
-    sampler.pretzel.skips = frozenset({"text"})
+    sampler = sampler.changed(skips=("text",))
     with pytest.raises(ConfigError, match="expected both open"):
         skip_contributions(sampler)
     baseline = Sampler(MotComponents(sampler.components), sampler.config)

@@ -73,7 +73,7 @@ def test_arms_start_alike_from_what_is_frozen(folder):
         one, other = (getattr(components, name).state_dict() for components in (default, both))
         assert all(torch.equal(one[k], other[k]) for k in one), name
     words = default.vlm.state_dict()
-    assert all(torch.equal(words[k], v) for k, v in patches.vlm.state_dict().items()) and not patches.has_fae
+    assert all(torch.equal(words[k], v) for k, v in patches.vlm.state_dict().items()) and not hasattr(patches, "fae")
     again = start("patches", folder, 1).flow.state_dict()
     assert all(torch.equal(again[k], v) for k, v in patches.flow.state_dict().items()), "a seed is a start"
     assert not torch.equal(start("patches", folder, 2).flow.deep.proj_in.weight, patches.flow.deep.proj_in.weight)

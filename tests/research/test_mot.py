@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.functional import jacobian
 
 from helpers import wake
-from model_cases import LATENT, STAGES, tiny_components
+from model_cases import LATENT, STAGES, tiny_components, tiny_tokenizer
 from starflow2.errors import ConfigError
 from starflow2.flow import NoiseConfig
 from starflow2.inference.config import DrawConfig
@@ -26,6 +26,7 @@ from starflow2.nn import num_parameters
 from starflow2.research.mot import Mot, MotComponents, Trains, matched_width
 from starflow2.training.losses import joint_loss
 from starflow2.training.recipes import nano_model
+from stream_cases import Recording
 
 LONG: Document = (
     Text((1, 30, 31)), Image(), Text((40, 41, 2)), Image(is_target=True), Text((50, 51, 3), is_target=True),
@@ -55,12 +56,10 @@ def pictures(count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def states_of(mot: Mot, batch: Batch, x: Tensor, levels: Tensor) -> States:
-    kept: list[States] = []
-    real = mot.read
-    mot.read = lambda *args: kept.append(real(*args)) or kept[-1]  # type: ignore[method-assign, func-returns-value]
+    stream = Recording(mot)
     with torch.no_grad():
-        read_documents(mot, batch, x, levels)
-    return kept[0]
+        read_documents(stream, batch, x, levels)
+    return stream.states(None)[0]
 
 
 # -- text ------------------------------------------------------------------------------------------------------
@@ -91,7 +90,7 @@ def test_frozen_text_experts_stay_and_finetuned_ones_move_and_all_else_that_trai
         batch = pack([LONG, WORDS], components.layout)
         terms = joint_loss(components.pretzel, batch, pictures(3), NoiseConfig())
         (terms.flow + terms.text).backward()
-        idle = [name for name, p in components.joined.named_parameters() if p.grad is None]
+        idle = [name for name, p in nn.ModuleDict(components.joint_modules).named_parameters() if p.grad is None]
         assert not idle
         moved = [p for p in components.vlm.text.parameters() if p.grad is not None]
         assert bool(moved) == (text == "finetuned")
@@ -155,17 +154,8 @@ def test_documents_packed_in_one_row_equal_each_alone():
 def test_cached_steps_equal_one_full_pass_for_guided_pictures_and_words(precision):
     """Through the rows that sample, unchanged: what they leave in the cache is what the parallel pass makes of it."""
     sampler = Sampler(a_mot(), DrawConfig(guidance=1.5, prior_scale=0.7, precision=precision))
+    stream = sampler.pretzel = Recording(sampler.pretzel)
     rows = BatchDecoder(sampler, 1)
-    kept: list[States] = []
-    real = sampler.pretzel.read
-
-    def read(slots: object, cache: object = None) -> States:
-        states = real(slots, cache)  # type: ignore[arg-type]
-        if cache is rows.main.cache:
-            kept.append(states)
-        return states
-
-    sampler.pretzel.read = read  # type: ignore[method-assign, assignment]
     x, _ = pictures(1)
     rows.read([[1, 30, 31]])
     rows.see([0], x, 0.2)
@@ -176,11 +166,11 @@ def test_cached_steps_equal_one_full_pass_for_guided_pictures_and_words(precisio
     document = (
         Text((1, 30, 31)), Image(), Text((40, 2)), Image(is_target=True), Text((3, 1, 50, 2)), Text((*words, 3)),
     )  # fmt: skip
-    sampler.pretzel.read = real  # type: ignore[method-assign]
+    steps = stream.states(rows.conditional.cache)
     both = torch.stack([x[0].to(sampler.dtype), drawn.picture.x])
     levels = torch.tensor([0.2, 0.5], dtype=sampler.dtype)
     full = states_of(sampler.pretzel, pack([document], sampler.layout), both, levels)  # type: ignore[arg-type]
-    h, g = (torch.cat([getattr(s, name)[0] for s in kept]) for name in ("h", "g"))
+    h, g = (torch.cat([getattr(s, name)[0] for s in steps]) for name in ("h", "g"))
     assert h.shape == full.h[0].shape
     assert (h - full.h[0]).abs().max() <= 1e-4
     assert (g - full.g[0]).abs().max() <= 1e-4
@@ -215,14 +205,16 @@ def test_the_baseline_adds_as_many_parameters_as_the_pretzel():
         mot = MotComponents(components, text)
         added = num_parameters(mot.vlm.visual, mot.flow, mot.joints)
         assert abs(added - ours) <= one_wider / 2
-        assert num_parameters(mot.joined) == added + (num_parameters(mot.vlm.text) if text == "finetuned" else 0)
+        assert num_parameters(*mot.joint_modules.values()) == added + (
+            num_parameters(mot.vlm.text) if text == "finetuned" else 0
+        )
 
 
 def test_nano_matches_within_a_thousandth():
-    components = Components(nano_model())
+    components = Components(nano_model(), tiny_tokenizer())
     mot = MotComponents(components)
     ours = num_parameters(components.flow, components.joints)
-    assert abs(num_parameters(mot.joined) / ours - 1) < 1e-3
+    assert abs(num_parameters(*mot.joint_modules.values()) / ours - 1) < 1e-3
 
 
 def test_a_model_with_next_to_no_flow_has_no_baseline_of_its_size():
