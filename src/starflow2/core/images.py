@@ -21,6 +21,11 @@ from starflow2.core.files import replacing
 from starflow2.errors import DataError, OutputError, ShapeError
 
 __all__ = [
+    "FONT_SIZE",
+    "FRAME",
+    "INK",
+    "MARGIN",
+    "PAPER",
     "PILImage",
     "contact_sheet",
     "psnr",

@@ -19,7 +19,12 @@ from starflow2.world.questions import Question
 from starflow2.world.scene import COLORS, SHAPES, Scene, Split, render, sample_scene
 from starflow2.world.splits import HELD_OUT, bucket, held_out, scene_key
 
-__all__: list[str] = []
+__all__ = [
+    "PARTS",
+    "Answer",
+    "Part",
+    "Progress",
+]
 
 
 Part = Literal["id", "cg"]

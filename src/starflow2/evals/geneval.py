@@ -40,7 +40,10 @@ from starflow2.world.scene import COLORS, SHAPES, Split, render
 from starflow2.world.splits import scene_key
 
 __all__ = [
+    "SAMPLES",
     "Found",
+    "Part",
+    "Progress",
     "Verdict",
     "codec_ceiling",
     "draw_scans",

@@ -21,7 +21,10 @@ from starflow2.world.questions import SUBTASKS, YES_NO, yes_no_pair
 from starflow2.world.scene import Split, stream
 
 __all__ = [
+    "COIN",
+    "MME_IMAGES",
     "evaluate_mme",
+    "mme_items",
     "parse_yes_no",
     "score_mme",
 ]

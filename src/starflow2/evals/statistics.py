@@ -17,6 +17,20 @@ from numpy.typing import NDArray
 from starflow2.errors import DataError
 from starflow2.world.scene import IMAGE_SIZE
 
+__all__ = [
+    "QUICK_SHARE",
+    "Grades",
+    "Report",
+    "bootstrap",
+    "check_lock",
+    "checked_images",
+    "chunks",
+    "digest",
+    "interval",
+    "lock_text",
+    "quick_share",
+]
+
 QUICK_SHARE = 8  # a quick run takes one item in eight
 RESAMPLES = 1000
 

@@ -14,6 +14,7 @@ from starflow2.models.joint_stream import Skip
 from starflow2.models.pretzel import ALL_SKIPS
 
 __all__ = [
+    "Cleanup",
     "DrawConfig",
 ]
 

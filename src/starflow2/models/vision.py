@@ -18,6 +18,7 @@ __all__ = [
     "DinoFeatures",
     "SiglipFeatures",
     "features_of",
+    "to_tower",
 ]
 
 

@@ -25,7 +25,13 @@ from starflow2.world.edits import edit_chain_dialogue, edit_dialogue, edit_task
 from starflow2.world.scene import Scene, SceneDialogue, render_batch, stream
 from starflow2.world.stories import story_beginning, story_dialogue, story_task
 
-__all__: list[str] = []
+__all__ = [
+    "Captions",
+    "Documents",
+    "Scenes",
+    "joint_dialogue",
+    "to_images",
+]
 
 
 def to_images(scenes: Sequence[Scene]) -> Tensor:

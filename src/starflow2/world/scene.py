@@ -25,6 +25,8 @@ __all__ = [
     "BACKGROUND_NAMES",
     "COLORS",
     "IMAGE_SIZE",
+    "MARGIN",
+    "MAX_ANGLE",
     "MAX_OBJECTS",
     "OPPOSITES",
     "PALETTE",
