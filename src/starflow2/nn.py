@@ -1,6 +1,6 @@
-"""Neural parts shared by every model here: norms, rotary positions, causal attention, the stack, its cache.
+"""Layers shared by every model here: norms, rotary positions, causal attention, a transformer stack and its cache.
 
-Not here: anything that knows what a latent, a token or a picture is.
+Not here: anything that knows about latents, tokens or images.
 Letters: B batch, T positions, C width, H heads, K head dim, L layers.
 """
 
@@ -49,7 +49,7 @@ def check(x: Tensor, shape: str, name: str = "x", **sizes: int) -> None:
 
 
 def raw_bytes(x: Tensor) -> bytes:
-    """Every value of `x` as it stands in memory, for digests."""
+    """Values of `x` as bytes in memory order, for digests."""
     return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -63,12 +63,12 @@ def num_parameters(*modules: nn.Module) -> int:
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """x in float32 if it was half precision; float32 and float64 pass unchanged."""
+    """Promote half precision to float32; float32 and float64 pass unchanged."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def zero_linear(width_in: int, width_out: int, *, bias: bool = True) -> nn.Linear:
-    """A linear layer whose output is zero at initialisation, whatever its input."""
+    """Linear layer whose output is zero at initialisation, whatever its input."""
     layer = nn.Linear(width_in, width_out, bias=bias)
     nn.init.zeros_(layer.weight)
     if bias:
@@ -77,7 +77,7 @@ def zero_linear(width_in: int, width_out: int, *, bias: bool = True) -> nn.Linea
 
 
 class FinalNorm(nn.Module):
-    """RMS norm with gain (1 + weight), weight zero at start, eps 1e-6 (STARFlow's final norm)."""
+    """RMS norm with gain (1 + weight), weight zero at initialisation, eps 1e-6 (STARFlow's final norm)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class FinalNorm(nn.Module):
 
 
 class FiLM(nn.Module):
-    """Scale and shift of a normed stream, both predicted from an embedding; identity at start."""
+    """Scale and shift a normalized stream, both predicted from an embedding; identity at initialisation."""
 
     def __init__(self, width: int, condition_width: int) -> None:
         super().__init__()
@@ -106,9 +106,9 @@ class FiLM(nn.Module):
 def axial_angles(positions: Tensor, head_dim: int) -> Tensor:
     """Rotation angles of three axes, row, column and text: (B, T, 3) -> (B, T, head_dim / 2).
 
-    The third axis gets 8 pairs, the two picture axes share the rest; base 10000 (STARFlow).
+    The third axis gets 8 pairs, the two image axes share the rest; base 10000 (STARFlow).
     """
-    spatial = head_dim - 2 * TEXT_PAIRS  # twice the pairs of both picture axes together / 2
+    spatial = head_dim - 2 * TEXT_PAIRS  # channels of both image axes, four for each of their frequencies
     if spatial < 4 or spatial % 4:
         raise ConfigError(
             f"head_dim is {head_dim}; rotary positions on three axes need "
@@ -136,9 +136,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None) -> Tensor:
-    """Softmax attention; q, k, v: (B, H, T, K), attend: (B, 1, Tq, Tk) bool, True = may, or None.
+    """Softmax attention; q, k, v: (B, H, T, K), attend: (B, 1, Tq, Tk) bool, True = may attend, or None.
 
-    Written out in bfloat16 on CPU, where the fused kernel trains three times slower (docs/LOG.md, "attention").
+    Written out for bfloat16 on CPU, where the fused kernel trains three times slower (docs/LOG.md, "attention").
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
@@ -149,10 +149,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None) -> Tensor:
 
 
 class Cache:
-    """Keys and values of a stack, one growing buffer per layer and side.
+    """Keys and values of a stack, two growing buffers per layer.
 
-    `append` writes behind `length`; `advance` moves `length` once all layers have written;
-    `truncate` rewinds; `fork` copies rows so that branches never share memory.
+    `append` writes after `length`; `advance` moves `length` once all layers have written;
+    `truncate` rewinds; `fork` copies rows so that branches never share memory; `state` and
+    `from_state` carry a cache through a file.
     """
 
     def __init__(self, depth: int, capacity: int = 64) -> None:
@@ -166,11 +167,11 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, spare capacity included."""
+        """Bytes of the buffers, spare capacity included."""
         return sum(t.nbytes for pair in self._buffers if pair is not None for t in pair)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v: (B, H, T, K) of `layer` behind the cached ones; return all so far."""
+        """Store k, v: (B, H, T, K) of `layer` after the cached ones; return all so far."""
         end = self.length + k.shape[2]
         buffers = self._reserve(layer, k, end)
         for buffer, new in zip(buffers, (k, v), strict=True):
@@ -197,13 +198,13 @@ class Cache:
         self.length += count
 
     def truncate(self, length: int) -> None:
-        """Forget everything behind `length`; the kept part stays bit-equal."""
+        """Drop all positions after the first `length`, which stay bit-equal. Raises ShapeError."""
         if not 0 <= length <= self.length:
-            raise ShapeError(f"truncate got {length}; expected 0 to {self.length} positions.")
+            raise ShapeError(f"truncate got length {length}; expected 0 to {self.length}, the cached positions.")
         self.length = length
 
     def fork(self, copies: int = 1) -> Cache:
-        """A cache of its own with each row repeated `copies` times."""
+        """Copy the cache, each row repeated `copies` times."""
         twin = Cache(self.depth, self._capacity)
         twin.length = self.length
         twin._buffers = [
@@ -221,7 +222,7 @@ class Cache:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Cache:
-        """A cache that holds copies of these keys and values, named as `state` names them.
+        """Make a cache of copies of these keys and values, named as `state` names them.
 
         Raises ShapeError for other names, a layer that is missing, and layers of unequal shape.
         """
@@ -237,20 +238,20 @@ class Cache:
         return cls.of([(state[f"{i}.k"], state[f"{i}.v"]) for i in range(depth)])
 
     def filled(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (B, H, T, K) of every layer, as far as they are filled."""
+        """Keys and values (B, H, T, K) of every layer up to `length`, as views."""
         pairs = [pair for pair in self._buffers if pair is not None]
         return [(k[:, :, : self.length], v[:, :, : self.length]) for k, v in pairs]
 
     @classmethod
     def of(cls, pairs: list[tuple[Tensor, Tensor]]) -> Cache:
-        """A cache that holds these keys and values, one pair per layer."""
+        """Make a cache of copies of these keys and values, one pair per layer."""
         cache = cls(len(pairs), pairs[0][0].shape[2])
         cache._buffers = [(k.clone(), v.clone()) for k, v in pairs]
         cache.length = pairs[0][0].shape[2]
         return cache
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows only, in their order."""
+        """Keep only the given rows, in the given order."""
         self._buffers = [None if pair is None else (pair[0][rows], pair[1][rows]) for pair in self._buffers]
 
 
@@ -259,7 +260,7 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class StackConfig:
-    """A pre-norm causal transformer. Heads of `head_dim`, an MLP of `mlp_ratio` x width."""
+    """Sizes of a pre-norm transformer: heads of `head_dim`, an MLP of `mlp_ratio` x width."""
 
     width: int
     depth: int
@@ -267,12 +268,12 @@ class StackConfig:
     mlp_ratio: int = 4
     activation: Literal["gelu", "relu2"] = "gelu"
     rope: bool = True  # three-axis rotary positions on queries and keys
-    final_norm: bool = True  # RMS norm in front of the head
-    causal: bool = True  # False: every position sees every other (the FAE's decoders)
+    final_norm: bool = True  # RMS norm after the last layer
+    causal: bool = True  # False: every position attends to every other (the FAE's decoders)
 
     def __post_init__(self) -> None:
         if self.width % self.head_dim:
-            raise ConfigError(f"width {self.width} is no multiple of head_dim {self.head_dim}.")
+            raise ConfigError(f"width is {self.width}; expected a multiple of head_dim {self.head_dim}.")
 
     @property
     def heads(self) -> int:
@@ -311,8 +312,8 @@ class _SquaredRelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if torch.is_grad_enabled():  # create_graph: `positive` has no graph, the answer would be silently wrong
-            raise NotImplementedError("relu2 can be differentiated once only; use activation gelu for more.")
+        if torch.is_grad_enabled():  # create_graph: `positive` has no graph, second derivatives would be wrong
+            raise NotImplementedError("relu2 can be differentiated only once; use activation gelu for more.")
         (positive,) = ctx.saved_tensors
         return (grad * positive).mul_(2)
 
@@ -351,7 +352,7 @@ class _StackContext:
 class CausalStack(nn.Module):
     """Transformer body, causal unless its config says otherwise: (B, T, C) -> (B, T, C).
 
-    Runs as one full pass or continues from a cache.
+    Runs one full pass or continues from a cache.
     """
 
     def __init__(self, cfg: StackConfig) -> None:
@@ -369,8 +370,8 @@ class CausalStack(nn.Module):
     ) -> Tensor:
         """x: (B, T, C); positions: (B, T, 3), needed with rope; returns (B, T, C).
 
-        attend: (B, Tk) bool marks usable keys (padding), or (B, Tq, Tk) bool says all;
-        None means plainly causal. Tk counts cached positions too.
+        attend: (B, Tk) bool, False at padding, beside the causal mask, or (B, Tq, Tk) bool, the
+        whole mask; None: no padding. Tk counts cached positions too.
         """
         past = 0 if cache is None else cache.length
         rotation = self._rotation(positions, x)
@@ -386,16 +387,16 @@ class CausalStack(nn.Module):
         if not self.cfg.rope:
             return None
         if positions is None:
-            raise ShapeError("positions is None; a stack with rope needs (B, T, 3) positions.")
+            raise ShapeError("positions is None; expected (B, T, 3) positions, because this stack has rope.")
         angles = axial_angles(positions, self.cfg.head_dim).unsqueeze(1)  # (B, 1, T, K / 2)
         dtype = at_least_fp32(x).dtype
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def attention_mask(x: Tensor, past: int, attend: Tensor | None, is_causal: bool = True) -> Tensor | None:
-    """The boolean mask (B or 1, 1, Tq, Tk) of positions x (B, Tq, C) behind `past` cached ones, None if all is seen.
+    """Boolean mask (B or 1, 1, Tq, Tk) of new positions x (B, Tq, C) after `past` cached ones; None: all attend to all.
 
-    attend: (B, Tk) bool marks usable keys, or (B, Tq, Tk) bool says all.
+    attend: (B, Tk) bool, False at padding, or (B, Tq, Tk) bool, the whole mask.
     """
     length = x.shape[1]
     if attend is not None and attend.ndim == 3:
@@ -407,5 +408,5 @@ def attention_mask(x: Tensor, past: int, attend: Tensor | None, is_causal: bool 
     if attend is None:
         return mask
     own = torch.eye(length, dtype=torch.bool, device=x.device)
-    own = F.pad(own, (past, 0))[None, None]  # a padded query still sees itself: no empty softmax
+    own = F.pad(own, (past, 0))[None, None]  # a padded query attends to itself: no empty softmax
     return mask & (attend[:, None, None, :] | own)

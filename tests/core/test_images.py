@@ -116,7 +116,7 @@ def test_a_picture_without_a_story_has_an_empty_one(tmp_path):
 def test_what_is_not_a_picture_gives_one_line_naming_it(tmp_path, content):
     if content is not None:
         (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.png as a picture") as caught:
+    with pytest.raises(DataError, match=r"a\.png as an image") as caught:
         read_metadata(tmp_path / "a.png")
     assert "\n" not in str(caught.value)
 
@@ -237,13 +237,13 @@ def palette_with_a_hole() -> Image.Image:
 
 
 REFUSED = {
-    "not there": (lambda t: t / "a.png", "expected a whole picture"),
-    "text": (lambda t: written(t / "a.png", b"hello"), "expected a whole picture"),
-    "truncated png": (lambda t: cut(saved(t, noise())), "expected a whole picture"),
-    "truncated jpeg": (lambda t: cut(saved(t, noise(), "a.jpg")), "expected a whole picture"),
-    "truncated by a little": (lambda t: cut(saved(t, noise(), "a.jpg"), 0.95), "expected a whole picture"),
-    "bomb": (lambda t: written(t / "a.png", a_bomb(30_000)), "expected a whole picture of ordinary size"),
-    "half a bomb": (lambda t: written(t / "a.png", a_bomb(11_000)), "expected a whole picture of ordinary size"),
+    "not there": (lambda t: t / "a.png", "expected a complete image"),
+    "text": (lambda t: written(t / "a.png", b"hello"), "expected a complete image"),
+    "truncated png": (lambda t: cut(saved(t, noise())), "expected a complete image"),
+    "truncated jpeg": (lambda t: cut(saved(t, noise(), "a.jpg")), "expected a complete image"),
+    "truncated by a little": (lambda t: cut(saved(t, noise(), "a.jpg"), 0.95), "expected a complete image"),
+    "bomb": (lambda t: written(t / "a.png", a_bomb(30_000)), "expected a complete image of ordinary size"),
+    "half a bomb": (lambda t: written(t / "a.png", a_bomb(11_000)), "expected a complete image of ordinary size"),
     "gif": (lambda t: animated(t, "a.gif"), "3 frames.*save the frame"),
     "apng": (lambda t: animated(t, "a.png"), "3 frames.*save the frame"),
     "tiff": (lambda t: animated(t, "a.tif"), "3 frames.*save the frame"),
@@ -273,14 +273,14 @@ def test_what_could_only_be_read_by_guessing_is_refused_with_its_name_and_a_reme
 
 
 def test_a_picture_without_a_file_is_refused_in_the_same_way():
-    with pytest.raises(DataError, match=r"the picture has transparent pixels.*background"):
+    with pytest.raises(DataError, match=r"the image has transparent pixels.*background"):
         read_picture(Image.new("RGBA", (32, 32)), 32)
-    with pytest.raises(DataError, match="the picture has colour mode CMYK"):
+    with pytest.raises(DataError, match="the image has colour mode CMYK"):
         read_picture(Image.new("CMYK", (32, 32)), 32)
 
 
 def test_a_folder_is_no_picture(tmp_path):
-    with pytest.raises(DataError, match="as a picture"):
+    with pytest.raises(DataError, match="as an image"):
         read_picture(tmp_path, 32)
 
 
@@ -297,5 +297,5 @@ def test_a_photograph_is_read_upright(tmp_path):
 def test_a_picture_may_come_as_the_bytes_of_its_file(tmp_path):
     path = saved(tmp_path, noise(size=(40, 30)), "a.png")
     assert torch.equal(read_picture(path.read_bytes(), 32), read_picture(path, 32))
-    with pytest.raises(DataError, match=r"the picture as a picture: its bytes are of no known format;"):
+    with pytest.raises(DataError, match=r"the image as an image: its bytes are of no known format;"):
         read_picture(b"<html>", 32)

@@ -95,7 +95,7 @@ def test_a_mixture_file_names_its_sources(tmp_path):
         ('[{"corpus": "cc12m", "url": "a", "weight": 0}]', "more than 0"),
         ('[{"corpus": "cc12m", "url": "a", "weight": 1, "format": "zip"}]', "'tar', 'parquet'"),
         ('[{"corpus": "cc12m", "weight": 1}]', "url: missing"),
-        ('[{"corpus": "cc12m", "url": "a", "weight": 1, "weight": 2}]', "stands twice"),
+        ('[{"corpus": "cc12m", "url": "a", "weight": 1, "weight": 2}]', "occurs twice"),
         ('{"corpus": "cc12m"}', "expected a list"),
         ("[]", "expected a list"),
         ("[3]", "expected a dictionary"),

@@ -1,4 +1,4 @@
-"""What every wing uses: configs as JSON, files that are written whole or not at all, images in and out."""
+"""Basics that every wing uses: configs as JSON, files written whole or not at all, images in and out."""
 
 from __future__ import annotations
 

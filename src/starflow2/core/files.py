@@ -1,7 +1,6 @@
-"""Writing files so that a failure leaves what was there before.
+"""Write files so that a failure leaves the earlier file as it was.
 
-Not a file format: configs, pictures and checkpoints all write through `replacing`, which is why it has a home of its
-own below them.
+Not a file format: configs, images and checkpoints all write through `replacing`.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ __all__ = ["check_writable", "replacing"]
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; when the block ends it becomes `path` in one step.
+    """Context of a temporary path beside `path` to write to; when the block ends it becomes `path` in one step.
 
-    Folders on the way are made. An error inside the block, or a full disk, leaves an earlier file as it was and no
-    temporary one behind. Any OSError comes out as an OutputError that says which file and why. A link is followed;
-    a device or a folder is refused rather than replaced.
+    Missing folders are created. An error inside the block, or a full disk, leaves an earlier file as it was and no
+    temporary file. An OSError becomes an OutputError that says which file and why. A link is followed; a device or a
+    folder is refused rather than replaced.
 
     >>> import tempfile
     >>> target = Path(tempfile.mkdtemp()) / "note.txt"
@@ -36,7 +35,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temp = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         if target.exists() and not target.is_file():
-            raise OutputError(f"cannot write {path}: it is there already and is not a regular file.")
+            raise OutputError(f"cannot write {path}: it exists and is not a regular file; give another name.")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temp
@@ -51,16 +50,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise now the OutputError that `replacing` would raise after minutes of work: folder read-only, name taken.
+    """Raise at once the OutputError that `replacing` would raise after minutes of work: folder read-only, name taken.
 
-    Nothing is made: folders that `replacing` would make are looked for at their nearest existing parent.
+    Creates nothing: of folders that `replacing` would create, the nearest existing parent is checked.
 
     >>> check_writable(Path(tempfile.gettempdir()) / "new" / "note.txt")
     """
     target = Path(os.path.realpath(path))
     try:
         if target.exists() and not target.is_file():
-            raise OutputError(f"cannot write {path}: it is there already and is not a regular file.")
+            raise OutputError(f"cannot write {path}: it exists and is not a regular file; give another name.")
         folder = next(parent for parent in target.parents if parent.exists())
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -71,6 +70,6 @@ def check_writable(path: str | Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Ask for the bytes to be on the disk: without this a power cut may leave the new name with an empty file."""
+    """Force the bytes to the disk: without this a power cut may leave an empty file under the new name."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

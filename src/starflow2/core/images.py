@@ -1,7 +1,6 @@
-"""Pictures in and out: PIL images, byte arrays and tensors, contact sheets, PNG files that say how they were made.
+"""Images in and out: PIL images, byte arrays and tensors, contact sheets, PNG files that say how they were made.
 
-With data, the only importer of PIL. A picture is `height` x `width` pixels; as a tensor it is (3, height, width)
-float32 in [-1, 1], which is how images enter and leave the codec.
+As a tensor an image is (3, height, width) float32 in [-1, 1], the form in which images enter and leave the codec.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,7 @@ Bytes = NDArray[np.uint8]
 PILImage = Image.Image  # for annotations elsewhere, without importing PIL there
 
 INK, PAPER, FRAME = (32, 32, 36), (255, 255, 255), (214, 214, 220)
-MIN_SIDE = 16  # pixels; less than that shows nothing
+MIN_SIDE = 16  # pixels; a smaller image shows nothing
 MARGIN, FONT_SIZE, LABEL_LINES = 12, 15, 6  # pixels, pixels, lines
 
 
@@ -50,7 +50,7 @@ MARGIN, FONT_SIZE, LABEL_LINES = 12, 15, 6  # pixels, pixels, lines
 
 
 def to_bytes(images: Tensor) -> Bytes:
-    """(B, 3, height, width) floats -> (B, height, width, 3) bytes; what lies outside [-1, 1] is clipped.
+    """Bytes (B, height, width, 3) of floats (B, 3, height, width); values outside [-1, 1] are clipped.
 
     >>> to_bytes(torch.zeros(1, 3, 2, 2)).shape
     (1, 2, 2, 3)
@@ -60,7 +60,7 @@ def to_bytes(images: Tensor) -> Bytes:
 
 
 def to_floats(images: Bytes) -> Tensor:
-    """(B, height, width, 3) bytes -> (B, 3, height, width) float32 in [-1, 1].
+    """Floats (B, 3, height, width) in [-1, 1], float32, of bytes (B, height, width, 3).
 
     >>> to_floats(np.full((1, 2, 2, 3), 255, np.uint8)).max()
     tensor(1.)
@@ -82,49 +82,49 @@ def psnr(images: Tensor, references: Tensor, span: float = 2.0) -> Tensor:
 
 
 def to_tensor(image: PILImage | np.ndarray) -> Tensor:
-    """(3, height, width) float32 in [-1, 1] from a PIL image of any mode or a (height, width, 3) uint8 array.
+    """Tensor (3, height, width) float32 in [-1, 1] of a PIL image of any mode or a (height, width, 3) uint8 array.
 
-    Transparent pixels become white, as on a page. Raises ShapeError for an array of another shape or dtype.
+    Transparent pixels become white. Raises ShapeError for an array of another shape or dtype.
 
     >>> to_tensor(np.full((2, 2, 3), 255, dtype=np.uint8)).unique()
     tensor([1.])
     """
     pixels = np.asarray(_rgb(image)) if isinstance(image, Image.Image) else image  # (height, width, 3)
     if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
-        raise ShapeError(f"image: expected (height, width, 3) uint8, got {pixels.shape} {pixels.dtype}.")
+        raise ShapeError(f"image is {pixels.shape} {pixels.dtype}; expected (height, width, 3) uint8.")
     return to_floats(pixels[None])[0]  # (3, height, width)
 
 
 def to_pil(image: Tensor) -> PILImage:
-    """A PIL image from (3, height, width) floats; what lies outside [-1, 1] is clipped.
+    """PIL image of (3, height, width) floats, the exact inverse of `to_tensor`; values outside [-1, 1] are clipped.
 
-    Undoes to_tensor exactly. Raises ShapeError for another shape and DataError where a pixel is not a finite number.
+    Raises ShapeError for another shape and DataError where a pixel is not a finite number.
     """
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-        raise ShapeError(f"image: expected (3, height, width) float, got {tuple(image.shape)} {image.dtype}.")
+        raise ShapeError(f"image is {tuple(image.shape)} {image.dtype}; expected (3, height, width) floats.")
     if not image.isfinite().all():
-        raise DataError("image: expected finite numbers, got NaN or infinity; the model that drew it has diverged.")
+        raise DataError("image has NaN or infinite pixels; expected finite ones: the model that drew it has diverged.")
     return Image.fromarray(to_bytes(image[None])[0])
 
 
 def read_picture(source: str | Path | PILImage | bytes, size: int) -> Tensor:
-    """A picture for a model to look at, upright: its middle square, `size` pixels a side, (3, size, size) in [-1, 1].
+    """Image as input of a model: upright, its central square scaled to `size`, (3, size, size) in [-1, 1].
 
-    `source`: the name of a file, the bytes of one, or a PIL image. Raises DataError, naming the remedy, for what could
-    only be read by guessing: no picture, a truncated one, one too large to be meant, several frames, CMYK, 16 bits,
+    source: the name of a file, the bytes of one, or a PIL image. Raises DataError, naming the remedy, for a source that
+    could be read only by guessing: no image, a truncated one, one of absurd size, several frames, CMYK, 16 bits,
     transparency, or a side of less than 16 pixels.
     """
-    name = "the picture" if isinstance(source, Image.Image | bytes) else str(source)
+    name = "the image" if isinstance(source, Image.Image | bytes) else str(source)
     try:
-        image = source if isinstance(source, Image.Image) else _opened(source)
-        _check_readable(image, name)
-        pixels = ImageOps.exif_transpose(image).convert("RGB")  # here PIL meets the end of a truncated file
+        with nullcontext(source) if isinstance(source, Image.Image) else _opened(source) as image:
+            _check_readable(image, name)
+            pixels = ImageOps.exif_transpose(image).convert("RGB")  # here PIL meets the end of a truncated file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         unknown = isinstance(error, UnidentifiedImageError) and isinstance(source, bytes)
         reason = "its bytes are of no known format" if unknown else str(error).rstrip(".")
         raise DataError(
-            f"cannot read {name} as a picture: {reason}; expected a whole picture of ordinary size: "
-            "save it anew, or smaller."
+            f"cannot read {name} as an image: {reason}; expected a complete image of ordinary size: "
+            "save it again, or smaller."
         ) from error
     side = min(pixels.size)
     left, top = (pixels.width - side) // 2, (pixels.height - side) // 2
@@ -141,33 +141,33 @@ def _opened(source: str | Path | bytes) -> PILImage:
 
 
 def _check_readable(image: PILImage, name: str) -> None:
-    """Raise DataError for a picture that is whole but that we would have to guess about."""
+    """Raise DataError for an image that is complete but could be read only by guessing."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
-        raise DataError(f"{name} has {frames} frames; expected a still picture: save the frame you mean.")
+        raise DataError(f"{name} has {frames} frames; expected a still image: save the frame you mean.")
     if image.mode not in ("1", "L", "P", "RGB", "RGBA", "LA", "PA"):
         raise DataError(f"{name} has colour mode {image.mode}; expected 8-bit RGB or grey: convert it first.")
     if any(";16" in str(tile.args) for tile in getattr(image, "tile", ())):  # PIL drops half of the bits
         raise DataError(f"{name} has 16 bits per channel; expected 8-bit RGB or grey: convert it first.")
     if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-        raise DataError(f"{name} has transparent pixels; expected an opaque picture: put it on a background first.")
+        raise DataError(f"{name} has transparent pixels; expected an opaque image: put it on a background first.")
     if min(image.size) < MIN_SIDE:
         raise DataError(f"{name} is {image.width} x {image.height} pixels; expected at least {MIN_SIDE} a side.")
 
 
 def contact_sheet(images: Sequence[PILImage], labels: Sequence[str], columns: int = 8, scale: int = 3) -> PILImage:
-    """One picture of all `images` in rows of `columns`, each enlarged `scale` times with its label beneath.
+    """Arrange images in rows of `columns` on one sheet, each enlarged `scale` times with its label beneath.
 
-    A label is wrapped to the width of its picture and ends in an ellipsis after six lines.
-    Raises ShapeError where there is no image, not one label for each, or no column.
+    A label is wrapped to the width of its image and ends in an ellipsis after six lines.
+    Raises ShapeError unless there are images, one label for each, and a column.
 
     >>> contact_sheet([Image.new("RGB", (64, 64))] * 3, ["one", "two", "three"], columns=2).size
     (420, 468)
     """
     if not images or len(images) != len(labels) or columns < 1 or scale < 1:
         raise ShapeError(
-            f"contact_sheet: expected one label for each of one or more images, columns and scale of at least 1; "
-            f"got {len(images)} images, {len(labels)} labels, columns={columns}, scale={scale}."
+            f"contact_sheet got {len(images)} images, {len(labels)} labels, columns={columns}, scale={scale}; "
+            "expected one label for each of one or more images, columns and scale of at least 1."
         )
     font = ImageFont.load_default(FONT_SIZE)
     width, height = max(i.width for i in images) * scale, max(i.height for i in images) * scale
@@ -196,12 +196,12 @@ def contact_sheet(images: Sequence[PILImage], labels: Sequence[str], columns: in
 
 
 def save_png(image: PILImage, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a PNG with `metadata` as its text chunks, in one step: no half-written file, folders on the way are made.
+    """Write a PNG with `metadata` as its text chunks, completely or not at all; missing folders are created.
 
-    Raises OutputError where the name does not end in .png or the file cannot be written (folder read-only, disk full).
+    Raises OutputError if the name does not end in .png or the file cannot be written (folder read-only, disk full).
     """
     if Path(path).suffix.lower() != ".png":
-        raise OutputError(f"cannot write {path}: pictures are PNG files, expected a name that ends in .png.")
+        raise OutputError(f"cannot write {path}: images are PNG files; expected a name that ends in .png.")
     chunks = PngImagePlugin.PngInfo()
     for key, text in (metadata or {}).items():
         chunks.add_text(key, text)  # tEXt, or iTXt where the text is not Latin-1
@@ -210,16 +210,16 @@ def save_png(image: PILImage, path: str | Path, metadata: Mapping[str, str] | No
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG as `save_png` wrote them; empty for a picture that carries none.
+    """Text chunks of a PNG as `save_png` wrote them; empty for an image without any.
 
-    Raises DataError for a file that is not there or is not a picture.
+    Raises DataError for a file that does not exist or is not an image.
     """
     try:
         with Image.open(path) as image:
             image.load()  # text may stand after the pixels
             return {key: str(text) for key, text in getattr(image, "text", {}).items()}
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all from PIL
-        raise DataError(f"cannot read {path} as a picture: {error}.") from error
+        raise DataError(f"cannot read {path} as an image: {error}.") from error
 
 
 def _rgb(image: PILImage) -> PILImage:
@@ -230,7 +230,7 @@ def _rgb(image: PILImage) -> PILImage:
 
 
 def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """`text` in at most LABEL_LINES lines of at most `width` pixels; a word wider than that is cut."""
+    """Wrap `text` into at most LABEL_LINES lines of at most `width` pixels; a wider word is cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -249,7 +249,7 @@ def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeF
 
 
 def _text_height(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> int:
-    """Pixels that `text` needs beneath a picture, measured on a line with ascenders and descenders."""
+    """Pixels that `text` needs beneath an image, measured on lines with ascenders and descenders."""
     tall = "\n".join("Ag" for _ in range(text.count("\n") + 1))
     box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox((0, 0), tall, font=font, spacing=2)
     return int(box[3]) + MARGIN // 2

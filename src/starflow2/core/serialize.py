@@ -1,9 +1,9 @@
 """Frozen dataclasses to and from plain dictionaries and JSON, strictly.
 
 A config is a frozen keyword-only dataclass of bool, int, float, str, None, Literal, tuple, dict[str, X], unions of
-those and further dataclasses. Reading one back names every key: an unknown one, a missing one and a value of another
-type each raise ConfigError with the path to it. Not a parser of command lines (cli.parsing is) and
-not a place for defaults from elsewhere: what is in the dictionary is the whole config.
+those and further dataclasses. Reading one back checks every key: an unknown one, a missing one and a value of another
+type each raise ConfigError with the path to it. Not here: command lines, and defaults from elsewhere: the dictionary
+is the whole config.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ T = TypeVar("T")
 
 
 def to_dict(cfg: object) -> dict[str, Any]:
-    """The config as a dictionary that JSON can hold: dataclasses become dictionaries, tuples become lists.
+    """Convert a config to a dictionary that JSON can hold: dataclasses become dictionaries, tuples become lists.
 
-    Raises ConfigError, naming the path, for a value that would not survive the way through JSON.
+    Raises ConfigError, naming the path, for a value that JSON would change.
 
     >>> @dataclasses.dataclass(frozen=True, kw_only=True)
     ... class Sheet:
@@ -38,15 +38,14 @@ def to_dict(cfg: object) -> dict[str, Any]:
     {'columns': 8, 'size': [64, 64]}
     """
     if not dataclasses.is_dataclass(cfg) or isinstance(cfg, type):
-        raise ConfigError(f"to_dict takes a dataclass instance, got {_show(cfg)}.")
-    plain: dict[str, Any] = _plain(cfg, type(cfg).__name__)
-    return plain
+        raise ConfigError(f"cfg is {_show(cfg)}; expected a dataclass instance.")
+    return _plain(cfg, type(cfg).__name__)
 
 
 def from_dict(cls: type[T], data: object) -> T:
-    """The config of class `cls` that `to_dict` would have turned into `data`.
+    """Config of class `cls` from a dictionary as `to_dict` writes it.
 
-    Every field must be there, defaults or not: a config is read back years later, when defaults may have moved.
+    Every field must be there, defaults or not: a config is read back years later, when defaults may have changed.
     Raises ConfigError naming path, value, expectation and nearest name.
 
     >>> @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,12 +58,11 @@ def from_dict(cls: type[T], data: object) -> T:
         ...
     starflow2.errors.ConfigError: Sheet.colums: unknown key (value 4), expected columns. Did you mean "columns"?
     """
-    value: T = _read(cls, data, cls.__name__)
-    return value
+    return _read(cls, data, cls.__name__)
 
 
 def save_json(cfg: object, path: str | Path) -> None:
-    """Write the config as JSON, in one step: the file is either the old one or the whole new one.
+    """Write the config as JSON, completely or not at all.
 
     Raises ConfigError for a value JSON cannot hold and OutputError where the file cannot be written.
     """
@@ -74,15 +72,12 @@ def save_json(cfg: object, path: str | Path) -> None:
 
 
 def load_json(cls: type[T], path: str | Path) -> T:
-    """The config of class `cls` from a JSON file.
-
-    Raises ConfigError as from_dict does, and for a file that is not there or is not JSON.
-    """
+    """Config of class `cls` from a JSON file. Raises ConfigError, as `from_dict` and `read_json` do."""
     return from_dict(cls, read_json(path))
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file holds. Raises ConfigError for one that is not there, is not JSON or holds a key twice."""
+    """Parse a JSON file. Raises ConfigError if it does not exist, is not JSON or has a key twice."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
     except OSError as error:
@@ -92,11 +87,11 @@ def read_json(path: str | Path) -> Any:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON lets a key stand twice and keeps the last one; here that is an error, because one of the two is ignored."""
+    """Dictionary of the pairs of a JSON object. Raises ValueError for a repeated key: JSON would ignore one."""
     data: dict[str, Any] = {}
     for key, value in pairs:
         if key in data:
-            raise ValueError(f'key "{key}" stands twice')
+            raise ValueError(f'key "{key}" occurs twice')
         data[key] = value
     return data
 
@@ -121,14 +116,14 @@ def _plain(value: object, path: str) -> Any:
 
 
 def _read(kind: Any, value: object, path: str) -> Any:
-    """`value` as an instance of the annotation `kind`, or ConfigError."""
+    """Read `value` as an instance of the annotation `kind`. Raises ConfigError."""
     if dataclasses.is_dataclass(kind):
         return _read_config(kind, value, path)
     if kind in _SCALARS:
         return _read_scalar(kind, value, path)
     reader = _READERS.get(get_origin(kind))
     if reader is None:
-        raise TypeError(f"{path}: config.py cannot read the annotation {kind!r}.")
+        raise TypeError(f"{path}: from_dict cannot read the annotation {kind!r}.")
     return reader(get_args(kind), value, path)
 
 
@@ -153,7 +148,7 @@ def _read_config(cls: Any, value: object, path: str) -> Any:
     fields = {name: _read(_hints(cls)[name], value[name], f"{path}.{name}") for name in names}
     try:
         return cls(**fields)
-    except ConfigError as error:  # from the class's own __post_init__, which does not know where it stands
+    except ConfigError as error:  # from the class's own __post_init__, which does not know the path
         raise ConfigError(f"{path}: {error}") from error
 
 
@@ -192,7 +187,7 @@ def _read_union(options: tuple[Any, ...], value: object, path: str) -> Any:
 
 
 def _meant(members: list[Any], value: object) -> Any:
-    """The config class that shares most keys with `value`; None where none shares any, or two as many."""
+    """Config class that shares most keys with `value`; None if none shares any, or two share as many."""
     if not isinstance(value, Mapping):
         return None
     classes = [option for option in members if dataclasses.is_dataclass(option)]
@@ -219,7 +214,7 @@ def _read_dict(items: tuple[Any, ...], value: object, path: str) -> Any:
 
 
 def _name(kind: Any) -> str:
-    """An annotation in words for a message."""
+    """Annotation in words, for messages."""
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(repr, get_args(kind)))
     if kind is types.NoneType:

@@ -26,7 +26,7 @@ SOFTPLUS_SHIFT = 0.541324854612918  # softplus(shift) = 1, so a raw output of 0 
 
 
 def soft_clip(x: Tensor, bound: float) -> Tensor:
-    """x squashed smoothly into (-bound, bound); bound 0 leaves it alone (STARFlow 3.2)."""
+    """Squash x smoothly into (-bound, bound); bound 0 leaves it unchanged (STARFlow 3.2)."""
     return bound * torch.tanh(x / bound) if bound else x
 
 
@@ -51,7 +51,7 @@ class Affine:
 
     @classmethod
     def from_raw(cls, raw: Tensor, scale: Scale = "exp") -> Affine:
-        """From head outputs (B, N, 2D), scale rows first, already clipped, in any precision."""
+        """Gaussians of head outputs (B, N, 2D), scale first, then mean, already clipped, in any precision."""
         raw_scale, mu = at_least_fp32(raw).chunk(2, dim=-1)
         if scale == "exp":
             return cls(mu, raw_scale)
@@ -80,20 +80,20 @@ class Affine:
         return tuple(map(Affine, self.mu.chunk(chunks), self.log_scale.chunk(chunks)))
 
     def kl(self, other: Affine) -> Tensor:
-        """KL(self | other) of each channel, (B, N, D) nats: what predicting `other` costs where `self` is right."""
+        """KL(self | other) of each channel, (B, N, D) nats: the cost of predicting `other` where `self` is right."""
         log_ratio = self.log_scale - other.log_scale
         distance = (self.mu - other.mu) * torch.exp(-other.log_scale)
         return 0.5 * (torch.exp(2 * log_ratio) + distance.square() - 1) - log_ratio
 
     def guide(self, unconditional: Affine, guidance: float | Tensor, rule: Guidance = "starflow") -> Affine:
-        """The Gaussian of classifier-free guidance; guidance 0 returns `self` unchanged. A tensor broadcasts over mu.
+        """Apply classifier-free guidance; guidance 0 returns `self` unchanged. A tensor broadcasts over mu.
 
         "starflow": p_c^(1+g) / p_u^g with the variance ratio clipped to at most 1, so that
         guidance never widens (STARFlow prop. 2). "tarflow": both parameters extrapolated.
         """
         if isinstance(guidance, float | int):
             if guidance < 0:
-                raise ConfigError(f"guidance is {guidance}; expected 0 (off) or more.")
+                raise ConfigError(f"guidance is {guidance}; expected at least 0, which is off.")
             if guidance == 0:
                 return self
         if rule == "tarflow":

@@ -29,7 +29,7 @@ Direction = Literal["l2r", "r2l"]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """Shape and conventions of one block; defaults are ours, `start` and `scale` cover the family."""
+    """Sizes and conventions of one block; the defaults are ours, other settings are those of published flows."""
 
     dim: int  # D, channels of a latent
     grid: tuple[int, int]  # rows and columns; N = rows * columns in raster order
@@ -54,7 +54,7 @@ class BlockConfig:
 
 
 def scan(x: Tensor, direction: Direction) -> Tensor:
-    """x in scan order; its own inverse. (B, N, D)."""
+    """Bring x: (B, N, D) from raster order into scan order, or back: it is its own inverse."""
     return x.flip(1) if direction == "r2l" else x
 
 
@@ -329,9 +329,9 @@ class AffineBlock(nn.Module):
 
     def _check_conditions(self, batch: int, context: Context | None, noise_level: Tensor | None) -> None:
         if (context is not None) and not self.cfg.context_dim:
-            raise ShapeError("context was given, but this block has context_dim 0 and takes none.")
+            raise ShapeError("context was given; expected None, because this block has context_dim 0.")
         if context is None and self.cfg.start == "none" and self.cfg.context_dim:
-            raise ShapeError("context is None; a block with start='none' needs its context.")
+            raise ShapeError("context is None; expected a Context, because this block has start='none'.")
         if (noise_level is not None) != self.cfg.noise:
             raise ShapeError(
                 f"noise_level is {'given' if noise_level is not None else 'None'}, but the block's "

@@ -35,14 +35,19 @@ class FlowConfig:
         blocks = (*self.shallow, self.deep)
         for a, b in pairwise(blocks):
             if a.direction == b.direction:
-                raise ConfigError("neighbouring blocks scan in one direction; they must alternate.")
+                raise ConfigError(
+                    f"two neighbouring blocks have direction {a.direction!r}; expected directions that alternate."
+                )
         if any(b.noise != (self.noise is not None) for b in blocks):
-            raise ConfigError("noise must be set in all blocks and in the flow, or in none.")
+            raise ConfigError(
+                f"flow.noise is {self.noise} and noise of the blocks is {[b.noise for b in blocks]}; "
+                "expected levels in the flow and in all blocks, or in none."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """Knobs of sampling that are not data. guidance 0 = off; prior_scale 1 = exact sampling."""
+    """Settings of sampling. guidance 0 = off; prior_scale 1 = exact sampling."""
 
     guidance: float = 0.0
     rule: Guidance = "starflow"
@@ -53,7 +58,7 @@ class SampleConfig:
 
 
 class ShallowFlow(nn.Module):
-    """f_S, the blocks between latents x and intermediate latents u; knows no context."""
+    """The blocks f_S between latents x and intermediate latents u, without context."""
 
     def __init__(self, blocks: tuple[BlockConfig, ...]) -> None:
         super().__init__()
@@ -68,7 +73,7 @@ class ShallowFlow(nn.Module):
         return x, logdet
 
     def inverse(self, u: Tensor, noise_level: Tensor | None = None, solver: Solver = SEQUENTIAL) -> Tensor:
-        """u -> x, both (B, N, D), blocks in reverse order; noise_level: (B,) where the blocks were given one."""
+        """u -> x, both (B, N, D), through the blocks in reverse order; noise_level: (B,), as in `forward`."""
         for block in reversed(self.blocks):
             assert isinstance(block, AffineBlock)
             u = block.inverse(u, None, noise_level, solver=solver)
@@ -99,7 +104,7 @@ class Flow(nn.Module):
         return z, shallow_logdet + deep_logdet
 
     def inverse(self, z: Tensor, context: Context | None = None, noise_level: Tensor | None = None) -> Tensor:
-        """z -> x, one latent after the other, exact up to rounding."""
+        """z -> x, both (B, N, D), one latent after the other, exact up to rounding."""
         u = self.deep.inverse(z, context, noise_level)
         return self.shallow.inverse(u, noise_level)
 
@@ -123,9 +128,9 @@ class Flow(nn.Module):
         config: SampleConfig | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """Latents from prior draws z: (B, N, D), see `prior`. Guidance acts in the deep block only.
+        """Latents x: (B, N, D) from prior samples z: (B, N, D), see `prior`. Guidance acts in the deep block only.
 
-        Raises ConfigError when guidance is asked for without `unconditional`.
+        Raises ConfigError for guidance without `unconditional`.
         """
         config = config or SampleConfig()
         guide = None
@@ -141,7 +146,7 @@ class Flow(nn.Module):
         return self.shallow.inverse(u, noise_level, config.shallow_solver)
 
     def prior(self, seeds: list[int]) -> Tensor:
-        """z: (B, N, D), row i drawn from seeds[i] alone, on CPU, so that batches do not matter."""
+        """Prior samples z: (B, N, D); row i depends on seeds[i] alone and is generated on CPU, whatever the batch."""
         shape = (self.cfg.deep.num_latents, self.cfg.deep.dim)
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         return torch.stack(rows).to(self.deep.head.weight.device)

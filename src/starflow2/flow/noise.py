@@ -20,10 +20,10 @@ __all__ = ["NoiseConfig", "NoiseEmbedding", "add_noise"]
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
-    """Noise levels of training: uniform on [noise_min, noise_max], a share of them at the top.
+    """Noise levels of training: uniform on [noise_min, noise_max], some of them exactly noise_max.
 
-    Pictures are sampled at noise_max, so a small model gains from seeing that level more often
-    (our choice: docs/choices.md#noise-levels); max_share 0 is the plain uniform draw.
+    Images are sampled at noise_max, so a small model gains from training on that level more often
+    (our choice: docs/choices.md#noise-levels); max_share 0 is the plain uniform distribution.
     """
 
     noise_min: float = 0.01
@@ -38,18 +38,18 @@ class NoiseConfig:
             )
 
     def sample_levels(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """(count,) float32 levels."""
+        """Random levels, (count,) float32."""
         uniform = torch.rand(2, count, generator=generator)
         level = self.noise_min + (self.noise_max - self.noise_min) * uniform[0]
         return torch.where(uniform[1] < self.max_share, self.noise_max, level)
 
     def loss_weight(self, noise_level: Tensor) -> Tensor:
-        """Weight of each sample's NLL; "level" equalises gradients, which scale like 1 / level."""
+        """Weight of each sample's NLL, (B,); "level" equalises gradients, which scale like 1 / level."""
         return noise_level if self.weight == "level" else torch.ones_like(noise_level)
 
     @property
     def mean_log_level(self) -> float:
-        """E[ln level]; 1.419 plus this bounds the held-out NLL in nats per dimension from below."""
+        """E[ln level]; 1.419 plus this is a lower bound of the held-out NLL in nats per dimension."""
         low, high = self.noise_min, self.noise_max
         if low == high:
             return math.log(high)
@@ -64,9 +64,9 @@ def add_noise(x: Tensor, noise_level: Tensor, generator: torch.Generator | None 
 
 
 class NoiseEmbedding(nn.Module):
-    """Level -> vector: `waves` sines and cosines of log level, then a two-layer MLP. (B,) -> (B, C).
+    """Embed noise levels, (B,) -> (B, C): `waves` sines and cosines of the log level, then a two-layer MLP.
 
-    Waves 0: as many as the width (iTARFlow); fewer keep the MLP small beside a wide stream.
+    waves 0: as many as the width (iTARFlow); fewer keep the MLP of a wide stream small.
     """
 
     def __init__(self, width: int, waves: int = 0) -> None:
@@ -79,5 +79,4 @@ class NoiseEmbedding(nn.Module):
         dtype = next(self.mlp.parameters()).dtype
         freqs = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=dtype, device=noise_level.device) / half)
         angles = noise_level.to(dtype).log()[:, None] * freqs  # (B, C / 2)
-        out: Tensor = self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
-        return out
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
