@@ -467,7 +467,7 @@ def test_keep_best_writes_the_picture_that_its_prompt_explains_best(joint, capsy
         (["--mode", "interleaved", "-n", "2"], "replies once to one prompt"),
         (["--mode", "interleaved", "--batch", "2"], "--batch belongs to --mode image"),
         (["a blue star", "--mode", "interleaved"], "starflow2 chat takes several turns"),
-        (["--mode", "interleaved", "--cleanup", "tweedie"], "cleanup is 'tweedie'; it works for models before stage joint"),
+        (["--mode", "interleaved", "--cleanup", "tweedie"], "it works for models before stage joint"),
         (["--mode", "interleaved", "-o", "x.jpg"], "ends in .png"),
         (["--mode", "interleaved", "-o", "folder.png"], "cannot write folder-2.png"),
     ],
