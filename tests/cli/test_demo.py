@@ -22,7 +22,7 @@ from starflow2.evals import story as stories
 from starflow2.evals.world import score_geneval
 from starflow2.pipeline import StarFlow2
 from starflow2.world.captions import FAMILIES, suite_drawings
-from starflow2.world.edits import OPERATIONS
+from starflow2.world.edit_operations import OPERATIONS
 from starflow2.world.scene import render
 
 

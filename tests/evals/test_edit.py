@@ -13,8 +13,8 @@ from starflow2.errors import ConfigError, DataError
 from starflow2.evals import edit as editing
 from starflow2.evals.edit import evaluate_edit, evaluate_edit_sessions, grade_edits, verify_lock
 from starflow2.evals.statistics import lock_text
-from starflow2.world.edits import OPERATIONS, fits
-from starflow2.world.scene import SceneObject, render
+from starflow2.world.edit_operations import OPERATIONS
+from starflow2.world.scene import SceneObject, fits, render
 
 
 @pytest.fixture

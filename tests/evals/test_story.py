@@ -11,7 +11,8 @@ from starflow2.evals import story as stories
 from starflow2.evals.story import evaluate_story, story_ceiling, verify_lock
 from starflow2.world.scene import Scene, SceneObject, render
 from starflow2.world.splits import bucket
-from starflow2.world.stories import TOLD_KINDS, agrees, answer_question, parse_sentence
+from starflow2.world.stories import REQUEST_KINDS
+from starflow2.world.story_text import agrees, answer_question, parse_sentence
 
 RUNGS = ("structure", "block", "image", "consistency")
 pytestmark = pytest.mark.timeout(600)  # seconds of one core, but the core may be shared
@@ -244,7 +245,7 @@ def test_an_answer_is_held_against_the_truth_and_against_what_was_drawn():
     settled = [word for word in truth.values() if word is not None]
     assert row["drawn"]["score"] == 1 and 0 < row["drawn"]["n"] < 16 and len(settled) <= row["drawn"]["n"]
     assert row["true"]["score"] < 1
-    assert row["told"]["n"] == sum(n["true"]["n"] for kind, n in row["by_kind"].items() if kind in TOLD_KINDS)
+    assert row["told"]["n"] == sum(n["true"]["n"] for kind, n in row["by_kind"].items() if kind in REQUEST_KINDS)
 
 
 def test_the_guess_is_what_always_giving_the_usual_answer_scores():
@@ -261,7 +262,7 @@ def test_the_reader_of_words_is_right_where_the_requests_settle_it_and_guesses_e
     usual = stories._guesses()
 
     def read(story, told):
-        told[4] = [("text", story.answer if story.kind in TOLD_KINDS else usual[story.kind])]
+        told[4] = [("text", story.answer if story.kind in REQUEST_KINDS else usual[story.kind])]
 
     row = evaluate_story(Truth(spoil=read), "dev", parts=("id",))["parts"]["id"]
     assert row["floor"]["guess"] < row["answer"]["true"]["score"] == row["floor"]["words"]

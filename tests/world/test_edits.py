@@ -9,19 +9,9 @@ from test_captions_and_questions import leaks, text_leaks, words
 
 from starflow2.errors import ConfigError, DataError
 from starflow2.world import edits
-from starflow2.world.edits import (
-    EDIT_WORDINGS,
-    OPERATIONS,
-    Edit,
-    edit_chain_dialogue,
-    edit_dialogue,
-    edit_task,
-    edit_words,
-    fits,
-    suite_edits,
-    suite_sessions,
-)
-from starflow2.world.scene import BACKGROUND_NAMES, COLORS, SHAPES, SIZES, sample_scene, stream
+from starflow2.world.edit_operations import EDIT_WORDINGS, OPERATIONS, edit_words
+from starflow2.world.edits import Edit, edit_chain_dialogue, edit_dialogue, edit_task, suite_edits, suite_sessions
+from starflow2.world.scene import BACKGROUND_NAMES, COLORS, SHAPES, SIZES, fits, sample_scene, stream
 from starflow2.world.splits import bucket, held_out, scene_key
 
 NOUN = re.compile(rf"the ((?:(?:{'|'.join((*SIZES, *COLORS))}) )*(?:{'|'.join(SHAPES)}))")
@@ -214,4 +204,4 @@ def test_bad_requests_name_the_argument():
 def test_a_chain_of_nothing_but_removals_is_never_asked_for_and_impossible_chains_are_refused():
     assert len(edit_chain_dialogue(0, 699).turns) > 1  # first drew "remove" three times, which no picture allows
     with pytest.raises(DataError, match="one after another"):
-        edits._chain(stream(0), "train", ["remove"] * 3)
+        edits.chain_steps(stream(0), "train", ["remove"] * 3)

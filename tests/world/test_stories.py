@@ -10,21 +10,8 @@ import pytest
 from starflow2.errors import ConfigError
 from starflow2.world.scene import COLORS, SHAPES, SIZES, Scene, coverage, relations
 from starflow2.world.splits import bucket, held_out, is_trainable
-from starflow2.world.stories import (
-    CG_ROWS,
-    KINDS,
-    STORY_WORDINGS,
-    TOLD_KINDS,
-    Claim,
-    Look,
-    agrees,
-    answer_question,
-    parse_sentence,
-    story_dialogue,
-    story_task,
-    story_words,
-    suite_stories,
-)
+from starflow2.world.stories import CG_ROWS, KINDS, REQUEST_KINDS, story_dialogue, story_task, suite_stories
+from starflow2.world.story_text import STORY_WORDINGS, Claim, Look, agrees, answer_question, parse_sentence, story_words
 from starflow2.world.words import NUMBERS
 
 SIDES = {"left": "left of", "right": "right of", "above": "above", "over": "above", "below": "below", "under": "below"}
@@ -247,7 +234,7 @@ def test_answers_are_one_true_word_by_a_second_reading(trained, suites):
 def test_kinds_have_their_shares_and_no_answer_gives_itself_away(trained):
     kinds = Counter(story.kind for story in trained)
     assert all(abs(kinds[kind] / len(trained) - share) < 0.04 for kind, share in KINDS.items())
-    assert 0.3 < sum(kinds[kind] for kind in TOLD_KINDS) / len(trained) < 0.42
+    assert 0.3 < sum(kinds[kind] for kind in REQUEST_KINDS) / len(trained) < 0.42
     for kind in KINDS:
         answers = Counter(story.answer for story in trained if story.kind == kind)
         assert max(answers.values()) / answers.total() < 0.6, (kind, answers)

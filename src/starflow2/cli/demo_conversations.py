@@ -29,7 +29,8 @@ from starflow2.inference.conversations import PastTurn
 from starflow2.inference.session import Session
 from starflow2.models.components import Components
 from starflow2.pipeline import StarFlow2
-from starflow2.world.edits import OPERATIONS, Edit, suite_edits
+from starflow2.world.edit_operations import OPERATIONS
+from starflow2.world.edits import Edit, suite_edits
 from starflow2.world.questions import SUBTASKS
 from starflow2.world.scene import render
 from starflow2.world.stories import STEPS, suite_stories

@@ -39,7 +39,8 @@ from starflow2.evals.statistics import (
 )
 from starflow2.world.captions import Brief, caption
 from starflow2.world.detector import Detection, Scan, detect
-from starflow2.world.edits import OPERATIONS, Edit, EditSession, Operation, Part, suite_edits, suite_sessions
+from starflow2.world.edit_operations import OPERATIONS, Operation
+from starflow2.world.edits import Edit, EditSession, Part, suite_edits, suite_sessions
 from starflow2.world.scene import BACKGROUNDS, Scene, SceneObject, Split, coverage, render, stream
 from starflow2.world.splits import scene_key
 

@@ -37,20 +37,8 @@ from starflow2.evals.statistics import (
 from starflow2.world.detector import Scan, detect
 from starflow2.world.scene import IMAGE_SIZE, SceneObject, Split, relations, render
 from starflow2.world.splits import scene_key
-from starflow2.world.stories import (
-    CG_ROWS,
-    STEPS,
-    TOLD_KINDS,
-    Change,
-    Look,
-    Part,
-    Story,
-    agrees,
-    answer_question,
-    parse_sentence,
-    story_task,
-    suite_stories,
-)
+from starflow2.world.stories import CG_ROWS, REQUEST_KINDS, STEPS, Part, Story, story_task, suite_stories
+from starflow2.world.story_text import Change, Look, agrees, answer_question, parse_sentence
 
 __all__ = ["Ask", "Block", "Tell", "evaluate_story", "lock_spec", "story_ceiling", "verify_lock"]
 
@@ -347,7 +335,7 @@ def _answers(pairs: Sequence[tuple[Story, _Reading]], right: Grades, rng: np.ran
     drawn = np.array([_word(reading.answer) == word for (_, reading), word in zip(pairs, shown, strict=True)], float)
     is_settled = np.array([word is not None for word in shown])
     kinds = np.array([story.kind for story, _ in pairs])
-    report = {"told": _row(right[np.isin(kinds, list(TOLD_KINDS))], rng), "drawn": _row(drawn[is_settled], rng)}
+    report = {"told": _row(right[np.isin(kinds, list(REQUEST_KINDS))], rng), "drawn": _row(drawn[is_settled], rng)}
     guesses = [_guesses().get(story.kind) for story, _ in pairs]
     guessed = np.array([guess == word for guess, word in zip(guesses, shown, strict=True)], float)
     report["drawn"]["guess"] = float(guessed[is_settled].mean()) if is_settled.any() else None
@@ -396,7 +384,7 @@ def _bounds(split: Split, part: Part, quick: bool) -> Report:
     other, _ = _summary(items, readings[1:] + readings[:1], np.random.default_rng(0))
     guesses = _guesses()
     right = np.array([item.story.answer == guesses.get(item.story.kind) for item in items])
-    told = np.array([item.story.kind in TOLD_KINDS for item in items])
+    told = np.array([item.story.kind in REQUEST_KINDS for item in items])
     floors = {"guess": float(right.mean()), "words": float((right | told).mean())}
     return {"ceiling": _plain(truth), "floor": _plain(other) | floors}
 

@@ -37,8 +37,10 @@ from starflow2.training.task import Task
 from starflow2.training.tasks import TASKS
 from starflow2.world.captions import caption_task
 from starflow2.world.conversations import understanding_dialogue, understanding_words
-from starflow2.world.edits import edit_task, edit_words
-from starflow2.world.stories import story_dialogue, story_task, story_words
+from starflow2.world.edit_operations import edit_words
+from starflow2.world.edits import edit_task
+from starflow2.world.stories import story_dialogue, story_task
+from starflow2.world.story_text import story_words
 
 __all__ = ["StepReport", "fit", "fit_task", "is_hidden_matrix", "try_step"]
 
