@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from starflow2.errors import DataError
-from starflow2.world.detector import MIN_PIXELS, Scan, _components, detect
+from starflow2.world.detector import MIN_PIXELS, Scan, connected_components, detect
 from starflow2.world.scene import BACKGROUNDS, COLORS, SHAPES, Scene, SceneObject, render, sample_scene, stream
 
 
@@ -72,7 +72,7 @@ def test_a_color_that_the_world_does_not_have_is_none_and_the_shape_still_known(
 
 def test_components_agree_with_flood_fill():
     mask = np.random.default_rng(0).random((3, 40, 40)) < 0.55
-    labels, count = _components(mask)
+    labels, count = connected_components(mask)
     expected = np.zeros_like(labels)
     number = 0
     for seed in map(tuple, np.argwhere(mask)):

@@ -1,8 +1,8 @@
-"""The drawn world's judge: which objects a picture shows, found without a network.
+"""The drawn world's detector: objects in an image, found by template matching without a network.
 
 Median background, colour distance, connected components, nearest palette colour, then the best soft IoU of the centred,
-scale-normalised alpha crop against rendered templates. Things that touch count as one blob: the world keeps them apart,
-so merging is a drawing error. All thresholds are on colours in [0, 1].
+scale-normalised alpha crop against rendered templates. Objects that touch count as one blob: the world keeps them
+apart, so merging is a drawing error. All thresholds are on colours in [0, 1].
 
 Shape letters: B images, M blobs of all B images together, R runs of foreground pixels, S side of a crop, P templates.
 """
@@ -23,7 +23,7 @@ from torch.nn import functional as nnf
 from starflow2.errors import DataError
 from starflow2.world.scene import COLORS, IMAGE_SIZE, MAX_ANGLE, PALETTE, RADII, SHAPES, Scene, SceneObject, render
 
-__all__ = ["Detection", "Scan", "detect"]
+__all__ = ["MIN_PIXELS", "Detection", "Scan", "connected_components", "detect"]
 
 FOREGROUND = 0.2  # colour distance from the background
 COLOR_REJECT = 0.3  # colour distance from the nearest palette entry
@@ -41,20 +41,20 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """One recognised object. Places in pixels, the left edge of the picture is 0 and its right edge 64."""
+    """One recognised object. Places in pixels, the left edge of the image is 0 and its right edge 64."""
 
     shape: int  # index into SHAPES
     color: int | None  # index into COLORS; None if no palette entry is near
     score: float  # soft IoU with the best template
     box: tuple[float, float, float, float]  # x0, y0, x1, y1: centre ± radius, the box that the world's relations use
-    center: tuple[float, float]  # x, y, where the world says the object stands
+    center: tuple[float, float]  # x, y of the object in the world's sense, not of its centre of mass
     radius: float
     size: int  # index into RADII
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What the judge saw in one picture: detections by falling score, and the blobs it could not name."""
+    """Detections in one image by falling score, and the blobs that match no template."""
 
     detections: tuple[Detection, ...]
     background: tuple[float, float, float]  # RGB in [0, 1]
@@ -67,7 +67,7 @@ class Scan:
 
 
 class _Blobs(NamedTuple):
-    """M foreground components of B images, before any naming."""
+    """M foreground components of B images, before they are recognised."""
 
     image: Ints  # (M,) which image
     color: Floats  # (M, 3) median of the core, [0, 1]
@@ -86,7 +86,7 @@ class _Bank(NamedTuple):
 
 
 def detect(images: Bytes) -> list[Scan]:
-    """What each picture shows: one Scan per image.
+    """Detects the objects of each image: one Scan per image.
 
     images: (B, height, width, 3) uint8. Raises DataError for anything else.
 
@@ -97,7 +97,7 @@ def detect(images: Bytes) -> list[Scan]:
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise DataError(f"images: expected uint8 (B, height, width, 3), got {images.dtype} {images.shape}")
-    return [scan for at in range(0, len(images), CHUNK) for scan in _detect_chunk(images[at : at + CHUNK])]
+    return [scan for start in range(0, len(images), CHUNK) for scan in _detect_chunk(images[start : start + CHUNK])]
 
 
 def _detect_chunk(images: Bytes) -> list[Scan]:
@@ -135,7 +135,7 @@ def _detect_chunk(images: Bytes) -> list[Scan]:
 
 
 def _background(images: Bytes) -> Bytes:
-    """(B, 3) per-channel median."""
+    """Per-channel median of each image: (B, 3)."""
     flat = np.moveaxis(images, -1, 1).reshape(len(images), 3, -1)  # (B, 3, pixels)
     return np.sort(flat, axis=-1, kind="stable")[..., flat.shape[-1] // 2]  # radix sort on bytes
 
@@ -143,22 +143,22 @@ def _background(images: Bytes) -> Bytes:
 def _find_blobs(images: Bytes, background: Bytes) -> _Blobs:
     difference = images.astype(np.int32) - background[:, None, None]  # (B, height, width, 3)
     mask = np.square(difference).sum(axis=-1) > (255 * FOREGROUND) ** 2
-    labels, count = _components(_without_specks(mask))  # (B, height, width), 0 is background
+    labels, count = connected_components(_without_specks(mask))  # (B, height, width), 0 is background
     color = _core_colors(images, labels, count)  # (M, 3) bytes
     image = np.zeros(count, np.int64)
-    reach = _pool(labels)  # one pixel further: the anti-aliased rim
-    at = np.nonzero(reach)
-    owner = reach[at] - 1
-    image[owner] = at[0]
+    reach = _pool(labels)  # one pixel wider: the anti-aliased rim
+    pixels = np.nonzero(reach)  # 3 x (foreground pixels,): image, row, column
+    owner = reach[pixels] - 1
+    image[owner] = pixels[0]
     axis = color - background[image].astype(np.float32)  # (M, 3) from background to object
     axis /= np.maximum(np.square(axis).sum(axis=1, keepdims=True), 1.0)
-    alpha = np.clip((difference[at] * axis[owner]).sum(axis=1), 0, 1).astype(np.float32)
-    x, y = at[2] + 0.5, at[1] + 0.5
+    alpha = np.clip((difference[pixels] * axis[owner]).sum(axis=1), 0, 1).astype(np.float32)
+    x, y = pixels[2] + 0.5, pixels[1] + 0.5
     area = np.maximum(np.bincount(owner, alpha, count), 1e-6)
     moment = np.stack([np.bincount(owner, alpha * x, count), np.bincount(owner, alpha * y, count)], axis=1)
     center = moment / area[:, None]
     maps = np.zeros((count, *images.shape[1:3]), np.float32)
-    maps[owner, at[1], at[2]] = alpha
+    maps[owner, pixels[1], pixels[2]] = alpha
     crops = _crop(torch.from_numpy(maps), torch.from_numpy(center), torch.from_numpy(np.sqrt(area)))
     return _Blobs(image, color / np.float32(255), area.astype(np.float32), center.astype(np.float32), crops)
 
@@ -170,16 +170,16 @@ def _pool(labels: Ints) -> Ints:
 
 
 def _without_specks(mask: Bools) -> Bools:
-    """Drops foreground pixels with fewer than two foreground neighbours out of eight."""
+    """The mask without foreground pixels that have fewer than two foreground neighbours out of eight."""
     around = nnf.avg_pool2d(torch.from_numpy(mask.astype(np.float32))[:, None], 3, 1, 1, divisor_override=1)
     return mask & (around[:, 0].numpy() > 2.5)
 
 
-def _components(mask: Bools) -> tuple[Ints, int]:
-    """Numbers the 4-connected components of at least MIN_PIXELS from 1 on, over all images together.
+def connected_components(mask: Bools) -> tuple[Ints, int]:
+    """Labels of the 4-connected components of at least MIN_PIXELS, from 1 over all images together, and their number.
 
-    Runs of foreground pixels along a row are the nodes and overlaps with the next row the edges, so the work grows
-    with the number of runs (about eighty per picture) and not with the number of pixels.
+    mask: (B, height, width). Runs of foreground pixels along a row are the nodes and overlaps with the next row the
+    edges, so the work grows with the number of runs (about eighty per image) and not with the number of pixels.
     """
     padded = np.pad(mask, ((0, 0), (0, 1), (0, 1)))  # no run and no edge crosses a border
     stride = padded.shape[2]
@@ -192,13 +192,13 @@ def _components(mask: Bools) -> tuple[Ints, int]:
     lower = np.arange(len(upper)) - np.repeat(np.cumsum(fanout) - fanout - first, fanout)
     root = _union(len(starts), upper, lower)
     size = np.bincount(root, ends - starts, len(starts))
-    kept = np.nonzero(size >= MIN_PIXELS)[0]
+    large = np.nonzero(size >= MIN_PIXELS)[0]
     number = np.zeros(len(starts) + 1, np.int64)
-    number[kept] = np.arange(1, len(kept) + 1)
+    number[large] = np.arange(1, len(large) + 1)
     labels = np.zeros(padded.size, np.int64)
     runs = np.repeat(root, ends - starts)
     labels[np.nonzero(padded.ravel())[0]] = number[runs]
-    return labels.reshape(padded.shape)[:, :-1, :-1], len(kept)
+    return labels.reshape(padded.shape)[:, :-1, :-1], len(large)
 
 
 def _union(count: int, left: Ints, right: Ints) -> Ints:
@@ -214,21 +214,21 @@ def _union(count: int, left: Ints, right: Ints) -> Ints:
 
 
 def _core_colors(images: Bytes, labels: Ints, count: int) -> Floats:
-    """(M, 3) bytes: per-channel median of each blob's pixels whose 3 x 3 neighbourhood is all its own."""
+    """Per-channel median of each blob's pixels whose 3 x 3 neighbourhood belongs to it: (M, 3) bytes."""
     core = np.where(-_pool(-labels) == labels, labels, 0)
     has_core = np.bincount(core.ravel(), minlength=count + 1) > 0
     core = np.where(has_core[labels], core, labels)  # too thin for a core: all of it
-    at = np.nonzero(core)
-    owner = core[at] - 1
+    pixels = np.nonzero(core)
+    owner = core[pixels] - 1
     amount = np.bincount(owner, minlength=count)
     middle = np.cumsum(amount) - amount + amount // 2
-    keys = owner[:, None] * 256 + images[at]  # sorts by blob, then by value
+    keys = owner[:, None] * 256 + images[pixels]  # sorts by blob, then by value
     colors: Floats = (np.sort(keys, axis=0)[middle] & 255).astype(np.float32)
     return colors
 
 
 def _crop(maps: Tensor, center: Tensor, scale: Tensor) -> Tensor:
-    """(M, S*S): each alpha map around its centre, so that every blob has the same area."""
+    """Each alpha map cut out around its centre and scaled so that all blobs have one area: (M, S*S)."""
     height, width = maps.shape[1:]
     cells = torch.linspace(-1, 1, CROP) * CROP_REACH
     offset = torch.stack(torch.meshgrid(cells, cells, indexing="xy"), dim=-1)  # (S, S, 2) x, y
@@ -238,7 +238,7 @@ def _crop(maps: Tensor, center: Tensor, scale: Tensor) -> Tensor:
 
 
 def _soft_iou(crops: Tensor, templates: Tensor) -> Tensor:
-    """(M, P): sum of minima over sum of maxima, from the L1 distance."""
+    """Sum of minima over sum of maxima of every crop and template, from their L1 distance: (M, P)."""
     total = crops.sum(dim=1, keepdim=True) + templates.sum(dim=1)  # (M, P)
     distance = torch.cdist(crops, templates, p=1.0)
     return (total - distance) / (total + distance).clamp(min=1e-6)
@@ -246,7 +246,7 @@ def _soft_iou(crops: Tensor, templates: Tensor) -> Tensor:
 
 @cache
 def _bank() -> _Bank:
-    """Every shape in both sizes, seven rotations and two sub-pixel offsets."""
+    """Templates of every shape in both sizes, seven rotations and two sub-pixel offsets."""
     angles, offsets = np.linspace(-MAX_ANGLE, MAX_ANGLE, 7).tolist(), (0.0, 0.5)
     rows = list(product(range(len(SHAPES)), range(len(RADII)), angles, offsets))
     middle, black = IMAGE_SIZE / 2, COLORS.index("black")

@@ -181,7 +181,7 @@ class _ChoiceMaker:
         return None
 
     def counting(self) -> Choice | None:
-        """Counts are drawn before what is counted, so that "one" is not nearly always right."""
+        """The count is drawn before the kind of object, or "one" would nearly always be right."""
         groups: dict[int, list[tuple[str, int | None]]] = {}
         countable: list[tuple[str, int | None, int | None]] = [("objects", None, None)]
         countable += [(PLURALS[s], s, None) for s in range(len(SHAPES))]

@@ -83,7 +83,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A question about a picture, its one right answer, and the operators that find it, in order of execution."""
+    """A question about an image, its one right answer, and the operators that find it, in order of execution."""
 
     text: str
     answer: str
@@ -166,7 +166,7 @@ class _QuestionMaker:
         return shuffled(self.rng, rows)
 
     def _related_one(self) -> tuple[SceneObject, str] | None:
-        """The one object that stands somewhere, and words for it by its place."""
+        """An object that is alone in some relation to another, and words for it by that relation."""
         for found, relation, _, name in self._related():
             if len(found) == 1:
                 return found[0], self._text("related", rel=self._side(relation), b=name)
@@ -176,7 +176,7 @@ class _QuestionMaker:
         return pick(self.rng, RELATION_WORDS[relation])
 
     def _other_value(self, obj: SceneObject, attribute: str) -> str | None:
-        """Another value of an attribute: that of another object if it can be, so that only binding tells."""
+        """Another value of an attribute: that of another object if possible, so that only binding tells them apart."""
         pool = {
             "color": [COLORS[c] for c in range(len(COLORS)) if c != obj.color and self.guard.allows_pair(obj.shape, c)],
             "shape": [SHAPES[s] for s in range(len(SHAPES)) if s != obj.shape and self.guard.allows_pair(s, obj.color)],
@@ -274,7 +274,7 @@ class _QuestionMaker:
         return Question(text=text, answer=value_of(found[0], attribute), program=("select", "query"), kind="query")
 
     def how_many(self) -> Question:
-        """Counts are drawn before what is counted, so that "one" is not the answer to nearly everything."""
+        """The count is drawn before the kind of object, or "one" would be the answer to nearly everything."""
         groups: dict[int, list[tuple[str, tuple[str, ...]]]] = {len(self.objects): [("objects", ("select", "count"))]}
         for s, c in itertools.product((None, *range(len(SHAPES))), (None, *range(len(COLORS)))):
             if (s is None) != (c is None) or (s is not None and c is not None and self.guard.allows_pair(s, c)):
@@ -487,7 +487,7 @@ def list_objects(scene: Scene) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """One sentence with everything: objects top to bottom, for two of them how they stand, and the background."""
+    """One sentence with everything: objects top to bottom, the relation if there are two, and the background."""
     full = frozenset({"color", "size"})
     objects = sorted(scene.objects, key=lambda t: (t.y, t.x))
     nouns = [noun(obj, full) for obj in objects]

@@ -1,10 +1,11 @@
-"""The drawn world: pictures of one to four flat objects on a light background, with exact ground truth.
+"""Scenes of one to four flat objects on a light background: ground truth, rendering, relations, random placement.
 
-A `Scene` is the truth, `render` draws it, `facts` states what stands left of or above what, and the `HELD_OUT` tables
-fix which combinations no training item may ever show (`held_out`, `is_trainable`). Pictures only; words are in `tasks`.
+Words are in `words`, and `splits` decides which scenes training may show.
 Coordinates are pixels of the 64 x 64 canvas, x to the right and y downwards; pixel i covers [i, i + 1).
 Nothing here is from the paper; our choice: docs/choices.md#world.
 """
+
+from __future__ import annotations
 
 import functools
 import itertools
@@ -84,7 +85,7 @@ def _table(rows: Sequence[tuple[int, int, int]]) -> Pixels:
     return colors
 
 
-PALETTE: Final[Pixels] = _table(  # any two differ by more than 0.3 on [0, 1], the judge's colour tolerance
+PALETTE: Final[Pixels] = _table(  # any two differ by more than 0.3 on [0, 1], the detector's colour tolerance
     [
         (218, 38, 42),
         (240, 125, 20),
@@ -125,7 +126,7 @@ class SceneObject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """The whole truth about a picture: its objects, in no meaningful order, and an index into BACKGROUNDS."""
+    """Ground truth of an image: its objects, in no meaningful order, and an index into BACKGROUNDS."""
 
     objects: tuple[SceneObject, ...]
     background: int
@@ -136,18 +137,18 @@ SceneDialogue = Dialogue[Scene]
 
 
 def stream(*numbers: int) -> np.random.Generator:
-    """A random stream named by non-negative integers, such as (seed, index): same numbers, same draws.
+    """A random generator seeded by non-negative integers, such as (seed, index): same numbers, same draws.
 
     >>> stream(0, 7).random() == stream(0, 7).random()
     True
     """
     if min(numbers) < 0:
-        raise ConfigError(f"stream({numbers}): seeds and indices must be 0 or more")
+        raise ConfigError(f"numbers={numbers}: expected seeds and indices of 0 or more")
     return np.random.default_rng(numbers)
 
 
 def pick(rng: np.random.Generator, options: Sequence[T]) -> T:
-    """One of the options, all alike likely."""
+    """One of the options, all equally likely."""
     return options[int(rng.integers(len(options)))]
 
 
@@ -157,7 +158,7 @@ def shuffled(rng: np.random.Generator, options: Sequence[T]) -> list[T]:
 
 
 def chance(rng: np.random.Generator, probability: float) -> bool:
-    """True as often as `probability` says."""
+    """True with the given probability."""
     return bool(rng.random() < probability)
 
 
@@ -177,7 +178,7 @@ def _heart() -> Floats:
 
 
 def _outlines() -> tuple[tuple[Floats, ...], ...]:
-    """Per shape, its polygons for radius 1: the outline, then a hole if there is one. Boxes are centred at 0."""
+    """Polygons of each shape for radius 1: the outline, then a hole if there is one. Their boxes are centred at 0."""
     round_ = _polar(np.ones(36), np.arange(36) / 36)
     star = _polar(np.tile([1.1, 0.5], 5), np.arange(10) / 10)
     triangle = np.array([(0.0, -0.84), (0.92, 0.8), (-0.92, 0.8)])
@@ -205,7 +206,7 @@ _REACH: Final = tuple(float(np.linalg.norm(polygons[0], axis=1).max()) for polyg
 
 
 def _extent(outline: Floats) -> tuple[float, float]:
-    """Half the width and height, for radius 1, of a box that holds the shape at every allowed angle."""
+    """Half the width and height, for radius 1, of the box around the shape at all allowed angles."""
     angles = np.linspace(-MAX_ANGLE, MAX_ANGLE, 23)[:, None]
     turned = (outline[:, 0] + 1j * outline[:, 1]) * np.exp(1j * angles)  # (angles, points)
     return float(np.abs(turned.real).max()), float(np.abs(turned.imag).max())
@@ -225,7 +226,7 @@ def _sprite(obj: SceneObject, image_size: int) -> tuple[Pixels, int, int]:
     cos, sin = np.cos(obj.angle), np.sin(obj.angle)
     turn = np.array([[cos, sin], [-sin, cos]]) * (obj.radius * scale * _SUPERSAMPLE)
     # Pillow cuts vertices to whole sub-pixels and fills both edges: with this 0.5 an outline comes out an eighth of a
-    # pixel up and left and as much too wide, the same for every picture and every template of the judge.
+    # pixel too far up and left and as much too wide, in all images and all templates of the detector alike.
     centre = np.array([obj.x * scale - left, obj.y * scale - top]) * _SUPERSAMPLE - 0.5
     for fill, polygon in zip((255, 0), _OUTLINES[obj.shape], strict=False):
         draw.polygon((polygon @ turn + centre).ravel().tolist(), fill=fill)
@@ -233,13 +234,13 @@ def _sprite(obj: SceneObject, image_size: int) -> tuple[Pixels, int, int]:
 
 
 def _clip(start: int, length: int, image_size: int) -> tuple[slice, slice]:
-    """Where a window lies on the canvas, and which part of the window that is, along one axis."""
+    """Slices, along one axis, of the canvas that a window covers and of the part of the window inside the canvas."""
     low, high = max(start, 0), min(start + length, image_size)
     return slice(low, high), slice(low - start, high - start)
 
 
 def coverage(obj: SceneObject, image_size: int = IMAGE_SIZE) -> Pixels:
-    """How much of each pixel one object covers: (image_size, image_size) uint8, 255 = all of it.
+    """Coverage of each pixel by one object: (image_size, image_size) uint8, 255 = all of it.
 
     >>> round(coverage(SceneObject(shape=0, color=0, size=1, x=32, y=32, angle=0)).sum() / 255, -1).item()
     380.0
@@ -252,7 +253,7 @@ def coverage(obj: SceneObject, image_size: int = IMAGE_SIZE) -> Pixels:
 
 
 def render(scene: Scene, image_size: int = IMAGE_SIZE) -> Pixels:
-    """The picture of a scene, anti-aliased: (image_size, image_size, 3) uint8 RGB."""
+    """The anti-aliased image of a scene: (image_size, image_size, 3) uint8 RGB."""
     canvas = np.empty((image_size, image_size, 3), dtype=np.uint8)
     canvas[:] = BACKGROUNDS[scene.background]
     for obj in scene.objects:
@@ -265,15 +266,15 @@ def render(scene: Scene, image_size: int = IMAGE_SIZE) -> Pixels:
 
 
 def render_batch(scenes: Sequence[Scene], image_size: int = IMAGE_SIZE) -> Pixels:
-    """Pictures of scenes, one or more: (B, image_size, image_size, 3) uint8 RGB."""
+    """Images of one scene or more: (B, image_size, image_size, 3) uint8 RGB."""
     return np.stack([render(scene, image_size) for scene in scenes])
 
 
-# --------------------------------------------------------------------------------- relations, facts
+# ---------------------------------------------------------------------------------------- relations
 
 
 def relations(a: SceneObject, b: SceneObject) -> frozenset[Relation]:
-    """What a is with respect to b: none, one or two of RELATIONS, by GenEval's box rule (shrink 0.1, threshold 0.5).
+    """Relations of a to b: none, one or two of RELATIONS, by GenEval's box rule (shrink 0.1, threshold 0.5).
 
     Boxes are centre +- radius. Each axis of the offset is shortened by 0.1 of the two widths, then divided by the
     length of the unshortened offset.
@@ -298,7 +299,7 @@ def _pairs(num_objects: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]
 
 
 def _stands(places: Floats, radii: Floats, relation: Relation) -> npt.NDArray[np.bool_]:
-    """In which candidates (n, objects, 2) the first object stands in `relation` to the second, by the box rule."""
+    """Mask (n,) of candidates (n, objects, 2) whose first object is in `relation` to the second, by the box rule."""
     offset = places[:, 0] - places[:, 1]  # (n, 2)
     axis = 0 if relation in ("left of", "right of") else 1
     sign = -1.0 if relation in ("left of", "above") else 1.0
@@ -307,7 +308,7 @@ def _stands(places: Floats, radii: Floats, relation: Relation) -> npt.NDArray[np
 
 
 def _place(rng: np.random.Generator, shapes: Sequence[int], sizes: Sequence[int], relation: Relation | None) -> Floats:
-    """Centres (objects, 2), uniform over all layouts that fit. Rejection, many candidates at a time."""
+    """Centres (objects, 2), uniform over all layouts that fit, by rejection of many candidates at a time."""
     radii = np.array([RADII[size] for size in sizes])
     reach = radii * [_REACH[shape] for shape in shapes]
     extent = radii[:, None] * [_EXTENT[shape] for shape in shapes]  # (objects, 2)
@@ -330,13 +331,13 @@ def _place(rng: np.random.Generator, shapes: Sequence[int], sizes: Sequence[int]
 
 
 def half_box(obj: SceneObject) -> tuple[float, float]:
-    """Half the width and height of a box that holds the object at every allowed angle, in pixels."""
+    """Half the width and height of the box around the object at all allowed angles, in pixels."""
     width, height = _EXTENT[obj.shape]
     return width * obj.radius, height * obj.radius
 
 
 def fits(scene: Scene) -> bool:
-    """True if nothing overlaps or touches the border, by the very rule that `sample_scene` places objects with.
+    """True if nothing overlaps or touches the border, by the rule by which `sample_scene` places objects.
 
     >>> fits(sample_scene(stream(0), shapes=[0, 3, 5]))
     True
@@ -362,10 +363,10 @@ def sample_scene(
     background: int | None = None,
     relation: Relation | None = None,
 ) -> Scene:
-    """A random scene with these objects, in this order; what is None is drawn uniformly.
+    """A random scene with objects of these shapes, in this order; arguments that are None are drawn uniformly.
 
-    `relation` is what the first object is with respect to the second. Nothing overlaps or touches the border.
-    Knows nothing of the split: callers reject with `is_trainable` or `held_out`.
+    relation: of the first object to the second. Nothing overlaps or touches the border. Raises ConfigError for a number
+    of objects that is not possible. Splits are not looked at: callers reject with `is_trainable` or `held_out`.
 
     >>> scene = sample_scene(stream(0), shapes=[3, 5], relation="left of")
     >>> "left of" in relations(*scene.objects)
@@ -373,7 +374,7 @@ def sample_scene(
     """
     count = len(shapes)
     if not 1 <= count <= MAX_OBJECTS or (relation is not None and count < 2):
-        raise ConfigError(f"shapes: got {count} objects; expected 1 to {MAX_OBJECTS}, and 2 or more with a relation")
+        raise ConfigError(f"shapes={list(shapes)}: expected 1 to {MAX_OBJECTS} objects, and 2 or more with a relation")
     colors = rng.integers(len(COLORS), size=count).tolist() if colors is None else colors
     sizes = rng.integers(len(SIZES), size=count).tolist() if sizes is None else sizes
     background = int(rng.integers(len(BACKGROUND_NAMES))) if background is None else background

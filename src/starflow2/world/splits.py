@@ -2,7 +2,7 @@
 
 `HELD_OUT[split]` lists the combinations that are reserved for "dev" or "test". `WITHHELD[bucket]` is the guard for
 everything made for one part of the world: training combines nothing that either split holds out, in an image or in
-words; dev and test may combine anything. Nothing else in this package decides what is held out.
+words; dev and test may combine anything. No other module decides what is held out.
 Nothing here is from the paper; our choice: docs/choices.md#world.
 """
 
@@ -101,7 +101,7 @@ class HeldOut:
         return (shape, count) not in self.counts
 
     def rows_of_shapes(self, shapes: Sequence[int]) -> frozenset[Row]:
-        """Which of "shapes" and "count" an image has whose objects have exactly these shapes, wherever they are."""
+        """Those of "shapes" and "count" that an image shows whose objects have exactly these shapes."""
         found: set[Row] = set()
         if not self.allows_together(shapes):
             found.add("shapes")
@@ -110,7 +110,7 @@ class HeldOut:
         return frozenset(found)
 
     def rows_of(self, scene: Scene) -> frozenset[Row]:
-        """Which kinds of held-out combination the scene shows."""
+        """Kinds of held-out combination that the scene shows."""
         shapes = [obj.shape for obj in scene.objects]
         found: set[Row] = set(self.rows_of_shapes(shapes))
         if not all(self.allows_pair(obj.shape, obj.color) for obj in scene.objects):
@@ -155,7 +155,7 @@ RECOLOR_HELD_OUT: Final[Mapping[Split, int]] = MappingProxyType({"test": 3, "dev
 
 
 def held_out(scene: Scene, split: Split) -> frozenset[Row]:
-    """Which kinds of combination `split` holds out and this scene shows."""
+    """Kinds of combination that `split` holds out and this scene shows."""
     return HELD_OUT[split].rows_of(scene)
 
 

@@ -179,7 +179,7 @@ _Present = Mapping[int, SceneObject]  # objects in the image, by number in the c
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """How often the objects of a story are large, and how often words name the size of small and of large ones."""
+    """Shares of objects in a story that are large, and of small and large ones whose size words name."""
 
     large: float
     named: tuple[float, float]
