@@ -27,6 +27,8 @@ OBJECTS = {
     "batch": "starflow2.models.sequence.Batch",
     "batches": "starflow2.data.mixture.Batches",
     "block": "starflow2.flow.AffineBlock",
+    "components": "starflow2.models.components.Components",
+    "drawing": "starflow2.pipeline.Drawing",
     "flow": "starflow2.flow.Flow",
     "made": "starflow2.inference.events.Made",
     "model": "starflow2.pipeline.StarFlow2",
@@ -63,7 +65,17 @@ def broken_references(page: str) -> list[str]:
     for code in inline_code(page):
         if (reference := _without_call(code)) is not None and not _leads_somewhere(reference):
             broken.append(code)
+    broken += [name for name in _names_in_examples(page) if not _leads_somewhere(name)]
     return sorted(broken)
+
+
+def _names_in_examples(page: str) -> Iterator[str]:
+    """Dotted names in the page's Python: what it imports of ours, and attributes of the objects named above."""
+    for node in ast.walk(ast.parse("\n".join(fenced_lines(page, "python")))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("starflow2"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and re.fullmatch(rf"({'|'.join(OBJECTS)})(\.\w+)+", ast.unparse(node)):
+            yield ast.unparse(node)
 
 
 def _without_call(code: str) -> str | None:

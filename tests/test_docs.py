@@ -22,10 +22,18 @@ def test_the_example_of_the_flow_page_runs_in_twelve_lines():
     assert len([line for line in code.splitlines() if line and "import" not in line]) <= 12
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of the page is called."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_within_the_repository_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
-        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", page.read_text("utf-8")):
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name} links to {target}#{anchor}"
 
 
 @pytest.mark.parametrize("page", TRUE_TODAY, ids=lambda page: page.name)
@@ -48,6 +56,8 @@ def test_every_command_line_on_a_page_is_one_that_the_program_takes(page):
         "`Affine.guided`",
         "`session.redo()`",
         "`Parts`",
+        "\n```python\nfrom starflow2.data.shards import Share\n```\n",
+        "\n```python\nprint(model.parts)\n```\n",
         "`tests/test_flow_exact.py`",
     ],
 )
@@ -93,8 +103,7 @@ def test_command_lines_are_checked_with_their_options(page, is_true):
 
 def test_every_choice_that_the_source_points_at_is_written_down():
     """`docs/choices.md#skips` in a docstring is a promise that the page has a heading "Skips"."""
-    headings = re.findall(r"^#+ (.+)$", (ROOT / "docs" / "choices.md").read_text("utf-8"), re.MULTILINE)
-    there = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    there = anchors(ROOT / "docs" / "choices.md")
     sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("tests/**/*.py")]
     asked = {name for path in sources for name in re.findall(r"choices\.md#([\w-]+)", path.read_text("utf-8"))}
     assert asked <= there
