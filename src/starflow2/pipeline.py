@@ -35,7 +35,7 @@ __all__ = ["Drawing", "StarFlow2"]
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A drawn picture, what was asked for, and the seed that draws it again."""
+    """An image that the model drew, its prompt, and the seed that draws it again."""
 
     image: PILImage
     prompt: str
@@ -52,17 +52,17 @@ def _gain(picture: DecodedImage) -> float | None:
 
 
 def _words(blocks: Sequence[str | DecodedImage]) -> str:
-    """What a reply says."""
+    """Words of a reply, without its images."""
     return " ".join(block for block in blocks if isinstance(block, str))
 
 
 def _shown(image: str | Path | PILImage | Tensor) -> Path | PILImage | Tensor:
-    """A picture by its file name is a Path to a session, where a str is words."""
+    """An image for a session: a file name becomes a Path there, since a str would be words."""
     return Path(image) if isinstance(image, str) else image
 
 
 class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow", "text-to-image"]):
-    """A trained model that draws pictures from words.
+    """A trained model that reads, answers, draws and edits.
 
     >>> model = StarFlow2.from_pretrained("nano")  # doctest: +SKIP
     >>> model.generate("two red hearts", n=4)[0].image.save("hearts.png")  # doctest: +SKIP
@@ -87,9 +87,9 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         config: DrawConfig | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Drawing]:
-        """`n` pictures of each prompt, prompt by prompt; picture j of any prompt has seed + j.
+        """`n` images of each prompt, prompt by prompt; image j of any prompt has seed + j.
 
-        The same prompt and seed give the same picture (<= 1e-4) whatever else is in the call.
+        Equal prompt and seed give equal images (<= 1e-4) whatever else is in the call.
         Raises PromptError for an empty, overlong or unknown-word prompt, ConfigError for n < 1.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -100,18 +100,18 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         for prompt in prompts:
             self.check_prompt(prompt)
         config = config or self.settings
-        asked = [(p, seed + j) for p in prompts for j in range(n)]
+        pairs = [(p, seed + j) for p in prompts for j in range(n)]
         settings = {
             "guidance": config.guidance,
             "prior_scale": config.prior_scale,
             "cleanup": config.cleanup,
             "model": self.components.cfg.name,
         }
-        seeds = [s for _, s in asked]
-        drawn = [(p.image, _gain(p)) for p in self._drawn([p for p, _ in asked], seeds, config, progress)]
+        seeds = [s for _, s in pairs]
+        drawn = [(p.image, _gain(p)) for p in self._drawn([p for p, _ in pairs], seeds, config, progress)]
         return [
             Drawing(to_pil(image), prompt, s, settings, gain)
-            for (image, gain), (prompt, s) in zip(drawn, asked, strict=True)
+            for (image, gain), (prompt, s) in zip(drawn, pairs, strict=True)
         ]
 
     def draw(
@@ -127,7 +127,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
     @property
     def is_joint(self) -> bool:
-        """Whether both streams have been trained together, so that pictures are drawn in conversations."""
+        """True if both streams have been trained together, so that the model holds conversations."""
         return "joint" in self.components.finished_stages
 
     @property
@@ -186,7 +186,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         return Session(self.sampler(config), seed)
 
     def ask(self, image: str | Path | PILImage | Tensor, question: str) -> str:
-        """An answer about a picture. Raises PromptError, DataError."""
+        """An answer about an image. Raises PromptError, DataError."""
         return self.session().add(_shown(image), question).write()
 
     def edit(
@@ -197,7 +197,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         seed: int = 0,
         config: DrawConfig | None = None,
     ) -> Drawing:
-        """The picture, changed as told. Raises PromptError, DataError."""
+        """The image, changed by an instruction. Raises PromptError, DataError."""
         session = self.session(seed=seed, config=config)
         made = session.add(_shown(image), instruction).draw()
         used = session.sampler.config
@@ -219,62 +219,62 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         return [_words(blocks) for (blocks,) in replies]
 
     def answers_after(self, pasts: Sequence[Sequence[PastTurn]], questions: Sequence[str]) -> list[str]:
-        """One greedy answer per question, each after a past of (said, replied), words and pictures (3, s, s)."""
+        """One greedy answer per question, each after past turns (user, assistant) of words and images (3, s, s)."""
 
         def read(side: Sequence[str | Tensor]) -> list[str | Tensor]:
             return [normalized(self.components, part) if isinstance(part, str) else part for part in side]
 
         turns = [[(read(user), read(assistant)) for user, assistant in past] for past in pasts]
-        asked = [[normalized(self.components, question)] for question in questions]
-        replies = reply_after(self.sampler(), turns, asked, ReplyLimits(tokens=48, pictures=0))
+        texts = [[normalized(self.components, question)] for question in questions]
+        replies = reply_after(self.sampler(), turns, texts, ReplyLimits(tokens=48, pictures=0))
         return [_words(blocks) for blocks in replies]
 
     def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:
-        """What the language model alone answers, seeing pictures (B, 3, s, s) through its own vision tower."""
+        """Answers of the language model alone, which sees images (B, 3, s, s) through its own vision tower."""
         return answer(self.components, images, [normalized(self.components, q) for q in questions])
 
     def edits(self, images: Tensor, instructions: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Every picture changed as told: (B, 3, s, s) in [-1, 1] -> the same."""
-        talks = [[[image, normalized(self.components, told)]] for image, told in zip(images, instructions, strict=True)]
-        told = generate_replies(self.sampler(), talks, seeds, ReplyLimits(tokens=0, pictures=1), draws=True)
-        return torch.stack([p.image for ((p, *_),) in told if isinstance(p, DecodedImage)]).cpu()
+        """Images (B, 3, s, s) in [-1, 1], each changed by its instruction."""
+        turns = [[[image, normalized(self.components, text)]] for image, text in zip(images, instructions, strict=True)]
+        replies = generate_replies(self.sampler(), turns, seeds, ReplyLimits(tokens=0, pictures=1), draws=True)
+        return torch.stack([p.image for ((p, *_),) in replies if isinstance(p, DecodedImage)]).cpu()
 
     def tell(self, talks: Sequence[Sequence[str]], seeds: Sequence[int]) -> list[list[list[str | Tensor]]]:
-        """Replies to every turn of every talk: blocks of words and pictures (3, s, s), as the model decides."""
-        said = [[[normalized(self.components, turn)] for turn in talk] for talk in talks]
-        told = generate_replies(self.sampler(), said, seeds, ReplyLimits(tokens=64, pictures=1))
-        return [[[b if isinstance(b, str) else b.image for b in turn] for turn in talk] for talk in told]
+        """Replies to every turn of every conversation: words and images (3, s, s) in the model's own order."""
+        turns = [[[normalized(self.components, turn)] for turn in talk] for talk in talks]
+        replies = generate_replies(self.sampler(), turns, seeds, ReplyLimits(tokens=64, pictures=1))
+        return [[[b if isinstance(b, str) else b.image for b in turn] for turn in talk] for talk in replies]
 
     # -- likelihood -----------------------------------------------------------------------------------
 
-    def score(self, asked: Sequence[Said], told: Sequence[Said]) -> Score:
-        """How likely the reply `told` is after `asked`, token by token and patch by patch; see `scoring.score`.
+    def score(self, prompt: Sequence[Said], reply: Sequence[Said]) -> Score:
+        """Log probability of `reply` after `prompt`, token by token and patch by patch; see `likelihood.score`.
 
         Either side is a sequence of words (str) and pictures: a Path, a PIL image, or a tensor (3, s, s) in [-1, 1].
         Raises PromptError for words the model does not know, DataError and ShapeError for pictures it cannot take.
         """
-        said, replied = ([checked_part(self.components, part) for part in side] for side in (asked, told))
-        return score(self.sampler(), said, replied)
+        before, after = ([checked_part(self.components, part) for part in side] for side in (prompt, reply))
+        return score(self.sampler(), before, after)
 
     def invert(self, image: str | Path | PILImage | Tensor, prompt: str = "") -> Code:
-        """The latent code from which `prompt` draws this picture; see `scoring.invert`. Raises as `score` does."""
+        """The latent code from which `prompt` draws this image; see `likelihood.invert`. Raises as `score` does."""
         shown = checked_part(self.components, _shown(image))
         assert isinstance(shown, Tensor)
         return invert(self.sampler(), shown, self._prompt(prompt))
 
     def from_code(self, code: Code, prompt: str = "") -> PILImage:
-        """The picture that `prompt` draws from a code: with the prompt of `invert` the same one, else an edit.
+        """The image that `prompt` draws from a code: with the prompt of `invert` the same one, else an edit.
 
         Raises PromptError, and ShapeError for a code of another model's size.
         """
         return to_pil(decode_code(self.sampler(), code.z, self._prompt(prompt)).image)
 
     def _prompt(self, prompt: str) -> str:
-        """As the model reads it; an empty one is none."""
+        """The prompt as the model reads it; "" for none."""
         return str(checked_part(self.components, prompt)) if prompt.strip() else ""
 
     def roundtrip(self, images: Tensor, noise_level: float = 0.0, seed: int = 0) -> Tensor:
-        """images (B, 3, h, w) through the codec and back, with noise on the latents if asked."""
+        """images (B, 3, h, w) through the codec and back, with noise of that level on the latents."""
         with torch.no_grad():
             latents = self.components.codec.encode(images.to(self.device))
             eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Is a loaded model still exact here? The checks behind `starflow2 check`, on its real weights.
+"""Checks that a loaded model is exact on this machine, with its real weights; behind `starflow2 check`.
 
 For users on new hardware, library versions or weights of their own: round trip, log-determinant, the three ways of
 inverting, independence of batch neighbours, guidance at zero, and the codec; with streams trained together also the
@@ -81,7 +81,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class _Material:
-    """What the checks work on. x: (B, N, D) latents of drawn scenes at the sampling noise; context of their prompts."""
+    """Material of the checks. x: (B, N, D) latents of drawn scenes at the sampling noise; context of their prompts."""
 
     model: StarFlow2
     prompts: list[str]
@@ -233,7 +233,7 @@ def _jacobian_of_twin(m: _Material) -> float:
 
 
 def _on_grid(flow: Flow, grid: tuple[int, int]) -> Flow:
-    """The same weights as a flow over fewer latents, in float64."""
+    """A flow with these weights over fewer latents, in float64."""
 
     def cut(block: BlockConfig) -> BlockConfig:
         return replace(block, grid=grid)
@@ -275,7 +275,7 @@ def _jacobian_diagonal(m: _Material) -> float:
 
 
 def _leak(m: _Material) -> float:
-    """Largest derivative of any latent by one that stands behind it; exactly zero in a causal flow."""
+    """Largest derivative of any latent by a later one; exactly zero in a causal flow."""
     return max(float(grad[future].abs().max()) for grad, _, future in _diagonals(m))
 
 
@@ -306,7 +306,7 @@ def _parallel_inverse(m: _Material) -> float:
 
 @torch.no_grad()
 def _parallel_sampling(m: _Material) -> float:
-    """The same for a guided sample from the prior, in float64: there, both ways amplify rounding.
+    """Jacobi against sequential sampling of a guided image, in float64: there, both ways amplify rounding.
 
     In float32 they end up to 5e-4 apart in a latent of nano.
     """
@@ -396,18 +396,18 @@ class _Steered(Pretzel):
 
 
 def _ids(components: Components, index: int, *, asks: bool = True) -> list[int]:
-    """A training caption as the user says it; `asks`: and the model's turn to reply."""
+    """Token ids of a user turn with a training caption; `asks`: with the opening of the reply."""
     tokenizer, words = components.tokenizer, components.tokenizer.encode(caption_task(0, index).prompt)
     return [*tokenizer.opens_user(), *words, *(tokenizer.opens_reply() if asks else [])]
 
 
 def _upload(components: Components) -> Tensor:
-    """A picture (3, s, s) for the user to show."""
+    """An image (3, s, s) to upload."""
     return _scenes(components, 1)[0]
 
 
 def _drawn(rows: BatchDecoder, seed: int) -> DecodedImage:
-    """What the only row replies if it is to draw."""
+    """The image with which the only row replies."""
     events = list(rows.reply([seed], ReplyLimits(tokens=0, pictures=1), draws=True))
     return next(event.picture for event in events if isinstance(event, Completed))
 
@@ -421,15 +421,15 @@ def _interleaved(components: Components, precision: Literal["float32", "float64"
     replies, ends = components.tokenizer.opens_reply(), components.cfg.vlm.special.end
     upload = sampler.noisy(_upload(components)[None], torch.tensor([sampler.upload_level]))
     rows = BatchDecoder(sampler, 1)
-    said, again = _ids(components, 0, asks=False), _ids(components, 1)
-    rows.read([said])
+    caption, again = _ids(components, 0, asks=False), _ids(components, 1)
+    rows.read([caption])
     rows.see([0], upload, sampler.upload_level)
     rows.read([replies])
     first = _drawn(rows, 0)
     rows.read([again])
     second = _drawn(rows, 1)
     end, drawn = Text((ends,)), Image(is_target=True)
-    opened: Document = [Text(tuple(said)), Image(), Text(tuple(replies)), drawn, end]
+    opened: Document = [Text(tuple(caption)), Image(), Text(tuple(replies)), drawn, end]
     document: Document = [*opened, Text(tuple(again)), drawn, end]
     x = torch.stack([upload[0], first.x, second.x])
     levels = torch.tensor([sampler.upload_level, sampler.noise_level, sampler.noise_level], dtype=x.dtype).to(x.device)
@@ -447,11 +447,11 @@ def _interleaved_float64(m: _Material) -> float:
 
 
 def _documents(components: Components) -> list[Document]:
-    """Words, a picture shown and two drawn; a caption and its picture; words alone. All that is said has a label."""
+    """Words, an uploaded image and two drawn ones; a caption and its image; words alone. All words have labels."""
     end = Text((components.cfg.vlm.special.end,), is_target=True)
-    said = [Text(tuple(_ids(components, index)), is_target=True) for index in range(3)]
+    words = [Text(tuple(_ids(components, index)), is_target=True) for index in range(3)]
     drawn = Image(is_target=True)
-    return [[said[0], Image(), said[1], drawn, end, said[2], drawn, end], [said[1], drawn, end], [said[2], end]]
+    return [[words[0], Image(), words[1], drawn, end, words[2], drawn, end], [words[1], drawn, end], [words[2], end]]
 
 
 def _latents(sampler: Sampler) -> tuple[Tensor, Tensor]:
@@ -469,30 +469,32 @@ def _closed_skips(m: _Material) -> float:
     pretzel = shared.with_skips(())
     x, levels = (t[:3] for t in _latents(sampler))
     batch = pack(_documents(components)[:1], components.layout).to(x.device)
-    told = read_documents(pretzel, batch, x, levels).logits
+    logits = read_documents(pretzel, batch, x, levels).logits
     u, _ = shared.flow.shallow(x, levels)
     embeds = with_pictures(shared.vlm.embed(batch.ids), pretzel.adapted(u, levels), batch)
     bare = shared.vlm.states(embeds, batch.mrope)[batch.labels != IGNORE]
-    return _gap(told, shared.vlm.logits(bare))
+    return _gap(logits, shared.vlm.logits(bare))
 
 
-def _replies(sampler: Sampler, asked: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[list[int | DecodedImage]]:
-    """What every row replies, token by token and picture by picture."""
-    rows = BatchDecoder(sampler, len(asked))
-    rows.read(asked)
-    told: list[list[int | DecodedImage]] = [[] for _ in asked]
+def _replies(
+    sampler: Sampler, prompts: Sequence[Sequence[int]], seeds: Sequence[int]
+) -> list[list[int | DecodedImage]]:
+    """Replies of all rows: token ids and images in order."""
+    rows = BatchDecoder(sampler, len(prompts))
+    rows.read(prompts)
+    replies: list[list[int | DecodedImage]] = [[] for _ in prompts]
     for event in rows.reply(seeds, ReplyLimits(tokens=WORDS, pictures=1)):
         if isinstance(event, Token):
-            told[event.row].append(event.id)
+            replies[event.row].append(event.id)
         elif isinstance(event, Completed):
-            told[event.row].append(event.picture)
-    return told
+            replies[event.row].append(event.picture)
+    return replies
 
 
-def _steered(sampler: Sampler, asked: Sequence[Sequence[int]]) -> Sampler:
-    """The same, but one part of the rows begins with a picture and the other with words."""
-    rows = BatchDecoder(sampler, len(asked))
-    rows.read(asked)
+def _steered(sampler: Sampler, prompts: Sequence[Sequence[int]]) -> Sampler:
+    """A sampler with which some of the rows begin with an image and the others with words."""
+    rows = BatchDecoder(sampler, len(prompts))
+    rows.read(prompts)
     ordered = rows.conditional.h[:, 0].sort().values
     widest = int(ordered.diff().argmax())
     threshold = float(ordered[widest : widest + 2].mean())
@@ -573,7 +575,7 @@ def _packed(m: _Material) -> float:
 
 
 def _encodings(m: _Material) -> float:
-    """How often the codec's encoder ran behind the upload of a conversation in which two pictures are drawn."""
+    """Number of encoder runs after the upload in a conversation that draws two images."""
     calls: list[None] = []
     session = m.model.session()
     hook = m.model.components.codec.encoder.register_forward_hook(lambda *_: calls.append(None))

@@ -51,7 +51,7 @@ def photo(seed: int = 0) -> Tensor:
 def state(session: Session) -> dict[str, Tensor]:
     """Every number that what comes next depends on."""
     main, canvas = session._rows.conditional, session._rows.buffers
-    found = {"h": main.h, "g": main.g, "previous": canvas.previous, "has": canvas.has_previous, "keep": main.keep}
+    found = {"h": main.h, "g": main.g, "previous": canvas.previous, "has": canvas.has_previous, "keep": main.is_real}
     for name, cache in (("vlm", main.cache.vlm), ("flow", main.cache.flow)):
         for i, pair in enumerate(cache.filled()):
             found |= {f"{name}.{i}.{side}": value for side, value in zip("kv", pair, strict=True)}

@@ -28,13 +28,13 @@ class DrawConfig:
     """Settings of sampling. Defaults of a model come from its own config, see `for_model`."""
 
     guidance: float = 2.0  # 0 = off
-    edit_guidance: float | None = None  # of a picture that follows another in its conversation; None: as `guidance`
+    edit_guidance: float | None = None  # of an image that follows another in its conversation; None: as `guidance`
     prior_scale: float = 0.8  # 1 = exact sampling
     rule: Guidance = "starflow"
-    schedule: Schedule = "constant"  # linear: guidance rises from 0 at a picture's first latent
+    schedule: Schedule = "constant"  # linear: guidance rises from 0 at an image's first latent
     # none: the pixel decoder takes latents at their sampling noise; tweedie: one self-denoising step
     cleanup: Cleanup = "none"
-    batch: int = 32  # pictures at once
+    batch: int = 32  # images at once
     # of the flow while sampling; "auto" is float64 on CPU, because a trained flow can magnify float32 rounding, which
     # depends on the batch, by a factor of 10^6 (docs/choices.md#sampling-in-float64), and float32 elsewhere
     precision: Precision = "auto"
@@ -60,7 +60,7 @@ class DrawConfig:
             raise ConfigError(f"batch is {self.batch}; expected at least 1.")
 
     def strength(self, *, follows: bool) -> float:
-        """Guidance of a picture that does or does not follow another in its conversation."""
+        """Guidance of an image that does or does not follow another in its conversation."""
         return self.edit_guidance if follows and self.edit_guidance is not None else self.guidance
 
     def recorded(self) -> dict[str, float]:
@@ -70,7 +70,7 @@ class DrawConfig:
 
     @classmethod
     def for_model(cls, components: Components, **changes: object) -> DrawConfig:
-        """The model's own defaults with `changes`; None keeps a default. A guidance that is given guides edits too."""
+        """A model's own defaults with `changes`; None keeps a default. Guidance that is given applies to edits too."""
         known = [f.name for f in fields(cls)]
         for name in changes:
             if name not in known:

@@ -1,6 +1,6 @@
-"""Many conversations side by side, turn by turn: what suites and servers with a queue need.
+"""Many conversations in one batch, turn by turn, for suites and servers with a queue.
 
-Row i depends on its own words, pictures and seed alone. Not here: one conversation that goes on (session).
+Row i depends on its own words, images and seed alone. Not here: one conversation that goes on (session).
 """
 
 from __future__ import annotations
@@ -18,115 +18,115 @@ from starflow2.inference.sampler import Sampler
 
 __all__ = ["Part", "PastTurn", "ReplyPart", "UserTurns", "generate_replies", "reply_after"]
 
-Part = str | Tensor  # words, or a picture (3, s, s) in [-1, 1]
-UserTurns = Sequence[Sequence[Part]]  # what the user says in each turn
-PastTurn = tuple[Sequence[Part], Sequence[Part]]  # a turn that is over: what the user said, and what was replied
-ReplyPart = str | DecodedImage  # what the model wrote or drew
+Part = str | Tensor  # words, or an image (3, s, s) in [-1, 1]
+UserTurns = Sequence[Sequence[Part]]  # parts of each user turn of one conversation
+PastTurn = tuple[Sequence[Part], Sequence[Part]]  # a turn that is over: the user's parts and the reply's
+ReplyPart = str | DecodedImage  # words or an image of the model's
 Watch = Callable[[RowEvent], None]
 
 
 def generate_replies(
     sampler: Sampler,
-    talks: Sequence[UserTurns],
+    conversations: Sequence[UserTurns],
     seeds: Sequence[int],
-    replying: ReplyLimits,
+    limits: ReplyLimits,
     *,
     draws: bool = False,
     watch: Watch | None = None,
 ) -> list[list[list[ReplyPart]]]:
-    """The blocks of every reply to every turn of every talk, in order.
+    """Parts of the model's replies, by conversation, user turn and order within the reply.
 
-    draws: every reply is a picture; else the model decides, within `replying`. `watch` is called with every event.
+    draws: every reply is an image; else the model decides, within `limits`. `watch` is called with every event.
+    Raises ConfigError unless there is one seed per conversation, PromptError for one that is too long.
     """
-    if len(talks) != len(seeds):
-        raise ConfigError(f"{len(talks)} talks and {len(seeds)} seeds; expected equally many.")
-    told: list[list[list[ReplyPart]]] = []
-    for first in range(0, len(talks), sampler.config.batch):
+    if len(conversations) != len(seeds):
+        raise ConfigError(f"{len(conversations)} conversations and {len(seeds)} seeds; expected equally many.")
+    replies: list[list[list[ReplyPart]]] = []
+    for first in range(0, len(conversations), sampler.config.batch):
         chunk = slice(first, first + sampler.config.batch)
-        told += _chunk(sampler, talks[chunk], seeds[chunk], _Style(replying, draws, watch))
-    return told
+        replies += _chunk(sampler, conversations[chunk], seeds[chunk], _ReplyMode(limits, draws, watch))
+    return replies
 
 
 def reply_after(
-    sampler: Sampler, pasts: Sequence[Sequence[PastTurn]], asked: Sequence[Sequence[Part]], replying: ReplyLimits
+    sampler: Sampler, pasts: Sequence[Sequence[PastTurn]], questions: Sequence[Sequence[Part]], limits: ReplyLimits
 ) -> list[list[ReplyPart]]:
-    """What the model replies to `asked` after a past that it did not make itself, row by row.
+    """Parts of the reply to each question after past turns that the model did not make itself.
 
-    Pictures of the past, also those that stand in replies, enter as uploads do.
+    Images of the past, those in replies included, enter as uploads do.
     """
-    if len(pasts) != len(asked):
-        raise ConfigError(f"{len(pasts)} pasts and {len(asked)} questions; expected equally many.")
-    told: list[list[ReplyPart]] = []
-    for first in range(0, len(asked), sampler.config.batch):
-        chunk = slice(first, first + sampler.config.batch)
-        rows = _recall(sampler, pasts[chunk])
-        going = list(range(rows.rows))
-        _ask(rows, {i: asked[first + i] for i in going})
-        listened = _listen(rows, going, [0] * len(going), _Style(replying, draws=False, watch=None))
-        told += [listened[i] for i in going]
-    return told
+    if len(pasts) != len(questions):
+        raise ConfigError(f"{len(pasts)} pasts and {len(questions)} questions; expected equally many.")
+    replies: list[list[ReplyPart]] = []
+    for first in range(0, len(questions), sampler.config.batch):
+        decoder = _after(sampler, pasts[first : first + sampler.config.batch])
+        rows = list(range(decoder.rows))
+        _ask(decoder, {i: questions[first + i] for i in rows})
+        by_row = _reply(decoder, rows, [0] * len(rows), _ReplyMode(limits, draws=False, watch=None))
+        replies += [by_row[i] for i in rows]
+    return replies
 
 
-def _recall(sampler: Sampler, pasts: Sequence[Sequence[PastTurn]]) -> BatchDecoder:
-    """Rows that hold these pasts."""
-    rows = BatchDecoder(sampler, len(pasts))
+def _after(sampler: Sampler, pasts: Sequence[Sequence[PastTurn]]) -> BatchDecoder:
+    """A decoder whose rows have read these past turns."""
+    decoder = BatchDecoder(sampler, len(pasts))
     end = [sampler.components.cfg.vlm.special.end]
     for turn in range(max(map(len, pasts))):
-        here = {i: past[turn] for i, past in enumerate(pasts) if turn < len(past)}
-        _ask(rows, {i: said for i, (said, _) in here.items()})
-        _take(rows, {i: replied for i, (_, replied) in here.items()})
-        _read(rows, dict.fromkeys(here, end))
-    return rows
+        turns = {i: past[turn] for i, past in enumerate(pasts) if turn < len(past)}
+        _ask(decoder, {i: user for i, (user, _) in turns.items()})
+        _append(decoder, {i: assistant for i, (_, assistant) in turns.items()})
+        _read(decoder, dict.fromkeys(turns, end))
+    return decoder
 
 
 @dataclass(frozen=True, slots=True)
-class _Style:
-    """How all of them reply."""
+class _ReplyMode:
+    """Limits of every reply, whether it is an image, and a callback for its events."""
 
-    replying: ReplyLimits
+    limits: ReplyLimits
     draws: bool
     watch: Watch | None
 
 
 def _chunk(
-    sampler: Sampler, talks: Sequence[UserTurns], seeds: Sequence[int], style: _Style
+    sampler: Sampler, conversations: Sequence[UserTurns], seeds: Sequence[int], mode: _ReplyMode
 ) -> list[list[list[ReplyPart]]]:
-    rows = BatchDecoder(sampler, len(talks))
-    told: list[list[list[ReplyPart]]] = [[] for _ in talks]
-    for turn in range(max((len(talk) for talk in talks), default=0)):
-        going = [i for i, talk in enumerate(talks) if turn < len(talk)]
-        _ask(rows, {i: talks[i][turn] for i in going})
-        for i, blocks in _listen(rows, going, [seeds[i] + turn for i in going], style).items():
-            told[i].append(blocks)
-    return told
+    decoder = BatchDecoder(sampler, len(conversations))
+    replies: list[list[list[ReplyPart]]] = [[] for _ in conversations]
+    for turn in range(max((len(turns) for turns in conversations), default=0)):
+        rows = [i for i, turns in enumerate(conversations) if turn < len(turns)]
+        _ask(decoder, {i: conversations[i][turn] for i in rows})
+        for i, parts in _reply(decoder, rows, [seeds[i] + turn for i in rows], mode).items():
+            replies[i].append(parts)
+    return replies
 
 
-def _ask(rows: BatchDecoder, asked: dict[int, Sequence[Part]]) -> None:
-    """Let rows read a user's turn, part by part, and open the model's."""
-    tokenizer = rows.sampler.components.tokenizer
-    _read(rows, {i: tokenizer.opens_user(is_first=not rows.conditional.cursors[i].step) for i in asked})
-    _take(rows, asked)
-    _read(rows, {i: tokenizer.opens_reply() for i in asked})
+def _ask(decoder: BatchDecoder, turns: dict[int, Sequence[Part]]) -> None:
+    """Let rows read a user turn each, part by part, and open the model's turn."""
+    tokenizer = decoder.sampler.components.tokenizer
+    _read(decoder, {i: tokenizer.opens_user(is_first=not decoder.conditional.cursors[i].step) for i in turns})
+    _append(decoder, turns)
+    _read(decoder, {i: tokenizer.opens_reply() for i in turns})
 
 
-def _take(rows: BatchDecoder, given: dict[int, Sequence[Part]]) -> None:
-    """Let rows read words and see pictures in order. Raises PromptError before a row is longer than the model reads."""
-    spelled = {i: [_ids(rows.sampler, p) if isinstance(p, str) else p for p in parts] for i, parts in given.items()}
-    for row, parts in spelled.items():
-        _check_room(rows, row, parts)
-    for at in range(max(map(len, spelled.values()), default=0)):
-        here = {i: parts[at] for i, parts in spelled.items() if at < len(parts)}
-        _read(rows, {i: part for i, part in here.items() if isinstance(part, list)})
-        _see(rows, {i: part for i, part in here.items() if isinstance(part, Tensor)})
+def _append(decoder: BatchDecoder, turns: dict[int, Sequence[Part]]) -> None:
+    """Let rows read words and images in order. Raises PromptError before a row is longer than the model reads."""
+    encoded = {i: [_ids(decoder.sampler, p) if isinstance(p, str) else p for p in turn] for i, turn in turns.items()}
+    for row, parts in encoded.items():
+        _check_room(decoder, row, parts)
+    for number in range(max(map(len, encoded.values()), default=0)):
+        now = {i: parts[number] for i, parts in encoded.items() if number < len(parts)}
+        _read(decoder, {i: part for i, part in now.items() if isinstance(part, list)})
+        _see(decoder, {i: part for i, part in now.items() if isinstance(part, Tensor)})
 
 
-def _check_room(rows: BatchDecoder, row: int, parts: Sequence[list[int] | Tensor]) -> None:
-    sampler, per_picture = rows.sampler, rows.sampler.layout.num_latents + 2
-    held, most = int(rows.conditional.is_real[row].sum()), sampler.components.cfg.max_positions
-    wanted = sum(len(part) if isinstance(part, list) else per_picture for part in parts)
-    if held + wanted + per_picture > most:  # a reply needs room, too
+def _check_room(decoder: BatchDecoder, row: int, parts: Sequence[list[int] | Tensor]) -> None:
+    sampler, per_image = decoder.sampler, decoder.sampler.layout.num_latents + 2
+    length, most = int(decoder.conditional.is_real[row].sum()), sampler.components.cfg.max_positions
+    wanted = sum(len(part) if isinstance(part, list) else per_image for part in parts)
+    if length + wanted + per_image > most:  # a reply needs room, too
         raise PromptError(
-            f"conversation {row} has {held} positions, this needs {wanted} more and a reply up to {per_picture}; this "
+            f"conversation {row} has {length} positions, this needs {wanted} more and a reply up to {per_image}; this "
             f"model reads up to {most}: say less."
         )
 
@@ -135,36 +135,36 @@ def _ids(sampler: Sampler, text: str) -> list[int]:
     return sampler.components.tokenizer.encode(text) if text else []
 
 
-def _read(rows: BatchDecoder, ids: dict[int, list[int]]) -> None:
-    rows.read([ids.get(i, []) for i in range(rows.rows)])
+def _read(decoder: BatchDecoder, ids: dict[int, list[int]]) -> None:
+    decoder.read([ids.get(i, []) for i in range(decoder.rows)])
 
 
-def _see(rows: BatchDecoder, images: dict[int, Tensor]) -> None:
+def _see(decoder: BatchDecoder, images: dict[int, Tensor]) -> None:
     if not images:
         return
-    sampler = rows.sampler
+    sampler = decoder.sampler
     levels = torch.full((len(images),), sampler.upload_level)
-    rows.see(list(images), sampler.noisy(torch.stack(list(images.values())), levels), sampler.upload_level)
+    decoder.see(list(images), sampler.noisy(torch.stack(list(images.values())), levels), sampler.upload_level)
 
 
-def _listen(rows: BatchDecoder, going: list[int], seeds: list[int], style: _Style) -> dict[int, list[ReplyPart]]:
-    """What each row replies: runs of tokens as text, and pictures."""
-    blocks: dict[int, list[list[int] | DecodedImage]] = {i: [] for i in going}
-    for event in rows.reply(seeds, style.replying, going, draws=style.draws):
-        if style.watch is not None:
-            style.watch(event)
+def _reply(decoder: BatchDecoder, rows: list[int], seeds: list[int], mode: _ReplyMode) -> dict[int, list[ReplyPart]]:
+    """Let rows reply; returns their parts, runs of tokens as text, and images."""
+    parts: dict[int, list[list[int] | DecodedImage]] = {i: [] for i in rows}
+    for event in decoder.reply(seeds, mode.limits, rows, draws=mode.draws):
+        if mode.watch is not None:
+            mode.watch(event)
         if isinstance(event, Token):
-            last = blocks[event.row][-1] if blocks[event.row] else None
+            last = parts[event.row][-1] if parts[event.row] else None
             if not isinstance(last, list):
                 last = []
-                blocks[event.row].append(last)
+                parts[event.row].append(last)
             last.append(event.id)
         elif isinstance(event, Completed):
-            blocks[event.row].append(event.picture)
-    told = {i: [b if isinstance(b, DecodedImage) else _text(rows.sampler, b) for b in row] for i, row in blocks.items()}
-    return {i: [b for b in row if b != ""] for i, row in told.items()}
+            parts[event.row].append(event.picture)
+    texts = {i: [p if isinstance(p, DecodedImage) else _text(decoder.sampler, p) for p in r] for i, r in parts.items()}
+    return {i: [part for part in row if part != ""] for i, row in texts.items()}
 
 
 def _text(sampler: Sampler, ids: list[int]) -> str:
-    """Tokens as text, without characters at the end that were never finished, as a session tells them."""
+    """Tokens as text, without characters at the end that were never finished, as in a session."""
     return sampler.components.tokenizer.decode(ids).rstrip("\ufffd \n")

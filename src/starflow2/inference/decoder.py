@@ -1,9 +1,9 @@
-"""Rows of conversations continued step by step, each in its own modality, through one cache for both streams.
+"""Batched decoding of conversations through one cache for both streams, each row in its own modality.
 
-A step appends one slot to every row that is going on: a word, a begin, a latent or an end. Rows that wait hold a slot
-that nobody sees, so that a row's result never depends on its neighbours. Both guidance branches of a picture take the
-same steps, the unconditional one in a cache of its own that lives as long as pictures are being drawn.
-Not here: pixels of uploads, files, the shape of conversations (session).
+Each step appends one slot (a token, a begin, a latent or an end) to every unfinished row; a finished row gets a masked
+slot, so results do not depend on the rest of the batch. Both guidance branches of an image take the same steps, the
+unconditional one in a cache of its own that lives while images are being drawn.
+Not here: pixels of uploads, files, the layout of conversations (session).
 Letters: B rows, T new positions, N latents, D latent dim, E language width, C flow width, V vocabulary.
 """
 
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class Branch:
-    """One branch of B rows: its cache, which of its positions are real, and the states at each row's last slot."""
+    """One guidance branch of B rows: its cache, a mask of real positions, and the states at each row's last slot."""
 
     def __init__(self, sampler: Sampler, rows: int) -> None:
         self.sampler, self.rows = sampler, rows
@@ -54,10 +54,10 @@ class Branch:
         latents: _Latents | None = None,
         begin: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Slots behind every row, as many as it has ids; rows may have none.
+        """Append slots to every row, as many as it has ids; rows may have none.
 
         latents fill the slots with the latent id, which come first in their rows; begin: rows (P,) that end with a
-        begin slot, and what it adds (P, C).
+        begin slot, and the vectors (P, C) added there.
         """
         width = max(len(row) for row in ids)
         layout, device = self.sampler.layout, self.is_real.device
@@ -90,13 +90,13 @@ class Branch:
         return cursor.text(count) if span is None else cursor.latents(*span)
 
     def restart(self, rows: Sequence[int]) -> None:
-        """Let these rows begin anew: what they held is never seen again."""
+        """Start these rows anew: their earlier positions are masked from now on."""
         self.is_real[list(rows)] = False
         for row in rows:
             self.cursors[row] = Cursor(self.sampler.layout.grid)
 
     def fork(self, copies: int = 1) -> Branch:
-        """A branch of its own with each row repeated; the two never share memory."""
+        """A copy with each row repeated `copies` times; the two never share memory."""
         twin = Branch(self.sampler, self.rows * copies)
         twin.cache = self.cache.fork(copies)
         twin.is_real = self.is_real.repeat_interleave(copies, 0)
@@ -126,7 +126,7 @@ class _Latents:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyLimits:
-    """What a reply may hold. `pictures` 0: words only; temperature 0: the likeliest token."""
+    """Limits of a reply: tokens and images. `pictures` 0: words only; temperature 0: the likeliest token."""
 
     tokens: int = 64
     pictures: int = 1
@@ -139,14 +139,14 @@ class ReplyLimits:
 
 @dataclass(slots=True)
 class _Row:
-    """One row while it replies."""
+    """State of one row while it replies."""
 
     seed: int
     generator: torch.Generator
     doing: Literal["text", "draw", "close", "done"] = "text"
     tokens: int = 0
     pictures: int = 0
-    drawn: int = 0  # latents of the picture at hand
+    drawn: int = 0  # latents of the current image
     log_prob: float = 0.0
     unconditional_log_prob: float = 0.0
     reason: Literal["end", "limit"] = "end"
@@ -154,7 +154,7 @@ class _Row:
 
 @dataclass(slots=True)
 class LatentBuffers:
-    """Latents of every row: those of the picture at hand, and those of the picture before it."""
+    """Latents of every row: those of the current image, and those of the previous one."""
 
     u: Tensor  # (B, N + 1, D), last row zero
     z: Tensor  # (B, N, D)
@@ -167,7 +167,7 @@ class LatentBuffers:
 
 
 class BatchDecoder:
-    """B conversations side by side. `read` lets all go on with what is given, `reply` with what the model makes."""
+    """B conversations side by side: `read` and `see` append given words and images, `reply` lets the model go on."""
 
     def __init__(self, sampler: Sampler, rows: int) -> None:
         self.sampler, self.rows = sampler, rows
@@ -180,21 +180,21 @@ class BatchDecoder:
         self.buffers = LatentBuffers(zeros, zeros[:, :-1].clone(), zeros.clone(), flags)
 
     def fork(self, copies: int = 1) -> BatchDecoder:
-        """Rows of their own, each repeated; the two never share memory."""
+        """A copy with each row repeated `copies` times; the two never share memory."""
         twin = BatchDecoder(self.sampler, self.rows * copies)
         twin.conditional, twin.buffers = self.conditional.fork(copies), self.buffers.fork(copies)
         return twin
 
-    # -- what is given
+    # -- input
 
     def read(self, ids: Sequence[Sequence[int]]) -> None:
-        """Text behind every row; a row may get none."""
+        """Append text to every row; a row may get none."""
         if any(ids):
             self.conditional.append(ids)
 
     @torch.no_grad()
     def see(self, rows: Sequence[int], x: Tensor, noise_level: float) -> Tensor:
-        """A whole picture behind each of `rows`: x (R, N, D) latents at `noise_level`; returns their u (R, N, D)."""
+        """Append a whole image to each of `rows`: x (R, N, D) latents at `noise_level`; returns their u (R, N, D)."""
         index = torch.tensor(rows, device=x.device)
         level = self._levels(len(rows), noise_level)
         u, _ = self.sampler.pretzel.flow.shallow(x.to(self.sampler.dtype), level)
@@ -204,19 +204,21 @@ class BatchDecoder:
         self._close(rows)
         return u
 
-    # -- what the model makes
+    # -- output
 
     def reply(
         self, seeds: Sequence[int], config: ReplyLimits, rows: Sequence[int] | None = None, *, draws: bool = False
     ) -> Iterator[RowEvent]:
-        """Let `rows` (all) reply until each has ended; `draws`: every reply begins with a picture.
+        """Let `rows` (all by default) reply until each has ended; `draws`: every reply begins with an image.
 
-        Picture and words of row i come from seeds[i] alone. Raises DataError if a latent is not finite.
+        Image and words of row i come from seeds[i] alone. Raises DataError if a latent is not finite.
         """
         active = range(self.rows) if rows is None else rows
         states = {row: _Row(seed, torch.Generator().manual_seed(seed)) for row, seed in zip(active, seeds, strict=True)}
         if draws and config.pictures < 1:
-            raise ConfigError("a reply that begins with a picture needs room for one; pictures is 0.")
+            raise ConfigError(
+                "draws is True but pictures is 0; a reply that begins with an image needs pictures of at least 1."
+            )
         if draws:
             yield from self._start([*states], states)
         while any(s.doing != "done" for s in states.values()):
@@ -225,8 +227,8 @@ class BatchDecoder:
 
     @torch.no_grad()
     def _step(self, states: dict[int, _Row], config: ReplyLimits) -> list[RowEvent]:
-        """One slot for every row that is going on."""
-        told: list[RowEvent] = []
+        """Append one slot to every unfinished row; returns the events of this step."""
+        events: list[RowEvent] = []
         ids: list[list[int]] = [[] for _ in range(self.rows)]
         starting: list[int] = []
         layout = self.sampler.layout
@@ -239,9 +241,9 @@ class BatchDecoder:
             state.tokens += 1
             if token == self._end:
                 state.doing = "done"
-                told.append(Ended(row, state.reason))
+                events.append(Ended(row, state.reason))
             else:
-                told.append(Token(row, token))
+                events.append(Token(row, token))
         drawing = [r for r, s in states.items() if s.doing == "draw" and r not in starting]
         if drawing:
             self._draw_next(drawing, states)
@@ -252,16 +254,16 @@ class BatchDecoder:
                 ids[row], state.doing = [layout.end], "text"
         self._append(ids, drawing, states)
         if starting:
-            told += self._start(starting, states)
-        told += [Stepped(row, states[row].drawn, layout.num_latents) for row in drawing]
-        return told + self._completed([r for r in drawing if states[r].drawn == layout.num_latents], states)
+            events += self._start(starting, states)
+        events += [Stepped(row, states[row].drawn, layout.num_latents) for row in drawing]
+        return events + self._completed([r for r in drawing if states[r].drawn == layout.num_latents], states)
 
     @property
     def _end(self) -> int:
         return self.sampler.components.cfg.vlm.special.end
 
     def _words(self, states: dict[int, _Row], config: ReplyLimits) -> dict[int, int]:
-        """The next token of every row that is writing."""
+        """Choose the next token of every row that is writing."""
         rows = [r for r, s in states.items() if s.doing == "text"]
         if not rows:
             return {}
@@ -295,7 +297,7 @@ class BatchDecoder:
 
     @torch.no_grad()
     def _start(self, rows: list[int], states: dict[int, _Row]) -> list[RowEvent]:
-        """Feed begin slots, draw the prior, open the unconditional branch."""
+        """Append begin slots, sample the prior, open the unconditional branch."""
         index = torch.tensor(rows, device=self.conditional.is_real.device)
         level = self._levels(len(rows), self.sampler.noise_level)
         self._begin(index, level)
@@ -312,7 +314,7 @@ class BatchDecoder:
         return [Begun(row) for row in rows]
 
     def _begin(self, index: Tensor, level: Tensor) -> None:
-        """A begin slot behind each of these rows."""
+        """Append a begin slot to each of these rows."""
         previous, has = self.buffers.previous[index], self.buffers.has_previous[index]
         added = self.sampler.pretzel.inputs.begins(level, previous, has)
         ids: list[list[int]] = [[] for _ in range(self.rows)]
@@ -321,7 +323,7 @@ class BatchDecoder:
         self.conditional.append(ids, begin=(index, added))
 
     def _begin_unconditional(self, index: Tensor, level: Tensor) -> None:
-        """The empty prompt and a begin slot, for these rows of the unconditional branch."""
+        """Start these rows of the unconditional branch: the empty prompt and a begin slot."""
         self.unconditional = self.unconditional or Branch(self.sampler, self.rows)
         self.unconditional.restart(index.tolist())
         empty = self.sampler.components.tokenizer.drawing_prompt("")
@@ -331,7 +333,7 @@ class BatchDecoder:
         self.unconditional.append(ids, begin=(index, self.sampler.pretzel.inputs.begins(level, None, None)))
 
     def _draw_next(self, rows: list[int], states: dict[int, _Row]) -> None:
-        """The next latent of every row that is drawing, from its z (eq. 3.5)."""
+        """Sample the next latent of every row that is drawing from its z (eq. 3.5)."""
         index = torch.tensor(rows, device=self.conditional.is_real.device)
         at = torch.tensor([states[r].drawn for r in rows], device=index.device)
         deep = self.sampler.pretzel.flow.deep
@@ -349,16 +351,16 @@ class BatchDecoder:
         self._note(rows, states, (conditional, unconditional), u)
 
     def _strengths(self, index: Tensor, at: Tensor) -> Tensor:
-        """Guidance (R, 1, 1) of latents number `at` (R,) of the pictures that rows `index` are drawing."""
-        config, canvas = self.sampler.config, self.buffers
-        known = canvas.u.new_tensor([config.strength(follows=f) for f in (False, True)])
-        guidance = known[canvas.has_previous[index].long()]
-        return strengths(guidance, config.schedule, at.to(guidance), canvas.z.shape[1])[:, None, None]
+        """Guidance (R, 1, 1) of latents number `at` (R,) of the images that rows `index` are drawing."""
+        config, buffers = self.sampler.config, self.buffers
+        first_or_later = buffers.u.new_tensor([config.strength(follows=f) for f in (False, True)])
+        guidance = first_or_later[buffers.has_previous[index].long()]
+        return strengths(guidance, config.schedule, at.to(guidance), buffers.z.shape[1])[:, None, None]
 
     def _note(
         self, rows: list[int], states: dict[int, _Row], branches: tuple[Affine, Affine | None], u: Tensor
     ) -> None:
-        """Add the log density of the new latents under both branches."""
+        """Add the log density of the new latents under both branches to their rows."""
         conditional, unconditional = branches
         gained = conditional.log_prob(u)[:, 0].tolist()
         without = gained if unconditional is None else unconditional.log_prob(u)[:, 0].tolist()
@@ -368,7 +370,7 @@ class BatchDecoder:
             states[row].drawn += 1
 
     def _append(self, ids: list[list[int]], drawing: list[int], states: dict[int, _Row]) -> None:
-        """Feed what every row goes on with; the latents just drawn go into both branches."""
+        """Append the next ids of every row; latents just sampled go into both branches."""
         if not any(ids):
             return
         latents = None
@@ -378,18 +380,19 @@ class BatchDecoder:
             level = self._levels(len(drawing), self.sampler.noise_level)
             latents = self._embedded(index, spans, level, has=self.buffers.has_previous[index])
             if self.unconditional is not None:
-                blind = self._embedded(index, spans, level, has=torch.zeros_like(index, dtype=torch.bool))
+                without_previous = torch.zeros_like(index, dtype=torch.bool)
+                unconditional = self._embedded(index, spans, level, has=without_previous)
                 only = [row if i in spans else [] for i, row in enumerate(ids)]
-                self.unconditional.append(only, blind)
+                self.unconditional.append(only, unconditional)
         self.conditional.append(ids, latents)
 
-    def _put_latents(self, stream: Branch, index: Tensor, span: tuple[int, int], level: Tensor) -> None:
-        """The same latents of several rows' pictures, as one append."""
+    def _put_latents(self, branch: Branch, index: Tensor, span: tuple[int, int], level: Tensor) -> None:
+        """Append latents [first, last) of the images in several rows at once."""
         spans = {row: span for row in index.tolist()}
         ids: list[list[int]] = [[] for _ in range(self.rows)]
         for row in spans:
             ids[row] = [self.sampler.layout.latent] * (span[1] - span[0])
-        stream.append(ids, self._embedded(index, spans, level, has=self.buffers.has_previous[index]))
+        branch.append(ids, self._embedded(index, spans, level, has=self.buffers.has_previous[index]))
 
     def _embedded(self, index: Tensor, spans: dict[int, tuple[int, int]], level: Tensor, *, has: Tensor) -> _Latents:
         targets = torch.stack([torch.arange(*spans[r], device=index.device) + 1 for r in index.tolist()])
@@ -398,20 +401,20 @@ class BatchDecoder:
         return _Latents(index, adapted, base, spans)
 
     def _close(self, rows: Sequence[int]) -> None:
-        """An end slot behind these rows; their picture becomes the previous one."""
+        """Append an end slot to these rows; their image becomes the previous one."""
         ids: list[list[int]] = [[] for _ in range(self.rows)]
         for row in rows:
             ids[row] = [self.sampler.layout.end]
         self.conditional.append(ids)
-        self._turn_page(rows)
+        self._set_previous(rows)
 
-    def _turn_page(self, rows: Sequence[int]) -> None:
+    def _set_previous(self, rows: Sequence[int]) -> None:
         index = list(rows)
         self.buffers.previous[index] = self.buffers.u[index]
         self.buffers.has_previous[index] = True
 
     def _completed(self, rows: list[int], states: dict[int, _Row]) -> list[RowEvent]:
-        """Decode finished pictures; what stays in the cache is what was sampled."""
+        """Decode finished images; the cache keeps the latents that were sampled."""
         if not rows:
             return []
         sampler, level = self.sampler, self.sampler.noise_level
@@ -419,11 +422,11 @@ class BatchDecoder:
         levels = self._levels(len(rows), level)
         x = sampler.pretzel.flow.shallow.inverse(u, levels, sampler.config.shallow_solver)
         images = sampler.components.codec.decode(x.to(sampler.components.flow.deep.head.weight.dtype))
-        self._turn_page(rows)
-        made: list[RowEvent] = []
+        self._set_previous(rows)
+        events: list[RowEvent] = []
         for i, row in enumerate(rows):
             state = states[row]
             state.doing = "close"
             unconditional = None if self.unconditional is None else state.unconditional_log_prob
-            made.append(Completed(row, DecodedImage(x[i], u[i], level, images[i], state.log_prob, unconditional)))
-        return made
+            events.append(Completed(row, DecodedImage(x[i], u[i], level, images[i], state.log_prob, unconditional)))
+        return events

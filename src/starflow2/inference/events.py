@@ -1,4 +1,4 @@
-"""Events of decoding: what happens in one row of a batch, and what a conversation tells its user."""
+"""Events of decoding: those of one row of a batch, and those that a conversation yields to its user."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """`done` of `total` latents of a picture."""
+    """`done` of `total` latents of an image."""
 
     row: int
     done: int
@@ -69,7 +69,7 @@ class DecodedImage:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """A picture is complete."""
+    """An image is complete."""
 
     row: int
     picture: DecodedImage
@@ -102,7 +102,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Drew:
-    """`done` of `total` latents of a picture."""
+    """`done` of `total` latents of an image."""
 
     done: int
     total: int
@@ -110,7 +110,7 @@ class Drew:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Something is complete: the picture for eyes, and as the model holds it."""
+    """An image is complete: as a PIL image, and as the model holds it."""
 
     modality: str
     image: PILImage

@@ -1,4 +1,4 @@
-"""Exact likelihood as a tool: how probable words and pictures are, token by token and patch by patch; latent codes.
+"""Exact log probability of words and images, token by token and patch by patch, and the latent codes of images.
 
 Letters: N latents, D latent dim.
 """
@@ -35,7 +35,7 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True)
 class PictureScore:
-    """A picture at its noise level: log density of its latents, and the part of every patch.
+    """An image at its noise level: log density of its latents, and the share of every patch.
 
     patches: (rows, columns) nats, log N(u_n; mu_n, sigma_n); they and `shallow_logdet` add up to log_prob.
     """
@@ -53,7 +53,7 @@ class PictureScore:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """All of a reply: log_prob is the sum over its tokens and pictures."""
+    """Score of a whole reply: log_prob is the sum over its tokens and images."""
 
     tokens: tuple[TokenScore, ...]
     pictures: tuple[PictureScore, ...]
@@ -70,30 +70,32 @@ class _Turn:
 
 
 @torch.no_grad()
-def score(sampler: Sampler, asked: Sequence[Part], told: Sequence[Part], *, noise_level: float | None = None) -> Score:
-    """Log probability of the reply `told` to `asked`; parts are words, or pictures (3, s, s) in [-1, 1].
+def score(
+    sampler: Sampler, prompt: Sequence[Part], reply: Sequence[Part], *, noise_level: float | None = None
+) -> Score:
+    """Log probability of `reply` after `prompt`; parts are words, or images (3, s, s) in [-1, 1].
 
-    noise_level: of the pictures in the reply, whose latents get noise of seed 0; default the lowest. Densities at
+    noise_level: of the images in the reply, whose latents get noise of seed 0; default the lowest. Densities at
     different levels do not compare. Raises ConfigError for an empty reply or a level that was not trained.
     """
-    if not told:
+    if not reply:
         raise ConfigError("there is nothing to score: the reply is empty.")
     low, high = sampler.upload_level, sampler.noise_level
     if noise_level is not None and not low <= noise_level <= high:
         raise ConfigError(f"noise_level is {noise_level}; expected one that was trained, {low:g} to {high:g}.")
-    output, levels = _read(sampler, _Turn(asked, told), noise_level)
+    output, levels = _read(sampler, _Turn(prompt, reply), noise_level)
     tokenizer = sampler.components.tokenizer
     chances = -token_nats(output.head, (output.h, output.g), output.labels)
     tokens = tuple(
         TokenScore(str(tokenizer.tokenizer.id_to_token(int(i))), float(c))
         for i, c in zip(output.labels, chances, strict=True)
     )
-    first = sum(isinstance(p, Tensor) for p in asked)
+    first = sum(isinstance(p, Tensor) for p in prompt)
     return Score(tokens, tuple(_picture_scores(sampler, output, levels, first)))
 
 
 def _read(sampler: Sampler, turn: _Turn, noise_level: float | None) -> tuple[Output, Tensor]:
-    """One turn in parallel: pictures the user shows at the level of uploads, those of the reply at `noise_level`."""
+    """Read one turn in parallel: the user's images at the upload level, those of the reply at `noise_level`."""
     components = sampler.components
     shown, drawn = ([p for p in side if isinstance(p, Tensor)] for side in (turn.user, turn.assistant))
     lowest = sampler.upload_level if noise_level is None else noise_level
@@ -104,7 +106,7 @@ def _read(sampler: Sampler, turn: _Turn, noise_level: float | None) -> tuple[Out
 
 
 def _noisy(sampler: Sampler, images: Sequence[Tensor], levels: Tensor) -> Tensor:
-    """Latents (P, N, D) of pictures at their levels, noise from seed 0."""
+    """Latents (P, N, D) of images at their levels, with noise from seed 0."""
     deep = sampler.components.cfg.flow.deep
     if not images:
         return torch.zeros(0, deep.num_latents, deep.dim, dtype=sampler.dtype, device=levels.device)
@@ -125,7 +127,7 @@ def _picture_scores(sampler: Sampler, output: Output, levels: Tensor, first: int
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """What a picture is to the model's prior, given the words: z (N, D), and log N(z; 0, I)."""
+    """Latent code of an image given words: z (N, D) under the prior, and log N(z; 0, I) in nats."""
 
     z: Tensor
     log_prob: float
@@ -133,16 +135,16 @@ class Code:
 
 @torch.no_grad()
 def invert(sampler: Sampler, image: Tensor, prompt: str) -> Code:
-    """The code from which `prompt` draws this picture again: image (3, s, s) in [-1, 1] -> z (N, D).
+    """The code from which `prompt` draws this image again: image (3, s, s) in [-1, 1] -> z (N, D).
 
-    At the level at which pictures are drawn, with noise of seed 0.
+    At the noise level at which images are drawn, with noise of seed 0.
     """
     output, _ = _read(sampler, _Turn([prompt] if prompt else [], [image]), sampler.noise_level)
     return Code(output.z[0], float(standard_normal_log_prob(output.z)[0]))
 
 
 def decode_code(sampler: Sampler, z: Tensor, prompt: str) -> DecodedImage:
-    """The picture that `prompt` draws from a code; the prompt of `invert` gives its picture back, another edits it."""
-    talk = [[[prompt] if prompt else []]]
-    reply = generate_replies(sampler.with_code(z), talk, [0], ReplyLimits(tokens=0, pictures=1), draws=True)[0][0]
+    """The image that `prompt` draws from a code; the prompt of `invert` gives its image back, another one edits it."""
+    turns = [[[prompt] if prompt else []]]
+    reply = generate_replies(sampler.with_code(z), turns, [0], ReplyLimits(tokens=0, pictures=1), draws=True)[0][0]
     return next(part for part in reply if isinstance(part, DecodedImage))

@@ -1,7 +1,7 @@
-"""A conversation with the model: words and pictures go in, words and pictures come out, all through one cache.
+"""A conversation with the model: words and images go in, words and images come out, all through one cache.
 
-What was read or made is never read again: the cache only grows, and `rewind` cuts it. Commands, servers and tests
-consume the same stream of events. Not here: many conversations at once (decode), files of models (checkpoint).
+Nothing is encoded twice: the cache only grows, and `rewind` cuts it. Commands, servers and tests consume the same
+stream of events. Not here: many conversations at once (conversations), files of models (checkpoint).
 Letters: N latents, D latent dim.
 """
 
@@ -56,7 +56,7 @@ __all__ = [
     "checked_part",
 ]
 
-Said = str | Path | PILImage | Tensor  # words, or a picture: a file, a PIL image, or a tensor (3, s, s) in [-1, 1]
+Said = str | Path | PILImage | Tensor  # words, or an image: a file, a PIL image, or a tensor (3, s, s) in [-1, 1]
 SAMPLING = ("guidance", "edit_guidance", "prior_scale", "rule", "schedule", "skips")  # kept by a saved session
 
 _BRANCHES = itertools.count()
@@ -67,7 +67,7 @@ _BRANCHES = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One thing that was said or shown: `who` is "user" or "model"; exactly one of text and picture is there."""
+    """One part of a conversation: `who` is "user" or "model"; exactly one of text and picture is set."""
 
     who: str
     text: str | None = None
@@ -76,7 +76,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A moment of a session to come back to."""
+    """A state of a session to rewind to."""
 
     branch: int
     length: int
@@ -103,25 +103,27 @@ class Session:
             raise StateError(f"this model has finished stages {done}; a session needs {missing[0]}, too.")
         self.sampler, self.seed = sampler, seed
         self.pieces: list[Piece] = []
-        self.encode_calls = 0  # how often a picture from outside was encoded
+        self.encode_calls = 0  # how often an image from outside was encoded
         self._rows = BatchDecoder(sampler, 1)
         self._is_open = False  # a user's turn
         self._is_replying = False
         self._replies = 0
         self._branch = next(_BRANCHES)
-        self._valid: dict[int, float] = {self._branch: math.inf}  # how far marks of each branch of our past hold
+        self._valid: dict[int, float] = {
+            self._branch: math.inf
+        }  # up to which length marks of each earlier branch are valid
 
-    # -- what the user says and shows
+    # -- input
 
     def add(self, *parts: Said) -> Session:
-        """Words (str), or pictures: a Path, a PIL image, or a tensor (3, s, s) in [-1, 1]. Encoded once, here.
+        """Add words (str) or images: a Path, a PIL image, or a tensor (3, s, s) in [-1, 1]. Encoded once, here.
 
-        All of it is checked before any of it is added. Raises PromptError for words the model cannot take or a
-        conversation longer than it reads, DataError and ShapeError for pictures it cannot.
+        All parts are checked before any of them is added. Raises PromptError for words the model cannot take or a
+        conversation longer than it reads, DataError and ShapeError for images it cannot.
         """
         self._check_idle()
         if not parts:
-            raise PromptError("there is nothing to add; say or show something.")
+            raise PromptError("there is nothing to add: add() got no parts; give words or an image.")
         ready = [checked_part(self.sampler.components, part) for part in parts]
         self._check_room(sum(self._slots_of(part) for part in ready) + self._overhead)
         start = self.mark()
@@ -147,7 +149,7 @@ class Session:
 
     @property
     def _overhead(self) -> int:
-        """Slots that a turn needs beside what it holds: those that open it and the reply, and what ends both."""
+        """Slots of a turn beside its content: those that open it and the reply, and those that end both."""
         return len(self._tokenizer.opens_user()) + len(self._tokenizer.opens_reply()) + 2
 
     def _encoded(self, text: str) -> list[int]:
@@ -159,7 +161,7 @@ class Session:
             self._is_open = True
 
     def _show(self, image: Tensor) -> None:
-        """An uploaded picture enters at the lowest noise level (docs/choices.md#picture-levels)."""
+        """Append an uploaded image at the lowest noise level (docs/choices.md#picture-levels)."""
         level = self.sampler.upload_level
         self.encode_calls += 1
         x = self.sampler.noisy(image[None], torch.tensor([level]))
@@ -167,24 +169,24 @@ class Session:
         picture = DecodedImage(x[0], u[0], level, image)
         self.pieces.append(Piece("user", picture=picture))
 
-    # -- what the model makes
+    # -- output
 
     def run(self, *, tokens: int = 64, pictures: int = 1, temperature: float = 0.0) -> Iterator[Event]:
-        """The model replies, deciding itself what comes next: words, a picture, or both.
+        """Let the model reply, deciding itself what comes next: words, an image, or both.
 
         Stopping early, by an error or by leaving the loop, takes the whole reply back.
         """
         yield from self._reply(ReplyLimits(tokens=tokens, pictures=pictures, temperature=temperature))
 
     def write(self, *, tokens: int = 64, temperature: float = 0.0) -> str:
-        """The model replies in words."""
+        """Let the model reply in words, and return them."""
         events = self._reply(ReplyLimits(tokens=tokens, pictures=0, temperature=temperature))
         return "".join(e.text for e in events if isinstance(e, Wrote)).strip()
 
     def draw(self) -> Made:
-        """The model replies with a picture and nothing else."""
-        made = [e for e in self._reply(ReplyLimits(tokens=0, pictures=1), draws=True) if isinstance(e, Made)]
-        return made[0]
+        """Let the model reply with an image and nothing else, and return it."""
+        events = list(self._reply(ReplyLimits(tokens=0, pictures=1), draws=True))
+        return next(event for event in events if isinstance(event, Made))
 
     def _reply(self, config: ReplyLimits, *, draws: bool = False) -> Iterator[Event]:
         self._check_idle()
@@ -200,7 +202,7 @@ class Session:
             self._open()
             self._rows.read([self._tokenizer.opens_reply()])
             self._is_open = False
-            yield from self._told(
+            yield from self._events(
                 self._rows.reply([seed], replace(config, pictures=pictures, tokens=tokens), draws=draws)
             )
         except BaseException:  # also of a consumer that leaves: half a reply would confuse all that follows
@@ -210,21 +212,21 @@ class Session:
         self._is_replying = False
         self._replies += 1
 
-    def _told(self, events: Iterator[RowEvent]) -> Iterator[Event]:
-        """Events of the row as those of a conversation; text is told as soon as its characters are whole."""
+    def _events(self, events: Iterator[RowEvent]) -> Iterator[Event]:
+        """Translate events of the row to those of a conversation; text is yielded once its characters are whole."""
         ids: list[int] = []
-        said = ""
+        written = ""
         for event in events:
             match event:
                 case Token():
                     ids.append(event.id)
                     text = self._tokenizer.decode(ids)
-                    if not text.endswith("\ufffd") and text != said:
-                        piece, said = text[len(said) :], text
+                    if not text.endswith("\ufffd") and text != written:
+                        piece, written = text[len(written) :], text
                         yield Wrote(piece)
                 case Begun():
-                    self._keep_text(said)
-                    ids, said = [], ""
+                    self._keep_text(written)
+                    ids, written = [], ""
                     yield Started("image")
                 case Stepped():
                     yield Drew(event.done, event.total)
@@ -232,7 +234,7 @@ class Session:
                     self.pieces.append(Piece("model", picture=event.picture))
                     yield Made("image", to_pil(event.picture.image), event.picture)
                 case Ended():
-                    self._keep_text(said)
+                    self._keep_text(written)
                     yield Finished(event.reason)
 
     def _keep_text(self, text: str) -> None:
@@ -248,7 +250,7 @@ class Session:
 
     @property
     def room(self) -> int:
-        """Positions that are left."""
+        """Free positions: how many more the model can read."""
         return self.sampler.components.cfg.max_positions - self.length
 
     def _check_idle(self) -> None:
@@ -263,47 +265,47 @@ class Session:
             )
 
     def mark(self) -> Mark:
-        """This moment, to `rewind` to."""
+        """The current state, to `rewind` to."""
         self._check_idle()
-        main, canvas = self._rows.conditional, self._rows.buffers
+        branch, buffers = self._rows.conditional, self._rows.buffers
         return Mark(
             branch=self._branch,
             length=self.length,
-            cursor=replace(main.cursors[0]),
-            last=(main.h.clone(), main.g.clone()),
-            previous=(canvas.previous.clone(), canvas.has_previous.clone()),
+            cursor=replace(branch.cursors[0]),
+            last=(branch.h.clone(), branch.g.clone()),
+            previous=(buffers.previous.clone(), buffers.has_previous.clone()),
             pieces=len(self.pieces),
             replies=self._replies,
             is_open=self._is_open,
         )
 
     def rewind(self, mark: Mark) -> None:
-        """Forget all since `mark`; what was before stays bit-equal.
+        """Forget everything since `mark`; what came before stays bit-equal.
 
         Raises StateError for a mark of another session, or of something that was taken back since.
         """
         self._check_idle()
         if mark.length > self._valid.get(mark.branch, -1):
             raise StateError("rewind got a mark of another session, or of something that was taken back since.")
-        main, canvas = self._rows.conditional, self._rows.buffers
-        main.cache.truncate(mark.length)
-        main.is_real = main.is_real[:, : mark.length]
-        main.cursors = [replace(mark.cursor)]
-        main.h, main.g = (t.clone() for t in mark.last)
-        canvas.previous, canvas.has_previous = (t.clone() for t in mark.previous)
+        branch, buffers = self._rows.conditional, self._rows.buffers
+        branch.cache.truncate(mark.length)
+        branch.is_real = branch.is_real[:, : mark.length]
+        branch.cursors = [replace(mark.cursor)]
+        branch.h, branch.g = (t.clone() for t in mark.last)
+        buffers.previous, buffers.has_previous = (t.clone() for t in mark.previous)
         self._rows.unconditional = None
         del self.pieces[mark.pieces :]
         self._is_open, self._replies = mark.is_open, mark.replies
         self._start_branch(mark.length)
 
     def _start_branch(self, length: int) -> None:
-        """From here on the past is shared up to `length` only: later marks of it hold no more."""
+        """Share the past up to `length` only: later marks of it are no longer valid."""
         self._valid = {branch: min(end, length) for branch, end in self._valid.items()}
         self._branch = next(_BRANCHES)
         self._valid[self._branch] = math.inf
 
     def fork(self) -> Session:
-        """A session of its own that shares the past and no memory with this one."""
+        """A second session with the same past; the two never share memory."""
         self._check_idle()
         twin = copy.copy(self)
         twin.pieces = list(self.pieces)
@@ -315,20 +317,19 @@ class Session:
     # -- files
 
     def save(self, path: str | Path) -> None:
-        """Write the whole state as one safetensors file. Raises OutputError."""
+        """Write the whole state as one safetensors file. Raises OutputError, and StateError while a reply is made."""
         self._check_idle()
-        main, canvas = self._rows.conditional, self._rows.buffers
-        tensors = {"h": main.h, "g": main.g, "previous": canvas.previous, "has_previous": canvas.has_previous}
-        for name, cache in (("vlm", main.cache.vlm), ("flow", main.cache.flow)):
-            for i, (k, v) in enumerate(cache.filled()):
-                tensors |= {f"{name}.{i}.k": k, f"{name}.{i}.v": v}
+        branch, buffers = self._rows.conditional, self._rows.buffers
+        tensors = {"h": branch.h, "g": branch.g, "previous": buffers.previous, "has_previous": buffers.has_previous}
+        for name, cache in (("vlm", branch.cache.vlm), ("flow", branch.cache.flow)):
+            tensors |= {f"{name}.{key}": value for key, value in cache.state().items()}
         for i, piece in enumerate(self.pieces):
             if piece.picture is not None:
                 p = piece.picture
                 tensors |= {f"picture.{i}.x": p.x, f"picture.{i}.u": p.u, f"picture.{i}.image": p.image}
         meta = {
             "model": self.sampler.fingerprint,
-            "pieces": json.dumps([_told_of(piece) for piece in self.pieces]),
+            "pieces": json.dumps([_metadata(piece) for piece in self.pieces]),
             "sampling": json.dumps({name: getattr(self.sampler.config, name) for name in SAMPLING}),
             "state": json.dumps(self._state()),
         }
@@ -348,7 +349,7 @@ class Session:
 
     @classmethod
     def load(cls, path: str | Path, sampler: Sampler) -> Session:
-        """A saved session, to go on exactly where it was, with the guidance and prior scale that it had.
+        """Load a saved session; it goes on exactly where it was, with the guidance and prior scale that it had.
 
         Raises CheckpointError for a file that is not whole, or is of another model or precision.
         """
@@ -369,21 +370,21 @@ class Session:
     def _restore(self, tensors: dict[str, Tensor], pieces: Sequence[dict[str, Any]], state: dict[str, Any]) -> None:
         device = self.sampler.components.device
         tensors = {name: value.to(device) for name, value in tensors.items()}
-        main, canvas = self._rows.conditional, self._rows.buffers
-        main.h, main.g = tensors["h"], tensors["g"]
-        canvas.previous, canvas.has_previous = tensors["previous"], tensors["has_previous"]
+        branch, buffers = self._rows.conditional, self._rows.buffers
+        branch.h, branch.g = tensors["h"], tensors["g"]
+        buffers.previous, buffers.has_previous = tensors["previous"], tensors["has_previous"]
         if "flow.0.k" in tensors:
-            main.cache = PretzelCache(*(_cache_of(tensors, name) for name in ("vlm", "flow")))
-        main.is_real = torch.ones(1, main.cache.length, dtype=torch.bool, device=device)
-        main.cursors = [Cursor(self.sampler.layout.grid, state["mrope"], state["step"])]
+            branch.cache = PretzelCache(*(Cache.from_state(_under(name, tensors)) for name in ("vlm", "flow")))
+        branch.is_real = torch.ones(1, branch.cache.length, dtype=torch.bool, device=device)
+        branch.cursors = [Cursor(self.sampler.layout.grid, state["mrope"], state["step"])]
         self.seed, self._replies, self._is_open = state["seed"], state["replies"], state["is_open"]
         self.encode_calls = state["encode_calls"]
-        for i, told in enumerate(pieces):
+        for i, piece in enumerate(pieces):
             picture = None
-            if told["text"] is None:
+            if piece["text"] is None:
                 x, u, image = (tensors[f"picture.{i}.{name}"] for name in ("x", "u", "image"))
-                picture = DecodedImage(x, u, told["noise_level"], image, *told["nats"])
-            self.pieces.append(Piece(told["who"], told["text"], picture))
+                picture = DecodedImage(x, u, piece["noise_level"], image, *piece["nats"])
+            self.pieces.append(Piece(piece["who"], piece["text"], picture))
 
 
 def checked_part(components: Components, part: Said) -> str | Tensor:
@@ -412,12 +413,12 @@ def _sampling(meta: dict[str, str]) -> dict[str, Any]:
     return settings | ({"skips": tuple(settings["skips"])} if settings.get("skips") is not None else {})
 
 
-def _told_of(piece: Piece) -> dict[str, Any]:
+def _metadata(piece: Piece) -> dict[str, Any]:
     p = piece.picture
     level, nats = (None, [None, None]) if p is None else (p.noise_level, [p.log_prob, p.unconditional_log_prob])
     return {"who": piece.who, "text": piece.text, "noise_level": level, "nats": nats}
 
 
-def _cache_of(tensors: dict[str, Tensor], name: str) -> Cache:
-    layers = sum(key.startswith(f"{name}.") and key.endswith(".k") for key in tensors)
-    return Cache.of([(tensors[f"{name}.{i}.k"], tensors[f"{name}.{i}.v"]) for i in range(layers)])
+def _under(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whose names begin with `name` and a dot, without that."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}

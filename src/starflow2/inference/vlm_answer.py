@@ -1,4 +1,4 @@
-"""Answers from a picture and words: the language model with its own vision tower, greedy and cached.
+"""Answers of the language model alone, which sees images through its own vision tower: greedy and cached.
 
 Row i of a batch depends on its own picture and words alone: rows are run together only if they are equally long, so
 nothing is padded. Not here: the flow, which this path never touches, and the grading of answers.
@@ -24,7 +24,7 @@ _BATCH = 64  # rows at once
 
 @torch.no_grad()
 def answer(components: Components, images: Tensor, questions: Sequence[str], *, max_tokens: int = 48) -> list[str]:
-    """One answer per (picture, question), each of at most `max_tokens` tokens; the likeliest token at every step.
+    """One answer per (image, question), each of at most `max_tokens` tokens; the likeliest token at every step.
 
     images: (B, 3, s, s) in [-1, 1], s = components.cfg.vlm.image_size.
     Raises ConfigError if lengths differ, StateError if the language model was not trained, ShapeError for other images.
@@ -47,7 +47,7 @@ def answer(components: Components, images: Tensor, questions: Sequence[str], *, 
 
 
 def _documents(components: Components, questions: Sequence[list[int]]) -> Batch:
-    """A picture and a question up to where the answer begins, one row each; questions are equally long."""
+    """Documents of an image and a question up to where the answer begins; questions are equally long."""
     before, after = (
         Text(tuple(ids)) for ids in (components.tokenizer.opens_user(), components.tokenizer.opens_reply())
     )
@@ -64,22 +64,24 @@ def _equally_long(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 
 def _reply(components: Components, images: Tensor, batch: Batch, max_tokens: int) -> list[list[int]]:
-    """The tokens that follow each row, without the end token; rows that have ended leave the batch."""
+    """Tokens of each row's answer without the end token; rows that have ended leave the batch."""
     vlm, end = components.vlm, components.cfg.vlm.special.end
     cache = vlm.new_cache()
     h = vlm.states(with_pictures(vlm.embed(batch.ids), vlm.see(images), batch), batch.mrope, cache=cache)
-    at = int(batch.mrope[0, 0, -1])
+    position = int(batch.mrope[0, 0, -1])
     replies: list[list[int]] = [[] for _ in images]
     rows = list(range(len(images)))  # that have not ended
     while True:
-        told = vlm.logits(h[:, -1]).argmax(-1)  # (B,)
-        going = (told != end).nonzero().flatten()
-        rows, told = [rows[i] for i in going.tolist()], told[going]
-        for i, token in zip(rows, told.tolist(), strict=True):
+        tokens = vlm.logits(h[:, -1]).argmax(-1)  # (B,)
+        active = (tokens != end).nonzero().flatten()
+        rows, tokens = [rows[i] for i in active.tolist()], tokens[active]
+        for i, token in zip(rows, tokens.tolist(), strict=True):
             replies[i].append(token)
         if not rows or len(replies[rows[0]]) == max_tokens:
             return replies
-        if len(going) < len(h):
-            cache.select(going)
-        at += 1
-        h = vlm.states(vlm.embed(told[:, None]), text_mrope(len(rows), 1, at).to(components.device), cache=cache)
+        if len(active) < len(h):
+            cache.select(active)
+        position += 1
+        h = vlm.states(
+            vlm.embed(tokens[:, None]), text_mrope(len(rows), 1, position).to(components.device), cache=cache
+        )
