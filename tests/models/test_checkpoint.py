@@ -18,8 +18,9 @@ from model_cases import STAGES, tiny_components, tiny_model, tiny_tokenizer
 from starflow2.errors import CheckpointError, ConfigError, StarFlowError
 from starflow2.inference.config import DrawConfig
 from starflow2.models import checkpoint
-from starflow2.models.checkpoint import FORMAT, load_components, read_config, save_components
+from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
+from starflow2.models.config_file import FORMAT, read_config
 from starflow2.models.hub import NANO
 from starflow2.pipeline import StarFlow2
 from starflow2.training.datasets import to_images

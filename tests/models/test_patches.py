@@ -17,9 +17,10 @@ from starflow2.evals.codec import codec_table, evaluate_codec
 from starflow2.flow import Context
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.likelihood import decode_code
-from starflow2.models.checkpoint import FORMAT, load_components, save_components
+from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
 from starflow2.models.config import PatchConfig
+from starflow2.models.config_file import FORMAT
 from starflow2.models.patches import PatchCodec
 from starflow2.models.protocols import Codec
 from starflow2.models.summary import describe

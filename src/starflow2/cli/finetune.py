@@ -42,7 +42,7 @@ class Finetune:
         refuse(unknown, type(self))
         check_seed(self.seed)
         check_writable(self.output / "config.json")
-        from starflow2.models.checkpoint import read_config
+        from starflow2.models.config_file import read_config
         from starflow2.models.hub import NANO, pick_device
         from starflow2.models.lora import LoraConfig
         from starflow2.training.finetune import FinetuneConfig, finetune, read_album

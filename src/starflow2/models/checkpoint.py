@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,7 +28,8 @@ from starflow2.core.serialize import from_dict, to_dict
 from starflow2.errors import CheckpointError, ConfigError, OutputError, nearest
 from starflow2.flow import AffineBlock, Flow
 from starflow2.models.components import Components
-from starflow2.models.config import FaeConfig, JointsConfig, ModelConfig
+from starflow2.models.config import FaeConfig, ModelConfig
+from starflow2.models.config_file import FORMAT, read_config
 from starflow2.models.fae import Fae
 from starflow2.models.pretrained import Pretrained, fingerprint, locate
 from starflow2.models.pretzel import Joints
@@ -39,11 +39,9 @@ from starflow2.models.vision import DinoFeatures, SiglipFeatures
 from starflow2.nn import raw_bytes
 
 __all__ = [
-    "FORMAT",
     "load_components",
     "load_tensors",
     "load_words",
-    "read_config",
     "save_components",
     "save_tensors",
     "start_components",
@@ -51,7 +49,6 @@ __all__ = [
     "write_config",
 ]
 
-FORMAT = 6
 OWN = ("fae.", "flow.", "joints.")  # what model.safetensors holds
 BACKBONES = ("vlm", "features")  # what stands beside it, or is referred to
 
@@ -268,70 +265,6 @@ def _tokenizer(path: Path, cfg: ModelConfig) -> ChatTokenizer:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder, its format checked."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json; expected a starflow2 model folder.")
-    try:
-        config: Any = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict) or {"format", "stages"} - set(config):
-        raise CheckpointError(f"{path} is not of a starflow2 model (no format, model, stages).")
-    if not isinstance(config["stages"], list) or not all(type(s) is str for s in config["stages"]):
-        raise CheckpointError(f"{path} is not of a starflow2 model (stages is no list of names).")
-    if config["format"] not in range(1, FORMAT + 1):
-        raise CheckpointError(f"{path} has format {config['format']}; this version reads up to {FORMAT}.")
-    try:
-        for migrate in _MIGRATIONS[config["format"] - 1 :]:
-            config = migrate(config)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not of a starflow2 model of its format: {error!r}.") from error
-    return dict(config)
-
-
-def _as_format_2(config: dict[str, Any]) -> dict[str, Any]:
-    """A model from before the streams were joined: it gets the joints of that time's only recipe."""
-    joints = to_dict(JointsConfig(adapter_width=192, adapter_stencil=True)) | {"reference": True}
-    del joints["words"]
-    new = {"joints": joints, "max_positions": 4096}
-    return {**config, "format": 2, "model": {**config["model"], **new}}
-
-
-def _as_format_3(config: dict[str, Any]) -> dict[str, Any]:
-    """A model from before the flow could read words beside states: its flow reads states alone."""
-    model = config["model"]
-    return {**config, "format": 3, "model": {**model, "joints": {**model["joints"], "words": False}}}
-
-
-def _as_format_4(config: dict[str, Any]) -> dict[str, Any]:
-    """A model from before parts could be pretrained elsewhere: all its weights are its own, nothing is resized."""
-    model = config["model"]
-    flow = {"latent_penalty": 0.0, **model["flow"], "deep": {"noise_waves": 0, **model["flow"]["deep"]}}
-    flow["shallow"] = [{"noise_waves": 0, **block} for block in flow["shallow"]]
-    features = {"table_size": 0, "pixels": None, **model["features"]}
-    vlm = {"vision_window": 0, "vision_whole": [], "pixels": None, **model["vlm"]}
-    new = {"features_from": None, "vlm_from": None, "flow": flow, "features": features, "vlm": vlm}
-    return {**config, "format": 4, "model": {**model, **new}}
-
-
-def _as_format_5(config: dict[str, Any]) -> dict[str, Any]:
-    """A model from before the way from the picture before was a window: it reads the target's place or nothing."""
-    model = config["model"]
-    joints = {**model["joints"], "reference": int(model["joints"]["reference"])}
-    return {**config, "format": 5, "model": {**model, "joints": joints}}
-
-
-def _as_format_6(config: dict[str, Any]) -> dict[str, Any]:
-    """A model from before guidance had a course, and edits one of their own: it is constant, and the same for all."""
-    new = {"guidance_schedule": "constant", "edit_guidance": None}
-    return {**config, "format": 6, "model": {**config["model"], **new}}
-
-
-_MIGRATIONS = (_as_format_2, _as_format_3, _as_format_4, _as_format_5, _as_format_6)
 
 
 def _fresh_joints(cfg: ModelConfig) -> dict[str, Tensor]:

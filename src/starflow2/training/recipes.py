@@ -15,7 +15,6 @@ from pathlib import Path
 from starflow2.core.serialize import from_dict
 from starflow2.errors import ConfigError, nearest
 from starflow2.flow import BlockConfig, FlowConfig, NoiseConfig
-from starflow2.models.checkpoint import read_config
 from starflow2.models.config import (
     DinoConfig,
     FaeConfig,
@@ -27,6 +26,7 @@ from starflow2.models.config import (
     SiglipConfig,
     SpecialIds,
 )
+from starflow2.models.config_file import read_config
 from starflow2.models.pretrained import Pretrained
 from starflow2.nn import StackConfig
 from starflow2.training.config import CaptionConfig, MixConfig, OptimConfig, RunConfig, StageConfig, WarmupMixConfig

@@ -1,0 +1,83 @@
+"""config.json of a model folder: read, checked and brought to the current format, without loading any network.
+
+Each format differs from the one before it by one migration at the end of this file. Writing it is part of saving a
+model (`checkpoint`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from starflow2.core.serialize import to_dict
+from starflow2.errors import CheckpointError
+from starflow2.models.config import JointsConfig
+
+__all__ = ["FORMAT", "read_config"]
+
+FORMAT = 6
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, in the current format. Raises CheckpointError if it is missing or malformed."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json; expected a starflow2 model folder.")
+    try:
+        config: Any = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict) or {"format", "stages"} - set(config):
+        raise CheckpointError(f"{path} is not of a starflow2 model (no format, model, stages).")
+    if not isinstance(config["stages"], list) or not all(type(s) is str for s in config["stages"]):
+        raise CheckpointError(f"{path} is not of a starflow2 model (stages is no list of names).")
+    if config["format"] not in range(1, FORMAT + 1):
+        raise CheckpointError(f"{path} has format {config['format']}; this version reads up to {FORMAT}.")
+    try:
+        for migrate in _MIGRATIONS[config["format"] - 1 :]:
+            config = migrate(config)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not of a starflow2 model of its format: {error!r}.") from error
+    return dict(config)
+
+
+def _as_format_2(config: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 had no joints. Add those of the only recipe of that time."""
+    joints = to_dict(JointsConfig(adapter_width=192, adapter_stencil=True)) | {"reference": True}
+    del joints["words"]
+    new = {"joints": joints, "max_positions": 4096}
+    return {**config, "format": 2, "model": {**config["model"], **new}}
+
+
+def _as_format_3(config: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 had no `words` in joints: the flow read states without token embeddings."""
+    model = config["model"]
+    return {**config, "format": 3, "model": {**model, "joints": {**model["joints"], "words": False}}}
+
+
+def _as_format_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Format 3 had no pretrained components. All weights are in the folder, and images are not resized."""
+    model = config["model"]
+    flow = {"latent_penalty": 0.0, **model["flow"], "deep": {"noise_waves": 0, **model["flow"]["deep"]}}
+    flow["shallow"] = [{"noise_waves": 0, **block} for block in flow["shallow"]]
+    features = {"table_size": 0, "pixels": None, **model["features"]}
+    vlm = {"vision_window": 0, "vision_whole": [], "pixels": None, **model["vlm"]}
+    new = {"features_from": None, "vlm_from": None, "flow": flow, "features": features, "vlm": vlm}
+    return {**config, "format": 4, "model": {**model, **new}}
+
+
+def _as_format_5(config: dict[str, Any]) -> dict[str, Any]:
+    """Format 4 stored `reference` as a bool. Convert it to a window size, 1 or 0."""
+    model = config["model"]
+    joints = {**model["joints"], "reference": int(model["joints"]["reference"])}
+    return {**config, "format": 5, "model": {**model, "joints": joints}}
+
+
+def _as_format_6(config: dict[str, Any]) -> dict[str, Any]:
+    """Format 5 had no guidance schedule and no separate guidance for edits. Use a constant one for all images."""
+    new = {"guidance_schedule": "constant", "edit_guidance": None}
+    return {**config, "format": 6, "model": {**config["model"], **new}}
+
+
+_MIGRATIONS = (_as_format_2, _as_format_3, _as_format_4, _as_format_5, _as_format_6)
