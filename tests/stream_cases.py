@@ -45,3 +45,17 @@ class Bent(_Wrapped):
 
     def logits(self, h: Tensor, g: Tensor) -> Tensor:
         return self.change(self.stream.logits(h, g))
+
+
+class Failing(_Wrapped):
+    """Raises an error at the given call of `read`, counted from one."""
+
+    def __init__(self, stream: Any, call: int, error: BaseException) -> None:
+        super().__init__(stream)
+        self.left, self.error = call, error
+
+    def read(self, slots: Slots, cache: PretzelCache | None = None) -> States:
+        self.left -= 1
+        if not self.left:
+            raise self.error
+        return self.stream.read(slots, cache)

@@ -11,7 +11,7 @@ import torch
 from model_cases import STAGES, tiny_components
 from starflow2 import nn, selfcheck
 from starflow2.errors import DataError, StateError
-from starflow2.flow import Affine, Flow, Jacobi
+from starflow2.flow import Affine, Jacobi
 from starflow2.inference.decoder import BatchDecoder
 from starflow2.inference.sampler import Sampler
 from starflow2.models.pretzel import Pretzel
@@ -76,8 +76,8 @@ def test_guidance_that_acts_at_zero_is_caught(material, monkeypatch):
 
 
 def test_rows_that_see_each_other_are_caught(material, model, monkeypatch):
-    right = Flow.prior
-    monkeypatch.setattr(Flow, "prior", lambda self, seeds: right(self, seeds) * len(seeds))
+    right = BatchDecoder._levels
+    monkeypatch.setattr(BatchDecoder, "_levels", lambda self, count, level: right(self, count, level * self.rows))
     assert selfcheck._batch_invariance(material) > FLOAT32
 
 

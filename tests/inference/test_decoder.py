@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model_cases import tiny_components
 from starflow2.inference.config import DrawConfig
-from starflow2.inference.decoder import BatchDecoder, ReplyLimits
+from starflow2.inference.decoder import BatchDecoder, ReplyLimits, _Row
 from starflow2.inference.events import Begun, Completed, Ended, Token
 from starflow2.inference.sampler import Sampler
 from starflow2.models.joint_stream import read_documents
@@ -116,3 +116,53 @@ def test_rows_in_different_modalities_equal_the_same_rows_alone():
                 assert (a.u - b.u).abs().max() <= 1e-4
                 assert (a.image - b.image).abs().max() <= 1e-4
                 assert a.log_prob == pytest.approx(b.log_prob, abs=1e-3)
+
+
+# -- policy: temperature, prior scale, the unconditional branch
+
+
+def chosen(temperature: float, count: int = 4000) -> Tensor:
+    """How often each of four tokens is chosen from logits 0, 1, 2, 3 by seeds that count on: (4,) shares."""
+    decoder = BatchDecoder(a_sampler(), 1)
+    found = torch.zeros(4)
+    for seed in range(count):
+        scores = torch.full((decoder.sampler.components.cfg.vlm.vocab,), -torch.inf)
+        scores[100:104] = torch.arange(4.0)
+        row = _Row(seed, torch.Generator().manual_seed(seed))
+        found[decoder._choose(scores, row, ReplyLimits(temperature=temperature)) - 100] += 1
+    return found / count
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_tokens_are_chosen_with_the_probabilities_of_their_logits_over_the_temperature(temperature):
+    expected = (torch.arange(4.0) / temperature).softmax(0)
+    deviation = (expected * (1 - expected) / 4000).sqrt()
+    assert bool(((chosen(temperature) - expected).abs() <= 5 * deviation).all())
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_images_start_from_the_prior_times_its_scale(scale):
+    """z of a conversation, read back from its buffers: normal, with the standard deviation that is set."""
+    decoder = BatchDecoder(a_sampler(guidance=0.0, prior_scale=scale), 1)
+    decoder.read([[1, 30, 2]])
+    list(decoder.reply([5], ReplyLimits(tokens=0, pictures=1), draws=True))
+    z = torch.randn(64, 4, generator=torch.Generator().manual_seed(5))
+    assert torch.allclose(decoder.buffers.z[0].float(), scale * z, atol=1e-6)
+
+
+def test_the_unconditional_branch_is_that_of_an_image_alone_whatever_came_before():
+    """Guidance of an edit compares with no prompt and no previous image: its branch is that of a first image."""
+    sampler = a_sampler(guidance=1e-9)  # measures both branches and follows the conditional one
+    decoder = BatchDecoder(sampler, 1)
+    decoder.read([[1, 30, 2]])
+    decoder.see([0], torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(9)), 0.2)
+    decoder.read([[1, 31, 2]])
+    events = list(decoder.reply([5], ReplyLimits(tokens=0, pictures=1), draws=True))
+    drawn = next(event.picture for event in events if isinstance(event, Completed))
+    document = [Text(tuple(sampler.components.tokenizer.drawing_prompt("")[:-1])), Image(is_target=True)]
+    level = torch.tensor([sampler.noise_level], dtype=sampler.dtype)
+    with torch.no_grad():
+        alone = read_documents(sampler.pretzel, pack([document], sampler.layout), drawn.x[None], level)
+    expected = float(alone.affine.log_prob(alone.u).sum())
+    assert drawn.unconditional_log_prob == pytest.approx(expected, abs=1e-3)
+    assert abs(drawn.unconditional_log_prob - drawn.log_prob) > 1e-2

@@ -21,6 +21,7 @@ from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
 from starflow2.models.joint_stream import read_documents
 from starflow2.models.sequence import pack
+from stream_cases import Bent
 
 SIDE, SIZE = 2, 16
 
@@ -78,16 +79,16 @@ def assert_equal(mine: Sequence[Sequence[ReplyPart]], theirs: Sequence[Sequence[
             assert a.unconditional_log_prob == pytest.approx(b.unconditional_log_prob, abs=1e-3)
 
 
-def mixed(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let some states of the conversation call for a picture and others for words."""
-    right, begin = sampler.pretzel.logits, sampler.layout.begin
+def mixed(sampler: Sampler) -> Sampler:
+    """A sampler with which some states of the conversation call for an image and others for words."""
+    begin, twin = sampler.layout.begin, copy.copy(sampler)
 
-    def logits(h: Tensor, g: Tensor) -> Tensor:
-        out = right(h, g)
-        out[:, begin] += torch.where(out[:, 40] > out[:, 41], 50.0, -50.0)
-        return out
+    def change(logits: Tensor) -> Tensor:
+        logits[:, begin] += torch.where(logits[:, 40] > logits[:, 41], 50.0, -50.0)
+        return logits
 
-    monkeypatch.setattr(sampler.pretzel, "logits", logits)
+    twin.pretzel = Bent(sampler.pretzel, change)
+    return twin
 
 
 def test_rows_that_draw_are_sessions_that_draw(sampler):
@@ -137,12 +138,12 @@ def test_a_guidance_that_is_given_guides_edits_too(sampler):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rows_in_which_the_model_decides_are_sessions_in_which_it_decides(sampler, monkeypatch, temperature):
-    mixed(sampler, monkeypatch)
+def test_rows_in_which_the_model_decides_are_sessions_in_which_it_decides(sampler, temperature):
+    sampler = mixed(sampler)
     replying = ReplyLimits(tokens=5, pictures=1, temperature=temperature)
     told = generate_replies(sampler, TALKS, SEEDS, replying)
     kinds = {tuple(type(b).__name__ for b in turn) for talk in told for turn in talk}
-    assert len(kinds) > 1 and any("Picture" in kind for kind in kinds) and any("str" in kind for kind in kinds)
+    assert len(kinds) > 1 and any("DecodedImage" in kind for kind in kinds) and any("str" in kind for kind in kinds)
     for talk, seed, mine in zip(TALKS, SEEDS, told, strict=True):
         assert_equal(mine, alone(sampler, talk, seed, replying))
 
@@ -188,7 +189,7 @@ def test_words_alone_give_words_alone(sampler):
 
 def test_no_talks_give_no_replies_and_unequal_numbers_are_refused(sampler):
     assert generate_replies(sampler, [], [], ReplyLimits()) == []
-    with pytest.raises(ConfigError, match="4 talks and 1 seeds"):
+    with pytest.raises(ConfigError, match="4 conversations and 1 seeds"):
         generate_replies(sampler, TALKS, [1], ReplyLimits())
 
 

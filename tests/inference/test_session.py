@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from starflow2.models.fae import Fae
 from starflow2.models.joint_stream import read_documents
 from starflow2.models.sequence import Image as Slot
 from starflow2.models.sequence import Text, pack
-from stream_cases import Bent
+from stream_cases import Bent, Failing, Recording
 
 SIDE, SIZE = 2, 16  # latents and pixels a side
 COUNT = SIDE * SIDE
@@ -127,59 +128,76 @@ def test_capitals_and_spaces_make_no_difference_to_what_the_model_reads(sampler)
     assert same(state(Session(sampler).add("a red circle")), state(Session(sampler).add("  A  RED\ncircle ")))
 
 
-def test_events_of_a_drawn_reply_come_in_order_and_count_every_latent(sampler, monkeypatch):
-    force(sampler, monkeypatch, [sampler.layout.begin])
-    events = list(Session(sampler).add("a red circle").run(tokens=3))
+def test_events_of_a_drawn_reply_come_in_order_and_count_every_latent(sampler):
+    events = list(Session(forced(sampler, [sampler.layout.begin])).add("a red circle").run(tokens=3))
     names = [type(e).__name__ for e in events]
     assert names[:2] == ["Started", "Drew"] and names[COUNT + 1] == "Made" and names[-1] == "Finished"
     assert [(e.done, e.total) for e in events if isinstance(e, Drew)] == [(i, COUNT) for i in range(1, COUNT + 1)]
     assert events[-1] == Finished("limit")
 
 
-def force(sampler: Sampler, monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> None:
-    """Let the likeliest tokens be `ids`, one after the other, as long as they last."""
-    right, left = sampler.pretzel.logits, list(ids)
+def over(sampler: Sampler, stream: Any) -> Sampler:
+    """A sampler of the same model that reads through another stream."""
+    twin = copy.copy(sampler)
+    twin.pretzel = stream
+    return twin
 
-    def logits(h: Tensor, g: Tensor) -> Tensor:
-        out = right(h, g)
+
+def forced(sampler: Sampler, ids: list[int]) -> Sampler:
+    """A sampler whose likeliest tokens are `ids`, one after the other, as long as they last."""
+    left = list(ids)
+
+    def change(logits: Tensor) -> Tensor:
         if left:
-            out[:, left.pop(0)] += 1e3
-        return out
+            logits[:, left.pop(0)] += 1e3
+        return logits
 
-    monkeypatch.setattr(sampler.pretzel, "logits", logits)
+    return over(sampler, Bent(sampler.pretzel, change))
 
 
-def test_words_are_told_as_they_come_and_only_whole_characters(sampler, monkeypatch):
+@contextmanager
+def through(session: Session, sampler: Sampler) -> Iterator[None]:
+    """Inside, a session that has begun goes on with another sampler."""
+    holders = (session, session._rows, session._rows.conditional)
+    before = session.sampler
+    for holder in holders:
+        holder.sampler = sampler
+    try:
+        yield
+    finally:
+        for holder in holders:
+            holder.sampler = before
+
+
+def test_words_are_yielded_as_they_come_and_only_whole_characters(sampler):
     tokenizer = sampler.components.tokenizer
     ids = [*tokenizer.encode("red größe"), sampler.components.cfg.vlm.special.end]
     assert len(ids) > 6, "some characters are to take two tokens"
-    force(sampler, monkeypatch, ids)
-    session = Session(sampler).add("a red circle")
+    session = Session(forced(sampler, ids)).add("a red circle")
     pieces = [e.text for e in session.run() if isinstance(e, Wrote)]
     assert "".join(pieces) == "red größe" and len(pieces) < len(ids) - 1
     assert session.pieces[-1].text == "red größe"
 
 
-def test_a_reply_of_words_a_picture_and_words_keeps_their_order(sampler, monkeypatch):
+def test_a_reply_of_words_a_picture_and_words_keeps_their_order(sampler):
     tokenizer, end = sampler.components.tokenizer, sampler.components.cfg.vlm.special.end
-    force(sampler, monkeypatch, [*tokenizer.encode("red"), sampler.layout.begin, *tokenizer.encode("blue"), end])
-    session = Session(sampler).add("a red circle")
+    ids = [*tokenizer.encode("red"), sampler.layout.begin, *tokenizer.encode("blue"), end]
+    session = Session(forced(sampler, ids)).add("a red circle")
     events = [type(e) for e in session.run() if not isinstance(e, Drew)]
     assert [e for i, e in enumerate(events) if i == 0 or e != events[i - 1]] == [Wrote, Started, Made, Wrote, Finished]
     assert [(p.who, p.text) for p in session.pieces[1:]] == [("model", "red"), ("model", None), ("model", "blue")]
 
 
-def test_limits_of_words_and_pictures_are_kept(sampler, monkeypatch):
-    force(sampler, monkeypatch, [sampler.layout.begin] * 9)
+def test_limits_of_words_and_pictures_are_kept(sampler):
+    sampler = forced(sampler, [sampler.layout.begin] * 9)
     events = list(Session(sampler).add("a red circle").run(tokens=2, pictures=2))
     assert sum(isinstance(e, Made) for e in events) == 2 and events[-1] == Finished("limit")
     assert not any(isinstance(e, Started) for e in Session(sampler).add("a red circle").run(tokens=2, pictures=0))
 
 
-def test_write_gives_what_run_would_tell(sampler, monkeypatch):
+def test_write_gives_what_run_would_tell(sampler):
     ids = [*sampler.components.tokenizer.encode("two red hearts"), sampler.components.cfg.vlm.special.end]
-    force(sampler, monkeypatch, ids + ids)
-    session = Session(sampler).add("a red circle")
+    session = Session(forced(sampler, ids + ids)).add("a red circle")
     fork = session.fork()
     written = session.write()
     assert written == "two red hearts" == "".join(e.text for e in fork.run(pictures=0) if isinstance(e, Wrote))
@@ -248,22 +266,16 @@ def test_pictures_are_encoded_once_if_they_come_from_outside_and_never_if_the_mo
     assert calls == [1, 1] and session.encode_calls == 2
 
 
-def test_every_slot_goes_through_the_streams_once(sampler, monkeypatch):
+def test_every_slot_goes_through_the_streams_once(sampler):
     """The cache only grows: what a turn feeds is what it adds, however long the conversation was before."""
-    fed: list[int] = []
-    right = sampler.pretzel.read
-
-    def counted(slots: Any, cache: Any = None) -> Any:
-        fed.append(slots.ids.shape[1] if cache is session._rows.conditional.cache else 0)
-        return right(slots, cache)
-
-    monkeypatch.setattr(sampler.pretzel, "read", counted)
-    session = Session(sampler)
+    stream = Recording(sampler.pretzel)
+    session = Session(over(sampler, stream))
     begun_length = session.length
     for _ in range(2):
         session.add("a red circle", photo()).draw()
         session.add("a blue star").write(tokens=3)
-        assert sum(fed) == session.length - begun_length
+        fed = sum(states.h.shape[1] for states in stream.states(session._rows.conditional.cache))
+        assert fed == session.length - begun_length
 
 
 def test_a_picture_is_edited_from_the_latents_that_were_sampled(sampler):
@@ -374,12 +386,11 @@ def leave(session: Session, after: type[Event]) -> None:  # type: ignore[valid-t
 
 
 @pytest.mark.parametrize("after", [Started, Drew, Made, Wrote, Finished], ids=lambda e: e.__name__)
-def test_leaving_the_loop_takes_the_whole_reply_back(sampler, past, monkeypatch, after):
+def test_leaving_the_loop_takes_the_whole_reply_back(sampler, past, after):
     session, twin = past.fork(), past.fork()
-    with monkeypatch.context() as patch:
-        tokenizer = sampler.components.tokenizer
-        end = sampler.components.cfg.vlm.special.end
-        force(sampler, patch, [*tokenizer.encode("red"), sampler.layout.begin, *tokenizer.encode("blue"), end])
+    tokenizer, end = sampler.components.tokenizer, sampler.components.cfg.vlm.special.end
+    ids = [*tokenizer.encode("red"), sampler.layout.begin, *tokenizer.encode("blue"), end]
+    with through(session, forced(sampler, ids)):
         session.add("a blue star")
         twin.add("a blue star")
         leave(session, after)
@@ -399,20 +410,11 @@ def test_leaving_the_loop_takes_the_whole_reply_back(sampler, past, monkeypatch,
     ],
     ids=["opening", "begin", "begin of the other branch", "a latent", "the end"],
 )
-def test_an_error_in_the_middle_takes_the_whole_reply_back(sampler, past, monkeypatch, call, error):
+def test_an_error_in_the_middle_takes_the_whole_reply_back(sampler, past, call, error):
     session, twin = past.fork().add("a blue star"), past.fork().add("a blue star")
-    right, calls = sampler.pretzel.read, []
-
-    def failing(slots: Any, cache: Any = None) -> Any:
-        calls.append(1)
-        if len(calls) == call:
-            raise error
-        return right(slots, cache)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sampler.pretzel, "read", failing)
-        with pytest.raises(type(error)):
-            session.draw()
+    failing = over(sampler, Failing(sampler.pretzel, call, error))
+    with through(session, failing), pytest.raises(type(error)):
+        session.draw()
     assert same(state(session), state(twin)) and told(session) == told(twin)
     assert equal_future(session, twin)
 
