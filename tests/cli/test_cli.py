@@ -624,7 +624,7 @@ def test_chat_takes_turns_from_a_pipe_and_ends_with_it(joint, monkeypatch, capsy
     assert len(Session.load("talk.safetensors", joint.sampler()).pieces) == 2
     monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
     assert main(["chat", "--save-dir", "album", "--load", "talk.safetensors"]) == 0
-    assert capsys.readouterr().out == "> two red hearts\n[a picture]\n"
+    assert capsys.readouterr().out == "> two red hearts\n[an image]\n"
 
 
 # -- score and invert -------------------------------------------------------------------------------------------------

@@ -6,8 +6,7 @@ import base64
 import io
 import itertools
 import re
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,8 @@ from starflow2.cli.repl import Album, Chat, Screen, graphics_of, inline, lines_o
 from starflow2.core.images import read_metadata
 from starflow2.errors import OutputError, PromptError
 from starflow2.inference.session import Session
-from starflow2.models.pretzel import Pretzel
 from starflow2.pipeline import StarFlow2
+from stream_cases import Bent
 
 ESCAPE = "\x1b"
 SETTINGS = {"guidance": 1.0, "prior_scale": 0.65, "model": "tiny"}
@@ -47,35 +46,34 @@ def _in_an_empty_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture
-def says(model, monkeypatch) -> Callable[..., None]:
-    """Let the model reply with these words and pictures (None), over and over."""
-
-    def script(*blocks: str | None) -> None:
-        layout, tokenizer = model.components.layout, model.components.tokenizer
-        ids = [[layout.begin] if block is None else tokenizer.encode(block) for block in blocks]
-        tokens = itertools.cycle([*itertools.chain(*ids), tokenizer.special.end])
-
-        def logits(_: Pretzel, h: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
-            return one_hot(torch.tensor([next(tokens)] * len(h)), model.components.cfg.vlm.vocab).double()
-
-        monkeypatch.setattr(Pretzel, "logits", logits)
-
-    return script
-
-
 def a_picture(name: str = "shown.png") -> Path:
     Image.new("RGB", (80, 64), (200, 30, 40)).save(name)
     return Path(name)
 
 
-def a_chat(model: StarFlow2, out: io.StringIO | None = None) -> Chat:
-    screen = Screen(out or io.StringIO(), io.StringIO())
-    return Chat(model.session(), screen, Album(Path("made"), SETTINGS))
+def a_chat(model: StarFlow2, *blocks: str | None, screen: Screen | None = None) -> Chat:
+    """A conversation whose replies are these words and images (None), or the model's own without any."""
+    chat = Chat(model.session(), screen or Screen(io.StringIO(), io.StringIO()), Album(Path("made"), SETTINGS))
+    return script(chat, *blocks) if blocks else chat
 
 
-def normalized(chat: Chat) -> tuple[str, str]:
-    """What stands on both streams, which are emptied."""
+def script(chat: Chat, *blocks: str | None) -> Chat:
+    """Let the model reply with these words and images (None), over and over."""
+    sampler = chat.session.sampler
+    layout, tokenizer = sampler.components.layout, sampler.components.tokenizer
+    ids = [[layout.begin] if block is None else tokenizer.encode(block) for block in blocks]
+    tokens = itertools.cycle([*itertools.chain(*ids), tokenizer.special.end])
+
+    def scripted(logits: torch.Tensor) -> torch.Tensor:
+        return one_hot(torch.tensor([next(tokens)] * len(logits)), logits.shape[-1]).double()
+
+    stream = getattr(sampler.pretzel, "stream", sampler.pretzel)
+    sampler.pretzel = Bent(stream, scripted)
+    return chat
+
+
+def printed(chat: Chat) -> tuple[str, str]:
+    """The text on both streams, which are then emptied."""
     texts = []
     for stream in (chat.screen.out, chat.screen.err):
         texts.append(stream.getvalue())  # type: ignore[attr-defined]
@@ -84,9 +82,10 @@ def normalized(chat: Chat) -> tuple[str, str]:
     return texts[0], texts[1]
 
 
-def told(chat: Chat, *lines: str) -> tuple[str, str]:
+def typed(chat: Chat, *lines: str) -> tuple[str, str]:
+    """Output and notes after these lines."""
     chat.run(lines)
-    return normalized(chat)
+    return printed(chat)
 
 
 def kinds(session: Session) -> list[str]:
@@ -96,10 +95,9 @@ def kinds(session: Session) -> list[str]:
 # -- turns ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_line_is_a_turn_and_its_reply_comes_in_order(model, says):
-    says("two red hearts", None, "a blue star")
-    chat = a_chat(model)
-    out, err = told(chat, "", "  two red hearts\n", "   ")
+def test_a_line_is_a_turn_and_its_reply_comes_in_order(model):
+    chat = a_chat(model, "two red hearts", None, "a blue star")
+    out, err = typed(chat, "", "  two red hearts\n", "   ")
     assert out == "two red hearts\n[made/picture-001.png]\na blue star\n" and err == ""
     assert kinds(chat.session) == [
         "user: two red hearts",
@@ -107,61 +105,56 @@ def test_a_line_is_a_turn_and_its_reply_comes_in_order(model, says):
         "model: picture",
         "model: a blue star",
     ]
-    said = read_metadata("made/picture-001.png")
-    assert (said["prompt"], said["seed"], said["model"]) == ("two red hearts", "0", "tiny")
+    record = read_metadata("made/picture-001.png")
+    assert (record["prompt"], record["seed"], record["model"]) == ("two red hearts", "0", "tiny")
 
 
-def test_nothing_behind_quit_is_read(model, says):
-    says("a star")
-    chat = a_chat(model)
+def test_nothing_behind_quit_is_read(model):
+    chat = a_chat(model, "a star")
     lines = iter(["two red hearts", "/quit", "a blue star"])
     chat.run(lines)
-    assert normalized(chat) == ("a star\n", "") and list(lines) == ["a blue star"]
+    assert printed(chat) == ("a star\n", "") and list(lines) == ["a blue star"]
 
 
-def test_a_shown_picture_is_part_of_the_turn_that_is_then_said(model, says):
-    says("red")
-    chat = a_chat(model)
-    out, err = told(chat, f"/show {a_picture()}", "what color is it?")
-    assert out == "red\n" and err == "shown.png is part of your turn; now say something.\n"
+def test_a_shown_picture_is_part_of_the_turn_that_is_then_said(model):
+    chat = a_chat(model, "red")
+    out, err = typed(chat, f"/show {a_picture()}", "what color is it?")
+    assert out == "red\n" and err == "shown.png is now part of your turn; say something.\n"
     assert kinds(chat.session) == ["user: picture", "user: what color is it?", "model: red"]
     assert chat.session.encode_calls == 1
 
 
 def test_draw_forces_a_picture_of_the_words_or_of_what_was_shown(model):
     chat = a_chat(model)
-    out, _ = told(chat, "/draw two red hearts", f"/show {a_picture()}", "/draw")
+    out, _ = typed(chat, "/draw two red hearts", f"/show {a_picture()}", "/draw")
     assert out == "[made/picture-001.png]\n[made/picture-002.png]\n"
     assert kinds(chat.session) == ["user: two red hearts", "model: picture", "user: picture", "model: picture"]
     drawn = model.session().add("two red hearts").draw().image
     assert np.array_equal(np.asarray(Image.open("made/picture-001.png")), np.asarray(drawn))
 
 
-def test_undo_takes_a_turn_back_with_the_picture_that_was_shown_in_it(model, says):
-    says("red")
-    chat = a_chat(model)
-    told(chat, "two red hearts")
+def test_undo_takes_a_turn_back_with_the_picture_that_was_shown_in_it(model):
+    chat = a_chat(model, "red")
+    typed(chat, "two red hearts")
     length = chat.session.length
-    told(chat, f"/show {a_picture()}", "what color is it?", "/undo")
+    typed(chat, f"/show {a_picture()}", "what color is it?", "/undo")
     assert chat.session.length == length and kinds(chat.session) == ["user: two red hearts", "model: red"]
-    told(chat, f"/show {a_picture()}", "/undo", "/undo")
+    typed(chat, f"/show {a_picture()}", "/undo", "/undo")
     assert chat.session.length == 0 and chat.session.pieces == []
-    assert told(chat, "/undo") == ("", "error: there is no turn to take back.\n")
+    assert typed(chat, "/undo") == ("", "error: there is no turn to take back.\n")
 
 
 def test_pictures_that_are_there_already_are_left_alone(model):
     Path("made").mkdir()
     for number in (1, 2):
         Path(f"made/picture-00{number}.png").write_bytes(b"mine")
-    out, _ = told(a_chat(model), "/draw a star")
+    out, _ = typed(a_chat(model), "/draw a star")
     assert out == "[made/picture-003.png]\n" and Path("made/picture-001.png").read_bytes() == b"mine"
 
 
-def test_a_reply_that_was_cut_or_is_empty_says_so(model, says):
-    says(" ".join(["red"] * 70))
-    assert "reached its limit" in told(a_chat(model), "two red hearts")[1]
-    says()
-    assert told(a_chat(model), "two red hearts") == ("", "the model says nothing.\n")
+def test_a_reply_that_was_cut_or_is_empty_says_so(model):
+    assert "reached its limit" in typed(a_chat(model, " ".join(["red"] * 70)), "two red hearts")[1]
+    assert typed(script(a_chat(model)), "two red hearts") == ("", "the model says nothing.\n")
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -194,7 +187,7 @@ def test_an_error_costs_one_line_and_nothing_of_the_session(line, says_why, mode
     Path("file").write_text("nothing of use")
     chat = a_chat(model)
     before = sorted(Path.cwd().rglob("*"))
-    out, err = told(chat, line)
+    out, err = typed(chat, line)
     assert out == "" and err.startswith("error: ") and says_why in err and err.count("\n") == 1
     assert chat.session.length == 0 and sorted(Path.cwd().rglob("*")) == before
 
@@ -202,78 +195,77 @@ def test_an_error_costs_one_line_and_nothing_of_the_session(line, says_why, mode
 def test_after_an_error_the_conversation_goes_on_as_if_it_had_not_happened(model):
     spoilt, clean = a_chat(model), a_chat(model)
     picture = a_picture()
-    told(spoilt, "a zebra", f"/show {picture}", "a unicorn", "/show none.png", "/draw two stars")
-    told(clean, f"/show {picture}", "/draw two stars")
+    typed(spoilt, "a zebra", f"/show {picture}", "a unicorn", "/show none.png", "/draw two stars")
+    typed(clean, f"/show {picture}", "/draw two stars")
     assert kinds(spoilt.session) == kinds(clean.session) == ["user: picture", "user: two stars", "model: picture"]
     pictures = [chat.session.pieces[-1].picture.u for chat in (spoilt, clean)]
     assert torch.equal(*pictures)
 
 
-def test_a_picture_that_cannot_be_written_takes_its_turn_back_and_keeps_what_was_shown(model, says):
+def test_a_picture_that_cannot_be_written_takes_its_turn_back_and_keeps_what_was_shown(model):
     chat = a_chat(model)
     Path("made").write_text("a file in its place")
     with pytest.raises(OutputError):
         chat.album.check()
-    told(chat, f"/show {a_picture()}")
+    typed(chat, f"/show {a_picture()}")
     length = chat.session.length
     for line in ("/draw two stars", "two red hearts"):
-        says(None)
-        assert "error: cannot write made/picture-001.png" in told(chat, line)[1]
+        script(chat, None)
+        assert "error: cannot write made/picture-001.png" in typed(chat, line)[1]
         assert chat.session.length == length and kinds(chat.session) == ["user: picture"]
 
 
-def test_control_c_stops_the_reply_and_not_the_conversation(model, says, monkeypatch):
-    says("two red hearts", None)
-    chat = a_chat(model)
-    steps = itertools.count()
+class Interrupted(Screen):
+    """A screen on which Ctrl-C is pressed at the fifth latent of the first image."""
 
-    def stop(*_: object) -> None:
-        if next(steps) == 5:
+    def bar(self, done: int, total: int) -> None:
+        if done == 5 and not self.was_interrupted:
+            self.was_interrupted = True
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat.screen, "bar", stop)
-    assert "stopped; nothing of it is kept" in told(chat, "two red hearts")[1]
+    was_interrupted = False
+
+
+def test_control_c_stops_the_reply_and_not_the_conversation(model):
+    chat = a_chat(model, "two red hearts", None, screen=Interrupted(io.StringIO(), io.StringIO()))
+    assert "stopped; the turn is taken back" in typed(chat, "two red hearts")[1]
     assert chat.session.length == 0 and chat.session.pieces == []
-    says(None)
-    assert told(chat, "two red hearts")[0].endswith("[made/picture-001.png]\n")
+    assert typed(script(chat, None), "two red hearts")[0].endswith("[made/picture-001.png]\n")
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_kept_conversation_is_told_and_goes_on_where_it_was(model, says):
-    says("red")
-    chat, later = a_chat(model), a_chat(model)
-    told(chat, f"/show {a_picture()}", "what color is it?", "/save talk.safetensors")
-    out, _ = told(later, "/load talk.safetensors")
-    assert out == "> [a picture]\n> what color is it?\nred\n"
-    assert told(later, "/undo")[1] == "error: there is no turn to take back.\n"
+def test_a_kept_conversation_is_told_and_goes_on_where_it_was(model):
+    chat, later = a_chat(model, "red"), a_chat(model)
+    typed(chat, f"/show {a_picture()}", "what color is it?", "/save talk.safetensors")
+    out, _ = typed(later, "/load talk.safetensors")
+    assert out == "> [an image]\n> what color is it?\nred\n"
+    assert typed(later, "/undo")[1] == "error: there is no turn to take back.\n"
     for one in (chat, later):
-        told(one, "/draw two stars")
+        typed(one, "/draw two stars")
     drawn = [one.session.pieces[-1].picture.u for one in (chat, later)]
     assert torch.equal(*drawn)
 
 
-def test_a_failed_load_keeps_the_conversation_there_is(model, says):
-    says("red")
-    chat = a_chat(model)
-    told(chat, "two red hearts", "/save talk.safetensors")
+def test_a_failed_load_keeps_the_conversation_there_is(model):
+    chat = a_chat(model, "red")
+    typed(chat, "two red hearts", "/save talk.safetensors")
     whole = Path("talk.safetensors").read_bytes()
     Path("half.safetensors").write_bytes(whole[: len(whole) // 2])
     before = chat.session
-    assert "error: half.safetensors is not a whole session file" in told(chat, "/load half.safetensors")[1]
-    assert chat.session is before and told(chat, "a star")[0] == "red\n"
+    assert "error: half.safetensors is not a whole session file" in typed(chat, "/load half.safetensors")[1]
+    assert chat.session is before and typed(chat, "a star")[0] == "red\n"
 
 
 # -- the screen -------------------------------------------------------------------------------------------------------
 
 
-def test_a_pipe_gets_no_escape_codes_whatever_the_terminal_around_it_is(model, says):
-    says(f"a{ESCAPE}[31m star", None)
+def test_a_pipe_gets_no_escape_codes_whatever_the_terminal_around_it_is(model):
     kitty = {"TERM": "xterm-kitty", "KITTY_WINDOW_ID": "1"}
     out = io.StringIO()
-    chat = Chat(model.session(), Screen(out, io.StringIO(), graphics_of(out, kitty)), Album(Path("made"), SETTINGS))
-    text, err = told(chat, "two red hearts", "/help")
+    chat = a_chat(model, f"a{ESCAPE}[31m star", None, screen=Screen(out, io.StringIO(), graphics_of(out, kitty)))
+    text, err = typed(chat, "two red hearts", "/help")
     assert ESCAPE not in text + err and "/undo" in text and "picture-001.png" in text
 
 
@@ -332,15 +324,14 @@ def test_half_blocks_hold_two_pixels_and_fit_the_terminal():
     assert inline(two_by_two(), "none") == ""
 
 
-def test_a_terminal_shows_the_picture_and_how_far_it_is(model, says):
-    says("a star", None)
-    chat = Chat(model.session(), Screen(Terminal(), Terminal(), "blocks"), Album(Path("made"), SETTINGS))
-    out, err = told(chat, "two red hearts")
+def test_a_terminal_shows_the_picture_and_how_far_it_is(model):
+    chat = a_chat(model, "a star", None, screen=Screen(Terminal(), Terminal(), "blocks"))
+    out, err = typed(chat, "two red hearts")
     assert out.startswith("a star\n\x1b[38;2;") and out.endswith("\x1b[0m\n[made/picture-001.png]\n")
     assert "\rdrawing 64/64" in err and err.endswith("\r"), "the bar is wiped"
 
 
-def test_lines_come_from_a_pipe_or_are_asked_for(monkeypatch):
+def test_lines_come_from_a_pipe_or_are_asked_for():
     assert list(lines_of(io.StringIO("one\ntwo"))) == ["one\n", "two"]
     with pytest.raises(PromptError, match="not text"):
         list(lines_of(io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8")))
@@ -353,6 +344,4 @@ def test_lines_come_from_a_pipe_or_are_asked_for(monkeypatch):
         except StopIteration:
             raise EOFError from None
 
-    monkeypatch.setattr("builtins.input", ask)
-    monkeypatch.setattr(sys, "stdin", Terminal())
-    assert list(lines_of(sys.stdin, "> ")) == ["one"]
+    assert list(lines_of(Terminal(), "> ", ask)) == ["one"]

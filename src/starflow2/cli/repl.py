@@ -1,8 +1,8 @@
-"""A conversation in the terminal: lines go in, words and pictures come out, through one Session.
+"""A conversation in the terminal: lines in, text and images out, through one Session.
 
-A line is the user's turn, or a command that begins with "/". Replies and names of picture files go to the output,
-notes and errors to the error stream, so that a conversation can be piped. Not here: the conversation itself (session),
-the options of the command (commands).
+A line is the user's turn, or a command that begins with "/". Replies and the names of image files go to the output,
+notes and errors to the error stream, so that a conversation can be piped. Not here: the conversation itself
+(inference.session), the options of `starflow2 chat` (cli.chat).
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ import numpy as np
 from starflow2.cli.options import check_text, png_text, printable
 from starflow2.core.files import check_writable
 from starflow2.core.images import PILImage, save_png
-from starflow2.errors import ConfigError, OutputError, PromptError, StarFlowError, nearest
+from starflow2.errors import OutputError, PromptError, StarFlowError, StateError, UsageError, nearest
 from starflow2.inference.events import Drew, Event, Finished, Made, Wrote
 from starflow2.inference.session import Mark, Session
 
 __all__ = ["Album", "Chat", "Graphics", "Screen", "graphics_of", "inline", "lines_of"]
 
 Graphics = Literal["none", "blocks", "iterm2", "kitty"]
-COLUMNS = 64  # of a picture, at most
-CHUNK = 4096  # base64 characters that kitty takes at once
+COLUMNS = 64  # width of an image, at most
+CHUNK = 4096  # base64 characters per escape code of kitty
 SESSION_SUFFIX = ".safetensors"
-HELP = """A line is your turn; the model replies with words, a picture, or both.
-  /show FILE     add a picture to your turn, then say something
-  /draw [WORDS]  have the turn answered with a picture
+HELP = """A line is your turn; the model replies with text, an image, or both.
+  /show FILE     add an image to your turn, then say something
+  /draw [WORDS]  answer the turn with an image
   /undo          take the last turn back
-  /save FILE     keep the conversation (.safetensors)
-  /load FILE     go on with a kept one
+  /save FILE     save the conversation (.safetensors)
+  /load FILE     continue a saved one
   /help          this list
   /quit          leave; so does the end of the input"""
 
 
-# -- pictures in a terminal -------------------------------------------------------------------------------------------
+# -- images in a terminal ---------------------------------------------------------------------------------------------
 
 
 def graphics_of(stream: TextIO, environ: Mapping[str, str]) -> Graphics:
-    """How `stream` can show pictures; "none" for all that is no terminal, so that no escape code gets into a pipe."""
+    """How `stream` can show images; "none" for anything but a terminal, so that no escape code gets into a pipe."""
     term = environ.get("TERM", "")
     if not stream.isatty() or term in ("", "dumb") or environ.get("NO_COLOR"):
         return "none"
-    in_between = "TMUX" in environ or term.startswith(("screen", "tmux"))  # passes on colours, but no pictures
+    in_between = "TMUX" in environ or term.startswith(("screen", "tmux"))  # passes colours on, but not images
     program = environ.get("TERM_PROGRAM", "")
     if not in_between and ("KITTY_WINDOW_ID" in environ or term == "xterm-kitty" or program == "ghostty"):
         return "kitty"
@@ -59,7 +59,7 @@ def graphics_of(stream: TextIO, environ: Mapping[str, str]) -> Graphics:
 
 
 def inline(image: PILImage, graphics: Graphics, columns: int = COLUMNS) -> str:
-    """What to write to a terminal so that it shows the picture, at most `columns` characters wide; "" for "none"."""
+    """Text that makes a terminal show the image, at most `columns` characters wide; "" for "none"."""
     if graphics == "none":
         return ""
     if graphics == "blocks":
@@ -79,7 +79,7 @@ def inline(image: PILImage, graphics: Graphics, columns: int = COLUMNS) -> str:
 
 
 def _blocks(image: PILImage, width: int) -> str:
-    """Upper half blocks, two pixels to a character: the upper one is its colour, the lower one its background."""
+    """The image in upper half blocks: a character shows one pixel in its colour and the one below in its background."""
     height = max(2, 2 * round(image.height * width / image.width / 2))
     pixels = np.asarray(image.convert("RGB").resize((width, height)))  # (height, width, 3)
     rows = []
@@ -89,19 +89,19 @@ def _blocks(image: PILImage, width: int) -> str:
     return "".join(rows)
 
 
-# -- where it is seen and kept ----------------------------------------------------------------------------------------
+# -- screen and album --------------------------------------------------------------------------------------------------
 
 
 class Screen:
-    """Where a conversation is seen: replies on `out`, notes and errors on `err`."""
+    """Output of a conversation: replies on `out`, notes and errors on `err`."""
 
     def __init__(self, out: TextIO, err: TextIO, graphics: Graphics = "none") -> None:
         self.out, self.err, self.graphics = out, err, graphics
-        self._in_line = False  # the output stands in the middle of a line
+        self._in_line = False  # the cursor is in the middle of a line
         self._in_bar = False
 
     def write(self, text: str) -> None:
-        """A piece of a reply, as it comes."""
+        """Write a piece of a reply as it arrives."""
         self.end_bar()
         text = printable(text) if self._in_line else printable(text).lstrip()
         self.out.write(text)
@@ -109,7 +109,7 @@ class Screen:
         self._in_line = (self._in_line or bool(text)) and not text.endswith("\n")
 
     def end_line(self) -> None:
-        """Begin a new line of output, unless it stands at one."""
+        """Begin a new line of output, unless the cursor is at the start of one."""
         self.end_bar()
         if self._in_line:
             self.out.write("\n")
@@ -117,33 +117,33 @@ class Screen:
         self._in_line = False
 
     def line(self, text: str) -> None:
-        """A whole line of output."""
+        """Write a whole line of output."""
         self.end_line()
         self.out.write(printable(text) + "\n")
         self.out.flush()
 
-    def picture(self, image: PILImage, path: Path) -> None:
-        """The picture where the terminal can show it, and the name of its file."""
+    def image(self, image: PILImage, path: Path) -> None:
+        """Show the image if the terminal can, and the name of its file."""
         self.end_line()
         self.out.write(inline(image, self.graphics, shutil.get_terminal_size().columns))
         self.line(f"[{path}]")
 
     def bar(self, done: int, total: int) -> None:
-        """How far a picture is, on a terminal only."""
+        """Show how many latents of an image are drawn, on a terminal only."""
         if self.err.isatty():
             self.err.write(f"\rdrawing {done}/{total}")
             self.err.flush()
             self._in_bar = True
 
     def end_bar(self) -> None:
-        """Wipe it."""
+        """Clear the progress bar."""
         if self._in_bar:
             self.err.write("\r" + " " * 40 + "\r")
             self.err.flush()
         self._in_bar = False
 
     def note(self, text: str) -> None:
-        """One line beside the conversation."""
+        """Write one line to the error stream."""
         self.end_line()
         self.err.write(" ".join(printable(text).split()) + "\n")
         self.err.flush()
@@ -151,33 +151,33 @@ class Screen:
 
 @dataclass(frozen=True, slots=True)
 class Album:
-    """A folder of numbered pictures; what is in it already is left alone."""
+    """A folder of numbered images; existing files are kept."""
 
     folder: Path
-    settings: Mapping[str, Any]  # go into every PNG
+    settings: Mapping[str, Any]  # written into every PNG
 
     def check(self) -> None:
-        """Raise OutputError now if no picture can be written there."""
+        """Raise OutputError if no image can be written to the folder."""
         check_writable(self.next)
 
     @property
     def next(self) -> Path:
-        """The name of the next picture."""
-        taken = {path.name for path in self.folder.glob("picture-*.png")}
-        number = next(i for i in range(1, len(taken) + 2) if f"picture-{i:03}.png" not in taken)
+        """The first file name that is still free."""
+        names = {path.name for path in self.folder.glob("picture-*.png")}
+        number = next(i for i in range(1, len(names) + 2) if f"picture-{i:03}.png" not in names)
         return self.folder / f"picture-{number:03}.png"
 
     def add(self, image: PILImage, prompt: str, seed: int) -> Path:
-        """Write a picture and return its name."""
+        """Write an image and return its file."""
         path = self.next
         save_png(image, path, png_text(prompt, seed, self.settings))
         return path
 
 
-def lines_of(stream: TextIO, prompt: str = "") -> Iterator[str]:
-    """Lines of a terminal, asked for with `prompt` and with a history to edit, or of a file or pipe.
+def lines_of(stream: TextIO, prompt: str = "", ask: Callable[[str], str] = input) -> Iterator[str]:
+    """Lines of a file or pipe; or of a terminal, where `ask` requests each with `prompt` and an editable history.
 
-    Raises PromptError for bytes that are no text.
+    Raises PromptError for bytes that are not text.
     """
     try:
         if not stream.isatty():
@@ -187,7 +187,7 @@ def lines_of(stream: TextIO, prompt: str = "") -> Iterator[str]:
             import readline  # noqa: F401  # arrow keys work from here on
         while True:
             try:
-                line = input(prompt)
+                line = ask(prompt)
             except EOFError:
                 print()
                 return
@@ -200,11 +200,11 @@ def lines_of(stream: TextIO, prompt: str = "") -> Iterator[str]:
 
 
 class Chat:
-    """One conversation: `run` takes lines until there are no more, `take` one of them."""
+    """A conversation driven by lines: `take` acts on one of them, `run` on all."""
 
     def __init__(self, session: Session, screen: Screen, album: Album) -> None:
         self.session, self.screen, self.album = session, screen, album
-        self._marks: list[Mark] = []  # before every turn, to undo it
+        self._marks: list[Mark] = []  # one before every turn, to undo it
         self._commands: dict[str, Callable[[str], None]] = {
             "show": self._show,
             "draw": self._draw,
@@ -215,13 +215,13 @@ class Chat:
         }
 
     def run(self, lines: Iterable[str]) -> None:
-        """Take line after line, up to /quit or the end."""
+        """Act on every line, up to /quit or the end."""
         for line in lines:
             if not self.take(line):
                 return
 
     def take(self, line: str) -> bool:
-        """Act on one line; False if it asks to end. What goes wrong costs one note, and the session goes on."""
+        """Act on one line; False if it ends the conversation. An error costs one note, and the session continues."""
         words = line.strip()
         try:
             check_text(words)
@@ -239,7 +239,7 @@ class Chat:
     def _command(self, name: str) -> Callable[[str], None]:
         known = [*self._commands, "quit"]
         if name not in self._commands:
-            raise ConfigError(f"there is no /{name}; expected /{', /'.join(known)}.{nearest(name, known)}")
+            raise UsageError(f"there is no /{name}; expected /{', /'.join(known)}.{nearest(name, known)}")
         return self._commands[name]
 
     # -- turns
@@ -247,14 +247,14 @@ class Chat:
     def _say(self, words: str) -> None:
         with self._turn():
             self.session.add(words)
-            self._tell(cast("Generator[Event]", self.session.run()), words)
+            self._print(cast("Generator[Event]", self.session.run()), words)
 
     def _show(self, file: str) -> None:
         path = _file(file, "/show picture.png")
         before = self.session.mark()
         self.session.add(path)
         self._count(before)
-        self.screen.note(f"{path} is part of your turn; now say something.")
+        self.screen.note(f"{path} is now part of your turn; say something.")
 
     def _draw(self, words: str) -> None:
         if not words and not self.session.mark().is_open:
@@ -263,11 +263,11 @@ class Chat:
             if words:
                 self.session.add(words)
             made = self.session.draw()
-            self._keep(made, words)
+            self._show_made(made, words)
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """Within, the turn is completed and replied to; an error or Ctrl-C takes that back, but no picture shown."""
+        """Inside the block a turn is completed and answered; an error or Ctrl-C undoes that, but keeps images shown."""
         before = self.session.mark()
         try:
             yield
@@ -275,18 +275,18 @@ class Chat:
             self.session.rewind(before)
             if not isinstance(error, KeyboardInterrupt):
                 raise
-            self.screen.note("stopped; nothing of it is kept.")
+            self.screen.note("stopped; the turn is taken back.")
             return
         self._count(before)
 
     def _count(self, before: Mark) -> None:
-        """A turn has begun at that moment, unless pictures had begun it earlier."""
+        """Record that a turn began at `before`, unless images had begun it earlier."""
         if not before.is_open or not self._marks:
             self._marks.append(before)
 
-    def _tell(self, events: Generator[Event], words: str) -> None:
+    def _print(self, events: Generator[Event], words: str) -> None:
         before = len(self.session.pieces)
-        with contextlib.closing(events):  # leaving it early takes the reply back at once
+        with contextlib.closing(events):  # leaving the loop early takes the reply back at once
             for event in events:
                 match event:
                     case Wrote():
@@ -294,39 +294,39 @@ class Chat:
                     case Drew():
                         self.screen.bar(event.done, event.total)
                     case Made():
-                        self._keep(event, words)
+                        self._show_made(event, words)
                     case Finished(reason="limit"):
-                        self.screen.note("the reply ends here because it reached its limit.")
+                        self.screen.note("the reply reached its limit and ends here.")
         self.screen.end_line()
         if len(self.session.pieces) == before:
             self.screen.note("the model says nothing.")
 
-    def _keep(self, made: Made, words: str) -> None:
-        self.screen.picture(made.image, self.album.add(made.image, words, self.session.seed))
+    def _show_made(self, made: Made, words: str) -> None:
+        self.screen.image(made.image, self.album.add(made.image, words, self.session.seed))
 
     # -- time and files
 
     def _undo(self, _: str) -> None:
         if not self._marks:
-            raise PromptError("there is no turn to take back.")
+            raise StateError("there is no turn to take back.")
         self.session.rewind(self._marks.pop())
         self.screen.note("the last turn is taken back.")
 
     def _save(self, file: str) -> None:
-        path = _file(file, f"/save talk{SESSION_SUFFIX}")
+        path = _file(file, f"/save chat{SESSION_SUFFIX}")
         if path.suffix != SESSION_SUFFIX:
             raise OutputError(f"cannot write {path}: expected a name that ends in {SESSION_SUFFIX}.")
         self.session.save(path)
-        self.screen.note(f"kept as {path}.")
+        self.screen.note(f"saved as {path}.")
 
     def load(self, file: str) -> None:
-        """Go on with a saved conversation, and tell what was said in it."""
-        path = _file(file, f"/load talk{SESSION_SUFFIX}")
+        """Continue a saved conversation, and print what was said in it."""
+        path = _file(file, f"/load chat{SESSION_SUFFIX}")
         self.session = Session.load(path, self.session.sampler)
         self._marks = []
         for piece in self.session.pieces:
-            said = "[a picture]" if piece.text is None else piece.text
-            self.screen.line(f"> {said}" if piece.who == "user" else said)
+            words = "[an image]" if piece.text is None else piece.text
+            self.screen.line(f"> {words}" if piece.who == "user" else words)
 
     def _help(self, _: str) -> None:
         self.screen.line(HELP)
@@ -334,5 +334,5 @@ class Chat:
 
 def _file(name: str, example: str) -> Path:
     if not name:
-        raise ConfigError(f"the name of a file is missing: {example}.")
+        raise UsageError(f"the name of a file is missing: {example}.")
     return Path(name).expanduser()
