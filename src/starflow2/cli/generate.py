@@ -83,16 +83,15 @@ class Generate:
             return self._reply(prompts)
         seeds = ["best"] if self.keep == "best" else range(self.seed, self.seed + self.n)
         files = _plan(self.output, prompts, seeds)
-        pictures, seconds = self._draw(prompts)
-        pace = seconds / len(pictures)
+        drawings, seconds = self._draw(prompts)
+        pace = seconds / len(drawings)
         if self.keep == "best":
-            pictures = [_best(pictures[i : i + self.n]) for i in range(0, len(pictures), self.n)]
-        written = _save(pictures, files)
+            drawings = [_best(drawings[i : i + self.n]) for i in range(0, len(drawings), self.n)]
+        _save(drawings, files)
         if self.json:
-            _print_json([_row(picture, path, pace) for picture, path in zip(pictures, written, strict=True)])
+            _print_json([_row(drawing, path, pace) for drawing, path in zip(drawings, files.each, strict=True)])
         else:
-            for path in dict.fromkeys([*written, *([files.sheet] if files.sheet else [])]):
-                print(path)
+            print(*files.all, sep="\n")
         return 0
 
     def _config(self, model: StarFlow2) -> DrawConfig:
@@ -115,8 +114,8 @@ class Generate:
             if self.keep == "best":
                 _check_gain(model, config)
             started = time.perf_counter()
-            pictures = model.generate(prompts, n=self.n, seed=self.seed, config=config, progress=step)
-            return pictures, time.perf_counter() - started
+            drawings = model.generate(prompts, n=self.n, seed=self.seed, config=config, progress=step)
+            return drawings, time.perf_counter() - started
 
     def _reply(self, prompts: list[str]) -> int:
         """Let the model reply to one prompt; write nothing before the reply is complete."""
@@ -154,9 +153,9 @@ def _check_gain(model: StarFlow2, config: DrawConfig) -> None:
         )
 
 
-def _best(pictures: Sequence[Drawing]) -> Drawing:
+def _best(drawings: Sequence[Drawing]) -> Drawing:
     """The image whose likelihood the prompt raises most."""
-    return max(pictures, key=lambda picture: -math.inf if picture.gain is None else picture.gain)
+    return max(drawings, key=lambda drawing: -math.inf if drawing.gain is None else drawing.gain)
 
 
 def _replied(session: Session) -> list[str | PILImage]:
@@ -180,9 +179,8 @@ def _replied(session: Session) -> list[str | PILImage]:
 
 def _numbered(output: str, prompt: str) -> list[Path]:
     """A file name for every image that a reply can hold: out-1.png, ... or folder/two-red-hearts-1.png, ..."""
-    one = _plan(output, [prompt], [""]).each
-    assert one is not None
-    paths = [one[0].with_name(f"{one[0].stem}-{i}.png") for i in range(1, REPLY_IMAGES + 1)]
+    (one,) = _plan(output, [prompt], [""]).each
+    paths = [one.with_name(f"{one.stem}-{i}.png") for i in range(1, REPLY_IMAGES + 1)]
     for path in paths:
         check_writable(path)
     return paths
@@ -212,10 +210,15 @@ def _print_json(rows: Sequence[dict[str, Any]]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """Where images go: a file for each, a contact sheet of all, or both."""
+    """Where images go. each: the file of each image; sheet: the contact sheet of several, which can be that file."""
 
-    each: list[Path] | None
+    each: list[Path]
     sheet: Path | None
+
+    @property
+    def all(self) -> list[Path]:
+        """Every file once."""
+        return list(dict.fromkeys([*self.each, *([self.sheet] if self.sheet else [])]))
 
 
 def _plan(output: str, prompts: Sequence[str], seeds: Sequence[object]) -> _Files:
@@ -232,8 +235,8 @@ def _plan(output: str, prompts: Sequence[str], seeds: Sequence[object]) -> _File
     elif path.suffix.lower() != ".png":
         raise OutputError(f"--output is {output}; expected a name that ends in .png, or in / for a folder.")
     else:
-        files = _Files([path], None) if count == 1 else _Files(None, path)
-    for file in [*(files.each or []), *([files.sheet] if files.sheet else [])]:
+        files = _Files([path] * count, path if count > 1 else None)
+    for file in files.all:
         check_writable(file)
     return files
 
@@ -249,28 +252,25 @@ def _unique(name: str, counts: dict[str, int]) -> str:
     return name if counts[name] == 1 else f"{name}-{counts[name]}"
 
 
-def _save(pictures: Sequence[Drawing], files: _Files) -> list[Path]:
-    """Write the files; return the one that each image is in."""
+def _save(drawings: Sequence[Drawing], files: _Files) -> None:
+    """Write the contact sheet, and the files of single images."""
     from starflow2.core.images import contact_sheet, save_png
 
     if files.sheet is not None:
-        labels = [picture.prompt for picture in pictures]
-        columns = min(8, max(4, round(len(pictures) ** 0.5)))
-        first = pictures[0]
+        labels = [drawing.prompt for drawing in drawings]
+        columns = min(8, max(4, round(len(drawings) ** 0.5)))
+        first = drawings[0]
         about = png_text("\n".join(dict.fromkeys(labels)), first.seed, first.settings)
-        about["pictures"] = json.dumps([{"prompt": p.prompt, "seed": p.seed} for p in pictures], ensure_ascii=False)
-        save_png(contact_sheet([p.image for p in pictures], labels, columns), files.sheet, about)
-    if files.each is None:
-        assert files.sheet is not None
-        return [files.sheet] * len(pictures)
-    for picture, path in zip(pictures, files.each, strict=True):
-        save_png(picture.image, path, png_text(picture.prompt, picture.seed, picture.settings))
-    return files.each
+        about["pictures"] = json.dumps([{"prompt": d.prompt, "seed": d.seed} for d in drawings], ensure_ascii=False)
+        save_png(contact_sheet([d.image for d in drawings], labels, columns), files.sheet, about)
+    for drawing, path in zip(drawings, files.each, strict=True):
+        if path != files.sheet:
+            save_png(drawing.image, path, png_text(drawing.prompt, drawing.seed, drawing.settings))
 
 
-def _row(picture: Drawing, path: Path, seconds: float) -> dict[str, Any]:
-    made_of = {"prompt": picture.prompt, "seed": picture.seed, "settings": picture.settings}
-    gain = {} if picture.gain is None else {"gain": picture.gain}
+def _row(drawing: Drawing, path: Path, seconds: float) -> dict[str, Any]:
+    made_of = {"prompt": drawing.prompt, "seed": drawing.seed, "settings": drawing.settings}
+    gain = {} if drawing.gain is None else {"gain": drawing.gain}
     return {"file": str(path), **made_of, **gain, "seconds": round(seconds, 4)}
 
 

@@ -61,12 +61,15 @@ class Score:
                 raise UsageError(f"--map needs an image as the reply, the last PART; it is {self.parts[-1]!r}.")
             check_png(self.map, "--map")
         check_json(self.json)
+        from starflow2.core.images import read_picture
+
         model = load_joint(self.model, self.device, self.verb)
         parts = [_part(model, part) for part in self.parts]
         scored = model.score(parts[:-1], parts[-1:])
         console().print(_score_table(scored))
         if self.map is not None:
-            print(_save_map(parts[-1], scored.pictures[-1], self.map))
+            image = read_picture(self.parts[-1], model.components.cfg.fae.image_size)
+            print(_save_map(image, scored.pictures[-1], self.map))
         about = {"asked": list(self.parts[:-1]), "reply": self.parts[-1], "model": model.components.cfg.name}
         write_json(about | _score_facts(scored), self.json)
         return 0
@@ -135,12 +138,11 @@ def _picture_facts(picture: PictureScore) -> dict[str, Any]:
     }
 
 
-def _save_map(image: str | Tensor, picture: PictureScore, path: Path) -> str:
+def _save_map(image: Tensor, picture: PictureScore, path: Path) -> str:
     """Write the map; return a line that explains its colours."""
     from starflow2.core.heatmap import heat_map
     from starflow2.core.images import save_png, to_pil
 
-    assert not isinstance(image, str)
     low, high = float(picture.patches.min()), float(picture.patches.max())
     about = {"likeliest": f"{high:.3f}", "unlikeliest": f"{low:.3f}", "unit": "nats per patch"}
     save_png(to_pil(heat_map(image, -picture.patches)), path, about)
