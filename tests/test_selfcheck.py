@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,7 +16,9 @@ from starflow2.errors import DataError, StateError
 from starflow2.flow import Affine, Jacobi
 from starflow2.inference.decoder import BatchDecoder
 from starflow2.inference.sampler import Sampler
+from starflow2.models.joint_stream import PretzelCache
 from starflow2.models.pretzel import Pretzel
+from starflow2.models.sequence import Batch
 from starflow2.pipeline import StarFlow2
 from starflow2.selfcheck import FLOAT32, FLOAT64, STREAMS64, Check, check_model
 
@@ -40,55 +44,71 @@ def test_a_sound_flow_passes_every_check_and_an_untrained_codec_fails_its_own(mo
     assert selfcheck.table(checks).row_count == len(checks)
 
 
-def test_a_log_determinant_of_the_wrong_sign_is_caught_both_ways(material, monkeypatch):
-    right = Affine.normalize
-    monkeypatch.setattr(Affine, "normalize", lambda self, u: (right(self, u)[0], -right(self, u)[1]))
-    assert selfcheck._jacobian_of_twin(material) > FLOAT64
-    assert selfcheck._jacobian_diagonal(material) > FLOAT64
+@dataclass(frozen=True)
+class Fault:
+    """A fault in one method of the library, and the check that must catch it."""
+
+    owner: Any
+    name: str
+    broken: Callable[[Any], Any]  # from the right method or value
+    check: Callable[[Any], float]
+    bound: float
 
 
-def test_a_flow_that_looks_ahead_is_caught(material, monkeypatch):
-    monkeypatch.setattr(nn, "attention_mask", lambda *_: None)
-    assert selfcheck._leak(material) > 0
-    assert selfcheck._roundtrip(material) > FLOAT32
+def _wrong_sign(right: Any) -> Any:
+    return lambda self, u: (right(self, u)[0], -right(self, u)[1])
 
 
-def test_a_cache_that_forgets_is_caught(material, monkeypatch):
-    right = nn.Cache.append
-
-    def forgetful(self, layer, k, v):
+def _forgetful(right: Any) -> Any:
+    def append(self, layer, k, v):
         keys, values = right(self, layer, k, v)
         return keys, values if self.length == 0 else values * 0.9
 
-    monkeypatch.setattr(nn.Cache, "append", forgetful)
-    assert selfcheck._cached_is_full(material) > FLOAT32
+    return append
 
 
-def test_an_iteration_that_stops_too_soon_is_caught(material, monkeypatch):
-    monkeypatch.setattr(selfcheck, "JACOBI", Jacobi(max_iterations=2))
-    assert selfcheck._parallel_inverse(material) > FLOAT32
-    assert selfcheck._parallel_sampling(material) > FLOAT64
+def _level_by_rows(right: Any) -> Any:
+    return lambda self, count, level: right(self, count, level * self.rows)
 
 
-def test_guidance_that_acts_at_zero_is_caught(material, monkeypatch):
-    monkeypatch.setattr(Affine, "guide", lambda self, other, *_: Affine(0.5 * (self.mu + other.mu), self.log_scale))
-    assert selfcheck._no_guidance(material) > FLOAT32
+def _guided_at_zero(right: Any) -> Any:
+    return lambda self, other, *_: Affine(0.5 * (self.mu + other.mu), self.log_scale)
 
 
-def test_rows_that_see_each_other_are_caught(material, model, monkeypatch):
-    right = BatchDecoder._levels
-    monkeypatch.setattr(BatchDecoder, "_levels", lambda self, count, level: right(self, count, level * self.rows))
-    assert selfcheck._batch_invariance(material) > FLOAT32
+FLOW_FAULTS = {
+    "sign of a log-determinant, by determinant": Fault(
+        Affine, "normalize", _wrong_sign, selfcheck._jacobian_of_twin, FLOAT64
+    ),
+    "sign of a log-determinant, by diagonal": Fault(
+        Affine, "normalize", _wrong_sign, selfcheck._jacobian_diagonal, FLOAT64
+    ),
+    "a flow that looks ahead": Fault(nn, "attention_mask", lambda _: lambda *_: None, selfcheck._leak, 0.0),
+    "a flow that looks ahead and back": Fault(
+        nn, "attention_mask", lambda _: lambda *_: None, selfcheck._roundtrip, FLOAT32
+    ),
+    "a cache that forgets": Fault(nn.Cache, "append", _forgetful, selfcheck._cached_is_full, FLOAT32),
+    "an inverse that stops too soon": Fault(
+        selfcheck, "JACOBI", lambda _: Jacobi(max_iterations=2), selfcheck._parallel_inverse, FLOAT32
+    ),
+    "sampling that stops too soon": Fault(
+        selfcheck, "JACOBI", lambda _: Jacobi(max_iterations=2), selfcheck._parallel_sampling, FLOAT64
+    ),
+    "guidance that acts at zero": Fault(Affine, "guide", _guided_at_zero, selfcheck._no_guidance, FLOAT32),
+    "rows that see each other": Fault(BatchDecoder, "_levels", _level_by_rows, selfcheck._batch_invariance, FLOAT32),
+}
 
 
-def test_a_check_that_crashes_is_one_that_fails_and_says_why(model, monkeypatch):
-    def crash(*_):
+@pytest.mark.parametrize("fault", FLOW_FAULTS.values(), ids=FLOW_FAULTS)
+def test_every_fault_of_a_flow_is_caught_by_its_check(material, monkeypatch, fault):
+    monkeypatch.setattr(fault.owner, fault.name, fault.broken(getattr(fault.owner, fault.name)))
+    assert fault.check(material) > fault.bound
+
+
+def test_a_check_that_crashes_is_one_that_fails_and_says_why(model):
+    def crash(_):
         raise NotImplementedError("no such kernel\non this machine")
 
-    monkeypatch.setattr(torch.linalg, "slogdet", crash)
-    planned = [row for row in selfcheck._PLAN if row[1] is selfcheck._jacobian_of_twin]
-    monkeypatch.setattr(selfcheck, "_PLAN", tuple(planned))
-    (check,) = check_model(model)
+    (check,) = check_model(model, plan=[(Check("crashes", None, 0.0), crash)])
     assert not check.ok and check.value is None
     assert check.to_json()["note"] == "NotImplementedError: no such kernel"
 
@@ -112,37 +132,62 @@ def joined():
     return selfcheck._material(StarFlow2(tiny_components(STAGES, side=3)))
 
 
-def test_a_model_of_stage_three_passes_every_check_of_both_streams(joined, monkeypatch):
-    monkeypatch.setattr(selfcheck, "_PLAN", ())
+def test_a_model_of_stage_three_passes_every_check_of_both_streams(joined):
     begun: list[str] = []
-    checks = check_model(joined.model, begun.append)
+    checks = check_model(joined.model, begun.append, selfcheck.JOINT_PLAN)
     assert [check.name for check in checks] == begun and len(checks) >= 9
     assert [(check.name, check.note) for check in checks if not check.ok] == []
-    assert check_model(StarFlow2(tiny_components())) == [], "without stage three they are left out"
 
 
-def test_a_cache_of_both_streams_that_forgets_is_caught(joined, monkeypatch):
-    right = nn.Cache.append
-
-    def forgetful(self, layer, k, v):
-        keys, values = right(self, layer, k, v)
-        return keys, values if self.length == 0 else values * 0.9
-
-    monkeypatch.setattr(nn.Cache, "append", forgetful)
-    assert selfcheck._interleaved_float32(joined) > FLOAT32
-    assert selfcheck._interleaved_float64(joined) > STREAMS64
+def test_which_checks_run_follows_from_the_stages_of_a_model():
+    planned = {check.name for check, _ in selfcheck.JOINT_PLAN}
+    flow_alone = StarFlow2(tiny_components())
+    names: list[str] = []
+    with pytest.raises(KeyboardInterrupt):  # all are planned before the first is measured
+        check_model(flow_alone, lambda name: names.append(name) or _stop())
+    assert names == [selfcheck.FLOW_PLAN[0][0].name] and not planned & {c.name for c, _ in selfcheck.FLOW_PLAN}
 
 
-def test_a_skip_that_does_not_close_is_caught(joined, monkeypatch):
-    right = Pretzel.logits
-    monkeypatch.setattr(Pretzel, "logits", lambda self, h, g: right(self, h, g) + 1e-6)
-    assert selfcheck._closed_skips(joined) > 0
+def _stop() -> None:
+    raise KeyboardInterrupt
 
 
-def test_rows_that_hear_what_others_do_are_caught(joined, monkeypatch):
-    right = BatchDecoder._levels
-    monkeypatch.setattr(BatchDecoder, "_levels", lambda self, count, level: right(self, count, level * self.rows))
-    assert selfcheck._mixed_rows(joined) > FLOAT32
+def _off_by_a_little(right: Any) -> Any:
+    return lambda self, h, g: right(self, h, g) + 1e-6
+
+
+def _elsewhere(right: Any) -> Any:
+    def invert(sampler: Sampler, *args: Any) -> Any:
+        other = copy.copy(sampler)
+        other.__class__ = type("Other", (Sampler,), {"noise_level": 0.4})
+        return right(other, *args)
+
+    return invert
+
+
+JOINT_FAULTS = {
+    "a cache of both streams that forgets, in float32": Fault(
+        nn.Cache, "append", _forgetful, selfcheck._interleaved_float32, FLOAT32
+    ),
+    "a cache of both streams that forgets, in float64": Fault(
+        nn.Cache, "append", _forgetful, selfcheck._interleaved_float64, STREAMS64
+    ),
+    "a skip that does not close": Fault(Pretzel, "logits", _off_by_a_little, selfcheck._closed_skips, 0.0),
+    "rows that hear what others do": Fault(BatchDecoder, "_levels", _level_by_rows, selfcheck._mixed_rows, FLOAT32),
+    "an inversion at another level": Fault(selfcheck, "invert", _elsewhere, selfcheck._inversion, FLOAT32),
+    "patches that do not add up": Fault(
+        Affine, "log_prob", lambda right: lambda self, u: right(self, u) + 0.1, selfcheck._patches, FLOAT32
+    ),
+    "documents that see each other": Fault(
+        Batch, "attend", lambda _: property(lambda self: None), selfcheck._packed, FLOAT32
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", JOINT_FAULTS.values(), ids=JOINT_FAULTS)
+def test_every_fault_of_both_streams_is_caught_by_its_check(joined, monkeypatch, fault):
+    monkeypatch.setattr(fault.owner, fault.name, fault.broken(getattr(fault.owner, fault.name)))
+    assert fault.check(joined) > fault.bound
 
 
 def test_rows_that_all_do_the_same_compare_nothing_and_fail(joined, monkeypatch):
@@ -151,47 +196,21 @@ def test_rows_that_all_do_the_same_compare_nothing_and_fail(joined, monkeypatch)
         selfcheck._mixed_rows(joined)
 
 
-def test_a_rewind_that_leaves_something_behind_is_caught(joined, monkeypatch):
-    monkeypatch.setattr(nn.Cache, "truncate", lambda self, length: None)
-    monkeypatch.setattr("starflow2.models.pretzel.PretzelCache.length", property(lambda self: self.flow.length))
-    planned = [row for row in selfcheck._JOINT_PLAN if row[1] is selfcheck._fork_and_rewind]
-    monkeypatch.setattr(selfcheck, "_PLAN", ())
-    monkeypatch.setattr(selfcheck, "_JOINT_PLAN", tuple(planned))
-    (check,) = check_model(joined.model)
+def test_a_rewind_that_leaves_something_after_it_is_caught(joined, monkeypatch):
+    monkeypatch.setattr(PretzelCache, "truncate", lambda self, length: None)
+    plan = [row for row in selfcheck.JOINT_PLAN if row[1] is selfcheck._fork_and_rewind]
+    (check,) = check_model(joined.model, plan=plan)
     assert not check.ok
 
 
-def test_an_inversion_at_another_level_is_caught(joined, monkeypatch):
-    right = selfcheck.invert
-
-    def elsewhere(sampler: Sampler, *args: Any) -> Any:
-        other = copy.copy(sampler)
-        other.__class__ = type("Other", (Sampler,), {"noise_level": 0.4})
-        return right(other, *args)
-
-    monkeypatch.setattr(selfcheck, "invert", elsewhere)
-    assert selfcheck._inversion(joined) > FLOAT32
-
-
-def test_patches_that_do_not_add_up_are_caught(joined, monkeypatch):
-    right = Affine.log_prob
-    monkeypatch.setattr(Affine, "log_prob", lambda self, u: right(self, u) + 0.1)
-    assert selfcheck._patches(joined) > FLOAT32
-
-
-def test_documents_that_see_each_other_are_caught(joined, monkeypatch):
-    monkeypatch.setattr("starflow2.models.sequence.Batch.attend", property(lambda self: None))
-    assert selfcheck._packed(joined) > FLOAT32
-
-
-def test_a_picture_that_is_encoded_again_is_counted(joined, monkeypatch):
+def test_an_image_that_is_encoded_again_is_counted(joined, monkeypatch):
     right = BatchDecoder._completed
 
     def again(self, rows, states):
-        told = right(self, rows, states)
-        for event in told:
+        events = right(self, rows, states)
+        for event in events:
             self.sampler.noisy(event.picture.image[None], torch.tensor([0.1]))
-        return told
+        return events
 
     monkeypatch.setattr(BatchDecoder, "_completed", again)
     assert selfcheck._encodings(joined) == 2

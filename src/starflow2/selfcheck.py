@@ -96,20 +96,25 @@ class _Material:
 
 
 _Measure = Callable[[_Material], float]
+Planned = tuple[Check, _Measure]
 
 
-def check_model(model: StarFlow2, progress: Callable[[str], None] | None = None) -> list[Check]:
+def check_model(
+    model: StarFlow2, progress: Callable[[str], None] | None = None, plan: Sequence[Planned] | None = None
+) -> list[Check]:
     """Every check on `model`, on its own device; those in float64 on a copy of the flow on the CPU.
 
     `progress` is called with the name of each check before it runs. A check that raises is one that fails.
-    Raises StateError for a model without a trained flow.
+    plan: checks with their measures, by default those that fit the model. Raises StateError for a model without a
+    trained flow.
     """
     if "t2i" not in model.components.finished_stages:
         raise StateError(
             f"this model has finished stages {list(model.components.finished_stages)}; the checks need t2i."
         )
     material = _material(model)
-    plan = (*_PLAN, *(_JOINT_PLAN if model.is_joint else ()))
+    if plan is None:
+        plan = (*FLOW_PLAN, *(JOINT_PLAN if model.is_joint else ()))
     return [_measured(planned, measure, material, progress) for planned, measure in plan]
 
 
@@ -342,7 +347,7 @@ def _codec(m: _Material) -> float:
     return float(psnr(m.model.roundtrip(images), images).mean())
 
 
-_PLAN: tuple[tuple[Check, _Measure], ...] = (
+FLOW_PLAN: tuple[Planned, ...] = (
     (Check("inverse undoes forward (float32)", None, FLOAT32), _roundtrip),
     (Check("log-determinant = Jacobian (2x2 latents, float64)", None, FLOAT64), _jacobian_of_twin),
     (Check("log-determinant = Jacobian (all latents, float64)", None, FLOAT64), _jacobian_diagonal),
@@ -590,7 +595,7 @@ def _encodings(m: _Material) -> float:
     return float(len(calls) - 1)
 
 
-_JOINT_PLAN: tuple[tuple[Check, _Measure], ...] = (
+JOINT_PLAN: tuple[Planned, ...] = (
     (Check("conversation: cached = one full pass (float32)", None, FLOAT32), _interleaved_float32),
     (Check("conversation: cached = one full pass (float64)", None, STREAMS64), _interleaved_float64),
     (Check("skips closed = bare language model", None, 0.0), _closed_skips),
