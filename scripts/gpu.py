@@ -36,7 +36,8 @@ from starflow2.inference.sampler import Sampler
 from starflow2.pipeline import StarFlow2
 from starflow2.research.ablations import CompareConfig, compare_and_keep
 from starflow2.training.config import RunConfig
-from starflow2.training.loop import StepReport, fit
+from starflow2.training.loop import fit
+from starflow2.training.metrics import StepReport
 from starflow2.training.recipes import nano
 
 RUN = Path("runs/gpu")

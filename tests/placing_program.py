@@ -1,4 +1,4 @@
-"""A program for tests of where weights are: stage 3 over two processes, each telling what it holds when it begins.
+"""A program for tests of where weights are: stage 3 over two processes, each writing what it holds when it begins.
 
     python placing_program.py RUN_FOLDER UPSTREAM_FOLDER sharded
 
@@ -22,14 +22,14 @@ from torch.distributed.tensor import DTensor
 from model_cases import mix_of
 from pretrained_cases import paper_in_miniature, write_upstream
 from shard_program import start
-from starflow2.flow import StackConfig
-from starflow2.models import pretzel
 from starflow2.models.checkpoint import save_components, start_components
 from starflow2.models.config import ModelConfig
 from starflow2.models.pretrained import Pretrained
-from starflow2.training import loop as train
+from starflow2.nn import StackConfig
 from starflow2.training.config import OptimConfig, RunConfig, ShardConfig
+from starflow2.training.loop import fit
 from starflow2.training.recipes import paper, smoke
+from starflow2.training.tasks import TASKS, DocumentBatch, JointTask
 
 WIDTH = 512
 
@@ -74,7 +74,7 @@ def recipe(upstream: Path, frozen: str) -> RunConfig:
 
 
 class Watch:
-    """The most anonymous memory since the start, looked at every millisecond."""
+    """Measures the most anonymous memory since the start, every millisecond."""
 
     def __init__(self) -> None:
         self.first = self.most = anonymous()
@@ -106,8 +106,8 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def held(components: Any, folder: Path, upstream: Path) -> dict[str, Any]:
-    """What this process has of the layers of flow and language model, against what the files have."""
+def placed(components: Any, folder: Path, upstream: Path) -> dict[str, Any]:
+    """The layers of flow and language model in this process, against those in the files."""
     own = {f"flow.{k}": p for k, p in components.flow.named_parameters() if ".layers." in k}
     files = stored(folder / "model")
     language = components.vlm.model.model.language_model
@@ -128,20 +128,32 @@ def held(components: Any, folder: Path, upstream: Path) -> dict[str, Any]:
     return found | {"dtypes": sorted(set(found["dtypes"]))}
 
 
+class Looked(JointTask):
+    """Stage 3 that looks at its weights before the first microbatch, when all of them are in their places."""
+
+    folder: Path
+    upstream: Path
+    rank: int
+    watch: Watch | None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.pretzel = self.pretzel.in_one_pass()  # with and without shards: two passes round otherwise
+
+    def counts(self, data: DocumentBatch) -> dict[str, int]:
+        if self.watch is not None:
+            peak, self.watch = self.watch.stop(), None
+            found = placed(self.components, self.folder, self.upstream) | {"peak": peak}
+            (self.folder / f"found-{self.rank}.json").write_text(json.dumps(found))
+        return super().counts(data)
+
+
 def work(job: dict[str, Any], rank: int) -> None:
     torch.set_num_threads(1)
     folder, upstream = Path(job["folder"]), Path(job["upstream"])
-    pretzel.PREFIX_SHARE = 2.0  # one pass through the language model with and without shards: two round otherwise
-    new_state, watch = train._new_state, Watch()
-
-    def looked(task: Any, *rest: Any) -> Any:
-        peak = watch.stop()
-        found = held(task.components, folder, upstream) | {"peak": peak}
-        (folder / f"found-{rank}.json").write_text(json.dumps(found))
-        return new_state(task, *rest)
-
-    train._new_state = looked
-    train.fit(recipe(upstream, job["frozen"]), "joint", folder)
+    attributes = {"folder": folder, "upstream": upstream, "rank": rank, "watch": Watch()}  # before the model is opened
+    TASKS["joint"] = type("Looked", (Looked,), attributes)
+    fit(recipe(upstream, job["frozen"]), "joint", folder)
 
 
 if __name__ == "__main__":

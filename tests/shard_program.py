@@ -17,26 +17,66 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from model_cases import tiny_run
 from starflow2.data.dialogue import Dialogue, Turn
-from starflow2.training import checkpoint as trainstate
-from starflow2.training import datasets
-from starflow2.training import loop as train
-from starflow2.training import tasks as stages
-from starflow2.training.config import OptimConfig, RunConfig, ShardConfig
+from starflow2.models.components import Components
+from starflow2.training.checkpoint import ShardStore
+from starflow2.training.config import OptimConfig, RunConfig, ShardConfig, StageConfig
+from starflow2.training.datasets import Documents, joint_dialogue
+from starflow2.training.loop import fit
+from starflow2.training.task import LossAndMetrics
+from starflow2.training.tasks import TASKS, JointTask
 
 WORDS = Dialogue((Turn(("is it red",), ("no",)), Turn(("what colour is it",), ("blue and yellow",))), "words")
-RIGHT = datasets.joint_dialogue
 
 
-def often_words(stage: Any, seed: int, index: int) -> Dialogue:
-    """Documents of stage 3, in pairs: every third pair shows nothing, so that one process of two has no picture."""
-    return WORDS if index // 2 % 3 == 1 else RIGHT(stage, seed, index)
+def often_words(stage: StageConfig, seed: int, index: int) -> Dialogue:
+    """Documents of stage 3, in pairs: every third pair shows nothing, so that one process of two has no image."""
+    return WORDS if index // 2 % 3 == 1 else joint_dialogue(stage, seed, index)
+
+
+@dataclass
+class Job:
+    """What happens to a run, by the keys of its entry."""
+
+    job: dict[str, Any]
+    rank: int
+    microbatches: int = 0  # begun so far
+
+    def make_task(self, components: Components, stage: StageConfig, seed: int) -> JointTask:
+        if self.job.get("double"):
+            components.double()
+        dataset = Documents.of(components, partial(often_words, stage, seed))
+        return _Watched(components, stage, seed, dataset=dataset, job=self)
+
+    def begin(self) -> None:
+        """Called before every microbatch, which here is a step of a process."""
+        self.microbatches += 1
+        for key, name in (("dies", signal.SIGKILL), ("asked", signal.SIGTERM)):
+            if self.rank == 1 and self.microbatches - 1 == self.job.get(key):
+                os.kill(os.getpid(), name)
+
+    @property
+    def is_spoilt(self) -> bool:
+        return self.rank == 1 and self.microbatches == self.job.get("spoil")
+
+
+class _Watched(JointTask):
+    def __init__(self, *args: Any, job: Job, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.job = job
+
+    def loss(self, *args: Any) -> LossAndMetrics:
+        self.job.begin()
+        loss, metrics = super().loss(*args)
+        return loss * (torch.inf if self.job.is_spoilt else 1), metrics
 
 
 def recipe(steps: int, changes: dict[str, Any], precision: str) -> RunConfig:
@@ -53,40 +93,17 @@ def recipe(steps: int, changes: dict[str, Any], precision: str) -> RunConfig:
 def work(job: dict[str, Any], rank: int) -> None:
     torch.set_num_threads(1)
     run = recipe(job["steps"], job.get("stage", {}), job.get("precision", "float32"))
-    step = train._step
-
-    def watched(state: Any, *rest: Any) -> Any:
-        if state.step == job.get("dies") and rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if state.step == job.get("asked") and rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(state, *rest)
-
-    train._step = watched
     if "dies_saving" in job:
-        take_over = trainstate._Shards._take_over
+        replace_last = ShardStore._replace_last
 
-        def killed(self: Any, new: Any, done: Any, settings: Any) -> None:
+        def killed(self: ShardStore, new: Path, done: Path, settings: dict[str, str]) -> None:
             if done.name == str(job["dies_saving"]):
                 os.kill(os.getpid(), signal.SIGKILL)
-            take_over(self, new, done, settings)
+            replace_last(self, new, done, settings)
 
-        trainstate._Shards._take_over = killed  # type: ignore[method-assign]
-    if job.get("double"):
-        start_components = train._start_components
-        train._start_components = lambda *args: start_components(*args).double()
-    datasets.joint_dialogue = often_words
-    if "spoil" in job and rank == 1:
-        loss = stages.JointTask.loss
-        calls: list[int] = []
-
-        def spoiled(*args: Any) -> Any:
-            calls.append(1)
-            value, told = loss(*args)
-            return value * (torch.inf if len(calls) == job["spoil"] else 1), told
-
-        stages.JointTask.loss = spoiled  # type: ignore[method-assign]
-    train.fit(run, "joint", job["folder"])
+        ShardStore._replace_last = killed  # type: ignore[method-assign]
+    TASKS["joint"] = Job(job, rank).make_task  # type: ignore[assignment]
+    fit(run, "joint", job["folder"])
 
 
 def start(job: dict[str, Any], work: Callable[[dict[str, Any], int], None] = work) -> list[int]:

@@ -28,7 +28,7 @@ from starflow2.data.mixture import (
     Source,
     Spelling,
     broken_counts,
-    dropped,
+    drop_words,
     fits,
     loader,
     read_mixture,
@@ -380,8 +380,8 @@ def test_words_are_dropped_from_drawings_alone_and_half_of_the_shown_pictures_st
     edit = Dialogue((Turn((photo, "redder"), (photo,)),), "edit")
     answer = Dialogue((Turn((photo, "what?"), ("a cat",)),), "understand")
     rng = np.random.default_rng(0)
-    kinds = Counter(dropped(edit, rng, 0.5).turns[0].user for _ in range(2000))
-    assert all(dropped(answer, rng, 1.0) == answer for _ in range(20))
+    kinds = Counter(drop_words(edit, rng, 0.5).turns[0].user for _ in range(2000))
+    assert all(drop_words(answer, rng, 1.0) == answer for _ in range(20))
     assert abs(kinds[(photo, "redder")] - 1000) < 100 and abs(kinds[(photo,)] - 500) < 80 and abs(kinds[()] - 500) < 80
 
 

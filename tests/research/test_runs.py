@@ -10,7 +10,7 @@ import torch
 
 from starflow2.errors import ConfigError, DataError
 from starflow2.research.runs import ProgressPrinter, run_parallel
-from starflow2.training.loop import StepReport
+from starflow2.training.metrics import StepReport
 
 
 def trained(unit: int) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
-"""What a step takes: microbatches, activations computed twice, optimiser states, shares that count what they hold."""
+"""Microbatches, recomputed activations, optimiser states of 8 bits, and one process with the code of many."""
 
 from __future__ import annotations
 
 import copy
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,22 +12,26 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from model_cases import STAGES, tiny_components, tiny_folder, tiny_run
-from starflow2 import nn as nn_module
 from starflow2.errors import ConfigError, OutputError, TrainingError
-from starflow2.flow import Affine, Flow
-from starflow2.models import pretzel
+from starflow2.flow import Affine
 from starflow2.models.checkpoint import load_components
-from starflow2.models.pretzel import Pretzel
-from starflow2.training import checkpoint as trainstate
-from starflow2.training import loop as train
-from starflow2.training import parallel
-from starflow2.training.checkpoint import TrainState, store_for
+from starflow2.training import checkpoint
+from starflow2.training.checkpoint import store_for
 from starflow2.training.config import OptimConfig, ShardConfig, StageConfig
-from starflow2.training.parallel import Distributed, check_batch_divides, checkpoint_layers
+from starflow2.training.loop import fit
+from starflow2.training.parallel import (
+    Distributed,
+    check_batch_divides,
+    checkpoint_activations,
+    transformer_layers,
+)
+from starflow2.training.state import TrainState, adamw
 from starflow2.training.task import Task
-from starflow2.training.tasks import TASKS
+from starflow2.training.tasks import TASKS, JointTask, T2iTask
+from starflow2.training.trainer import Trainer
 
 RUN = tiny_run(4)
 
@@ -35,76 +40,117 @@ def stage_of(name: str, **changes: Any) -> StageConfig:
     return replace(RUN.stage(name), batch=8, **changes)
 
 
-def gradients(name: str, batches: int, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, torch.Tensor]:
-    """Gradients and told values of the first step, with noise that every picture brings along."""
-    stage = stage_of(name, accumulate=batches, **changes)
+def task_of(name: str, seed: int = 0, **changes: Any) -> Task:
+    """The task of a stage on woken components that are frozen but for what it trains."""
     components = tiny_components(STAGES)
-    monkeypatch.setattr(
-        "starflow2.training.tasks._source_levels", lambda components, count, _: torch.full((count,), 0.2)
-    )
-    monkeypatch.setattr("starflow2.training.tasks.add_noise", lambda x, level, _: x + 0.1 * torch.sin(1e3 * x))
-    monkeypatch.setattr(
-        "starflow2.flow.noise.NoiseConfig.sample_levels", lambda self, count, _: torch.full((count,), 0.3)
-    )
-    task = TASKS[name](components, stage, 0)
+    task = TASKS[name](components, stage_of(name, **changes), seed)
     components.requires_grad_(False)
     task.trained.requires_grad_(True)
-    checkpoint_layers(task, stage)
-    group, share = Distributed(), 8 // batches
-    data = [task.make_batch(range(i * share, (i + 1) * share)) for i in range(batches)]
-    told = train._backward(task, stage, data, train.StepContext(0, "float32", "cpu", group), 0)
-    grads = {k: p.grad for k, p in task.trained.named_parameters() if p.grad is not None}
-    return {f"told/{k}": v for k, v in told.items()} | grads
+    return task
 
 
+def trainer_of(task: Task, rank: int = 0) -> Trainer:
+    """A trainer in float32 that says it is process `rank`."""
+    trainer = Trainer.prepare(task, Distributed(), device="cpu", precision="float32")
+    trainer.group = Distributed(rank, 1)
+    return trainer
+
+
+def gradients(task: Task) -> dict[str, torch.Tensor]:
+    """Gradients by the names that weights have in checkpoints."""
+    return {k: p.grad for k, p in task.trained.state_dict(keep_vars=True).items() if p.grad is not None}
+
+
+def noise(task: Task, microbatch: int, step: int = 0) -> torch.Generator:
+    """The generator of a microbatch: its seed names the run's seed, the stage, the microbatch and the step."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{task.seed}/{task.stage.name}/{microbatch}/{step}".encode()))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", ["vlm", "adapter", "joint"])
-def test_microbatches_give_the_loss_and_gradients_of_the_whole_batch(name, monkeypatch):
-    """Documents hold unequally many replies and pictures, so that a mean of means would be another number."""
-    whole, parts = gradients(name, 1, monkeypatch), gradients(name, 4, monkeypatch)
-    assert whole.keys() == parts.keys()
-    assert max(float((whole[k] - parts[k]).abs().max()) for k in whole) <= 1e-5
-    monkeypatch.setattr(TASKS[name], "counts", lambda self, data: {})
-    means = gradients(name, 4, monkeypatch)
-    assert abs(float(means["told/loss"] - whole["told/loss"])) > 1e-3, "this batch would not tell the difference"
+def test_microbatches_count_by_the_replies_and_images_they_hold(name, rank):
+    """Documents hold unequally many of both, so that a mean of means would be another number."""
+    task = task_of(name, seed=3, accumulate=4)
+    data = [task.make_batch(range(i, i + 2)) for i in range(0, 8, 2)]
+    means = trainer_of(task, rank).forward_backward(data)
+    found = gradients(task)
+    task.trained.zero_grad(set_to_none=True)
+
+    losses = [task.loss(d, noise(task, 4 * rank + i)) for i, d in enumerate(data)]
+    counts = {term: [task.counts(d)[term] for d in data] for term in task.counts(data[0])}
+
+    def mean(term: str, values: list[torch.Tensor]) -> torch.Tensor:
+        return sum(n * value for n, value in zip(counts[term], values, strict=True)) / sum(counts[term])
+
+    if name == "joint":
+        flow, text = (mean(term, [metrics[term] for _, metrics in losses]) for term in ("flow", "text"))
+        loss = flow + task.stage.text_weight * text
+    else:
+        loss = mean("text", [loss for loss, _ in losses])
+    loss.backward()
+    # the sums are the same but for their order
+    assert means["loss"].item() == pytest.approx(loss.item(), abs=1e-6)
+    assert found.keys() == gradients(task).keys()
+    assert max(float((found[k] - g).abs().max()) for k, g in gradients(task).items()) <= 1e-5
+    plain = sum(loss for loss, _ in losses) / 4
+    assert abs((plain - loss).item()) > 1e-3, "a mean of means is another number"
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"rank": 1}, {"step": 1}])
+def test_noise_is_another_one_for_another_seed_process_or_step(other):
+    def loss(seed: int = 0, rank: int = 0, step: int = 0) -> float:
+        task = task_of("joint", seed=seed)
+        trainer = trainer_of(task, rank)
+        trainer.state.step = step
+        data = TASKS["joint"](task.components, task.stage, 0).make_batch(range(4))  # the same for every seed
+        return trainer.forward_backward([data])["loss"].item()
+
+    assert loss() == loss() != loss(**other)
 
 
 @pytest.mark.parametrize("name", ["t2i", "joint"])
 @pytest.mark.parametrize("which", ["trained", "all"])
-def test_activations_that_are_computed_twice_change_no_number(name, which, monkeypatch):
-    monkeypatch.setattr(pretzel, "PREFIX_SHARE", 2.0)  # one pass with and without: two passes round otherwise
-    kept = gradients(name, 1, monkeypatch)
-    calls: list[int] = []
-    again = parallel.checkpoint
-    monkeypatch.setattr(parallel, "checkpoint", lambda *a, **k: calls.append(1) or again(*a, **k))
-    twice = gradients(name, 1, monkeypatch, checkpoint_activations=which)
-    assert all(torch.equal(kept[k], twice[k]) for k in kept) and kept.keys() == twice.keys()
-    flow, language = 3, 2  # layers of the tiny model
-    if name == "joint":
-        assert len(calls) == flow + (language if which == "all" else 0)
-    else:  # captions are read without gradients, in one group or two of similar length
-        assert len(calls) in (flow, 2 * flow)
+def test_recomputed_activations_change_no_number(name, which):
+    """The same operations on the same shapes run once more, so all bits are equal."""
+    found, runs = {}, {}
+    for mode in ("none", which):
+        task = task_of(name, checkpoint_activations=mode)
+        if isinstance(task, JointTask):
+            task.pretzel = task.pretzel.in_one_pass()  # in both: two passes round otherwise
+        calls: list[nn.Module] = []
+        layers = transformer_layers(task.trained) + task.components.vlm.layers
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda layer, args, to=calls: to.append(layer))
+        means = trainer_of(task).forward_backward([task.make_batch(range(8))])
+        found[mode] = means | gradients(task)
+        runs[mode] = [calls.count(layer) for layer in layers]
+    # captions are read without gradients, so there is nothing to recompute in the language model
+    recomputed = 5 if (name, which) == ("joint", "all") else 3
+    assert runs[which] == [2 * n for n in runs["none"][:recomputed]] + runs["none"][recomputed:]
+    assert found["none"].keys() == found[which].keys()
+    assert all(torch.equal(value, found[which][name]) for name, value in found["none"].items())
 
 
 def test_recomputed_layers_keep_the_names_of_their_weights_and_can_be_copied():
-    components = tiny_components(STAGES)
-    names = list(components.state_dict())
-    task = TASKS["joint"](components, RUN.stage("joint"), 0)
-    stage = stage_of("joint", checkpoint_activations="all")
-    checkpoint_layers(task, stage)
-    checkpoint_layers(task, stage)
-    assert list(components.state_dict()) == names
-    twin: Flow = copy.deepcopy(components.flow)
+    task = task_of("joint", checkpoint_activations="all")
+    names, number = list(task.components.state_dict()), len(list(task.components.modules()))
+    checkpoint_activations(task)
+    wrapped = len(list(task.components.modules()))
+    checkpoint_activations(task)
+    assert list(task.components.state_dict()) == names
+    assert number < wrapped == len(list(task.components.modules())), "a second call wraps nothing again"
+    flow, twin = task.components.flow, copy.deepcopy(task.components.flow)
+    latents = torch.randn(1, 64, 4)
+    assert torch.equal(twin.shallow(latents, torch.ones(1))[0], flow.shallow(latents, torch.ones(1))[0])
     with torch.no_grad():
         for p in twin.parameters():
             p.zero_()
-    assert type(twin.deep.body.layers[0]).__mro__[1:] == type(components.flow.deep.body.layers[0]).__mro__[1:]
-    latents = torch.randn(1, 64, 4)
-    assert not torch.equal(twin.shallow(latents, torch.ones(1))[0], components.flow.shallow(latents, torch.ones(1))[0])
-    assert isinstance(Pretzel(components.vlm, components.flow, components.joints).in_float64(), Pretzel)
+    assert not torch.equal(twin.shallow(latents, torch.ones(1))[0], flow.shallow(latents, torch.ones(1))[0])
+    flow.load_state_dict(tiny_components(STAGES).flow.state_dict())
 
 
 def test_shares_must_be_equal_and_settings_must_fit():
-    with pytest.raises(TrainingError, match="8 cannot be shared equally by 1 processes of 3"):
+    with pytest.raises(TrainingError, match="8 cannot be divided equally among 1 processes of 3"):
         check_batch_divides(stage_of("t2i", accumulate=3), Distributed())
     with pytest.raises(ConfigError, match=r"shard\.processes is 2 under mode fsdp"):
         ShardConfig(mode="fsdp", processes=2)
@@ -114,7 +160,7 @@ def test_shares_must_be_equal_and_settings_must_fit():
 def test_moments_of_eight_bits_without_their_library_say_what_to_install(states, package, monkeypatch):
     monkeypatch.setitem(sys.modules, f"{package}.optim", None)  # as if it were not there
     with pytest.raises(ConfigError, match=f"pip install {package}"):
-        train.adam([nn.Parameter(torch.zeros(2))], OptimConfig(optimizer_state_dtype=states))
+        adamw([nn.Parameter(torch.zeros(2))], OptimConfig(optimizer_state_dtype=states))
 
 
 def stepped(state: TrainState, steps: int) -> None:
@@ -140,7 +186,7 @@ def test_moments_of_eight_bits_are_small_close_and_go_on_bit_for_bit(states, pac
     def fresh(o: OptimConfig) -> TrainState:
         torch.manual_seed(1)
         trained = nn.ModuleDict({"a": nn.Linear(128, 64)})
-        return TrainState(trained, {}, [train.adam(list(trained.parameters()), o)])
+        return TrainState(trained, {}, [adamw(list(trained.parameters()), o)])
 
     whole, broken, plain = fresh(config), fresh(config), fresh(replace(config, optimizer_state_dtype="float32"))
     stepped(whole, 4)
@@ -149,7 +195,7 @@ def test_moments_of_eight_bits_are_small_close_and_go_on_bit_for_bit(states, pac
     tensors = {k: v.detach().clone() for k, v in broken.tensors().items()}
     assert tensors[f"optim/0/0/{moment}"].dtype == torch.uint8
     again = fresh(config)
-    again.fill(tensors, {"step": "2"}, tmp_path)
+    again.load_tensors(tensors, {"step": "2"}, tmp_path)
     stepped(again, 2)
     one, other = (s.trained["a"].weight for s in (whole, again))
     assert torch.equal(one, other)
@@ -174,49 +220,55 @@ def _alone() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+class OneGroup(T2iTask):
+    """Reads all captions of a batch together, as under shards, where groups would draw their noise in another order."""
+
+    def caption_groups(self, rows):
+        return [list(range(len(rows)))]
+
+
 @pytest.mark.usefixtures("_alone")
 @pytest.mark.parametrize("name", STAGES)
 def test_every_stage_trains_in_shards_as_it_does_in_copies(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("starflow2.training.tasks.length_groups", lambda lengths, _: [list(range(len(lengths)))])
-    told: dict[str, list[float]] = {}
-    for mode in ("none", "fsdp"):
+    monkeypatch.setitem(TASKS, "t2i", OneGroup)
+    losses: dict[str, list[float]] = {"none": [], "fsdp": []}
+    for mode in losses:
         folder = tiny_folder(tmp_path / mode, STAGES[: STAGES.index(name)])
         run = tiny_run(3, 2)
         shard = ShardConfig(mode=mode, frozen="sharded" if mode == "fsdp" else "replicated")  # type: ignore[arg-type]
         run = replace(run, stages=tuple(replace(s, shard=shard, optim=PLAIN) for s in run.stages))
-        losses: list[float] = []
-        train.fit(run, name, folder, report=lambda line, to=losses: to.append(line.metrics["loss"]))
-        told[mode] = losses
-    assert told["none"] == pytest.approx(told["fsdp"], abs=1e-5) and len(told["none"]) == 3
+        fit(run, name, folder, report=lambda line, to=losses[mode]: to.append(line.metrics["loss"]))
+    assert losses["none"] == pytest.approx(losses["fsdp"], abs=1e-5) and len(losses["none"]) == 3
     one, other = (load_components(tmp_path / mode / "model").state_dict() for mode in ("none", "fsdp"))
     assert one.keys() == other.keys() and all(torch.allclose(one[k], other[k], atol=1e-4) for k in one)
 
 
 @pytest.mark.usefixtures("_alone")
-def test_under_bfloat16_layers_run_in_it_and_affine_maths_and_weights_stay_float32(tmp_path, monkeypatch):
+def test_under_bfloat16_layers_run_in_it_and_affine_maths_weights_and_moments_stay_float32(tmp_path, monkeypatch):
     affine, inside = set[torch.dtype](), set[torch.dtype]()
-    normalize, attend = Affine.normalize, nn_module.attention
+    normalize = Affine.normalize
 
-    def seen(self: Affine, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def recorded(self: Affine, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         z, logdet = normalize(self, u)
         affine.update(t.dtype for t in (self.mu, self.log_scale, z, logdet))
         return z, logdet
 
-    def attended(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-        inside.add(q.dtype)
-        return attend(q, *rest)
+    def watched(*args: Any, **options: Any) -> JointTask:
+        task = JointTask(*args, **options)
+        for layer in task.components.flow.deep.body.layers:
+            layer.register_forward_hook(lambda layer, args, out: inside.add(out.dtype))
+        return task
 
-    monkeypatch.setattr(Affine, "normalize", seen)
-    monkeypatch.setattr(nn_module, "attention", attended)
+    monkeypatch.setattr(Affine, "normalize", recorded)
+    monkeypatch.setitem(TASKS, "joint", watched)
     run = tiny_run(1, 1, precision="bfloat16")
     run = replace(run, stages=tuple(replace(s, shard=ShardConfig(mode="fsdp"), optim=PLAIN) for s in run.stages))
-    kept: list[TrainState] = []
-    new_state = train._new_state
-    monkeypatch.setattr(train, "_new_state", lambda *a: kept.append(new_state(*a)) or kept[-1])
-    train.fit(run, "joint", tiny_folder(tmp_path, STAGES[:5]))
+    folder = tiny_folder(tmp_path, STAGES[:5])
+    fit(run, "joint", folder)
     assert affine == {torch.float32} and torch.bfloat16 in inside
-    moments = {v.dtype for o in kept[0].optimizers for s in o.state_dict()["state"].values() for v in s.values()}
-    assert {p.dtype for p in kept[0].trained.parameters()} == moments == {torch.float32}
+    index = FileSystemReader(folder / "state-joint" / "1").read_metadata().state_dict_metadata
+    dtypes = {key.split("/")[0]: value.properties.dtype for key, value in index.items() if hasattr(value, "properties")}
+    assert dtypes == {"weights": torch.float32, "ema": torch.float32, "optim": torch.float32}
 
 
 @pytest.mark.usefixtures("_alone")
@@ -230,9 +282,9 @@ def test_a_run_cannot_change_between_copies_and_shards_in_silence(tmp_path):
     (tmp_path / "state-t2i.safetensors").touch()
     with pytest.raises(TrainingError, match=r"another shard\.mode than fsdp"):
         store_for(tmp_path, sharded, shards)
-    with pytest.raises(TrainingError, match="8bit and shard"):
+    with pytest.raises(TrainingError, match="8bit, which works with"):
         check_batch_divides(replace(sharded, optim=OptimConfig(optimizer_state_dtype="8bit")), shards)
-    with pytest.raises(TrainingError, match="no process holds whole weights"):
+    with pytest.raises(TrainingError, match="no process holds all weights"):
         check_batch_divides(sharded, shards, evaluates=True)
 
 
@@ -240,7 +292,7 @@ def test_a_run_cannot_change_between_copies_and_shards_in_silence(tmp_path):
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint_of_shards(tmp_path, monkeypatch):
     run = tiny_run(6, 2)
     run = replace(run, stages=tuple(replace(s, shard=ShardConfig(mode="fsdp")) for s in run.stages))
-    folder, saved, right = tiny_folder(tmp_path, STAGES[:5]), [], trainstate.async_save
+    folder, saved, right = tiny_folder(tmp_path, STAGES[:5]), [], checkpoint.async_save
 
     def full(tensors: Any, **options: Any) -> Any:
         saved.append(1)
@@ -249,10 +301,10 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_of_shards(tmp_path, mon
         return right(tensors, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainstate, "async_save", full)
+        patch.setattr(checkpoint, "async_save", full)
         with pytest.raises(OutputError, match="No space left"):
-            train.fit(run, "joint", folder)
+            fit(run, "joint", folder)
     assert (folder / "state-joint" / "2" / "settings.json").is_file()
     steps: list[int] = []
-    train.fit(run, "joint", folder, report=lambda line: steps.append(line.step))
+    fit(run, "joint", folder, report=lambda line: steps.append(line.step))
     assert steps == [3, 4, 5, 6]

@@ -51,5 +51,5 @@ def test_the_real_recipe_is_counted_without_memory_for_its_weights():
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     odd = replace(RUN, stages=tuple(replace(s, accumulate=3) for s in RUN.stages))
-    with pytest.raises(TrainingError, match=r"batch 4 cannot be shared equally"):
+    with pytest.raises(TrainingError, match=r"batch 4 cannot be divided equally"):
         dry_run(odd, "t2i", "cpu")

@@ -25,7 +25,7 @@ from starflow2.models.components import Components
 from starflow2.models.lora import LoraConfig
 from starflow2.models.prompts import check_words
 from starflow2.training.finetune import FinetuneConfig, finetune, finetune_task, read_album
-from starflow2.training.loop import StepReport
+from starflow2.training.metrics import StepReport
 from starflow2.world.captions import caption_task
 
 SMALL = FinetuneConfig(steps=3, batch=4, lora=LoraConfig(rank=2))

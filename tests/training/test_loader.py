@@ -18,7 +18,8 @@ from starflow2.models.context import drawing_context
 from starflow2.models.sequence import Image, Text, pack
 from starflow2.training.config import CorpusConfig, StageConfig
 from starflow2.training.datasets import to_images
-from starflow2.training.loop import StepReport, fit
+from starflow2.training.loop import fit
+from starflow2.training.metrics import StepReport
 from starflow2.training.tasks import T2iTask
 from starflow2.world.captions import caption_task
 

@@ -77,6 +77,16 @@ def test_ngp_loss_is_a_function_of_its_generator_alone():
     assert draws[0] == draws[1] != draws[2]
 
 
+def test_the_penalty_on_intermediate_latents_is_their_mean_square_times_its_weight():
+    """A mean over images, latents and channels: it does not grow with any of them."""
+    flow = Flow(replace(tiny_model().flow, latent_penalty=0.5))
+    u = torch.randn(3, 64, 4)
+    expected = 0.5 * sum(float(v) ** 2 for v in u.flatten()) / u.numel()
+    assert losses.latent_penalty(flow, u).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.latent_penalty(flow, u.repeat(2, 1, 1)).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.latent_penalty(flow, u[:0]) == losses.latent_penalty(a_flow(), u) == 0
+
+
 def labelled(*rows: str) -> torch.Tensor:
     """Labels (B, T): a letter is a label, a dot is none."""
     return torch.tensor([[IGNORE if c == "." else ord(c) - ord("a") for c in row] for row in rows])
@@ -89,8 +99,8 @@ def as_is(logits: torch.Tensor) -> torch.Tensor:
 
 def surprises(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
     """Nats of every label, in order."""
-    told = labels[labels != IGNORE]
-    return [-row.log_softmax(-1)[label].item() for row, label in zip(logits, told, strict=True)]
+    targets = labels[labels != IGNORE]
+    return [-row.log_softmax(-1)[label].item() for row, label in zip(logits, targets, strict=True)]
 
 
 def test_ntp_loss_is_the_mean_over_replies_of_their_mean_surprise():
@@ -260,28 +270,28 @@ def test_masked_image_loss_reads_the_patches_row_by_row_channel_first():
 
 
 def test_each_player_of_the_adversarial_game_pays_for_itself_alone():
-    judge = FeatureDiscriminator(6)
-    drawn, true = torch.randn(4, 3, 6, requires_grad=True), torch.randn(4, 3, 6, requires_grad=True)
-    fooled, told = adversarial_losses(judge, drawn, true)
-    weights = list(judge.parameters())
-    assert torch.autograd.grad(fooled, drawn, retain_graph=True)[0].abs().max() > 0
-    assert all(g is None for g in torch.autograd.grad(fooled, weights, retain_graph=True, allow_unused=True))
-    assert all(g.abs().max() > 0 for g in torch.autograd.grad(told, weights[:-1], retain_graph=True))
-    assert torch.autograd.grad(told, (drawn, true), allow_unused=True) == (None, None)
+    discriminator = FeatureDiscriminator(6)
+    decoded, true = torch.randn(4, 3, 6, requires_grad=True), torch.randn(4, 3, 6, requires_grad=True)
+    decoder_loss, discriminator_loss = adversarial_losses(discriminator, decoded, true)
+    weights = list(discriminator.parameters())
+    assert torch.autograd.grad(decoder_loss, decoded, retain_graph=True)[0].abs().max() > 0
+    assert all(g is None for g in torch.autograd.grad(decoder_loss, weights, retain_graph=True, allow_unused=True))
+    assert all(g.abs().max() > 0 for g in torch.autograd.grad(discriminator_loss, weights[:-1], retain_graph=True))
+    assert torch.autograd.grad(discriminator_loss, (decoded, true), allow_unused=True) == (None, None)
 
 
-def test_a_judge_learns_to_tell_pictures_apart_and_its_verdict_pulls_the_decoder_to_the_true_ones():
+def test_a_discriminator_learns_to_tell_images_apart_and_pulls_the_decoder_to_the_true_ones():
     torch.manual_seed(0)
-    judge = FeatureDiscriminator(6)
-    optimizer = torch.optim.Adam(judge.parameters(), lr=0.01)
-    true, drawn = (torch.randn(64, 3, 6) + shift * torch.eye(6)[0] for shift in (2.0, -2.0))
+    discriminator = FeatureDiscriminator(6)
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=0.01)
+    true, decoded = (torch.randn(64, 3, 6) + shift * torch.eye(6)[0] for shift in (2.0, -2.0))
     for _ in range(60):
         optimizer.zero_grad()
-        adversarial_losses(judge, drawn, true)[1].backward()
+        adversarial_losses(discriminator, decoded, true)[1].backward()
         optimizer.step()
-    assert judge(true).mean() > 0.5 and judge(drawn).mean() < -0.5
-    start = drawn.clone().requires_grad_(True)
-    (grad,) = torch.autograd.grad(adversarial_losses(judge, start, true)[0], start)
+    assert discriminator(true).mean() > 0.5 and discriminator(decoded).mean() < -0.5
+    start = decoded.clone().requires_grad_(True)
+    (grad,) = torch.autograd.grad(adversarial_losses(discriminator, start, true)[0], start)
     assert (-grad)[..., 0].mean() > 0
 
 
@@ -302,7 +312,7 @@ def test_last_edits_have_a_picture_before_them_and_none_behind(components):
     assert last_edits(batch).nonzero().flatten().tolist() == [1, 6]
 
 
-def test_a_blind_picture_counts_by_the_deep_flows_gaussians_and_leaves_others_as_they_are(components):
+def test_a_hidden_image_counts_by_the_deep_flows_gaussians_and_leaves_others_as_they_are(components):
     batch, level = pack([EDITED, DRAWN], components.layout), torch.tensor([0.1, 0.3, 0.5])
     x = torch.randn(3, 64, 4)
     for edited, drawn in ((True, False), (False, True)):
@@ -315,22 +325,38 @@ def test_a_blind_picture_counts_by_the_deep_flows_gaussians_and_leaves_others_as
         z = (out.u - out.affine.mu) / out.affine.scale
         hidden = (0.5 * z.square() + out.affine.log_scale).sum((1, 2)) / 256  # without the constant, of 256 numbers
         exact = -sighted.log_prob / 256 - HALF_LOG_TAU
-        told, counted = (1, 2) if edited else (2, 1)
-        assert terms.blind.item() == pytest.approx(level[told].item() * hidden[told].item() / 2, rel=1e-4)
+        hidden_one, counted = (1, 2) if edited else (2, 1)
+        assert terms.blind.item() == pytest.approx(level[hidden_one].item() * hidden[hidden_one].item() / 2, rel=1e-4)
         assert terms.flow.item() == pytest.approx(level[counted].item() * exact[counted].item() / 2, abs=1e-6)
 
 
-def test_without_blind_pictures_all_likelihoods_are_exact(components):
+def test_without_hidden_images_all_likelihoods_are_exact(components):
     batch, level = pack([EDITED, DRAWN], components.layout), torch.tensor([0.1, 0.3, 0.5])
     given = components.pretzel, batch, (torch.randn(3, 64, 4), level), components.cfg.noise
     plain, none = joint_loss(*given), joint_loss(*given, torch.zeros(3, dtype=torch.bool))
+    # masks of nothing change no operand of any sum, so the bits are the same
     assert (plain.flow, plain.text, plain.blind) == (none.flow, none.text, none.blind) and plain.blind == 0
 
 
-def test_words_behind_a_blind_picture_do_not_count_and_all_others_count_as_before(components):
+def test_positions_after_an_image_are_those_behind_its_begin_slot_in_its_document(components):
+    """Against every position looked at by hand, for each set of chosen images."""
+    batch = pack([EDITED, DRAWN, SHOWN, WORDS], components.layout, 300)
+    begins = list(zip(batch.pictures.row.tolist(), batch.pictures.begin.tolist(), strict=True))
+    for chosen in ([False] * 4, [True, False, False, False], [False, True, True, False], [True] * 4):
+        expected = torch.zeros_like(batch.ids, dtype=torch.bool)
+        for (row, begin), is_chosen in zip(begins, chosen, strict=True):
+            for position in range(batch.ids.shape[1]):
+                same = batch.document[row, position] == batch.document[row, begin]
+                if is_chosen and same and position > begin:
+                    expected[row, position] = True
+        assert torch.equal(losses.after_images(batch, torch.tensor(chosen)), expected)
+    assert len(batch.ids) < 4 and bool(losses.after_images(batch, torch.ones(4, dtype=torch.bool)).any())
+
+
+def test_words_after_a_hidden_image_do_not_count_and_all_others_count_as_before(components):
     cut: Document = (Text((1,)), Image(), Text((40, 2)), Image(is_target=True))
     asked: Document = (*cut, Text((3,), is_target=True), Text((7,)), Text((6, 3), is_target=True))
-    told: Document = (Text((40, 2)), Image(is_target=True), Text((1,)), Text((5, 3), is_target=True))
+    drawn: Document = (Text((40, 2)), Image(is_target=True), Text((1,)), Text((5, 3), is_target=True))
     x, level = torch.randn(3, 64, 4), torch.tensor([0.1, 0.3, 0.5])
 
     def text(documents: list[Document], which: slice, blind: list[bool]) -> float:
@@ -338,14 +364,14 @@ def test_words_behind_a_blind_picture_do_not_count_and_all_others_count_as_befor
         given = components.pretzel, batch, (x[which], level[which]), noise, torch.tensor(blind)
         return joint_loss(*given).text.item()
 
-    both = text([asked, told], slice(3), [False, True, False])
-    begin, alone = text([cut], slice(2), [False, True]), text([told], slice(2, 3), [False])
+    both = text([asked, drawn], slice(3), [False, True, False])
+    begin, alone = text([cut], slice(2), [False, True]), text([drawn], slice(2, 3), [False])
     assert both == pytest.approx((begin + 2 * alone) / 5, rel=1e-5), "of five replies, two stand behind what is hidden"
-    sighted = text([asked, told], slice(3), [False, False, False])
+    sighted = text([asked, drawn], slice(3), [False, False, False])
     assert both < 0.9 * sighted
 
 
-def test_neither_stream_sees_the_latents_of_a_blind_picture_but_both_see_the_one_before(components):
+def test_neither_stream_sees_the_latents_of_a_hidden_image_but_both_see_the_one_before(components):
     batch, blind = pack([EDITED], components.layout), torch.tensor([False, True])
     x, level = torch.randn(2, 64, 4), torch.tensor([0.1, 0.3])
     predicted = []

@@ -10,7 +10,6 @@ import torch
 from model_cases import tiny_tokenizer
 from starflow2.errors import ConfigError
 from starflow2.models.components import Components
-from starflow2.training.loop import _new_state
 from starflow2.training.parallel import Distributed
 from starflow2.training.planner import (
     CAPTIONED,
@@ -19,16 +18,17 @@ from starflow2.training.planner import (
     SHAPES,
     Hardware,
     Sizes,
-    _kind,
     activation_bytes,
     flops,
     frozen_bytes,
     logit_bytes,
     plan,
+    stage_kind,
     state_bytes,
     works,
 )
 from starflow2.training.recipes import mini, nano, paper
+from starflow2.training.state import TrainState
 from starflow2.training.tasks import TASKS
 
 H100 = Hardware(gpus=1, peak=1e15, mfu=0.4)  # 400 TFLOP/s
@@ -141,7 +141,7 @@ def test_nanos_parameters_optimiser_and_average_are_those_of_the_real_tensors(na
     task = TASKS[name](components, stage, 0)
     components.requires_grad_(False)
     task.trained.requires_grad_(True)
-    state = _new_state(task, stage, Distributed())
+    state = TrainState.fresh(task.trained, stage.optim, Distributed())
     for parameter in task.trained.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for optimizer in state.optimizers:
@@ -156,7 +156,7 @@ def test_nanos_parameters_optimiser_and_average_are_those_of_the_real_tensors(na
     frozen = sum(p.nbytes for p in components.parameters() if id(p) not in trained)
     if stage.kl_to_t2i:
         frozen += sum(p.nbytes for p in components.flow.deep.parameters())  # as it was
-    assert sum(frozen_bytes(Sizes.of(run.model), _kind(stage)).values()) == frozen
+    assert sum(frozen_bytes(Sizes.of(run.model), stage_kind(stage)).values()) == frozen
 
 
 def test_flops_of_a_trained_layer_are_those_that_torch_counts():

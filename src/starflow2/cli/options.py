@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from starflow2.pipeline import StarFlow2
     from starflow2.training.config import RunConfig, StageConfig
-    from starflow2.training.loop import StepReport
+    from starflow2.training.metrics import StepReport
 
 __all__ = [
     "PROGRAM",

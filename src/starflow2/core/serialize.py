@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from starflow2.core.files import replacing
 from starflow2.errors import ConfigError, nearest
 
-__all__ = ["from_dict", "load_json", "read_json", "save_json", "to_dict"]
+__all__ = ["flatten", "from_dict", "load_json", "read_json", "save_json", "to_dict"]
 
 T = TypeVar("T")
 
@@ -59,6 +59,19 @@ def from_dict(cls: type[T], data: object) -> T:
     starflow2.errors.ConfigError: Sheet.colums: unknown key (value 4), expected columns. Did you mean "columns"?
     """
     return _read(cls, data, cls.__name__)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dictionary as one level with dotted names.
+
+    >>> flatten({"steps": 3, "optim": {"lr": 0.002}})
+    {'steps': 3, 'optim.lr': 0.002}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        is_nested = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{name}.") if is_nested else {f"{prefix}{name}": value}
+    return flat
 
 
 def save_json(cfg: object, path: str | Path) -> None:

@@ -37,7 +37,7 @@ __all__ = [
     "Speller",
     "Spelling",
     "broken_counts",
-    "dropped",
+    "drop_words",
     "fits",
     "loader",
     "read_mixture",
@@ -133,7 +133,7 @@ class Spelling:
         return Item(document, images, conversation.kind, length)
 
 
-def dropped(conversation: Dialogue[Photo], rng: np.random.Generator, share: float) -> Dialogue[Photo]:
+def drop_words(conversation: Dialogue[Photo], rng: np.random.Generator, share: float) -> Dialogue[Photo]:
     """In `share` of those with a drawn picture the user says nothing; in half of these, shows nothing either.
 
     As stages.dropped does with drawn scenes: guidance needs the unconditional branch.
@@ -213,7 +213,7 @@ class _Documents:
             sample = stock.next()
             try:
                 conversation = understand(stock.source.corpus, sample, stock.source.pictures)
-                item = spelling.item(dropped(conversation, rng, config.caption_drop), config.width)
+                item = spelling.item(drop_words(conversation, rng, config.caption_drop), config.width)
             except Broken as error:
                 self._count(stock, sample, error)
                 continue

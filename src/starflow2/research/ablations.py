@@ -201,7 +201,7 @@ def _trained(unit: _Unit, config: CompareConfig, place: _Workplace) -> tuple[Com
     task: Task = (
         T2iTask(components, stage, seed) if arm == "stage 1" else JointTask(components, stage, seed, skips=skips)
     )
-    fit_task(task, stage, seed, device=place.device, report=ProgressPrinter(arm, seed), workers=place.workers)
+    fit_task(task, device=place.device, report=ProgressPrinter(arm, seed), workers=place.workers)
     components.finished_stages = (*NEEDED, "joint")
     return components, task
 

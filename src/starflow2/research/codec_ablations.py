@@ -105,7 +105,7 @@ def _rows(unit: tuple[Arm, int], config: CodecsConfig, folder: str | Path, devic
     judge = fresh_components(folder, seed, device).codec.extractor  # one for all, also for those that have none
     task = T2iTask(components, stage, seed)
     task.initialise()
-    fit_task(task, stage, seed, device=device, report=ProgressPrinter(arm, seed))
+    fit_task(task, device=device, report=ProgressPrinter(arm, seed))
     components.finished_stages = (*components.finished_stages, "t2i")
     trained = num_parameters(task.trained)
     cleanups: dict[str, Cleanup] = {arm: "none"}

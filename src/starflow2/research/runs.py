@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from starflow2.errors import ConfigError
-from starflow2.training.loop import StepReport
+from starflow2.training.metrics import StepReport
 
 __all__ = ["ProgressPrinter", "run_parallel"]
 

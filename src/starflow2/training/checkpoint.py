@@ -1,9 +1,9 @@
-"""What a run can go on from: weights, their average, optimisers and the step, in one file or in shards.
+"""Checkpoints of a run: weights, their average, optimisers and the step, in one file or in shards.
 
-A run of whole copies writes state-STAGE.safetensors; one of shards a folder state-STAGE with one checkpoint of
-torch.distributed.checkpoint (DCP) in it, which any number of processes can read. Both are complete or not there.
+A run of whole copies writes state-STAGE.safetensors; a sharded run writes a folder state-STAGE with one checkpoint of
+torch.distributed.checkpoint (DCP) in it, which any number of processes can read. Both are either complete or absent.
 DCP's own index is pickled: these folders are read from the run's own folder only, never from elsewhere.
-Not here: model folders, which `checkpoint` writes.
+Not here: model folders (`models.checkpoint`), what the state is (`state`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -26,97 +25,61 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from starflow2.core.files import replacing
-from starflow2.core.serialize import to_dict
+from starflow2.core.serialize import flatten, to_dict
 from starflow2.errors import OutputError, TrainingError
 from starflow2.models.checkpoint import load_tensors, save_tensors
 from starflow2.training.config import RunConfig, StageConfig
 from starflow2.training.parallel import Distributed, FullyShardedDistributed
+from starflow2.training.state import TrainState
 
-__all__ = ["CheckpointStore", "TrainState", "store_for"]
+__all__ = ["CheckpointStore", "FileStore", "ShardStore", "store_for"]
 
-NEEDED = {"step", "stage", "precision"}  # of the settings that stand beside the tensors
-FREE = (
+REQUIRED = {"step", "stage", "precision"}  # settings that every checkpoint has beside its tensors
+CHANGEABLE = (  # settings that may differ when a run is resumed; so may all of `shard`
     "steps",
     "save_every",
     "log_every",
     "accumulate",
     "checkpoint_activations",
-    "whitening_captions",  # read before the first step only
-)  # what a resume may change, and `shard`
-
-
-@dataclass(slots=True)
-class TrainState:
-    """Everything that a checkpoint holds: trained weights, their average, optimisers, the step."""
-
-    trained: nn.ModuleDict
-    ema: dict[str, Tensor]
-    optimizers: list[torch.optim.Optimizer]
-    step: int = 0
-    skipped: int = 0  # steps whose loss or gradient was not finite
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name; of an optimiser: optim/NUMBER/PARAMETER/NAME."""
-        tensors = {f"weights/{k}": v for k, v in self.trained.state_dict().items()}
-        tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
-        for i, optimizer in enumerate(self.optimizers):
-            for j, values in optimizer.state_dict()["state"].items():
-                for k, v in values.items():
-                    tensors |= _opened(f"optim/{i}/{j}/{k}", v)
-        return tensors
-
-    def fill(self, tensors: dict[str, Tensor], settings: dict[str, str], path: Path) -> None:
-        """Take over what `tensors` returned. Raises TrainingError for the weights of another model."""
-        try:
-            self.trained.load_state_dict(_under(tensors, "weights/"))
-        except RuntimeError as error:
-            raise TrainingError(
-                f"{path} holds the weights of another model; use another --output, or the recipe it was made with."
-            ) from error
-        self.ema = _under(tensors, "ema/")
-        for i, optimizer in enumerate(self.optimizers):
-            values: dict[int, dict[str, Any]] = {}
-            for key, value in _closed(_under(tensors, f"optim/{i}/")).items():
-                j, name = key.split("/")
-                values.setdefault(int(j), {})[name] = value
-            (group,) = optimizer.param_groups
-            same = {**group, "params": list(range(len(group["params"])))}
-            optimizer.load_state_dict({"state": values, "param_groups": [same]})
-        self.step, self.skipped = int(settings["step"]), int(settings.get("skipped", 0))
-
-    def settings(self, stage: StageConfig, how: dict[str, str]) -> dict[str, str]:
-        """What stands beside the tensors."""
-        return {"step": str(self.step), "skipped": str(self.skipped), "stage": json.dumps(to_dict(stage)), **how}
+    "whitening_captions",  # has an effect before the first step only
+)
 
 
 class CheckpointStore(Protocol):
-    """Where the checkpoints of a stage stand. All processes call each method."""
+    """Reads and writes the checkpoints of a stage. All processes call each method."""
 
     def settings(self, run: RunConfig, stage: StageConfig) -> dict[str, str] | None:
-        """Of the last checkpoint, None if there is none. Raises TrainingError for others, CheckpointError."""
+        """Metadata of the last checkpoint, or None.
 
-    def load(self, state: TrainState, settings: dict[str, str]) -> None: ...
+        Raises TrainingError if another run wrote it, CheckpointError if it is damaged.
+        """
+
+    def load(self, state: TrainState, settings: dict[str, str]) -> None:
+        """Fill `state` from the last checkpoint, whose metadata is `settings`."""
 
     def save(self, state: TrainState, settings: dict[str, str]) -> None:
-        """Write a checkpoint, or begin to. Raises OutputError; the last one survives until this one is whole."""
+        """Write a checkpoint, or begin to; until it is complete the last one stays. Raises OutputError."""
 
     def close(self) -> None:
         """Wait until all is written."""
 
 
 def store_for(folder: Path, stage: StageConfig, group: Distributed) -> CheckpointStore:
-    """Where the checkpoints of a stage stand, in the form that the group writes."""
-    one, many = folder / f"state-{stage.name}.safetensors", folder / f"state-{stage.name}"
-    wanted, other = (many, one) if isinstance(group, FullyShardedDistributed) else (one, many)
+    """The store of a stage's checkpoints in the format that the group writes.
+
+    Raises TrainingError where the other format is there.
+    """
+    file, shards = folder / f"state-{stage.name}.safetensors", folder / f"state-{stage.name}"
+    wanted, other = (shards, file) if isinstance(group, FullyShardedDistributed) else (file, shards)
     if other.exists() and not wanted.exists():
         raise TrainingError(
-            f"{other} was written under another shard.mode than {stage.shard.mode}; go on with that one, "
+            f"{other} was written under another shard.mode than {stage.shard.mode}; continue with that one, "
             "or start anew in another --output."
         )
-    return _Shards(many, group) if isinstance(group, FullyShardedDistributed) else _File(one, group)
+    return ShardStore(shards, group) if isinstance(group, FullyShardedDistributed) else FileStore(file, group)
 
 
-class _File:
+class FileStore:
     """One safetensors file, written by the first process."""
 
     def __init__(self, path: Path, group: Distributed) -> None:
@@ -129,11 +92,11 @@ class _File:
             with safe_open(self.path, framework="pt") as file:
                 return _check_settings(self.path, file.metadata() or {}, run, stage)
         except (SafetensorError, OSError):
-            load_tensors(self.path)  # says what is wrong
+            load_tensors(self.path)  # its error says what is wrong
             raise
 
     def load(self, state: TrainState, settings: dict[str, str]) -> None:
-        state.fill(load_tensors(self.path), settings, self.path)
+        state.load_tensors(load_tensors(self.path), settings, self.path)
 
     def save(self, state: TrainState, settings: dict[str, str]) -> None:
         for optimizer in state.optimizers:
@@ -147,18 +110,19 @@ class _File:
         pass
 
 
-class _Shards:
-    """A folder with one checkpoint of DCP, STEP; a new one is written beside it in the background, then takes over.
+class ShardStore:
+    """A folder with the last checkpoint of DCP, in a folder named by its step.
 
-    Every process writes its own shards, so that a checkpoint of any number of processes loads in any other. A kill
-    leaves a folder with a dot in front, which is never read and goes with the next checkpoint.
+    Every process writes its own shards, so that a checkpoint of any number of processes loads in any other number. A
+    new checkpoint is written in the background, under a name that begins with a dot, and then replaces the last one. A
+    kill leaves such a folder, which is never read and is removed with the next checkpoint.
     """
 
     def __init__(self, folder: Path, group: Distributed) -> None:
         self.folder, self.group = folder, group
-        # of its own: the background would otherwise mix its messages with those of the steps
-        self.talk = dist.new_group(backend="gloo")
-        self.written: Future[None] | None = None
+        # processes of its own: else writing in the background would mix its messages with those of the steps
+        self.processes = dist.new_group(backend="gloo")
+        self.pending: Future[None] | None = None
 
     def _last(self) -> Path | None:
         found = [p for p in self.folder.glob("[0-9]*") if (p / "settings.json").is_file()]
@@ -171,18 +135,9 @@ class _Shards:
         return _check_settings(last, json.loads((last / "settings.json").read_text()), run, stage)
 
     def load(self, state: TrainState, settings: dict[str, str]) -> None:
-        last = self._last()
-        assert last is not None
-        tensors = state.tensors()
+        last = self.folder / settings["step"]
         index = FileSystemReader(last).read_metadata().state_dict_metadata
-        for i, optimizer in enumerate(state.optimizers):
-            params = optimizer.param_groups[0]["params"]
-            for key in (k for k in index if k.startswith(f"optim/{i}/")):
-                saved, like = index[key], params[int(key.split("/")[2])]
-                assert isinstance(saved, TensorStorageMetadata)
-                dtype = saved.properties.dtype
-                same = saved.size == like.shape  # a moment is sharded as its weight is; a step count is whole
-                tensors[key] = torch.zeros_like(like, dtype=dtype) if same else torch.zeros(saved.size, dtype=dtype)
+        tensors = state.tensors() | _empty_optimizer_states(state, index)
         wrong = sorted(
             k for k, v in tensors.items() if k not in index or getattr(index[k], "size", None) != v.shape
         ) + sorted(set(index) - set(tensors))
@@ -192,36 +147,37 @@ class _Shards:
                 "or the recipe it was made with."
             )
         tensors = {k: v.detach() for k, v in tensors.items()}
-        load(tensors, checkpoint_id=last, process_group=self.talk)
-        state.fill(tensors, settings, last)
+        load(tensors, checkpoint_id=last, process_group=self.processes)
+        state.load_tensors(tensors, settings, last)
 
     def save(self, state: TrainState, settings: dict[str, str]) -> None:
         self.close()
         new, done = self.folder / f".{state.step}.new", self.folder / str(state.step)
         if self.group.is_first:
-            _emptied(new)
-        dist.barrier(self.talk)
+            _make_empty(new)
+        dist.barrier(self.processes)
         tensors = {k: v.detach() for k, v in state.tensors().items()}
         try:
-            saving = async_save(tensors, checkpoint_id=new, process_group=self.talk)
+            saving = async_save(tensors, checkpoint_id=new, process_group=self.processes)
         except OSError as error:
             raise OutputError(f"cannot write {new}: {error.strerror or error}.") from error
         assert isinstance(saving, Future)
-        self.written = Future()
-        finished = self.written
+        self.pending = Future()
+        pending = self.pending
 
         def finish(saved: Future[Any]) -> None:
             try:
-                saved.result()  # the index, which stands on the disk only when every process has written its shards
+                saved.result()  # the index, which is on the disk only when every process has written its shards
                 if self.group.is_first:
-                    self._take_over(new, done, settings)
-                finished.set_result(None)
+                    self._replace_last(new, done, settings)
+                pending.set_result(None)
             except BaseException as error:
-                finished.set_exception(error)
+                pending.set_exception(error)
 
         saving.add_done_callback(finish)
 
-    def _take_over(self, new: Path, done: Path, settings: dict[str, str]) -> None:
+    def _replace_last(self, new: Path, done: Path, settings: dict[str, str]) -> None:
+        """Let the complete checkpoint `new` take the place of all others, as `done`."""
         with replacing(new / "settings.json") as temp:
             temp.write_text(json.dumps(settings, indent=1) + "\n")
         shutil.rmtree(done, ignore_errors=True)
@@ -231,16 +187,30 @@ class _Shards:
                 shutil.rmtree(old, ignore_errors=True)
 
     def close(self) -> None:
-        if self.written is None:
+        if self.pending is None:
             return
-        written, self.written = self.written, None
+        pending, self.pending = self.pending, None
         try:
-            written.result()
+            pending.result()
         except Exception as error:
             raise OutputError(f"cannot write a checkpoint to {self.folder}: {error}.") from error
 
 
-def _emptied(folder: Path) -> None:
+def _empty_optimizer_states(state: TrainState, index: dict[str, Any]) -> dict[str, Tensor]:
+    """Zeros for the optimiser states that a DCP checkpoint holds; a moment is sharded as its weight is."""
+    tensors: dict[str, Tensor] = {}
+    for i, optimizer in enumerate(state.optimizers):
+        params = optimizer.param_groups[0]["params"]
+        for key in (k for k in index if k.startswith(f"optim/{i}/")):
+            saved, like = index[key], params[int(key.split("/")[2])]
+            assert isinstance(saved, TensorStorageMetadata)
+            dtype = saved.properties.dtype
+            is_moment = saved.size == like.shape  # else a step count, which is whole
+            tensors[key] = torch.zeros_like(like, dtype=dtype) if is_moment else torch.zeros(saved.size, dtype=dtype)
+    return tensors
+
+
+def _make_empty(folder: Path) -> None:
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -249,57 +219,22 @@ def _emptied(folder: Path) -> None:
 
 
 def _check_settings(path: Path, saved_with: dict[str, str], run: RunConfig, stage: StageConfig) -> dict[str, str]:
-    """`saved_with`; raises TrainingError that names every setting in which a checkpoint differs from the recipe."""
-    if NEEDED - set(saved_with):
+    """Return `saved_with` if a run with these settings may continue from it.
+
+    Raises TrainingError that names every setting in which the checkpoint differs from the recipe.
+    """
+    if REQUIRED - set(saved_with):
         raise TrainingError(f"{path} is no checkpoint of a training run; move it away.")
-    wanted = _flat(to_dict(stage)) | {"seed": run.seed, "precision": run.precision}
-    usual = _flat(to_dict(StageConfig(name=stage.name, steps=1, batch=1)))  # of settings younger than the checkpoint
-    saved = usual | _flat(json.loads(saved_with["stage"])) | {"precision": saved_with["precision"]}
+    wanted = flatten(to_dict(stage)) | {"seed": run.seed, "precision": run.precision}
+    defaults = flatten(to_dict(StageConfig(name=stage.name, steps=1, batch=1)))  # of settings that did not exist then
+    saved = defaults | flatten(json.loads(saved_with["stage"])) | {"precision": saved_with["precision"]}
     saved["seed"] = int(saved_with.get("seed", run.seed))
-    free = [*FREE, *(name for name in wanted if name.startswith("shard."))]
-    free += ["precision"] if run.precision == "auto" else []
-    differ = [f"{k} ({saved.get(k)}, now {v})" for k, v in wanted.items() if saved.get(k) != v and k not in free]
+    changeable = [*CHANGEABLE, *(name for name in wanted if name.startswith("shard."))]
+    changeable += ["precision"] if run.precision == "auto" else []
+    differ = [f"{k} ({saved.get(k)}, now {v})" for k, v in wanted.items() if saved.get(k) != v and k not in changeable]
     if differ:
         raise TrainingError(
             f"{path} was made with another {', '.join(differ)}; resume with the same settings, "
             "or start anew with --resume none."
         )
     return saved_with
-
-
-def _flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """A nested config with dotted names: {"optim.lr": 0.002}."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{path}{name}.") if nested else {f"{path}{name}": value}
-    return flat
-
-
-def _opened(name: str, value: Any) -> dict[str, Tensor]:
-    """A value of an optimiser by name; moments of 8 bits as what they are made of, since no file knows their class."""
-    if isinstance(value, dict):  # bitsandbytes keeps them in one of its own
-        return {f"{name}/{part}": v for part, v in value.items()}
-    if type(value).__name__ != "OptimState8bit":
-        return {name: torch.as_tensor(value)}
-    return {f"{name}/{part}": getattr(value, part) for part in ("codes", "scale", "qmap")}
-
-
-def _closed(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The reverse for all of an optimiser's values, by PARAMETER/NAME."""
-    whole: dict[str, Any] = {name: value for name, value in tensors.items() if name.count("/") == 1}
-    is_bnb = False
-    for name in {name.rsplit("/", 1)[0] for name in set(tensors) - set(whole)}:
-        parts = _under(tensors, f"{name}/")
-        if "codes" not in parts:
-            whole[name], is_bnb = parts, True
-            continue
-        from torchao.optim.subclass_8bit import OptimState8bit
-
-        whole[name] = OptimState8bit(*(parts[k] for k in ("codes", "scale", "qmap")), signed=name.endswith("exp_avg"))
-    # its kernels take the step as a number, where torch's own want a tensor
-    return {k: int(v) if is_bnb and k.endswith("/step") else v for k, v in whole.items()}
-
-
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,6 +1,6 @@
-"""Training items made from the drawn world: pictures, captioned pictures, packed conversations.
+"""Batches made from the drawn world: images, captioned images, packed conversations.
 
-Every random choice is a pure function of (seed, stage, index or step). Letters: B documents, P pictures.
+Every random choice is a pure function of (seed, stage, index or step). Letters: B documents, P images.
 """
 
 from __future__ import annotations
@@ -25,13 +25,7 @@ from starflow2.world.edits import edit_chain_dialogue, edit_dialogue, edit_task
 from starflow2.world.scene import Scene, SceneDialogue, render_batch, stream
 from starflow2.world.stories import story_beginning, story_dialogue, story_task
 
-__all__ = [
-    "Captions",
-    "Documents",
-    "Scenes",
-    "joint_dialogue",
-    "to_images",
-]
+__all__ = ["Captions", "Documents", "Scenes", "drop_words", "joint_dialogue", "to_images"]
 
 
 def to_images(scenes: Sequence[Scene]) -> Tensor:
@@ -41,7 +35,7 @@ def to_images(scenes: Sequence[Scene]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Scenes:
-    """Pictures (B, 3, 64, 64) of the training scenes."""
+    """Images (B, 3, 64, 64) of the training scenes."""
 
     seed: int
 
@@ -51,24 +45,28 @@ class Scenes:
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """The same with their prompts as token ids, `drop` of them empty."""
+    """Images (B, 3, 64, 64) of the training scenes with their prompts as token ids."""
 
     tokenizer: ChatTokenizer
     seed: int
-    drop: float
+    drop: float  # share of the prompts that are empty
     shares: CaptionConfig
 
     def __call__(self, indices: range) -> tuple[Tensor, list[list[int]]]:
+        scenes, captions = zip(*self.captioned(indices), strict=True)
+        return to_images(scenes), [self.tokenizer.drawing_prompt(caption) for caption in captions]
+
+    def captioned(self, indices: range) -> list[tuple[Scene, str]]:
+        """Scenes with their captions, "" where they are dropped."""
         weights = asdict(self.shares)
         drawings = [caption_task(self.seed, i, weights=weights) for i in indices]
-        drops = np.random.default_rng([self.seed, indices.start]).random(len(indices)) < self.drop
-        prompts = ["" if gone else d.prompt for d, gone in zip(drawings, drops, strict=True)]
-        return to_images([d.scene for d in drawings]), [self.tokenizer.drawing_prompt(p) for p in prompts]
+        is_dropped = np.random.default_rng([self.seed, indices.start]).random(len(indices)) < self.drop
+        return [(d.scene, "" if dropped else d.prompt) for d, dropped in zip(drawings, is_dropped, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """Conversations packed into rows, and their pictures (P, 3, s, s) in order."""
+    """Images (P, 3, s, s) of conversations in order, and the conversations packed into rows."""
 
     tokenizer: ChatTokenizer
     layout: Layout
@@ -79,7 +77,7 @@ class Documents:
     def of(
         cls, components: Components, dialogue: Callable[[int], SceneDialogue], layout: Layout | None = None
     ) -> Documents:
-        """`layout`: how pictures are spelled, by default with one slot per latent."""
+        """The conversations `dialogue` as this model reads them; `layout`: by default one slot per latent."""
         return cls(components.tokenizer, layout or components.layout, components.cfg.fae.image_size, dialogue)
 
     def __call__(self, indices: range) -> tuple[Tensor, Batch]:
@@ -90,12 +88,12 @@ class Documents:
 
 
 def joint_dialogue(stage: StageConfig, seed: int, index: int) -> SceneDialogue:
-    """Document number `index` of stage 3, its words dropped now and then."""
+    """Document number `index` of stage 3; a share of the drawings without words (`caption_drop`)."""
     rng = stream(seed, index, _JOINT_STREAM)
     mix = stage.warmup_mix.mix if index < stage.warmup_mix.steps * stage.batch else stage.mix
     shares = np.array([getattr(mix, f.name) for f in fields(mix)])
     name = fields(mix)[int(rng.choice(len(shares), p=shares / shares.sum()))].name
-    return dropped(_makers(stage.captions)[name](seed, index), rng, stage.caption_drop)
+    return drop_words(_makers(stage.captions)[name](seed, index), rng, stage.caption_drop)
 
 
 def _drawing(shares: CaptionConfig, seed: int, index: int) -> SceneDialogue:
@@ -107,7 +105,7 @@ _JOINT_STREAM = 21
 
 
 def _makers(captions: CaptionConfig) -> dict[str, Callable[[int, int], SceneDialogue]]:
-    """What makes stage 3's documents from (seed, index), by the names of `MixConfig`."""
+    """Functions from (seed, index) to a document of stage 3, by the names of `MixConfig`."""
     return {
         "understand": understanding_dialogue,
         "draw": partial(_drawing, captions),
@@ -118,12 +116,12 @@ def _makers(captions: CaptionConfig) -> dict[str, Callable[[int, int], SceneDial
     }
 
 
-def dropped(dialogue: SceneDialogue, rng: np.random.Generator, share: float) -> SceneDialogue:
-    """In `share` of the dialogues with a drawn picture the user says nothing; in half of those, shows nothing either.
+def drop_words(dialogue: SceneDialogue, rng: np.random.Generator, share: float) -> SceneDialogue:
+    """Remove the words from `share` of the dialogues with a drawn image, and from half of those the user's images, too.
 
-    That is what guidance calls the unconditional branch (docs/choices.md#guidance).
+    The result is the unconditional branch of guidance (docs/choices.md#guidance).
     """
-    drawn = any(pictures(turn.assistant) for turn in dialogue.turns)
-    if not drawn or rng.random() >= share:
+    has_drawing = any(pictures(turn.assistant) for turn in dialogue.turns)
+    if not has_drawing or rng.random() >= share:
         return dialogue
     return without_words(dialogue, shows=bool(rng.random() < 0.5))

@@ -88,7 +88,7 @@ def dry_run(run: RunConfig, stage_name: str, device: str = "meta") -> dict[str, 
         return facts
     components.requires_grad_(False)
     started = time.perf_counter()
-    metrics = try_step(task, stage, run, group, device)
+    metrics = try_step(task, run, group, device)
     return facts | {
         "device": device,
         "loss": metrics["loss"],

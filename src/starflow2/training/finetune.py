@@ -8,7 +8,6 @@ Not here: the loop (`loop.fit_task`), how adapters are added.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from starflow2.models.sequence import Layout, pack
 from starflow2.models.tokenizer import ChatTokenizer
 from starflow2.training.config import OptimConfig, StageConfig
 from starflow2.training.datasets import joint_dialogue, to_images
-from starflow2.training.loop import StepReport, fit_task
+from starflow2.training.loop import Report, fit_task
 from starflow2.training.tasks import JointTask, T2iTask
 from starflow2.world.captions import caption_task
 from starflow2.world.scene import SceneDialogue, stream
@@ -149,7 +148,7 @@ def finetune(
     config: FinetuneConfig,
     *,
     device: str = "cpu",
-    report: Callable[[StepReport], None] | None = None,
+    report: Report | None = None,
 ) -> Path:
     """Train adapters of a model, "nano" or a folder, on an album and write the whole adapted model to `output`.
 
@@ -160,7 +159,7 @@ def finetune(
     check_writable(output / "config.json")
     components = load_components(NANO if str(model) == "nano" else model, device)
     task = finetune_task(components, album, config)
-    fit_task(task, task.stage, config.seed, device=device, report=report)
+    fit_task(task, device=device, report=report)
     adapter = output.with_name(f".{output.name}.adapter")
     lora.save(components, config.lora, adapter)
     lora.merge(components)

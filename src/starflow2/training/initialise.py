@@ -29,7 +29,6 @@ def whiten_text_states(components: Components, captions: Sequence[Sequence[int]]
 
 def world_captions(components: Components, seed: int, count: int) -> list[list[int]]:
     """Token ids of the first `count` captions of the drawn world, as drawing prompts."""
-    assert components.tokenizer is not None
     return [components.tokenizer.drawing_prompt(caption_task(seed, i).prompt) for i in range(count)]
 
 

@@ -1,6 +1,6 @@
-"""Objectives: next-Gaussian prediction (flow NLL), next-token, and the masked-picture one of features.
+"""Losses: next-Gaussian prediction (flow NLL), next-token prediction, masked images, and the decoders' extra losses.
 
-Letters: B batch, T positions, M labels, N latents, D latent dim, V vocabulary.
+Letters: B batch, T positions, M labels, N latents, D latent dim, P images, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = [
     "FeatureDiscriminator",
     "JointTerms",
     "adversarial_losses",
+    "after_images",
     "count_replies",
     "joint_loss",
     "last_edits",
@@ -54,30 +55,30 @@ def ngp_loss(flow: Flow, latents: Tensor, context: Context, generator: torch.Gen
 
 
 def latent_penalty(flow: Flow, u: Tensor) -> Tensor:
-    """What keeps intermediate latents u (P, N, D) small, a scalar; 0 where the flow's config asks for none."""
+    """Penalty on the mean square of intermediate latents u (P, N, D), a scalar; 0 if the flow's config has none."""
     weight = flow.cfg.latent_penalty
     return weight * at_least_fp32(u).square().mean() if weight and len(u) else u.new_zeros(())
 
 
 def ntp_loss(head: Head, states: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Next-token loss in nats, every reply counting alike.
+    """Next-token loss in nats: the mean over replies of each reply's mean over its tokens.
 
-    head, states: see `token_nats`, of the M positions with a label; labels: (B, T), IGNORE where nothing is to be
-    predicted. A mean over tokens would let long lists drown one-word answers (our choice:
-    docs/choices.md#reply-weights). 0 where there is no label.
+    head, states: as in `token_nats`, of the M positions with a label; labels: (B, T), IGNORE where there is none. A
+    mean over all tokens would let long lists drown one-word answers (our choice: docs/choices.md#reply-weights). 0 if
+    there is no label.
     """
     has_label = labels != IGNORE
     nats = token_nats(head, states, labels[has_label])
     if not len(nats):
         return nats.sum()
     starts = _reply_starts(labels)
-    reply = starts.flatten().cumsum(0).view_as(labels)[has_label] - 1  # (M,) which reply a label belongs to
+    reply = starts.flatten().cumsum(0).view_as(labels)[has_label] - 1  # (M,) number of the reply of each label
     count = torch.bincount(reply)
     return (nats / count[reply]).sum() / len(count)
 
 
 def count_replies(labels: Tensor) -> int:
-    """How many replies `ntp_loss` is the mean of; labels: (B, T)."""
+    """The number of replies that `ntp_loss` is the mean of; labels: (B, T)."""
     return int(_reply_starts(labels).sum())
 
 
@@ -91,8 +92,8 @@ def _reply_starts(labels: Tensor) -> Tensor:
 class JointTerms:
     """Both losses of eq. 3.7: the flow's, in weighted nats per dim without the constant, and the next-token loss.
 
-    blind: what pictures add to the first whose own latents are hidden while they are predicted. out: what was
-    predicted, of every picture of the batch.
+    blind: the part of the first that comes from images whose own latents are hidden while they are predicted. out: the
+    predictions for every image of the batch.
     """
 
     flow: Tensor
@@ -102,12 +103,12 @@ class JointTerms:
 
 
 def last_edits(batch: Batch) -> Tensor:
-    """Targets that have a picture before them in their document and none behind: (P,) bool."""
+    """Targets that follow another image of their document and are its last: (P,) bool."""
     return _last_targets(batch) & (batch.pictures.previous >= 0)
 
 
 def lone_drawings(batch: Batch) -> Tensor:
-    """Targets that are the only picture of their document: (P,) bool."""
+    """Targets that are the only image of their document: (P,) bool."""
     return _last_targets(batch) & (batch.pictures.previous < 0)
 
 
@@ -127,10 +128,10 @@ def joint_loss(
 ) -> JointTerms:
     """All losses of packed documents; a term without anything to predict is 0.
 
-    pictures: noisy latents (P, N, D) and their levels (P,). Only pictures that are targets count in the flow's loss.
+    pictures: noisy latents (P, N, D) and their levels (P,). Only images that are targets count in the flow's loss.
     blind: (P,) bool, targets that are predicted without sight of their own latents (our choice:
-    docs/choices.md#what-an-edit-changes); what they cost is no exact likelihood and is told apart, and labels behind
-    them do not count.
+    docs/choices.md#what-an-edit-changes). Their loss is no exact likelihood, so it is a term of its own, and labels
+    after them do not count.
     """
     noisy, level = pictures
     out = read_documents(pretzel, batch, noisy, level, blind)
@@ -146,25 +147,25 @@ def joint_loss(
 
 
 def _text_loss(pretzel: JointStream, batch: Batch, out: Output, blind: Tensor | None) -> Tensor:
-    """The next-token loss; a reply that could only be guessed, behind a hidden picture, adds nothing to the mean."""
-    seen = batch.labels if blind is None else batch.labels.masked_fill(_behind(batch, blind), IGNORE)
-    kept = (seen != IGNORE)[batch.labels != IGNORE]  # (M,)
-    loss = ntp_loss(pretzel.logits, (out.h[kept], out.g[kept]), seen)
-    return loss * (count_replies(seen) / max(1, count_replies(batch.labels)))
+    """The next-token loss; replies after a hidden image could only be guessed and add nothing to the mean."""
+    labels = batch.labels if blind is None else batch.labels.masked_fill(after_images(batch, blind), IGNORE)
+    counted = (labels != IGNORE)[batch.labels != IGNORE]  # (M,)
+    loss = ntp_loss(pretzel.logits, (out.h[counted], out.g[counted]), labels)
+    return loss * (count_replies(labels) / max(1, count_replies(batch.labels)))
 
 
-def _behind(batch: Batch, chosen: Tensor) -> Tensor:
-    """(B, T) bool, positions behind the begin of a chosen picture in its document; chosen: (P,) bool."""
+def after_images(batch: Batch, chosen: Tensor) -> Tensor:
+    """(B, T) bool, the positions after the begin slot of a chosen image in its document; chosen: (P,) bool."""
     row, begin = batch.pictures.row[chosen], batch.pictures.begin[chosen]
     is_same = batch.document[row] == batch.document[row, begin][:, None]
-    is_behind = is_same & (torch.arange(batch.ids.shape[1], device=row.device) > begin[:, None])
-    return torch.zeros_like(batch.ids).index_add_(0, row, is_behind.long()).bool()
+    is_after = is_same & (torch.arange(batch.ids.shape[1], device=row.device) > begin[:, None])
+    return torch.zeros_like(batch.ids).index_add_(0, row, is_after.long()).bool()
 
 
 def _gaussian_nats(out: Output) -> Tensor:
     """Nats per dim of the deep flow's Gaussians alone, without the constant: (P,).
 
-    u has no gradient as what is predicted, or the shallow flow would shrink it: its log-determinant counts once.
+    u has no gradient where it is the target, or the shallow flow would shrink it: its log-determinant counts once.
     """
     nats = -out.affine.log_prob(out.u.detach()).sum(-1) / math.prod(out.u.shape[1:])
     return nats - 0.5 * math.log(2 * math.pi)
@@ -173,8 +174,8 @@ def _gaussian_nats(out: Output) -> Tensor:
 def masked_image_loss(feats: Tensor, head: nn.Module, images: Tensor, patch: int) -> Tensor:
     """MSE of pixels that a linear head predicts from features of a partly hidden image.
 
-    feats: (B, N, F); images: (B, 3, h, w). Hidden and visible patches count alike: the features
-    must both guess what is hidden and keep what they see.
+    feats: (B, N, F); images: (B, 3, h, w). Hidden and visible patches count alike: the features must both predict
+    hidden patches and keep visible ones.
     """
     target = F.unfold(images, patch, stride=patch).transpose(1, 2)  # (B, N, 3 * patch^2)
     return F.mse_loss(at_least_fp32(head(feats)), target)
@@ -184,7 +185,7 @@ def masked_image_loss(feats: Tensor, head: nn.Module, images: Tensor, patch: int
 
 
 class FeatureDiscriminator(nn.Module):
-    """Tells drawn pictures from true ones, patch by patch, by frozen features (as in StyleGAN-T's DINO heads)."""
+    """Tells decoded images from true ones, patch by patch, by frozen features (as in StyleGAN-T's DINO heads)."""
 
     def __init__(self, feature_dim: int, width: int = 64) -> None:
         super().__init__()
@@ -192,24 +193,24 @@ class FeatureDiscriminator(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(feature_dim, width), nn.LeakyReLU(0.2), nn.Linear(width, 1))
 
     def forward(self, feats: Tensor) -> Tensor:
-        """(B, N, F) -> (B, N), above 0 for true ones."""
-        scores: Tensor = self.mlp(self.norm(at_least_fp32(feats))).squeeze(-1)
-        return scores
+        """(B, N, F) -> (B, N), above 0 for true images."""
+        return self.mlp(self.norm(at_least_fp32(feats))).squeeze(-1)
 
 
-def perceptual_loss(drawn: Tensor, true: Tensor) -> Tensor:
-    """Distance of pictures in a frozen extractor's features (B, N, F), each normalised over F; 0 where they agree."""
-    width = drawn.shape[-1:]
-    return F.mse_loss(F.layer_norm(at_least_fp32(drawn), width), F.layer_norm(at_least_fp32(true), width))
+def perceptual_loss(decoded: Tensor, true: Tensor) -> Tensor:
+    """Distance of images in a frozen extractor's features (B, N, F), each normalised over F; 0 where they agree."""
+    width = decoded.shape[-1:]
+    return F.mse_loss(F.layer_norm(at_least_fp32(decoded), width), F.layer_norm(at_least_fp32(true), width))
 
 
-def adversarial_losses(judge: FeatureDiscriminator, drawn: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
-    """Hinge losses of both players: what the decoder pays for being found out, and what the judge pays for mistakes.
+def adversarial_losses(discriminator: FeatureDiscriminator, decoded: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
+    """Hinge losses of the decoder, whose images should pass for true ones, and of the discriminator.
 
-    drawn, true: features (B, N, F). The first has no gradient to the judge, the second none to the decoder, so that
-    one step on their sum moves both, each its own way.
+    decoded, true: features (B, N, F). The first has no gradient to the discriminator, the second none to the decoder,
+    so that one step on their sum moves both, each its own way.
     """
-    frozen = {name: p.detach() for name, p in judge.named_parameters()}
-    fooled = -torch.func.functional_call(judge, frozen, (drawn,)).mean()
-    told = F.relu(1 - judge(true.detach())).mean() + F.relu(1 + judge(drawn.detach())).mean()
-    return fooled, told
+    frozen = {name: p.detach() for name, p in discriminator.named_parameters()}
+    decoder_loss = -torch.func.functional_call(discriminator, frozen, (decoded,)).mean()
+    on_true = F.relu(1 - discriminator(true.detach())).mean()
+    on_decoded = F.relu(1 + discriminator(decoded.detach())).mean()
+    return decoder_loss, on_true + on_decoded

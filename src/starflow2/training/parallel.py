@@ -1,7 +1,7 @@
-"""The processes of a run: whole copies that average gradients, or one model in shards (FSDP2), behind one interface.
+"""The processes of a run: whole copies (DDP) or one model in shards (FSDP2), behind one interface.
 
-A step's batch is cut into equal shares of documents, `accumulate` for each process; share number s has the same
-documents and the same noise whichever process it falls to. With data and checkpoints, the home of torch.distributed.
+A step's batch is cut into equal microbatches, `accumulate` for each process; microbatch number s has the same documents
+and the same noise whichever process it falls to. With data and checkpoints, the home of torch.distributed.
 Not here: the loop, optimiser settings, files.
 """
 
@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from inspect import signature
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn.parallel import DistributedDataParallel
 
 from starflow2.errors import ConfigError, TrainingError
 from starflow2.models.qwen import QwenStream
@@ -28,24 +35,27 @@ from starflow2.training.config import ShardConfig, StageConfig
 from starflow2.training.task import LossAndMetrics, LossWeights, Task
 
 __all__ = [
+    "DataParallelReplica",
     "Distributed",
     "FullyShardedDistributed",
+    "Replica",
+    "ShardedReplica",
     "check_batch_divides",
-    "checkpoint_layers",
+    "checkpoint_activations",
     "transformer_layers",
     "unsharded_parameters",
 ]
 
 
 class Distributed:
-    """The processes of a run, one or those that torchrun started; each holds all weights and takes its shares."""
+    """The processes of a run, one or those that torchrun started; each holds all weights and a part of each batch."""
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world = rank, world
 
     @staticmethod
     def from_environment(device: str, shard: ShardConfig | None = None) -> Distributed:
-        """The group that torchrun describes, or this process alone. Raises ConfigError where shards do not fit."""
+        """The processes that torchrun describes, or this one alone. Raises ConfigError if shards do not divide them."""
         world, is_sharded = int(os.environ.get("WORLD_SIZE", "1")), shard is not None and shard.mode != "none"
         if world == 1 and not is_sharded:
             return Distributed()
@@ -67,7 +77,7 @@ class Distributed:
 
     @property
     def shard_size(self) -> int:
-        """Over how many processes one copy of the model is spread."""
+        """The number of processes that hold one copy of the model together."""
         return 1
 
     def barrier(self) -> None:
@@ -75,32 +85,28 @@ class Distributed:
             dist.barrier()
 
     def broadcast_choice(self, choice: str) -> str:
-        """The first process's choice, for what each would measure for itself."""
+        """The first process's choice, where each process measures for itself."""
         choices = [choice]
         if self.world > 1:
             dist.broadcast_object_list(choices, 0)
         return choices[0]
 
     def all_gather(self, value: object) -> list[object]:
-        """What every process has, by rank."""
+        """The values of all processes, by rank."""
         values: list[object] = [value]
         if self.world > 1:
             values *= self.world
             dist.all_gather_object(values, value)
         return values
 
-    # -- weights
-
     def sharded_components(self, stage: StageConfig) -> tuple[str, ...]:
-        """The parts of a model whose layers `place` cuts in shards: they may wait in their files until then."""
+        """Components whose layers `prepare` will shard. `load_components` may leave them memory-mapped until then."""
         return ()
 
-    def prepare(self, task: Task, precision: str, device: str) -> None:
-        """Make the trained weights of all processes the first one's, on `device` and ready for `loss`."""
+    def prepare(self, task: Task, precision: str, device: str) -> Replica:
+        """Move the trained weights to `device`, in all processes those of the first; returns what computes on them."""
         task.trained.to(device)
-        if self.world > 1:
-            for value in task.trained.state_dict().values():
-                dist.broadcast(value, 0)
+        return DataParallelReplica(task, self.world) if self.world > 1 else Replica(task)
 
     def optimizer(
         self, kind: type[torch.optim.Optimizer], params: list[nn.Parameter], settings: dict[str, Any]
@@ -115,87 +121,122 @@ class Distributed:
         """Inside, the first process holds all of `module`'s weights, to be saved; all processes must enter."""
         yield
 
-    # -- a step
+    def loss_weights(self, task: Task, microbatches: Sequence[Any], device: str) -> list[LossWeights]:
+        """The weights of the loss terms of each microbatch of this process, by counts of all processes.
 
-    def shares(self, task: Task, batches: Sequence[Any], device: str) -> list[LossWeights]:
-        """How much each of this process's shares counts in every term of the loss, by counts of all processes.
-
-        A term is a mean over what a share holds of it, replies for one; the mean of such means is not the mean.
+        A term is a mean over the values that a microbatch has of it, such as replies; means over unequally many values
+        must not count alike.
         """
-        counts = [task.counts(data) for data in batches]
+        counts = [task.counts(data) for data in microbatches]
         names = list(counts[0])
-        if not names or self.world * len(batches) == 1:
+        number = self.world * len(microbatches)
+        if not names or number == 1:
             return [LossWeights() for _ in counts]
         total = torch.tensor([[float(c[name]) for name in names] for c in counts], device=device).sum(0)
         if self.world > 1:
             dist.all_reduce(total)
-        all_of = dict(zip(names, total.tolist(), strict=True))
-        shares = self.world * len(batches)
-        return [LossWeights({k: n * shares / max(all_of[k], 1.0) for k, n in c.items()}) for c in counts]
+        totals = dict(zip(names, total.tolist(), strict=True))
+        return [LossWeights({k: n * number / max(totals[k], 1.0) for k, n in c.items()}) for c in counts]
 
-    def loss(self, task: Task, data: Any, generator: torch.Generator, share: LossWeights) -> LossAndMetrics:
-        """The loss of a share and what to tell about it."""
-        return task.loss(data, generator, share)
 
-    def set_gradient_sync(self, is_last: bool) -> None:
-        """To be called before each share of a step: gradients are exchanged with the last."""
+class Replica:
+    """The trained weights of a task in a process, and what a step does with them; here those of a single process."""
 
-    @torch.no_grad()
-    def reduce_gradients(
-        self, trained: nn.Module, asked: bool, told: dict[str, Tensor]
-    ) -> tuple[bool, dict[str, Tensor]]:
-        """Average gradients and running statistics over processes; was any asked to stop, and the mean of `told`.
+    def __init__(self, task: Task) -> None:
+        self.task = task
 
-        The loss is among it because all must agree whether it is finite: a step is taken by all or by none.
+    def loss(self, data: Any, generator: torch.Generator, weights: LossWeights) -> LossAndMetrics:
+        """The loss of a microbatch and its metrics."""
+        return self.task.loss(data, generator, weights)
+
+    def exchange(self, is_last: bool) -> AbstractContextManager[None]:
+        """Context for forward and backward of a microbatch: gradients are exchanged with the last one of a step."""
+        return nullcontext()
+
+    def reduce(self, stop: bool, metrics: dict[str, Tensor]) -> tuple[bool, dict[str, Tensor]]:
+        """After the last backward pass: whether any process was asked to stop, and the metrics' mean over processes.
+
+        The loss is among the metrics because all processes must agree whether it is finite: all take a step, or none.
         """
-        if self.world == 1:
-            return asked, told
-        values = self._gradients([p for p in trained.parameters() if p.requires_grad])
-        return self._averaged(values, trained, asked, told)
+        return stop, metrics
 
-    def _averaged(
-        self, values: list[Tensor], trained: nn.Module, asked: bool, told: dict[str, Tensor]
-    ) -> tuple[bool, dict[str, Tensor]]:
-        values = values + [b for b in trained.buffers() if b.is_floating_point()]
-        like = next(iter(told.values()))
-        flags = at_least_fp32(torch.stack([torch.full_like(like, float(asked)), *told.values()]))
-        flat = torch.cat([v.flatten() for v in values] + [flags]) / self.world
-        dist.all_reduce(flat)
-        parts = flat.split([v.numel() for v in values] + [len(flags)])
-        for value, part in zip(values, parts, strict=False):
-            value.copy_(part.view_as(value))
-        return bool(parts[-1][0] > 0), dict(zip(told, parts[-1][1:].unbind(), strict=True))
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip the gradients' global norm and return it as it was before."""
+        return nn.utils.clip_grad_norm_(self.task.trained.parameters(), max_norm)
 
-    def _gradients(self, params: list[nn.Parameter]) -> list[Tensor]:
-        """The gradients to be averaged, the same ones everywhere: zero for what only other processes' data used."""
-        used = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-        dist.all_reduce(used)
-        for p, count in zip(params, used.tolist(), strict=True):
-            if count and p.grad is None:
-                p.grad = torch.zeros_like(p)
-        return [p.grad for p in params if p.grad is not None]
 
-    def clip(self, trained: nn.Module, largest: float) -> Tensor:
-        """Clip the gradients' global norm; returns what it was."""
-        return nn.utils.clip_grad_norm_(trained.parameters(), largest)
+# whether DDP gives all processes the running statistics of the first; the older name is deprecated
+_NAMES = signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers"
+
+
+class DataParallelReplica(Replica):
+    """One of several whole copies; DistributedDataParallel averages their gradients during the backward pass."""
+
+    def __init__(self, task: Task, world: int) -> None:
+        super().__init__(task)
+        self.world = world
+        for buffer in task.trained.buffers():
+            dist.broadcast(buffer, 0)
+        # The documents of a batch decide which weights it uses, so unused ones must be looked for. DDP then also keeps
+        # its groups of gradients after the first step, so that a resumed run adds up gradients in the same order.
+        options: dict[str, Any] = {"find_unused_parameters": True, "gradient_as_bucket_view": True}
+        options[_SYNC_BUFFERS] = False
+        self.module = DistributedDataParallel(_TaskLoss(task), **options)
+
+    def loss(self, data: Any, generator: torch.Generator, weights: LossWeights) -> LossAndMetrics:
+        return cast(LossAndMetrics, self.module(data, generator, weights))
+
+    def exchange(self, is_last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if is_last else self.module.no_sync()
+
+    def reduce(self, stop: bool, metrics: dict[str, Tensor]) -> tuple[bool, dict[str, Tensor]]:
+        statistics = [b for b in self.task.trained.buffers() if b.is_floating_point()]
+        return _average(statistics, stop, metrics, self.world)
+
+
+class _TaskLoss(nn.Module):
+    """A task as a module whose forward is its loss, which is the form that DDP and FSDP2 wrap."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.trained, self.task = task.trained, task
+
+    def forward(self, data: Any, generator: torch.Generator, weights: LossWeights) -> LossAndMetrics:
+        loss, metrics = self.task.loss(data, generator, weights)
+        return loss, {name: value.detach() for name, value in metrics.items()}
+
+
+@torch.no_grad()
+def _average(
+    values: Sequence[Tensor], stop: bool, metrics: dict[str, Tensor], world: int
+) -> tuple[bool, dict[str, Tensor]]:
+    """Average `values` in place over all processes; returns whether any has `stop` set, and the mean metrics."""
+    like = next(iter(metrics.values()))
+    scalars = at_least_fp32(torch.stack([torch.full_like(like, float(stop)), *metrics.values()]))
+    flat = torch.cat([v.flatten() for v in values] + [scalars]) / world
+    dist.all_reduce(flat)
+    *means, scalars = flat.split([v.numel() for v in values] + [len(scalars)])
+    for value, mean in zip(values, means, strict=True):
+        value.copy_(mean.view_as(value))
+    return bool(scalars[0] > 0), dict(zip(metrics, scalars[1:].unbind(), strict=True))
 
 
 # -- shards ---------------------------------------------------------------------------------------------
 
 
 class FullyShardedDistributed(Distributed):
-    """The same with every weight, gradient and optimiser state cut into shards, one for each process (FSDP2).
+    """Processes that divide every weight, gradient and optimiser state among themselves (FSDP2).
 
     Transformer layers are gathered one by one; everything else is one unit that stays gathered during a step, so
-    that a process without a picture, which calls no adapter, still takes part in every exchange. Under bfloat16 the
+    that a process without an image, which calls no adapter, still takes part in every exchange. Under bfloat16 the
     layers that train are gathered and run in it; weights, heads and the affine maths stay float32. Frozen layers stay
-    in the format they are held in. Layers are whole one at a time, while they are cut.
+    in the format of their files. While layers are being sharded, one at a time is whole.
     """
 
     def __init__(self, rank: int, world: int, shard: ShardConfig, device: str) -> None:
         super().__init__(rank, world)
         self.shard, self.mesh = shard, _mesh(shard, world, device)
-        self.root: _Loss | None = None
 
     @property
     def shard_size(self) -> int:
@@ -203,27 +244,30 @@ class FullyShardedDistributed(Distributed):
 
     def sharded_components(self, stage: StageConfig) -> tuple[str, ...]:
         trained = ("flow",) if stage.name in ("t2i", "joint") else ()
-        # a fresh stage t2i measures states of the language model before anything is cut
+        # a fresh stage t2i measures states of the language model before anything is sharded
         frozen = ("vlm",) if self.shard.frozen == "sharded" and stage.name in ("adapter", "joint") else ()
         return trained + frozen
 
-    def prepare(self, task: Task, precision: str, device: str) -> None:
+    def prepare(self, task: Task, precision: str, device: str) -> Replica:
         half = torch.bfloat16 if precision == "bfloat16" else None
-        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
-        as_they_are = MixedPrecisionPolicy(cast_forward_inputs=False)
-        units = transformer_layers(task.trained)
+        trained_policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
+        unchanged = MixedPrecisionPolicy(cast_forward_inputs=False)
+        layers = transformer_layers(task.trained)
         language = task.components.vlm.layers if self.shard.frozen == "sharded" else []
-        frozen = [layer for layer in language if not any(layer is unit for unit in units)]
-        for layers, how in ((units, policy), (frozen, as_they_are)):
-            for layer in layers:
-                if how is policy:
-                    self._equalize(layer.parameters(), device)
-                fully_shard(layer, mesh=self.mesh, mp_policy=how, reshard_after_forward=self.shard.reshards)
+        frozen = [layer for layer in language if not any(layer is other for other in layers)]
+        for layer in layers:
+            self._equalize(layer.parameters(), device)
+            self._shard(layer, trained_policy)
+        for layer in frozen:
+            self._shard(layer, unchanged)
         self._equalize((p for p in task.trained.parameters() if not isinstance(p, DTensor)), device)
         self._equalize(task.trained.buffers(), device)
-        root = _Loss(task, units, frozen)
-        fully_shard(root, mesh=self.mesh, mp_policy=as_they_are)
-        self.root = root
+        root = _ShardedTaskLoss(task, layers, frozen)
+        fully_shard(root, mesh=self.mesh, mp_policy=unchanged)
+        return ShardedReplica(root, self.world)
+
+    def _shard(self, layer: nn.Module, policy: MixedPrecisionPolicy) -> None:
+        fully_shard(layer, mesh=self.mesh, mp_policy=policy, reshard_after_forward=self.shard.reshards)
 
     @torch.no_grad()
     def _equalize(self, values: Iterable[Tensor], device: str) -> None:
@@ -246,62 +290,70 @@ class FullyShardedDistributed(Distributed):
         with unsharded_parameters(module, keep=self.is_first):
             yield
 
-    def loss(self, task: Task, data: Any, generator: torch.Generator, share: LossWeights) -> LossAndMetrics:
-        assert self.root is not None
-        return cast(LossAndMetrics, self.root(data, generator, share))
 
-    def set_gradient_sync(self, is_last: bool) -> None:
+class ShardedReplica(Replica):
+    """This process's shards of a model, and what a step does with them."""
+
+    def __init__(self, root: _ShardedTaskLoss, world: int) -> None:
+        super().__init__(root.task)
+        self.root, self.world = root, world
+
+    def loss(self, data: Any, generator: torch.Generator, weights: LossWeights) -> LossAndMetrics:
+        return cast(LossAndMetrics, self.root(data, generator, weights))
+
+    def exchange(self, is_last: bool) -> AbstractContextManager[None]:
         cast(FSDPModule, self.root).set_requires_gradient_sync(is_last)
+        return nullcontext()
 
     @torch.no_grad()
-    def reduce_gradients(
-        self, trained: nn.Module, asked: bool, told: dict[str, Tensor]
-    ) -> tuple[bool, dict[str, Tensor]]:
-        assert self.root is not None
-        used = torch.tensor(self.root.used, device=next(iter(told.values())).device)
+    def reduce(self, stop: bool, metrics: dict[str, Tensor]) -> tuple[bool, dict[str, Tensor]]:
+        uses = torch.tensor(self.root.uses, device=next(iter(metrics.values())).device)
         if self.world > 1:
-            dist.all_reduce(used)
-        self.root.forget_unused(used.tolist())
-        return self._averaged([], trained, asked, told) if self.world > 1 else (asked, told)
+            dist.all_reduce(uses)
+        self.root.forget_unused(uses.tolist())
+        return _average([], stop, metrics, self.world) if self.world > 1 else (stop, metrics)
 
-    def clip(self, trained: nn.Module, largest: float) -> Tensor:
-        norm = super().clip(trained, largest)
+    def clip(self, max_norm: float) -> Tensor:
+        norm = super().clip(max_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-class _Loss(nn.Module):
-    """A task as a module whose forward is its loss, so that every weight is gathered in some forward."""
+class _ShardedTaskLoss(_TaskLoss):
+    """The loss of a task in shards, in which every weight is used by every process: FSDP2 gathers it in some forward.
 
-    def __init__(self, task: Task, units: Sequence[nn.Module], frozen: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.trained, self.frozen, self.task = task.trained, nn.ModuleList(frozen), task
-        inside = {id(m) for unit in units for m in unit.modules()}
+    A weight that a process's documents do not use enters its loss with a factor of 0.
+    """
+
+    def __init__(self, task: Task, layers: Sequence[nn.Module], frozen: Sequence[nn.Module]) -> None:
+        super().__init__(task)
+        self.frozen = nn.ModuleList(frozen)
+        inside = {id(m) for layer in layers for m in layer.modules()}
         rest = [m for m in self.trained.modules() if id(m) not in inside]
         self._own = [(m, name) for m in rest for name, p in m._parameters.items() if p is not None and p.requires_grad]
         self._zero: Tensor | None = None
-        self.used = [0.0] * len(self._own)  # by how many of this step's microbatches
+        self.uses = [0.0] * len(self._own)  # in how many microbatches of this step the loss depended on each
         if frozen:
-            frozen[0].register_forward_pre_hook(self._anchored, with_kwargs=True)
+            frozen[0].register_forward_pre_hook(self._anchor, with_kwargs=True)
 
-    def forward(self, data: Any, generator: torch.Generator, share: LossWeights) -> LossAndMetrics:
-        # A process whose documents use no adapter must still send a gradient for it, or the exchange never ends.
+    def forward(self, data: Any, generator: torch.Generator, weights: LossWeights) -> LossAndMetrics:
+        # a process whose documents use no adapter must still send a gradient for it, or the exchange never ends
         zero = torch.stack([0.0 * getattr(module, name).sum() for module, name in self._own]).sum()
         self._zero = zero
-        loss, told = self.task.loss(data, generator, share)
+        loss, metrics = super().forward(data, generator, weights)
         self._zero = None
-        reached = _weights_of(loss, zero)
-        self.used = [n + (getattr(m, name) in reached) for n, (m, name) in zip(self.used, self._own, strict=True)]
-        return loss + zero, {name: value.detach() for name, value in told.items()}
+        used = _leaves(loss, zero)
+        self.uses = [n + (getattr(m, name) in used) for n, (m, name) in zip(self.uses, self._own, strict=True)]
+        return loss + zero, metrics
 
-    def forget_unused(self, used: list[float]) -> None:
-        """No gradient, as in one process, where all that came was that zero: such a weight must not decay."""
-        for count, (module, name) in zip(used, self._own, strict=True):
+    def forget_unused(self, uses: list[float]) -> None:
+        """Remove the gradient of weights that no process used: a gradient of 0 would let them decay."""
+        for count, (module, name) in zip(uses, self._own, strict=True):
             if not count:
                 getattr(module, name).grad = None
-        self.used = [0.0] * len(self._own)
+        self.uses = [0.0] * len(self._own)
 
-    def _anchored(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Frozen layers are gathered again in the backward pass, so it must reach them even where only words stand."""
+    def _anchor(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Frozen layers are gathered again in the backward pass, so it must reach them even in documents of words."""
         if self._zero is None or not torch.is_grad_enabled():
             return None
         if args:
@@ -310,23 +362,23 @@ class _Loss(nn.Module):
         return args, {**kwargs, "hidden_states": hidden + self._zero.to(hidden.dtype)}
 
 
-def _weights_of(loss: Tensor, besides: Tensor) -> set[Tensor]:
-    """The leaves that a loss has a gradient for other than by way of `besides`; none is computed."""
-    leaves, seen = set[Tensor](), {besides.grad_fn}
-    ahead = [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
+def _leaves(loss: Tensor, besides: Tensor) -> set[Tensor]:
+    """The parameters that a loss depends on other than by way of `besides`; computes no gradient."""
+    leaves, visited = set[Tensor](), {besides.grad_fn}
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if hasattr(node, "variable"):
             leaves.add(node.variable)
-        ahead += [after for after, _ in node.next_functions]
+        waiting += [before for before, _ in node.next_functions]
     return leaves
 
 
 def transformer_layers(module: nn.Module) -> list[nn.Module]:
-    """The transformer layers in a module: what is gathered, and recomputed, one by one."""
+    """The transformer layers in a module, which are gathered and recomputed one by one."""
     found = list[nn.Module]()
     for part in module.modules():
         if isinstance(part, CausalStack | QwenStream):
@@ -337,10 +389,10 @@ def transformer_layers(module: nn.Module) -> list[nn.Module]:
 def _mesh(shard: ShardConfig, world: int, device: str) -> DeviceMesh:
     if shard.mode == "fsdp":
         return init_device_mesh(device, (world,))
-    share = shard.processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if world % share:
-        raise ConfigError(f"shard.processes is {share}; expected a divisor of the run's {world} processes.")
-    return init_device_mesh(device, (world // share, share), mesh_dim_names=("copies", "shards"))
+    size = shard.processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if world % size:
+        raise ConfigError(f"shard.processes is {size}; expected a divisor of the run's {world} processes.")
+    return init_device_mesh(device, (world // size, size), mesh_dim_names=("copies", "shards"))
 
 
 @contextmanager
@@ -365,44 +417,39 @@ def unsharded_parameters(module: nn.Module, keep: bool) -> Iterator[None]:
             part._parameters[name] = p
 
 
-class _Recomputed:
-    """Mixed into a layer's class: its activations are forgotten and computed again in the backward pass."""
+def checkpoint_activations(task: Task) -> None:
+    """Recompute the activations of the layers that the stage names in the backward pass instead of keeping them.
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        run = super().forward  # type: ignore[misc]
-        if not torch.is_grad_enabled():
-            return run(*args, **kwargs)
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def checkpoint_layers(task: Task, stage: StageConfig) -> None:
-    """Let the layers that the stage names compute their activations twice instead of keeping them.
-
-    By a class of their own, as FSDP2 does it, rather than a wrapper: names of weights stay, and copies work.
+    Names of weights in checkpoints stay. A second call changes nothing.
     """
-    if stage.checkpoint_activations == "none":
+    which = task.stage.checkpoint_activations
+    if which == "none":
         return
-    layers = transformer_layers(task.trained)
-    if stage.checkpoint_activations == "all":
-        layers += [layer for layer in task.components.vlm.layers if not any(layer is other for other in layers)]
-    for layer in layers:
-        if not isinstance(layer, _Recomputed):
-            kind = type(layer)
-            layer.__class__ = type(f"Recomputed{kind.__name__}", (_Recomputed, kind), {})
+    modules: list[nn.Module] = [task.trained, *([task.components.vlm] if which == "all" else [])]
+    layers = {id(layer) for module in modules for layer in transformer_layers(module)}
+    wrapper = partial(checkpoint_wrapper, preserve_rng_state=False)
+    for module in modules:
+        apply_activation_checkpointing(
+            module, wrapper, lambda m: id(m) in layers and not isinstance(m, CheckpointWrapper)
+        )
 
 
 def check_batch_divides(stage: StageConfig, group: Distributed, *, evaluates: bool = False) -> None:
-    """Raise TrainingError unless a step's batch can be shared equally and shards go with the rest."""
-    shares = group.world * stage.accumulate
-    if stage.accumulate < 1 or stage.batch % shares:
+    """Raise TrainingError unless a step's batch divides into equal microbatches and the settings go with shards."""
+    number = group.world * stage.accumulate
+    if stage.accumulate < 1 or stage.batch % number:
         raise TrainingError(
-            f"batch {stage.batch} cannot be shared equally by {group.world} processes of {stage.accumulate} "
+            f"batch {stage.batch} cannot be divided equally among {group.world} processes of {stage.accumulate} "
             "microbatches; expected a multiple of their product."
         )
     states = stage.optim.optimizer_state_dtype
     if states != "float32" and isinstance(group, FullyShardedDistributed):
         raise TrainingError(
-            f"optim.optimizer_state_dtype {states} and shard.mode are both set; shards divide float32 states already."
+            f"optim.optimizer_state_dtype is {states}, which works with shard.mode none only; use float32, whose "
+            "states are divided among the processes."
         )
     if evaluates and isinstance(group, FullyShardedDistributed):
-        raise TrainingError("evaluate is given, but no process holds whole weights; score the model folder afterwards.")
+        raise TrainingError(
+            "evaluate works with shard.mode none only, since no process holds all weights; score the model folder "
+            "after the stage."
+        )

@@ -26,7 +26,7 @@ from starflow2.models.config import FaeConfig, ModelConfig
 from starflow2.models.token_loss import LOGITS_AT_ONCE
 from starflow2.nn import StackConfig, num_parameters
 from starflow2.training.config import RunConfig, StageConfig
-from starflow2.training.loop import is_hidden_matrix
+from starflow2.training.state import is_hidden_matrix
 
 __all__ = ["SCHEMES", "Hardware", "Scheme", "Shape", "Sizes", "Work", "flops", "plan", "table", "works"]
 
@@ -259,7 +259,7 @@ def state_bytes(sizes: Sizes, stage: StageConfig, scheme: Scheme) -> dict[str, i
 
     Muon keeps one moment of a hidden matrix where Adam keeps two.
     """
-    trains = sizes.trained(_kind(stage))
+    trains = sizes.trained(stage_kind(stage))
     named = dict(trains.named_parameters())
     count = sum(p.numel() for p in named.values())
     single = sum(p.numel() for n, p in named.items() if stage.optim.matrix_lr and is_hidden_matrix(n, p))
@@ -334,7 +334,7 @@ def plan(run: RunConfig, hardware: Hardware) -> dict[str, Any]:
 
 
 def _stage(sizes: Sizes, stage: StageConfig, hardware: Hardware) -> dict[str, Any]:
-    by_part = flops(sizes, _kind(stage))
+    by_part = flops(sizes, stage_kind(stage))
     each = sum(by_part.values())
     step = stage.batch * each / (hardware.gpus * hardware.peak * hardware.mfu)
     hours = stage.steps * step / 3600
@@ -352,7 +352,7 @@ def _stage(sizes: Sizes, stage: StageConfig, hardware: Hardware) -> dict[str, An
     }
 
 
-def _kind(stage: StageConfig) -> str:
+def stage_kind(stage: StageConfig) -> str:
     """Under which name a stage stands in `SHAPES`."""
     if stage.kl_to_t2i:
         return KEPT
@@ -361,10 +361,10 @@ def _kind(stage: StageConfig) -> str:
 
 def _fit(sizes: Sizes, stage: StageConfig, scheme: Scheme, hardware: Hardware, *, recomputes: bool) -> dict[str, Any]:
     """Memory of one GPU by component, and how many documents fit beside it at once (of the stage's longest shape)."""
-    frozen = sum(frozen_bytes(sizes, _kind(stage)).values())
+    frozen = sum(frozen_bytes(sizes, stage_kind(stage)).values())
     state = {name: count / hardware.gpus for name, count in state_bytes(sizes, stage, scheme).items()}
-    shapes = SHAPES[_kind(stage)]
-    kept = max(activation_bytes(sizes, _kind(stage), shape, recomputes=recomputes) for shape in shapes)
+    shapes = SHAPES[stage_kind(stage)]
+    kept = max(activation_bytes(sizes, stage_kind(stage), shape, recomputes=recomputes) for shape in shapes)
     fixed = {"frozen": frozen, **state, "logits": logit_bytes(shapes), "reserved": RESERVED}
     left = hardware.gpu_memory * GIB - sum(fixed.values())
     share = max(1, stage.batch // hardware.gpus)

@@ -39,7 +39,17 @@ from starflow2.training.losses import (
 from starflow2.training.task import WHOLE_BATCH, Dataset, LossAndMetrics, LossWeights, Task
 from starflow2.world.conversations import understanding_dialogue
 
-__all__ = ["TASKS", "AdapterTask", "FrozenReferenceFlow", "JointTask", "MakeTask", "T2iTask", "VlmTask"]
+__all__ = [
+    "TASKS",
+    "AdapterTask",
+    "CaptionBatch",
+    "DocumentBatch",
+    "FrozenReferenceFlow",
+    "JointTask",
+    "MakeTask",
+    "T2iTask",
+    "VlmTask",
+]
 
 CaptionBatch = tuple[Tensor, list[list[int]]]  # images (B, 3, s, s), and their prompts as token ids
 DocumentBatch = tuple[Tensor, Batch]  # images (P, 3, s, s) in order, and the packed documents that they stand in
@@ -135,16 +145,18 @@ class T2iTask(Task):
         images, rows = data
         latents, loss, metrics = self._encode(images.to(self.components.device), generator)
         nats = latents.new_zeros(())
-        num_latents = self.components.cfg.flow.deep.num_latents
-        lengths = [len(r) for r in rows]
-        # all processes gather a sharded layer at the same time, so all must run the same number of groups
-        groups = length_groups(lengths, num_latents) if self.stage.shard.mode == "none" else [list(range(len(rows)))]
-        for group in groups:
+        for group in self.caption_groups(rows):
             context = drawing_context(self.components, [rows[i] for i in group])
             terms = ngp_loss(self.components.flow, latents[group], context, generator)
             part = len(group) / len(rows)
             loss, nats = loss + part * terms[0], nats + part * terms[1]
         return weights.apply("images", loss), {"nats_per_dim": nats, **metrics}
+
+    def caption_groups(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Which captions are read together: one or two groups of similar length, to save padding."""
+        if self.stage.shard.mode != "none":  # all processes gather a layer at the same time, so equally often
+            return [list(range(len(rows)))]
+        return length_groups([len(row) for row in rows], self.components.cfg.flow.deep.num_latents)
 
     def _encode(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Latents (B, N, D), the weighted loss of an FAE that trains (0 for a frozen one), and its metrics."""
@@ -263,9 +275,7 @@ class JointTask(_DocumentTask):
         noise = self.components.cfg.noise
         with torch.no_grad():
             latents = self.components.codec.encode(images).float()
-        target_levels = noise.sample_levels(len(images), generator).to(latents.device)
-        source_levels = _source_levels(self.components, len(images), generator)
-        level = torch.where(batch.pictures.is_target, target_levels, source_levels)
+        level = self.noise_levels(batch, generator)
         blind = self._blind_targets(batch, generator)
         terms = joint_loss(self.pretzel, batch, (add_noise(latents, level, generator), level), noise, blind)
         metrics = {"flow": weights.apply("flow", terms.flow), "text": weights.apply("text", terms.text)}
@@ -278,17 +288,19 @@ class JointTask(_DocumentTask):
             loss = loss + self.stage.kl_to_t2i * metrics["kept"]
         return loss, metrics
 
+    def noise_levels(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Noise levels (P,) of the images of a batch: as the flow trains for targets, else as images are read."""
+        noise = self.components.cfg.noise
+        targets = noise.sample_levels(len(batch.pictures), generator).to(self.components.device)
+        sources = _source_levels(self.components, len(batch.pictures), generator)
+        return torch.where(batch.pictures.is_target, targets, sources)
+
     def _blind_targets(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
         """The edits that are predicted without sight of their own latents, (P,) bool; None if the stage has none."""
         if not self.stage.hidden_latents_share:
             return None
         chance = torch.rand(len(batch.pictures.is_target), generator=generator).to(batch.pictures.is_target.device)
         return (chance < self.stage.hidden_latents_share) & last_edits(batch)
-
-
-def _above_shallow(components: Components) -> dict[str, nn.Module]:
-    """Modules of stage 3 without the shallow blocks, under their usual names."""
-    return {"flow": nn.ModuleDict({"deep": components.flow.deep}), "joints": components.joints}
 
 
 class FrozenReferenceFlow:

@@ -1,0 +1,100 @@
+"""The model that a stage starts from: the one that the stages before it left, or a fresh one with a new tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from starflow2.core.serialize import to_dict
+from starflow2.errors import ConfigError, TrainingError
+from starflow2.models.checkpoint import load_components
+from starflow2.models.components import Components
+from starflow2.models.config import ModelConfig
+from starflow2.models.tokenizer import train_tokenizer
+from starflow2.training.config import RunConfig
+from starflow2.world.captions import caption_task
+from starflow2.world.conversations import understanding_dialogue, understanding_words
+from starflow2.world.edit_operations import edit_words
+from starflow2.world.edits import edit_task
+from starflow2.world.stories import story_dialogue, story_task
+from starflow2.world.story_text import story_words
+
+__all__ = ["start_stage"]
+
+CONVERSING = ("vlm", "adapter", "joint")  # stages that train on conversations, whose words are more than captions have
+TOKENIZER_ITEMS = 2000  # of each kind, that a new tokenizer is trained on
+SAMPLING = ("guidance", "guidance_schedule", "edit_guidance", "prior_scale")  # may differ between recipe and model
+
+
+def start_stage(
+    run: RunConfig, stage: str, folder: Path, device: str, left_in_files: tuple[str, ...] = ()
+) -> Components:
+    """Load the model in folder/model, or make a fresh one if `stage` is the recipe's first.
+
+    left_in_files: components whose layers stay in their files; see `load_components`. Raises TrainingError where an
+    earlier stage has not been trained or the model has other sizes than the recipe.
+    """
+    names: list[str] = [s.name for s in run.stages]
+    if (folder / "model" / "config.json").is_file():
+        return _load(run, stage, folder, device, left_in_files)
+    if stage != names[0]:
+        raise TrainingError(
+            f"stage {stage} starts from the stage before it, but there is no {folder}/model; "
+            f"run --stage {names[0]} first."
+        )
+    return _fresh(run, device)
+
+
+def _load(run: RunConfig, stage: str, folder: Path, device: str, left_in_files: tuple[str, ...]) -> Components:
+    components = load_components(folder / "model", device, left_in_files)
+    _check_same_sizes(components.cfg, run.model)
+    names: list[str] = [s.name for s in run.stages]
+    missing = [name for name in names[: names.index(stage)] if name not in components.finished_stages]
+    if missing:
+        raise TrainingError(
+            f"stage {stage} needs the stages before it, but {folder}/model has not finished {', '.join(missing)}; "
+            f"run --stage {missing[0]} first."
+        )
+    if run.stage(stage).corpus.mixture:
+        components.vocabulary = frozenset()  # real text may hold any word
+    elif stage in CONVERSING and components.vocabulary:
+        components.vocabulary |= _world_words()
+    return components
+
+
+def _fresh(run: RunConfig, device: str) -> Components:
+    corpus = (text for i in range(TOKENIZER_ITEMS) for text in _tokenizer_texts(run.seed, i))
+    tokenizer = train_tokenizer(corpus, run.model.vlm.vocab)
+    if tokenizer.special != run.model.vlm.special:
+        raise ConfigError(
+            f"vlm.special is {run.model.vlm.special}, but a new tokenizer has {tokenizer.special}; use these."
+        )
+    torch.manual_seed(run.seed)
+    components = Components(run.model, tokenizer).to(device)
+    components.vocabulary = _world_words()
+    return components
+
+
+def _world_words() -> frozenset[str]:
+    """Every word of the conversations of the drawn world."""
+    return understanding_words() | edit_words() | story_words()
+
+
+def _tokenizer_texts(seed: int, index: int) -> Iterator[str]:
+    """Captions, instructions and conversations that a new tokenizer is trained on."""
+    yield caption_task(seed, index).prompt
+    yield edit_task(seed, index).instruction
+    for dialogue in (understanding_dialogue(seed, index), story_dialogue(story_task(seed, index))):
+        yield from (part for turn in dialogue.turns for part in (*turn.user, *turn.assistant) if isinstance(part, str))
+
+
+def _check_same_sizes(saved: ModelConfig, wanted: ModelConfig) -> None:
+    old, new = to_dict(saved), to_dict(wanted)
+    differ = [k for k in old if old[k] != new.get(k) and k not in SAMPLING]
+    if differ:
+        raise TrainingError(
+            f"the model in the run folder has another {', '.join(differ)} than the recipe; "
+            "use another --output, or the recipe it was made with."
+        )

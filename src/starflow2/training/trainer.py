@@ -1,0 +1,126 @@
+"""One stage in training: a step, its checkpoints. `loop` drives it.
+
+Every random choice of a step is a pure function of (seed, stage, microbatch, step).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from starflow2.training.checkpoint import CheckpointStore
+from starflow2.training.config import StageConfig
+from starflow2.training.parallel import Distributed, Replica, checkpoint_activations
+from starflow2.training.state import TrainState
+from starflow2.training.task import Task
+
+__all__ = ["Trainer"]
+
+
+@dataclass(slots=True)
+class Trainer:
+    """A task in training, in one of the processes of a run."""
+
+    task: Task
+    device: str
+    precision: str  # of autocast: float32 or bfloat16
+    group: Distributed
+    replica: Replica
+    state: TrainState
+
+    @classmethod
+    def prepare(cls, task: Task, group: Distributed, *, device: str, precision: str) -> Trainer:
+        """Place the trained weights on `device`, copied or sharded as the group does it, with fresh optimisers."""
+        task.trained.requires_grad_(True)
+        checkpoint_activations(task)
+        replica = group.prepare(task, precision, device)
+        state = TrainState.fresh(task.trained, task.stage.optim, group)
+        return cls(task, device, precision, group, replica, state)
+
+    @property
+    def stage(self) -> StageConfig:
+        return self.task.stage
+
+    @property
+    def is_done(self) -> bool:
+        return self.state.step >= self.stage.steps
+
+    def train_step(self, microbatches: Sequence[Any], *, stop: bool = False) -> tuple[dict[str, float], bool]:
+        """Take one optimiser step on this process's microbatches; returns metrics, and if any process has `stop` set.
+
+        A step whose loss or gradient is not finite in any process changes no weight, average or running statistic, and
+        is counted.
+        """
+        rate = self.stage.optim.rate(self.state.step, self.stage.steps)
+        buffers = {k: v.clone() for k, v in self.task.trained.named_buffers()}
+        stopping, means = self.replica.reduce(stop, self.forward_backward(microbatches))
+        norm = self.replica.clip(self.stage.optim.clip)
+        is_finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(means["loss"]))
+        self._update_weights(rate, is_finite)
+        if is_finite:
+            self.state.update_average(self.stage.optim.ema)
+        else:
+            _restore_buffers(self.task.trained, buffers)
+            self.state.skipped += 1
+        self.state.step += 1
+        skipped = {"skipped": float(self.state.skipped)} if self.state.skipped else {}
+        metrics = {k: float(v) for k, v in means.items()}
+        return {**metrics, "grad_norm": float(norm), "rate": rate, **skipped}, stopping
+
+    def forward_backward(self, microbatches: Sequence[Any]) -> dict[str, Tensor]:
+        """Run forward and backward on this process's microbatches; returns the mean loss and metrics."""
+        means: dict[str, Tensor] = {}
+        number = len(microbatches)
+        weights = self.group.loss_weights(self.task, microbatches, self.device)
+        for i, data in enumerate(microbatches):
+            # noise belongs to a microbatch, whichever process it falls to
+            generator = torch.Generator().manual_seed(self._noise_seed(self.group.rank * number + i))
+            with self.replica.exchange(is_last=i == number - 1):
+                with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
+                    loss, metrics = self.replica.loss(data, generator, weights[i])
+                (loss / number).backward()
+            for name, value in {"loss": loss, **metrics}.items():
+                part = value.detach() / number
+                means[name] = means[name] + part if name in means else part
+        return means
+
+    def save(self, store: CheckpointStore, position: dict[str, str]) -> None:
+        """Write a checkpoint; `position`: where the data stands."""
+        run = {"precision": self.precision, "seed": str(self.task.seed), **position}
+        store.save(self.state, self.state.settings(self.stage, run))
+
+    def resume(self, store: CheckpointStore, settings: dict[str, str]) -> None:
+        """Continue from the last checkpoint, whose `settings` the store has returned."""
+        store.load(self.state, settings)
+
+    def _noise_seed(self, microbatch: int) -> int:
+        return zlib.crc32(f"{self.task.seed}/{self.stage.name}/{microbatch}/{self.state.step}".encode())
+
+    def _update_weights(self, rate: float, is_finite: bool) -> None:
+        optim = self.stage.optim
+        for optimizer, lr in zip(self.state.optimizers, (optim.lr, optim.matrix_lr), strict=False):
+            for group in optimizer.param_groups:
+                _set_learning_rate(group, lr * rate)
+            if is_finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def _set_learning_rate(group: dict[str, Any], lr: float) -> None:
+    """Set the learning rate of a parameter group; a tensor stays a tensor, which compiled steps need."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def _restore_buffers(module: nn.Module, buffers: dict[str, Tensor]) -> None:
+    """Undo what a forward pass did to running statistics."""
+    for name, buffer in module.named_buffers():
+        buffer.copy_(buffers[name])
