@@ -19,7 +19,7 @@ from starflow2.data.dialogue import Turn
 from starflow2.models.sequence import Image as Picture
 from starflow2.models.sequence import Layout, Segment, Text
 
-SIDE = 24  # pixels of every picture
+SIDE = 24  # pixels of a side of every image
 LAYOUT = Layout(grid=(2, 2), begin=1, end=2, latent=3, pad=0)
 
 
@@ -42,7 +42,7 @@ class Letters:
 
 
 def pixels(number: int) -> np.ndarray:
-    """An invented picture, another one for every number: a gradient, so that JPEG keeps it recognisable."""
+    """An invented image, another one for every number: a gradient, so that JPEG keeps it recognisable."""
     ramp = np.linspace(0, 1, SIDE)
     colour = np.random.default_rng(number).uniform(60, 255, 3)
     return (ramp[:, None, None] * ramp[None, :, None] * colour).astype(np.uint8)
@@ -54,8 +54,8 @@ def encoded(number: int, format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def seen(number: int) -> Tensor:
-    """What a model sees of a picture that was written without loss."""
+def image_of(number: int) -> Tensor:
+    """The tensor that a model reads of an image that was written without loss."""
     return to_tensor(pixels(number))
 
 
@@ -104,7 +104,9 @@ def captioned(path: Path, count: int, first: int = 0, words: Callable[[int], str
 
 # -- the eight --------------------------------------------------------------------------------------------------------
 
-Expected = list[tuple[str, list[tuple[list[Any], list[Any]]]]]  # (kind, turns of (asked, told)); a number is a picture
+Expected = list[
+    tuple[str, list[tuple[list[Any], list[Any]]]]
+]  # (kind, turns of (user, assistant)); a number is an image
 
 
 def cc12m(folder: Path) -> tuple[str, Expected]:
@@ -130,8 +132,8 @@ def blip3o(folder: Path) -> tuple[str, Expected]:
         folder / "geneval_train.tar",
         [("0.jpg", encoded(1)), ("0.txt", b"a photo of two clocks"), ("1.jpg", encoded(2)), ("1.txt", b"a red bench")],
     )
-    told: Expected = [("draw", [(["a photo of two clocks"], [1])]), ("draw", [(["a red bench"], [2])])]
-    return str(folder), told
+    expected: Expected = [("draw", [(["a photo of two clocks"], [1])]), ("draw", [(["a red bench"], [2])])]
+    return str(folder), expected
 
 
 def journeydb(folder: Path) -> tuple[str, Expected]:
@@ -274,8 +276,8 @@ def omniedit(folder: Path) -> tuple[str, Expected]:
 
     rows = [row("task_removal_1", 1, 2, ["Take the cup away."]), row("task_swap_2", 3, 4, ["Make it blue.", " "])]
     write_rows(folder / "data" / "train-00000-of-00001.parquet", rows)
-    told: Expected = [("edit", [([1, "Take the cup away."], [2])]), ("edit", [([3, "Make it blue."], [4])])]
-    return str(folder), told
+    expected: Expected = [("edit", [([1, "Take the cup away."], [2])]), ("edit", [([3, "Make it blue."], [4])])]
+    return str(folder), expected
 
 
 def zebra_cot(folder: Path) -> tuple[str, Expected]:
@@ -323,6 +325,6 @@ PUBLISHED: dict[Corpus, Callable[[Path], tuple[str, Expected]]] = {
 }
 
 
-def told(parts: Iterable[str | Photo], numbers: Mapping[bytes, int]) -> list[Any]:
-    """Words as they are, pictures by number."""
+def numbered(parts: Iterable[str | Photo], numbers: Mapping[bytes, int]) -> list[Any]:
+    """The parts with images replaced by their numbers."""
     return [part if isinstance(part, str) else numbers[part.data] for part in parts]

@@ -11,7 +11,7 @@ import pytest
 from corpora_cases import LAYOUT, PUBLISHED, SIDE, Letters, captioned, encoded, write_tar
 from starflow2.cli.app import main
 from starflow2.cli.data import Data
-from starflow2.data.check import survey
+from starflow2.data.check import check_corpus
 from starflow2.data.corpora import Corpus
 from starflow2.data.mixture import Source, Spelling
 from starflow2.data.shards import Format
@@ -26,11 +26,11 @@ def test_choices_of_the_command_are_those_of_the_library():
 
 
 @pytest.mark.parametrize("corpus", PUBLISHED)
-def test_a_survey_counts_what_the_published_fixture_holds(corpus, tmp_path):
+def test_a_check_counts_what_the_published_fixture_holds(corpus, tmp_path):
     url, expected = PUBLISHED[corpus](tmp_path)
     pictures = str(tmp_path / "imgs") if corpus == "journeydb" else ""
-    facts = survey(Source(corpus=corpus, url=url, weight=1, pictures=pictures), SPELLING)
-    parts = [part for _, turns in expected for asked, told in turns for part in (*asked, *told)]
+    facts = check_corpus(Source(corpus=corpus, url=url, weight=1, pictures=pictures), SPELLING)
+    parts = [part for _, turns in expected for user, reply in turns for part in (*user, *reply)]
     assert facts["samples"] == facts["documents"] == len(expected) and facts["broken"] == {}
     assert facts["pictures"] == sum(isinstance(part, int) for part in parts)
     assert facts["kinds"] == {expected[0][0]: len(expected)}
@@ -40,7 +40,7 @@ def test_lengths_are_percentiles_of_positions_and_of_words(tmp_path):
     rng = np.random.default_rng(0)
     lengths = [int(n) for n in rng.integers(1, 200, 100)]
     captioned(tmp_path / "0.tar", 100, words=lambda i: "x" * lengths[i])
-    facts = survey(Source(corpus="captions", url=str(tmp_path), weight=1), SPELLING)
+    facts = check_corpus(Source(corpus="captions", url=str(tmp_path), weight=1), SPELLING)
     ordered = sorted(lengths)
     for name, extra in (("tokens", 3), ("positions", 9)):  # three marks of the turn; a picture has four latents and two
         assert facts[name]["max"] == ordered[-1] + extra
@@ -52,7 +52,7 @@ def test_lengths_are_percentiles_of_positions_and_of_words(tmp_path):
 def test_reasons_come_with_their_count_and_three_examples(tmp_path):
     members = [(f"{i}.png", encoded(1)) for i in range(5)] + [("5.txt", b"x"), ("6.png", encoded(2)), ("6.txt", b"x")]
     write_tar(tmp_path / "0.tar", members)
-    facts = survey(Source(corpus="captions", url=str(tmp_path), weight=1), SPELLING)
+    facts = check_corpus(Source(corpus="captions", url=str(tmp_path), weight=1), SPELLING)
     assert (facts["samples"], facts["documents"]) == (7, 1)
     assert list(facts["broken"]) == ["missing text", "missing picture"]
     assert facts["broken"]["missing text"]["count"] == 5
@@ -60,7 +60,7 @@ def test_reasons_come_with_their_count_and_three_examples(tmp_path):
     assert facts["broken"]["missing picture"]["examples"][0]["source"].endswith("0.tar")
 
 
-def test_the_command_prints_and_writes_the_survey_with_the_models_own_tokenizer(tmp_path, capsys):
+def test_the_command_prints_and_writes_the_counts_with_the_models_own_tokenizer(tmp_path, capsys):
     captioned(tmp_path / "data" / "0.tar", 6, words=lambda i: f"a picture\x1b[31m of {i} hearts")
     out = tmp_path / "facts.json"
     assert main(["data", "check", str(tmp_path / "data"), "--limit", "4", "--json", str(out)]) == 0
@@ -73,9 +73,9 @@ def test_the_command_prints_and_writes_the_survey_with_the_models_own_tokenizer(
 def test_a_corpus_with_nothing_to_use_ends_with_status_1_and_its_reasons(tmp_path, capsys):
     write_tar(tmp_path / "0.tar", [("\x1b[31m0.png", b"no picture"), ("\x1b[31m0.txt", b"words")])
     assert main(["data", "check", str(tmp_path)]) == 1
-    said = capsys.readouterr()
-    assert "not a picture" in said.out and "\x1b[31m" not in said.out
-    assert "none of the 1 samples" in " ".join(said.err.split())
+    printed = capsys.readouterr()
+    assert "not a picture" in printed.out and "\x1b[31m" not in printed.out
+    assert "none of the 1 samples" in " ".join(printed.err.split())
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,6 @@ def test_what_cannot_be_checked_is_refused_with_status_2(argv, says, tmp_path, m
     assert says in capsys.readouterr().err
 
 
-def test_a_survey_of_nothing_is_refused(tmp_path):
+def test_a_check_of_nothing_is_refused(tmp_path):
     with pytest.raises(DataError, match="no file to read"):
-        survey(Source(corpus="captions", url=str(tmp_path), weight=1), SPELLING)
+        check_corpus(Source(corpus="captions", url=str(tmp_path), weight=1), SPELLING)

@@ -1,4 +1,4 @@
-"""Published schemas become the right documents; broken samples are told apart and never stop a run."""
+"""Published schemas become the right documents; broken samples get their reasons and never stop a run."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from corpora_cases import (
     Letters,
     captioned,
     encoded,
+    image_of,
+    numbered,
     pixels,
-    seen,
-    told,
     write_lines,
     write_rows,
     write_tar,
 )
-from starflow2.data.corpora import CORPORA, REASONS, Broken, Photo, decode, understand
+from starflow2.data.corpora import CORPORA, REASONS, Broken, Photo, decode, to_dialogue
 from starflow2.data.mixture import Spelling
 from starflow2.data.shards import PICTURES, Sample, Samples
 from starflow2.errors import DataError
@@ -43,24 +43,23 @@ SPELLING = Spelling(Letters(), LAYOUT, SIDE)
 def test_a_corpus_in_its_published_schema_becomes_exactly_these_documents(corpus, tmp_path):
     url, expected = PUBLISHED[corpus](tmp_path)
     pictures = str(tmp_path / "imgs") if corpus == "journeydb" else ""
-    found = [understand(corpus, sample, pictures) for sample in Samples(url)]
-    assert [(c.kind, [(told(t.user, NUMBERS), told(t.assistant, NUMBERS)) for t in c.turns]) for c in found] == expected
+    found = [to_dialogue(corpus, sample, pictures) for sample in Samples(url)]
+    turns = [[(numbered(t.user, NUMBERS), numbered(t.assistant, NUMBERS)) for t in c.turns] for c in found]
+    assert list(zip([c.kind for c in found], turns, strict=True)) == expected
 
 
 @pytest.mark.parametrize("corpus", PUBLISHED)
 def test_its_documents_predict_replies_only_and_carry_their_pictures_in_order(corpus, tmp_path):
     url, expected = PUBLISHED[corpus](tmp_path)
     pictures = str(tmp_path / "imgs") if corpus == "journeydb" else ""
-    items = [SPELLING.item(understand(corpus, sample, pictures)) for sample in Samples(url)]
+    items = [SPELLING.item(to_dialogue(corpus, sample, pictures)) for sample in Samples(url)]
     for item, (_, turns) in zip(items, expected, strict=True):
-        numbers = [part for asked, told_ in turns for part in (*asked, *told_) if isinstance(part, int)]
-        assert [torch.equal(image, seen(i)) for image, i in zip(item.images, numbers, strict=True)] == [True] * len(
-            numbers
-        )
-        drawn = [part for _, told_ in turns for part in told_ if isinstance(part, int)]
+        numbers = [part for user, reply in turns for part in (*user, *reply) if isinstance(part, int)]
+        assert all(torch.equal(image, image_of(i)) for image, i in zip(item.images, numbers, strict=True))
+        drawn = [part for _, reply in turns for part in reply if isinstance(part, int)]
         targets = [s for s in item.document if not hasattr(s, "ids") and s.is_target]
         assert len(targets) == len(drawn)
-        words = [part for asked, told_ in turns for part in (*asked, *told_) if isinstance(part, str)]
+        words = [part for user, reply in turns for part in (*user, *reply) if isinstance(part, str)]
         assert item.length == sum(map(len, words)) + 6 * len(numbers) + 3 * len(turns)
 
 
@@ -74,9 +73,9 @@ def test_a_folder_of_pictures_with_words_beside_them_is_a_corpus(tmp_path):
     (tmp_path / "1.txt").write_text("one")
     (tmp_path / "2.json").write_text(json.dumps({"caption": "two"}))
     found = {s.key: s for s in Samples(str(tmp_path))}
-    assert [understand("captions", found[k]).turns[0].user for k in "12"] == [("one",), ("two",)]
+    assert [to_dialogue("captions", found[k]).turns[0].user for k in "12"] == [("one",), ("two",)]
     with pytest.raises(Broken, match="missing text"):
-        understand("captions", found["3"])
+        to_dialogue("captions", found["3"])
 
 
 def test_a_folder_may_list_its_pictures_in_metadata_jsonl(tmp_path):
@@ -85,10 +84,10 @@ def test_a_folder_may_list_its_pictures_in_metadata_jsonl(tmp_path):
     lines = [{"file_name": "sub/a.png", "text": "one"}, {"file_name": "gone.png", "text": "x"}]
     write_lines(tmp_path / "metadata.jsonl", [*lines, {"file_name": "../../etc/passwd.png", "text": "x"}])
     good, gone, outside = Samples(str(tmp_path))
-    assert understand("captions", good).turns[0].assistant == (Photo(encoded(1)),)
+    assert to_dialogue("captions", good).turns[0].assistant == (Photo(encoded(1)),)
     for sample in (gone, outside):
         with pytest.raises(Broken, match="missing picture"):
-            understand("captions", sample)
+            to_dialogue("captions", sample)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +100,7 @@ def test_a_record_cannot_name_a_file_outside_its_folder(name, tmp_path):
     path = write_lines(tmp_path / "data" / "x.jsonl", [{"image": name, "conversations": turns}])
     (sample,) = Samples(str(path))
     with pytest.raises(Broken, match="missing picture"):
-        understand("cambrian", sample)
+        to_dialogue("cambrian", sample)
 
 
 def test_the_wording_of_an_edit_is_picked_by_its_id_and_every_wording_is_used():
@@ -111,8 +110,8 @@ def test_the_wording_of_an_edit_is_picked_by_its_id_and_every_wording_is_used():
         {"omni_edit_id": f"task_{i}", "src_img": image, "edited_img": image, "edited_prompt_list": wordings}
         for i in range(60)
     ]
-    picked = [understand("omniedit", Sample("f", str(i), row)).turns[0].user[1] for i, row in enumerate(rows)]
-    assert picked == [understand("omniedit", Sample("f", "", row)).turns[0].user[1] for row in rows]
+    picked = [to_dialogue("omniedit", Sample("f", str(i), row)).turns[0].user[1] for i, row in enumerate(rows)]
+    assert picked == [to_dialogue("omniedit", Sample("f", "", row)).turns[0].user[1] for row in rows]
     assert set(picked) == set(wordings)
 
 
@@ -141,14 +140,14 @@ def _turns(*pairs: tuple[str, Any]) -> dict[str, Any]:
         ("pico-banana", {"files": [], "metadata_edit_turn_prompts": []}, "empty text"),
     ],
 )
-def test_a_record_that_breaks_its_schema_is_told_apart(corpus, record, reason, tmp_path):
+def test_a_record_that_breaks_its_schema_gets_its_reason(corpus, record, reason, tmp_path):
     (sample,) = Samples(str(write_lines(tmp_path / "x.jsonl", [record])))
     with pytest.raises(Broken) as found:
-        understand(corpus, sample)
+        to_dialogue(corpus, sample)
     assert found.value.reason == reason
 
 
-def test_a_trace_whose_marks_and_pictures_do_not_match_is_told_apart():
+def test_a_trace_whose_marks_and_pictures_do_not_match_gets_its_reason():
     image = {"bytes": encoded(1), "path": None}
     row = {"Question": "?", "Text Reasoning Trace": "[reasoning_image_1]", "Final Answer": "x"}
     cases: list[tuple[dict[str, Any], str]] = [
@@ -158,7 +157,7 @@ def test_a_trace_whose_marks_and_pictures_do_not_match_is_told_apart():
     ]
     for fields, reason in cases:
         with pytest.raises(Broken) as found:
-            understand("zebra-cot", Sample("f", "row 0", fields))
+            to_dialogue("zebra-cot", Sample("f", "row 0", fields))
         assert found.value.reason == reason
 
 
@@ -173,9 +172,9 @@ def _huge_png() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def _saved(image: Image.Image, format: str, **how: Any) -> bytes:
+def _saved(image: Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format=format, **how)
+    image.save(buffer, format=format, **options)
     return buffer.getvalue()
 
 
@@ -222,7 +221,7 @@ def test_a_thousand_broken_samples_stop_nothing_and_are_counted_each_under_its_r
     reasons, good = dict[str, str](), 0
     for sample in Samples(str(tmp_path)):
         try:
-            SPELLING.item(understand("captions", sample))
+            SPELLING.item(to_dialogue("captions", sample))
             good += 1
         except Broken as error:
             reasons[sample.key] = error.reason
@@ -243,7 +242,7 @@ def test_flipped_bytes_give_a_picture_or_a_reason_and_never_another_error(format
             data[at] = rng.integers(256)
         data = data[: rng.integers(1, len(data) + 1)] if rng.random() < 0.5 else data
         try:
-            counts["seen" if decode(Photo(bytes(data)), SIDE).isfinite().all() else "wrong"] += 1
+            counts["decoded" if decode(Photo(bytes(data)), SIDE).isfinite().all() else "wrong"] += 1
         except Broken as error:
             counts[error.reason] += 1
     assert counts["wrong"] == 0 and sum(counts.values()) == 80 and len(counts) > 1
@@ -260,7 +259,7 @@ def test_a_file_that_breaks_off_loses_its_rest_and_not_the_next_file(cut, tmp_pa
     assert [Path(s.source).name for s in broken] == ["a.tar", "b.tar"]
     for sample in broken:
         with pytest.raises(Broken, match="unreadable file"):
-            understand("captions", sample)
+            to_dialogue("captions", sample)
     assert [s.key for s in samples][-3:] == ["000050", "000051", "000052"]
     assert len(samples) == 11 + 1 + 1 + 3 and [s.key for s in samples[:11]] == [f"{i:06d}" for i in range(11)]
 
@@ -273,7 +272,7 @@ def test_broken_lines_and_rows_cost_one_sample_each(tmp_path):
     reasons = []
     for sample in Samples(str(tmp_path / "x.jsonl")):
         try:
-            understand("journeydb", sample)
+            to_dialogue("journeydb", sample)
             reasons.append((sample.key, ""))
         except Broken as error:
             reasons.append((sample.key, error.reason))
@@ -292,14 +291,14 @@ def test_a_row_with_bad_utf_8_costs_one_row(tmp_path):
         pa.table({"text": column, "image": [{"bytes": encoded(1), "path": None}] * 3}), tmp_path / "x.parquet"
     )
     one, two, three = Samples(str(tmp_path / "x.parquet"))
-    assert understand("captions", one).turns[0].user == ("one",)
-    assert understand("captions", three).turns[0].user == ("three",)
+    assert to_dialogue("captions", one).turns[0].user == ("one",)
+    assert to_dialogue("captions", three).turns[0].user == ("three",)
     with pytest.raises(Broken, match="bad UTF-8"):
-        understand("captions", two)
+        to_dialogue("captions", two)
 
 
-def test_a_document_longer_than_a_row_is_told_apart(tmp_path):
-    conversation = understand("captions", Sample("f", "k", {"png": encoded(1), "txt": b"x" * 50}))
+def test_a_document_longer_than_a_row_gets_its_reason(tmp_path):
+    conversation = to_dialogue("captions", Sample("f", "k", {"png": encoded(1), "txt": b"x" * 50}))
     assert SPELLING.item(conversation, 59).length == 59
     with pytest.raises(Broken, match="too long: 59 positions, a row has 58"):
         SPELLING.item(conversation, 58)
@@ -313,4 +312,4 @@ def test_rows_may_hold_a_path_in_place_of_bytes(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(1))
     write_rows(tmp_path / "x.parquet", [{"image": {"bytes": None, "path": "a.png"}, "text": "one"}])
     (sample,) = Samples(str(tmp_path / "x.parquet"))
-    assert understand("captions", sample).pictures == (Photo(encoded(1)),)
+    assert to_dialogue("captions", sample).pictures == (Photo(encoded(1)),)

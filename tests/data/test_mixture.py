@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corpora_cases import LAYOUT, PUBLISHED, SIDE, Letters, captioned, encoded, seen, write_lines, write_tar
+from corpora_cases import LAYOUT, PUBLISHED, SIDE, Letters, captioned, encoded, image_of, write_lines, write_tar
 from starflow2.data import shards
 from starflow2.data.corpora import Photo
 from starflow2.data.dialogue import Dialogue, Turn
@@ -60,7 +61,7 @@ def corpora(tmp_path) -> tuple[Source, ...]:
 
 
 def same(one: tuple[Tensor, Batch], two: tuple[Tensor, Batch]) -> bool:
-    """Whether every tensor of both is equal, bit by bit."""
+    """True if every tensor of both is equal to the bit, as repeated reads of the same files are."""
     a, b = one[1], two[1]
     names = ("ids", "labels", "document", "mrope", "places")
     pictures = all(
@@ -126,7 +127,7 @@ def keys(samples: Samples) -> list[str]:
 def test_ranks_read_disjoint_parts_that_make_up_the_whole_in_every_pass(world, block, tmp_path):
     for i in range(3):
         captioned(tmp_path / f"{i}.tar", 6, first=6 * i)
-    ranks = [Samples(str(tmp_path), share=WorkerShard(rank=r, world=world), seed=4, block=block) for r in range(world)]
+    ranks = [Samples(str(tmp_path), shard=WorkerShard(rank=r, world=world), seed=4, block=block) for r in range(world)]
     for _ in range(2):
         assert sorted(key for rank in ranks for key in keys(rank)) == [f"{i:06d}" for i in range(18)]
 
@@ -139,7 +140,7 @@ def test_a_single_file_or_folder_is_divided_by_samples(kind, tmp_path):
         url = str(tmp_path)
         for i in range(11):
             (tmp_path / f"{i:02d}.png").write_bytes(b"x")
-    parts = [keys(Samples(url, share=WorkerShard(rank=r, world=3))) for r in range(3)]
+    parts = [keys(Samples(url, shard=WorkerShard(rank=r, world=3))) for r in range(3)]
     assert sorted(map(len, parts)) == [3, 4, 4] and len({key for part in parts for key in part}) == 11
 
 
@@ -148,7 +149,7 @@ def test_workers_of_ranks_read_disjoint_parts_that_make_up_the_whole_and_none_is
     captioned(tmp_path / "1.tar", 8, first=9)
     found: list[tuple[int, int, str]] = []
     for rank in range(2):
-        samples = Samples(str(tmp_path), share=WorkerShard(rank=rank, world=2), block=4)
+        samples = Samples(str(tmp_path), shard=WorkerShard(rank=rank, world=2), block=4)
         loaded = torch.utils.data.DataLoader(_Keys(samples), batch_size=None, num_workers=2)
         found += [(rank, worker, key) for worker, key in loaded]
     assert sorted(key for *_, key in found) == [f"{i:06d}" for i in range(17)]
@@ -236,14 +237,13 @@ def test_a_resumed_loader_gives_bit_equal_batches(workers, corpora):
         ({"rows": 4}, "packing was"),
         ({"seed": 1}, "packing was"),
         ({"sources": 2}, "sources was"),
-        ({"share": WorkerShard(rank=0, world=2)}, "reader was"),
+        ({"shard": WorkerShard(rank=0, world=2)}, "reader was"),
     ],
 )
 def test_a_state_of_another_mixture_or_another_number_of_readers_is_refused(change, message, corpora):
     state = iter(Batches(corpora, SPELLING, PLAIN)).state_dict()
-    how = {"rows": 3, "width": 64, "block": 7, "caption_drop": 0.0}
-    config = BatchConfig(**{**how, **{k: v for k, v in change.items() if k in ("rows", "seed")}})
-    other = iter(Batches(corpora[: change.get("sources", 3)], SPELLING, config, change.get("share")))
+    config = replace(PLAIN, **{k: v for k, v in change.items() if k in ("rows", "seed")})
+    other = iter(Batches(corpora[: change.get("sources", 3)], SPELLING, config, change.get("shard")))
     with pytest.raises(DataError, match=message):
         other.load_state_dict(state)
 
@@ -272,21 +272,21 @@ def test_a_batch_holds_the_documents_and_pictures_that_its_rows_say(tmp_path):
                 assert ids == [4, *(10 + ord(c) for c in words), 5, 1, 3, 3, 3, 3, 2, 6]
                 numbers.append((int(document), int(words.split()[1])))
     for document, number in numbers:
-        assert torch.equal(images[document], seen(number))
+        assert torch.equal(images[document], image_of(number))
     assert len(images) == len(numbers) == len(batch.pictures)
     assert bool(batch.pictures.is_target.all()) and len(batch.ids) <= 2
 
 
-def test_every_document_of_a_pass_is_told_exactly_once(tmp_path):
+def test_every_document_of_a_pass_is_read_exactly_once(tmp_path):
     for i in range(2):
         captioned(tmp_path / f"{i}.tar", 20, first=20 * i)
     stream = iter(Batches([Source(corpus="captions", url=str(tmp_path), weight=1)], SPELLING, PLAIN))
     counts = Counter[int]()
     while sum(counts.values()) < 40:
         images, _ = next(stream)
-        counts.update(next(i for i in range(40) if torch.equal(image, seen(i))) for image in images)
+        counts.update(next(i for i in range(40) if torch.equal(image, image_of(i))) for image in images)
     late = [drawn.item.images[0] for drawn in stream._waiting]
-    counts.update(next(i for i in range(40) if torch.equal(image, seen(i))) for image in late)
+    counts.update(next(i for i in range(40) if torch.equal(image, image_of(i))) for image in late)
     total = sum(counts.values())
     assert set(counts) == set(range(40)) and max(counts.values()) <= -(-total // 40)
 
@@ -331,10 +331,10 @@ def test_broken_samples_are_counted_and_listed_with_reason_source_and_key(corpor
     keys = {(line["reason"], line["key"]) for line in lines}
     assert keys == {("missing text", "0"), ("empty picture", "4"), ("missing picture", "5")}
     assert {line["corpus"] for line in lines} == {"captions"} and all(line["source"] for line in lines)
-    drawn_now = Counter[str]()
-    for stock in stream._documents.stocks:
-        drawn_now += stock.broken
-    assert drawn_now == counts
+    counted = Counter[str]()
+    for source in stream._documents.streams:
+        counted += source.broken
+    assert counted == counts
     before = listed.read_text()
     resumed = iter(Batches(corpora[2:], SPELLING, config))
     resumed.load_state_dict(stream.state_dict())
@@ -524,7 +524,8 @@ def test_paths_are_plain(tmp_path):
 def test_a_stage_trains_on_batches_of_real_corpora_as_on_drawn_ones(tmp_path):
     """The tiny model's own tokenizer and sizes; gradients reach the flow from pictures and words of two corpora."""
     from model_cases import tiny_components
-    from starflow2.training.tasks import JointTask, StageConfig
+    from starflow2.training.config import StageConfig
+    from starflow2.training.tasks import JointTask
 
     captioned(tmp_path / "a" / "0.tar", 8)
     url, _ = PUBLISHED["zebra-cot"](tmp_path / "b")

@@ -92,7 +92,7 @@ def test_a_stream_goes_on_in_as_many_processes_only(tmp_path, mixture):
     feed = feed_for(T2iTask(components, stage, 0), stage, Distributed(), step=0)
     with feed as batches:
         next(batches)
-        saved = feed.settings()["feed"]
+        saved = feed.position()["feed"]
     with pytest.raises(TrainingError, match="1 processes"):
         feed_for(T2iTask(components, stage, 0), stage, Distributed(0, 2), step=1, saved=saved)
 

@@ -51,12 +51,12 @@ class Data:
         check_json(self.json)
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit is {self.limit}; expected at least 1 sample.")
-        from starflow2.data.check import survey
+        from starflow2.data.check import check_corpus
         from starflow2.data.mixture import Source
 
         source = Source(corpus=self.corpus, url=self.url, weight=1, format=self.format, pictures=self.pictures)
         with progress("reading", "samples") as step:
-            facts = survey(source, _spelling(self.model), self.limit, lambda read: step(read, self.limit or read))
+            facts = check_corpus(source, _spelling(self.model), self.limit, lambda read: step(read, self.limit or read))
         console().print(_data_table(facts))
         write_json(facts, self.json)
         if facts["documents"]:

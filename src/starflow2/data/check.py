@@ -1,6 +1,6 @@
-"""What a corpus holds, before anything is trained on it: documents, pictures, lengths, and what is broken and why.
+"""Check a corpus before training: count its documents, images and lengths, and its broken samples by reason.
 
-Behind `starflow2 data check`. Goes the way that training goes (shards, corpora, mix) and keeps nothing but counts.
+Behind `starflow2 data check`. Reads as training does (shards, corpora, mixture) and keeps nothing but counts.
 """
 
 from __future__ import annotations
@@ -12,38 +12,38 @@ from typing import Any
 
 import numpy as np
 
-from starflow2.data.corpora import Broken, understand
+from starflow2.data.corpora import Broken, to_dialogue
 from starflow2.data.mixture import Item, Source, Spelling
 from starflow2.data.shards import Samples
 from starflow2.models.sequence import Text
 
-__all__ = ["survey"]
+__all__ = ["check_corpus"]
 
-EXAMPLES = 3  # broken samples told of each reason
+EXAMPLES = 3  # broken samples that are listed for each reason
 
 
-def survey(
+def check_corpus(
     source: Source, spelling: Spelling, limit: int | None = None, progress: Callable[[int], None] = lambda read: None
 ) -> dict[str, Any]:
     """Counts of one pass over a corpus, or of its first `limit` samples, as JSON.
 
-    `positions` counts all that a document takes in a row, `tokens` its words alone: 10th, 50th and 90th percentile and
-    the largest. `progress` hears how many samples are read. Raises DataError where there is nothing to read.
+    `positions` are all slots of a document in a row, `tokens` those of its words: 10th, 50th and 90th percentile and
+    maximum. `progress` is called with the number of samples read. Raises DataError where there is nothing to read.
     """
     samples = Samples(source.url, source.format)
-    items: list[tuple[str, int, int, int]] = []  # kind, positions, tokens, pictures
+    items: list[tuple[str, int, int, int]] = []  # kind, positions, tokens, images
     broken: dict[str, list[dict[str, str]]] = {}
     counts, read = Counter[str](), 0
     for sample in islice(samples, limit):
         read += 1
         progress(read)
         try:
-            item = spelling.item(understand(source.corpus, sample, source.pictures))
+            item = spelling.item(to_dialogue(source.corpus, sample, source.pictures))
             items.append((item.kind, item.length, _tokens(item), len(item.images)))
         except Broken as error:
             counts[error.reason] += 1
-            told = {"source": sample.source, "key": sample.key, "detail": error.detail}
-            broken.setdefault(error.reason, []).extend([told] if counts[error.reason] <= EXAMPLES else [])
+            example = {"source": sample.source, "key": sample.key, "detail": error.detail}
+            broken.setdefault(error.reason, []).extend([example] if counts[error.reason] <= EXAMPLES else [])
     return {
         "url": source.url,
         "corpus": source.corpus,
@@ -52,9 +52,9 @@ def survey(
         "samples": read,
         "documents": len(items),
         "kinds": dict(Counter(kind for kind, *_ in items)),
-        "pictures": sum(pictures for *_, pictures in items),
-        "positions": _spread([positions for _, positions, _, _ in items]),
-        "tokens": _spread([tokens for _, _, tokens, _ in items]),
+        "pictures": sum(images for *_, images in items),
+        "positions": _percentiles([positions for _, positions, _, _ in items]),
+        "tokens": _percentiles([tokens for _, _, tokens, _ in items]),
         "broken": {reason: {"count": count, "examples": broken[reason]} for reason, count in counts.most_common()},
     }
 
@@ -63,8 +63,8 @@ def _tokens(item: Item) -> int:
     return sum(len(segment.ids) for segment in item.document if isinstance(segment, Text))
 
 
-def _spread(numbers: Sequence[int]) -> dict[str, int]:
-    """Percentiles that are numbers of the list; empty for an empty one."""
+def _percentiles(numbers: Sequence[int]) -> dict[str, int]:
+    """Percentiles, each of them a number of the list; none for an empty list."""
     if not numbers:
         return {}
     p10, p50, p90 = np.percentile(numbers, [10, 50, 90], method="nearest").tolist()

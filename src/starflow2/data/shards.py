@@ -1,8 +1,8 @@
-"""Raw samples of a real corpus: WebDataset tars, parquet, JSONL and plain folders, near or far, as one stream.
+"""Raw samples of a real corpus as one stream: WebDataset tars, parquet, JSONL and plain folders, local or remote.
 
 Hugging Face `datasets` finds and opens the files and divides them among workers; nothing is decoded here, so that one
 damaged sample costs one sample. `datasets`' own tar and JSON readers decode as they go and stop at the first bad line.
-Not here: what a corpus calls its fields (corpora), mixtures (mix).
+Not here: the fields of a corpus (corpora), mixtures (mixture).
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ __all__ = ["PICTURES", "Format", "Sample", "Samples", "WorkerShard", "inside", "
 Format = Literal["auto", "tar", "parquet", "jsonl", "folder"]
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-SIDECARS = ("txt", "json")  # what may stand beside a picture in a folder
+SIDECARS = ("txt", "json")  # files that may belong to an image in a folder
 ENDINGS: dict[Format, tuple[str, ...]] = {
     "tar": (".tar", ".tar.gz", ".tgz"),
     "parquet": (".parquet",),
     "jsonl": (".jsonl", ".jsonl.gz", ".ndjson"),
 }
-METADATA = "metadata.jsonl"  # of a folder of pictures: one line each, its file under file_name
-ROWS = 16  # parquet rows in memory at once; each may hold several pictures
+METADATA = "metadata.jsonl"  # of a folder of images: a line for each, its file under file_name
+ROWS = 16  # parquet rows in memory at once; each may hold several images
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One raw sample. `damage` says why the file could not be read on from here, "" if it could."""
+    """One raw sample. `damage` says why the file cannot be read beyond this point; "" if it can."""
 
-    source: str  # file that it came from
-    key: str  # its place there: a name, a line, a row
+    source: str  # its file
+    key: str  # its place in the file: a name, a line, a row
     fields: Mapping[str, Any]  # bytes of a member by extension, a JSON line as "json", or the values of a row
     damage: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerShard:
-    """Which part of a corpus this process reads: every sample belongs to exactly one rank."""
+    """The part of a corpus that a process reads: every sample belongs to exactly one rank."""
 
     rank: int = 0
     world: int = 1
@@ -73,74 +73,74 @@ def needs(module: str) -> Any:
 
 
 class Samples:
-    """One pass over a corpus as raw samples, in an order given by seed and epoch; then the next pass, and so on.
+    """The raw samples of a corpus; each iteration is one pass, in an order given by seed and epoch.
 
-    `url`: a file, a folder, a pattern (shards-{0000..0127}.tar, *.parquet) or either of them on a remote file system
-    that fsspec knows (https://, s3://, gs://, hf://datasets/...). Each pass reads the files in a new order and shuffles
-    blocks of `block` samples (1 = none), so the order is a function of the numbers in `state_dict` alone and resuming
+    url: a file, a folder, a pattern (shards-{0000..0127}.tar, *.parquet) or one of these on a remote file system that
+    fsspec knows (https://, s3://, gs://, hf://datasets/...). Each pass reads the files in a new order and shuffles
+    blocks of `block` samples (1: none), so the order is a function of the numbers in `state_dict` alone, and resuming
     reads at most a block and the file around it again (docs/choices.md#shuffling-in-blocks). Inside a torch worker it
     reads that worker's part. Raises DataError where nothing is found.
     """
 
     def __init__(
-        self, url: str, format: Format = "auto", *, share: WorkerShard | None = None, seed: int = 0, block: int = 1
+        self, url: str, format: Format = "auto", *, shard: WorkerShard | None = None, seed: int = 0, block: int = 1
     ) -> None:
         if block < 1:
             raise ConfigError(f"block is {block}; expected at least 1 sample.")
-        self.url, self.share, self.seed, self.block = url, share or WorkerShard(), seed, block
+        self.url, self.shard, self.seed, self.block = url, shard or WorkerShard(), seed, block
         self.format, self.files = _find(url, format)
-        self._epoch, self._at = 0, 0  # pass, samples of the block told
-        self._place: dict[str, Any] | None = None  # where the block starts, as `datasets` says it
+        self._epoch, self._done = 0, 0  # number of the pass, samples of the block that have been yielded
+        self._start: dict[str, Any] | None = None  # where the block starts, a state of `datasets`
 
     @property
     def fingerprint(self) -> int:
-        """A number that changes with the names of the files, wherever they lie."""
+        """A number that changes with the names of the files, but not with their folder."""
         return zlib.crc32("\n".join(posixpath.basename(file) for file in self.files).encode())
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON can hold it."""
-        return {"epoch": self._epoch, "at": self._at, "place": self._place}
+        """The position in the stream, in JSON."""
+        return {"epoch": self._epoch, "at": self._done, "place": self._start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken; files, seed, block and share have to be the same."""
-        self._epoch, self._at, self._place = state["epoch"], state["at"], state["place"]
+        """Continue from a position; files, seed, block and shard must be the same."""
+        self._epoch, self._done, self._start = state["epoch"], state["at"], state["place"]
 
     def __iter__(self) -> Iterator[Sample]:
-        """What is left of this pass. Afterwards the object stands at the start of the next one."""
+        """The rest of this pass. Afterwards the object is at the start of the next one."""
         stream = self._stream()
-        if self._place is not None:
-            stream.load_state_dict(self._place)
+        if self._start is not None:
+            stream.load_state_dict(self._start)
         samples = iter(stream)
         while block := [row["sample"] for row in islice(samples, self.block)]:
             after = _plain(stream.state_dict())
-            for i in self._order(len(block))[self._at :]:
-                self._at += 1
+            for i in self._order(len(block))[self._done :]:
+                self._done += 1
                 yield block[i]
-            self._at, self._place = 0, after
-        self._epoch, self._at, self._place = self._epoch + 1, 0, None
+            self._done, self._start = 0, after
+        self._epoch, self._done, self._start = self._epoch + 1, 0, None
 
     def _order(self, count: int) -> list[int]:
-        """In which order the block that starts here is told."""
+        """The order of the samples in the block that starts here."""
         start = (0, 0)
-        if self._place is not None:
-            inner = self._place["examples_iterable"]
+        if self._start is not None:
+            inner = self._start["examples_iterable"]
             start = inner["shard_idx"], inner["shard_example_idx"]
         order: list[int] = np.random.default_rng([self.seed, self._epoch, *start]).permutation(count).tolist()
         return order
 
     def _stream(self) -> Any:
-        """This pass as `datasets` streams it, the files of this rank in the order of this epoch."""
+        """A stream of `datasets` over this pass: the files of this rank in the order of this epoch."""
         datasets = needs("datasets")
         units = self._units()
         if self.block > 1:
             order = np.random.default_rng([self.seed, self._epoch]).permutation(len(units))
             units = [units[i] for i in order]
-        mine = units[self.share.rank :: self.share.world]
+        mine = units[self.shard.rank :: self.shard.world]
         return datasets.IterableDataset.from_generator(_generate, gen_kwargs={"units": mine})
 
     def _units(self) -> list[tuple[str, str, int, int]]:
-        """(format, file, part, parts): what can be read apart, at least one for each worker of each rank."""
-        readers = self.share.world * _workers()
+        """(format, file, part, parts) of all that can be read separately, at least one for each worker of each rank."""
+        readers = self.shard.world * _workers()
         parts = -(-readers // len(self.files))
         return [(self.format, file, part, parts) for file in self.files for part in range(parts)]
 
@@ -165,12 +165,12 @@ def _generate(units: Iterable[tuple[str, str, int, int]]) -> Iterator[dict[str, 
 
 
 def _read(format: str, file: str, part: int, parts: int) -> Iterator[Sample]:
-    """The samples part, part + parts, ... of a file; where it cannot be read on, one last sample says so."""
+    """The samples part, part + parts, ... of a file; where reading fails, a last sample says why."""
     try:
         yield from islice(_READERS[format](file), part, None, parts)
     except StarFlowError:
         raise
-    except Exception as error:  # file systems and formats raise what they like; it is counted where samples are used
+    except Exception as error:  # file systems and formats raise anything; it is counted where samples are used
         yield Sample(file, "", {}, f"{type(error).__name__}: {error}")
 
 
@@ -185,7 +185,7 @@ def _find(url: str, format: Format) -> tuple[str, list[str]]:
         [format] if format in ENDINGS else [k for k in ENDINGS if url.endswith(ENDINGS[k])] or list(ENDINGS)
     )
     for kind in kinds if format != "folder" else ():
-        found = [file for one in _expanded(url) for file in _resolved(one)]  # files, or a folder of them
+        found = [file for name in _expanded(url) for file in _resolved(name)]  # files, or a folder of them
         if not found or (format == "auto" and not url.endswith(ENDINGS[kind])):
             found = [file for end in ENDINGS[kind] for file in _resolved(_within(url, f"**/*{end}")) if _is_data(file)]
         if found:
@@ -205,21 +205,21 @@ def _within(folder: str, name: str) -> str:
 
 
 def _resolved(pattern: str) -> list[str]:
-    """The files that match a path, a URL or a pattern of either; none where there is none."""
+    """The files that match a path, a URL or a pattern; maybe none."""
     data_files = needs("datasets.data_files")
-    if "://" not in pattern and Path(pattern).is_file():  # whatever signs stand in its name
+    if "://" not in pattern and Path(pattern).is_file():  # even if its name looks like a pattern
         return [pattern]
     try:
         found: list[str] = data_files.resolve_pattern(pattern, base_path="")
     except FileNotFoundError:
         return []
-    except (ImportError, ValueError, OSError) as error:  # a file system that fsspec lacks the package for, no network
+    except (ImportError, ValueError, OSError) as error:  # a file system without its package, no network
         raise DataError(f"cannot look at {pattern}: {error}") from error
     return found
 
 
 def _expanded(url: str) -> list[str]:
-    """Names of shards-{0000..0012}.tar, as WebDataset writes them; web servers cannot be asked for patterns.
+    """The names in shards-{0000..0012}.tar, as WebDataset writes them; web servers cannot list files.
 
     >>> _expanded("a-{08..10}.tar")
     ['a-08.tar', 'a-09.tar', 'a-10.tar']
@@ -240,9 +240,9 @@ def _listed(folder: str) -> list[str]:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _open(file: str, **how: Any) -> Any:
-    """A file, local or remote, to read bytes from; remote reads are tried again when they fail."""
-    return needs("datasets.utils.file_utils").xopen(file, "rb", **how)
+def _open(file: str, **options: Any) -> Any:
+    """Open a local or remote file for reading bytes; remote reads that fail are repeated."""
+    return needs("datasets.utils.file_utils").xopen(file, "rb", **options)
 
 
 def read_file(file: str) -> bytes:
@@ -253,7 +253,7 @@ def read_file(file: str) -> bytes:
 
 
 def inside(folder: str, name: str) -> str:
-    """The file `name` of a folder, local or remote. Raises ValueError for a name that leads out of the folder.
+    """The path of file `name` in a folder, local or remote. Raises ValueError for a name outside the folder.
 
     >>> inside("data", "./000/a.jpg")
     'data/000/a.jpg'
@@ -261,12 +261,12 @@ def inside(folder: str, name: str) -> str:
     root = posixpath.normpath(folder) if "://" not in folder else folder.rstrip("/")
     path = posixpath.normpath(name.removeprefix(root + "/"))
     if path.startswith(("../", "/")) or path in (".", "..") or "://" in name:
-        raise ValueError(f"{name} is no file below {folder}")
+        raise ValueError(f"{name} is not a file below {folder}")
     return f"{root}/{path}"
 
 
 class _Tail:
-    """A file that remembers its last bytes: tarfile takes one that was cut off between two members for whole."""
+    """A file that remembers its last bytes: tarfile does not notice one that was cut off between two members."""
 
     def __init__(self, opened: Any) -> None:
         self.opened, self.last = opened, b""
@@ -278,9 +278,9 @@ class _Tail:
 
 
 def _read_tar(file: str) -> Iterator[Sample]:
-    """Members that share a name up to its first dot are one sample; they stand one after the other."""
+    """Consecutive members with the same name up to its first dot are one sample."""
     key, fields = "", dict[str, bytes]()
-    with _open(file, block_size=0) as opened:  # 0: one stream instead of many requests
+    with _open(file, block_size=0) as opened:  # 0: one stream rather than many requests
         tail = _Tail(opened)
         for name, data in _members(tail):
             folder, base = posixpath.split(name)
@@ -293,17 +293,17 @@ def _read_tar(file: str) -> Iterator[Sample]:
     if fields:
         yield Sample(file, key, fields)
     if file.endswith(".tar") and tail.last.strip(b"\0"):
-        raise EOFError("the tar has no end, it was cut off")
+        raise EOFError("the tar file has no end: it was cut off")
 
 
 def _members(opened: Any) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(fileobj=opened, mode="r|*") as tar:
         for info in tar:
-            tar.members = []  # type: ignore[attr-defined] # it would keep every header
+            tar.members = []  # type: ignore[attr-defined] # else it keeps every header
             if info.isreg() and not posixpath.basename(info.name).startswith((".", "__")):
                 member = tar.extractfile(info)
-                assert member is not None
-                yield info.name, member.read()
+                if member is not None:  # it is a regular file
+                    yield info.name, member.read()
 
 
 def _read_jsonl(file: str) -> Iterator[Sample]:
@@ -332,7 +332,7 @@ def _row(file: str, number: int, row: Any) -> Sample:
 
 
 def _read_folder(folder: str) -> Iterator[Sample]:
-    """Pictures with .txt or .json of the same name beside them, or those that metadata.jsonl lists."""
+    """Images with .txt or .json files of the same name, or the images that metadata.jsonl lists."""
     names = _listed(folder)
     table = next((name for name in names if posixpath.basename(name) == METADATA), None)
     if table is not None:
@@ -345,10 +345,10 @@ def _read_folder(folder: str) -> Iterator[Sample]:
         if extension.lower() in (*PICTURES, *SIDECARS):
             by_stem.setdefault(stem, {})[extension.lower()] = name
     for stem, files in by_stem.items():
-        yield _beside(folder, stem, files)
+        yield _files_of(folder, stem, files)
 
 
-def _beside(folder: str, stem: str, files: Mapping[str, str]) -> Sample:
+def _files_of(folder: str, stem: str, files: Mapping[str, str]) -> Sample:
     key = posixpath.basename(stem)
     try:
         return Sample(folder, key, {field: read_file(file) for field, file in files.items()})
@@ -357,11 +357,11 @@ def _beside(folder: str, stem: str, files: Mapping[str, str]) -> Sample:
 
 
 def _named_picture(folder: str, line: bytes) -> dict[str, bytes]:
-    """The picture that a line of metadata.jsonl names; none where the line or the picture is broken."""
+    """The image that a line of metadata.jsonl names; none where the line or the image is broken."""
     try:
         name = json.loads(line)["file_name"]
         return {posixpath.splitext(name)[1][1:].lower(): read_file(inside(folder, name))}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):  # told apart where the sample is understood
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):  # `corpora.to_dialogue` reports it
         return {}
 
 

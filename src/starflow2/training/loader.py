@@ -1,7 +1,7 @@
-"""What a run trains on, drawn ahead of time: the world by index, or a mixture of real corpora as a stream.
+"""Batches of a run, made ahead of time: from the drawn world by index, or from a mixture of real corpora as a stream.
 
-Both hand every step as a list of this process's microbatches. The world needs no state: its items are functions of
-their index. A stream's state is JSON, one for each process, and stands in the checkpoint.
+Both yield, for every step, the list of this process's microbatches. The drawn world needs no position: its items are
+functions of their index. A stream's position is JSON, one for each process, and is stored in checkpoints.
 """
 
 from __future__ import annotations
@@ -19,39 +19,40 @@ from starflow2.data.shards import WorkerShard
 from starflow2.errors import TrainingError
 from starflow2.training.config import StageConfig
 from starflow2.training.parallel import Distributed
-from starflow2.training.task import Task
+from starflow2.training.task import Dataset, Task
 
-__all__ = ["Feed", "feed_for"]
+__all__ = ["CorpusFeed", "Feed", "WorldFeed", "feed_for"]
 
 
 class Feed(Protocol):
-    """Steps of data; entered before the first, left behind the last."""
+    """The microbatches of every step that is left; a context that is entered before the first step."""
 
     def __enter__(self) -> Iterator[list[Any]]: ...
 
     def __exit__(self, *_: object) -> None: ...
 
-    def settings(self) -> dict[str, str]:
-        """What a checkpoint has to hold of it. All processes call it."""
+    def position(self) -> dict[str, str]:
+        """Entries of a checkpoint from which the feed can continue. All processes call it."""
 
 
 def feed_for(
     task: Task, stage: StageConfig, group: Distributed, *, step: int, saved: str = "", workers: int = 0
 ) -> Feed:
-    """What `stage` asks for, from step `step` on. saved: "feed" among the checkpoint's settings, "" at the start.
+    """The feed of a stage from step `step` on.
 
-    `workers` processes draw the world; a mixture has its own setting.
+    saved: the entry "feed" of the checkpoint, "" at the start. workers: processes that make batches of the drawn world;
+    a mixture has its own setting.
     """
     if stage.corpus.mixture:
-        return _Stream(task, stage, group, step, saved)
-    return _Drawn(task, stage, group, step, workers)
+        return CorpusFeed(task, stage, group, step, saved)
+    return WorldFeed(task.make_batch, stage, group, step, workers)
 
 
-class _Drawn:
-    """Items of the drawn world by index: one thread ahead of the training, or several processes."""
+class WorldFeed:
+    """Batches of the drawn world by index; a thread, or several processes, make them ahead of the training."""
 
-    def __init__(self, task: Task, stage: StageConfig, group: Distributed, step: int, workers: int) -> None:
-        self.make_batch, self.stage, self.step, self.group = task.make_batch, stage, step, group
+    def __init__(self, make_batch: Dataset, stage: StageConfig, group: Distributed, step: int, workers: int) -> None:
+        self.make_batch, self.stage, self.step, self.group = make_batch, stage, step, group
         self.ahead = 1 + 2 * workers
         self.pool: Executor = ThreadPoolExecutor(1)
         if workers:
@@ -63,37 +64,37 @@ class _Drawn:
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
 
-    def settings(self) -> dict[str, str]:
+    def position(self) -> dict[str, str]:
         return {}
 
-    def _ask(self, step: int) -> list[Future[Any]]:
-        """This process's shares of a step, one for each microbatch."""
-        count = self.stage.accumulate
-        share = self.stage.batch // (self.group.world * count)
-        first = step * self.stage.batch + self.group.rank * count * share
-        firsts = range(first, first + count * share, share)
-        return [self.pool.submit(self.make_batch, range(at, at + share)) for at in firsts]
+    def _prefetch(self, step: int) -> list[Future[Any]]:
+        """Start to make this process's microbatches of a step."""
+        number = self.stage.accumulate
+        size = self.stage.batch // (self.group.world * number)
+        first = step * self.stage.batch + self.group.rank * number * size
+        firsts = range(first, first + number * size, size)
+        return [self.pool.submit(self.make_batch, range(start, start + size)) for start in firsts]
 
     def _batches(self) -> Iterator[list[Any]]:
-        coming: deque[list[Future[Any]]] = deque()
-        asked = self.step
+        pending: deque[list[Future[Any]]] = deque()
+        next_step = self.step
         for _ in range(self.step, self.stage.steps):
-            while len(coming) <= self.ahead and asked < self.stage.steps:
-                coming.append(self._ask(asked))
-                asked += 1
-            yield [share.result() for share in coming.popleft()]
+            while len(pending) <= self.ahead and next_step < self.stage.steps:
+                pending.append(self._prefetch(next_step))
+                next_step += 1
+            yield [microbatch.result() for microbatch in pending.popleft()]
 
 
-class _Stream:
+class CorpusFeed:
     """Packed documents of real corpora; every process reads its own part of each source."""
 
     def __init__(self, task: Task, stage: StageConfig, group: Distributed, step: int, saved: str) -> None:
         components, corpus = task.components, stage.corpus
         layout = components.tower_layout if stage.name == "vlm" else components.layout
         spelling = Spelling(components.tokenizer, layout, components.cfg.fae.image_size)
-        drop, share = stage.caption_drop, WorkerShard(rank=group.rank, world=group.world)
+        drop, shard = stage.caption_drop, WorkerShard(rank=group.rank, world=group.world)
         config = BatchConfig(rows=corpus.rows, width=corpus.width, caption_drop=drop, broken=corpus.broken)
-        batches = Batches(read_mixture(corpus.mixture), spelling, config, share)
+        batches = Batches(read_mixture(corpus.mixture), spelling, config, shard)
         self.stage, self.group, self.step, self.task = stage, group, step, task
         self.loader = loader(batches, corpus.workers)
         if saved:
@@ -110,7 +111,7 @@ class _Stream:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def settings(self) -> dict[str, str]:
+    def position(self) -> dict[str, str]:
         return {"feed": json.dumps(self.group.all_gather(self.loader.state_dict()))}
 
     def _batches(self) -> Iterator[list[Any]]:

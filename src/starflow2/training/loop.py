@@ -144,7 +144,7 @@ def _train(
                 if report is not None:
                     report(line)
             if state.step % stage.save_every == 0 or trainer.is_done or stopping:
-                trainer.save(store, feed.settings())
+                trainer.save(store, feed.position())
                 if writer is not None and evaluate is not None:
                     with state.averaged_weights():
                         writer.write(state.step, evaluate(trainer.task.components, state.step))
