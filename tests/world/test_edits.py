@@ -1,18 +1,27 @@
 """Edits of the drawn world: nothing held out reaches training, words single out one object, and no other changes."""
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 from dataclasses import replace
 
 import pytest
-from test_captions_and_questions import leaks, text_leaks, words
 
 from starflow2.errors import ConfigError, DataError
-from starflow2.world import edits
 from starflow2.world.edit_operations import EDIT_WORDINGS, OPERATIONS, edit_words
-from starflow2.world.edits import Edit, edit_chain_dialogue, edit_dialogue, edit_task, suite_edits, suite_sessions
+from starflow2.world.edits import (
+    Edit,
+    chain_steps,
+    edit_chain_dialogue,
+    edit_dialogue,
+    edit_task,
+    suite_edits,
+    suite_sessions,
+)
 from starflow2.world.scene import BACKGROUND_NAMES, COLORS, SHAPES, SIZES, fits, sample_scene, stream
 from starflow2.world.splits import bucket, held_out, scene_key
+from world_cases import leaks, text_leaks, words
 
 NOUN = re.compile(rf"the ((?:(?:{'|'.join((*SIZES, *COLORS))}) )*(?:{'|'.join(SHAPES)}))")
 ATTRIBUTE = {"recolor": "color", "reshape": "shape", "resize": "size"}
@@ -77,24 +86,24 @@ def test_words_single_out_the_object_and_say_what_becomes_of_it(trained):
 
 
 def test_a_place_is_the_third_that_the_words_name_and_a_direction_goes_a_third_that_way(trained):
-    seen: Counter[str] = Counter()
+    places: Counter[str] = Counter()
     for edit in trained:
         if edit.operation not in ("move", "add"):
             continue
-        said, new = set(words(edit.instruction)), edit.target.objects[edit.after]
-        if "third" in said:
+        tokens, new = set(words(edit.instruction)), edit.target.objects[edit.after]
+        if "third" in tokens:
             old = edit.source.objects[edit.before]
             side = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-            ((dx, dy),) = (step for word, step in side.items() if word in said)
+            ((dx, dy),) = (step for word, step in side.items() if word in tokens)
             assert (new.x - old.x, new.y - old.y) == pytest.approx((dx * 64 / 3, dy * 64 / 3))
-            seen["direction"] += 1
+            places["direction"] += 1
         else:
-            column = 0 if "left" in said else 2 if "right" in said else 1
-            row = 0 if said & {"upper", "top"} else 2 if said & {"lower", "bottom"} else 1
+            column = 0 if "left" in tokens else 2 if "right" in tokens else 1
+            row = 0 if tokens & {"upper", "top"} else 2 if tokens & {"lower", "bottom"} else 1
             for value, third in ((new.x, column), (new.y, row)):
                 assert abs(value - (third + 0.5) * 64 / 3) < 3, edit  # moved inwards by no more than it takes
-            seen[f"{row}{column}"] += 1
-    assert len(seen) == 10 and min(seen.values()) > 4
+            places[f"{row}{column}"] += 1
+    assert len(places) == 10 and min(places.values()) > 4
 
 
 def test_an_edit_is_a_pure_function_of_seed_and_index():
@@ -170,14 +179,14 @@ def test_no_wording_of_one_split_is_that_of_another_and_the_lexicon_has_every_wo
     for operation, wording in EDIT_WORDINGS.items():
         forms = [*wording.train, *wording.dev, *wording.test]
         assert len(set(forms)) == len(forms) >= 10 and (len(wording.dev), len(wording.test)) == (2, 3), operation
-    said = [edit.instruction for edit in trained]
+    requests = [edit.instruction for edit in trained]
     for split in ("dev", "test"):
         plain, other = suite_edits(split, "id", 2), suite_edits(split, "paraphrase", 2)
         assert [(e.source, e.target) for e in plain] == [(e.source, e.target) for e in other]
         assert not {e.instruction for e in plain} & {e.instruction for e in other}
-        said += [e.instruction for e in other]
-    assert {word for text in said for word in words(text)} <= edit_words()
-    assert all(text == text.lower() and "  " not in text and "{" not in text for text in said)
+        requests += [e.instruction for e in other]
+    assert {word for text in requests for word in words(text)} <= edit_words()
+    assert all(text == text.lower() and "  " not in text and "{" not in text for text in requests)
 
 
 def test_sessions_are_unseen_and_their_third_edit_starts_where_the_undo_goes():
@@ -204,4 +213,4 @@ def test_bad_requests_name_the_argument():
 def test_a_chain_of_nothing_but_removals_is_never_asked_for_and_impossible_chains_are_refused():
     assert len(edit_chain_dialogue(0, 699).turns) > 1  # first drew "remove" three times, which no picture allows
     with pytest.raises(DataError, match="one after another"):
-        edits.chain_steps(stream(0), "train", ["remove"] * 3)
+        chain_steps(stream(0), "train", ["remove"] * 3)

@@ -1,5 +1,7 @@
 """Stories: nothing held out reaches training, what is not asked for stays, sentences and answers are true."""
 
+from __future__ import annotations
+
 import itertools
 import re
 from collections import Counter
@@ -13,6 +15,7 @@ from starflow2.world.splits import bucket, held_out, is_trainable
 from starflow2.world.stories import CG_ROWS, KINDS, REQUEST_KINDS, story_dialogue, story_task, suite_stories
 from starflow2.world.story_text import STORY_WORDINGS, Claim, Look, agrees, answer_question, parse_sentence, story_words
 from starflow2.world.words import NUMBERS
+from world_cases import words
 
 SIDES = {"left": "left of", "right": "right of", "above": "above", "over": "above", "below": "below", "under": "below"}
 EDITS = {"test": 3, "dev": 5}
@@ -33,10 +36,6 @@ def suites():
     return {(split, part): suite_stories(split, part, 10) for split, part in parts}
 
 
-def words(text):
-    return re.findall(r"[a-z]+", text)
-
-
 def texts(story):
     for step in story.steps:
         yield from (step.instruction, step.sentence)
@@ -44,7 +43,7 @@ def texts(story):
 
 
 def edits(story):
-    """Steps of colour, modulo 8, of all recolourings, from the pictures alone."""
+    """Steps of colour, modulo 8, of all recolourings, from the scenes alone."""
     for old, new in itertools.pairwise(step.scene for step in story.steps):
         if len(old.objects) == len(new.objects):
             yield from (
@@ -105,13 +104,13 @@ def test_stories_are_pure_functions_of_seed_and_index(trained):
 
 
 def test_a_step_does_what_it_asks_and_all_else_stays_exactly(trained, suites):
-    seen = Counter()
+    counts_by_op = Counter()
     for story in [*trained, *itertools.chain(*suites.values())]:
         scenes = [step.scene for step in story.steps]
         assert len(scenes) == 4 and len(scenes[0].objects) == 1 and len({scene.background for scene in scenes}) == 1
         for before, step in zip([Scene(objects=(), background=0), *scenes], story.steps, strict=False):
             old, new, change = set(before.objects), set(step.scene.objects), step.change
-            seen[change.op] += 1
+            counts_by_op[change.op] += 1
             assert 1 <= len(new) <= 4
             assert len({(t.shape, t.color) for t in new}) == len(new), "words must tell all objects apart"
             gone, come = old - new, new - old
@@ -124,7 +123,7 @@ def test_a_step_does_what_it_asks_and_all_else_stays_exactly(trained, suites):
                 (other,) = (obj for obj in old if change.reference.fits(obj))
                 assert change.relation in relations(come.pop(), other)
                 assert change.relation in {SIDES[w] for w in words(step.instruction) if w in SIDES}
-    assert min(seen.values()) > 300
+    assert min(counts_by_op.values()) > 300
 
 
 def test_pictures_of_a_story_never_overlap(trained):
@@ -196,7 +195,7 @@ def test_the_grammar_takes_its_own_sentences_and_nothing_else():
         assert parse_sentence(bad) is None, bad
 
 
-def test_two_alike_must_both_be_there_and_sizes_count_where_they_are_told(trained):
+def test_two_alike_must_both_be_there_and_sizes_count_where_they_are_named(trained):
     scene = next(s.steps[-1].scene for s in trained if len(s.steps[-1].scene.objects) == 1)
     (obj,) = scene.objects
     assert agrees(Claim((Look(obj.shape, obj.color, obj.size),)), [obj])
@@ -244,17 +243,16 @@ def is_named(change, shape: str) -> bool:
     return SHAPES[change.before.shape] == shape
 
 
-def test_pictures_alone_settle_what_no_request_told(trained):
+def test_pictures_alone_settle_what_no_request_named(trained):
     for story in trained:
         objects = {SHAPES[t.shape]: t for t in story.steps[-1].scene.objects}
         shapes = [token for token in words(story.question) if token in SHAPES]
         if story.kind == "size" and len(objects) == len(story.steps[-1].scene.objects):
             size = SIZES[objects[shapes[0]].size]
             gone = [i for i, s in enumerate(story.steps) if s.change.op == "remove" and is_named(s.change, shapes[0])]
-            told = " ".join(step.instruction for step in story.steps[max(gone, default=0) :])
-            assert (
-                f"{size} {COLORS[objects[shapes[0]].color]} {shapes[0]}" not in told
-            )  # of one that has gone it may be
+            requests = " ".join(step.instruction for step in story.steps[max(gone, default=0) :])
+            # the size of a removed object may have been named
+            assert f"{size} {COLORS[objects[shapes[0]].color]} {shapes[0]}" not in requests
         if story.kind in ("position", "left_right", "above_below"):
             here = story.steps[-1].scene.objects
             for change in (step.change for step in story.steps if step.change.op == "add"):
@@ -271,12 +269,12 @@ def test_unsettled_questions_have_no_answer_and_others_are_refused(trained):
 
 
 def test_every_word_is_in_the_list_and_held_out_wordings_need_no_new_one(trained, suites):
-    seen = {word for story in trained for text in texts(story) for word in words(text)}
-    assert seen <= story_words() and len(story_words()) < 90
+    used = {word for story in trained for text in texts(story) for word in words(text)}
+    assert used <= story_words() and len(story_words()) < 90
     for wording in STORY_WORDINGS.values():
         assert len(wording.dev) == 2 and len(wording.test) == 3
         assert len({*wording.train, *wording.dev, *wording.test}) == len(wording.train) + 5
-        assert set(words(re.sub(r"\{\w+\}", " ", " ".join((*wording.dev, *wording.test))))) <= seen
+        assert set(words(re.sub(r"\{\w+\}", " ", " ".join((*wording.dev, *wording.test))))) <= used
     for story in (*trained, *itertools.chain(*suites.values())):
         assert all(re.fullmatch(r"[a-z ,.?]+", text) for text in texts(story))
 
@@ -287,21 +285,21 @@ def pattern(form):
 
 
 def test_held_out_wordings_never_occur_in_training_and_always_in_paraphrases(trained, suites):
-    held = {
+    reserved = {
         (op, split): [pattern(f) for f in wording.forms(split)]
         for op, wording in STORY_WORDINGS.items()
         for split in ("dev", "test")
     }
     for step in (step for story in trained for step in story.steps):
         for split in ("dev", "test"):
-            assert not any(p.fullmatch(step.instruction) for p in held[step.change.op, split]), step.instruction
+            assert not any(p.fullmatch(step.instruction) for p in reserved[step.change.op, split]), step.instruction
     for split in ("dev", "test"):
         plain, other = suites[split, "id"], suites[split, "paraphrase"]
         assert [[s.scene for s in story.steps] for story in plain] == [
             [s.scene for s in story.steps] for story in other
         ]
         for step in (step for story in other for step in story.steps):
-            assert any(p.fullmatch(step.instruction) for p in held[step.change.op, split]), step.instruction
+            assert any(p.fullmatch(step.instruction) for p in reserved[step.change.op, split]), step.instruction
 
 
 def test_a_story_is_a_conversation_of_five_turns(trained):
@@ -320,13 +318,13 @@ def test_training_stories_leave_room_around_what_comes_first(trained, suites):
         firsts = [story.steps[0].scene.objects[0] for story in stories]
         return sorted(max(abs(obj.x - 32), abs(obj.y - 32)) for obj in firsts)
 
-    def is_large(stories, is_told):
+    def is_large(stories, is_named_size):
         comers = [step for story in stories for step in story.steps if step.change.op in ("start", "add")]
-        comers = [step for step in comers if (step.change.after.size is not None) == is_told]
+        comers = [step for step in comers if (step.change.after.size is not None) == is_named_size]
         return sum(step.scene.objects[-1].size for step in comers) / len(comers)
 
     places = off_centre(trained)
     assert places[len(places) // 2] < 8 and places[-len(places) // 20] < 12
-    assert is_large(trained, is_told=False) < 0.2 and 0.35 < is_large(trained, is_told=True) < 0.65
+    assert is_large(trained, is_named_size=False) < 0.2 and 0.35 < is_large(trained, is_named_size=True) < 0.65
     frozen = [story for part in suites.values() for story in part]
-    assert off_centre(frozen)[len(frozen) // 2] > 15 and is_large(frozen, is_told=False) > 0.3, "as they were"
+    assert off_centre(frozen)[len(frozen) // 2] > 15 and is_large(frozen, is_named_size=False) > 0.3, "as they were"

@@ -1,4 +1,6 @@
-"""What the language model is trained on: nothing held out, every answer follows, no answer gives itself away."""
+"""Training conversations: nothing held out, every answer follows, no answer gives itself away."""
+
+from __future__ import annotations
 
 import itertools
 import re
@@ -9,11 +11,11 @@ import pytest
 from starflow2.data.dialogue import Dialogue
 from starflow2.errors import ConfigError
 from starflow2.world.conversations import MIX, mentions, understanding_dialogue, understanding_words
-from starflow2.world.multiple_choice import SHAPES
 from starflow2.world.questions import known_words
-from starflow2.world.scene import COLORS, Scene
+from starflow2.world.scene import COLORS, SHAPES, Scene
 from starflow2.world.splits import is_trainable
-from starflow2.world.words import NUMBERS, PLURALS, POINTS
+from starflow2.world.words import PLURALS, POINTS
+from world_cases import text_leaks, texts, words
 
 COUNT = 2000
 
@@ -23,51 +25,14 @@ def dialogues() -> list[Dialogue]:
     return [understanding_dialogue(21, index) for index in range(COUNT)]
 
 
-def words(text: str) -> list[str]:
-    return re.findall(r"[a-z]+", text)
-
-
-def texts(dialogue: Dialogue) -> list[str]:
-    return [part for turn in dialogue.turns for part in (*turn.user, *turn.assistant) if isinstance(part, str)]
-
-
 def asked(dialogue: Dialogue) -> list[tuple[str, str]]:
     return [(turn.user[-1], turn.assistant[0]) for turn in dialogue.turns]
-
-
-def text_leaks(text: str) -> list[str]:
-    """Held-out pairs, counts and facts that a text names outright, by the rules and not by the package's tables."""
-    found = []
-    tokens = [SHAPES[PLURALS.index(word)] + "s" if word in PLURALS else word for word in words(text)]
-    for at, token in enumerate(tokens):
-        shape = SHAPES.index(token.removesuffix("s")) if token.removesuffix("s") in SHAPES else None
-        if shape is None:
-            continue
-        before = tokens[max(at - 3, 0) : at]
-        if before and before[-1] in COLORS and (COLORS.index(before[-1]) + 3 * shape) % 8 in (0, 4):
-            found.append(f"{before[-1]} {token}")
-        if token.endswith("s"):
-            found += [
-                f"{n} {token}" for n in before if n in NUMBERS[2:] and (shape + 3 * NUMBERS.index(n)) % 8 % 4 == 0
-            ]
-    for a, relation, b in re.findall(
-        rf"({'|'.join(SHAPES)}) (?:is )?(left of|above) (?:an?|the) ({'|'.join(SHAPES)})", text
-    ):
-        if (SHAPES.index(a) + 3 * SHAPES.index(b) + {"left of": 2, "above": 6}[relation]) % 8 == 0:
-            found.append(f"{a} {relation} {b}")
-    return found
 
 
 def test_no_conversation_shows_or_says_anything_held_out(dialogues):
     for dialogue in dialogues:
         assert all(is_trainable(scene) for scene in dialogue.pictures), dialogue
         assert not [leak for text in texts(dialogue) for leak in text_leaks(text)], dialogue
-
-
-def test_this_file_would_notice_a_leak():
-    assert text_leaks("is there a red circle?") and text_leaks("two small triangles")
-    assert not text_leaks("a green circle")
-    assert text_leaks("a circle left of a triangle")  # 0 + 3 * 2 + 2 = 8
 
 
 def test_no_two_pictures_in_a_row_differ_by_a_held_out_change_of_colour(dialogues):
@@ -108,18 +73,18 @@ def test_the_words_are_known_and_few(dialogues):
 
 
 def test_yes_and_no_counts_letters_and_ordinals_are_balanced(dialogues):
-    said: dict[str, Counter[str]] = defaultdict(Counter)
+    replies: dict[str, Counter[str]] = defaultdict(Counter)
     for dialogue in dialogues:
         for _, answer in asked(dialogue):
-            said[dialogue.kind][answer] += 1
+            replies[dialogue.kind][answer] += 1
     for kind in ("picture", "pictures", "reading", "game"):
-        yes, no = said[kind]["yes"], said[kind]["no"]
+        yes, no = replies[kind]["yes"], replies[kind]["no"]
         assert yes + no > 20 and 0.36 < yes / (yes + no) < 0.64, (kind, yes, no)
-        counts = [said[kind][number] for number in POINTS if said[kind][number]]
+        counts = [replies[kind][number] for number in POINTS if replies[kind][number]]
         assert max(counts) < 0.55 * sum(counts), (kind, counts)
     letters = Counter(a for d in dialogues for text, a in asked(d) if d.kind == "choice" and " d: " in text)
     assert set(letters) == set("abcd") and min(letters.values()) > 0.6 * max(letters.values()), letters
-    assert 0.5 < said["pictures"]["first"] / said["pictures"]["second"] < 2
+    assert 0.5 < replies["pictures"]["first"] / replies["pictures"]["second"] < 2
 
 
 def test_what_a_caption_says_is_read_from_its_words_alone():
@@ -130,10 +95,10 @@ def test_what_a_caption_says_is_read_from_its_words_alone():
     assert [m.words for m in mentions("three small hearts")] == ["three small hearts"]
     for index in range(300):
         dialogue = understanding_dialogue(22, index, weights={"reading": 1.0})
-        (first, said), *more = asked(dialogue)
+        (first, reply), *more = asked(dialogue)
         caption, question = re.fullmatch(r"(.*?\.) ([^.]*[?.])", first, re.DOTALL).groups()
         found = mentions(caption)
-        for text, answer in [(question, said), *more]:
+        for text, answer in [(question, reply), *more]:
             if match := re.fullmatch(r"what color is the (\w+)\?", text):
                 if match[1] != "background":
                     assert f"{answer} {match[1]}" in caption, dialogue
