@@ -430,6 +430,54 @@ def test_latents_of_another_number_of_pictures_or_another_grid_are_refused(compo
             read_documents(components.pretzel, batch, x, levels(len(x)))
 
 
+# -- the joints by themselves, against formulas written out
+
+
+def test_the_flow_reads_its_latents_plus_the_visual_skip_of_the_states_there(components):
+    """Eq. 3.1, base + W_v h: a closed skip over inputs to which that sum was added by hand reads the same."""
+    stream = Recording(components.pretzel)
+    with torch.no_grad():
+        read_documents(stream, pack([LONG], components.layout), pictures(3), levels(3))
+        slots, _, states = stream.calls[0]
+        latent = slots.latent
+        injected = states.h[latent.row, latent.position] @ components.joints.visual_skip.weight.T
+        by_hand = replace(slots, latent=replace(latent, base=latent.base + injected))
+        expected = components.pretzel.with_skips(("text",)).read(by_hand)
+    assert float(injected.abs().max()) > 1e-2
+    assert gap(states.g, expected.g) <= 1e-4  # the product may be summed in another order
+
+
+def test_the_language_head_reads_its_states_plus_the_text_skip_of_the_flow(components):
+    """Eq. 3.2, h + W_t g."""
+    generator = torch.Generator().manual_seed(2)
+    h, g = (torch.randn(5, 40, generator=generator) for _ in range(2))
+    with torch.no_grad():
+        injected = g @ components.joints.text_skip.weight.T
+        assert float(injected.abs().max()) > 1e-2
+        # the product may be summed in another order
+        assert gap(components.pretzel.logits(h, g), components.vlm.logits(h + injected)) <= 1e-4
+
+
+def test_the_adapter_reads_a_latent_and_its_neighbours_left_and_above_within_the_image():
+    rows, columns = 4, 3
+    pretzel = small_parts(rows, columns).pretzel
+    assert pretzel.joints.cfg.adapter_stencil
+    count = rows * columns
+    buffer = torch.randn(2, count + 1, LATENT, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    buffer[:, -1] = 0
+    inputs = pretzel.adapter_inputs(buffer, torch.arange(count).expand(2, -1))
+    for image in range(2):
+        grid = buffer[image, :count].view(rows, columns, LATENT)
+        for row in range(rows):
+            for column in range(columns):
+                places = [(row, column), (row, column - 1), *((row - 1, column + step) for step in (-1, 0, 1))]
+                is_inside = [r >= 0 and 0 <= c < columns for r, c in places]
+                expected = torch.cat(
+                    [grid[r, c] if ok else grid.new_zeros(LATENT) for (r, c), ok in zip(places, is_inside, strict=True)]
+                )
+                assert torch.equal(inputs[image, row * columns + column], expected), (row, column)  # copies
+
+
 # -- the adapter
 
 

@@ -1,6 +1,6 @@
-"""The components of a model side by side: features, language model, codec, flow, joints, tokenizer. No files here.
+"""`Components`: the modules of a model with its tokenizer, and constructors with fresh weights.
 
-Each of them lives in its own module; this one only knows which belong together.
+Each component is defined in a module of its own; files are read and written in `checkpoint`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ Joining = TypeVar("Joining", bound=nn.Module, default=Joints)
 
 
 class Components(nn.Module, Generic[Language, Joining]):
-    """The modules of a model and its tokenizer; `finished_stages` says which stages have trained them.
+    """The modules of a model and its tokenizer; `finished_stages` lists the stages that have trained them.
 
-    modules: by the names below, `fresh_modules(cfg)` by default. tokenizer: None for a model that is built to be
-    counted; asking such a model for its tokenizer raises ConfigError.
+    modules: by the names below, `fresh_modules(cfg)` by default. tokenizer: None for a model whose parameters are only
+    counted; its property `tokenizer` then raises ConfigError.
     """
 
-    features: DinoFeatures | SiglipFeatures  # with `fae`
-    fae: Fae  # the codec, or
-    patches: PatchCodec  # in its place
+    features: DinoFeatures | SiglipFeatures  # only with `fae`
+    fae: Fae  # either this codec
+    patches: PatchCodec  # or this one
     vlm: Language
     flow: Flow
     joints: Joining
@@ -54,42 +54,42 @@ class Components(nn.Module, Generic[Language, Joining]):
     ) -> None:
         super().__init__()
         self.cfg, self._tokenizer = cfg, tokenizer
-        self.vocabulary: frozenset[str] = frozenset()  # words that may be said; empty: any
+        self.vocabulary: frozenset[str] = frozenset()  # words that prompts may use; empty: any
         self.finished_stages: tuple[str, ...] = ()
-        self.fingerprints: dict[str, str] = {}  # of components that are only referred to, once they are loaded
+        self.fingerprints: dict[str, str] = {}  # of pretrained components that a folder refers to, once loaded
         for name, module in (fresh_modules(cfg) if modules is None else modules).items():
             self.add_module(name, module)
 
     @property
     def tokenizer(self) -> ChatTokenizer:
         if self._tokenizer is None:
-            raise ConfigError(f"model {self.cfg.name} was built without a tokenizer; give one to Components.")
+            raise ConfigError(f"model {self.cfg.name} was built without a tokenizer; pass one to Components.")
         return self._tokenizer
 
     @property
     def pretzel(self) -> JointStream:
-        """Both streams joined over these weights; immutable, so closed skips are another one (`with_skips`)."""
+        """Both streams over these weights. It is immutable: `with_skips` returns another one with some skips closed."""
         return Pretzel(cast(LanguageStream, self.vlm), self.flow, cast(Joints, self.joints))
 
     @property
     def codec(self) -> Codec:
-        """Images to latents and back, without gradients to an FAE."""
+        """Images to latents and back; an FAE gets no gradients through it."""
         return FaeCodec(self.fae, self.features) if isinstance(self.cfg.fae, FaeConfig) else self.patches
 
     @property
     def joint_modules(self) -> dict[str, nn.Module]:
-        """Modules that stage 3 trains: all but the language model and the codec."""
+        """Modules that stage 3 trains: flow and joints."""
         return {"flow": self.flow, "joints": self.joints}
 
     @property
     def layout(self) -> Layout:
-        """How documents of this model spell an image."""
+        """Grid and special tokens of an image in documents of this model."""
         ids = self.cfg.vlm.special
         return Layout(self.cfg.flow.deep.grid, ids.vision_start, ids.vision_end, ids.image_pad, ids.pad)
 
     @property
     def tower_layout(self) -> Layout:
-        """How documents spell an image that the language model sees through its own vision tower."""
+        """Grid and special tokens of an image that the language model reads through its own vision tower."""
         return replace(self.layout, grid=self.cfg.vlm.image_grid)
 
     @property
@@ -98,7 +98,7 @@ class Components(nn.Module, Generic[Language, Joining]):
 
 
 def fresh_modules(cfg: ModelConfig) -> dict[str, nn.Module]:
-    """Modules of a model with new weights, by their names in `Components`."""
+    """Modules of a model with fresh weights, by their names in `Components`."""
     modules: dict[str, nn.Module] = {}
     if cfg.features is not None:
         modules["features"] = features_of(cfg.features)

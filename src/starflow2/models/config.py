@@ -1,4 +1,8 @@
-"""Every size of a model as data: no networks here, and no transformers, so that reading a recipe is quick."""
+"""Configs of a model and its components: sizes, special token ids and sampling defaults, as frozen dataclasses.
+
+`ModelConfig` holds all others; its constructor checks that they fit together. No networks and no transformers here, so
+that reading a recipe is quick.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +31,9 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class PixelConfig:
-    """How pictures in [-1, 1] become what a pretrained tower was trained on."""
+    """Resizing and normalisation that turn images in [-1, 1] into the input of a pretrained vision tower."""
 
-    picture_size: int  # pixels, square, of the pictures that come; resized to what the tower reads
+    picture_size: int  # pixels, square, of the images given; they are resized to the size that the tower reads
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green, blue in [0, 1]
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
@@ -44,8 +48,8 @@ class DinoConfig:
     depth: int
     heads: int
     swiglu: bool = False
-    table_size: int = 0  # pixels that the table of positions covers, interpolated to image_size; 0 = those
-    pixels: PixelConfig | None = None  # None: pictures of image_size in [-1, 1]
+    table_size: int = 0  # pixels that the position embeddings cover, interpolated to image_size; 0 = image_size
+    pixels: PixelConfig | None = None  # None: reads images of image_size in [-1, 1] unchanged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,7 @@ class SiglipConfig:
     depth: int
     heads: int
     mlp_width: int
-    pixels: PixelConfig | None = None  # None: pictures of image_size in [-1, 1]
+    pixels: PixelConfig | None = None  # None: reads images of image_size in [-1, 1] unchanged
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,12 @@ class LanguageConfig:
     vision_heads: int
     vision_mlp_width: int
     vision_patch: int  # pixels; two by two patches merge into one token
-    image_size: int  # pixels, square, of pictures the tower reads
+    image_size: int  # pixels, square, of images that the tower reads
     rope_theta: float = 1e6
     ties_embeddings: bool = True
-    vision_window: int = 0  # pixels a windowed layer of the tower sees at once; 0 = the picture
-    vision_whole: tuple[int, ...] = ()  # layers of the tower that see the whole picture; () = all
-    pixels: PixelConfig | None = None  # None: pictures of image_size in [-1, 1]
+    vision_window: int = 0  # pixels, side of the window of the tower's windowed layers; 0 = the image
+    vision_whole: tuple[int, ...] = ()  # layers of the tower that attend to the whole image; () = all
+    pixels: PixelConfig | None = None  # None: reads images of image_size in [-1, 1] unchanged
 
     @property
     def image_grid(self) -> tuple[int, int]:
@@ -107,22 +111,22 @@ class LanguageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Every size of a model, and the sampling defaults it was tuned for."""
+    """Sizes of all components of a model, and the sampling defaults that it was tuned for."""
 
     name: str
-    features: DinoConfig | SiglipConfig | None  # what the FAE reads; None where there is no FAE
+    features: DinoConfig | SiglipConfig | None  # feature extractor that the FAE reads; None without an FAE
     vlm: LanguageConfig
-    fae: FaeConfig | PatchConfig  # the codec: an FAE, or patches of pixels in its place
+    fae: FaeConfig | PatchConfig  # the codec: an FAE, or pixel patches instead
     flow: FlowConfig
     joints: JointsConfig
     guidance: float = 2.0  # 0 = off
     guidance_schedule: Schedule = "constant"
-    edit_guidance: float | None = None  # of a picture that follows another in its conversation; None: as `guidance`
+    edit_guidance: float | None = None  # of an image that follows another in its conversation; None = guidance
     prior_scale: float = 0.65  # 1 = exact sampling
     max_prompt_tokens: int = 256
     max_positions: int = 4096  # of one conversation
-    features_from: Pretrained | None = None  # where the frozen extractor comes from; None: trained and kept by us
-    vlm_from: Pretrained | None = None  # the same of the language model and its tower
+    features_from: Pretrained | None = None  # pretrained source of the extractor; None: its weights are in the folder
+    vlm_from: Pretrained | None = None  # pretrained source of the language model and its tower; None: likewise
 
     def __post_init__(self) -> None:
         deep, codec = self.flow.deep, self.fae
@@ -143,8 +147,8 @@ class ModelConfig:
 
     @property
     def noise(self) -> NoiseConfig:
-        """Noise levels that the flow is trained at."""
-        return cast(NoiseConfig, self.flow.noise)  # checked above
+        """Noise levels at which the flow is trained."""
+        return cast(NoiseConfig, self.flow.noise)  # never None, see __post_init__
 
     @property
     def draw_level(self) -> float:
@@ -153,19 +157,22 @@ class ModelConfig:
 
     @property
     def upload_level(self) -> float:
-        """Noise level at which images from outside enter."""
+        """Noise level that is added to images which the user gives."""
         return self.noise.noise_min
 
     @property
     def references(self) -> dict[str, Pretrained]:
-        """The parts that a model folder only refers to, by their names in `Components`."""
+        """Pretrained components whose weights are outside the model folder, by their names in `Components`."""
         refs = {"features": self.features_from, "vlm": self.vlm_from}
         return {name: ref for name, ref in refs.items() if ref is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaeConfig:
-    """Sizes of the auto-encoder. What its upsamplings leave of the pixels per latent, one linear map spells out."""
+    """Sizes and loss weights of the feature auto-encoder (FAE).
+
+    A last linear layer covers what the upsamplings leave of the pixels of each latent.
+    """
 
     feature_dim: int
     latent_dim: int
@@ -175,11 +182,11 @@ class FaeConfig:
     encoder_heads: int
     feature_decoder: StackConfig
     pixel_decoder: StackConfig
-    pixel_channels: tuple[int, ...] = (48, 24, 12)  # after each upsampling by two; () = none (the FAE paper's ViT)
-    noise_max: float = 0.6  # latents are decoded under noise U(0, noise_max) in training
+    pixel_channels: tuple[int, ...] = (48, 24, 12)  # after each upsampling by two; () = none, as in the FAE paper's ViT
+    noise_max: float = 0.6  # in training, latents are decoded under noise of a level from U(0, noise_max)
     kl_weight: float = 1e-3  # nats per latent channel
     feature_weight: float = 0.25
-    edge_weight: float = 1.0  # L1 on the Laplacian pyramid, beside plain L1
+    edge_weight: float = 1.0  # of L1 on the Laplacian pyramid; plain L1 has weight 1
 
     def __post_init__(self) -> None:
         rows, left = self.grid[0], self.image_size // (self.grid[0] * 2 ** len(self.pixel_channels))
@@ -191,24 +198,24 @@ class FaeConfig:
 
     @property
     def pixels_per_step(self) -> int:
-        """Side in pixels of what one position of the pixel decoder's last layer draws."""
+        """Side in pixels of the square that one position of the pixel decoder's last layer draws."""
         return self.image_size // (self.grid[0] * 2 ** len(self.pixel_channels))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatchConfig:
-    """Sizes of the patches, and the statistics that bring each colour to zero mean and unit variance."""
+    """Sizes of pixel patches, and the statistics that standardise each colour channel."""
 
     image_size: int  # pixels, square
     patch_size: int  # pixels, square
-    mean: tuple[float, float, float]  # of red, green and blue in [-1, 1], over training pictures
+    mean: tuple[float, float, float]  # of red, green and blue in [-1, 1], over training images
     std: tuple[float, float, float]  # their standard deviations
 
     def __post_init__(self) -> None:
         if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
             raise ConfigError(
                 f"image_size is {self.image_size} and patch_size {self.patch_size}; "
-                "expected a picture of whole patches: image_size a multiple of patch_size."
+                "expected image_size to be a multiple of patch_size."
             )
         if min(self.std) <= 0:
             raise ConfigError(f"std is {self.std}; expected three numbers above 0.")
@@ -224,16 +231,16 @@ class PatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class JointsConfig:
-    """Shape of the adapter and of the ways between the streams."""
+    """Sizes of the joints between the streams: adapter, skips and the view of the previous image."""
 
     adapter_width: int  # hidden width of the adapter's MLP
     noise_width: int = 64  # width of the adapter's embedding of the noise level
-    adapter_stencil: bool = False  # the adapter also reads the latents left and above (our choice, off in the paper)
-    # the flow also reads the picture before around the target's place: side of that window of latents, odd; 0 = not at
-    # all (our choice, likewise)
+    # Our additions, off in the paper:
+    adapter_stencil: bool = False  # the adapter also reads the latents left of and above the target
+    # Side (odd) of the window of previous-image latents, centred on the target, that the flow also reads; 0: none
     reference: int = 0
-    words: bool = False  # the flow also reads each token's own embedding beside its state (our choice, likewise)
+    words: bool = False  # the flow also reads the embedding of each text token beside its state
 
     def __post_init__(self) -> None:
         if self.reference < 0 or (self.reference and self.reference % 2 == 0):
-            raise ConfigError(f"reference is {self.reference}; expected 0 or the odd side of a window of latents.")
+            raise ConfigError(f"reference is {self.reference}; expected 0 or the odd side of a window.")

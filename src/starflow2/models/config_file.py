@@ -17,9 +17,10 @@ from starflow2.models.config import JointsConfig
 __all__ = ["FORMAT", "read_config"]
 
 FORMAT = 6
+Json = dict[str, Any]  # an object as config.json holds it, of any format
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Json:
     """config.json of a model folder, in the current format. Raises CheckpointError if it is missing or malformed."""
     path = folder / "config.json"
     if not path.is_file():
@@ -42,7 +43,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _as_format_2(config: dict[str, Any]) -> dict[str, Any]:
+def _as_format_2(config: Json) -> Json:
     """Format 1 had no joints. Add those of the only recipe of that time."""
     joints = to_dict(JointsConfig(adapter_width=192, adapter_stencil=True)) | {"reference": True}
     del joints["words"]
@@ -50,13 +51,13 @@ def _as_format_2(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "format": 2, "model": {**config["model"], **new}}
 
 
-def _as_format_3(config: dict[str, Any]) -> dict[str, Any]:
+def _as_format_3(config: Json) -> Json:
     """Format 2 had no `words` in joints: the flow read states without token embeddings."""
     model = config["model"]
     return {**config, "format": 3, "model": {**model, "joints": {**model["joints"], "words": False}}}
 
 
-def _as_format_4(config: dict[str, Any]) -> dict[str, Any]:
+def _as_format_4(config: Json) -> Json:
     """Format 3 had no pretrained components. All weights are in the folder, and images are not resized."""
     model = config["model"]
     flow = {"latent_penalty": 0.0, **model["flow"], "deep": {"noise_waves": 0, **model["flow"]["deep"]}}
@@ -67,14 +68,14 @@ def _as_format_4(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "format": 4, "model": {**model, **new}}
 
 
-def _as_format_5(config: dict[str, Any]) -> dict[str, Any]:
+def _as_format_5(config: Json) -> Json:
     """Format 4 stored `reference` as a bool. Convert it to a window size, 1 or 0."""
     model = config["model"]
     joints = {**model["joints"], "reference": int(model["joints"]["reference"])}
     return {**config, "format": 5, "model": {**model, "joints": joints}}
 
 
-def _as_format_6(config: dict[str, Any]) -> dict[str, Any]:
+def _as_format_6(config: Json) -> Json:
     """Format 5 had no guidance schedule and no separate guidance for edits. Use a constant one for all images."""
     new = {"guidance_schedule": "constant", "edit_guidance": None}
     return {**config, "format": 6, "model": {**config["model"], **new}}

@@ -1,4 +1,4 @@
-"""Prompts as the flow reads them: the frozen language model's states of their tokens.
+"""Text conditioning of the flow: the frozen language model's states of prompts, as a `Context`.
 
 Letters: B rows of tokens.
 """
@@ -19,9 +19,9 @@ __all__ = ["drawing_context", "prompt_context"]
 
 @torch.no_grad()
 def drawing_context(components: Components, rows: Sequence[Sequence[int]]) -> Context:
-    """The frozen VLM's states of prompt rows, left-padded, as the flow's context.
+    """The frozen language model's states of prompts, left-padded, as the flow's context.
 
-    rows: token ids that end with the begin-of-image token, the slot of the first latent.
+    rows: token ids that end with the begin-of-image token, which predicts the first latent.
     """
     text = pad_rows(rows, components.cfg.vlm.special.pad)
     ids = text.ids.to(components.device)
@@ -35,7 +35,7 @@ def drawing_context(components: Components, rows: Sequence[Sequence[int]]) -> Co
 def prompt_context(
     components: Components, rows: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32
 ) -> Context:
-    """As `drawing_context`, but each distinct row is read alone, so that no row depends on its neighbours."""
+    """The context of `drawing_context`, with each distinct row read alone: no row depends on the rest of the batch."""
     states = {tuple(row): drawing_context(components, [row]).states[0] for row in rows}
     text = pad_rows(rows, components.cfg.vlm.special.pad)
     padded = torch.zeros(

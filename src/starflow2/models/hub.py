@@ -1,4 +1,4 @@
-"""Where a model is found and where it runs: by name, folder or Hub id, on a device that this machine has."""
+"""Find a model by name, folder or Hub id (`find_model`), and the device to run it on (`pick_device`)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ NANO = Path(__file__).parent.parent / "assets" / "nano"
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """ "auto", "cpu", "cuda[:i]" or "mps" as a device. Raises DeviceError if it is not there."""
+    """The device of a name: auto, cpu, cuda[:i] or mps. Raises DeviceError if this machine does not have it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind = name.split(":")[0]
-    there = {
+    available = {
         "cpu": True,
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
     }
-    if kind not in there:
-        raise DeviceError(f"device is {name!r}; expected auto, cpu, cuda or mps.{nearest(kind, there)}")
-    if not there[kind]:
+    if kind not in available:
+        raise DeviceError(f"device is {name!r}; expected auto, cpu, cuda or mps.{nearest(kind, available)}")
+    if not available[kind]:
         raise DeviceError(f"device is {name!r}, but this machine has none; use --device cpu.")
     try:
         return torch.empty(0, device=name).device
@@ -38,9 +38,10 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def find_model(name: str | Path, **hub: Any) -> Path:
-    """The folder of a model by name ("nano"), folder or Hub id; `hub` goes to huggingface_hub's download.
+    """The folder of a model, given its name ("nano"), folder or Hub id.
 
-    Raises CheckpointError where there is none, ConfigError for an option that the download does not have.
+    hub: options of huggingface_hub's snapshot_download. Raises CheckpointError if there is no such model, and
+    ConfigError for an option that snapshot_download does not have.
     """
     known = ["device", *inspect.signature(snapshot_download).parameters]
     for option in hub:

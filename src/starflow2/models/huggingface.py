@@ -1,4 +1,8 @@
-"""Models of transformers behind our seams: quiet loading, strict weights, settings that no shape betrays."""
+"""Base class of the frozen backbones from transformers: how they are loaded, saved and checked.
+
+Weights are loaded strictly (none missing, none left over), and settings that do not show in any tensor shape, such as
+the number of heads, are compared with those of the folder.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +23,20 @@ __all__ = [
 ]
 
 
-# fused attention: never all scores at once, which at 7B and 4,096 positions would be 0.9 GB a layer and row
+# fused attention: the full score matrix would take 0.9 GB per layer and row for 7B at 4,096 positions
 FUSED: dict[str, Any] = {"attn_implementation": "sdpa"}
 
 
 class Backbone(nn.Module):
-    """A transformers model behind one of our seams, read and written in transformers' own layout."""
+    """A transformers model behind one of the protocols of `protocols`, read and written in transformers' own layout."""
 
-    model: Any  # a transformers model; its own types do not check
-    other_towers: tuple[str, ...] = ()  # how weights begin that stand in upstream files and belong to other models
-    unseen: tuple[str, ...] = ()  # settings that no shape betrays, compared with those of a folder
+    model: Any  # a transformers model; transformers' annotations do not pass strict checks
+    other_towers: tuple[str, ...] = ()  # prefixes of weights in upstream files that belong to other models
+    unseen: tuple[str, ...] = ()  # settings that show in no tensor shape; compared with those of the folder
 
     @property
     def dtype(self) -> torch.dtype:
-        """The number format of the weights."""
+        """Dtype of the weights."""
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
 
@@ -42,43 +46,44 @@ class Backbone(nn.Module):
             self.model.save_pretrained(folder)
 
     def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Read them back, strictly: every weight must be there and fit. Whole or sharded, safetensors only.
+        """Load weights from safetensors, in one file or in shards. Raises ValueError if one is missing or does not fit.
 
-        Weights that are in `dtype` already stay in the mapped file until they are used or moved: no second copy.
+        Weights already stored as `dtype` stay memory-mapped until they are used or moved.
         """
         with quiet():
-            model, told = type(self.model).from_pretrained(
+            model, report = type(self.model).from_pretrained(
                 folder,
-                config=self.model.config,  # our sizes rule, not those of whatever stands in the folder
+                config=self.model.config,  # our sizes, not those of the folder's config
                 dtype=dtype,
                 **FUSED,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        told["unexpected_keys"] = {k for k in told["unexpected_keys"] if not k.startswith(self.other_towers)}
-        wrong = {k: sorted(v) for k, v in told.items() if v and k != "error_msgs"}
+        unexpected = {k for k in report["unexpected_keys"] if not k.startswith(self.other_towers)}
+        report["unexpected_keys"] = unexpected
+        wrong = {k: sorted(v) for k, v in report.items() if v and k != "error_msgs"}
         if wrong:
             listed = ", ".join(f"{len(v)} {k.replace('_', ' ')} {v[:3]}" for k, v in wrong.items())
             raise ValueError(f"weights do not fit the model: {listed}")
         self.model = model
 
     def check_settings(self, folder: Path) -> None:
-        """Raise ValueError where config.json of `folder` has other settings than ours, such as the base of rotations.
+        """Raise ValueError if config.json of `folder` differs from ours in an `unseen` setting, such as the RoPE base.
 
-        Weights of another setting would fit and mislead.
+        Such weights would load without an error and give wrong results.
         """
         with quiet():
             upstream = type(self.model.config).from_pretrained(folder, local_files_only=True)
         theirs, ours = flatten_config(upstream.to_dict()), flatten_config(self.model.config.to_dict())
-        differ = [f"{k} {theirs.get(k)} there, {ours[k]} here" for k in self.unseen if theirs.get(k) != ours[k]]
+        differ = [f"{k} is {theirs.get(k)}, expected {ours[k]}" for k in self.unseen if theirs.get(k) != ours[k]]
         if differ:
-            raise ValueError(f"the folder is of another model: {'; '.join(differ)}")
+            raise ValueError(f"config.json is of another model: {'; '.join(differ)}")
 
 
-def flatten_config(config: dict[Any, Any], path: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; tuples as lists."""
-    flat: dict[str, Any] = {}
+def flatten_config(config: dict[Any, Any], path: str = "") -> dict[str, object]:
+    """Nested dicts with dotted keys: {"a": {"b": 1}} -> {"a.b": 1}; tuples become lists."""
+    flat: dict[str, object] = {}
     for key, value in config.items():
         if isinstance(value, dict):
             flat |= flatten_config(value, f"{path}{key}.")
@@ -89,7 +94,7 @@ def flatten_config(config: dict[Any, Any], path: str = "") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without progress bars, which would break into ours, and pages of warnings: what is wrong raises."""
+    """Silence progress bars and warnings of transformers; errors still raise."""
     shown, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""One interleaved sequence as a model reads it: slots in, states out, in one pass or through a cache.
+"""The interface of a model of one interleaved sequence: slots in, states out, in one pass or with a cache.
 
 `JointStream` is the interface of the Pretzel and of its baseline; `read_documents` reads whole documents in parallel
 through any of them, and `LatentInputs` embeds latents for the flow. Not here: language models, skips, sampling loops.
@@ -41,17 +41,17 @@ Trace = list[tuple[str, Tensor, Tensor]]  # of every use of a skip: its name, ba
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Latents in their slots: what both streams read there, and where those slots are."""
+    """Latents of new positions: their slots, and the input of both streams there."""
 
     row: Tensor  # (M,)
-    at: Tensor  # (M,) position among the new ones
+    position: Tensor  # (M,) among the new positions of its row
     adapted: Tensor  # (M, E) for the language model
     base: Tensor  # (M, C) for the flow, without the skip
 
 
 @dataclass(frozen=True, slots=True)
 class Slots:
-    """New positions of B rows: token ids with their positions, and the latents that stand in slots without text."""
+    """Input at T new positions of B rows: token ids, positions, and latents for slots that hold no token."""
 
     ids: Tensor  # (B, T)
     mrope: Tensor  # (3, B, T)
@@ -96,7 +96,7 @@ class Output:
 
 
 class PretzelCache:
-    """One cache for both streams: it grows by appending, rewinds by truncating, and both halves are equally long."""
+    """The caches of both streams, always equally long; `read` appends to them and `truncate` rewinds them."""
 
     def __init__(self, vlm: Cache, flow: Cache) -> None:
         self.vlm, self.flow = vlm, flow
@@ -105,18 +105,18 @@ class PretzelCache:
     def length(self) -> int:
         if self.vlm.length != self.flow.length:
             raise ShapeError(
-                f"the language model's cache holds {self.vlm.length} positions and the flow's {self.flow.length}; "
+                f"the language model's cache has {self.vlm.length} positions and the flow's {self.flow.length}; "
                 "expected equally many."
             )
         return self.flow.length
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, spare capacity included."""
+        """Bytes of memory, spare capacity included."""
         return self.vlm.nbytes + self.flow.nbytes
 
     def truncate(self, length: int) -> None:
-        """Forget everything after `length`; the part before stays bit-equal."""
+        """Drop all positions from `length` on; those before stay bit-equal."""
         self.vlm.truncate(length)
         self.flow.truncate(length)
 
@@ -233,9 +233,9 @@ class LatentInputs:
         height, width = self.flow.deep.cfg.grid
         reach = self.side // 2
         steps = torch.arange(-reach, reach + 1, device=targets.device)
-        at = targets[..., None, None]
-        row, column = at // width + steps[:, None], at % width + steps
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (at < height * width)
+        target = targets[..., None, None]
+        row, column = target // width + steps[:, None], target % width + steps
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (target < height * width)
         return torch.where(inside, row * width + column, height * width).flatten(-2)
 
 
@@ -280,7 +280,7 @@ def _slots(stream: JointStream, batch: Batch, u: Tensor, noise_level: Tensor, hi
     own = buffer if hidden is None else buffer.masked_fill(hidden[:, None, None], 0)
     adapted, base = stream.latents(own, targets, noise_level, reference, has_reference)
     row = images.row[:, None].expand(-1, count).flatten()
-    at = (images.begin[:, None] + targets).flatten()
+    position = (images.begin[:, None] + targets).flatten()
     begins = stream.inputs.begins(noise_level, reference, has_reference)
-    latent = Latent(row, at, adapted.flatten(0, 1), base.flatten(0, 1))
+    latent = Latent(row, position, adapted.flatten(0, 1), base.flatten(0, 1))
     return replace(slots, latent=latent, begin=(images.row, images.begin, begins))

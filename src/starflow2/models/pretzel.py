@@ -29,18 +29,18 @@ from starflow2.nn import Cache, FiLM, zero_linear
 
 __all__ = ["ALL_SKIPS", "Adapter", "Joints", "Pretzel", "reference_projection", "text_context"]
 
-PREFIX_SHARE = 0.1  # of slots before a picture, from which on reading them apart saves more than a second pass costs
+PREFIX_SHARE = 0.1  # of slots before an image; from this share on, a pass of their own saves more than it costs
 ALL_SKIPS: frozenset[Skip] = frozenset(get_args(Skip))
 
 
-# -- what joins the streams -------------------------------------------------------------------------------
+# -- joints between the streams -------------------------------------------------------------------------------
 
 
 def text_context(cfg: JointsConfig, embeds: Tensor, h: Tensor) -> Tensor:
     """Input of the flow at text positions, before P_txt: states h (B, T, E), with `words` (B, T, 2E).
 
-    embeds: (B, T, E) embeddings of the tokens. The last states say what comes next, and little of the token that stands
-    there is left in them (docs/choices.md#words-beside-states).
+    embeds: (B, T, E) embeddings of the tokens. Last states predict the next token and keep little of their own
+    token (docs/choices.md#words-beside-states).
     """
     return torch.cat([h, F.rms_norm(embeds, embeds.shape[-1:]).to(h.dtype)], dim=-1) if cfg.words else h
 
@@ -67,12 +67,12 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def set_scale(self, rms: float) -> None:
-        """Let outputs have this root mean square: that of the vectors the language model was trained on."""
+        """Set the root mean square of the outputs to that of the language model's own inputs."""
         self.gain.fill_(rms)
 
 
 class Joints(nn.Module):
-    """Weights that stages 2 and 3 add: the adapter, both skips, and the projection of the previous image."""
+    """Modules between the streams: the adapter, both skips, and the projection of the previous image."""
 
     def __init__(self, cfg: JointsConfig, dim: int, width: int, flow_width: int) -> None:
         super().__init__()
@@ -96,8 +96,8 @@ def reference_projection(cfg: JointsConfig, dim: int, width: int) -> nn.Linear:
 class Pretzel:
     """Both streams and the joints between them, a `JointStream`; immutable, owns no weights.
 
-    skips: which of the two are open. two_pass_prefix: slots before images are read apart where that saves work
-    (`prefix`). trace: a list to which every use of a skip is added.
+    skips: names of the open ones. two_pass_prefix: read slots before images in a pass of their own where that saves
+    memory and time (`prefix`). trace: a list to which every use of a skip is appended.
     """
 
     vlm: LanguageStream
@@ -108,7 +108,7 @@ class Pretzel:
     trace: Trace | None = None
 
     def with_skips(self, skips: Collection[Skip]) -> Self:
-        """Both streams with only these skips open. Raises ConfigError for a name that is none."""
+        """Both streams with only these skips open. Raises ConfigError for an unknown name."""
         for skip in skips:
             if skip not in ALL_SKIPS:
                 known = sorted(ALL_SKIPS)
@@ -144,25 +144,25 @@ class Pretzel:
         words = embeds = self.vlm.embed(slots.ids)
         latent = slots.latent
         if latent is not None:
-            embeds = words.index_put((latent.row, latent.at), latent.adapted.to(words.dtype))
+            embeds = words.index_put((latent.row, latent.position), latent.adapted.to(words.dtype))
         h = self._language(slots, (words, embeds), cache)
         e = self.flow.deep.context_in(text_context(self.joints.cfg, words, h))  # (B, T, C), P_txt
         if slots.begin is not None:
-            row, at, added = slots.begin
-            e = e.index_put((row, at), added.to(e.dtype), accumulate=True)
+            row, position, added = slots.begin
+            e = e.index_put((row, position), added.to(e.dtype), accumulate=True)
         if latent is not None:
-            base = latent.base + self._visual(latent.base, h[latent.row, latent.at])
-            e = e.index_put((latent.row, latent.at), base.to(e.dtype))
+            base = latent.base + self._visual(latent.base, h[latent.row, latent.position])
+            e = e.index_put((latent.row, latent.position), base.to(e.dtype))
         g = self.flow.deep.body(e, slots.places, slots.attend, None if cache is None else cache.flow)
         return States(h, g)
 
     def _language(self, slots: Slots, embeds: tuple[Tensor, Tensor], cache: PretzelCache | None) -> Tensor:
-        """The language model's states (B, T, E); embeds: words alone, and with latents in their places."""
+        """The language model's states (B, T, E). embeds: of tokens alone, and with latents in their slots."""
         words, whole = embeds
         trains = whole.requires_grad and not words.requires_grad
         if cache is None and slots.latent is not None and trains and self.two_pass_prefix:
             is_latent = torch.zeros_like(slots.ids, dtype=torch.bool)
-            is_latent[slots.latent.row, slots.latent.at] = True
+            is_latent[slots.latent.row, slots.latent.position] = True
             first = prefix_mask(is_latent, slots.attend)
             if first.float().mean() >= PREFIX_SHARE:
                 return two_pass_states(self.vlm, embeds, slots.mrope, first, slots.attend)

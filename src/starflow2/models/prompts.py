@@ -1,4 +1,4 @@
-"""What a user may say: empty, overlong and unknown words are refused by name, before anything is computed."""
+"""Checks of a user's text before anything is computed: empty, too long, or with words the model never learned."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["check_words", "normalized"]
 
 
 def check_words(components: Components, text: str) -> None:
-    """Raise PromptError for words that this model cannot read: none, too many, or some that it never learnt."""
+    """Raise PromptError for a text without words, with too many tokens, or with words that the model never learned."""
     if not _words(text):
         raise PromptError("the prompt is empty; say what to draw, for instance 'two red hearts'.")
     count = len(components.tokenizer.drawing_prompt(normalized(components, text)))
@@ -28,7 +28,7 @@ def check_words(components: Components, text: str) -> None:
 
 
 def normalized(components: Components, text: str) -> str:
-    """The text as a model reads it: one with a lexicon has seen lower case and single spaces only."""
+    """Lower-case text with single spaces for a model with a fixed vocabulary, unchanged text for any other."""
     return " ".join(text.lower().split()) if components.vocabulary else text
 
 

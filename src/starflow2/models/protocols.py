@@ -1,4 +1,6 @@
-"""The plugs: language stream, vision tower, feature extractor and codec, so that any backbone can stand behind them.
+"""Protocols that backbones implement: language stream, feature extractor and codec.
+
+The Pretzel, the decoder and training use only these, so that another language model or codec can take their place.
 
 Letters: B batch, T positions, N latents or patches, D latent dim, E language width, F feature dim, V vocabulary.
 """
@@ -16,7 +18,7 @@ __all__ = ["Codec", "FeatureExtractor", "LanguageStream"]
 
 @runtime_checkable
 class LanguageStream(Protocol):
-    """A frozen causal language model, taken apart (Qwen2.5-VL in the paper). E is its width, V its vocabulary."""
+    """A frozen causal language model in three steps: embed, states, logits (Qwen2.5-VL in the paper)."""
 
     @property
     def width(self) -> int: ...
@@ -28,11 +30,11 @@ class LanguageStream(Protocol):
     def states(
         self, embeds: Tensor, positions: Tensor, cache: Cache | None = None, attend: Tensor | None = None
     ) -> Tensor:
-        """Last hidden states (B, T, E), those that `logits` takes. positions: (3, B, T); attend as in `CausalStack`."""
+        """Last hidden states (B, T, E), the input of `logits`. positions: (3, B, T); attend: as in `CausalStack`."""
         ...
 
     def new_cache(self) -> Cache:
-        """An empty cache, which `states` lets grow by T positions."""
+        """An empty cache; each call of `states` appends T positions to it."""
         ...
 
     def logits(self, h: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ class LanguageStream(Protocol):
 
 @runtime_checkable
 class FeatureExtractor(Protocol):
-    """Frozen patch features of pictures (DINOv2 in the paper)."""
+    """Frozen patch features of images (DINOv2 in the paper)."""
 
     feature_dim: int
     grid: tuple[int, int]
@@ -54,7 +56,7 @@ class FeatureExtractor(Protocol):
 
 @runtime_checkable
 class Codec(Protocol):
-    """Pictures to standardised latents and back."""
+    """Images to standardised latents and back."""
 
     @property
     def dim(self) -> int: ...
@@ -67,12 +69,12 @@ class Codec(Protocol):
 
     @property
     def encoder(self) -> nn.Module:
-        """The module that runs once whenever images are encoded, for hooks that count it."""
+        """Module that runs once per `encode`, for hooks that count calls."""
         ...
 
     @property
     def extractor(self) -> FeatureExtractor | None:
-        """Frozen features that it reads, None where it reads pixels."""
+        """The feature extractor that it reads, None if it reads pixels."""
         ...
 
     def encode(self, images: Tensor) -> Tensor:
@@ -80,5 +82,5 @@ class Codec(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (B, N, D), clean or at a noise level it was trained for -> images in [-1, 1]."""
+        """latents (B, N, D), clean or at a noise level of its training -> images in [-1, 1]."""
         ...

@@ -1,8 +1,9 @@
-"""Qwen2.5-VL as a causal language stream with its own vision tower.
+"""Qwen2.5-VL as a `LanguageStream` with its own vision tower; Qwen3-VL as a second family.
 
-Nano and paper use the same classes with different configs. Position ids are always explicit here: transformers falls
-back to one-dimensional positions in silence when they are left out. Weights may be held in half precision: what goes in
-is cast to it, states come out in float32 or better. Letters: B batch, T positions, E language width, V vocabulary.
+Nano and paper use the same classes with different configs. Position ids are always passed explicitly: transformers
+falls back to one-dimensional positions without a warning if they are omitted. Weights may be in half precision: inputs
+are cast to it, and states are returned in float32 or better.
+Letters: B batch, T positions, E language width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ __all__ = [
 
 
 def qwen_config(cfg: LanguageConfig) -> Qwen2_5_VLConfig:
-    """The same sizes as transformers names them."""
-    text: dict[str, Any] = {
+    """The config of transformers with these sizes."""
+    text: dict[str, object] = {
         "vocab_size": cfg.vocab,
         "hidden_size": cfg.width,
         "num_hidden_layers": cfg.depth,
@@ -53,7 +54,7 @@ def qwen_config(cfg: LanguageConfig) -> Qwen2_5_VLConfig:
         "pad_token_id": cfg.special.pad,
         "tie_word_embeddings": cfg.ties_embeddings,
     }
-    vision: dict[str, Any] = {
+    vision: dict[str, object] = {
         "depth": cfg.vision_depth,
         "hidden_size": cfg.vision_width,
         "intermediate_size": cfg.vision_mlp_width,
@@ -77,7 +78,7 @@ def qwen_config(cfg: LanguageConfig) -> Qwen2_5_VLConfig:
 
 
 class QwenStream(Backbone):
-    """Qwen2.5-VL seen as embed -> states -> logits, with its own vision tower beside it."""
+    """Qwen2.5-VL as embed -> states -> logits, and its vision tower (`see`)."""
 
     unseen = (
         "text_config.num_attention_heads",
@@ -103,7 +104,7 @@ class QwenStream(Backbone):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The language model's transformer layers, which run whatever a batch holds; not those of the tower."""
+        """Transformer layers of the language model, which run for every batch; without those of the tower."""
         return list(self.model.model.language_model.layers)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -120,9 +121,9 @@ class QwenStream(Backbone):
     ) -> Tensor:
         """Last hidden states after the final norm, (B, T, E).
 
-        embeds: (B, T, E); positions: (3, B, T) M-RoPE ids. Causal; attend: (B, Tk) bool marks usable keys, or
-        (B, T, Tk) bool says all, Tk counting cached positions too. Rows of unequal length that start together may
-        also be padded at the right, where a causal model cannot see.
+        embeds: (B, T, E); positions: (3, B, T) M-RoPE ids. Causal by default. attend: (B, Tk) bool
+        marks usable keys, (B, T, Tk) bool is the whole mask; Tk counts cached positions too. Rows of unequal length
+        that start together may also be padded at the right, which a causal model does not see.
         """
         check(positions, "A B T", "positions", A=3)
         embeds = embeds.to(self.dtype)
@@ -153,8 +154,8 @@ class QwenStream(Backbone):
         return {**inner, "lm_head.weight": self.model.lm_head.weight.detach()}
 
     def see(self, images: Tensor) -> Tensor:
-        """The model's own vision tower: images (B, 3, s, s) in [-1, 1] -> (B, rows * columns, E)."""
-        if not len(images):  # a share of a batch may hold words only; the tower cannot take none
+        """Image tokens from the vision tower: images (B, 3, s, s) in [-1, 1] -> (B, rows * columns, E)."""
+        if not len(images):  # a microbatch may hold text only, and the tower fails on no image
             return images.new_zeros(0, math.prod(self.cfg.image_grid), self.cfg.width)
         size, side = self.cfg.image_size, self.cfg.image_size // self.cfg.vision_patch
         patches = patchify(to_tower(images, size, self.cfg.pixels), self.cfg.vision_patch).to(self.dtype)
@@ -165,19 +166,19 @@ class QwenStream(Backbone):
 
 
 class Qwen3Stream(Backbone):
-    """Qwen3-VL's language model behind the same seam, which shows that another family fits.
+    """Qwen3-VL's language model as a `LanguageStream`, which shows that another family fits.
 
-    Its config is transformers' own. Its tower feeds three layers beside the input and has no place in this seam.
+    Its config is transformers' own. Its vision tower, which feeds three inner layers too, is not supported.
     """
 
     def __init__(self, cfg: Qwen3VLConfig) -> None:
-        from transformers.models.qwen3_vl import Qwen3VLForConditionalGeneration  # only here: nothing else needs it
+        from transformers.models.qwen3_vl import Qwen3VLForConditionalGeneration  # imported here: nothing else needs it
 
         super().__init__()
         self.cfg = cfg
         self.text: Any = cfg.text_config
         self.model = Qwen3VLForConditionalGeneration(cfg)
-        self.model.set_attn_implementation(FUSED["attn_implementation"])  # `states` hands it a boolean mask
+        self.model.set_attn_implementation(FUSED["attn_implementation"])  # `states` passes a boolean mask
 
     @property
     def width(self) -> int:
@@ -191,12 +192,12 @@ class Qwen3Stream(Backbone):
     def states(
         self, embeds: Tensor, positions: Tensor, cache: Cache | None = None, attend: Tensor | None = None
     ) -> Tensor:
-        """As `QwenStream.states`; its positions are interleaved over the head instead of split in three."""
+        """Last hidden states; arguments as in `QwenStream.states`. M-RoPE axes are interleaved over each head."""
         check(positions, "A B T", "positions", A=3)
         embeds = embeds.to(self.dtype)
         past = 0 if cache is None else cache.length
         mask = attention_mask(embeds, past, attend)
-        if mask is None:  # it would make one of its own, by asking the cache for more than ours tells
+        if mask is None:  # Qwen3 would build a mask itself, with cache methods that ours lacks
             mask = torch.ones(1, 1, embeds.shape[1], past + embeds.shape[1], dtype=torch.bool, device=embeds.device)
         out = self.model.model.language_model(
             inputs_embeds=embeds,
@@ -220,7 +221,7 @@ class Qwen3Stream(Backbone):
 
 
 class _HfCache:
-    """Our growing cache in the shape that transformers' attention layers ask for."""
+    """Our cache with the methods that transformers' attention layers call."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -233,7 +234,7 @@ class _HfCache:
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """Flattened patches in the order Qwen's tower expects: 2x2 merge groups, picture doubled in time."""
+    """Flattened patches in the order that Qwen's tower expects: 2x2 merge groups, the image repeated in time."""
     x = rearrange(
         images,
         "b c (r mr p) (s ms q) -> (b r s mr ms) c p q",

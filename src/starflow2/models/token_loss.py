@@ -1,4 +1,4 @@
-"""Cross-entropy of tokens in nats, without holding all logits of a large vocabulary at once.
+"""Cross-entropy of tokens in nats, computed in chunks so that logits of a large vocabulary never fill the memory.
 
 Letters: M labels, E width of a state, V vocabulary.
 """
@@ -21,11 +21,11 @@ LOGITS_AT_ONCE = 2**24  # 64 MiB in float32, their gradient as much again
 
 
 def token_nats(head: Head, states: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Surprise of each label in nats, (M,) float32: cross-entropy without all logits at once.
+    """Cross-entropy of each label in nats, (M,) float32.
 
-    head: states of M positions, (M, E) each, to logits (M, V). A vocabulary of 152k makes logits and their gradient
-    1.2 MB per position; at most `LOGITS_AT_ONCE` of them exist at any time, those of later chunks are computed anew
-    in the backward pass. labels: (M,).
+    head: maps states of M positions, (M, E) each, to logits (M, V). labels: (M,). With a vocabulary of 152k, logits
+    and their gradient take 1.2 MB per position. At most `LOGITS_AT_ONCE` logits exist at any time; if there are
+    more, they are computed in chunks, and again in the backward pass.
     """
     vocab = head(*(s[:0] for s in states)).shape[-1]
     at_once = max(1, LOGITS_AT_ONCE // vocab)

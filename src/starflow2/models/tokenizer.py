@@ -1,4 +1,8 @@
-"""Tokenizers that write a conversation as token ids: byte-level BPE with turns as special tokens, and Qwen's own."""
+"""Tokenizers: text to token ids and back, and conversations as documents with turns and images.
+
+`ChatTokenizer` is a small byte-level BPE whose special tokens open the turns; `QwenTokenizer` spells conversations in
+Qwen2.5-VL's chat template. `load_tokenizer` tells the two apart by the special tokens in the file.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ SPECIAL_TOKENS = (
 
 
 class Turn(Protocol):
-    """What the user says or shows and what the model replies; a part that is no str is a picture."""
+    """One turn of a conversation: parts of the user's message and of the reply; a part that is no str is an image."""
 
     @property
     def user(self) -> Sequence[object]: ...
@@ -44,26 +48,27 @@ class Turn(Protocol):
 class ChatTokenizer:
     """Byte-level BPE with the turns of a conversation as special tokens."""
 
-    special_tokens = SPECIAL_TOKENS  # in the order of SpecialIds
+    special_tokens = SPECIAL_TOKENS  # in the order of the fields of SpecialIds
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        tokenizer.encode_special_tokens = True  # what a user types is text: it never opens or ends a turn
-        ids = [tokenizer.token_to_id(t) for t in self.special_tokens]
-        if None in ids:
-            raise CheckpointError(f"the tokenizer lacks a special token; expected {self.special_tokens}.")
-        self.special = SpecialIds(*(int(i) for i in ids if i is not None))
+        tokenizer.encode_special_tokens = True  # special tokens in a user's text are plain text: they open no turn
+        ids = {token: tokenizer.token_to_id(token) for token in self.special_tokens}
+        missing = [token for token, number in ids.items() if number is None]
+        if missing:
+            raise CheckpointError(f"the tokenizer has no {', '.join(missing)}; expected all of {self.special_tokens}.")
+        self.special = SpecialIds(*(int(ids[token]) for token in self.special_tokens))
 
     @classmethod
     def load(cls, path: str | Path) -> ChatTokenizer:
         return cls(Tokenizer.from_file(str(path)))
 
     def opens_user(self, *, is_first: bool = True) -> list[int]:
-        """What stands in front of what the user says, in the first turn of a conversation or in a later one."""
+        """Token ids before the user's message; the first turn of a conversation may begin with a system prompt."""
         return [self.special.user]
 
     def opens_reply(self) -> list[int]:
-        """What stands between what the user says and the model's reply. A reply ends with `special.end`."""
+        """Token ids between the user's message and the reply. A reply ends with `special.end`."""
         return [self.special.assistant]
 
     def save(self, path: str | Path) -> None:
@@ -82,29 +87,29 @@ class ChatTokenizer:
         return text.strip()
 
     def document(self, turns: Iterable[Turn]) -> list[Segment]:
-        """A conversation as a model reads it: what stands in a reply is to be predicted, pictures included."""
+        """Segments of a conversation; words and images of replies are prediction targets."""
         segments = list[Segment]()
         for i, turn in enumerate(turns):
-            opened = Text(tuple(self.opens_user(is_first=not i)))
-            segments += [opened, *self._segments(turn.user, is_target=False)]
+            opening = Text(tuple(self.opens_user(is_first=not i)))
+            segments += [opening, *self._segments(turn.user, is_target=False)]
             segments += [Text(tuple(self.opens_reply())), *self._segments(turn.assistant, is_target=True)]
             segments += [Text((self.special.end,), is_target=True)]
         return segments
 
     def _segments(self, parts: Iterable[object], *, is_target: bool) -> list[Segment]:
-        """Words as token ids; anything else is a picture."""
+        """Text segments for strings, image segments for anything else."""
         return [Text(tuple(self.encode(p)), is_target) if isinstance(p, str) else Image(is_target) for p in parts]
 
     def drawing_prompt(self, text: str) -> list[int]:
-        """user: text; assistant: begin of image. The last id is the slot of the first latent."""
+        """Token ids of a turn that asks for an image; the last one, begin of image, predicts the first latent."""
         body = self.encode(text) if text else []
         return [*self.opens_user(), *body, *self.opens_reply(), self.special.vision_start]
 
 
 class QwenTokenizer(ChatTokenizer):
-    """The tokenizer of a Qwen2.5-VL folder, with the turns of its own chat template.
+    """The tokenizer of a Qwen2.5-VL folder, with turns in Qwen's chat template.
 
-    `special.user` and `special.assistant` are the token that opens any turn: what the model must never write.
+    `special.user` and `special.assistant` are both <|im_start|>, which opens any turn and which the model never writes.
     """
 
     special_tokens = (
@@ -134,14 +139,14 @@ class QwenTokenizer(ChatTokenizer):
 
 
 def load_tokenizer(path: str | Path) -> ChatTokenizer:
-    """The tokenizer of a file tokenizer.json, ours or Qwen's."""
+    """Load tokenizer.json as a `QwenTokenizer` if it has Qwen's special tokens, else as a `ChatTokenizer`."""
     tokenizer = Tokenizer.from_file(str(path))
     is_qwen = tokenizer.token_to_id(QwenTokenizer.special_tokens[1]) is not None
     return QwenTokenizer(tokenizer) if is_qwen else ChatTokenizer(tokenizer)
 
 
 def train_tokenizer(corpus: Iterable[str], vocab: int) -> ChatTokenizer:
-    """A byte-level BPE of at most `vocab` tokens; every word of the corpus stands behind a space."""
+    """Train a byte-level BPE of at most `vocab` tokens; each text of the corpus is preceded by a space."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

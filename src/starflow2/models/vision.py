@@ -1,4 +1,4 @@
-"""Frozen patch features of pictures: DINOv2 or SigLIP, from transformers.
+"""Frozen feature extractors, which the FAE reads: patch features of DINOv2 or SigLIP, from transformers.
 
 Letters: B batch, N patches, F feature dim.
 """
@@ -23,19 +23,19 @@ __all__ = [
 
 
 def to_tower(images: Tensor, size: int, cfg: PixelConfig | None) -> Tensor:
-    """Pictures (B, 3, s, s) in [-1, 1] as a tower reads them: (B, 3, size, size). None: they come as they are read."""
-    came = size if cfg is None else cfg.picture_size
-    check(images, "B C H W", "images", C=3, H=came, W=came)
+    """Resize and normalise images (B, 3, s, s) in [-1, 1] for a tower: (B, 3, size, size). Unchanged if cfg is None."""
+    given = size if cfg is None else cfg.picture_size
+    check(images, "B C H W", "images", C=3, H=given, W=given)
     if cfg is None:
         return images
-    if came != size:
+    if given != size:
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
     mean, std = (images.new_tensor(values)[:, None, None] for values in (cfg.mean, cfg.std))
     return ((images + 1) / 2 - mean) / std
 
 
 class DinoFeatures(Backbone):
-    """Patch features of a DINOv2 without its class token; pictures in [-1, 1]."""
+    """Patch features of a DINOv2, without its class token; reads images in [-1, 1]."""
 
     unseen = ("num_attention_heads", "layer_norm_eps", "hidden_act", "patch_size")
 
@@ -57,22 +57,22 @@ class DinoFeatures(Backbone):
         )
 
     def features(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
-        """images: (B, 3, height, width) -> (B, N, F); `masked`: (B, N) bool hides patches."""
+        """images: (B, 3, height, width) -> (B, N, F). masked: (B, N) bool, patches to replace by the mask token."""
         pixels = to_tower(images, self.cfg.image_size, self.cfg.pixels)
         out = self.model(pixel_values=pixels.to(self.dtype), bool_masked_pos=masked)
         return at_least_fp32(out.last_hidden_state[:, 1:])
 
 
 class SiglipFeatures(Backbone):
-    """Patch features of a SigLIP, behind its last norm; pictures in [-1, 1]. Its pooling head is loaded, and idle."""
+    """Patch features of a SigLIP after its last norm; reads images in [-1, 1]. Its pooling head is unused."""
 
-    other_towers = ("text_model.", "logit_scale", "logit_bias")  # a folder may hold the whole SigLIP
+    other_towers = ("text_model.", "logit_scale", "logit_bias")  # a folder may hold the text tower too
     unseen = ("num_attention_heads", "layer_norm_eps", "hidden_act", "patch_size")
 
     def __init__(self, cfg: SiglipConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        from transformers import SiglipVisionConfig, SiglipVisionModel  # only here: most models do without
+        from transformers import SiglipVisionConfig, SiglipVisionModel  # imported here: most models do not need it
 
         side = cfg.image_size // cfg.patch_size
         self.grid, self.feature_dim = (side, side), cfg.width
@@ -89,13 +89,13 @@ class SiglipFeatures(Backbone):
         )
 
     def features(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
-        """images: (B, 3, height, width) -> (B, N, F). It knows no hidden patches: `masked` must be None."""
+        """images: (B, 3, height, width) -> (B, N, F). Raises ConfigError for `masked`: SigLIP has no mask token."""
         if masked is not None:
-            raise ConfigError("SigLIP was trained without hidden patches; train stage features on a DINOv2.")
+            raise ConfigError("masked is given, but SigLIP knows no hidden patches; train stage features on a DINOv2.")
         pixels = to_tower(images, self.cfg.image_size, self.cfg.pixels)
         return at_least_fp32(self.model(pixel_values=pixels.to(self.dtype)).last_hidden_state)
 
 
 def features_of(cfg: DinoConfig | SiglipConfig) -> DinoFeatures | SiglipFeatures:
-    """The extractor of that config."""
+    """A new extractor of the kind and sizes of `cfg`."""
     return DinoFeatures(cfg) if isinstance(cfg, DinoConfig) else SiglipFeatures(cfg)

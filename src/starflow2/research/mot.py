@@ -283,13 +283,13 @@ class Mot:
         x = self.vlm.embed(slots.ids)
         is_visual = torch.zeros_like(slots.ids, dtype=torch.bool)
         if slots.begin is not None:
-            row, at, added = slots.begin
-            x = x.index_put((row, at), added.to(x.dtype), accumulate=True)
-            is_visual[row, at] = True
+            row, position, added = slots.begin
+            x = x.index_put((row, position), added.to(x.dtype), accumulate=True)
+            is_visual[row, position] = True
         if slots.latent is not None:
-            row, at = slots.latent.row, slots.latent.at
-            x = x.index_put((row, at), slots.latent.base.to(x.dtype))
-            is_visual[row, at] = True
+            row, position = slots.latent.row, slots.latent.position
+            x = x.index_put((row, position), slots.latent.base.to(x.dtype))
+            is_visual[row, position] = True
         vlm, flow = (None, None) if cache is None else (cache.vlm, cache.flow)
         h = self.vlm.mixed(x, slots.mrope, is_visual, vlm, slots.attend)
         return States(h, self.flow.deep.body(h, None, slots.attend, flow))
