@@ -53,11 +53,11 @@ class ChatTokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         tokenizer.encode_special_tokens = True  # special tokens in a user's text are plain text: they open no turn
-        ids = {token: tokenizer.token_to_id(token) for token in self.special_tokens}
-        missing = [token for token, number in ids.items() if number is None]
+        ids = [tokenizer.token_to_id(token) for token in self.special_tokens]
+        missing = [token for token, number in zip(self.special_tokens, ids, strict=True) if number is None]
         if missing:
             raise CheckpointError(f"the tokenizer has no {', '.join(missing)}; expected all of {self.special_tokens}.")
-        self.special = SpecialIds(*(int(ids[token]) for token in self.special_tokens))
+        self.special = SpecialIds(*(number for number in ids if number is not None))
 
     @classmethod
     def load(cls, path: str | Path) -> ChatTokenizer:
