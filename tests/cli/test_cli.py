@@ -401,7 +401,7 @@ def test_a_prepared_run_over_pretrained_folders_trains_its_first_stages(capsys):
 
 
 def test_a_run_is_prepared_from_whole_files_of_a_recipe_with_references_only(capsys):
-    assert "has no vlm_from" in refused(capsys, "prepare", "nano", "-o", "work")
+    assert "vlm_from of model nano is None" in refused(capsys, "prepare", "nano", "-o", "work")
     Path("flow.pth").write_bytes(b"pickled")
     assert "only safetensors are read" in refused(capsys, "prepare", "nano", "-o", "work", "--flow", "flow.pth")
     assert not Path("work").exists()

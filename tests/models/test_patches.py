@@ -23,7 +23,7 @@ from starflow2.models.config import PatchConfig
 from starflow2.models.config_file import FORMAT
 from starflow2.models.patches import PatchCodec
 from starflow2.models.protocols import Codec
-from starflow2.models.summary import describe
+from starflow2.models.summary import LatentShape, describe
 from starflow2.pipeline import StarFlow2
 from starflow2.training.config import StageConfig
 from starflow2.training.datasets import to_images
@@ -101,12 +101,12 @@ def test_codec_flow_and_features_of_a_model_fit_together_or_are_refused():
 
 
 def test_a_model_of_patches_has_no_fae_no_features_and_says_so():
-    facts = describe(nano_patches().model)
-    counts = facts["parameters"]["by_component"]
-    assert counts["fae"] == counts["features"] == 0 and facts["latents"] == {"count": 64, "dim": 192}
+    summary = describe(nano_patches().model)
+    counts = summary.parameters.by_component
+    assert counts["fae"] == counts["features"] == 0 and summary.latents == LatentShape(count=64, dim=192)
     components = patch_parts()
     assert {name for name, _ in components.named_children()} == {"vlm", "patches", "flow", "joints"}
-    assert describe(components.cfg)["parameters"]["total"] == sum(p.numel() for p in components.parameters())
+    assert describe(components.cfg).parameters.total == sum(p.numel() for p in components.parameters())
 
 
 def test_the_density_of_pixels_is_exact():

@@ -108,7 +108,8 @@ def test_states_of_words_and_a_picture_equal_those_of_the_folder_loaded_by_trans
     )
     ours = components.vlm.states(our_embeds(components, images, ids), positions)
     assert (ours - out.last_hidden_state).abs().max() <= 1e-5
-    assert (components.vlm.logits(ours) - theirs.lm_head(out.last_hidden_state)).abs().max() <= 1e-5
+    bound = 1e-5 * theirs.lm_head.weight.abs().sum(1).max()  # a logit adds up what the states are apart by
+    assert (components.vlm.logits(ours) - theirs.lm_head(out.last_hidden_state)).abs().max() <= bound
 
 
 @torch.no_grad()
@@ -232,7 +233,7 @@ def test_weights_that_moved_are_found_through_a_link_in_the_model_folder_and_the
     components = start_components(copy)
     folder = save_components(components, tmp_path / "model")
     vlm_folder(copy).rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="are no folder here"):
+    with pytest.raises(CheckpointError, match="is not a folder here"):
         load_components(folder)
     (folder / "vlm").symlink_to(tmp_path / "elsewhere")
     load_components(save_components(load_components(folder), folder))
@@ -326,13 +327,13 @@ def turn_faster(folder: Path) -> None:
     [
         (lose_a_shard, "lacks 1 of its .* shards: model-0"),
         (cut_a_shard, "truncated"),
-        (put_a_stranger_into_a_shard, "holds stranger, which its index does not know"),
+        (put_a_stranger_into_a_shard, "has stranger, which is not in its index"),
         (put_a_stranger_everywhere, "unexpected keys .'stranger'"),
         (lose_a_tensor, "missing keys"),
         (lose_a_tensor_of_the_index, "has no such tensor"),
         (change_a_shape, "cannot load"),
         (leave_only_a_pickle, "pytorch_model.bin is a pickle, which is never opened"),
-        (lead_out_of_the_folder, "is no index"),
+        (lead_out_of_the_folder, "is not an index"),
         (turn_faster, "rope_theta 1234.0 there, 1000000.0 here"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
@@ -346,7 +347,7 @@ def test_a_folder_that_is_broken_or_of_another_model_is_refused_by_name(copy, ch
 
 @pytest.mark.parametrize("source", ["nobody/has-this-model", "not a name", "/nowhere/at/all"])
 def test_a_source_that_is_neither_a_folder_nor_on_the_hub_is_named_with_a_remedy(source):
-    with pytest.raises(CheckpointError, match="give their folder as the source") as error:
+    with pytest.raises(CheckpointError, match="give its folder as the source") as error:
         locate(Pretrained(source=source))
     assert source in str(error.value)
 

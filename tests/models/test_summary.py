@@ -16,24 +16,25 @@ from starflow2.training.recipes import find_config
 
 
 def test_every_parameter_is_counted_once_and_in_one_component():
-    facts = describe(tiny_model())["parameters"]
+    counts = describe(tiny_model()).parameters
     components = build(tiny_model())
-    assert facts["total"] == sum(p.numel() for p in components.parameters()) == sum(facts["by_component"].values())
+    assert counts.total == sum(p.numel() for p in components.parameters()) == sum(counts.by_component.values())
     trained = [*components.flow.parameters(), *components.joints.parameters()]
-    assert facts["trainable"] == sum(p.numel() for p in trained)
-    assert facts["by_component"]["adapter"] == sum(p.numel() for p in components.joints.adapter.parameters())
-    assert facts["by_component"]["features"] == sum(p.numel() for p in components.features.parameters())
+    assert counts.trainable == sum(p.numel() for p in trained)
+    assert counts.by_component["adapter"] == sum(p.numel() for p in components.joints.adapter.parameters())
+    assert counts.by_component["features"] == sum(p.numel() for p in components.features.parameters())
 
 
 def test_bytes_follow_from_the_number_format():
-    facts = describe(tiny_model())
-    assert facts["bytes"] == {"float32": 4 * facts["parameters"]["total"], "bfloat16": 2 * facts["parameters"]["total"]}
+    summary = describe(tiny_model())
+    total = summary.parameters.total
+    assert summary.bytes == {"float32": 4 * total, "bfloat16": 2 * total}
 
 
 def test_a_position_costs_what_the_real_caches_grow_by():
     cfg = tiny_model()
     components, count = build(cfg), 5
-    cost = describe(cfg)["kv_bytes_per_token"]
+    cost = describe(cfg).kv_bytes_per_token
 
     cache = PretzelCache(*(Cache(depth, capacity=count) for depth in (cfg.vlm.depth, cfg.flow.deep.stack.depth)))
     ids, places = torch.zeros(1, count, dtype=torch.long), torch.zeros(1, count, 3)

@@ -22,12 +22,12 @@ LARGE = ("mini", "paper", "paper-siglip")
 
 
 def test_paper_has_the_parameters_that_the_paper_and_the_releases_report():
-    counts = describe(paper().model)["parameters"]
-    by = counts["by_component"]
-    assert 3.60e9 <= counts["trainable"] <= 3.72e9
+    counts = describe(paper().model).parameters
+    by = counts.by_component
+    assert 3.60e9 <= counts.trainable <= 3.72e9
     assert by["vlm.language"] == 7_615_616_512 and by["vlm.vision"] == 676_550_144  # Qwen2.5-VL-7B: 8.29 B
     assert by["features"] == 1_136_480_768  # DINOv2-g
-    assert abs(by["vlm.language"] - 545.0e6 + counts["trainable"] - 10.6e9) < 0.2e9  # 10.6 B in the paper's tables
+    assert abs(by["vlm.language"] - 545.0e6 + counts.trainable - 10.6e9) < 0.2e9  # 10.6 B in the paper's tables
     assert by["flow.deep"] > 24 * 113_286_144 and by["flow.shallow"] > 8 * 113_286_144  # STARFlow's layers
 
 
@@ -66,7 +66,7 @@ def test_every_recipe_survives_the_way_through_json(name):
 @pytest.mark.parametrize("name", LARGE)
 def test_a_large_recipe_in_miniature_is_small_and_of_the_same_kind(name):
     large, small = find(name), smoke(find(name))
-    assert describe(small.model)["parameters"]["total"] < 2e6 and not small.model.references
+    assert describe(small.model).parameters.total < 2e6 and not small.model.references
     assert [s.name for s in small.stages] == [s.name for s in large.stages]
     a, b = build(large.model, "meta"), build(small.model, "meta")
     assert {type(m) for m in a.modules()} == {type(m) for m in b.modules()}
@@ -114,5 +114,5 @@ def test_siglip_differs_from_paper_in_features_and_their_auto_encoder_alone():
 
 
 def test_mini_is_in_between():
-    sizes = [describe(run().model)["parameters"]["trainable"] for run in (nano, mini, paper)]
+    sizes = [describe(run().model).parameters.trainable for run in (nano, mini, paper)]
     assert sizes == sorted(sizes) and 0.4e9 < sizes[1] < 0.6e9

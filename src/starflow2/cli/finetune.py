@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from starflow2.cli.options import Device, check_seed, refuse, training_bar
 from starflow2.cli.parsing import Option, Positional
@@ -55,10 +55,9 @@ class Finetune:
             lora=LoraConfig(rank=self.rank),
             seed=self.seed,
         )
-        size: dict[str, Any] = read_config(NANO if self.model == "nano" else Path(self.model))["model"]
-        album = read_album(self.folder, size["fae"]["image_size"])
+        model = read_config(NANO if self.model == "nano" else Path(self.model)).model
+        album = read_album(self.folder, model.fae.image_size)
         device = pick_device(self.device).type
-        rows, columns = size["flow"]["deep"]["grid"]
-        with training_bar(config.stage(), rows * columns) as report:
+        with training_bar(config.stage(), model.flow.deep.num_latents) as report:
             print(finetune(album, self.model, self.output, config, device=device, report=report))
         return 0

@@ -34,16 +34,18 @@ class Info:
     def run(self, unknown: Sequence[str]) -> int:
         refuse(unknown, type(self))
         check_json(self.json)
+        from starflow2.core.serialize import to_dict
         from starflow2.models.summary import describe, table
         from starflow2.training.recipes import find_config
 
         with importable_folder():
             config = find_config(self.name)
-        facts, tables = describe(config), []
+        summary = describe(config)
+        facts, tables = to_dict(summary), [table(summary)]
         if self.gpus is not None:
-            facts["plan"], shown = self._plan(self.gpus)
-            tables.append(shown)
-        console().print(table(facts), *tables)
+            facts["plan"], planned = self._plan(self.gpus)
+            tables.append(planned)
+        console().print(*tables)
         write_json(facts, self.json)
         return 0
 

@@ -1,13 +1,13 @@
-"""A model folder: config.json, our weights, and the backbones in transformers' own layout beside them.
+"""Model folders: config.json, our weights, and the backbones in transformers' own layout beside them.
 
-    config.json          format number, sizes, stages done
+    config.json          format number, sizes, finished stages
     model.safetensors    FAE if there is one, flow and joints
     vlm/  features/      config.json + model.safetensors as transformers writes them
-    tokenizer.json       byte-level BPE;  lexicon.txt: the words that training used
+    tokenizer.json       byte-level BPE;  lexicon.txt: the words used in training
 
-Backbones keep their upstream file layout because in-memory names change between releases. Those that came from
-elsewhere and are only referred to have no folder here: config.json holds source, revision and fingerprint
-(`pretrained`). A link vlm or features, to a folder with the same fingerprint, takes the place of a source that moved.
+Backbones keep their upstream file layout because in-memory names change between releases. Pretrained backbones are
+referenced, not copied, and have no folder here: config.json holds source, revision and fingerprint (`pretrained`).
+A link vlm or features, to a folder with the same fingerprint, replaces a source that moved.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from starflow2.core.files import replacing
-from starflow2.core.serialize import from_dict, to_dict
+from starflow2.core.serialize import to_dict
 from starflow2.errors import CheckpointError, ConfigError, OutputError, nearest
 from starflow2.flow import AffineBlock, Flow
 from starflow2.models.components import Components
@@ -54,12 +54,12 @@ BACKBONES = ("vlm", "features")  # what stands beside it, or is referred to
 
 
 def save_components(components: Components, folder: str | Path) -> Path:
-    """Write a model folder; an older one at the same place is replaced only when all is written.
+    """Write a model folder; an older one of this name is replaced only after everything is written.
 
-    Files of others in it (a model card) are kept. Raises CheckpointError where the folder cannot be
-    written or holds something that is not a model.
+    Files that are not ours, such as a model card, are kept. Raises CheckpointError if the folder cannot
+    be written or holds something that is not a model, and ConfigError for components without a tokenizer.
     """
-    _ = components.tokenizer  # a model is saved together with its tokenizer: raises where there is none
+    _ = components.tokenizer  # raises now, before anything is written
     folder = Path(folder).resolve()
     _check_replaceable(folder)
     temp = folder.with_name(f".{folder.name}.new")
@@ -71,21 +71,19 @@ def save_components(components: Components, folder: str | Path) -> Path:
         _swap(temp, folder)
     except (OSError, SafetensorError, shutil.Error) as error:  # safetensors has its own for a full disk
         shutil.rmtree(temp, ignore_errors=True)
-        raise CheckpointError(f"cannot save to {folder}: {error}. What was there before is untouched.") from error
+        raise CheckpointError(f"cannot save to {folder}: {error}. Its earlier content is untouched.") from error
     return folder
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Refuse to put a model where it would take the place of something else."""
-    there = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()
-    if there or (folder.exists() and not folder.is_dir()):
-        raise CheckpointError(
-            f"cannot save to {folder}: it is there already and is no model folder; give another name."
-        )
+    """Raise CheckpointError for a folder that holds anything but a model."""
+    is_foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()
+    if is_foreign or (folder.exists() and not folder.is_dir()):
+        raise CheckpointError(f"cannot save to {folder}: it exists and is not a model folder; give another name.")
 
 
 def _keep_others(folder: Path, new: Path) -> None:
-    """Copy what stands beside our files in the old folder, such as a model card, into the new one."""
+    """Copy files of the old folder that are not ours, such as a model card, into the new one."""
     for other in folder.iterdir() if folder.is_dir() else ():
         if (new / other.name).exists():
             continue
@@ -109,16 +107,16 @@ def _write_folder(components: Components, folder: Path) -> None:
 
 
 def weights_digest(components: Components) -> str:
-    """Which weights these are, in 16 hexadecimal digits: FAE, flow and joints, adapters of a fine-tune included."""
-    said = hashlib.blake2b(digest_size=8)
+    """Digest of FAE, flow and joints, with the adapters of a fine-tune, in 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
     for name, value in sorted(components.state_dict().items()):
         if name.startswith(OWN):
-            said.update(name.encode() + raw_bytes(value))
-    return said.hexdigest()
+            digest.update(name.encode() + raw_bytes(value))
+    return digest.hexdigest()
 
 
 def write_config(components: Components, folder: Path) -> None:
-    """config.json of a model folder: format number, stages done, every size, fingerprints of what is referred to."""
+    """Write config.json of a model folder: format number and what `FolderConfig` holds."""
     config = {"format": FORMAT, "stages": list(components.finished_stages), "model": to_dict(components.cfg)}
     config |= {"fingerprints": components.fingerprints} if components.fingerprints else {}
     with replacing(folder / "config.json") as temp:
@@ -142,29 +140,29 @@ def _swap(new: Path, folder: Path) -> None:
 def load_components(
     folder: str | Path, device: str | torch.device = "cpu", waiting: tuple[str, ...] = ()
 ) -> Components:
-    """Components from a model folder. Raises CheckpointError for what is missing, foreign or truncated.
+    """Load the components of a model folder. Raises CheckpointError for files that are missing, foreign or truncated.
 
-    waiting: parts whose transformer layers stay on the CPU, in the mapped file, until they are used or moved, so that
-    a run in shards never holds them whole; see `parallel.Shards.place`.
+    waiting: components whose transformer layers stay in the memory-mapped file until they are used or moved, so that a
+    sharded run never holds all of them; see `FullyShardedDistributed.prepare`.
     """
     folder = Path(folder)
     config = read_config(folder)
-    cfg = from_dict(ModelConfig, config["model"])
+    cfg = config.model
     own = [f"{name}/model.safetensors" for name in _backbones(cfg) if name not in cfg.references]
     for name in ("model.safetensors", *own, "tokenizer.json"):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}; it is no complete starflow2 model.")
+            raise CheckpointError(f"{folder} has no {name}; expected a complete starflow2 model: copy it again.")
     tokenizer = _tokenizer(folder / "tokenizer.json", cfg)
     with torch.device("meta"):
         components = Components(cfg, tokenizer)
     tensors = load_tensors(folder / "model.safetensors")
-    if not any(name.startswith("joints.") for name in tensors) and "adapter" not in config["stages"]:
+    if not any(name.startswith("joints.") for name in tensors) and "adapter" not in config.finished_stages:
         tensors |= _fresh_joints(cfg)
     _fill(components, tensors, folder / "model.safetensors", waiting)
     for name in _backbones(cfg):
         if name in cfg.references:
             place = folder / name if (folder / name).is_dir() else None
-            known = config.get("fingerprints", {}).get(name, "")
+            known = config.fingerprints.get(name, "")
             _refer(components, name, place, known, "cpu" if name in waiting else device)
         else:
             _load_backbone(getattr(components, name), folder / name)
@@ -173,7 +171,7 @@ def load_components(
             block.rebuild_buffers()
     lexicon = folder / "lexicon.txt"
     components.vocabulary = frozenset(lexicon.read_text().split()) if lexicon.is_file() else frozenset()
-    components.finished_stages = tuple(config["stages"])
+    components.finished_stages = config.finished_stages
     for name, module in components.named_modules():
         if not _waits(name, waiting):
             module._apply(lambda value: value.to(device), recurse=False)
@@ -181,18 +179,20 @@ def load_components(
 
 
 def _waits(name: str, waiting: tuple[str, ...]) -> bool:
-    """Whether a module or weight of this name is in a transformer layer of one of these parts."""
+    """True if the module or weight of this name is in a transformer layer of a waiting component."""
     return name.split(".")[0] in waiting and ".layers." in name
 
 
 def start_components(cfg: ModelConfig, device: str | torch.device = "cpu") -> Components:
-    """Components for the first stage of a model over pretrained weights: those loaded, all else fresh, no stage done.
+    """Components for the first stage of a model with pretrained backbones: these loaded, everything else fresh.
 
-    The tokenizer is that of the language model's folder. Raises CheckpointError for weights that are missing, broken
-    or of another model, and ConfigError for a config that refers to no language model.
+    The tokenizer is that of the language model's folder. Raises CheckpointError for weights that are missing, damaged
+    or of another model, and ConfigError for a config without a pretrained language model.
     """
     if cfg.vlm_from is None:
-        raise ConfigError(f"model {cfg.name} has no vlm_from; it starts from its own stages, nothing pretrained.")
+        raise ConfigError(
+            f"vlm_from of model {cfg.name} is None; expected pretrained weights: train this model from its first stage."
+        )
     tokenizer = _tokenizer(locate(cfg.vlm_from) / "tokenizer.json", cfg)
     with torch.device("meta"):
         components = Components(cfg, tokenizer)
@@ -210,14 +210,14 @@ def start_components(cfg: ModelConfig, device: str | torch.device = "cpu") -> Co
 
 
 def _backbones(cfg: ModelConfig) -> tuple[str, ...]:
-    """Those of `BACKBONES` that a model has."""
+    """Names of the backbones that a model has."""
     return tuple(name for name in BACKBONES if getattr(cfg, name) is not None)
 
 
 def _refer(components: Components, name: str, place: Path | None, known: str, device: str | torch.device) -> None:
-    """Load a part that is only referred to, from its source or from `place`, and move it to `device` at once.
+    """Load a referenced backbone, from its source or from `place`, and move it to `device` at once.
 
-    known: the fingerprint it had when the model was saved.
+    known: its fingerprint when the model was saved.
     """
     ref: Pretrained = components.cfg.references[name]
     folder = place or locate(ref)
@@ -248,8 +248,8 @@ def _load_backbone(
 
 
 def load_words(folder: str | Path) -> tuple[ChatTokenizer, ModelConfig]:
-    """The tokenizer and the sizes of a model folder, without its weights. Raises CheckpointError."""
-    cfg = from_dict(ModelConfig, read_config(Path(folder))["model"])
+    """Tokenizer and sizes of a model folder, without its weights. Raises CheckpointError."""
+    cfg = read_config(Path(folder)).model
     return _tokenizer(Path(folder) / "tokenizer.json", cfg), cfg
 
 
@@ -268,7 +268,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _fresh_joints(cfg: ModelConfig) -> dict[str, Tensor]:
-    """Untrained joints for such a model, the same every time."""
+    """Untrained joints for a model without any, the same at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         joints = _new_joints(cfg)
@@ -280,18 +280,17 @@ def _new_joints(cfg: ModelConfig) -> Joints:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """A safetensors file; anything else, truncated or pickled, is refused by name."""
+    """Read a safetensors file. Raises CheckpointError for any other, a truncated or pickled one."""
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}); only safetensors are read, never pickle."
+            f"{path} is not a complete safetensors file ({error}); only safetensors are read, never pickle."
         ) from error
-    return tensors
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file in one step. Raises OutputError; what was there before then survives."""
+    """Write a safetensors file, completely or not at all. Raises OutputError; an earlier file then stays as it was."""
     try:
         with replacing(path) as temp:
             save_file(tensors, temp, metadata=metadata)
@@ -300,7 +299,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def _fill(components: Components, tensors: dict[str, Tensor], path: Path, waiting: tuple[str, ...]) -> None:
-    """Give our own parts, built without weights, copies of `tensors`; layers that wait get the mapped ones."""
+    """Fill FAE, flow and joints, built without weights, with copies of `tensors`; waiting layers with views.
+
+    Raises CheckpointError for tensors that are missing, unknown or of another shape.
+    """
     state = {k: v for k, v in components.state_dict().items() if k.startswith(OWN)}
     missing, extra = sorted(set(state) - set(tensors)), sorted(set(tensors) - set(state))
     if missing or extra:

@@ -7,40 +7,63 @@ model (`checkpoint`).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starflow2.core.serialize import to_dict
+from starflow2.core.serialize import from_dict, to_dict
 from starflow2.errors import CheckpointError
-from starflow2.models.config import JointsConfig
+from starflow2.models.config import JointsConfig, ModelConfig
 
-__all__ = ["FORMAT", "read_config"]
+__all__ = ["FORMAT", "FolderConfig", "read_config"]
 
 FORMAT = 6
 Json = dict[str, Any]  # an object as config.json holds it, of any format
 
 
-def read_config(folder: Path) -> Json:
-    """config.json of a model folder, in the current format. Raises CheckpointError if it is missing or malformed."""
-    path = folder / "config.json"
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """Contents of a model folder's config.json, in the current format."""
+
+    model: ModelConfig
+    finished_stages: tuple[str, ...]
+    fingerprints: Mapping[str, str]  # of referenced backbones, by name
+
+
+def read_config(folder: Path) -> FolderConfig:
+    """Read config.json of a model folder of any format.
+
+    Raises CheckpointError if it is missing or malformed, and ConfigError for sizes that do not make a model.
+    """
+    config = _migrated(folder / "config.json")
+    return FolderConfig(
+        model=from_dict(ModelConfig, config["model"]),
+        finished_stages=tuple(config["stages"]),
+        fingerprints=config.get("fingerprints", {}),
+    )
+
+
+def _migrated(path: Path) -> Json:
+    """JSON of a config.json, checked and brought to the current format."""
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json; expected a starflow2 model folder.")
+        raise CheckpointError(f"{path.parent} has no config.json; expected a starflow2 model folder.")
     try:
         config: Any = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict) or {"format", "stages"} - set(config):
-        raise CheckpointError(f"{path} is not of a starflow2 model (no format, model, stages).")
+        raise CheckpointError(f"{path} is not of a starflow2 model (it lacks format, model or stages).")
     if not isinstance(config["stages"], list) or not all(type(s) is str for s in config["stages"]):
-        raise CheckpointError(f"{path} is not of a starflow2 model (stages is no list of names).")
+        raise CheckpointError(f"{path} is not of a starflow2 model (stages is not a list of names).")
     if config["format"] not in range(1, FORMAT + 1):
-        raise CheckpointError(f"{path} has format {config['format']}; this version reads up to {FORMAT}.")
+        raise CheckpointError(f"{path} has format {config['format']}; expected at most {FORMAT}: update starflow2.")
     try:
         for migrate in _MIGRATIONS[config["format"] - 1 :]:
             config = migrate(config)
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not of a starflow2 model of its format: {error!r}.") from error
-    return dict(config)
+        raise CheckpointError(f"{path} does not fit the format that it names: {error!r}.") from error
+    return config
 
 
 def _as_format_2(config: Json) -> Json:

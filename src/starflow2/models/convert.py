@@ -1,13 +1,13 @@
-"""Weights of the released flows in our names: TARFlow, STARFlow and iTARFlow. Dictionaries of tensors in and out.
+"""Convert weights of released flows (TARFlow, STARFlow, iTARFlow) to our names. Dictionaries of tensors in and out.
 
 Our blocks keep the row order of `qkv` (q, k, v) and of the head (scale, then mean) and rotate the same pairs, so every
-tensor is copied; three need a word:
+tensor is copied, with three exceptions:
 
 - `pos_embed` belongs to raster order, our `position_table` to scan order, so a flipped block gets it flipped;
 - `class_embed[y]` is added to every token, which is `proj_in.bias + class_embed[y]`, one block per class;
 - `var`, `attn_mask` and `feat_rope` are dead buffers.
 
-Those weights have licences of their own; this package holds and fetches none.
+These weights have licences of their own; this package neither contains nor downloads any.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BLOCK = re.compile(r"^blocks\.(\d+)\.")
 def block_state(
     tensors: Mapping[str, Tensor], index: int, *, flipped: bool = False, label: int | None = None
 ) -> dict[str, Tensor]:
-    """The state dict of our AffineBlock for `blocks.{index}` of a released flow, for one class where it has classes."""
+    """State dict of our AffineBlock for `blocks.{index}` of a released flow; label: its class, if it has classes."""
     prefix = f"blocks.{index}."
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     state = {name: value for name, value in state.items() if name not in DEAD_IN_BLOCK}
@@ -54,21 +54,21 @@ def block_state(
 
 
 def flow_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of our Flow for a released STARFlow: the last block is the deep one, those before it shallow.
+    """State dict of our Flow for a released STARFlow: its last block becomes the deep one, the others shallow.
 
-    Raises CheckpointError for tensors of any other layout.
+    Raises CheckpointError for tensors of another layout.
 
     >>> flow_state({"var": torch.ones(1), "blocks.0.sos_embed": torch.ones(1), "blocks.1.proj_out.bias": torch.ones(2)})
     {'shallow.blocks.0.start': tensor([1.]), 'deep.head.bias': tensor([1., 1.])}
     """
-    strange = [name for name in tensors if not BLOCK.match(name) and not DEAD.match(name)]
-    found = {int(m.group(1)) for name in tensors if (m := BLOCK.match(name))}
-    if strange or found != set(range(len(found))) or not found:
-        told = f"{len(strange)} tensors of other names {strange[:3]}" if strange else f"blocks {sorted(found)}"
-        raise CheckpointError(f"this is no released STARFlow: it has {told}; expected blocks.0, blocks.1, ... alone.")
-    deep = max(found)
+    unknown = [name for name in tensors if not BLOCK.match(name) and not DEAD.match(name)]
+    indices = {int(m.group(1)) for name in tensors if (m := BLOCK.match(name))}
+    if unknown or indices != set(range(len(indices))) or not indices:
+        found = f"{len(unknown)} tensors of other names {unknown[:3]}" if unknown else f"blocks {sorted(indices)}"
+        raise CheckpointError(f"not a released STARFlow: it has {found}; expected only blocks.0, blocks.1, ...")
+    deep = max(indices)
     state: dict[str, Tensor] = {}
-    for index in sorted(found):
+    for index in sorted(indices):
         prefix = "deep." if index == deep else f"shallow.blocks.{index}."
         state |= {prefix + name: value for name, value in block_state(tensors, index).items()}
     return state
@@ -76,11 +76,11 @@ def flow_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def adopt(flow: Flow, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Start the deep block from that of another flow: names of what was copied, and of what stays as it was.
+    """Initialize the deep block from that of another flow; returns the names of copied and of unchanged tensors.
 
-    The whole body must fit, layer for layer; beyond it, what depends on the latents and the context (projections, head,
-    start) is copied where its shape is ours. Shallow blocks stay: other latents need others. Raises CheckpointError
-    that names the first tensor of the body that is missing or has another shape.
+    The body must fit, layer by layer. Tensors that depend on latents and context (projections, head, start) are copied
+    where their shapes agree. Shallow blocks stay: they belong to other latents. Raises CheckpointError that names the
+    first tensor of the body that is missing or has another shape.
     """
     own = flow.state_dict()
     body = [name for name in (*own, *state) if name.startswith("deep.body.")]
@@ -88,7 +88,7 @@ def adopt(flow: Flow, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]
         ours, theirs = (tuple(d[name].shape) if name in d else None for d in (own, state))
         if ours != theirs:
             raise CheckpointError(
-                f"{name} is {theirs} there and {ours} here; expected a deep block of the same layers."
+                f"{name} has shape {theirs} there and {ours} here; expected a deep block of the same layers."
             )
     fits = [n for n in own if n.startswith("deep.") and n in state and own[n].shape == state[n].shape]
     for name in fits:

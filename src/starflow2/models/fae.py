@@ -1,8 +1,8 @@
 """Feature auto-encoder: frozen vision features <-> a few standardised latents -> pixels (FAE paper).
 
-The encoder is a single attention layer; the feature decoder rebuilds the features from latents and
-the pixel decoder draws them. Both decoders are trained on noisy latents, so that pictures sampled
-at a noise level need no clean-up. Not here: the feature extractor itself (backbones).
+The encoder is a single attention layer; the feature decoder reconstructs the features from latents and
+the pixel decoder renders them. Both decoders are trained on noisy latents, so that images sampled at a
+noise level need no clean-up. Not here: the feature extractor itself (`vision`).
 Letters: B batch, N latents, D latent dim, F feature dim, C width.
 """
 
@@ -21,16 +21,15 @@ from starflow2.models.config import FaeConfig
 from starflow2.models.protocols import FeatureExtractor
 from starflow2.nn import CausalStack, StackConfig, at_least_fp32, attention, check
 
-__all__ = [
-    "Fae",
-    "FaeCodec",
-    "FaeLosses",
-]
+__all__ = ["Fae", "FaeCodec", "FaeLosses"]
 
 
 @dataclass(frozen=True, slots=True)
 class FaeLosses:
-    """Scalars: feature MSE, KL in nats per channel, pixel L1, pyramid L1, their weighted sum; and of what they are."""
+    """Training losses of a batch, scalars, and the images and latents that they belong to.
+
+    feature: MSE, kl: nats per channel, pixel: L1, edge: pyramid L1, total: their weighted sum.
+    """
 
     total: Tensor
     feature: Tensor
@@ -38,7 +37,7 @@ class FaeLosses:
     pixel: Tensor
     edge: Tensor
     drawn: Tensor  # (B, 3, height, width), not clamped
-    latents: Tensor  # (B, N, D) a sample of the posterior, standardised, without the decoders' noise
+    latents: Tensor  # (B, N, D) standardised sample of the posterior, without the noise that the decoders get
 
 
 class Encoder(nn.Module):
@@ -60,7 +59,7 @@ class Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """Latents or features in, a non-causal stack with 2-D positions, anything out."""
+    """Non-causal transformer with learned positions over latents or features: (B, N, width_in) -> (B, N, C)."""
 
     def __init__(self, width_in: int, stack: StackConfig, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -69,8 +68,7 @@ class _Decoder(nn.Module):
         self.body = CausalStack(stack)
 
     def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.body(self.proj_in(x) + self.position_table)
-        return h
+        return self.body(self.proj_in(x) + self.position_table)
 
 
 class FeatureDecoder(nn.Module):
@@ -82,12 +80,11 @@ class FeatureDecoder(nn.Module):
         self.head = nn.Linear(cfg.feature_decoder.width, cfg.feature_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        feats: Tensor = self.head(self.stack(x))
-        return feats
+        return self.head(self.stack(x))
 
 
 class _Upsample(nn.Module):
-    """Twice the size: sub-pixel rearrangement, then a residual 3x3 convolution over the seams."""
+    """Double height and width: sub-pixel rearrangement, then a residual 3x3 convolution over the seams."""
 
     def __init__(self, channels_in: int, channels_out: int, *, mixes: bool) -> None:
         super().__init__()
@@ -120,9 +117,9 @@ class PixelDecoder(nn.Module):
 
 
 class Fae(nn.Module):
-    """The codec: `encode` and `decode`, standardised by statistics that training stored.
+    """Encoder and decoders, with latents standardised by running statistics of training.
 
-    The extractor is given from outside and stays out of this module's parameters.
+    The feature extractor is not part of this module; `FaeCodec` joins the two.
     """
 
     def __init__(self, cfg: FaeConfig) -> None:
@@ -147,7 +144,7 @@ class Fae(nn.Module):
         return at_least_fp32(self.pixel_decoder(self.feature_decoder(latents))).clamp(-1, 1)
 
     def losses(self, images: Tensor, feats: Tensor, generator: torch.Generator | None = None) -> FaeLosses:
-        """Training losses of one batch; images (B, 3, h, w), feats (B, N, F) from the extractor."""
+        """Training losses of one batch: images (B, 3, height, width), their features feats (B, N, F)."""
         mean, log_var = self.encoder(feats)
         draw = torch.randn(2, *mean.shape, generator=generator).to(mean.device)
         level = torch.rand(len(mean), 1, 1, generator=generator).to(mean.device)
@@ -163,8 +160,7 @@ class Fae(nn.Module):
         return FaeLosses(total, feature, kl, pixel, edge, drawn, latents)
 
     def _standardized(self, x: Tensor) -> Tensor:
-        flat: Tensor = self.standardize(at_least_fp32(x).flatten(0, 1))
-        return flat.view(x.shape)
+        return self.standardize(at_least_fp32(x).flatten(0, 1)).view(x.shape)
 
 
 def _pyramid_l1(a: Tensor, b: Tensor, levels: int = 3) -> Tensor:
@@ -200,13 +196,13 @@ class FaeCodec:
 
     @property
     def encoder(self) -> nn.Module:
-        """Runs once whenever images are encoded."""
+        """Module that runs once whenever images are encoded."""
         return self.fae.encoder
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         check(images, "B C H W", "images", C=3, H=self.image_size, W=self.image_size)
-        if not len(images):  # a share of a batch may hold words only; attention cannot take none
+        if not len(images):  # a microbatch may have no images; attention rejects an empty batch
             return images.new_zeros(0, math.prod(self.grid), self.dim)
         return self.fae.encode_features(self.extractor.features(images))
 

@@ -1,8 +1,8 @@
 """Low-rank adapters of the flow stream (LoRA, Hu et al. 2021): W + scale B A on the linear layers of the deep block.
 
-Torch's parametrizations compute the sum wherever a layer reads its weight, so nothing else knows of adapters, and
-`merge` leaves plain weights. `save` and `load` keep an adapter alone, beside a digest of the weights it belongs to.
-Not here: how adapters are trained (`finetune`).
+Torch's parametrizations compute the sum wherever a layer reads its weight, so no other module knows about adapters,
+and `merge` leaves plain weights. `save` and `load` store an adapter by itself, with a digest of the weights it belongs
+to. Not here: how adapters are trained (`training.finetune`).
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ __all__ = ["Lora", "LoraConfig", "attach", "load", "merge", "save"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Size of an adapter."""
+    """Rank and scale of an adapter."""
 
     rank: int = 16
-    scale: float = 1.0  # of B A
+    scale: float = 1.0  # factor of B A
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not self.scale > 0:
-            raise ConfigError(f"lora has rank {self.rank} and scale {self.scale}; expected at least 1 and more than 0.")
+            raise ConfigError(f"rank is {self.rank} and scale {self.scale}; expected rank >= 1 and scale > 0.")
 
 
 class Lora(nn.Module):
-    """weight -> weight + scale B A; A is random and B zero at the start, so that nothing changes before training."""
+    """weight -> weight + scale B A, with A random and B zero at first, so that nothing changes before training."""
 
     def __init__(self, cfg: LoraConfig, like: Tensor, generator: torch.Generator) -> None:
         super().__init__()
@@ -56,81 +56,86 @@ class Lora(nn.Module):
 
 
 def _targets(block: AffineBlock) -> dict[str, nn.Linear]:
-    """The layers that are adapted: where words enter the deep block, and all of its transformer."""
-    found = {f"body.{name}": m for name, m in block.body.named_modules() if isinstance(m, nn.Linear)}
-    return {"context_in": block.context_in, **found}
+    """Adapted layers by name: the projection of words into the deep block, and all linear layers of its body."""
+    layers = {f"body.{name}": m for name, m in block.body.named_modules() if isinstance(m, nn.Linear)}
+    return {"context_in": block.context_in, **layers}
 
 
 def _adapter(layer: nn.Linear) -> tuple[Lora, Tensor] | None:
-    """A layer's adapter and the weight it stands on."""
+    """Adapter of a layer and the weight it is added to; None for a layer without one."""
     if not parametrize.is_parametrized(layer):
         return None
-    inside: Any = layer.parametrizations
-    return inside.weight[0], inside.weight.original
+    parametrizations: Any = layer.parametrizations
+    return parametrizations.weight[0], parametrizations.weight.original
 
 
 def attach(components: Components, cfg: LoraConfig, seed: int = 0) -> nn.ModuleDict:
-    """Put fresh adapters on the deep block; returns them by name, with "/" for ".".
+    """Attach fresh adapters to the deep block; returns them by name, with "/" for ".".
 
-    Raises StateError if there are some already.
+    Raises StateError if it has adapters.
     """
     generator, added = torch.Generator().manual_seed(seed), nn.ModuleDict()
     for name, layer in _targets(components.flow.deep).items():
         if parametrize.is_parametrized(layer):
-            raise StateError("the deep block has adapters already; merge them first.")
+            raise StateError("the deep block has adapters; expected none: merge them first.")
         added[name.replace(".", "/")] = lora = Lora(cfg, layer.weight, generator)
         parametrize.register_parametrization(layer, "weight", lora)
     return added
 
 
 def merge(components: Components) -> None:
-    """Add the adapters to the weights they stand on and remove them."""
+    """Add the adapters to their weights and remove them."""
     for layer in _targets(components.flow.deep).values():
         if parametrize.is_parametrized(layer):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
 
 
 def digest(components: Components) -> str:
-    """What an adapter belongs to, in 16 hexadecimal digits: the weights of the deep block, without adapters."""
-    said = hashlib.blake2b(digest_size=8)
+    """Digest of the adapted layers' weights, without adapters, in 16 hexadecimal digits."""
+    weights_digest = hashlib.blake2b(digest_size=8)
     for layer in _targets(components.flow.deep).values():
-        found = _adapter(layer)
-        plain = layer.weight if found is None else found[1]
-        said.update(raw_bytes(plain))
-    return said.hexdigest()
+        adapter = _adapter(layer)
+        weights_digest.update(raw_bytes(layer.weight if adapter is None else adapter[1]))
+    return weights_digest.hexdigest()
 
 
 def save(components: Components, cfg: LoraConfig, path: Path) -> None:
-    """Write the attached adapters and the model's words, without any weight they stand on. Raises OutputError."""
+    """Write the attached adapters and the model's vocabulary, but no weights of the model.
+
+    Raises StateError if there are no adapters, and OutputError.
+    """
     tensors: dict[str, Tensor] = {}
     for name, layer in _targets(components.flow.deep).items():
-        found = _adapter(layer)
-        if found is not None:
-            own = found[0].state_dict()
+        adapter = _adapter(layer)
+        if adapter is not None:
+            own = adapter[0].state_dict()
             tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in own.items()}
     if not tensors:
-        raise StateError("the deep block has no adapters to save; attach some first.")
-    about = {
+        raise StateError("the deep block has no adapters; expected some to save: attach them first.")
+    metadata = {
         "lora": json.dumps(to_dict(cfg)),
         "base": digest(components),
         "words": " ".join(sorted(components.vocabulary)),
     }
-    save_tensors(tensors, path, about)
+    save_tensors(tensors, path, metadata)
 
 
 def load(components: Components, path: Path) -> None:
-    """Attach the adapters of a file to the model they were trained on, and let it know their words.
+    """Attach the adapters of a file to the model they were trained on, and add their words to its vocabulary.
 
-    Raises CheckpointError for another model's adapters and for anything that is none.
+    Raises CheckpointError for adapters of another model and for any other file.
     """
     tensors = load_tensors(path)
     with safe_open(path, framework="pt") as file:
-        about = file.metadata() or {}
-    if {"lora", "base", "words"} - set(about):
-        raise CheckpointError(f"{path} holds no adapters of starflow2.")
-    if about["base"] != digest(components):
-        raise CheckpointError(f"{path} belongs to weights {about['base']}; this model's are {digest(components)}.")
-    added = attach(components, from_dict(LoraConfig, json.loads(about["lora"])))
+        metadata = file.metadata() or {}
+    if {"lora", "base", "words"} - set(metadata):
+        raise CheckpointError(f"{path} has no metadata lora, base and words; expected a file that `lora.save` wrote.")
+    if metadata["base"] != digest(components):
+        raise CheckpointError(
+            f"{path} belongs to weights {metadata['base']}, but this model's are {digest(components)}; "
+            "give the model that the adapters were trained on."
+        )
+    added = attach(components, from_dict(LoraConfig, json.loads(metadata["lora"])))
     wanted = {f"{name.replace('/', '.')}.{key}" for name, m in added.items() for key in m.state_dict()}
     if wanted != set(tensors):
         merge(components)
@@ -138,4 +143,4 @@ def load(components: Components, path: Path) -> None:
     for name, lora in added.items():
         lora.load_state_dict({key: tensors[f"{name.replace('/', '.')}.{key}"] for key in ("a", "b")})
     if components.vocabulary:
-        components.vocabulary |= frozenset(about["words"].split())
+        components.vocabulary |= frozenset(metadata["words"].split())

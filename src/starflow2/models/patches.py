@@ -1,7 +1,7 @@
-"""Native patches: the pixels themselves as latents, without an auto-encoder (the paper's future work).
+"""Native patches: pixels as latents, without an auto-encoder (the paper's future work).
 
 A codec without weights: a patch of pixels is a latent, shifted and scaled by one constant per colour. Its inverse is
-exact up to clipping. What `fae` offers beside `Codec`, features and losses, does not exist here.
+exact up to clipping. Not here: features and losses, which only an FAE has.
 Letters: B batch, N latents, D latent dim.
 """
 
@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from starflow2.models.config import PatchConfig
 from starflow2.nn import at_least_fp32, check
 
-__all__ = [
-    "PatchCodec",
-]
+__all__ = ["PatchCodec"]
 
 
 class PatchCodec(nn.Module):
@@ -31,15 +29,15 @@ class PatchCodec(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.dim, self.grid, self.image_size = cfg.latent_dim, cfg.grid, cfg.image_size
-        self.extractor = None  # it reads pixels
+        self.extractor = None  # none: it reads pixels
 
     @property
     def encoder(self) -> nn.Module:
-        """Runs once whenever images are encoded."""
+        """Module that runs once whenever images are encoded."""
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """`encode`, so that a hook can count how often it runs."""
+        """Encode images, as `encode` does; hooks on the module count the calls."""
         check(images, "B C H W", "images", C=3, H=self.image_size, W=self.image_size)
         side = self.cfg.patch_size
         x = rearrange(at_least_fp32(images), "b c (r p) (l q) -> b (r l) (c p q)", p=side, q=side)
@@ -48,11 +46,10 @@ class PatchCodec(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """images: (B, 3, height, width) in [-1, 1] -> latents (B, N, D), colour by colour, each row by row."""
-        latents: Tensor = self(images)
-        return latents
+        return self(images)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (B, N, D) -> images in [-1, 1]; noise on latents is noise on pixels, nothing takes it away."""
+        """latents (B, N, D) -> images in [-1, 1]; noise on latents becomes noise on pixels."""
         check(latents, "B N D", "latents", D=self.dim)
         x = at_least_fp32(latents)
         mean, std = self._statistics(x)
@@ -61,7 +58,7 @@ class PatchCodec(nn.Module):
         return images.clamp(-1, 1)
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of every channel of a latent, 2 x (D,)."""
+        """Means and standard deviations of the channels of a latent, 2 x (D,)."""
         both = torch.tensor([self.cfg.mean, self.cfg.std], dtype=like.dtype, device=like.device)
         mean, std = repeat(both, "s c -> s (c n)", n=self.cfg.patch_size**2)
         return mean, std

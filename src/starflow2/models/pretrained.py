@@ -1,10 +1,10 @@
-"""Weights of others that a model refers to and never copies: where they are, whether they are whole, which they are.
+"""Pretrained weights that a model references and never copies: find them, check them, identify them.
 
 A folder holds safetensors as transformers writes them: one model.safetensors, or shards with an index. Nothing else is
-opened, a pickle least of all. The fingerprint of a folder is the sha256 over its tensors sorted by name, of each its
-name, number format, shape and the first and last 256 bytes of its values. It does not depend on how they are split into
-files, tells two fine-tunings of one model apart, and takes a second for the largest one. It is no signature: who wants
-to deceive can leave those bytes alone. Not here: what the weights mean (backbones).
+opened, in particular no pickle. The fingerprint of a folder is the sha256 over its tensors sorted by name: name, number
+format, shape and the first and last 256 bytes of the values of each. It does not depend on how tensors are split into
+files, distinguishes two fine-tunings of one model, and takes a second for the largest one. It is not a signature: an
+attacker can leave those bytes unchanged. Not here: how the weights are used (`qwen`, `vision`).
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ __all__ = ["Entry", "Pretrained", "fingerprint", "inventory", "locate"]
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-PROBE = 256  # bytes at either end of a tensor that enter the fingerprint
-WANTED = ["*.safetensors", "*.json"]  # what is fetched from the Hub
+PROBE = 256  # bytes at each end of a tensor that enter the fingerprint
+WANTED = ["*.safetensors", "*.json"]  # files to download from the Hub
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
-    """Where a frozen part comes from, and in which number format it is held."""
+    """Source of a frozen backbone, and the number format of its weights in memory."""
 
     source: str  # a folder, or an id on the Hub such as "Qwen/Qwen2.5-VL-7B-Instruct"
     revision: str = ""  # on the Hub: commit, tag or branch; "" = main
-    sha256: str = ""  # the fingerprint that it must have; "" = that of the first time it is loaded
+    sha256: str = ""  # required fingerprint; "" = any, recorded when it is first loaded
     precision: Literal["float32", "bfloat16"] = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a folder: its file, number format, shape, and the bytes [first, last) of the file it takes."""
+    """One tensor of a folder: file, number format, shape, and its bytes [first, last) in the file."""
 
     file: Path
     dtype: str
@@ -51,32 +51,32 @@ class Entry:
 
 
 def locate(ref: Pretrained) -> Path:
-    """The folder of these weights: itself, or its copy in the Hub's cache, fetched if it is not there.
+    """Folder of these weights: the source itself, or its copy in the Hub's cache, downloaded if necessary.
 
-    Raises CheckpointError that names the source and what to do where it is neither.
+    Raises CheckpointError, naming source and remedy, if neither exists.
     """
     folder = Path(ref.source).expanduser()
     if folder.is_dir():
         return folder
     from huggingface_hub import constants, snapshot_download
 
-    offline = constants.HF_HUB_OFFLINE  # not every version looks into its cache then without being told
+    offline = constants.HF_HUB_OFFLINE  # some versions ignore their cache then unless asked
     revision = ref.revision or None
     try:
         return Path(snapshot_download(ref.source, revision=revision, allow_patterns=WANTED, local_files_only=offline))
     except (OSError, ValueError) as error:  # the Hub's own errors are OSErrors, those of a malformed id ValueErrors
-        why = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"pretrained weights {ref.source!r} are no folder here and cannot be had from the Hub: {why} "
-            "Download them where there is a network and give their folder as the source."
+            f"source {ref.source!r} is not a folder here and cannot be downloaded from the Hub: {reason} "
+            "Download it on a machine with a network and give its folder as the source."
         ) from error
 
 
 def inventory(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a folder by name, from the heads of its files: nothing is loaded.
+    """Tensors of a folder by name, from the headers of its files; no weights are loaded.
 
-    Raises CheckpointError for a folder without safetensors, a missing or truncated shard, and an index that names
-    other tensors than the shards hold.
+    Raises CheckpointError for a folder without safetensors, a missing or truncated shard, and an index that does not
+    name the tensors of its shards.
     """
     entries: dict[str, Entry] = {}
     for path in _files(folder):
@@ -90,7 +90,7 @@ def inventory(folder: Path) -> dict[str, Entry]:
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells these weights from all others, 64 hexadecimal digits; see the top of this file."""
+    """Fingerprint of the weights in a folder, 64 hexadecimal digits, as the top of this file defines it."""
     digest = hashlib.sha256()
     for name, entry in sorted(inventory(folder).items()):
         digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
@@ -107,8 +107,8 @@ def _files(folder: Path) -> list[Path]:
     if names == [SINGLE] and not (folder / SINGLE).is_file():
         pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
         remedy = (
-            f" {pickles[0]} is a pickle, which is never opened: take a revision with safetensors, or convert it "
-            "where you trust it, with transformers' from_pretrained(...).save_pretrained(...)."
+            f" {pickles[0]} is a pickle, which is never opened: use a revision with safetensors, or, if you trust it, "
+            "convert it with transformers' from_pretrained(...).save_pretrained(...)."
             if pickles
             else " Give the folder that holds config.json and the weights as transformers writes them."
         )
@@ -125,43 +125,45 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     try:
         found: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is no index of safetensors ({error}); download it again.") from error
+        raise CheckpointError(f"{index} is not an index of safetensors ({error}); download it again.") from error
     if not isinstance(found, dict) or not found or not all(_is_file_name(name) for name in found.values()):
-        raise CheckpointError(f"{index} is no index of safetensors: weight_map is {str(found)[:60]!r}.")
+        raise CheckpointError(
+            f"{index} is not an index of safetensors: weight_map is {str(found)[:60]!r}; download it again."
+        )
     return found
 
 
 def _is_file_name(name: object) -> bool:
-    """A shard stands beside its index: no way leads out of the folder."""
+    """True for a plain name of a safetensors file: an index must not lead out of its folder."""
     return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
 
 
 def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
-    """Name and place of every tensor of one file, which safetensors itself has found to be whole."""
+    """Name and position of every tensor of one file, after safetensors has checked that it is complete."""
     try:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is truncated or no safetensors file ({error}); download it again. Pickles are never read."
+            f"{path} is truncated or not a safetensors file ({error}); download it again. Pickles are never read."
         ) from error
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        head: dict[str, Any] = json.loads(file.read(length))
-    head.pop("__metadata__", None)
-    for name, told in head.items():
-        first, last = (8 + length + offset for offset in told["data_offsets"])
-        yield name, Entry(path, told["dtype"], tuple(told["shape"]), first, last)
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    for name, info in header.items():
+        first, last = (8 + length + offset for offset in info["data_offsets"])
+        yield name, Entry(path, info["dtype"], tuple(info["shape"]), first, last)
 
 
 def _check_index(folder: Path, entries: Mapping[str, Entry]) -> None:
-    told = _weight_map(folder / INDEX)
-    for name, file in told.items():
+    index = _weight_map(folder / INDEX)
+    for name, file in index.items():
         if name not in entries or entries[name].file.name != file:
             raise CheckpointError(f"{folder}: its index says that {name} is in {file}, which has no such tensor.")
-    extra = sorted(set(entries) - set(told))
+    extra = sorted(set(entries) - set(index))
     if extra:
         raise CheckpointError(
-            f"{folder}: {entries[extra[0]].file.name} holds {extra[0]}, which its index does not know; "
+            f"{folder}: {entries[extra[0]].file.name} has {extra[0]}, which is not in its index; "
             f"{len(extra)} such tensors."
         )

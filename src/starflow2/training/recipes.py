@@ -12,7 +12,6 @@ from importlib import import_module
 from inspect import signature
 from pathlib import Path
 
-from starflow2.core.serialize import from_dict
 from starflow2.errors import ConfigError, nearest
 from starflow2.flow import BlockConfig, FlowConfig, NoiseConfig
 from starflow2.models.config import (
@@ -523,5 +522,5 @@ def find_config(name: str) -> ModelConfig:
     'nano'
     """
     if Path(name).is_dir():
-        return from_dict(ModelConfig, read_config(Path(name))["model"])
+        return read_config(Path(name)).model
     return find(name).model
