@@ -94,7 +94,7 @@ def test_codec_flow_and_features_of_a_model_fit_together_or_are_refused():
     model = nano_patches().model
     with pytest.raises(ConfigError, match=r"latents of 768 channels.*of 192"):
         replace(model, fae=replace(PATCHES, patch_size=16))
-    with pytest.raises(ConfigError, match="features are given, and patches read none"):
+    with pytest.raises(ConfigError, match="features are given but fae is a PatchConfig"):
         replace(model, features=nano().model.features)
     with pytest.raises(ConfigError, match="features are none, and an FAE reads them"):
         replace(nano().model, features=None)
