@@ -214,11 +214,14 @@ class Cache:
         return twin
 
     def state(self) -> dict[str, Tensor]:
-        """Keys and values of the filled positions by layer: "0.k", "0.v", "1.k", ..., each (B, H, T, K), as views.
+        """Keys and values (B, H, T, K) by layer, "0.k", "0.v", "1.k", ..., up to `length`, as views.
 
-        Empty for a cache without positions. `from_state` makes an equal cache of it.
+        Empty for a cache that nothing was written to.
         """
-        return {f"{i}.{name}": x for i, pair in enumerate(self.filled()) for name, x in zip("kv", pair, strict=True)}
+        pairs = [pair for pair in self._buffers if pair is not None]
+        return {
+            f"{i}.{name}": pair[j][:, :, : self.length] for i, pair in enumerate(pairs) for j, name in enumerate("kv")
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Cache:
@@ -227,27 +230,15 @@ class Cache:
         Raises ShapeError for other names, a layer that is missing, and layers of unequal shape.
         """
         depth = len(state) // 2
-        wanted = {f"{i}.{name}" for i in range(depth) for name in "kv"}
-        if not state or set(state) != wanted:
-            raise ShapeError(
-                f"the state of a cache has keys {sorted(state)}; expected 0.k, 0.v, 1.k, ... of all layers."
-            )
+        if not state or set(state) != {f"{i}.{name}" for i in range(depth) for name in "kv"}:
+            raise ShapeError(f"state of a cache has keys {sorted(state)}; expected 0.k, 0.v, 1.k, ... of all layers.")
         if len({x.shape for x in state.values()}) > 1:
             shapes = {name: tuple(x.shape) for name, x in state.items()}
-            raise ShapeError(f"the state of a cache has shapes {shapes}; expected one (B, H, T, K) for all.")
-        return cls.of([(state[f"{i}.k"], state[f"{i}.v"]) for i in range(depth)])
-
-    def filled(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (B, H, T, K) of every layer up to `length`, as views."""
-        pairs = [pair for pair in self._buffers if pair is not None]
-        return [(k[:, :, : self.length], v[:, :, : self.length]) for k, v in pairs]
-
-    @classmethod
-    def of(cls, pairs: list[tuple[Tensor, Tensor]]) -> Cache:
-        """Make a cache of copies of these keys and values, one pair per layer."""
-        cache = cls(len(pairs), pairs[0][0].shape[2])
-        cache._buffers = [(k.clone(), v.clone()) for k, v in pairs]
-        cache.length = pairs[0][0].shape[2]
+            raise ShapeError(f"state of a cache has shapes {shapes}; expected one shape (B, H, T, K).")
+        length = state["0.k"].shape[2]
+        cache = cls(depth, length)
+        cache._buffers = [(state[f"{i}.k"].clone(), state[f"{i}.v"].clone()) for i in range(depth)]
+        cache.length = length
         return cache
 
     def select(self, rows: Tensor) -> None:

@@ -54,8 +54,7 @@ def state(session: Session) -> dict[str, Tensor]:
     main, canvas = session._rows.conditional, session._rows.buffers
     found = {"h": main.h, "g": main.g, "previous": canvas.previous, "has": canvas.has_previous, "keep": main.is_real}
     for name, cache in (("vlm", main.cache.vlm), ("flow", main.cache.flow)):
-        for i, pair in enumerate(cache.filled()):
-            found |= {f"{name}.{i}.{side}": value for side, value in zip("kv", pair, strict=True)}
+        found |= {f"{name}.{key}": value for key, value in cache.state().items()}
     cursor = main.cursors[0]
     found["counts"] = torch.tensor([cursor.mrope, cursor.step, session.length, session._replies, session._is_open])
     return {name: value.clone() for name, value in found.items()}

@@ -96,7 +96,7 @@ def test_codec_flow_and_features_of_a_model_fit_together_or_are_refused():
         replace(model, fae=replace(PATCHES, patch_size=16))
     with pytest.raises(ConfigError, match="features are given but fae is a PatchConfig"):
         replace(model, features=nano().model.features)
-    with pytest.raises(ConfigError, match="features are none, and an FAE reads them"):
+    with pytest.raises(ConfigError, match="features is None but fae is a FaeConfig"):
         replace(nano().model, features=None)
 
 
