@@ -40,7 +40,7 @@ def test_rows_stay_rows_and_red_stays_red():
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "RGB"])
-def test_a_picture_of_any_mode_becomes_three_channels(mode):
+def test_an_image_of_any_mode_becomes_three_channels(mode):
     assert to_tensor(Image.new("RGB", (5, 3), "white").convert(mode)).eq(1).all()
 
 
@@ -72,7 +72,7 @@ def test_the_signal_to_noise_ratio_is_that_of_the_mean_square_error_image_by_ima
     assert psnr(images, images).isfinite().all()
 
 
-def test_a_sheet_shows_each_picture_in_its_place_above_its_label():
+def test_a_sheet_shows_each_image_in_its_place_above_its_label():
     colours = ["red", "lime", "blue"]
     sheet = contact_sheet([Image.new("RGB", (64, 64), c) for c in colours], ["one", "", "three"], columns=2)
     assert sheet.width == 12 + 2 * (3 * 64 + 12)
@@ -83,7 +83,7 @@ def test_a_sheet_shows_each_picture_in_its_place_above_its_label():
     assert (beneath[:, 12:204] < 100).any() and not (beneath[:, 216:408] < 100).any()  # ink under "one", none under ""
 
 
-def test_a_label_stays_within_the_width_of_its_picture_however_long():
+def test_a_label_stays_within_the_width_of_its_image_however_long():
     label = "x" * 400 + " two red hearts left of a blue square" * 40
     sheet = np.asarray(contact_sheet([Image.new("RGB", (64, 64), "white")] * 2, [label, ""], columns=2))
     assert sheet.shape[0] < 12 + 192 + 6 * 20 + 24
@@ -106,14 +106,14 @@ def test_a_png_keeps_its_pixels_and_says_how_it_was_made(tmp_path):
     assert os.listdir(tmp_path / "new") == ["hearts.png"]
 
 
-def test_a_picture_without_a_story_has_an_empty_one(tmp_path):
+def test_an_image_without_a_story_has_an_empty_one(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
     save_png(Image.new("RGB", (4, 4)), tmp_path / "a.png")
     assert read_metadata(tmp_path / "a.jpg") == read_metadata(tmp_path / "a.png") == {}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_what_is_not_a_picture_gives_one_line_naming_it(tmp_path, content):
+def test_what_is_not_an_image_gives_one_line_naming_it(tmp_path, content):
     if content is not None:
         (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(DataError, match=r"a\.png as an image") as caught:
@@ -129,18 +129,25 @@ def test_a_cut_png_is_refused(tmp_path):
         read_metadata(tmp_path / "a.png")
 
 
+class Unwritable(Image.Image):
+    """An image whose bytes the disk takes half of."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+    def save(self, path: Path, **options: object) -> None:
+        path.write_bytes(b"\x89PNG\r\n")
+        raise OSError(self.code, os.strerror(self.code))
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_a_full_disk_or_a_read_only_folder_leaves_the_old_picture_alone(tmp_path, monkeypatch, code):
+def test_a_full_disk_or_a_read_only_folder_leaves_the_old_image_alone(tmp_path, code):
     path = tmp_path / "a.png"
     save_png(Image.new("RGB", (4, 4), "red"), path)
     old = path.read_bytes()
-
-    def refuse(file: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OutputError, match=f"a.png: {os.strerror(code)}"):
-        save_png(Image.new("RGB", (4, 4), "blue"), path)
+        save_png(Unwritable(code), path)
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["a.png"]
 
 
@@ -163,7 +170,7 @@ def noise(mode: str = "RGB", size: tuple[int, int] = (40, 40)) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA", "LA"])
-def test_still_and_opaque_pictures_of_every_ordinary_mode_are_read(tmp_path, mode):
+def test_still_and_opaque_images_of_every_ordinary_mode_are_read(tmp_path, mode):
     picture = noise(mode, (32, 32))
     expected = to_tensor(picture.convert("RGB"))
     for source in (picture, saved(tmp_path, picture), str(tmp_path / "a.png")):
@@ -173,24 +180,24 @@ def test_still_and_opaque_pictures_of_every_ordinary_mode_are_read(tmp_path, mod
 @pytest.mark.parametrize(
     ("name", "size"), [("a.jpg", (32, 32)), ("a.gif", (32, 32)), ("a.webp", (40, 33)), ("a.bmp", (17, 90))]
 )
-def test_still_pictures_of_other_formats_are_read(tmp_path, name, size):
-    seen = read_picture(saved(tmp_path, noise(size=size), name), 32)
-    assert seen.shape == (3, 32, 32) and seen.std() > 0.05
+def test_still_images_of_other_formats_are_read(tmp_path, name, size):
+    read = read_picture(saved(tmp_path, noise(size=size), name), 32)
+    assert read.shape == (3, 32, 32) and read.std() > 0.05
 
 
-def test_of_a_picture_that_is_no_square_the_middle_is_seen(tmp_path):
+def test_an_image_that_is_not_square_is_cropped_to_its_middle(tmp_path):
     wide = Image.new("RGB", (60, 20), "red")
     wide.paste(Image.new("RGB", (20, 20), "lime"), (20, 0))
     for picture in (wide, wide.rotate(90, expand=True)):
-        seen = read_picture(picture, 20)
-        assert seen.shape == (3, 20, 20)
-        assert seen[1].eq(1).all() and seen[0].eq(-1).all()
+        read = read_picture(picture, 20)
+        assert read.shape == (3, 20, 20)
+        assert read[1].eq(1).all() and read[0].eq(-1).all()
 
 
-def test_a_picture_of_another_size_is_scaled_and_stays_in_range(tmp_path):
+def test_an_image_of_another_size_is_scaled_and_stays_in_range(tmp_path):
     for side in (16, 200):
-        seen = read_picture(noise(size=(side, side)), 64)
-        assert seen.shape == (3, 64, 64) and seen.min() >= -1 and seen.max() <= 1
+        read = read_picture(noise(size=(side, side)), 64)
+        assert read.shape == (3, 64, 64) and read.min() >= -1 and read.max() <= 1
     flat = read_picture(Image.new("RGB", (333, 200), (10, 200, 30)), 64)
     assert torch.equal(flat, to_tensor(Image.new("RGB", (64, 64), (10, 200, 30))))
 
@@ -272,14 +279,14 @@ def test_what_could_only_be_read_by_guessing_is_refused_with_its_name_and_a_reme
     assert str(path) in message and "\n" not in message and ".." not in message.removeprefix(str(path))
 
 
-def test_a_picture_without_a_file_is_refused_in_the_same_way():
+def test_an_image_without_a_file_is_refused_in_the_same_way():
     with pytest.raises(DataError, match=r"the image has transparent pixels.*background"):
         read_picture(Image.new("RGBA", (32, 32)), 32)
     with pytest.raises(DataError, match="the image has colour mode CMYK"):
         read_picture(Image.new("CMYK", (32, 32)), 32)
 
 
-def test_a_folder_is_no_picture(tmp_path):
+def test_a_folder_is_not_an_image(tmp_path):
     with pytest.raises(DataError, match="as an image"):
         read_picture(tmp_path, 32)
 
@@ -290,11 +297,11 @@ def test_a_photograph_is_read_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # turned upside down
     picture.save(tmp_path / "turned.png", exif=exif)
-    read = read_picture(tmp_path / "turned.png", 32)
-    assert read[:, 0].max() == -1 and read[:, -1].min() == 1
+    upright = read_picture(tmp_path / "turned.png", 32)
+    assert upright[:, 0].max() == -1 and upright[:, -1].min() == 1
 
 
-def test_a_picture_may_come_as_the_bytes_of_its_file(tmp_path):
+def test_an_image_may_come_as_the_bytes_of_its_file(tmp_path):
     path = saved(tmp_path, noise(size=(40, 30)), "a.png")
     assert torch.equal(read_picture(path.read_bytes(), 32), read_picture(path, 32))
     with pytest.raises(DataError, match=r"the image as an image: its bytes are of no known format;"):

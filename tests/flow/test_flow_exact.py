@@ -169,12 +169,12 @@ def test_what_is_predicted_from_the_context_depends_on_the_context_alone_at_targ
     case = replace(case, piece=block)
     first, other = case.x, case.x + 1.0
     z, z_other = case.forward(first)[0], case.forward(other)[0]
-    at = 0 if direction == "l2r" else 5
+    first_place = 0 if direction == "l2r" else 5
     affine = block.predict(torch.zeros(2, 7, 3, dtype=F64), (0, 1), begin(case)[1])  # no latent at all
-    assert gap(z[:, at], affine.normalize(first[:, at : at + 1])[0][:, 0]) <= 1e-12
-    assert gap(z_other[:, at] - z[:, at], torch.exp(-affine.log_scale[:, 0])) <= 1e-10
+    assert gap(z[:, first_place], affine.normalize(first[:, first_place : first_place + 1])[0][:, 0]) <= 1e-12
+    assert gap(z_other[:, first_place] - z[:, first_place], torch.exp(-affine.log_scale[:, 0])) <= 1e-10
     moved = replace(case, context=Context(case.context.states + 1.0))  # type: ignore[union-attr]
-    assert gap(moved.forward()[0][:, at], z[:, at]) > 1e-3
+    assert gap(moved.forward()[0][:, first_place], z[:, first_place]) > 1e-3
 
 
 # -- what a slot carries ----------------------------------------------------------------------------
@@ -184,7 +184,7 @@ RASTER = torch.tensor([[r, c] for r in range(2) for c in range(3)], dtype=torch.
 
 
 @pytest.mark.parametrize("direction", ["l2r", "r2l"])
-def test_a_start_token_moves_slots_to_the_place_of_their_target(direction: str) -> None:
+def test_a_start_token_moves_slots_to_the_position_of_their_target(direction: str) -> None:
     block = wake(AffineBlock(block_config(direction=direction, learned_positions=True)))
     buffer = F.pad(torch.randn(2, 6, 3), (0, 0, 0, 1))
     slots, positions = block.slots(buffer, (0, 6), block.begin(2, None, None))
@@ -195,7 +195,7 @@ def test_a_start_token_moves_slots_to_the_place_of_their_target(direction: str) 
 
 
 @pytest.mark.parametrize("start", ["auto", "none"])
-def test_behind_a_context_a_slot_carries_the_place_of_its_own_latent_and_the_last_state_that_of_none(
+def test_after_a_context_a_slot_has_the_position_of_its_own_latent_and_the_last_state_keeps_its_own(
     start: str,
 ) -> None:
     block = wake(AffineBlock(block_config(start=start, context_dim=WIDE, learned_positions=True)))
@@ -214,11 +214,11 @@ def test_behind_a_context_a_slot_carries_the_place_of_its_own_latent_and_the_las
 def test_the_stencil_feeds_the_three_latents_above_the_target_and_zeros_outside() -> None:
     block = AffineBlock(block_config(stencil=True, dim=1))
     buffer = F.pad(torch.arange(1.0, 7.0).view(1, 6, 1), (0, 0, 0, 1))  # 1 2 3 over 4 5 6
-    seen: list[Tensor] = []
-    block.proj_in.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    inputs: list[Tensor] = []
+    block.proj_in.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
     block.embed(buffer, 1, 6)
     previous_and_above = [[1, 0, 0, 0], [2, 0, 0, 0], [3, 0, 1, 2], [4, 1, 2, 3], [5, 2, 3, 0]]
-    assert torch.equal(seen[0][0], torch.tensor(previous_and_above, dtype=torch.float32))
+    assert torch.equal(inputs[0][0], torch.tensor(previous_and_above, dtype=torch.float32))
 
 
 # -- padding and batches --------------------------------------------------------------------------
@@ -462,8 +462,8 @@ def test_a_learned_density_over_two_moons_integrates_to_one() -> None:
 def test_affine_maths_stays_float32_under_bf16_autocast(scale: str) -> None:
     block = wake(AffineBlock(block_config(scale=scale, context_dim=WIDE, noise=True)))
     x, context, level = torch.randn(2, 6, 3), contexts("padded"), torch.tensor([0.1, 0.3])
-    seen: list[tuple[torch.dtype, torch.dtype]] = []
-    block.head.register_forward_hook(lambda _, given, out: seen.append((given[0].dtype, out.dtype)))
+    dtypes: list[tuple[torch.dtype, torch.dtype]] = []
+    block.head.register_forward_hook(lambda _, given, out: dtypes.append((given[0].dtype, out.dtype)))
     bodies: list[torch.dtype] = []
     block.body.layers[0].mlp.up.register_forward_hook(lambda _, __, out: bodies.append(out.dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -472,7 +472,7 @@ def test_affine_maths_stays_float32_under_bf16_autocast(scale: str) -> None:
         again, logdet_again = affine.normalize(x)
         back = block.inverse(z, context, level)
     assert bodies[0] == torch.bfloat16  # autocast was really on
-    assert set(seen) == {(torch.float32, torch.float32)}
+    assert set(dtypes) == {(torch.float32, torch.float32)}
     assert {t.dtype for t in (z, logdet, affine.mu, affine.log_scale, back)} == {torch.float32}
     outside, logdet_outside = affine.normalize(x)
     assert torch.equal(again, outside) and torch.equal(logdet_again, logdet_outside)

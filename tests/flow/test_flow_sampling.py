@@ -69,9 +69,9 @@ def test_starflow_guidance_is_the_normalised_product_of_densities(guidance: floa
     deviation = torch.trapezoid((grid - mean) ** 2 * density, grid).sqrt()
     assert float(guided.mu) == pytest.approx(float(mean), abs=1e-6)
     assert float(guided.scale) == pytest.approx(float(deviation), abs=1e-6)
-    at = torch.tensor([[[0.123]]], dtype=F64)
-    wanted = torch.distributions.Normal(mean, deviation).log_prob(at)
-    assert float(guided.log_prob(at)) == pytest.approx(float(wanted), abs=1e-5)
+    point = torch.tensor([[[0.123]]], dtype=F64)
+    wanted = torch.distributions.Normal(mean, deviation).log_prob(point)
+    assert float(guided.log_prob(point)) == pytest.approx(float(wanted), abs=1e-5)
 
 
 def _log_normal(x: Tensor, mu: float, scale: float) -> Tensor:
@@ -168,7 +168,7 @@ def test_guidance_without_what_it_needs_is_refused() -> None:
         flow.sample(z, context, Context(empty.states[:, 1:]), config=config)
 
 
-def test_a_guided_row_is_the_same_picture_alone() -> None:
+def test_a_guided_row_does_not_depend_on_its_batch() -> None:
     flow, z, context, empty = text_flow()
     config = SampleConfig(guidance=2.0)
     both = flow.sample(z, context, empty, config=config)
@@ -276,13 +276,13 @@ def test_added_noise_has_the_level_of_its_row() -> None:
 
 def test_the_noise_embedding_is_sines_and_cosines_of_the_log_level() -> None:
     embedding = NoiseEmbedding(8)
-    seen: list[Tensor] = []
-    embedding.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    calls: list[Tensor] = []
+    embedding.mlp.register_forward_pre_hook(lambda _, given: calls.append(given[0]))
     embedding(torch.tensor([0.2]))
     freqs = [10000.0 ** (-i / 4) for i in range(4)]
     angles = [math.log(0.2) * f for f in freqs]
     wanted = torch.tensor([[*map(math.sin, angles), *map(math.cos, angles)]])
-    assert gap(seen[0], wanted) <= 1e-6
+    assert gap(calls[0], wanted) <= 1e-6
 
 
 # -- the self-denoising step ----------------------------------------------------------------------

@@ -48,7 +48,7 @@ def test_the_codec_and_the_extractor_satisfy_their_protocols():
     assert (codec.dim, codec.grid, codec.image_size) == (LATENT, (8, 8), 64)
 
 
-def test_latents_of_training_like_pictures_have_zero_mean_and_unit_variance_per_channel_once_statistics_adapted():
+def test_latents_have_zero_mean_and_unit_variance_per_channel_once_statistics_adapted():
     components = tiny_components()
     wake(components.fae.encoder, 0.3, seed=1)
     images = pictures(24)
@@ -63,7 +63,7 @@ def test_latents_of_training_like_pictures_have_zero_mean_and_unit_variance_per_
     assert (fresh.std(0) - 1).abs().max() < 0.25
 
 
-def test_encoding_is_deterministic_and_each_picture_is_on_its_own():
+def test_encoding_is_deterministic_and_each_image_is_on_its_own():
     codec = tiny_components().codec
     images = pictures(4)
     latents = codec.encode(images)
@@ -73,7 +73,7 @@ def test_encoding_is_deterministic_and_each_picture_is_on_its_own():
     assert (latents[0] - latents[1]).abs().max() > 1e-2
 
 
-def test_decoding_gives_pictures_in_range_even_from_wild_latents():
+def test_decoding_gives_images_in_range_even_from_wild_latents():
     codec = tiny_components().codec
     images = codec.decode(30 * torch.randn(3, 64, LATENT))
     assert images.shape == (3, 3, 64, 64) and images.dtype == torch.float32

@@ -53,7 +53,7 @@ def patch_parts(stages: tuple[str, ...] = DONE, side: int = 8) -> Components:
 # -- the codec
 
 
-def test_pictures_come_back_as_they_were_and_latents_are_standardised():
+def test_images_come_back_as_they_were_and_latents_are_standardised():
     codec, images = PatchCodec(PATCHES), pictures(64)
     assert isinstance(codec, Codec) and not codec.state_dict()
     latents = codec.encode(images)
@@ -75,7 +75,7 @@ def test_what_lies_outside_the_range_of_pixels_is_clipped():
     assert images.min() == -1 and images.max() == 1
 
 
-def test_what_is_no_picture_of_whole_patches_is_refused():
+def test_an_image_that_is_not_made_of_whole_patches_is_refused():
     with pytest.raises(ConfigError, match="image_size is 64 and patch_size 7"):
         replace(PATCHES, patch_size=7)
     with pytest.raises(ConfigError, match="std is"):
@@ -173,7 +173,7 @@ def test_a_joint_model_of_patches_talks_scores_and_never_encodes_what_it_drew():
     assert torch.allclose(made.image, model.components.codec.decode(made.x.float()[None])[0])
 
 
-def test_a_code_of_patches_gives_the_picture_back():
+def test_a_code_of_patches_gives_the_image_back():
     model, image = StarFlow2(patch_parts()), pictures(1)[0]
     sampler = model.sampler()
     noisy = sampler.noisy(image[None], torch.tensor([sampler.noise_level]))
@@ -213,7 +213,7 @@ def test_patches_go_through_their_stages(tmp_path):
     stages = tuple(replace(s, batch=2) for s in run.stages if s.name in DONE)
     run, losses = replace(run, model=with_patches(tiny_model()), stages=stages), []
     for stage in stages[1:]:
-        fit(run, stage.name, tmp_path, report=lambda told: losses.append(told.metrics["loss"]))
+        fit(run, stage.name, tmp_path, report=lambda progress: losses.append(progress.metrics["loss"]))
     assert len(losses) == 3 and all(torch.tensor(losses).isfinite())
     assert load_components(tmp_path / "model").finished_stages == DONE
 

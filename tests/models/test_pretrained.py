@@ -79,8 +79,8 @@ def a_document(components: Components) -> tuple[Tensor, Tensor, Tensor]:
     grid = components.vlm.cfg.image_grid
     count = grid[0] * grid[1]
     head = torch.tensor([[SPECIAL.user, SPECIAL.vision_start], [SPECIAL.user, SPECIAL.vision_start]])
-    seen, end = torch.full((2, count), SPECIAL.image_pad), torch.full((2, 1), SPECIAL.vision_end)
-    ids = torch.cat([head, seen, end, torch.randint(6, 300, (2, 9))], 1)
+    image, end = torch.full((2, count), SPECIAL.image_pad), torch.full((2, 1), SPECIAL.vision_end)
+    ids = torch.cat([head, image, end, torch.randint(6, 300, (2, 9))], 1)
     picture, after = image_mrope(grid, 2)
     behind = text_mrope(1, ids.shape[1] - 2 - count, after)[:, 0]
     positions = torch.cat([text_mrope(1, 2)[:, 0], picture, behind], 1)
@@ -94,7 +94,7 @@ def our_embeds(components: Components, images: Tensor, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_states_of_words_and_a_picture_equal_those_of_the_folder_loaded_by_transformers(upstream, components):
+def test_states_of_words_and_an_image_equal_those_of_the_folder_loaded_by_transformers(upstream, components):
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(upstream[0] / "vlm", dtype=torch.float32).eval()
     images, ids, positions = a_document(components)
     processor = Qwen2VLImageProcessorPil(do_resize=False, patch_size=14)  # with the mean and deviation it comes with
@@ -217,9 +217,9 @@ def test_a_model_whose_pretrained_weights_changed_is_refused_with_both_fingerpri
     before = fingerprint(vlm_folder(copy))
     spoil(vlm_folder(copy), lambda tensors: tensors[next(iter(tensors))].add_(1))
     after = fingerprint(vlm_folder(copy))
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as error:
         load_components(folder)
-    assert before in str(told.value) and after in str(told.value) and before != after
+    assert before in str(error.value) and after in str(error.value) and before != after
 
 
 def test_a_config_may_ask_for_a_fingerprint(copy):
@@ -323,7 +323,7 @@ def turn_faster(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lose_a_shard, "lacks 1 of its .* shards: model-0"),
         (cut_a_shard, "truncated"),
@@ -338,9 +338,9 @@ def turn_faster(folder: Path) -> None:
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_a_folder_that_is_broken_or_of_another_model_is_refused_by_name(copy, change, told):
+def test_a_folder_that_is_broken_or_of_another_model_is_refused_by_name(copy, change, message):
     change(vlm_folder(copy))
-    with pytest.raises(CheckpointError, match=told) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         start_components(copy)
     assert "\n" not in str(error.value)
 

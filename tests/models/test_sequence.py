@@ -58,7 +58,7 @@ def test_text_counts_on_along_all_three_axes_from_where_it_starts():
     assert text_mrope(2, 3, start=5).tolist() == [[[5, 6, 7]] * 2] * 3
 
 
-def test_a_picture_stands_still_in_time_counts_rows_and_columns_and_text_goes_on_behind_its_longer_side():
+def test_an_image_keeps_one_time_counts_rows_and_columns_and_text_continues_after_its_longer_side():
     positions, after = image_mrope((2, 3), start=4)
     assert positions.tolist() == [[4] * 6, [4, 4, 4, 5, 5, 5], [4, 5, 6, 4, 5, 6]]
     assert after == 4 + 3
@@ -90,21 +90,21 @@ def test_rows_of_one_length_stay_together_and_very_unequal_ones_do_not():
 # -- documents
 
 
-def test_a_picture_takes_a_begin_its_latents_and_an_end():
+def test_an_image_takes_a_begin_its_latents_and_an_end():
     assert LAYOUT.num_latents == 6
     assert LAYOUT.ids(Image()) == [1, 3, 3, 3, 3, 3, 3, 2] and LAYOUT.ids(Text((7, 8))) == [7, 8]
 
 
-def test_labels_are_the_next_token_where_it_is_a_target_and_of_a_picture_only_its_begin():
+def test_labels_are_the_next_token_where_it_is_a_target_and_for_an_image_only_its_begin():
     batch = pack([STORY], LAYOUT)
     ids, labels = batch.ids[0].tolist(), batch.labels[0].tolist()
     assert ids == [10, 11, *LAYOUT.ids(Image()), 12, *LAYOUT.ids(Image()), 13, 14]
-    told = {i: label for i, label in enumerate(labels) if label != IGNORE}
-    assert told == {9: 12, 10: 1, 18: 13, 19: 14}
-    assert all(ids[i + 1] == label for i, label in told.items())
+    targets = {i: label for i, label in enumerate(labels) if label != IGNORE}
+    assert targets == {9: 12, 10: 1, 18: 13, 19: 14}
+    assert all(ids[i + 1] == label for i, label in targets.items())
 
 
-def test_pictures_know_their_place_whether_they_are_drawn_and_which_one_came_before_in_their_document():
+def test_images_have_their_position_whether_they_are_targets_and_the_image_before_in_their_document():
     pictures = pack([WORDS, STORY, [Image()], STORY], LAYOUT, 60).pictures
     assert len(pictures) == 5
     assert pictures.is_target.tolist() == [False, True, False, False, True]
@@ -158,11 +158,11 @@ def test_documents_go_longest_first_into_the_first_row_with_room():
     assert batch.ids.shape == (2, 26)
 
 
-def test_what_is_behind_the_last_document_is_padding_without_labels():
+def test_padding_follows_the_last_document_and_has_no_labels():
     batch = pack([STORY, WORDS], LAYOUT)
-    behind = batch.document < 0
-    assert behind.sum() == batch.ids.shape[1] - 4
-    assert (batch.ids[behind] == 0).all() and (batch.labels[behind] == IGNORE).all()
+    padding = batch.document < 0
+    assert padding.sum() == batch.ids.shape[1] - 4
+    assert (batch.ids[padding] == 0).all() and (batch.labels[padding] == IGNORE).all()
 
 
 def test_a_position_attends_to_the_past_of_its_own_document_and_to_nothing_else():
