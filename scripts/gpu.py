@@ -30,7 +30,7 @@ import torch
 
 from starflow2.errors import TrainingError
 from starflow2.evals.report import write_json
-from starflow2.evals.runner import Suite, score_suite
+from starflow2.evals.runner import SuiteName, score_suite
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.sampler import Sampler
 from starflow2.pipeline import StarFlow2
@@ -117,11 +117,11 @@ def speed(device: str) -> None:
 def suites(out: Path, device: str) -> None:
     """Every suite on the model that is there, test split; a suite whose file is there already is left out."""
     model = StarFlow2.from_pretrained(RUN / "model", device=device)
-    for name in get_args(Suite):
+    for name in get_args(SuiteName):
         path = out / f"{name}.json"
         if not path.is_file():
             started = time.perf_counter()
-            write_json(score_suite(model, name, "test"), path)
+            write_json(score_suite(model, name, "test").to_json(), path)
             print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
 
 

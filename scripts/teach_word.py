@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from starflow2.core.images import to_bytes
-from starflow2.evals.world import score_geneval
+from starflow2.evals.geneval import score_geneval
 from starflow2.models.hub import NANO
 from starflow2.pipeline import StarFlow2
 from starflow2.training.finetune import FinetuneConfig, finetune, read_album
@@ -95,7 +95,7 @@ def codec_ceiling(model: StarFlow2, true: torch.Tensor) -> float:
 
 
 def scores(model: StarFlow2, samples: int, suite: bool) -> dict[str, Any]:
-    geneval = score_geneval(model, "dev", quick=True) if suite else None
+    geneval = score_geneval(model, "dev", quick=True).to_json() if suite else None
     return {"new_word": new_word_score(model, samples), "w_geneval_dev_quick": geneval}
 
 

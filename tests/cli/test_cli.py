@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -27,6 +28,8 @@ from starflow2.cli.parsing import flags
 from starflow2.core.heatmap import heat_map
 from starflow2.core.images import read_metadata, read_picture, to_pil
 from starflow2.evals.geneval import PARTS
+from starflow2.evals.statistics import Score, Scores
+from starflow2.evals.suite import Report
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.session import Session
 from starflow2.models.checkpoint import save_components
@@ -318,39 +321,62 @@ def test_a_recipe_of_ones_own_trains_resumes_and_reports(capsys):
 def scored(model, monkeypatch) -> list[dict[str, object]]:
     """Calls of score_geneval, which is not run: it returns a report with every score one half."""
     calls: list[dict[str, object]] = []
-    half = {rule: {"score": 0.5, "low": 0.4, "high": 0.6} for rule in ("lenient", "strict")}
-    part = {"n": 2, "prompts": 2, "by_category": {"colors": half | {"n": 2, "prompts": 2}}, "overall": half}
-    part |= {"template_iou": 0.9, "unknown_share": 0.0, "empty_share": 0.0}
 
-    def score(_: object, split: str, **options: object) -> dict[str, object]:
-        calls.append({"split": split, **options})
-        report = {"suite": "geneval", "split": split, "quick": options["quick"], "samples": options["samples"], "n": 2}
-        return report | {"parts": {name: dict(part) for name in options["parts"]}, "ceiling": {"clean": part}}
+    def score(_: object, split: str, *, quick: bool, samples: int, parts: Sequence[str], **options: object) -> Report:
+        calls.append({"split": split, "quick": quick, "samples": samples, **options})
+        return half_right(split, quick, samples, parts)
 
-    monkeypatch.setattr("starflow2.evals.world.score_geneval", score)
+    monkeypatch.setattr("starflow2.evals.geneval.score_geneval", score)
     return calls
 
 
-def test_eval_prints_a_table_and_writes_the_report(scored, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "_ledger", lambda: pytest.fail("only full test runs go to the ledger"))
+def half_right(split: str, quick: bool, samples: int, parts: Sequence[str]) -> Report:
+    """A report of W-GenEval with every score one half."""
+    half = {rule: Score(0.5, 0.4, 0.6) for rule in ("lenient", "strict")}
+    part = Scores(2, 2, half, {"colors": Scores(2, 2, half)})
+    part = part.with_columns(template_iou=0.9, unknown_share=0.0, empty_share=0.0)
+    scores = dict.fromkeys(parts, part)
+    return Report(
+        suite="geneval",
+        split=split,
+        quick=quick,
+        n=2,
+        settings={"samples": samples},
+        parts=scores,
+        bounds={"floor": scores, "clean": {"id": part}},
+    )
+
+
+def test_eval_prints_a_table_and_writes_the_report(scored, capsys):
     assert main(["eval", "world", "--quick", "--part", "id", "paraphrase", "--samples", "1", "--json", "r.json"]) == 0
-    assert "W-GenEval" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "W-GenEval" in out and "not recorded" not in out + err
     report = json.loads(Path("r.json").read_text())
     assert list(report["parts"]) == ["id", "paraphrase"] and report["model"] == "tiny"
     (call,) = scored
     assert (call["split"], call["quick"], call["samples"]) == ("dev", True, 1)
 
 
-def test_a_full_test_run_adds_a_line_to_the_ledger(scored, model, monkeypatch):
-    assert evaluate._ledger() == ROOT / "docs" / "results" / "ledger.jsonl"
-    monkeypatch.setattr(evaluate, "_ledger", lambda: Path("ledger.jsonl"))
+def test_a_full_test_run_adds_a_line_to_the_ledger_it_is_given(scored, model):
     for _ in range(2):
-        assert main(["eval", "world", "--split", "test"]) == 0
+        assert main(["eval", "world", "--split", "test", "--ledger", "results/ledger.jsonl"]) == 0
         with torch.no_grad():
             model.components.joints.text_skip.weight[0, 0] += 1  # other weights under the same name
-    lines = [json.loads(line) for line in Path("ledger.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in Path("results/ledger.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and lines[0]["model"] == "tiny" and lines[0]["id"]["lenient"] == 0.5
     assert lines[0]["weights"] != lines[1]["weights"]
+
+
+def test_a_full_test_run_without_a_ledger_writes_nothing_and_says_so(scored, capsys):
+    before = set(Path().rglob("*"))
+    assert main(["eval", "world", "--split", "test"]) == 0
+    assert "not recorded; --ledger FILE" in capsys.readouterr().err
+    assert set(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("argv", [["world"], ["world", "--split", "test", "--quick"], ["fae", "--split", "test"]])
+def test_a_ledger_is_for_full_test_runs_only(argv, capsys):
+    assert "--ledger records full test runs" in refused(capsys, "eval", *argv, "--ledger", "ledger.jsonl")
 
 
 def test_info_writes_what_it_prints(capsys):
@@ -425,13 +451,13 @@ def test_check_writes_its_checks_and_says_by_its_status_whether_all_hold(is_well
     assert rows[1]["ok"] is is_well and ("FAILS" in capsys.readouterr().out) is not is_well
 
 
-def test_demo_says_where_its_page_is(monkeypatch, scored, capsys):
-    from starflow2.evals.world import score_geneval
-
-    report = score_geneval(None, "test", quick=True, samples=1, parts=("id", "cg"))
-    shown = (SimpleNamespace(verdict=SimpleNamespace(correct=True)),)
+def test_demo_says_where_its_page_is(monkeypatch, model, capsys):
     made = SimpleNamespace(
-        scores=report, shown=shown, report={"seconds_per_image": 0.25}, page=Path("out/demo/index.html")
+        scores=half_right("test", True, 1, ("id", "cg")),
+        shown=(SimpleNamespace(verdict=SimpleNamespace(correct=True)),),
+        seconds_per_image=0.25,
+        summary=dict,
+        page=Path("out/demo/index.html"),
     )
     monkeypatch.setattr("starflow2.cli.demo.make_demo", lambda *_, **__: made)
     assert main(["demo"]) == 0

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from model_cases import STAGES, tiny_components
-from starflow2.cli import demo_conversations as demo_talk
-from starflow2.cli.demo import make_demo
+from starflow2.cli.demo import check_folder, make_demo
+from starflow2.cli.demo_conversations import DemoSuites, ModelLog, score_conversations, sections
 from starflow2.core.images import read_metadata, to_bytes, to_floats, to_pil
 from starflow2.errors import OutputError
-from starflow2.evals import edit as editing
-from starflow2.evals import gqa as answering
-from starflow2.evals import mme
-from starflow2.evals import story as stories
-from starflow2.evals.world import score_geneval
+from starflow2.evals.edit import EditSuite
+from starflow2.evals.geneval import score_geneval
+from starflow2.evals.gqa import GqaSuite
+from starflow2.evals.mme import MmeSuite
+from starflow2.evals.story import StorySuite
 from starflow2.pipeline import StarFlow2
 from starflow2.world.captions import FAMILIES, suite_drawings
 from starflow2.world.edit_operations import OPERATIONS
@@ -35,7 +35,7 @@ class Oracle:
     def __init__(self, split: str, wrong: str = "") -> None:
         drawings = [d for part in ("id", "cg") for d in suite_drawings("geneval", split, part)]
         self.truth, self.wrong = {d.prompt: render(d.scene) for d in drawings}, wrong
-        self.parts = SimpleNamespace(cfg=SimpleNamespace(name="oracle"), state_dict=dict)
+        self.components = SimpleNamespace(cfg=SimpleNamespace(name="oracle"), state_dict=dict)
         self.levels: list[tuple[float, int]] = []
 
     def draw(self, prompts, seeds):
@@ -56,20 +56,18 @@ def test_bytes_and_floats_are_the_pictures_that_are_saved():
 def test_a_drawer_of_true_pictures_scores_one_between_its_floor_and_ceilings():
     oracle, seen = Oracle("dev"), []
     report = score_geneval(oracle, "dev", quick=True, samples=1, parts=("id",), progress=lambda *now: seen.append(now))
-    scores = report["parts"]["id"]
-    assert scores["overall"]["lenient"]["score"] == 1 > scores["floor"]["lenient"]
-    assert report["ceiling"]["clean"]["overall"]["lenient"]["score"] == 1
-    assert report["ceiling"]["noise"]["overall"]["lenient"]["score"] == 0
+    assert report.parts["id"].value("lenient") == 1 > report.bounds["floor"]["id"].value("lenient")
+    assert report.bounds["clean"]["id"].value("lenient") == 1
+    assert report.bounds["noise"]["id"].value("lenient") == 0
     assert {level for level, _ in oracle.levels} == {0.0, 0.5} and seen[-1] == (48, 48)
 
 
-def test_the_demo_shows_what_it_scored(tmp_path, monkeypatch):
-    monkeypatch.setattr(StarFlow2, "from_pretrained", lambda *_, **__: Oracle("test", wrong="two"))
+def test_the_demo_shows_what_it_scored(tmp_path):
     (tmp_path / "card.json").write_text('{"hours": 2.5, "w_geneval": {"id": 0.9}, "how": "<b>"}')
-    made = make_demo(str(tmp_path), tmp_path / "out")
+    made = make_demo(Oracle("test", wrong="two"), str(tmp_path), tmp_path / "out")
 
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report == made.report
+    assert report == made.summary()
     assert set(report) == {"commit", "weights_mb", "seconds_per_image", "w_geneval", "card"}
     found = report["w_geneval"]
     assert set(found) == {"id", "cg", "n", "by_category", "fae_ceiling_clean", "fae_ceiling_noise"}
@@ -91,11 +89,10 @@ def test_the_demo_shows_what_it_scored(tmp_path, monkeypatch):
     assert read_metadata(tmp_path / "out" / "sheet.png")["model"] == "oracle"
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_drawing(tmp_path, monkeypatch):
-    monkeypatch.setattr(StarFlow2, "from_pretrained", lambda *_, **__: pytest.fail("it began"))
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
-        make_demo("nano", tmp_path / "file")
+        check_folder(tmp_path / "file")
 
 
 # -- conversations ----------------------------------------------------------------------------------------------------
@@ -103,22 +100,17 @@ def test_a_folder_that_cannot_be_written_is_found_before_drawing(tmp_path, monke
 TALKED = {"w_mme", "w_gqa", "w_edit", "w_story", "encode_calls"}
 
 
-@pytest.fixture
-def _few(monkeypatch):
-    """Suites of a few items, and guessers who have read little."""
-    monkeypatch.setattr(answering, "MME_IMAGES", 2)
-    monkeypatch.setattr(answering, "GQA_SCENES", {"id": 2, "cg": 1})
-    monkeypatch.setattr(answering, "PRIOR_ITEMS", 20)
-    monkeypatch.setattr(editing, "PER_OPERATION", {"id": 2, "cg": 1})
-    monkeypatch.setattr(stories, "STORIES", 2)
-    monkeypatch.setattr(stories, "PRIOR_STORIES", 40)
-    found = (mme.mme_items, answering.gqa_items, answering._prior_counts, editing._suite)
-    cached = (*found, stories._suite, stories._bounds, stories._guesses)
-    for made in cached:
-        made.cache_clear()
-    yield
-    for made in cached:
-        made.cache_clear()
+FEW = DemoSuites(  # suites of a few items, and guessers who have read little
+    mme=MmeSuite(images=2),
+    gqa=GqaSuite(scenes=(("id", 2), ("cg", 1)), prior_items=20),
+    edit=EditSuite(per_operation=(("id", 2), ("cg", 1))),
+    story=StorySuite(stories=2, prior_stories=40),
+)
+
+
+def tasks(suite):
+    """The edits or stories of both parts of the test split."""
+    return [item.task for items in suite.items("test").values() for item in items]
 
 
 class Talker(Oracle):
@@ -127,15 +119,13 @@ class Talker(Oracle):
     is_joint = True
     roundtrip = staticmethod(lambda images, noise_level=0.0, seed=0: images)
 
-    def __init__(self, wrong: str = "", spoil=lambda story, told: None) -> None:
+    def __init__(self, wrong: str = "", spoil=lambda story, replies: None) -> None:
         super().__init__("test", wrong)
-        self.parts.encoder, self.spoil = torch.nn.Identity(), spoil
-        items = (*mme.mme_items("test"), *answering.gqa_items("test"))
+        self.components.codec, self.spoil = SimpleNamespace(encoder=torch.nn.Identity()), spoil
+        items = (*FEW.mme.items("test")["all"], *FEW.gqa.items("test")["all"])
         self.known = {(i.question.text, render(i.scene).tobytes()): i.question.answer for i in items}
-        edits = [edit for part in ("id", "cg") for edit in editing._suite("test", part)]
-        self.targets = {(e.instruction, render(e.source).tobytes()): e for e in edits}
-        told = [story for part in ("id", "cg") for story in stories._suite("test", part)]
-        self.stories = {(*(step.instruction for step in s.steps), s.question): s for s in told}
+        self.targets = {(e.instruction, render(e.source).tobytes()): e for e in tasks(FEW.edit)}
+        self.stories = {(*(step.instruction for step in s.steps), s.question): s for s in tasks(FEW.story)}
 
     def answers(self, images, questions):
         return [
@@ -147,7 +137,7 @@ class Talker(Oracle):
 
     def answers_after(self, pasts, questions):
         rows = zip(pasts, questions, strict=True)
-        return [self.stories[(*(said[0] for said, _ in past), question)].answer for past, question in rows]
+        return [self.stories[(*(user[0] for user, _ in past), question)].answer for past, question in rows]
 
     def edits(self, images, instructions, seeds):
         rows = zip(to_bytes(images), instructions, strict=True)
@@ -158,76 +148,79 @@ class Talker(Oracle):
         return [self.story(self.stories[tuple(turns)]) for turns in talks]
 
     def story(self, story):
-        told = [[step.sentence, to_floats(render(step.scene)[None])[0]] for step in story.steps]
-        told.append([story.answer])
-        self.spoil(story, told)
-        return told
+        replies = [[step.sentence, to_floats(render(step.scene)[None])[0]] for step in story.steps]
+        replies.append([story.answer])
+        self.spoil(story, replies)
+        return replies
 
 
-@pytest.mark.usefixtures("_few")
-def test_a_model_that_knows_all_but_moves_is_scored_and_shown_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(StarFlow2, "from_pretrained", lambda *_, **__: Talker())
+def test_a_model_that_knows_all_but_moves_is_scored_and_shown_so(tmp_path):
     seen: list[tuple[int, int]] = []
-    made = make_demo(str(tmp_path), tmp_path, progress=lambda *now: seen.append(now))
+    made = make_demo(Talker(), str(tmp_path), tmp_path, progress=lambda *now: seen.append(now), suites=FEW)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report == made.report and set(report) >= TALKED | {"w_geneval"}
+    assert report == made.summary() and set(report) >= TALKED | {"w_geneval"}
     assert report["w_mme"]["id"] == report["w_mme"]["cg"] == 1200 > max(report["w_mme"]["vlm"].values())
     assert report["w_gqa"]["id"] == report["w_gqa"]["cg"] == 1 > max(report["w_gqa"]["vlm"].values())
     assert report["w_edit"] == {"id": pytest.approx(6 / 7), "cg": pytest.approx(6 / 7), "preserved": 1}, "but moves"
     assert report["w_story"] == {"structure": 1, "prefix": 4, "answers": 1} and report["encode_calls"] == 0
     assert seen[-1] == (2, 2), "two stories"
 
-    told = made.talk
-    assert [len(turn.marks) for turn in told.story] == [3, 3, 3, 3, 1]
-    assert all(fits for turn in told.story for _, fits in turn.marks)
-    assert [(e.operation, e.part) for e in told.edits] == [(o, part) for o in OPERATIONS for part in ("id", "cg")]
-    assert {e.operation for e in told.edits if e.why} == {"move"} and {e.why for e in told.edits} == {"", "not done"}
-    assert len(told.questions) == 8 and all(q.is_right and q.said == q.answer for q in told.questions)
+    shown = made.conversations
+    assert [len(turn.marks) for turn in shown.story] == [3, 3, 3, 3, 1]
+    assert all(fits for turn in shown.story for _, fits in turn.marks)
+    assert [(e.operation, e.part) for e in shown.edits] == [(o, part) for o in OPERATIONS for part in ("id", "cg")]
+    assert {e.operation for e in shown.edits if e.faults} == {"move"} and {e.faults for e in shown.edits} == {
+        "",
+        "not done",
+    }
+    assert len(shown.questions) == 8 and all(q.is_right and q.answer == q.truth for q in shown.questions)
 
     page = made.page.read_text()
     order = [page.index(f'id="{name}"') for name in ("story", "edits", "questions", "scores")]
     assert order == sorted(order), "the scores come last"
     pictures = len(made.shown) + 4 + 2 * 14 + 8
     assert page.count("data:image/png;base64,") == pictures and page.count("<figure>") == pictures - 4 - 14
-    assert all(turn.user in page and turn.assistant[0] in page for turn in told.story)
+    assert all(turn.user in page and turn.assistant[0] in page for turn in shown.story)
     assert "stories, answers" in page and "<td>1,200<td>1,200<td>" in page and "<td>0.86<td>0.86<td>" in page
     assert "{" not in re.sub(r"<style>.*</style>", "", page, flags=re.DOTALL)
 
 
-@pytest.mark.usefixtures("_few")
 def test_faults_of_the_shown_story_are_marked_at_their_step_and_escaped():
-    def spoil(story, told):
-        told[1][0] = "there is <nothing>."
-        told[2].pop()
-        told[4] = []
+    def spoil(story, replies):
+        replies[1][0] = "there is <nothing>."
+        replies[2].pop()
+        replies[4] = []
 
-    told = demo_talk.talk(Talker(spoil=spoil))
-    grades = [[fits for _, fits in turn.marks] for turn in told.story]
+    shown = score_conversations(Talker(spoil=spoil), suites=FEW)
+    grades = [[fits for _, fits in turn.marks] for turn in shown.story]
     assert grades == [[True] * 3, [False, True, True], [False] * 3, [True, False, False], [False]]
-    assert told.report["w_story"] == {"structure": 0, "prefix": 1, "answers": 0}
-    page = demo_talk.sections(told)
+    assert shown.summary()["w_story"] == {"structure": 0, "prefix": 1, "answers": 0}
+    page = sections(shown)
     assert "there is &lt;nothing&gt;." in page and "<nothing>" not in page and "should be “" in page
     assert page.count("✗") == 1 + 3 + 2 + 1 + 2
 
 
-@pytest.mark.usefixtures("_few")
-def test_a_real_model_of_stage_three_is_measured_and_shown(monkeypatch):
-    model = StarFlow2(tiny_components(STAGES))
-    told = demo_talk.talk(model)
-    assert set(told.report) == TALKED and told.report["encode_calls"] == 0
-    assert json.loads(json.dumps(told.report)) == told.report
-    assert 0 <= told.report["w_mme"]["vlm"]["id"] <= 1200 and 0 <= told.report["w_edit"]["preserved"] <= 1
-    asked = [turn.user for turn in told.story]
-    assert asked in [[*(s.instruction for s in story.steps), story.question] for story in stories._suite("test", "id")]
-    assert (len(told.story), len(told.edits), len(told.questions)) == (5, 14, 8)
-    assert demo_talk.sections(told).count("data:image/png") >= 2 * 14 + 8
+def test_a_real_model_of_stage_three_is_measured_and_shown():
+    shown = score_conversations(StarFlow2(tiny_components(STAGES)), suites=FEW)
+    summary = shown.summary()
+    assert set(summary) == TALKED and summary["encode_calls"] == 0
+    assert json.loads(json.dumps(summary)) == summary
+    assert 0 <= summary["w_mme"]["vlm"]["id"] <= 1200 and 0 <= summary["w_edit"]["preserved"] <= 1
+    asked = [turn.user for turn in shown.story]
+    assert asked in [[*(s.instruction for s in story.steps), story.question] for story in tasks(FEW.story)]
+    assert (len(shown.story), len(shown.edits), len(shown.questions)) == (5, 14, 8)
+    assert sections(shown).count("data:image/png") >= 2 * 14 + 8
 
 
-def test_encodings_while_a_story_is_told_are_counted(monkeypatch):
-    model = StarFlow2(tiny_components(STAGES))
-    picture = torch.zeros(1, 3, 64, 64)
-    monkeypatch.setattr(model, "tell", lambda talks, seeds: [[["a", model.roundtrip(picture)[0]]] for _ in talks])
-    listener = demo_talk._Listener(model)
-    listener.tell([["one"], ["two"]], [1, 2])
-    model.roundtrip(picture)  # beside any story
-    assert [story.encode_calls for story in listener.stories] == [2, 2]
+def test_encodings_while_a_story_is_told_are_counted():
+    class Encoding(StarFlow2):
+        """Encodes once per conversation."""
+
+        def tell(self, talks, seeds):
+            return [[["a", self.roundtrip(torch.zeros(1, 3, 64, 64))[0]]] for _ in talks]
+
+    model = Encoding(tiny_components(STAGES))
+    log = ModelLog(model)
+    log.tell([["one"], ["two"]], [1, 2])
+    model.roundtrip(torch.zeros(1, 3, 64, 64))  # beside any story
+    assert [story.encode_calls for story in log.stories] == [2, 2]

@@ -13,11 +13,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from model_cases import tiny_components, tiny_run
 from starflow2.data.dialogue import Turn
-from starflow2.errors import ConfigError, DataError, ShapeError
-from starflow2.evals import gqa as answering
-from starflow2.evals import mme
-from starflow2.evals.gqa import evaluate_gqa, question_prior, verify_lock
-from starflow2.evals.mme import evaluate_mme, parse_yes_no, score_mme
+from starflow2.errors import ConfigError, DataError, ShapeError, StateError
+from starflow2.evals.asking import digests
+from starflow2.evals.gqa import SORT_OF, GqaSuite, question_prior
+from starflow2.evals.mme import MmeSuite, parse_yes_no, score_mme
+from starflow2.evals.statistics import Score
+from starflow2.evals.suite import Report, evaluate, verify_lock
 from starflow2.inference.vlm_answer import answer
 from starflow2.models.sequence import IGNORE, pack
 from starflow2.training.datasets import to_images
@@ -27,7 +28,7 @@ from starflow2.world.questions import HELD_OUT_CHAINS, SUBTASKS, YES_NO, chain
 from starflow2.world.scene import render
 from starflow2.world.splits import bucket, held_out, scene_key
 
-SUITES = {"mme": (evaluate_mme, mme.mme_items), "gqa": (evaluate_gqa, answering.gqa_items)}
+SUITES = {"mme": MmeSuite(), "gqa": GqaSuite()}
 
 
 class Knower:
@@ -46,89 +47,89 @@ class Knower:
 
 
 def test_parser_and_arithmetic_agree_exactly_with_the_official_ones(shared_dir):
-    told = json.loads((shared_dir / "fixtures" / "mme_scoring.json").read_text())
-    assert {text: parse_yes_no(text) for text in told["parse"]} == told["parse"]
-    assert score_mme(told["records"])["total"] == pytest.approx(told["total"], abs=1e-9)
+    official = json.loads((shared_dir / "fixtures" / "mme_scoring.json").read_text())
+    assert {text: parse_yes_no(text) for text in official["parse"]} == official["parse"]
+    assert sum(score_mme(official["records"]).values()) == pytest.approx(official["total"], abs=1e-9)
 
 
 def test_an_image_counts_twice_only_if_both_its_answers_are_right():
     rows = [("a", "yes", "yes"), ("a", "no", "no"), ("b", "yes", "Yes, it is"), ("b", "no", "yes")]
     records = [{"category": "color", "question_id": q, "answer": a, "pred": p} for q, a, p in rows]
-    assert score_mme(records) == {"total": 125.0, "by_category": {"color": 125.0}}  # 3 of 4 answers, 1 of 2 images
+    assert score_mme(records) == {"color": 125.0}  # 3 of 4 answers, 1 of 2 images
 
 
 # ----------------------------------------------------------------------------------------------------- reports
 
 
-@pytest.mark.parametrize("suite", SUITES)
-def test_who_knows_the_truth_scores_all_of_it_and_the_report_is_json(suite):
-    evaluate, items = SUITES[suite]
-    report = evaluate(Knower(items("dev")), "dev")
-    assert json.loads(json.dumps(report)) == report
-    for part in report["parts"].values():
-        if suite == "mme":
-            assert part["total"] == {"score": 1200.0, "low": 1200.0, "high": 1200.0}
-            assert part["of_2000"]["score"] == 2000.0 and part["parse_rate"] == 1.0
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_who_knows_the_truth_scores_all_of_it_and_the_report_survives_json(suite):
+    report = evaluate(suite, Knower(suite.items("dev")["all"]), "dev")
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+    for part in report.parts.values():
+        if suite.name == "mme":
+            assert part["total"] == Score(1200.0, 1200.0, 1200.0)
+            assert part.value("of_2000") == 2000 and part.value("parse_rate") == 1
         else:
-            assert part["accuracy"] == {"score": 1.0, "low": 1.0, "high": 1.0} and part["valid"] == 1.0
-    counts = {name: part["n"] for name, part in report["parts"].items()}
-    assert counts == ({"id": 384, "cg": 384, "all": 768} if suite == "mme" else {"id": 768, "cg": 256, "all": 1024})
-    gap = report["gap"] if suite == "mme" else report["gap"]["overall"]
-    assert gap["score"] == 0
+            assert part["accuracy"] == Score(1.0, 1.0, 1.0) and part.value("valid") == 1
+    counts = {name: part.n for name, part in report.parts.items()}  # images of MME, two questions each
+    assert counts == (
+        {"id": 192, "cg": 192, "all": 384} if suite.name == "mme" else {"id": 768, "cg": 256, "all": 1024}
+    )
+    assert report.gap.value("total" if suite.name == "mme" else "accuracy") == 0
 
 
 def test_who_always_says_yes_and_who_throws_a_coin_score_the_floors_of_mme():
     coin = np.random.default_rng(0)
-    always = evaluate_mme(lambda images, texts: ["yes"] * len(texts), "dev", quick=True)["parts"]["all"]
-    assert always["total"] == {"score": 300.0, "low": 300.0, "high": 300.0}
-    assert always["floor"] == {"always_yes": 300.0, "coin": 450.0} and always["yes_share"] == 1
-    tossed = evaluate_mme(lambda images, texts: coin.choice(["yes", "no"], len(texts)).tolist(), "dev")["parts"]["all"]
-    assert tossed["total"]["low"] < 450 < tossed["total"]["high"]
-    assert 30 < tossed["total"]["high"] - tossed["total"]["low"] < 150
+    report = evaluate(MmeSuite(), lambda images, texts: ["yes"] * len(texts), "dev", quick=True)
+    always, floor = report.parts["all"], report.bounds["floor"]["all"]
+    assert always["total"] == Score(300.0, 300.0, 300.0) and always.value("yes_share") == 1
+    assert floor.value("always_yes") == 300 and floor.value("coin") == 450
+    tossed = evaluate(MmeSuite(), lambda images, texts: coin.choice(["yes", "no"], len(texts)).tolist(), "dev")
+    total = tossed.parts["all"]["total"]
+    assert total.low < 450 < total.high and 30 < total.high - total.low < 150
 
 
-def test_what_cannot_be_parsed_is_wrong_and_told_apart():
-    mute = evaluate_mme(lambda images, texts: ["perhaps"] * len(texts), "dev", quick=True)["parts"]["all"]
-    assert mute["total"]["score"] == mute["parse_rate"] == mute["yes_share"] == 0
-    wrong = evaluate_gqa(lambda images, texts: ["a red star"] * len(texts), "dev", quick=True)["parts"]["all"]
-    assert wrong["accuracy"]["score"] == wrong["valid"] == 0
+def test_what_cannot_be_parsed_is_wrong_and_counted_apart():
+    mute = evaluate(MmeSuite(), lambda images, texts: ["perhaps"] * len(texts), "dev", quick=True).parts["all"]
+    assert mute.value("total") == mute.value("parse_rate") == mute.value("yes_share") == 0
+    wrong = evaluate(GqaSuite(), lambda images, texts: ["a red star"] * len(texts), "dev", quick=True).parts["all"]
+    assert wrong.value("accuracy") == wrong.value("valid") == 0
 
 
 def test_the_prior_printed_beside_gqa_is_what_its_answers_score_and_near_chance():
-    report = evaluate_gqa(lambda images, texts: [question_prior(text) for text in texts], "dev")
-    for part in report["parts"].values():
-        assert part["accuracy"]["score"] == part["prior"]
-    id_part = report["parts"]["id"]
-    assert 0.25 < id_part["prior"] < 0.42
+    report = evaluate(GqaSuite(), lambda images, texts: [question_prior(text) for text in texts], "dev")
+    for part in report.parts.values():
+        assert part["accuracy"] == part["prior"]
+    id_part = report.parts["id"]
+    assert 0.25 < id_part.value("prior") < 0.42
     for kind, chance in {"choose": 1 / 2, "compare": 1 / 2, "logical": 1 / 2, "count": 1 / 4, "query": 1 / 4}.items():
-        assert id_part["by_kind"][kind]["prior"] < chance + 0.12, kind
+        assert id_part.by_kind[kind].value("prior") < chance + 0.12, kind
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
 def test_a_quick_run_asks_about_an_eighth_of_the_same_images(suite):
-    evaluate, items = SUITES[suite]
-    knower, done = Knower(items("dev")), []
-    report = evaluate(knower, "dev", quick=True, progress=lambda n, total: done.append((n, total)))
-    count = {"mme": 96, "gqa": 128}[suite]
-    assert report["n"] == len(knower.asked) == count and done[-1] == (count, count)
-    if suite == "mme":
-        assert {row["images"] for row in report["parts"]["cg"]["by_subtask"].values()} == {4}
+    knower, done = Knower(suite.items("dev")["all"]), []
+    report = evaluate(suite, knower, "dev", quick=True, progress=lambda n, total: done.append((n, total)))
+    count = {"mme": 96, "gqa": 128}[suite.name]
+    assert report.n == len(knower.asked) == count and done[-1] == (count, count)
+    if suite.name == "mme":
+        assert {row.n for row in report.parts["cg"].by_kind.values()} == {4}
 
 
-@pytest.mark.parametrize("evaluate", [evaluate_mme, evaluate_gqa])
-def test_what_cannot_be_scored_is_refused(evaluate):
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_what_cannot_be_scored_is_refused(suite):
     with pytest.raises(ConfigError, match="split"):
-        evaluate(lambda images, texts: texts, "train")
+        evaluate(suite, lambda images, texts: texts, "train")
     for bad in (lambda images, texts: texts[1:], lambda images, texts: [None] * len(texts)):
         with pytest.raises(DataError, match=r"expected (96|128) texts"):
-            evaluate(bad, "dev", quick=True)
+            evaluate(suite, bad, "dev", quick=True)
 
 
 # ------------------------------------------------------------------------------------------------------- items
 
 
 def test_mme_asks_a_yes_and_a_no_about_each_of_64_images_half_of_them_with_a_held_out_pair():
-    items = mme.mme_items("dev")
+    items = MmeSuite().items("dev")["all"]
     assert Counter((i.kind, i.part) for i in items) == {(s, p): 64 for s in SUBTASKS for p in ("id", "cg")}
     assert len({(i.kind, scene_key(i.scene)) for i in items}) == 6 * 64
     for yes, no in zip(items[::2], items[1::2], strict=True):
@@ -139,7 +140,7 @@ def test_mme_asks_a_yes_and_a_no_about_each_of_64_images_half_of_them_with_a_hel
 
 
 def test_gqa_asks_seen_chains_about_seen_things_and_in_cg_only_held_out_chains():
-    items = answering.gqa_items("dev")
+    items = GqaSuite().items("dev")["all"]
     asked = Counter((i.image, i.part) for i in items)
     assert set(asked.values()) == {4} and len(asked) == 256 and len({scene_key(i.scene) for i in items}) == 256
     for item in items:
@@ -149,23 +150,23 @@ def test_gqa_asks_seen_chains_about_seen_things_and_in_cg_only_held_out_chains()
 
 
 def test_gqa_answers_are_balanced_within_each_kind_and_sort():
-    answers = Counter((i.part, i.kind, i.question.answer) for i in answering.gqa_items("dev"))
+    answers = Counter((i.part, i.kind, i.question.answer) for i in GqaSuite().items("dev")["all"])
     for (part, kind, word), count in answers.items():
-        same = [answers[part, kind, other] for other in answering._SORT[word]]
+        same = [answers[part, kind, other] for other in SORT_OF[word]]
         assert count < 1.5 * np.mean(same) + 2, (part, kind, word)
 
 
 def test_the_suites_are_the_frozen_ones():
-    verify_lock()
+    verify_lock(MmeSuite(), GqaSuite())
 
 
-def test_one_changed_question_breaks_the_lock(monkeypatch):
-    first, *rest = answering.gqa_items("dev")
+def test_one_changed_question_changes_the_hash_of_its_split_only():
+    items = {split: GqaSuite().items(split)["all"] for split in ("dev", "test")}
+    first, *rest = items["dev"]
     changed = (replace(first, question=replace(first.question, text="is there a star?")), *rest)
-    items = {"dev": changed, "test": answering.gqa_items("test")}
-    monkeypatch.setattr(answering, "gqa_items", items.get)
-    with pytest.raises(DataError, match=r"changed: gqa\.items\.dev\.blake2b$"):
-        verify_lock()
+    before, after = digests(items.get), digests({**items, "dev": changed}.get)
+    assert before["test"] == after["test"] and before["dev"]["count"] == after["dev"]["count"]
+    assert before["dev"]["blake2b"] != after["dev"]["blake2b"]
 
 
 # ----------------------------------------------------------------------------------- the language model answers
@@ -243,5 +244,5 @@ def test_questions_that_cannot_be_asked_are_refused(asked):
         answer(parts, images[:1], ["is it red?"], max_tokens=0)
     with pytest.raises(ShapeError, match="images"):
         answer(parts, images[:1, :, :32], ["is it red?"])
-    with pytest.raises(ConfigError, match="needs vlm"):
+    with pytest.raises(StateError, match="needs vlm"):
         answer(tiny_components(stages=("features",)), images[:1], ["is it red?"])

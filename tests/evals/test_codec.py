@@ -39,17 +39,17 @@ def images() -> Tensor:
 
 def test_a_perfect_codec_has_no_distance_and_noise_has_the_psnr_of_its_variance(images):
     flat = images * 0.2  # nothing is clamped
-    clean, noisy = evaluate_codec(Pixels(), tiny_components().features, flat, levels=(0.0, 0.1))["rows"]
-    assert clean["ssim"] == pytest.approx(1, abs=1e-4) and clean["feature_fd"] == pytest.approx(0, abs=1e-6)
-    assert noisy["psnr"] == pytest.approx(10 * math.log10(4 / 0.1**2), abs=0.1)
-    assert noisy["feature_fd"] > 100 * abs(clean["feature_fd"]) and noisy["ssim"] < 0.99
-    assert clean["rfid"] is None or clean["rfid"] >= 0
+    clean, noisy = evaluate_codec(Pixels(), tiny_components().features, flat, levels=(0.0, 0.1)).rows
+    assert clean.ssim == pytest.approx(1, abs=1e-4) and clean.feature_fd == pytest.approx(0, abs=1e-6)
+    assert noisy.psnr == pytest.approx(10 * math.log10(4 / 0.1**2), abs=0.1)
+    assert noisy.feature_fd > 100 * abs(clean.feature_fd) and noisy.ssim < 0.99
+    assert clean.rfid is None or clean.rfid >= 0
 
 
 def test_a_blurring_codec_is_worse_in_everything(images):
     features = tiny_components().features
-    (sharp,), (soft,) = (evaluate_codec(Pixels(b), features, images, levels=(0.0,))["rows"] for b in (False, True))
-    assert soft["psnr"] < sharp["psnr"] and soft["ssim"] < sharp["ssim"] and soft["feature_fd"] > sharp["feature_fd"]
+    (sharp,), (soft,) = (evaluate_codec(Pixels(b), features, images, levels=(0.0,)).rows for b in (False, True))
+    assert soft.psnr < sharp.psnr and soft.ssim < sharp.ssim and soft.feature_fd > sharp.feature_fd
 
 
 def test_the_frechet_distance_of_gaussians_is_that_of_their_parameters():

@@ -10,15 +10,10 @@ import numpy as np
 import pytest
 
 from starflow2.errors import ConfigError, DataError
-from starflow2.evals.dpg import (
-    SAMPLES,
-    answers,
-    evaluate_dpg,
-    picture_score,
-    roundtrip_ceiling,
-    soft_score,
-    verify_lock,
-)
+from starflow2.evals.dpg import DpgSuite, answers, image_score, soft_score
+from starflow2.evals.geneval import SAMPLES
+from starflow2.evals.statistics import Score
+from starflow2.evals.suite import Report, ceiling, evaluate, verify_lock
 from starflow2.world.dense_prompts import CATEGORIES, PROMPTS, Node, suite_dense
 from starflow2.world.detector import detect
 from starflow2.world.questions import known_words
@@ -60,10 +55,10 @@ def tree(*parents: tuple[int, ...]) -> list[Node]:
 
 def test_a_failed_parent_fails_its_children_and_theirs_but_not_its_own_parent():
     chained = tree((), (1,), (2,), ())
-    assert picture_score(chained, [True, True, True, True]) == 1
-    assert picture_score(chained, [True, False, True, True]) == 0.5  # the third hangs on the second
-    assert picture_score(chained, [False, True, True, True]) == 0.25
-    assert picture_score(tree((), (), (1, 2)), [True, False, True]) == pytest.approx(1 / 3), "both parents must hold"
+    assert image_score(chained, [True, True, True, True]) == 1
+    assert image_score(chained, [True, False, True, True]) == 0.5  # the third hangs on the second
+    assert image_score(chained, [False, True, True, True]) == 0.25
+    assert image_score(tree((), (), (1, 2)), [True, False, True]) == pytest.approx(1 / 3), "both parents must hold"
 
 
 def test_the_soft_score_is_the_geometric_mean_with_a_hundredth_for_a_miss():
@@ -109,7 +104,7 @@ def test_trees_have_12_to_20_questions_parents_first_in_all_categories():
 
 
 def test_the_suite_is_the_frozen_one():
-    verify_lock()
+    verify_lock(DpgSuite())
 
 
 # ----------------------------------------------------------------------------------------------------------- answers
@@ -144,35 +139,38 @@ def test_objects_of_one_shape_are_matched_so_that_most_answers_are_yes_and_none_
 # ----------------------------------------------------------------------------------------------------------- reports
 
 
-def test_true_pictures_score_all_of_it_far_above_the_floor_and_the_report_is_json():
+def test_true_pictures_score_all_of_it_far_above_the_floor_and_the_report_survives_json():
     done = []
-    report = evaluate_dpg(drawer(), "dev", quick=True, progress=lambda n, total: done.append((n, total)))
-    assert json.loads(json.dumps(report)) == report
-    assert report["n"] == 16 * SAMPLES and done[-1] == (64, 64) and report["gap"]["overall"]["score"] == 0
-    for name, part in report["parts"].items():
-        assert part["overall"] == part["soft"] == {"score": 1.0, "low": 1.0, "high": 1.0}
-        assert part["prompts"] == (16 if name == "all" else 8)
-        assert 0 < part["floor"]["soft"] < part["floor"]["overall"] < 0.4
-        assert part["by_category"] == {c: {"last_picture": 1.0, "all_pictures": 1.0} for c in CATEGORIES}
+    report = evaluate(DpgSuite(), drawer(), "dev", quick=True, progress=lambda n, total: done.append((n, total)))
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+    assert report.n == 16 * SAMPLES and done[-1] == (64, 64) and report.gap.value("overall") == 0
+    for name, part in report.parts.items():
+        assert part["overall"] == part["soft"] == Score(1.0, 1.0, 1.0)
+        assert part.units == (16 if name == "all" else 8)
+        floor = report.bounds["floor"][name]
+        assert 0 < floor.value("soft") < floor.value("overall") < 0.4
+        assert list(part.by_kind) == list(CATEGORIES)
+        assert all(row.value("last_picture") == row.value("all_pictures") == 1 for row in part.by_kind.values())
 
 
 def test_categories_come_from_the_last_picture_and_before_parents_and_overall_from_all_pictures_and_after():
     def change(scene, seed):
         return emptied(scene) if seed % SAMPLES == SAMPLES - 1 else scene
 
-    part = evaluate_dpg(drawer(change=change), "dev", quick=True)["parts"]["all"]
-    row = part["by_category"]["entity"]
-    assert row["last_picture"] < row["all_pictures"] < 1
-    assert row["all_pictures"] == pytest.approx(1 - (1 - row["last_picture"]) / SAMPLES)
-    assert part["overall"]["score"] > row["last_picture"]
+    part = evaluate(DpgSuite(), drawer(change=change), "dev", quick=True).parts["all"]
+    last, every = (part.by_kind["entity"].value(name) for name in ("last_picture", "all_pictures"))
+    assert last < every < 1
+    assert every == pytest.approx(1 - (1 - last) / SAMPLES)
+    assert part.value("overall") > last
 
 
 def test_pictures_of_other_prompts_score_near_the_floor():
     items = suite_dense("dev")
     order = {item.prompt: items[(i + 5) % len(items)].scene for i, item in enumerate(items)}
-    report = evaluate_dpg(lambda prompts, seeds: np.stack([render(order[p]) for p in prompts]), "dev", samples=1)
-    part = report["parts"]["all"]
-    assert part["overall"]["score"] == pytest.approx(part["floor"]["overall"], abs=0.06)
+    report = evaluate(DpgSuite(samples=1), lambda prompts, _: np.stack([render(order[p]) for p in prompts]), "dev")
+    assert report.parts["all"].value("overall") == pytest.approx(
+        report.bounds["floor"]["all"].value("overall"), abs=0.06
+    )
 
 
 def test_the_ceiling_of_a_perfect_codec_is_one_and_of_a_blurring_one_less():
@@ -181,14 +179,16 @@ def test_the_ceiling_of_a_perfect_codec_is_one_and_of_a_blurring_one_less():
         parts = [wide[:, i : i + 64, j : j + 64] for i in range(5) for j in range(5)]
         return np.mean(parts, axis=0).astype(np.uint8)
 
-    assert roundtrip_ceiling(lambda images: images, "dev", quick=True)["parts"]["all"]["overall"]["score"] == 1
-    assert roundtrip_ceiling(blur, "dev", quick=True)["parts"]["all"]["overall"]["score"] < 0.98
+    sharp, blurred = (
+        ceiling(DpgSuite(samples=1), "dev", codec, quick=True)["all"] for codec in (lambda images: images, blur)
+    )
+    assert sharp.value("overall") == 1 and blurred.value("overall") < 0.98
 
 
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ConfigError, match="split"):
         suite_dense("train")
     with pytest.raises(ConfigError, match="samples"):
-        evaluate_dpg(drawer(), "dev", samples=5)
-    with pytest.raises(DataError, match="pictures"):
-        evaluate_dpg(lambda prompts, seeds: np.zeros((len(prompts), 64, 64), np.uint8), "dev", quick=True)
+        evaluate(DpgSuite(samples=5), drawer(), "dev")
+    with pytest.raises(DataError, match="images: expected uint8"):
+        evaluate(DpgSuite(), lambda prompts, seeds: np.zeros((len(prompts), 64, 64), np.uint8), "dev", quick=True)

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 
 from starflow2.errors import ConfigError, DataError
-from starflow2.evals import edit as editing
-from starflow2.evals.edit import evaluate_edit, evaluate_edit_sessions, grade_edits, verify_lock
-from starflow2.evals.statistics import lock_text
+from starflow2.evals.edit import COLUMNS, PER_OPERATION, SEED_BASE, EditSuite, edits_of, grade_edits
+from starflow2.evals.statistics import Score
+from starflow2.evals.suite import Report, check_lock, digest, evaluate, lock_text, verify_lock
 from starflow2.world.edit_operations import OPERATIONS
 from starflow2.world.scene import SceneObject, fits, render
+from starflow2.world.splits import scene_key
 
 
-@pytest.fixture
-def few_sessions(monkeypatch):
-    monkeypatch.setattr(editing, "SESSIONS", 16)
+def suite_of(split, part):
+    return edits_of(split, part, dict(PER_OPERATION)[part])
 
 
-def edits_of(*operations):
-    return [edit for edit in editing._suite("dev", "id") if edit.operation in operations]
+def dev_edits(*operations):
+    return [edit for edit in suite_of("dev", "id") if edit.operation in operations]
 
 
 def graded(edits, scenes, sources=None):
@@ -41,7 +41,7 @@ class Knower:
     """Looks the true target up by picture and words; remembers what it was asked."""
 
     def __init__(self, *parts, split="dev"):
-        edits = [edit for part in parts for edit in editing._suite(split, part)]
+        edits = [edit for part in parts for edit in suite_of(split, part)]
         self.truth = {(render(edit.source).tobytes(), edit.instruction): edit.target for edit in edits}
         self.asked = []
 
@@ -55,7 +55,7 @@ class Knower:
 
 @pytest.mark.parametrize("part", ["id", "cg"])
 def test_the_true_target_succeeds_and_the_source_is_preserved_but_not_changed(part):
-    edits = editing._suite("dev", part)
+    edits = suite_of("dev", part)
     truth = graded(edits, [edit.target for edit in edits])
     assert all(grade.success and grade.share == 1 and grade.l1 == grade.l2 == 0 for grade in truth)
     copies = graded(edits, [edit.source for edit in edits])
@@ -64,7 +64,7 @@ def test_the_true_target_succeeds_and_the_source_is_preserved_but_not_changed(pa
 
 
 def test_a_wrong_color_is_not_applied():
-    edits = edits_of("recolor")
+    edits = dev_edits("recolor")
     wrong = [with_thing(e.target, e.after, color=(e.target.objects[e.after].color + 1) % 8) for e in edits]
     others = [(e, scene) for e, scene in zip(edits, wrong, strict=True) if scene != e.source]
     assert len(others) > 20 and not any(grade.applied for grade in graded(*zip(*others, strict=True)))
@@ -75,7 +75,7 @@ def test_a_wrong_color_is_not_applied():
     [("reshape", "shape", 8), ("resize", "size", 2), ("add", "color", 8), ("add", "shape", 8), ("add", "size", 2)],
 )
 def test_what_is_asked_for_must_be_there_as_asked(operation, attribute, count):
-    edits = edits_of(operation)
+    edits = dev_edits(operation)
     things = [edit.target.objects[edit.after] for edit in edits]
     values = [(getattr(thing, attribute) + 1) % count for thing in things]
     rows = zip(edits, values, strict=True)
@@ -83,7 +83,7 @@ def test_what_is_asked_for_must_be_there_as_asked(operation, attribute, count):
 
 
 def test_an_object_that_was_asked_to_move_may_miss_its_place_by_little_only():
-    edits = edits_of("move")
+    edits = dev_edits("move")
     things = [edit.target.objects[edit.after] for edit in edits]
 
     def off(by):
@@ -102,7 +102,7 @@ def test_an_object_that_was_asked_to_move_may_miss_its_place_by_little_only():
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_bystander_that_moves_turns_or_goes_is_noticed(operation):
-    edits = [edit for edit in edits_of(operation) if len(edit.target.objects) > 1 or edit.after is None]
+    edits = [edit for edit in dev_edits(operation) if len(edit.target.objects) > 1 or edit.after is None]
     which = [next(i for i in range(len(edit.target.objects)) if i != edit.after) for edit in edits]
     things = [edit.target.objects[i] for edit, i in zip(edits, which, strict=True)]
     rows = list(zip(edits, which, things, strict=True))
@@ -124,7 +124,7 @@ def test_a_bystander_that_moves_turns_or_goes_is_noticed(operation):
 def test_an_extra_blob_is_noticed_named_or_not(operation):
     extra = SceneObject(shape=0, color=0, size=0, x=0, y=0, angle=0.0)
     made, speckled = [], []
-    for edit in edits_of(operation):
+    for edit in dev_edits(operation):
         for x, y in ((10, 10), (54, 10), (10, 54), (54, 54), (32, 32)):
             scene = replace(edit.target, objects=(*edit.target.objects, replace(extra, x=x, y=y)))
             if fits(scene):
@@ -142,7 +142,7 @@ def test_an_extra_blob_is_noticed_named_or_not(operation):
 
 
 def test_what_the_words_leave_alone_of_the_changed_object_must_stay_too():
-    recolored, resized = edits_of("recolor"), edits_of("resize")
+    recolored, resized = dev_edits("recolor"), dev_edits("resize")
     shapes = [with_thing(e.target, e.after, shape=(e.target.objects[e.after].shape + 1) % 8) for e in recolored]
     colors = [with_thing(e.target, e.after, color=(e.target.objects[e.after].color + 1) % 8) for e in resized]
     for edits, scenes in ((recolored, shapes), (resized, colors)):
@@ -153,23 +153,23 @@ def test_what_the_words_leave_alone_of_the_changed_object_must_stay_too():
 
 
 def test_another_background_is_a_change_unless_it_was_asked_for():
-    edits = [edit for edit in editing._suite("dev", "id") if edit.operation != "background"]
+    edits = [edit for edit in suite_of("dev", "id") if edit.operation != "background"]
     tinted = [replace(edit.target, background=(edit.target.background + 1) % 5) for edit in edits]
     assert not any(grade.preserved for grade in graded(edits, tinted))
-    asked = edits_of("background")
+    asked = dev_edits("background")
     wrong = [replace(e.target, background=(e.target.background + 1) % 5) for e in asked]
     other = [(e, scene) for e, scene in zip(asked, wrong, strict=True) if scene != e.source]
     assert not any(grade.applied for grade in graded(*zip(*other, strict=True)))
 
 
 def test_an_empty_picture_gets_nothing():
-    edits = editing._suite("dev", "id")
+    edits = suite_of("dev", "id")
     grades = graded(edits, [replace(edit.target, objects=()) for edit in edits])
     assert not any(grade.success for grade in grades) and all(grade.quality == 0 for grade in grades)
 
 
 def test_pixels_are_held_against_the_round_trip_and_not_against_the_source():
-    edits = edits_of("recolor")
+    edits = dev_edits("recolor")
     noise = np.random.default_rng(0).normal(0, 25, (64, 64, 3))
 
     def codec(images):
@@ -187,7 +187,7 @@ def test_pixels_are_held_against_the_round_trip_and_not_against_the_source():
 # -------------------------------------------------------------------------------------------------- reports
 
 
-def test_who_knows_the_truth_scores_all_of_it_and_the_report_is_json():
+def test_who_knows_the_truth_scores_all_of_it_and_the_report_survives_json():
     drawn, done = [], []
     knower = Knower("id", "cg")
 
@@ -195,31 +195,32 @@ def test_who_knows_the_truth_scores_all_of_it_and_the_report_is_json():
         drawn.extend(prompts)
         return np.full((len(prompts), 64, 64, 3), 250, np.uint8)
 
-    report = evaluate_edit(knower, "dev", draw=draw, progress=lambda n, total: done.append((n, total)))
-    assert json.loads(json.dumps(report)) == report and done[-1] == (504, 504) and report["n"] == len(drawn) == 504
-    one, nothing = {"score": 1.0, "low": 1.0, "high": 1.0}, {"score": 0.0, "low": 0.0, "high": 0.0}
+    report = evaluate(EditSuite(draw=draw), knower, "dev", progress=lambda n, total: done.append((n, total)))
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+    assert done[-1] == (504, 504) and report.n == len(drawn) == 504
+    one, nothing = Score(1.0, 1.0, 1.0), Score(0.0, 0.0, 0.0)
     for part, count in (("id", 48), ("cg", 24)):
-        scores = report["parts"][part]
-        assert {row["n"] for row in scores["by_operation"].values()} == {count} and scores["n"] == 7 * count
-        for row in (scores["overall"], *scores["by_operation"].values(), scores["controls"]["ceiling"]["overall"]):
+        scores, ceiling, copy = report.parts[part], report.bounds["ceiling"][part], report.bounds["copy"][part]
+        assert {row.n for row in scores.by_kind.values()} == {count} and scores.n == 7 * count
+        for row in (scores, *scores.by_kind.values(), ceiling):
             assert row["success"] == row["applied"] == row["preserved"] == one and row["l1"] == row["l2"] == nothing
-            assert row["semantic"]["score"] == 10 and 9 < row["quality"]["score"] < row["overall"]["score"] < 10
-        copy = scores["controls"]["copy"]["overall"]
+            assert row.value("semantic") == 10 and 9 < row.value("quality") < row.value("overall") < 10
         assert copy["success"] == copy["applied"] == copy["overall"] == nothing and copy["preserved"] == one
-        assert scores["controls"]["regenerate"]["overall"]["success"] == nothing
-    assert report["gap"]["overall"]["success"] == nothing and set(report["gap"]["by_operation"]) == set(OPERATIONS)
+        assert report.bounds["regenerate"][part]["success"] == nothing
+    assert report.gap["success"] == nothing and set(report.gap.by_kind) == set(OPERATIONS)
+    assert tuple(report.gap.columns) == COLUMNS
     assert len({seed for _, seed in knower.asked[:336]}) == 336
 
 
 def test_a_quick_run_asks_for_an_eighth_of_the_same_edits_and_wording_is_a_part_of_its_own():
     knower = Knower("id", "paraphrase")
-    report = evaluate_edit(knower, "dev", quick=True, parts=("id", "paraphrase"))
-    assert report["n"] == len(knower.asked) == 84 and "gap" not in report
+    report = evaluate(EditSuite(parts=("id", "paraphrase")), knower, "dev", quick=True)
+    assert report.n == len(knower.asked) == 84 and report.gap is None
     for part, asked in (("id", knower.asked[:42]), ("paraphrase", knower.asked[42:])):
-        suite = editing._suite("dev", part)
-        assert all(suite[seed - editing.SEED_BASE].instruction == text for text, seed in asked)
-    assert {row["n"] for row in report["parts"]["id"]["by_operation"].values()} == {6}
-    assert report["parts"]["paraphrase"]["overall"]["success"]["score"] == 1
+        suite = suite_of("dev", part)
+        assert all(suite[seed - SEED_BASE].instruction == text for text, seed in asked)
+    assert {row.n for row in report.parts["id"].by_kind.values()} == {6}
+    assert report.parts["paraphrase"].value("success") == 1
 
 
 def test_scores_lie_within_their_intervals_and_operations_weigh_the_same():
@@ -229,93 +230,48 @@ def test_scores_lie_within_their_intervals_and_operations_weigh_the_same():
         made = knower(images, texts, seeds)
         return np.where(np.array(seeds)[:, None, None, None] % 3 == 0, images, made)
 
-    scores = evaluate_edit(forgetful, "dev", parts=("id",))["parts"]["id"]
-    found = scores["overall"]["success"]
-    assert found["low"] < found["score"] < found["high"] < found["low"] + 0.15
-    each = [row["success"]["score"] for row in scores["by_operation"].values()]
-    assert found["score"] == pytest.approx(np.mean(each)) == pytest.approx(2 / 3, abs=0.01)
+    scores = evaluate(EditSuite(parts=("id",)), forgetful, "dev").parts["id"]
+    success = scores["success"]
+    assert success.low < success.score < success.high < success.low + 0.15
+    each = [row.value("success") for row in scores.by_kind.values()]
+    assert success.score == pytest.approx(np.mean(each)) == pytest.approx(2 / 3, abs=0.01)
 
 
 def test_what_cannot_be_graded_is_refused():
     with pytest.raises(ConfigError, match="split"):
-        evaluate_edit(lambda images, texts, seeds: images, "train")
+        evaluate(EditSuite(), lambda images, texts, seeds: images, "train")
     with pytest.raises(ConfigError, match="part"):
-        evaluate_edit(lambda images, texts, seeds: images, "dev", parts=("all",))
+        evaluate(EditSuite(parts=("all",)), lambda images, texts, seeds: images, "dev")
     with pytest.raises(DataError, match="expected uint8"):
-        evaluate_edit(lambda images, texts, seeds: images[1:], "dev", quick=True)
+        evaluate(EditSuite(), lambda images, texts, seeds: images[1:], "dev", quick=True)
+    halved = EditSuite(codec=lambda images: images / 255)
     with pytest.raises(DataError, match="expected uint8"):
-        evaluate_edit(lambda images, texts, seeds: images, "dev", quick=True, codec=lambda images: images / 255)
-
-
-# ------------------------------------------------------------------------------------------------- sessions
-
-
-class Talk:
-    """Knows each session's pictures; forgets to undo if told so."""
-
-    def __init__(self, image, seed, forgets=False):
-        self.session = editing.suite_sessions("dev", editing.SESSIONS)[seed - editing.SEED_BASE]
-        assert np.array_equal(render(self.session.source), image)
-        self.versions, self.forgets, self.turn = [image], forgets, 0
-
-    def edit(self, instruction):
-        assert instruction == self.session.instructions[self.turn]
-        self.versions.append(render(self.session.scenes[self.turn]))
-        self.turn += 1
-        return self.versions[-1]
-
-    def undo(self, turns):
-        if not self.forgets:
-            del self.versions[-turns:]
-        return self.versions[-1]
-
-
-def test_who_knows_every_turn_and_undoes_it_scores_all_of_the_sessions(few_sessions):
-    done = []
-    report = evaluate_edit_sessions(Talk, "dev", progress=lambda n, total: done.append((n, total)))
-    assert json.loads(json.dumps(report)) == report and report["n"] == 16 and done[-1] == (48, 48)
-    assert [turn["success"]["score"] for turn in report["turns"]] == [1, 1, 1] and report["all_turns"]["low"] == 1
-    assert report["undo"]["same"]["score"] == report["undo"]["exact"]["score"] == 1
-    copy, ceiling = report["controls"]["copy"], report["controls"]["ceiling"]
-    assert (
-        copy["overall"]["success"]["score"] == copy["all_turns"]["score"] == copy["turns"][0]["applied"]["score"] == 0
-    )
-    assert ceiling["all_turns"]["score"] == 1
-
-
-def test_who_forgets_to_undo_is_found_out(few_sessions):
-    report = evaluate_edit_sessions(lambda image, seed: Talk(image, seed, forgets=True), "dev", quick=True)
-    assert report["n"] == 2 and report["undo"]["exact"]["score"] == 0 and report["undo"]["same"]["score"] < 0.7
-
-
-def test_an_early_turn_that_fails_and_is_made_good_counts_once(few_sessions):
-    class Stuck(Talk):
-        def edit(self, instruction):
-            made = super().edit(instruction)
-            return made if self.turn > 1 else self.versions[0]
-
-    report = evaluate_edit_sessions(Stuck, "dev", quick=True)
-    assert report["turns"][0]["success"]["score"] == report["all_turns"]["score"] == 0
-    assert report["turns"][1]["success"]["score"] == report["turns"][2]["success"]["score"] == 1
+        evaluate(halved, lambda images, texts, seeds: images, "dev", quick=True)
 
 
 # ------------------------------------------------------------------------------------------------- the lock
 
 
+def locked(edits):
+    return digest(
+        (e.operation, e.instruction, *(n for s in (e.source, e.target) for n in (s.background, *scene_key(s))))
+        for e in edits
+    )
+
+
 def test_the_dev_suite_is_the_frozen_one():
     frozen = json.loads(lock_text())["edit"]["items"]
     for part in ("id", "cg", "paraphrase"):
-        assert editing._digest(editing._suite("dev", part)) == frozen[f"dev/{part}"]
+        assert locked(suite_of("dev", part)) == frozen[f"dev/{part}"]
 
 
 @pytest.mark.slow  # half a minute: sessions need four pictures of a rare bucket in a row
 @pytest.mark.timeout(600)
-def test_all_suites_are_the_frozen_ones_and_one_changed_instruction_breaks_the_lock(monkeypatch):
-    verify_lock()
-    suite = editing._suite
-    assert Counter(edit.operation for edit in suite("test", "cg")) == dict.fromkeys(OPERATIONS, 24)
-    first, *rest = suite("dev", "cg")
-    changed = (replace(first, instruction="remove the star"), *rest)
-    monkeypatch.setattr(editing, "_suite", lambda *at: changed if at == ("dev", "cg") else suite(*at))
+def test_all_suites_are_the_frozen_ones_and_one_changed_instruction_breaks_the_lock():
+    verify_lock(EditSuite())
+    assert Counter(edit.operation for edit in suite_of("test", "cg")) == dict.fromkeys(OPERATIONS, 24)
+    first, *rest = suite_of("dev", "cg")
+    fresh = EditSuite().lock()
+    fresh["edit"]["items"]["dev/cg"] = locked([replace(first, instruction="remove the star"), *rest])
     with pytest.raises(DataError, match=r"changed: edit\.items\.dev/cg\.blake2b$"):
-        verify_lock()
+        check_lock(json.loads(lock_text()), fresh)

@@ -2,16 +2,18 @@
 
 import io
 import json
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from starflow2.errors import ConfigError, DataError
-from starflow2.evals import geneval as drawing
-from starflow2.evals.geneval import codec_ceiling, evaluate_geneval, verify_lock
-from starflow2.evals.report import append_ledger, ledger_record, table, write_json
+from starflow2.evals.geneval import GenevalSuite, captioned_scenes
+from starflow2.evals.report import append_ledger, write_json
+from starflow2.evals.statistics import Score
+from starflow2.evals.suite import Report, ceiling, check_lock, evaluate, lock_text, verify_lock
+from starflow2.evals.tables import ledger_record, table
 from starflow2.world.captions import FAMILIES
 from starflow2.world.scene import render
 
@@ -20,7 +22,7 @@ class Drawer:
     """Draws the truth, but for every `wrong_every`-th prompt an empty picture; remembers what it was asked."""
 
     def __init__(self, wrong_every=0):
-        self.truth = {d.prompt: render(d.scene) for part in ("id", "cg") for d in drawing._suite("dev", part)}
+        self.truth = {d.prompt: render(d.scene) for part in ("id", "cg") for d in captioned_scenes("dev", part)}
         self.wrong = set(sorted(self.truth)[::wrong_every]) if wrong_every else set()
         self.asked = []
 
@@ -32,42 +34,48 @@ class Drawer:
 
 @pytest.fixture(scope="module")
 def report():
-    return evaluate_geneval(Drawer(wrong_every=3), "dev", quick=True)
+    return evaluate(GenevalSuite(), Drawer(wrong_every=3), "dev", quick=True)
+
+
+def codec_ceiling(quick=False):
+    """Scores of true images after a codec that loses nothing."""
+    return ceiling(GenevalSuite(samples=1, parts=("id",)), "dev", lambda images: images, quick=quick)["id"]
 
 
 def test_a_drawer_of_the_truth_is_always_right_and_the_identity_codec_loses_nothing():
-    whole = evaluate_geneval(Drawer(), "dev", samples=1)
-    assert (whole["n"], whole["parts"]["id"]["n"], whole["parts"]["cg"]["n"]) == (704, 384, 320)
-    for scores in (*whole["parts"].values(), codec_ceiling(lambda images: images, "dev")):
-        assert scores["overall"]["lenient"] == scores["overall"]["strict"] == {"score": 1.0, "low": 1.0, "high": 1.0}
-        assert scores["template_iou"] > 0.94 and scores["unknown_share"] == scores["empty_share"] == 0
-    assert whole["gap"]["overall"]["strict"]["score"] == 0
+    whole = evaluate(GenevalSuite(samples=1), Drawer(), "dev")
+    assert (whole.n, whole.parts["id"].n, whole.parts["cg"].n) == (704, 384, 320)
+    for scores in (*whole.parts.values(), codec_ceiling()):
+        assert scores["lenient"] == scores["strict"] == Score(1.0, 1.0, 1.0)
+        assert scores.value("template_iou") > 0.94 and scores.value("unknown_share") == scores.value("empty_share") == 0
+    assert whole.gap.value("strict") == 0
 
 
 def test_the_scores_are_the_shares_of_right_pictures_with_an_interval_over_prompts():
     drawer = Drawer(wrong_every=3)
-    scores = evaluate_geneval(drawer, "dev", quick=True, parts=["cg"])["parts"]["cg"]
+    scores = evaluate(GenevalSuite(parts=("cg",)), drawer, "dev", quick=True).parts["cg"]
     right = 1 - np.mean([prompt in drawer.wrong for prompt, _ in drawer.asked])
-    overall = scores["overall"]["lenient"]
-    assert overall["score"] == pytest.approx(right) == 1 - scores["empty_share"]
-    assert overall["low"] < overall["score"] < overall["high"]
+    overall = scores["lenient"]
+    assert overall.score == pytest.approx(right) == pytest.approx(1 - scores.value("empty_share"))
+    assert overall.low < overall.score < overall.high
     by_prompt = np.sqrt(right * (1 - right) / 40)  # 40 prompts; over the 160 pictures it would be half of that
-    assert overall["high"] - overall["low"] == pytest.approx(2 * 1.96 * by_prompt, rel=0.35)
+    assert overall.high - overall.low == pytest.approx(2 * 1.96 * by_prompt, rel=0.35)
 
 
 def test_who_never_reads_the_caption_scores_little():
-    floor = evaluate_geneval(Drawer(), "dev", samples=1, parts=["id"])["parts"]["id"]["floor"]
-    assert list(floor["by_category"]) == list(FAMILIES)
-    assert 0.1 < floor["by_category"]["single_object"]["lenient"] < 0.25
-    assert all(floor["by_category"][name]["lenient"] < 0.06 for name in FAMILIES[1:])
-    assert floor["strict"] < floor["lenient"]
+    floor = evaluate(GenevalSuite(samples=1, parts=("id",)), Drawer(), "dev").bounds["floor"]["id"]
+    assert list(floor.by_kind) == list(FAMILIES)
+    assert 0.1 < floor.by_kind["single_object"].value("lenient") < 0.25
+    assert all(floor.by_kind[name].value("lenient") < 0.06 for name in FAMILIES[1:])
+    assert floor.value("strict") < floor.value("lenient")
 
 
 def test_a_quick_run_draws_a_share_of_the_same_pictures_from_the_same_seeds():
     quick, full = Drawer(), Drawer()
     done = []
-    evaluate_geneval(quick, "dev", quick=True, parts=["id"], progress=lambda n, total: done.append((n, total)))
-    evaluate_geneval(full, "dev", parts=["id"])
+    suite = GenevalSuite(parts=("id",))
+    evaluate(suite, quick, "dev", quick=True, progress=lambda n, total: done.append((n, total)))
+    evaluate(suite, full, "dev")
     assert len(quick.asked) == 6 * 8 * 4 and len(set(full.asked)) == 6 * 64 * 4
     assert set(quick.asked) < set(full.asked)
     assert len({seed for _, seed in full.asked}) == len(full.asked)
@@ -80,28 +88,33 @@ def test_a_quick_run_draws_a_share_of_the_same_pictures_from_the_same_seeds():
         (lambda prompts, seeds: np.zeros((len(prompts), 64, 64, 3)), {}, DataError),
         (lambda prompts, seeds: np.zeros((1, 64, 64, 3), np.uint8), {}, DataError),
         (None, {"samples": 5}, ConfigError),
-        (None, {"parts": ["ood"]}, ConfigError),
-        (None, {"split": "train"}, ConfigError),
+        (None, {"parts": ("ood",)}, ConfigError),
     ],
 )
 def test_what_cannot_be_scored_is_refused(generate, options, error):
     with pytest.raises(error):
-        evaluate_geneval(generate, **{"split": "dev", "quick": True} | options)
+        evaluate(GenevalSuite(**options), generate, "dev", quick=True)
+
+
+def test_a_split_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="split: expected one of dev, test"):
+        evaluate(GenevalSuite(), Drawer(), "train")
 
 
 def test_the_benchmark_is_the_frozen_one():
-    verify_lock()
+    verify_lock(GenevalSuite())
 
 
-def test_one_changed_prompt_breaks_the_lock(monkeypatch):
-    frozen = json.loads(drawing._lock_text())
+def test_a_lock_with_another_hash_names_the_part_that_changed():
+    frozen, fresh = json.loads(lock_text()), GenevalSuite().lock()
     frozen["geneval"]["items"]["dev/cg"]["blake2b"] = "0" * 32
-    monkeypatch.setattr(drawing, "_lock_text", lambda: json.dumps(frozen))
-    with pytest.raises(DataError, match=r"changed: geneval\.items\.dev/cg\.blake2b"):
-        verify_lock()
+    with pytest.raises(DataError, match=r"changed: geneval\.items\.dev/cg\.blake2b$"):
+        check_lock(frozen, fresh)
+    with pytest.raises(DataError, match=r"changed: version$"):
+        check_lock(frozen | {"version": 2}, {"version": 1})
 
 
-def shown(report: dict[str, Any]) -> str:
+def shown(report: Report) -> str:
     """The table as a terminal shows it, on one line."""
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(table(report))
@@ -110,8 +123,8 @@ def shown(report: dict[str, Any]) -> str:
 
 def test_a_table_without_ceiling_says_so_and_one_with_it_shows_it(report):
     assert "No codec ceiling was measured" in shown(report) and "– / –" in shown(report)
-    ceiling = codec_ceiling(lambda images: images, "dev", quick=True)
-    whole = report | {"ceiling": {"clean": ceiling, "noise": ceiling}}
+    best = {"id": codec_ceiling(quick=True)}
+    whole = report.with_bound("clean", best).with_bound("noise", best)
     assert "No codec ceiling" not in shown(whole) and "1.000 / 1.000" in shown(whole)
     assert "Quick run" in shown(whole)
     assert table(whole).row_count == 7
@@ -119,15 +132,15 @@ def test_a_table_without_ceiling_says_so_and_one_with_it_shows_it(report):
     assert [str(column.header) for column in table(whole).columns] == headings
 
 
-def test_reports_are_json_and_only_full_test_runs_enter_the_ledger(report, tmp_path):
-    write_json(report, tmp_path / "report.json")
-    assert json.loads((tmp_path / "report.json").read_text()) == report
+def test_reports_survive_json_and_only_full_test_runs_enter_the_ledger(report, tmp_path):
+    write_json(report.to_json(), tmp_path / "report.json")
+    assert Report.from_json(json.loads((tmp_path / "report.json").read_text())) == report
     for kind in ({"split": "test"}, {"quick": False}):
         with pytest.raises(ConfigError, match="only full test runs"):
-            ledger_record(report | kind)
-    record = ledger_record(report | {"split": "test", "quick": False})
+            ledger_record(replace(report, **kind))
+    record = ledger_record(replace(report, split="test", quick=False, model="tiny"))
     for _ in range(2):
         append_ledger(tmp_path / "results" / "ledger.jsonl", record)
     lines = (tmp_path / "results" / "ledger.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [record, record]
-    assert {"date", "commit", "id", "cg"} <= record.keys()
+    assert {"date", "commit", "id", "cg", "model"} <= record.keys()

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from starflow2.errors import ConfigError, DataError
-from starflow2.evals import mcq as choices
-from starflow2.evals.mcq import SUITES, evaluate_mcq, first_letter, leading_letter, text_prior, verify_lock
+from starflow2.evals.mcq import BENCHMARKS, McqSuite, choice_items, first_letter, leading_letter, text_prior
+from starflow2.evals.statistics import Score
+from starflow2.evals.suite import Report, evaluate, verify_lock
 from starflow2.world.multiple_choice import DIMENSIONS, choice_about, choice_words
 from starflow2.world.questions import known_words
 from starflow2.world.riddles import OPEN_RIDDLES, RIDDLES, riddle, riddle_words
@@ -22,7 +23,7 @@ from starflow2.world.words import NUMBERS
 
 
 def all_items(split="dev"):
-    return [item for suite in SUITES for item in choices._items(suite, split)]
+    return [item for suite in BENCHMARKS for item in choice_items(suite, split)]
 
 
 def key(images, text):
@@ -108,7 +109,7 @@ def test_wrong_options_in_training_name_nothing_held_out_and_are_all_different(k
 
 
 def test_rotations_move_every_option_through_every_letter():
-    made = next(item.choice for item in choices._items("mmb", "dev") if len(item.choice.options) == 4)
+    made = next(item.choice for item in choice_items("mmb", "dev") if len(item.choice.options) == 4)
     turned = [made.rotated(steps) for steps in range(4)]
     assert {t.reply for t in turned} == set("abcd") and {t.answer for t in turned} == {made.answer}
     assert made.rotated(4) == made
@@ -119,8 +120,8 @@ def test_rotations_move_every_option_through_every_letter():
 
 @pytest.mark.parametrize("split", ["dev", "test"])
 def test_suites_hold_what_they_promise(split):
-    for suite, count in SUITES.items():
-        items = choices._items(suite, split)
+    for suite, count in BENCHMARKS.items():
+        items = choice_items(suite, split)
         by_base = {item.base: item for item in reversed(items)}
         assert len(by_base) == count and sum(item.part == "cg" for item in by_base.values()) == count // 2
         shown = {tuple((s.background, *scene_key(s)) for s in item.choice.scenes) for item in by_base.values()}
@@ -130,10 +131,10 @@ def test_suites_hold_what_they_promise(split):
             assert all(bucket(s) == split and not held_out(s, other) for s in item.choice.scenes)
             found = set().union(*(held_out(s, split) for s in item.choice.scenes))
             assert found == ({"pair"} if item.part == "cg" else set())
-    sizes = Counter(len(item.choice.options) for item in choices._items("mmb", split))
+    sizes = Counter(len(item.choice.options) for item in choice_items("mmb", split))
     assert sizes[2] % 2 == sizes[3] % 3 == sizes[4] % 4 == 0 and set(sizes) == {2, 3, 4}
-    assert {len(item.choice.options) for item in choices._items("seed", split)} == {4}
-    riddles = choices._items("mmmu", split)
+    assert {len(item.choice.options) for item in choice_items("seed", split)} == {4}
+    riddles = choice_items("mmmu", split)
     assert sum(not item.choice.options for item in riddles) == 38, "three in ten are open"
     assert {item.choice.kind for item in riddles} == {*RIDDLES, *OPEN_RIDDLES}
     for item in riddles:
@@ -141,50 +142,53 @@ def test_suites_hold_what_they_promise(split):
 
 
 def test_letters_of_right_answers_are_fair():
-    letters = Counter(item.choice.reply for item in choices._items("seed", "dev"))
+    letters = Counter(item.choice.reply for item in choice_items("seed", "dev"))
     assert set(letters) == set("abcd") and max(letters.values()) < 0.32 * letters.total()
 
 
 def test_the_suites_are_the_frozen_ones():
-    verify_lock()
+    verify_lock(McqSuite())
 
 
 # ------------------------------------------------------------------------------------------------------- grading
 
 
-def test_who_knows_the_truth_scores_all_of_it_and_the_report_is_json(knower):
+def test_who_knows_the_truth_scores_all_of_it_and_the_report_survives_json(knower):
     before, done = knower.asked, []
-    report = evaluate_mcq(knower, "dev", progress=lambda n, total: done.append((n, total)))
-    assert json.loads(json.dumps(report)) == report
-    assert report["n"] == knower.asked - before == len(all_items()) and done[-1] == (report["n"], report["n"])
-    for suite, told in report["suites"].items():
-        assert told["gap"]["score"] == 0
-        for name, part in told["parts"].items():
-            assert part["n"] == SUITES[suite] // (1 if name == "all" else 2)
-            assert part["accuracy"] == {"score": 1.0, "low": 1.0, "high": 1.0} and part["parsed"] == 1
-            assert set(part["floor"]) >= {"chance", "prior"} and ("circular" in part) == (suite == "mmb")
+    report = evaluate(McqSuite(), knower, "dev", progress=lambda n, total: done.append((n, total)))
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+    assert report.n == knower.asked - before == len(all_items()) and done[-1] == (report.n, report.n)
+    for benchmark, count in BENCHMARKS.items():
+        assert report.gap.by_kind[benchmark].value("accuracy") == 0
+        for name, scores in report.parts.items():
+            part, floor = scores.by_kind[benchmark], report.bounds["floor"][name].by_kind[benchmark]
+            assert part.n == count // (1 if name == "all" else 2)
+            assert part["accuracy"] == Score(1.0, 1.0, 1.0) and part.value("parsed") == 1
+            assert set(floor.columns) >= {"chance", "prior"}
+            assert ("circular" in part.columns) == ("circular_chance" in floor.columns) == (benchmark == "mmb")
 
 
 def test_who_answers_by_chance_scores_near_the_floor():
     rng = np.random.default_rng(0)
-    report = evaluate_mcq(lambda images, texts: rng.choice(list("abcd"), len(texts)).tolist(), "dev")["suites"]
-    seed, mmb = report["seed"]["parts"]["all"], report["mmb"]["parts"]["all"]
-    assert 0.19 < seed["accuracy"]["score"] < 0.31 and seed["floor"]["chance"] == 0.25
-    assert mmb["circular"]["score"] < 0.08 < mmb["accuracy"]["score"] < 0.42
-    assert mmb["floor"]["circular_chance"] == pytest.approx(np.mean([1 / 4, 1 / 27, 1 / 256]), abs=0.03)
+    report = evaluate(McqSuite(), lambda images, texts: rng.choice(list("abcd"), len(texts)).tolist(), "dev")
+    scores, floor = report.parts["all"].by_kind, report.bounds["floor"]["all"].by_kind
+    assert 0.19 < scores["seed"].value("accuracy") < 0.31 and floor["seed"].value("chance") == 0.25
+    assert scores["mmb"].value("circular") < 0.08 < scores["mmb"].value("accuracy") < 0.42
+    assert floor["mmb"].value("circular_chance") == pytest.approx(np.mean([1 / 4, 1 / 27, 1 / 256]), abs=0.03)
 
 
 def test_who_always_says_the_same_letter_fails_every_rotation_but_not_every_question():
-    part = evaluate_mcq(lambda images, texts: ["a"] * len(texts), "dev", quick=True)["suites"]["mmb"]["parts"]["all"]
-    assert part["circular"]["score"] == 0 < part["accuracy"]["score"]
+    report = evaluate(McqSuite(), lambda images, texts: ["a"] * len(texts), "dev", quick=True)
+    part = report.parts["all"].by_kind["mmb"]
+    assert part.value("circular") == 0 < part.value("accuracy")
 
 
 def test_the_question_only_prior_is_near_chance():
     """It reads what training's questions give away; were it far above a guess, the options would."""
     rates = {}
-    for suite in SUITES:
-        items = [item for item in choices._items(suite, "dev") if item.choice.options]
-        rates[suite] = np.mean([text_prior(i.choice) == i.choice.answer for i in items]) - np.mean(
+    for benchmark in BENCHMARKS:
+        items = [item for item in choice_items(benchmark, "dev") if item.choice.options]
+        rates[benchmark] = np.mean([text_prior(i.choice) == i.choice.answer for i in items]) - np.mean(
             [i.chance for i in items]
         )
     assert all(rate < 0.1 for rate in rates.values()), rates
@@ -192,10 +196,10 @@ def test_the_question_only_prior_is_near_chance():
 
 def test_a_quick_run_asks_an_eighth_with_all_rotations(knower):
     before = knower.asked
-    report = evaluate_mcq(knower, "dev", quick=True)
-    assert report["n"] == knower.asked - before < len(all_items()) / 5
-    assert all(told["parts"]["all"]["accuracy"]["score"] == 1 for told in report["suites"].values())
-    assert report["suites"]["mmb"]["parts"]["all"]["circular"]["score"] == 1
+    report = evaluate(McqSuite(), knower, "dev", quick=True)
+    assert report.n == knower.asked - before < len(all_items()) / 5
+    scores = report.parts["all"].by_kind
+    assert all(row.value("accuracy") == 1 for row in scores.values()) and scores["mmb"].value("circular") == 1
 
 
 def test_letters_are_read_by_the_rules_of_their_suites():
@@ -205,10 +209,10 @@ def test_letters_are_read_by_the_rules_of_their_suites():
 
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ConfigError, match="split"):
-        evaluate_mcq(lambda images, texts: texts, "train")
+        evaluate(McqSuite(), lambda images, texts: texts, "train")
     for bad in (lambda images, texts: texts[1:], lambda images, texts: [None] * len(texts)):
         with pytest.raises(DataError, match="texts"):
-            evaluate_mcq(bad, "dev", quick=True)
+            evaluate(McqSuite(), bad, "dev", quick=True)
     scene = sample_split_scene(stream(0))
     for wrong in ({"kind": "colour"}, {"kind": "scene", "num_options": 5}):
         with pytest.raises(ConfigError, match="expected"):

@@ -1,37 +1,36 @@
-"""Suites by name: tensors meet bytes at the seam, and every report has its lines with floors and ceilings."""
+"""Suites by name: tensors meet bytes at the seam, sessions go on and back, and reports say what a suite measured."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
+from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from starflow2.errors import ConfigError
-from starflow2.evals import runner as suites
-from starflow2.evals.runner import score_suite
-from starflow2.evals.tables import HEADINGS, lines, suite_table
+from starflow2.evals.edit import EditSuite
+from starflow2.evals.gqa import GqaSuite
+from starflow2.evals.mme import MmeSuite
+from starflow2.evals.runner import ByteModel, Scorer, SuiteName, score_suite
 from starflow2.world.stories import suite_stories
 
 
 class Talking:
-    """A session that draws in turn what is darker by one step, and knows what it was told since its beginning."""
+    """A session that draws in turn what is darker by one step; `log` is everything that it was ever given."""
 
-    told: ClassVar[list[list[object]]] = []  # of every session, all that it was ever told
-
-    def __init__(self, seed: int) -> None:
+    def __init__(self) -> None:
         self.history: list[object] = []
-        Talking.told.append([])
+        self.log: list[object] = []
 
     def add(self, *parts: object) -> Talking:
-        self.history += [p if isinstance(p, str) else "picture" for p in parts]
-        Talking.told[-1] += [p if isinstance(p, str) else "picture" for p in parts]
+        words = [p if isinstance(p, str) else "picture" for p in parts]
+        self.history += words
+        self.log += words
         return self
 
     def draw(self) -> Any:
@@ -54,6 +53,7 @@ class Fake:
         self.noise: list[float] = []
         self.pasts: Sequence[Any] = ()
         self.shown: list[int] = []
+        self.sessions: list[Talking] = []
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         return torch.ones(len(prompts), 3, 64, 64)
@@ -71,7 +71,8 @@ class Fake:
         return ["after"] * len(questions)
 
     def session(self, *, seed: int = 0) -> Any:
-        return Talking(seed)
+        self.sessions.append(Talking())
+        return self.sessions[-1]
 
     def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:
         return ["no"] * len(questions)
@@ -83,145 +84,67 @@ class Fake:
         return [[["words", torch.zeros(3, 64, 64)] for _ in talk] for talk in talks]
 
 
-def scored(score: float) -> dict[str, float]:
-    return {"score": score, "low": score - 0.1, "high": score + 0.1}
+def test_every_suite_has_a_file_of_its_name():
+    assert all(find_spec(f"starflow2.evals.{name}") for name in get_args(SuiteName))
 
 
-def test_pictures_cross_the_seam_as_bytes_and_back(monkeypatch):
+def test_pictures_cross_the_seam_as_bytes_and_back():
     images = np.zeros((2, 64, 64, 3), np.uint8)
     images[1] = 255
+    assert (ByteModel(Fake()).edit(images, ["a", "b"], [0, 1]) == 255 - images).all()
+    assert (ByteModel(Fake()).draw(["a"], [0]) == 255).all()
 
-    def evaluate_edit(edit: Any, split: str, *, codec: Any, draw: Any, **_: Any) -> dict[str, Any]:
-        return {"made": edit(images, ["a", "b"], [0, 1]), "same": codec(images), "drawn": draw}
 
+def test_replies_come_back_as_words_and_bytes():
+    ((first, _),) = ByteModel(Fake()).reply([["one", "two"]], [0])
+    words, image = first
+    assert words == "words" and image.shape == (64, 64, 3) and image.dtype == np.uint8
+
+
+@pytest.mark.parametrize("images", [np.full((1, 4, 64, 64, 3), 255, np.uint8), None], ids=["pictures", "words"])
+def test_questions_after_the_true_story_come_after_its_words_with_and_without_its_pictures(images):
+    story, fake = suite_stories("dev", "id", 1)[0], Fake()
+    assert ByteModel(fake).answer_story([story], images) == ["after"]
+    (past,) = fake.pasts
+    assert [user for user, _ in past] == [[step.instruction] for step in story.steps]
+    for step, (_, reply) in zip(story.steps, past, strict=True):
+        assert reply[0] == step.sentence and len(reply) == (1 if images is None else 2)
+        assert images is None or (reply[1] == 1).all()
+
+
+def test_questions_about_any_number_of_pictures():
+    picture, fake = np.zeros((64, 64, 3), np.uint8), Fake()
+    assert len(ByteModel(fake).answer_many([[picture, picture], [], [picture]], ["a", "b", "c"])) == 3
+    assert fake.shown == [2, 0, 1]
+
+
+def test_edits_of_a_session_go_on_from_the_picture_there_is_and_going_back_forgets():
+    source, fake = np.full((64, 64, 3), 255, np.uint8), Fake()
+    for turns in (1, 2):
+        edited = ByteModel(fake).start(source, 7)
+        first, second = edited.edit("a"), edited.edit("b")
+        assert first.mean() > second.mean()
+        assert np.array_equal(edited.undo(turns), first if turns == 1 else source)
+        third = edited.edit("c")
+        assert np.array_equal(third, second if turns == 1 else first), "as many words since, so as dark"
+    logs = [session.log for session in fake.sessions]
+    assert logs == [["picture", "a", "b", "c"], ["picture", "a", "b", "picture", "c"]]
+
+
+def test_understanding_is_set_beside_the_language_models_own():
+    scorer = Scorer(Fake(), "dev", quick=True)
+    report = scorer.mme(MmeSuite(images=8))
+    assert report.parts["all"].value("yes_share") == 1 and report.bounds["vlm"]["all"].value("yes_share") == 0
+    report = scorer.gqa(GqaSuite(scenes=(("id", 8), ("cg", 8)), prior_items=20))
+    assert set(report.bounds["vlm"]) == set(report.parts) == {"id", "cg", "all"}
+
+
+def test_a_quick_run_of_edits_leaves_the_costly_control_out_and_looks_through_the_clean_codec():
     fake = Fake()
-    monkeypatch.setattr(suites, "evaluate_edit", evaluate_edit)
-    report = score_suite(fake, "edit", "dev", quick=True)
-    assert (report["made"] == 255 - images).all() and (report["same"] == images).all()
-    assert report["drawn"] is None, "a quick run leaves the costly control out"
-    assert score_suite(fake, "edit", "dev")["drawn"] is not None
-
-
-def test_stories_come_back_as_blocks_of_words_and_bytes(monkeypatch):
-    def evaluate_story(tell: Any, split: str, **_: Any) -> dict[str, Any]:
-        return {"told": tell([["one", "two"]], [0])}
-
-    monkeypatch.setattr(suites, "evaluate_story", evaluate_story)
-    monkeypatch.setattr(suites, "story_ceiling", lambda split, **_: {"prefix": scored(4.0)})
-    ((first, _),) = score_suite(Fake(), "story", "dev")["told"]
-    assert [kind for kind, _ in first] == ["text", "image"]
-    assert first[1][1].shape == (64, 64, 3) and first[1][1].dtype == np.uint8
-
-
-def test_questions_after_the_true_story_come_behind_its_words_with_and_without_its_pictures(monkeypatch):
-    story = suite_stories("dev", "id", 1)[0]
-
-    def evaluate_story(tell: Any, split: str, *, ask: Any, **_: Any) -> dict[str, Any]:
-        return {"said": ask([story], images)}
-
-    monkeypatch.setattr(suites, "evaluate_story", evaluate_story)
-    monkeypatch.setattr(suites, "story_ceiling", lambda split, **_: {})
-    for images in (np.full((1, 4, 64, 64, 3), 255, np.uint8), None):
-        fake = Fake()
-        assert score_suite(fake, "story", "dev")["said"] == ["after"]
-        (past,) = fake.pasts
-        assert [said for said, _ in past] == [[step.instruction] for step in story.steps]
-        for step, (_, replied) in zip(story.steps, past, strict=True):
-            assert replied[0] == step.sentence and len(replied) == (1 if images is None else 2)
-            assert images is None or (replied[1] == 1).all()
-
-
-def test_understanding_is_set_beside_the_language_models_own(monkeypatch):
-    def evaluate(answer: Any, split: str, **_: Any) -> dict[str, Any]:
-        said = answer(np.zeros((1, 64, 64, 3), np.uint8), ["is there a star?"])[0]
-        return {"parts": {"id": said, "cg": said}}
-
-    monkeypatch.setattr(suites, "evaluate_mme", evaluate)
-    report = score_suite(Fake(), "mme", "dev")
-    assert report["parts"]["id"] == "yes" and report["vlm"]["id"] == "no"
-
-
-def test_edits_of_a_session_go_on_from_the_picture_there_is_and_going_back_forgets(monkeypatch):
-    source = np.full((64, 64, 3), 255, np.uint8)
-
-    def evaluate(start: Any, split: str, **_: Any) -> dict[str, Any]:
-        for turns in (1, 2):
-            talk = start(source, 7)
-            first, second = talk.edit("a"), talk.edit("b")
-            assert first.mean() > second.mean()
-            assert np.array_equal(talk.undo(turns), first if turns == 1 else source)
-            third = talk.edit("c")
-            assert np.array_equal(third, second if turns == 1 else first), "as many words since, so as dark"
-        return {}
-
-    monkeypatch.setattr(suites, "evaluate_edit_sessions", evaluate)
-    Talking.told.clear()
-    score_suite(Fake(), "sessions", "dev")
-    assert Talking.told == [["picture", "a", "b", "c"], ["picture", "a", "b", "picture", "c"]]
-
-
-def test_questions_about_any_number_of_pictures(monkeypatch):
-    def evaluate_mcq(answer: Any, split: str, **_: Any) -> dict[str, Any]:
-        picture = np.zeros((64, 64, 3), np.uint8)
-        return {"said": answer([[picture, picture], [], [picture]], ["a", "b", "c"])}
-
-    fake = Fake()
-    monkeypatch.setattr(suites, "evaluate_mcq", evaluate_mcq)
-    assert len(score_suite(fake, "mcq", "dev")["said"]) == 3 and fake.shown == [2, 0, 1]
+    report = Scorer(fake, "dev", quick=True).edit(EditSuite(per_operation=(("id", 2), ("cg", 1))))
+    assert set(report.bounds) == {"copy", "ceiling"} and report.settings["has_codec"] and set(fake.noise) == {0.0}
 
 
 def test_an_unknown_suite_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match='Did you mean "story"'):
         score_suite(Fake(), "storys", "dev")
-
-
-MME = {
-    "suite": "mme",
-    "split": "test",
-    "quick": False,
-    "n": 768,
-    "parts": {
-        part: {
-            "total": scored(total),
-            "by_subtask": {"count": scored(150.0)},
-            "floor": {"always_yes": 300.0, "coin": 450.0},
-        }
-        for part, total in (("id", 900.0), ("cg", 850.0))
-    },
-    "vlm": {part: {"total": scored(1000.0), "by_subtask": {"count": scored(160.0)}} for part in ("id", "cg")},
-}
-EDIT = {
-    "suite": "edit",
-    "split": "dev",
-    "quick": True,
-    "n": 63,
-    "parts": {
-        part: {
-            "overall": {name: scored(0.5) for name in ("success", "applied", "preserved", "overall")},
-            "by_operation": {"move": {"success": scored(0.25)}},
-            "controls": {
-                kind: {"overall": {name: scored(value) for name in ("success", "applied", "preserved", "overall")}}
-                for kind, value in (("copy", 0.0), ("ceiling", 1.0))
-            },
-        }
-        for part in ("id", "cg")
-    },
-}
-
-
-def test_lines_put_floor_and_ceiling_beside_every_headline():
-    first, second = lines(MME)
-    assert first[0] == "total of 1,200" and first[1].startswith("900 [") and first[3] == "50"
-    assert "300 always yes" in first[4] and first[5] == "1000 / 1000"
-    assert second[0] == "count" and second[5] == "160 / 160"
-    success = lines(EDIT)[0]
-    assert success[:1] == ("success",) and success[4:] == ("0.000 / 0.000", "1.000 / 1.000")
-    assert lines(EDIT)[-1][0] == "move: success"
-
-
-def test_tables_say_which_suite_and_whether_it_was_a_quick_run():
-    console = Console(width=160, record=True, file=io.StringIO())
-    console.print(suite_table(EDIT))
-    text = " ".join(console.export_text().split())
-    assert "W-edit, quick dev, 63 items" in text and all(heading in text for heading in HEADINGS)
-    assert "handed back unchanged" in text

@@ -185,11 +185,10 @@ def test_a_code_of_patches_gives_the_image_back():
 def test_round_trips_of_patches_are_measured_without_features():
     pytest.importorskip("torchmetrics")
     components = patch_parts()
-    clean, noisy = (report := evaluate_codec(components.codec, components.codec.extractor, pictures(4), (0.0, 0.15)))[
-        "rows"
-    ]
-    assert clean["psnr"] > 60 and 25 < noisy["psnr"] < 40, "noise of 0.05 in [-1, 1] is 32 dB"
-    assert clean["feature_fd"] is None and codec_table(report).row_count == 2
+    report = evaluate_codec(components.codec, components.codec.extractor, pictures(4), (0.0, 0.15))
+    clean, noisy = report.rows
+    assert clean.psnr > 60 and 25 < noisy.psnr < 40, "noise of 0.05 in [-1, 1] is 32 dB"
+    assert clean.feature_fd is None and codec_table(report).row_count == 2
 
 
 # -- training

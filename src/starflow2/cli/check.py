@@ -65,16 +65,19 @@ class Demo:
         refuse(unknown, type(self))
         check_json(self.json)
         with progress("drawing", "images") as step:
-            from starflow2.cli.demo import make_demo
+            from starflow2.cli.demo import check_folder, make_demo
+            from starflow2.pipeline import StarFlow2
 
-            made = make_demo(self.model, self.output, device=self.device, progress=step)
-        from starflow2.evals.report import table
+            check_folder(self.output)
+            model = StarFlow2.from_pretrained(self.model, device=self.device)
+            made = make_demo(model, self.model, self.output, progress=step)
+        from starflow2.evals.tables import table
 
         console().print(table(made.scores))
         correct = sum(shown.verdict.correct for shown in made.shown)
-        pace = made.report["seconds_per_image"]
+        pace = made.seconds_per_image
         print(
             f"{correct} of {len(made.shown)} images show what was asked for, {pace:.2f} s each. The page: {made.page}"
         )
-        write_json(made.report, self.json)
+        write_json(made.summary(), self.json)
         return 0

@@ -1,8 +1,8 @@
-"""One page that shows what a model draws: pictures, the judge's verdict on each, scores with floors and ceilings.
+"""One page that shows what a model draws: images, the detector's verdict on each, scores with floors and ceilings.
 
-The pictures shown are the ones that were scored: a quick share of the test suite, one picture per prompt. A model of
-stage 3 also shows its conversations. The page is a single static file with its pictures inside. Not here: the rules of
-the scores (evals), their full run (`eval world`), and what is measured and shown of conversations (demo_talk).
+The page shows what was scored: a quick share of the test suite, one image per prompt. A model of stage 3 also shows
+its conversations. The page is a single static file with its images inside. Not here: the rules of the scores (evals),
+their full run (`eval world`), and everything about conversations (demo_conversations).
 """
 
 from __future__ import annotations
@@ -10,39 +10,40 @@ from __future__ import annotations
 import html
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 import starflow2
-from starflow2.cli import demo_conversations as demo_talk
-from starflow2.cli.demo_conversations import Talk, data_url, talk
+from starflow2.cli import demo_conversations
+from starflow2.cli.demo_conversations import Conversations, DemoSuites, data_url, score_conversations
 from starflow2.core.files import check_writable, replacing
 from starflow2.core.images import PILImage, contact_sheet, save_png, to_pil
 from starflow2.errors import CheckpointError
-from starflow2.evals.geneval import Verdict, grade, name_scan
-from starflow2.evals.report import commit
-from starflow2.evals.world import Drawer, score_geneval
+from starflow2.evals.geneval import Drawer, Verdict, grade, name_scan, score_geneval
+from starflow2.evals.report import commit, write_json
+from starflow2.evals.statistics import Scores
+from starflow2.evals.suite import Progress, Report
 from starflow2.models.hub import NANO
 from starflow2.pipeline import StarFlow2
 from starflow2.world.captions import FAMILIES, suite_drawings
 from starflow2.world.detector import detect
 
-__all__ = ["Demo", "Shown", "make_demo"]
+__all__ = ["Demo", "Shown", "check_folder", "make_demo"]
 
 PARTS: tuple[Literal["id", "cg"], ...] = ("id", "cg")
 FILES = ("sheet.png", "index.html", "report.json")
 BADGES = {"id": "seen combination", "cg": "new combination"}
-Progress = Callable[[int, int], None]
+Json = dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One scored picture. part: "id" draws what training combined too, "cg" what it never showed together."""
+    """One scored image. part: "id" for combinations of training, "cg" for those that it never showed together."""
 
     prompt: str
     category: str
@@ -53,67 +54,89 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What a demo run made. report: as written to report.json; scores: the whole report of the suite.
+    """The outcome of a demo run. scores: the whole report of the suite. card: card.json of the model folder, or {}.
 
-    talk: conversations, of a model whose streams were trained together.
+    conversations: only of a model whose streams were trained together.
     """
 
     model: str
     page: Path
-    report: dict[str, Any]
-    scores: dict[str, Any]
+    weights_mb: float
+    seconds_per_image: float
+    scores: Report
     shown: tuple[Shown, ...]
-    talk: Talk | None = None
+    card: Json
+    commit: str
+    conversations: Conversations | None = None
+
+    def summary(self) -> Json:
+        """The figures of report.json."""
+        return {
+            "commit": self.commit,
+            "weights_mb": self.weights_mb,
+            "seconds_per_image": self.seconds_per_image,
+            "w_geneval": _summary(self.scores),
+            **(self.conversations.summary() if self.conversations else {}),
+            "card": self.card,
+        }
 
 
-def make_demo(name: str, folder: str | Path, *, device: str = "auto", progress: Progress | None = None) -> Demo:
-    """Draws, scores and writes sheet.png, index.html and report.json into `folder`.
+def make_demo(
+    model: StarFlow2,
+    name: str,
+    folder: str | Path,
+    *,
+    progress: Progress | None = None,
+    suites: DemoSuites | None = None,
+) -> Demo:
+    """Draw, score, and write sheet.png, index.html and report.json into `folder`.
 
-    name: as StarFlow2.from_pretrained takes it. `progress` is called with (items done, items in all) of the
-    suite at hand. Raises OutputError before anything is drawn if the folder cannot be written, and what loading and
-    drawing raise.
+    name: where the model is from, as StarFlow2.from_pretrained takes it. progress: called with (items done, items in
+    all) of the current suite. suites: those of conversations. Raises what drawing and writing raise.
     """
     folder = Path(folder)
-    for file in FILES:
-        check_writable(folder / file)
-    model = StarFlow2.from_pretrained(name, device=device)
-    watched = _Watched(model)
-    scores = score_geneval(watched, "test", quick=True, samples=1, parts=PARTS, progress=progress)
-    shown = _judged(watched, scores)
-    told = talk(model, progress) if model.is_joint else None
-    report = {
-        "commit": commit(),
-        "weights_mb": round(_weights_mb(name, model), 2),
-        "seconds_per_image": round(watched.seconds / len(watched.prompts), 4),
-        "w_geneval": _summary(scores),
-        **(told.report if told else {}),
-        "card": _card(name),
-    }
-    demo = Demo(model.components.cfg.name, folder / "index.html", report, scores, tuple(shown), told)
+    record = _DrawingRecord(model)
+    scores = score_geneval(record, "test", quick=True, samples=1, parts=PARTS, progress=progress)
+    demo = Demo(
+        model=model.components.cfg.name,
+        page=folder / "index.html",
+        weights_mb=round(_weights_mb(name, model), 2),
+        seconds_per_image=round(record.seconds / len(record.prompts), 4),
+        scores=scores,
+        shown=tuple(_graded(record, scores)),
+        card=_card(name),
+        commit=commit(),
+        conversations=score_conversations(model, progress, suites) if model.is_joint else None,
+    )
     _write(demo, folder)
     return demo
 
 
+def check_folder(folder: Path) -> None:
+    """Raise OutputError if the files of a demo cannot be written into `folder`."""
+    for file in FILES:
+        check_writable(folder / file)
+
+
 def _write(demo: Demo, folder: Path) -> None:
     labels = [s.prompt if s.verdict.correct else f"{s.prompt} (missed)" for s in demo.shown]
-    metadata = {"model": demo.model, "version": starflow2.__version__, "commit": demo.report["commit"]}
+    metadata = {"model": demo.model, "version": starflow2.__version__, "commit": demo.commit}
     save_png(contact_sheet([s.image for s in demo.shown], labels), folder / "sheet.png", metadata)
-    with replacing(folder / "report.json") as temp:
-        temp.write_text(json.dumps(demo.report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(demo.summary(), folder / "report.json")
     with replacing(demo.page) as temp:
         temp.write_text(_page(demo), encoding="utf-8")
 
 
-# -- what was drawn, and how well -------------------------------------------------------------------------------------
+# -- images and their scores ------------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Watched:
-    """A model that remembers what it drew and how long that took."""
+class _DrawingRecord:
+    """A model that remembers its images, their prompts, and how long drawing took."""
 
     model: Drawer
     prompts: list[str] = field(default_factory=list)
-    pictures: list[PILImage] = field(default_factory=list)
+    images: list[PILImage] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -125,39 +148,34 @@ class _Watched:
         images = self.model.draw(prompts, seeds)
         self.seconds += time.perf_counter() - started
         self.prompts += prompts
-        self.pictures += [to_pil(image) for image in images]
+        self.images += [to_pil(image) for image in images]
         return images
 
     def roundtrip(self, images: Tensor, noise_level: float = 0.0, seed: int = 0) -> Tensor:
         return self.model.roundtrip(images, noise_level, seed)
 
 
-def _judged(watched: _Watched, scores: Mapping[str, Any]) -> list[Shown]:
-    """Every picture with its verdict, in the order of the suite: part by part, category by category."""
+def _graded(record: _DrawingRecord, scores: Report) -> list[Shown]:
+    """Every image with its verdict, in the order of the suite: part by part, category by category."""
     shown: list[Shown] = []
-    scans = detect(np.stack([np.asarray(picture) for picture in watched.pictures]))
+    scans = detect(np.stack([np.asarray(image) for image in record.images]))
     for part in PARTS:
-        asked = {d.prompt: d for d in suite_drawings("geneval", "test", part)}
-        rows = range(len(shown), len(shown) + scores["parts"][part]["n"])
-        for i in rows:
-            drawing = asked[watched.prompts[i]]
+        drawings = {d.prompt: d for d in suite_drawings("geneval", "test", part)}
+        for i in range(len(shown), len(shown) + scores.parts[part].n):
+            drawing = drawings[record.prompts[i]]
             verdict = grade(drawing.metadata, name_scan(scans[i]))
-            shown.append(Shown(drawing.prompt, drawing.family, part, watched.pictures[i], verdict))
+            shown.append(Shown(drawing.prompt, drawing.family, part, record.images[i], verdict))
     return shown
 
 
-def _summary(scores: Mapping[str, Any]) -> dict[str, Any]:
-    parts, ceiling = scores["parts"], scores["ceiling"]
-    found: dict[str, Any] = {part: _overall(parts[part]) for part in PARTS}
-    found["n"] = scores["n"]
-    found["by_category"] = {
-        part: {name: row["lenient"]["score"] for name, row in parts[part]["by_category"].items()} for part in PARTS
+def _summary(scores: Report) -> Json:
+    parts = {part: scores.parts[part] for part in PARTS}
+    by_category = {
+        part: {name: row.value("lenient") for name, row in found.by_kind.items()} for part, found in parts.items()
     }
-    return found | {f"fae_ceiling_{name}": _overall(ceiling[name]) for name in ("clean", "noise")}
-
-
-def _overall(scored: Mapping[str, Any]) -> float:
-    return float(scored["overall"]["lenient"]["score"])
+    overall: Json = {part: found.value("lenient") for part, found in parts.items()}
+    ceilings = {f"fae_ceiling_{name}": scores.bounds[name]["id"].value("lenient") for name in ("clean", "noise")}
+    return overall | {"n": scores.n, "by_category": by_category} | ceilings
 
 
 def _folder(name: str) -> Path:
@@ -166,21 +184,21 @@ def _folder(name: str) -> Path:
 
 def _weights_mb(name: str, model: StarFlow2) -> float:
     """Megabytes of the weight files; for a model from the Hub, of its tensors."""
-    found = sum(path.stat().st_size for path in _folder(name).rglob("*.safetensors"))
-    return (found or sum(t.nbytes for t in model.components.state_dict().values())) / 1e6
+    size = sum(path.stat().st_size for path in _folder(name).rglob("*.safetensors"))
+    return (size or sum(t.nbytes for t in model.components.state_dict().values())) / 1e6
 
 
-def _card(name: str) -> dict[str, Any]:
+def _card(name: str) -> Json:
     """card.json of the model folder: how the weights were made and the scores of a full run; {} where there is none."""
     path = _folder(name) / "card.json"
     if not path.is_file():
         return {}
     try:
-        card: Any = json.loads(path.read_text("utf-8"))
+        card: object = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}.") from error
     if not isinstance(card, dict):
-        raise CheckpointError(f"{path} holds no JSON object.")
+        raise CheckpointError(f"{path} is not a JSON object; expected the card of the model.")
     return card
 
 
@@ -188,24 +206,23 @@ def _card(name: str) -> dict[str, Any]:
 
 
 def _page(demo: Demo) -> str:
-    right = sum(s.verdict.correct for s in demo.shown)
-    seconds = demo.report["seconds_per_image"]
+    shown = demo.conversations
     return _PAGE.format(
-        style=_STYLE + (demo_talk.STYLE if demo.talk else ""),
+        style=_STYLE + (demo_conversations.STYLE if shown else ""),
         model=html.escape(demo.model),
         count=len(demo.shown),
-        right=right,
-        weights=f"{demo.report['weights_mb']:.0f}",
-        seconds=f"{seconds:.2f}",
+        right=sum(s.verdict.correct for s in demo.shown),
+        weights=f"{demo.weights_mb:.0f}",
+        seconds=f"{demo.seconds_per_image:.2f}",
         gallery="\n".join(_section(demo, category) for category in FAMILIES),
-        ways=_WAYS if demo.talk else "",
-        talk=demo_talk.sections(demo.talk) if demo.talk else "",
+        ways=_WAYS if shown else "",
+        talk=demo_conversations.sections(shown) if shown else "",
         scores=_score_table(demo.scores),
-        talk_scores=f"<h2>Scores of conversations</h2>\n{demo_talk.table(demo.talk)}" if demo.talk else "",
-        card=_card_section(demo.report["card"]),
-        commit=html.escape(demo.report["commit"]),
+        talk_scores=f"<h2>Scores of conversations</h2>\n{demo_conversations.table(shown)}" if shown else "",
+        card=_card_section(demo.card),
+        commit=html.escape(demo.commit),
         version=html.escape(starflow2.__version__),
-        n=demo.scores["n"],
+        n=demo.scores.n,
     )
 
 
@@ -230,15 +247,15 @@ def _figure(shown: Shown) -> str:
     )
 
 
-def _score_table(scores: Mapping[str, Any]) -> str:
+def _score_table(scores: Report) -> str:
     """Category by category: ID and CG, the floor of each, the ceiling clean and noisy."""
     head = "<tr><th>category<th>ID<th>CG<th>floor ID / CG<th>ceiling clean / noisy</tr>"
-    parts, ceiling = scores["parts"], scores["ceiling"]
+    parts, floor = ([found[part] for part in PARTS] for found in (scores.parts, scores.bounds["floor"]))
+    ceilings = [scores.bounds[name]["id"] for name in ("clean", "noise")]
     rows = []
-    for name in [*(c for c in FAMILIES if c in parts["id"]["by_category"]), "overall"]:
-        cells = [_score(parts[part], name) for part in PARTS]
-        cells.append(" / ".join(_floor(parts[part]["floor"], name) for part in PARTS))
-        cells.append(" / ".join(_score(ceiling[level], name) for level in ("clean", "noise")))
+    for name in [*(c for c in FAMILIES if c in parts[0].by_kind), "overall"]:
+        cells = [_score(found, name) for found in parts]
+        cells += [" / ".join(_score(found, name) for found in bounds) for bounds in (floor, ceilings)]
         title = html.escape(name.replace("_", " "))
         rows.append(
             f"<tr{' class=total' * (name == 'overall')}><th>{title}" + "".join(f"<td>{c}" for c in cells) + "</tr>"
@@ -246,18 +263,13 @@ def _score_table(scores: Mapping[str, Any]) -> str:
     return f"<table>{head}\n" + "\n".join(rows) + "</table>"
 
 
-def _score(scored: Mapping[str, Any], name: str) -> str:
-    row = scored["overall"] if name == "overall" else scored["by_category"].get(name)
-    return f"{row['lenient']['score']:.2f}" if row else "–"
+def _score(scores: Scores, name: str) -> str:
+    row = scores if name == "overall" else scores.by_kind.get(name)
+    return f"{row.value('lenient'):.2f}" if row else "–"
 
 
-def _floor(floor: Mapping[str, Any], name: str) -> str:
-    row = floor if name == "overall" else floor["by_category"].get(name)
-    return f"{row['lenient']:.2f}" if row else "–"
-
-
-def _card_section(card: Mapping[str, Any]) -> str:
-    """The model card's figures, as they stand in card.json."""
+def _card_section(card: Mapping[str, object]) -> str:
+    """The figures of card.json as a table."""
     if not card:
         return ""
     rows = "\n".join(f"<tr><th>{html.escape(key)}<td>{html.escape(value)}</tr>" for key, value in _flat(card))
@@ -265,7 +277,7 @@ def _card_section(card: Mapping[str, Any]) -> str:
     return f"<details><summary>{title}</summary>\n<table>{rows}</table></details>"
 
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+def _flat(tree: Mapping[str, object], above: str = "") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for key, value in tree.items():
         name = f"{above} {key}".strip().replace("_", " ")

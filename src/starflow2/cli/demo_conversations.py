@@ -1,7 +1,7 @@
-"""The conversations of the demo: a story, edits and questions as a model of stage 3 tells, makes and answers them.
+"""The conversations of the demo: a story, edits and questions, as a model of stage 3 replies to them.
 
-What is shown is what was scored: the first items of quick shares of the test suites, whatever became of them. Not here:
-the page around it, pictures from single sentences (demo) and the rules of the scores (evals).
+The page shows what was scored: the first items of quick shares of the test suites, right or wrong. Not here: the page
+around it and images from single sentences (demo), and the rules of the scores (evals).
 """
 
 from __future__ import annotations
@@ -9,135 +9,143 @@ from __future__ import annotations
 import base64
 import html
 import io
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from starflow2.core.images import PILImage, to_bytes, to_floats, to_pil
-from starflow2.evals import edit as editing
-from starflow2.evals import gqa as answering
-from starflow2.evals import mme
-from starflow2.evals import story as stories
-from starflow2.evals.runner import Suite, score_suite
+from starflow2.evals import edit, gqa, mme, story
+from starflow2.evals.asking import AskedQuestion
+from starflow2.evals.runner import Scorer
+from starflow2.evals.statistics import Scores
+from starflow2.evals.suite import Images, Progress, Report
 from starflow2.inference.conversations import PastTurn
 from starflow2.inference.session import Session
 from starflow2.models.components import Components
 from starflow2.pipeline import StarFlow2
 from starflow2.world.edit_operations import OPERATIONS
-from starflow2.world.edits import Edit, suite_edits
+from starflow2.world.edits import Edit
 from starflow2.world.questions import SUBTASKS
 from starflow2.world.scene import render
-from starflow2.world.stories import STEPS, suite_stories
+from starflow2.world.stories import STEPS
 
-__all__ = ["STYLE", "Talk", "data_url", "sections", "table", "talk"]
+__all__ = ["STYLE", "Conversations", "DemoSuites", "ModelLog", "data_url", "score_conversations", "sections", "table"]
 
 Part = Literal["id", "cg"]
 PARTS: Final[tuple[Part, ...]] = ("id", "cg")
-SUITES: Final[tuple[Suite, ...]] = ("mme", "gqa", "edit", "story")  # scored on one test item in eight each
 EDITS_SHOWN: Final = 1  # of each operation and part
 QUESTIONS_SHOWN: Final = 4  # of each suite of questions
 RUNGS: Final = ("words fit the picture", "the change is there", "all else stayed")  # of a step of a story
 
-Images = NDArray[np.uint8]  # (64, 64, 3), or (n, 64, 64, 3)
-Report = dict[str, Any]
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What the user said, what came back in order, and the judge's marks: (what was looked at, whether it is so)."""
+    """The user's words, the reply in order, and the detector's marks: (what was checked, True if it is so)."""
 
     user: str
-    assistant: tuple[str | Images, ...]
+    assistant: tuple[story.Block, ...]
     marks: tuple[tuple[str, bool], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ShownEdit:
-    """A scored edit. why: "" where it succeeded."""
+    """A scored edit. faults: "" if it succeeded."""
 
     operation: str
     part: Part
     instruction: str
     source: Images
     result: Images
-    why: str
+    faults: str
 
 
 @dataclass(frozen=True, slots=True)
 class ShownQuestion:
-    """A scored question about a picture."""
+    """A scored question about an image. truth: the right answer."""
 
     part: Part
-    picture: Images
+    image: Images
     question: str
-    said: str
     answer: str
+    truth: str
     is_right: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Talk:
-    """What was measured and shown. report: what report.json gains; scores: the whole report of each suite."""
+class DemoSuites:
+    """The suites that are scored, each on its quick test share."""
 
-    report: Report
+    mme: mme.MmeSuite = field(default_factory=mme.MmeSuite)
+    gqa: gqa.GqaSuite = field(default_factory=gqa.GqaSuite)
+    edit: edit.EditSuite = field(default_factory=edit.EditSuite)
+    story: story.StorySuite = field(default_factory=story.StorySuite)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversations:
+    """Scores and examples. scores: the report of each suite. encode_calls: of the codec while the story was told."""
+
     scores: Mapping[str, Report]
+    encode_calls: int
     story: tuple[Turn, ...]
     edits: tuple[ShownEdit, ...]
     questions: tuple[ShownQuestion, ...]
 
+    def summary(self) -> dict[str, object]:
+        """The figures of report.json: shares in [0, 1], MME in points of 1,200, the prefix in steps of 4."""
+        edits, stories = self.scores["edit"].parts, self.scores["story"].parts["id"]
+        answers = {
+            f"w_{name}": _by_part(self.scores[name].parts, column)
+            | {"vlm": _by_part(self.scores[name].bounds["vlm"], column)}
+            for name, column in (("mme", "total"), ("gqa", "accuracy"))
+        }
+        return answers | {
+            "w_edit": _by_part(edits, "success") | {"preserved": edits["id"].value("preserved")},
+            "w_story": {name: stories.value(name) for name in ("structure", "prefix")}
+            | {"answers": stories.value("answer")},
+            "encode_calls": self.encode_calls,
+        }
 
-def talk(model: StarFlow2, progress: Progress | None = None) -> Talk:
-    """Scores every suite of conversations on its quick test share; `progress` takes (items done, items of the suite).
+
+def _by_part(parts: Mapping[str, Scores], column: str) -> dict[str, object]:
+    return {part: parts[part].value(column) for part in PARTS}
+
+
+def score_conversations(
+    model: StarFlow2, progress: Progress | None = None, suites: DemoSuites | None = None
+) -> Conversations:
+    """Score the suites of conversations on quick test shares; `progress` takes (items done, items of the suite).
 
     Raises what the suites and the model raise.
     """
-    listener = _Listener(model)
-    scores: dict[str, Report] = {}
-    asked: dict[str, list[_Asked]] = {}
-    for suite in SUITES:
-        listener.asked = asked[suite] = []
-        scores[suite] = score_suite(listener, suite, "test", quick=True, progress=progress)
-    story = listener.stories[0]
-    report = _summary(scores) | {"encode_calls": story.encode_calls}
-    questions = (*_shown_questions("mme", asked["mme"]), *_shown_questions("gqa", asked["gqa"]))
-    return Talk(report, scores, _shown_story(story), tuple(_shown_edits(listener, scores["edit"])), questions)
+    suites, log = suites or DemoSuites(), ModelLog(model)
+    scorer = Scorer(log, "test", quick=True, progress=progress)
+    scores, questions = dict[str, Report](), list[ShownQuestion]()
+    scores["mme"] = scorer.mme(suites.mme)
+    questions += _shown_questions(suites.mme, log.answered)
+    log.answered.clear()
+    scores["gqa"] = scorer.gqa(suites.gqa)
+    questions += _shown_questions(suites.gqa, log.answered)
+    scores["edit"] = scorer.edit(suites.edit)
+    scores["story"] = scorer.story(suites.story)
+    edits = _shown_edits(log, suites.edit, scores["edit"])
+    first = log.stories[0]
+    turns = _shown_story(first, suites.story)
+    return Conversations(scores, first.encode_calls, turns, tuple(edits), tuple(questions))
 
 
-def _summary(scores: Mapping[str, Report]) -> Report:
-    """The figures of report.json: shares in [0, 1], MME in points of 1,200, the prefix in steps of 4."""
-    mme, gqa = ({part: _answered(scores[s]["parts"][part]) for part in PARTS} for s in ("mme", "gqa"))
-    mme_vlm, gqa_vlm = ({part: _answered(scores[s]["vlm"][part]) for part in PARTS} for s in ("mme", "gqa"))
-    edit, story = scores["edit"]["parts"], scores["story"]["parts"]["id"]
-    return {
-        "w_mme": mme | {"vlm": mme_vlm},
-        "w_gqa": gqa | {"vlm": gqa_vlm},
-        "w_edit": {part: edit[part]["overall"]["success"]["score"] for part in PARTS}
-        | {"preserved": edit["id"]["overall"]["preserved"]["score"]},
-        "w_story": {name: story[name]["score"] for name in ("structure", "prefix")}
-        | {"answers": story["answer"]["true"]["score"]},
-    }
-
-
-def _answered(part: Report) -> float:
-    """The one score of a part of MME or GQA."""
-    return float(part["total" if "total" in part else "accuracy"]["score"])
-
-
-# -- what was said ----------------------------------------------------------------------------------------------------
+# -- what the model replied -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    picture: Images
+class _Answered:
+    image: Images
     question: str
-    said: str
+    answer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,18 +158,18 @@ class _Edited:
 
 @dataclass(frozen=True, slots=True)
 class _Story:
-    asked: tuple[str, ...]
+    requests: tuple[str, ...]
     seed: int
-    told: list[list[str | Images]]  # by turn
-    encode_calls: int  # while it and those beside it were told
+    replies: story.Replies
+    encode_calls: int  # while the stories of its batch were told
 
 
 @dataclass
-class _Listener:
-    """A model that remembers what it was asked and what it replied."""
+class ModelLog:
+    """A model that remembers the questions, edits and stories it was given, and its replies."""
 
     model: StarFlow2
-    asked: list[_Asked] = field(default_factory=list)
+    answered: list[_Answered] = field(default_factory=list)
     edited: list[_Edited] = field(default_factory=list)
     stories: list[_Story] = field(default_factory=list)
 
@@ -179,10 +187,10 @@ class _Listener:
         return self.model.tower_answers(images, questions)
 
     def answers(self, images: Sequence[Sequence[Tensor]], questions: Sequence[str]) -> list[str]:
-        told = self.model.answers(images, questions)
-        rows = zip(images, questions, told, strict=True)
-        self.asked += [_Asked(to_bytes(shown[0][None])[0], question, said) for shown, question, said in rows]
-        return told
+        answers = self.model.answers(images, questions)
+        rows = zip(images, questions, answers, strict=True)
+        self.answered += [_Answered(to_bytes(some[0][None])[0], question, answer) for some, question, answer in rows]
+        return answers
 
     def answers_after(self, pasts: Sequence[Sequence[PastTurn]], questions: Sequence[str]) -> list[str]:
         return self.model.answers_after(pasts, questions)
@@ -191,18 +199,18 @@ class _Listener:
         return self.model.session(seed=seed)
 
     def edits(self, images: Tensor, instructions: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        made = self.model.edits(images, instructions, seeds)
-        rows = zip(instructions, seeds, to_bytes(images), to_bytes(made), strict=True)
+        results = self.model.edits(images, instructions, seeds)
+        rows = zip(instructions, seeds, to_bytes(images), to_bytes(results), strict=True)
         self.edited += [_Edited(*row) for row in rows]
-        return made
+        return results
 
     def tell(self, talks: Sequence[Sequence[str]], seeds: Sequence[int]) -> list[list[list[str | Tensor]]]:
         with _encodings(self.model.components) as calls:
-            told = self.model.tell(talks, seeds)
-        for asked, seed, turns in zip(talks, seeds, told, strict=True):
+            replies = self.model.tell(talks, seeds)
+        for requests, seed, turns in zip(talks, seeds, replies, strict=True):
             blocks = [[b if isinstance(b, str) else to_bytes(b[None])[0] for b in turn] for turn in turns]
-            self.stories.append(_Story(tuple(asked), seed, blocks, len(calls)))
-        return told
+            self.stories.append(_Story(tuple(requests), seed, blocks, len(calls)))
+        return replies
 
 
 @contextmanager
@@ -216,77 +224,74 @@ def _encodings(components: Components) -> Iterator[list[None]]:
         hook.remove()
 
 
-# -- what is shown of it ----------------------------------------------------------------------------------------------
+# -- examples ---------------------------------------------------------------------------------------------------------
 
 
-def _shown_story(told: _Story) -> tuple[Turn, ...]:
-    """The story turn by turn; every step with its rungs of the ladder, the answer with whether it is true."""
-    index = told.seed - stories.SEED_BASE
-    story = suite_stories("test", "id", index + 1)[index]
-    blocks = [[("text", b) if isinstance(b, str) else ("image", b) for b in turn] for turn in told.told]
-    (reading,) = stories.read_told([blocks])  # type: ignore[list-item]
-    marks = [tuple(zip(RUNGS, grades, strict=True)) for grades in stories.step_grades(story, reading)]
-    is_true = _words(reading.answer) == story.answer
-    marks.append((("right" if is_true else f"should be “{story.answer}”", is_true),))
-    return tuple(Turn(a, tuple(t), m) for a, t, m in zip(told.asked, told.told, marks, strict=True))
+def _shown_story(record: _Story, suite: story.StorySuite) -> tuple[Turn, ...]:
+    """The story turn by turn; each step with its rungs of the ladder, the answer with whether it is true."""
+    truth = suite.items("test")["id"][record.seed - story.SEED_BASE].task
+    (reading,) = story.read_replies([record.replies])
+    marks = [tuple(zip(RUNGS, grades, strict=True)) for grades in story.step_grades(truth, reading)]
+    is_true = story.plain_words(reading.answer) == truth.answer
+    marks.append((("right" if is_true else f"should be “{truth.answer}”", is_true),))
+    turns = zip(record.requests, record.replies, marks, strict=True)
+    return tuple(Turn(request, tuple(reply), own) for request, reply, own in turns)
 
 
-def _words(text: str) -> str:
-    return " ".join(re.findall(r"[a-z]+", text.lower()))
-
-
-def _shown_edits(listener: _Listener, scores: Report) -> Iterator[ShownEdit]:
+def _shown_edits(log: ModelLog, suite: edit.EditSuite, scores: Report) -> Iterator[ShownEdit]:
     """The first edits of every operation, seen and new combinations, operation by operation."""
-    left = list(listener.edited)
+    left = list(log.edited)
     picked: list[tuple[Part, Edit, _Edited]] = []
     for part in PARTS:
-        known = suite_edits("test", part, editing.PER_OPERATION[part])
-        count = scores["parts"][part]["n"]
-        rows = [(part, known[made.seed - editing.SEED_BASE], made) for made in left[:count]]
+        items, count = suite.items("test")[part], scores.parts[part].n
+        rows = [(part, items[made.seed - edit.SEED_BASE].task, made) for made in left[:count]]
         left = left[count:]
         for operation in OPERATIONS:
             picked += [row for row in rows if row[1].operation == operation][:EDITS_SHOWN]
     picked.sort(key=lambda row: OPERATIONS.index(row[1].operation))
     sources = np.stack([made.source for _, _, made in picked])
-    references = to_bytes(listener.roundtrip(to_floats(sources)))
+    references = to_bytes(log.roundtrip(to_floats(sources)))
     results = np.stack([made.result for _, _, made in picked])
-    grades = editing.grade_edits([edit for _, edit, _ in picked], results, references)
-    for (part, edit, made), grade in zip(picked, grades, strict=True):
-        faults = (("not done", grade.applied), ("something else changed", grade.preserved))
-        why = ", ".join(fault for fault, is_fine in faults if not is_fine)
-        yield ShownEdit(edit.operation, part, made.instruction, made.source, made.result, why)
+    grades = edit.grade_edits([truth for _, truth, _ in picked], results, references)
+    for (part, truth, made), grade in zip(picked, grades, strict=True):
+        checks = (("not done", grade.applied), ("something else changed", grade.preserved))
+        faults = ", ".join(fault for fault, is_fine in checks if not is_fine)
+        yield ShownEdit(truth.operation, part, made.instruction, made.source, made.result, faults)
 
 
-def _shown_questions(suite: Literal["mme", "gqa"], asked: Sequence[_Asked]) -> Iterator[ShownQuestion]:
+def _shown_questions(suite: mme.MmeSuite | gqa.GqaSuite, answered: Sequence[_Answered]) -> Iterator[ShownQuestion]:
     """Some of the questions, evenly over the suite and so over its parts, with their right answers."""
-    items = mme.mme_items("test") if suite == "mme" else answering.gqa_items("test")
-    for at in np.linspace(0, len(asked) - 1, QUESTIONS_SHOWN).round().astype(int).tolist():
-        row = asked[at]
-        same = (item for item in items if item.question.text == row.question)
-        item = next(item for item in same if np.array_equal(render(item.scene), row.picture))
-        answer = item.question.answer
-        found = mme.parse_yes_no(row.said) if suite == "mme" else _words(row.said)
-        yield ShownQuestion(item.part, row.picture, row.question, row.said, answer, found == answer)
+    items = suite.items("test")["all"]
+    for index in np.linspace(0, len(answered) - 1, QUESTIONS_SHOWN).round().astype(int).tolist():
+        row = answered[index]
+        item = next(item for item in items if _is_about(item, row))
+        answer = mme.parse_yes_no(row.answer) if isinstance(suite, mme.MmeSuite) else story.plain_words(row.answer)
+        truth = item.question.answer
+        yield ShownQuestion(item.part, row.image, row.question, row.answer, truth, answer == truth)
+
+
+def _is_about(item: AskedQuestion, row: _Answered) -> bool:
+    return item.question.text == row.question and np.array_equal(render(item.scene), row.image)
 
 
 # -- the page's sections ----------------------------------------------------------------------------------------------
 
 
-def data_url(picture: PILImage) -> str:
-    """A picture as the address of itself, for pages that need no other file."""
+def data_url(image: PILImage) -> str:
+    """An image as a data URL, for pages that need no other file."""
     data = io.BytesIO()
-    picture.save(data, "PNG")
+    image.save(data, "PNG")
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode("ascii")
 
 
-def sections(told: Talk) -> str:
+def sections(shown: Conversations) -> str:
     """The story as a conversation, the edits and the questions, as HTML."""
-    calls = told.report["encode_calls"]
-    turns = "\n".join(map(_turn, told.story))
-    edits = "\n".join(map(_edit, told.edits))
-    done = sum(not edit.why for edit in told.edits)
-    questions = "\n".join(map(_question, told.questions))
-    right = sum(question.is_right for question in told.questions)
+    calls = shown.encode_calls
+    turns = "\n".join(map(_turn, shown.story))
+    edits = "\n".join(map(_edit, shown.edits))
+    done = sum(not row.faults for row in shown.edits)
+    questions = "\n".join(map(_question, shown.questions))
+    right = sum(question.is_right for question in shown.questions)
     return f"""<h2 id="story">A story, told in turn</h2>
 <p>One conversation: the model answers every request with a sentence and a picture of its own choosing, and each picture
 stays in its cache as it was drawn. Between the pictures the encoder ran {calls} times. It is the first story of the
@@ -294,13 +299,13 @@ run; the judge reads its pictures and marks every step.</p>
 <div class="talk">
 {turns}
 </div>
-<h2 id="edits">Pictures changed as told <small>{done} of {len(told.edits)}</small></h2>
+<h2 id="edits">Pictures changed as told <small>{done} of {len(shown.edits)}</small></h2>
 <p>Left the source, right the result: the first edits of each kind. An edit succeeds if what was asked for is there and
 nothing else changed.</p>
 <div class="grid pairs">
 {edits}
 </div>
-<h2 id="questions">Questions about pictures <small>{right} of {len(told.questions)}</small></h2>
+<h2 id="questions">Questions about pictures <small>{right} of {len(shown.questions)}</small></h2>
 <div class="grid asked">
 {questions}
 </div>"""
@@ -317,16 +322,16 @@ def _turn(turn: Turn) -> str:
 
 def _edit(shown: ShownEdit) -> str:
     pictures = _image(shown.source, "before") + _image(shown.result, "after")
-    why = f'<span class="why">{shown.why}</span>' if shown.why else ""
-    caption = f"{_mark(not shown.why)} {html.escape(shown.instruction)}{why}{_badge(shown.part)}"
+    faults = f'<span class="why">{shown.faults}</span>' if shown.faults else ""
+    caption = f"{_mark(not shown.faults)} {html.escape(shown.instruction)}{faults}{_badge(shown.part)}"
     return f'<figure><div class="pair">{pictures}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def _question(shown: ShownQuestion) -> str:
-    said = html.escape(shown.said) or "nothing"
-    truth = "" if shown.is_right else f'<span class="why">right: {html.escape(shown.answer)}</span>'
-    caption = f"{html.escape(shown.question)}<span>{_mark(shown.is_right)} {said}</span>{truth}{_badge(shown.part)}"
-    return f"<figure>{_image(shown.picture, shown.question)}<figcaption>{caption}</figcaption></figure>"
+    answer = html.escape(shown.answer) or "nothing"
+    truth = "" if shown.is_right else f'<span class="why">right: {html.escape(shown.truth)}</span>'
+    caption = f"{html.escape(shown.question)}<span>{_mark(shown.is_right)} {answer}</span>{truth}{_badge(shown.part)}"
+    return f"<figure>{_image(shown.image, shown.question)}<figcaption>{caption}</figcaption></figure>"
 
 
 def _image(image: Images, words: str) -> str:
@@ -349,11 +354,12 @@ _Row = tuple[str, Sequence[_Cell], Sequence[_Cell], Sequence[_Cell], Sequence[_C
 _NONE: Final = (None, None)
 
 
-def table(told: Talk) -> str:
+def table(shown: Conversations) -> str:
     """Suite by suite: ID and CG, the frozen language model, the floor and the ceiling of each, as HTML."""
     head = "<tr><th>suite<th>ID<th>CG<th>frozen language model<th>floor ID / CG<th>ceiling ID / CG</tr>"
-    rows = [*_answer_rows(told.scores), *_edit_rows(told.scores["edit"]), *_story_rows(told.scores["story"])]
-    counts = {name: told.scores[name]["n"] for name in SUITES}
+    scores = shown.scores
+    rows = [*_answer_rows(scores), *_edit_rows(scores["edit"]), *_story_rows(scores["story"])]
+    counts = {name: report.n for name, report in scores.items()}
     return f"""<div class="wide"><table>{head}
 {"".join(map(_table_row, rows))}</table></div>
 <p>Quick shares of the test suites, so they are noisy: {counts["mme"]} questions of MME's kind and {counts["gqa"]} of
@@ -374,32 +380,31 @@ def _cell(value: _Cell) -> str:
 
 
 def _answer_rows(scores: Mapping[str, Report]) -> Iterator[_Row]:
-    full = 200.0 * len(SUBTASKS)
-    for suite, name, ceiling in (("mme", f"MME, points of {full:,.0f}", full), ("gqa", "GQA, accuracy", 1.0)):
-        parts, vlm = ([scores[suite][of][part] for part in PARTS] for of in ("parts", "vlm"))
-        floors = [part["floor"]["always_yes"] if suite == "mme" else part["prior"] for part in parts]
-        yield name, [*map(_answered, parts)], [*map(_answered, vlm)], floors, (ceiling, ceiling)
+    full, mme_scores, gqa_scores = 200.0 * len(SUBTASKS), scores["mme"], scores["gqa"]
+    floor = _values(mme_scores.bounds["floor"], "always_yes")
+    vlm = _values(mme_scores.bounds["vlm"], "total")
+    yield f"MME, points of {full:,.0f}", _values(mme_scores.parts, "total"), vlm, floor, (full, full)
+    parts, vlm = gqa_scores.parts, _values(gqa_scores.bounds["vlm"], "accuracy")
+    yield "GQA, accuracy", _values(parts, "accuracy"), vlm, _values(parts, "prior"), (1.0, 1.0)
 
 
 def _edit_rows(scores: Report) -> Iterator[_Row]:
-    parts = [scores["parts"][part] for part in PARTS]
     for column, name in (("success", "edits, done and nothing else"), ("preserved", "edits, all else preserved")):
-        found, floor, ceiling = (
-            [of["overall"][column]["score"] for of in some]
-            for some in (parts, *([part["controls"][name] for part in parts] for name in ("copy", "ceiling")))
-        )
-        yield name, found, _NONE, floor, ceiling
+        floor, ceiling = (_values(scores.bounds[bound], column) for bound in ("copy", "ceiling"))
+        yield name, _values(scores.parts, column), _NONE, floor, ceiling
 
 
 def _story_rows(scores: Report) -> Iterator[_Row]:
-    parts, through = [scores["parts"][part] for part in PARTS], scores["ceiling"]
-    names = ("structure", "block", "image", "consistency", "prefix")
+    parts, floor, ceiling = scores.parts, scores.bounds["floor"], scores.bounds["ceiling"]["id"]
+    names = ("structure", *story.RUNGS, "prefix")
     titles = ("text and picture in turn", *RUNGS, f"first steps without a fault, of {STEPS}")
     for name, title in zip(names, titles, strict=True):
-        floor = [part["floor"][name] for part in parts]
-        yield f"stories, {title}", [p[name]["score"] for p in parts], _NONE, floor, (through[name]["score"], None)
-    found, floor = [p["answer"]["true"]["score"] for p in parts], [p["floor"]["guess"] for p in parts]
-    yield "stories, answers", found, _NONE, floor, (through["answer"]["true"]["score"], None)
+        yield f"stories, {title}", _values(parts, name), _NONE, _values(floor, name), (ceiling.value(name), None)
+    yield "stories, answers", _values(parts, "answer"), _NONE, _values(floor, "guess"), (ceiling.value("answer"), None)
+
+
+def _values(parts: Mapping[str, Scores], column: str) -> list[float]:
+    return [parts[part].value(column) for part in PARTS]
 
 
 STYLE = """

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from starflow2.cli.options import (
     Device,
@@ -18,25 +18,23 @@ from starflow2.cli.options import (
     refuse,
 )
 from starflow2.cli.parsing import Option, Positional
+from starflow2.core.files import check_writable
 from starflow2.errors import UsageError
 
 if TYPE_CHECKING:
+    from starflow2.evals.suite import Report
     from starflow2.pipeline import StarFlow2
 
 __all__ = [
     "Eval",
 ]
 
-LEDGER = Path("docs/results/ledger.jsonl")
 DRAWN = ("geneval", "dpg")  # suites that need no more than stage 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Score a model on a benchmark, with floor and ceiling beside every number.
-
-    A full test run adds a line to docs/results/ledger.jsonl where it runs from a checkout.
-    """
+    """Score a model on a benchmark, with floor and ceiling beside every number."""
 
     verb: ClassVar[str] = "eval"
 
@@ -61,6 +59,9 @@ class Eval:
         Path | None,
         Option("images of fae: the first 512 of a folder, by name", metavar="FOLDER", default="512 of the drawn world"),
     ] = None
+    ledger: Annotated[
+        Path | None, Option("add a line about this full test run to a ledger", metavar="FILE", default="no record")
+    ] = None
     json: JsonFile = None
     model: Model = "nano"
     device: Device = "auto"
@@ -68,24 +69,30 @@ class Eval:
     def run(self, unknown: Sequence[str]) -> int:
         refuse(unknown, type(self))
         from starflow2.evals.report import append_ledger, write_json
+        from starflow2.evals.tables import ledger_record, table
         from starflow2.models.checkpoint import weights_digest
 
         check_json(self.json)
         self._check()
         if self.benchmark == "fae":
             return self._codec()
-        ledger = _ledger() if self.split == "test" and not self.quick else None
         model = self._model()
         with progress("scoring", "items") as step:
-            report = self._scored(model, step)
-        made_by = {"model": model.components.cfg.name, "weights": weights_digest(model.components)}
-        report |= made_by
-        console().print(_table(report))
+            report = self._score(model, step)
+        report = replace(report, model=model.components.cfg.name, weights=weights_digest(model.components))
+        console().print(table(report))
         if self.json is not None:
-            write_json(report, self.json)
-        if ledger is not None:
-            append_ledger(ledger, _record(report) | made_by)
+            write_json(report.to_json(), self.json)
+        if self.ledger is not None:
+            append_ledger(self.ledger, ledger_record(report))
+        elif self._is_final:
+            console(stderr=True).print("This test run was not recorded; --ledger FILE adds it to a ledger.")
         return 0
+
+    @property
+    def _is_final(self) -> bool:
+        """True for full test runs, the only ones that enter a ledger."""
+        return self.benchmark == "world" and self.split == "test" and not self.quick
 
     def _check(self) -> None:
         if self.benchmark == "fae":
@@ -94,6 +101,10 @@ class Eval:
             raise UsageError("--part is empty; expected one or more of id, cg, paraphrase.")
         if self.suite != "geneval" and (self.part != ("id", "cg") or self.samples != 4):
             raise UsageError(f"--part and --samples belong to --suite geneval; {self.suite} takes neither.")
+        if self.ledger is not None:
+            if not self._is_final:
+                raise UsageError("--ledger records full test runs of eval world; give --split test and no --quick.")
+            check_writable(self.ledger)
         if self.benchmark == "world" and self.images is not None:
             raise UsageError("--images belongs to eval fae; eval world draws its own images.")
 
@@ -110,6 +121,7 @@ class Eval:
             raise UsageError(f"eval fae does not take {name} here: {why}.")
 
     def _codec(self) -> int:
+        from starflow2.core.serialize import to_dict
         from starflow2.evals.codec import codec_pictures, codec_table, evaluate_codec
         from starflow2.evals.report import write_json
         from starflow2.pipeline import StarFlow2
@@ -117,10 +129,9 @@ class Eval:
         components = StarFlow2.from_pretrained(self.model, device=self.device).components
         images = codec_pictures(self.images, components.codec.image_size, self.split, 64 if self.quick else 512)
         report = evaluate_codec(components.codec, components.codec.extractor, images.to(components.device))
-        report["model"] = components.cfg.name
         console().print(codec_table(report))
         if self.json is not None:
-            write_json(report, self.json)
+            write_json(to_dict(replace(report, model=components.cfg.name)), self.json)
         return 0
 
     def _model(self) -> StarFlow2:
@@ -130,34 +141,10 @@ class Eval:
             return StarFlow2.from_pretrained(self.model, device=self.device)
         return load_joint(self.model, self.device, f"eval --suite {self.suite}")
 
-    def _scored(self, model: StarFlow2, step: Callable[[int, int], None]) -> dict[str, Any]:
+    def _score(self, model: StarFlow2, step: Callable[[int, int], None]) -> Report:
+        from starflow2.evals.geneval import score_geneval
         from starflow2.evals.runner import score_suite
-        from starflow2.evals.world import score_geneval
 
         if self.suite != "geneval":
             return score_suite(model, self.suite, self.split, quick=self.quick, progress=step)
         return score_geneval(model, self.split, quick=self.quick, samples=self.samples, parts=self.part, progress=step)
-
-
-def _table(report: Mapping[str, Any]) -> Any:
-    from starflow2.evals.report import table
-    from starflow2.evals.tables import suite_table
-
-    return table(report) if _is_geneval(report) else suite_table(report)
-
-
-def _record(report: Mapping[str, Any]) -> dict[str, Any]:
-    from starflow2.evals.report import ledger_record
-    from starflow2.evals.tables import suite_record
-
-    return ledger_record(report) if _is_geneval(report) else suite_record(report)
-
-
-def _is_geneval(report: Mapping[str, Any]) -> bool:
-    return str(report["suite"]) == "geneval"
-
-
-def _ledger() -> Path | None:
-    """The ledger of the checkout that this package runs from, None where it is installed."""
-    root = Path(__file__).parents[3]
-    return root / LEDGER if (root / "pyproject.toml").is_file() else None

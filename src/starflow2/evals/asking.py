@@ -1,46 +1,37 @@
-"""Questions about drawn pictures asked of a model in chunks, shared by W-MME-p and W-GQA."""
+"""Yes-or-no and one-word questions about scenes of the drawn world: what W-MME-p and W-GQA share.
+
+Both have "id" items (unseen scenes, seen combinations) and "cg" items, and score "all" of them together.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-from starflow2.errors import ConfigError, DataError
-from starflow2.evals.statistics import (
-    chunks,
-    quick_share,
-)
+from starflow2.evals.suite import Images, Section, checked_texts, digest
 from starflow2.world.questions import Question
 from starflow2.world.scene import COLORS, SHAPES, Scene, Split, render, sample_scene
 from starflow2.world.splits import HELD_OUT, bucket, held_out, scene_key
 
-__all__ = [
-    "PARTS",
-    "Answer",
-    "Part",
-    "Progress",
-]
-
+__all__ = ["ASK_CHUNK", "PARTS", "Answer", "AskedQuestion", "ask", "digests", "new_scene", "stream_of"]
 
 Part = Literal["id", "cg"]
 PARTS: tuple[Part, ...] = get_args(Part)
-THINGS: Final = (0.15, 0.3, 0.3, 0.25)  # shares of scenes with one to four objects, as in training
+OBJECTS: Final = (0.15, 0.3, 0.3, 0.25)  # shares of scenes with one to four objects, as in training
 REPEATS: Final = 0.35  # share of scenes of several objects in which some have the same shape, as in training
-ASK_CHUNK: Final = 128  # questions asked of `answer` at a time
+ASK_CHUNK: Final = 128  # questions asked at a time
 _SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
-_MME, _GQA = 4, 5  # second number of a stream
-Images = NDArray[np.uint8]
+_NUMBERS: Final = {"mme": 4, "gqa": 5}  # second number of a suite's streams
 Answer = Callable[[Images, list[str]], list[str]]  # (n, 64, 64, 3), n questions -> n answers
-Progress = Callable[[int, int], None]  # questions done, questions in all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Item:
+class AskedQuestion:
+    """One item: a question about the image of a scene."""
+
     question: Question
     scene: Scene
     image: int  # number in its suite; questions about one image are resampled together
@@ -48,25 +39,41 @@ class _Item:
     kind: str  # the subtask of MME, the kind of GQA's question
 
 
-def _checked(split: Split) -> Split:
-    if split not in get_args(Split):
-        raise ConfigError(f"split: expected one of {', '.join(get_args(Split))}, got {split!r}")
-    return split
+def ask(answer: Answer, items: Sequence[AskedQuestion]) -> list[str]:
+    """The answers to the items. Raises DataError if `answer` returns anything but one text per question."""
+    images = np.stack([render(item.scene) for item in items])  # (n, 64, 64, 3)
+    return checked_texts(answer(images, [item.question.text for item in items]), len(items))
 
 
-def _where(split: Split, suite: int) -> tuple[int, int, int]:
-    """The numbers that a suite's streams begin with."""
-    return (_SUITE_SEED, suite, get_args(Split).index(split))
+def digests(items: Callable[[Split], Iterable[AskedQuestion]]) -> Section:
+    """Count and hash of the words and scene keys of both splits."""
+    return {
+        split: digest(
+            (item.part, item.question.text, item.question.answer, item.scene.background, *scene_key(item.scene))
+            for item in items(split)
+        )
+        for split in get_args(Split)
+    }
 
 
-def _scene(rng: np.random.Generator, split: Split, shown: set[tuple[int, ...]], *, shows_pair: bool = False) -> Scene:
-    """A scene of the split, not among those shown, with nothing held out in it but colour-shape pairs if asked."""
-    wanted = {"pair"} if shows_pair else set()
+def stream_of(split: Split, suite: Literal["mme", "gqa"]) -> tuple[int, int, int]:
+    """The numbers that the random streams of a suite begin with."""
+    return (_SUITE_SEED, _NUMBERS[suite], get_args(Split).index(split))
+
+
+def new_scene(
+    rng: np.random.Generator, split: Split, shown: set[tuple[int, ...]], *, shows_pair: bool = False
+) -> Scene:
+    """A scene of the split that was not shown before, which this call notes.
+
+    Nothing in it is held out, except a colour-shape pair where `shows_pair`.
+    """
+    expected = {"pair"} if shows_pair else set()
     others = [name for name in HELD_OUT if name != split]
     while True:
         shapes = _shapes(rng)
         scene = sample_scene(rng, shapes=shapes, colors=_colors(rng, shapes, split if shows_pair else None))
-        if bucket(scene) != split or held_out(scene, split) != wanted or scene_key(scene) in shown:
+        if bucket(scene) != split or held_out(scene, split) != expected or scene_key(scene) in shown:
             continue
         if not any(held_out(scene, other) for other in others):
             shown.add(scene_key(scene))
@@ -76,7 +83,7 @@ def _scene(rng: np.random.Generator, split: Split, shown: set[tuple[int, ...]], 
 def _shapes(rng: np.random.Generator) -> list[int]:
     """Shapes of one to four objects that may meet in training."""
     while True:
-        count = int(rng.choice(len(THINGS), p=THINGS)) + 1
+        count = int(rng.choice(len(OBJECTS), p=OBJECTS)) + 1
         shapes: list[int] = rng.permutation(len(SHAPES))[:count].tolist()
         if count > 1 and rng.random() < REPEATS:
             same = int(rng.integers(2, count + 1))
@@ -87,42 +94,15 @@ def _shapes(rng: np.random.Generator) -> list[int]:
 
 
 def _colors(rng: np.random.Generator, shapes: Sequence[int], novel: Split | None) -> list[int]:
-    """A colour per shape: one seen with it in training, or for the first and half of the rest one that `novel` holds
-    out."""
+    """A colour for each shape, one that training combines with it.
+
+    With `novel`, the first shape and half of the others get a colour that this split holds out instead.
+    """
     colors = []
     for index, shape in enumerate(shapes):
-        kept = {name: {color for s, color in table.pairs if s == shape} for name, table in HELD_OUT.items()}
-        options = [color for color in range(len(COLORS)) if not any(color in held for held in kept.values())]
+        unseen = {name: {color for s, color in table.pairs if s == shape} for name, table in HELD_OUT.items()}
+        options = [color for color in range(len(COLORS)) if not any(color in pairs for pairs in unseen.values())]
         if novel is not None and (index == 0 or rng.random() < 0.5):
-            options = sorted(kept[novel])
+            options = sorted(unseen[novel])
         colors.append(options[int(rng.integers(len(options)))])
     return colors
-
-
-def _quick(items: Sequence[_Item], stratum: Callable[[_Item], object]) -> list[_Item]:
-    """All questions about one image in eight of each stratum."""
-    strata: dict[object, dict[int, None]] = defaultdict(dict)
-    for item in items:
-        strata[stratum(item)][item.image] = None
-    rng = np.random.default_rng(0)
-    kept = {image for images in strata.values() for image in quick_share(list(images), rng)}
-    return [item for item in items if item.image in kept]
-
-
-def _picks(items: Sequence[_Item]) -> dict[str, list[int]]:
-    """Indices of the items of each part, and of all."""
-    parts: dict[str, list[int]] = {p: [i for i, item in enumerate(items) if item.part == p] for p in PARTS}
-    return parts | {"all": list(range(len(items)))}
-
-
-def _ask(answer: Answer, items: Sequence[_Item], progress: Progress | None) -> list[str]:
-    said: list[str] = []
-    for chunk in chunks(items, ASK_CHUNK):
-        images = np.stack([render(item.scene) for item in chunk])  # (n, 64, 64, 3)
-        found = list(answer(images, [item.question.text for item in chunk]))
-        if len(found) != len(chunk) or not all(isinstance(text, str) for text in found):
-            raise DataError(f"answers: expected {len(chunk)} texts, got {len(found)} of {set(map(type, found))}")
-        said += found
-        if progress:
-            progress(len(said), len(items))
-    return said

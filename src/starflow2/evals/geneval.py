@@ -1,72 +1,78 @@
-"""GenEval's rules, and W-GenEval: how well prompts about the drawn world are followed.
+"""W-GenEval: how well prompts about the drawn world are followed, graded by GenEval's rules.
 
 The rules are GenEval's own, as pure functions over named detections, so one scorer serves real detector files and the
-world's judge. The runner is handed a `generate` function and knows nothing of models. Every score comes with its
-caption-blind floor; the ceiling is the codec's round trip, measured by `codec_ceiling`.
-
-Shape letters: G groups (distinct prompts) of one category.
+world's detector. Every score comes with its caption-blind floor; the ceiling is the codec's round trip of true images.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from math import hypot
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Final, Protocol, TypeVar, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from torch import Tensor
 
+from starflow2.core.images import to_bytes, to_floats
 from starflow2.errors import ConfigError
-from starflow2.evals.statistics import (
-    QUICK_SHARE,
-    Grades,
+from starflow2.evals.statistics import QUICK_SHARE, Row, Scored, Scores, chunks, quick_share, score_rows
+from starflow2.evals.suite import (
+    IMAGES_AT_ONCE,
+    Codec,
+    Graded,
+    Images,
+    Job,
+    Part,
+    Progress,
     Report,
-    bootstrap,
-    check_lock,
+    Runs,
+    Section,
+    ceiling,
+    check_choice,
     checked_images,
-    chunks,
     digest,
-    interval,
-    quick_share,
+    evaluate,
+    graded,
+    jobs,
+    roundtrip_scenes,
 )
-from starflow2.evals.statistics import lock_text as _lock_text
 from starflow2.world.captions import FAMILIES, CaptionedScene, paraphrase_drawings, suite_drawings
 from starflow2.world.detector import Scan, detect
-from starflow2.world.scene import COLORS, SHAPES, Split, render
+from starflow2.world.scene import COLORS, SHAPES, Scene, Split, render
 from starflow2.world.splits import scene_key
 
 __all__ = [
+    "PARTS",
+    "RULES",
     "SAMPLES",
+    "Drawer",
     "Found",
-    "Part",
-    "Progress",
+    "Generate",
+    "GenevalSuite",
     "Verdict",
-    "codec_ceiling",
+    "captioned_scenes",
     "draw_scans",
-    "evaluate_geneval",
+    "drawing_jobs",
     "grade",
-    "lock_spec",
     "name_scan",
+    "one_per_prompt",
     "relations",
-    "verify_lock",
+    "roundtrips",
+    "score_geneval",
+    "true_scans",
 ]
 
-Part = Literal["id", "cg", "paraphrase"]
-PARTS: tuple[Part, ...] = get_args(Part)
-RULES = ("lenient", "strict")  # order of the columns of Grades
-PER_CATEGORY = 64  # prompts
-SAMPLES = 4  # pictures of each prompt, GenEval's number
-SEED_BASE = 1_000_000  # picture j of prompt i starts from seed SEED_BASE + 4 i + j
-FLOOR_SHIFTS = 32  # mismatched pictures graded per prompt
-DRAW_CHUNK = 64  # pictures asked of `generate` at a time
+PARTS: Final[tuple[Part, ...]] = get_args(Part)
+PER_CATEGORY: Final = 64  # prompts
+SAMPLES: Final = 4  # images of each prompt, GenEval's number
+SEED_BASE: Final = 1_000_000  # image j of prompt i starts from seed SEED_BASE + 4 i + j
+FLOOR_SHIFTS: Final = 32  # mismatched images graded per prompt
 
-Images = NDArray[np.uint8]
 Generate = Callable[[list[str], list[int]], Images]  # prompts, seeds -> (n, 64, 64, 3)
-Progress = Callable[[int, int], None]  # pictures done, pictures in all
 Box = tuple[float, float, float, float]
 
 
@@ -85,7 +91,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`correct` by GenEval's rules; `strict_correct` if there is nothing else in the picture either."""
+    """`correct` by GenEval's rules; `strict_correct` if there is nothing else in the image either."""
 
     correct: bool
     strict_correct: bool
@@ -115,10 +121,10 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
 
 
 def grade(metadata: Mapping[str, Any], detections: Iterable[Found]) -> Verdict:
-    """Whether a picture with these detections shows what the prompt asks for.
+    """Grade an image with these detections against what its prompt asks for.
 
     metadata: a GenEval JSONL row; `include` rows must all hold, `exclude` rows must not. Of each class only the `count`
-    best scored detections are looked at for colour and position.
+    best scored detections are examined for colour and position.
 
     >>> grade({"include": [{"class": "cow", "count": 2}]}, [Found("cow", (0, 0, 9, 9))]).reason
     'expected 2 cow, found 1'
@@ -142,7 +148,7 @@ def grade(metadata: Mapping[str, Any], detections: Iterable[Found]) -> Verdict:
 
 
 def _miss(row: Mapping[str, Any], examined: list[Found], matched: list[list[Found]]) -> str:
-    """Why an include row fails, or ''."""
+    """The reason why an include row fails, or ''."""
     name, count = row["class"], row["count"]
     if len(examined) < count:
         return f"expected {count} {name}, found {len(examined)}"
@@ -159,24 +165,135 @@ def _miss(row: Mapping[str, Any], examined: list[Found], matched: list[list[Foun
 
 
 def name_scan(scan: Scan) -> list[Found]:
-    """The judge's detections under the names of the world; unrecognised blobs come without a name."""
+    """The detections of a scan under the names of the world; unrecognised blobs come without a name."""
     named = [
         Found(SHAPES[d.shape], d.box, d.score, None if d.color is None else COLORS[d.color]) for d in scan.detections
     ]
     return named + [Found(None, (0.0, 0.0, 0.0, 0.0), score) for score in scan.unknown_scores]
 
 
+# ------------------------------------------------------------------------------------------- images drawn from prompts
+
+
+class Prompted(Protocol):
+    """A prompt and a scene that fulfils it."""
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def scene(self) -> Scene: ...
+
+
+_Task = TypeVar("_Task", bound=Prompted)
+
+
+def drawing_jobs(tasks: Iterable[_Task], samples: int, seed_base: int) -> list[Job[_Task]]:
+    """Jobs for `samples` images of each prompt. Raises ConfigError unless they are 1 to 4."""
+    if not 1 <= samples <= SAMPLES:
+        raise ConfigError(f"samples: expected 1 to {SAMPLES} images per prompt, got {samples}")
+    return jobs(tasks, seed_base, samples, stride=SAMPLES)
+
+
+def one_per_prompt(items: Iterable[Job[_Task]]) -> list[Job[_Task]]:
+    """The last job of each prompt."""
+    return list({job.index: job for job in items}.values())
+
+
+def draw_scans(generate: Generate, items: Sequence[Job[_Task]]) -> list[Scan]:
+    """The detector's reading of one image per job. Raises DataError if `generate` returns another shape."""
+    images = generate([job.task.prompt for job in items], [job.seed for job in items])
+    return detect(checked_images(images, len(items)))
+
+
+def true_scans(items: Sequence[Job[_Task]], codec: Codec | None) -> list[Scan]:
+    """The detector's reading of the true image of each job, after the codec's round trip if there is a codec."""
+    images = roundtrip_scenes(codec, [job.task.scene for job in items])
+    return [scan for chunk in chunks(list(images), IMAGES_AT_ONCE) for scan in detect(np.stack(chunk))]
+
+
+class Drawer(Protocol):
+    """A model that draws images from (prompt, seed) pairs, and its codec. `StarFlow2` is one. B: number of images."""
+
+    @property
+    def sampling_noise(self) -> float:
+        """Noise level of sampled latents, where the second ceiling is measured."""
+        ...
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """(B, 3, 64, 64) in [-1, 1]."""
+        ...
+
+    def roundtrip(self, images: Tensor, noise_level: float = 0.0, seed: int = 0) -> Tensor:
+        """(B, 3, 64, 64) through the codec and back, with noise on the latents."""
+        ...
+
+
+def roundtrips(model: Drawer, first_seed: int = 0) -> dict[str, Codec]:
+    """The round trips of a model's codec: "clean", and "noise" at its sampling noise, drawn anew for every call."""
+    seeds = count(first_seed)
+
+    def clean(images: Images) -> Images:
+        return to_bytes(model.roundtrip(to_floats(images)))
+
+    def noise(images: Images) -> Images:
+        return to_bytes(model.roundtrip(to_floats(images), model.sampling_noise, next(seeds)))
+
+    return {"clean": clean, "noise": noise}
+
+
 # ------------------------------------------------------------------------------------------------------------ W-GenEval
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    index: int  # in the full suite, so that a quick run draws the same pictures
-    drawing: CaptionedScene
+RULES: Final = ("lenient", "strict")  # GenEval's; with nothing else in the image
+_Items = Sequence[Job[CaptionedScene]]
+_Pairs = Sequence[tuple[Job[CaptionedScene], Scan]]
 
 
-def evaluate_geneval(
-    generate: Generate,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenevalSuite:
+    """Prompts of six families. Scores a `Generate`. samples: images of each prompt.
+
+    Columns of a report are the shares of correct images by RULES, means over categories; of a part also template_iou,
+    the mean over all blobs, unknown_share, of blobs without a name, and empty_share, of images without a blob.
+    """
+
+    samples: int = SAMPLES
+    parts: tuple[Part, ...] = ("id", "cg")
+    name: ClassVar[str] = "geneval"
+    chunk: ClassVar[int] = IMAGES_AT_ONCE
+
+    def items(self, split: Split) -> Mapping[str, _Items]:
+        return {part: drawing_jobs(captioned_scenes(split, part), self.samples, SEED_BASE) for part in self.parts}
+
+    def quick(self, items: _Items) -> _Items:
+        return quick_share(items, stratum=lambda job: job.task.family, unit=lambda job: job.index)
+
+    def run(self, generate: Generate, items: _Items) -> list[Scan]:
+        return draw_scans(generate, items)
+
+    def truth(self, items: _Items, codec: Codec | None) -> list[Scan]:
+        return true_scans(items, codec)
+
+    def grade(self, runs: Runs[Job[CaptionedScene], Scan]) -> Graded:
+        """Scores by GenEval's rules. Floor: true images of other prompts."""
+        rng = np.random.default_rng(0)
+        scored = {part: _grade(pairs, rng) for part, pairs in runs.items()}
+        floor = {part: _floor(one_per_prompt(job for job, _ in pairs)) for part, pairs in runs.items()}
+        return graded(scored, {"floor": floor}, {"samples": self.samples, "seed_base": SEED_BASE})
+
+    def lock(self) -> Section:
+        sets = {f"{split}/{part}": captioned_scenes(split, part) for split in get_args(Split) for part in PARTS}
+        items = {
+            name: digest((d.prompt, d.scene.background, *scene_key(d.scene)) for d in drawings)
+            for name, drawings in sets.items()
+        }
+        settings = {"categories": list(FAMILIES), "per_category": PER_CATEGORY, "samples": SAMPLES}
+        return {"geneval": {**settings, "seed_base": SEED_BASE, "quick_share": QUICK_SHARE, "items": items}}
+
+
+def score_geneval(
+    model: Drawer,
     split: Split,
     *,
     quick: bool = False,
@@ -184,193 +301,54 @@ def evaluate_geneval(
     parts: Sequence[Part] = ("id", "cg"),
     progress: Progress | None = None,
 ) -> Report:
-    """Draws and grades the suite; scores are shares of correct pictures in [0, 1], overall is the mean of categories.
+    """The report on a model's images, with the ceilings of its codec, "clean" and at the sampling "noise".
 
-    split: "dev" (for every choice) or "test". parts: among "id", "cg" and "paraphrase". quick: one prompt in eight.
-    Returns a JSON-able report; `report["parts"][part]` holds `overall`, `by_category`, `floor`, counts and judge means.
-    Raises ConfigError for an unknown part or samples outside 1-4, DataError if `generate` returns another shape.
+    Options and errors as in `evaluate` and `GenevalSuite`.
     """
-    if not 1 <= samples <= SAMPLES:
-        raise ConfigError(f"samples: expected 1 to {SAMPLES} pictures per prompt, got {samples}")
-    sets = {part: _items(split, part, quick) for part in parts}
-    total = samples * sum(map(len, sets.values()))
-    report: Report = {"suite": "geneval", "split": split, "quick": quick, "samples": samples, "n": total}
-    report |= {"seed_base": SEED_BASE, "parts": {}, "ceiling": {}}
-    rng, resampled, done = np.random.default_rng(0), dict[str, _Resamples](), 0
-    for part, items in sets.items():
-        scans: list[Scan] = []
-        for some in draw_scans(generate, _jobs(items, samples)):
-            scans += some
-            done += len(some)
-            if progress:
-                progress(done, total)
-        report["parts"][part], resampled[part] = _summary(items, scans, rng)
-        report["parts"][part]["floor"] = _floor(items)
-    if "id" in sets and "cg" in sets:
-        report["gap"] = _gap(report["parts"], resampled)
+
+    def generate(prompts: list[str], seeds: list[int]) -> Images:
+        return to_bytes(model.draw(prompts, seeds))
+
+    suite = GenevalSuite(samples=samples, parts=tuple(parts))
+    report = evaluate(suite, generate, split, quick=quick, progress=progress)
+    for name, codec in roundtrips(model, first_seed=1).items():
+        report = report.with_bound(name, ceiling(GenevalSuite(samples=1, parts=("id",)), split, codec, quick=quick))
     return report
 
 
-def codec_ceiling(
-    roundtrip: Callable[[Images], Images], split: Split, *, quick: bool = False, part: Part = "id"
-) -> Report:
-    """The score of ground-truth pictures after a codec's round trip: what no model that draws through it can pass.
-
-    roundtrip: (n, 64, 64, 3) uint8 -> the same; add the sampling noise to the latents inside it for the second ceiling.
-    """
-    items = _items(split, part, quick)
-    scans: list[Scan] = []
-    for chunk in chunks(items, DRAW_CHUNK):
-        truth = np.stack([render(item.drawing.scene) for item in chunk])
-        scans += detect(checked_images(roundtrip(truth), len(chunk)))
-    return _summary(items, scans, np.random.default_rng(0))[0]
-
-
-def _items(split: Split, part: Part, quick: bool) -> list[_Item]:
-    """The suite in its fixed order, or a quick run's share of each category (seed 0)."""
-    items = [_Item(i, drawing) for i, drawing in enumerate(_suite(split, part))]
-    if not quick:
-        return items
-    rng = np.random.default_rng(0)
-    chosen: list[_Item] = []
-    for category in _categories(items):
-        rows = [item for item in items if _category(item) == category]
-        chosen += quick_share(rows, rng)
-    return chosen
-
-
 @cache
-def _suite(split: Split, part: Part) -> tuple[CaptionedScene, ...]:
-    for name, value, known in (("split", split, get_args(Split)), ("part", part, PARTS)):
-        if value not in known:
-            raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+def captioned_scenes(split: Split, part: Part) -> tuple[CaptionedScene, ...]:
+    """The prompts of a part with their scenes, family by family. Raises ConfigError for an unknown part."""
+    check_choice("part", part, PARTS)
     if part == "paraphrase":
         return tuple(paraphrase_drawings(split, PER_CATEGORY))
     return tuple(suite_drawings("geneval", split, part, per_category=PER_CATEGORY))
 
 
-def _category(item: _Item) -> str:
-    return item.drawing.family
+def _row(job: Job[CaptionedScene], detections: Iterable[Found]) -> Row:
+    verdict = grade(job.task.metadata, detections)
+    return Row(job.task.family, job.task.prompt, (verdict.correct, verdict.strict_correct))
 
 
-def _categories(items: list[_Item]) -> list[str]:
-    present = {_category(item) for item in items}
-    return [category for category in FAMILIES if category in present]
-
-
-def _jobs(items: list[_Item], samples: int) -> list[tuple[str, int]]:
-    """Prompts and seeds, a prompt's samples together."""
-    return [(item.drawing.prompt, SEED_BASE + SAMPLES * item.index + j) for item in items for j in range(samples)]
-
-
-def draw_scans(generate: Generate, jobs: Sequence[tuple[str, int]]) -> Iterator[list[Scan]]:
-    """One scan per (prompt, seed), a chunk at a time."""
-    for chunk in chunks(jobs, DRAW_CHUNK):
-        images = generate([prompt for prompt, _ in chunk], [seed for _, seed in chunk])
-        yield detect(checked_images(images, len(chunk)))
-
-
-# -------------------------------------------------------------------------------------------- scores, intervals, floors
-
-_Resamples = dict[str, Grades]  # by category, (RESAMPLES, 2); the columns are RULES
-
-
-def _grade_all(pairs: Iterable[tuple[_Item, list[Found]]]) -> Grades:
-    verdicts = [grade(item.drawing.metadata, found) for item, found in pairs]
-    return np.array([(v.correct, v.strict_correct) for v in verdicts], np.float64)
-
-
-def _summary(items: list[_Item], scans: list[Scan], rng: np.random.Generator) -> tuple[Report, _Resamples]:
-    """Scores of a part, and their bootstrap resamples."""
-    owners = [item for item in items for _ in range(len(scans) // len(items))]
-    grades = _grade_all((item, name_scan(scan)) for item, scan in zip(owners, scans, strict=True))
-    categories = _categories(items)
-    scores: dict[str, Grades] = {}  # (2,) each
-    resamples: _Resamples = {}
-    report: Report = {"n": len(scans), "prompts": len({item.drawing.prompt for item in items}), "by_category": {}}
-    for category in categories:
-        rows = [i for i, item in enumerate(owners) if _category(item) == category]
-        prompts = [owners[i].drawing.prompt for i in rows]
-        scores[category] = grades[rows].mean(axis=0)
-        resamples[category] = bootstrap(prompts, grades[rows], rng)
-        report["by_category"][category] = _score(scores[category], resamples[category])
-        report["by_category"][category] |= {"n": len(rows), "prompts": len(set(prompts))}
-    report["overall"] = _score(_mean(scores), _mean(resamples))
-    return report | _judge_means(scans), resamples
-
-
-def _mean(by_category: Mapping[str, Grades]) -> Grades:
-    return np.asarray(np.mean(list(by_category.values()), axis=0))
-
-
-def _score(score: Grades, resamples: Grades) -> Report:
-    return {name: interval(score[i], resamples[:, i]) for i, name in enumerate(RULES)}
-
-
-def _judge_means(scans: list[Scan]) -> Report:
-    """Mean template IoU over all blobs, share of blobs without a name, share of pictures without a blob."""
+def _grade(pairs: _Pairs, rng: np.random.Generator) -> Scored:
+    """Scores of a part."""
+    scored = score_rows([_row(job, name_scan(scan)) for job, scan in pairs], RULES, rng, "averaged")
+    scans = [scan for _, scan in pairs]
     named = [d.score for scan in scans for d in scan.detections]
     unknown = [score for scan in scans for score in scan.unknown_scores]
     blobs = max(len(named) + len(unknown), 1)
-    return {
-        "template_iou": sum(named + unknown) / blobs,
-        "unknown_share": len(unknown) / blobs,
-        "empty_share": sum(not scan.detections and not scan.unknown for scan in scans) / len(scans),
-    }
-
-
-def _floor(items: list[_Item]) -> Report:
-    """The score of true pictures of *other* prompts of the part: what a drawer gets that never reads the caption."""
-    found = [name_scan(scan) for scan in detect(np.stack([render(item.drawing.scene) for item in items]))]
-    count = len(items)
-    shifts = np.unique(np.linspace(1, count - 1, FLOOR_SHIFTS).astype(int)) if count > 1 else np.array([0])
-    by_category: dict[str, Grades] = {}
-    for category in _categories(items):
-        own = [i for i in range(count) if _category(items[i]) == category]
-        by_category[category] = _grade_all((items[i], found[(i + s) % count]) for i in own for s in shifts).mean(axis=0)
-    rows = {category: dict(zip(RULES, score.tolist(), strict=True)) for category, score in by_category.items()}
-    return {**dict(zip(RULES, _mean(by_category).tolist(), strict=True)), "by_category": rows}
-
-
-def _gap(parts: Mapping[str, Report], resampled: Mapping[str, _Resamples]) -> Report:
-    """ID minus CG, category by category; overall over the categories that both have, so like is set against like."""
-    shared = [category for category in resampled["cg"] if category in resampled["id"]]
-    have, want = (
-        {c: np.array([scores[rule]["score"] for rule in RULES]) for c, scores in parts[part]["by_category"].items()}
-        for part in ("cg", "id")
+    scores = scored.scores.with_columns(
+        template_iou=sum(named + unknown) / blobs,
+        unknown_share=len(unknown) / blobs,
+        empty_share=sum(not scan.detections and not scan.unknown for scan in scans) / len(scans),
     )
-    scores = {category: want[category] - have[category] for category in shared}
-    resamples = {category: resampled["id"][category] - resampled["cg"][category] for category in shared}
-    by_category = {category: _score(scores[category], resamples[category]) for category in shared}
-    return {"overall": _score(_mean(scores), _mean(resamples)), "by_category": by_category}
+    return replace(scored, scores=scores)
 
 
-# ------------------------------------------------------------------------------------------------------------- the lock
-
-
-def lock_spec() -> Report:
-    """The frozen suite, made afresh: its settings, and count and hash of each part's scene keys and prompts.
-
-    Integer keys and not pixels are hashed: rendered bytes may differ between library versions.
-    """
-    items = {f"{split}/{part}": _digest(_suite(split, part)) for split in get_args(Split) for part in PARTS}
-    return {
-        "version": 1,
-        "geneval": {
-            "categories": list(FAMILIES),
-            "per_category": PER_CATEGORY,
-            "samples": SAMPLES,
-            "seed_base": SEED_BASE,
-            "quick_share": QUICK_SHARE,
-            "items": items,
-        },
-    }
-
-
-def _digest(drawings: Iterable[CaptionedScene]) -> Report:
-    return digest((drawing.prompt, drawing.scene.background, *scene_key(drawing.scene)) for drawing in drawings)
-
-
-def verify_lock() -> None:
-    """Raises DataError if the suite made by this code is not the frozen one that scores are published for."""
-    check_lock(json.loads(_lock_text()), lock_spec())
+def _floor(items: _Items) -> Scores:
+    """Score every prompt with true images of other prompts of the part; one job per prompt."""
+    found = [name_scan(scan) for scan in detect(np.stack([render(job.task.scene) for job in items]))]
+    total = len(items)
+    shifts = np.unique(np.linspace(1, total - 1, FLOOR_SHIFTS).astype(int)) if total > 1 else np.array([0])
+    rows = [_row(job, found[(i + s) % total]) for i, job in enumerate(items) for s in shifts]
+    return score_rows(rows, RULES, np.random.default_rng(0), "averaged").scores

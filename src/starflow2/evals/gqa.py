@@ -1,184 +1,134 @@
-"""W-MME-p and W-GQA: how well questions about pictures of the drawn world are answered.
+"""W-GQA: questions about scenes with one-word answers, exact match, beside a prior that never sees the image.
 
-MME's parser and arithmetic are the official ones, as pure functions over answer records, so one scorer serves real
-answers and the world's. The runners are handed an `answer` function and know nothing of models. Every score comes
-with its floor: who always says yes, who throws a coin, and who knows the training questions but sees no picture.
-Both suites have "id" items (unseen scenes, seen combinations) and "cg" items (MME: a held-out colour-shape pair is in
-the picture; GQA: the question's chain of operators was never asked in training), and "all" of them together.
-
-Letters: M images, K columns of marks.
+In "cg" the question's chain of operators was never asked in training. The floor is `question_prior`, which knows the
+training questions.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
-from typing import Final, get_args
+from typing import ClassVar, Final
 
 import numpy as np
 
-from starflow2.evals.asking import (
-    _GQA,
-    PARTS,
-    Answer,
-    Part,
-    Progress,
-    _ask,
-    _checked,
-    _Item,
-    _picks,
-    _quick,
-    _scene,
-    _where,
-)
-from starflow2.evals.mme import MME_IMAGES, mme_items
-from starflow2.evals.statistics import (
-    Grades,
-    Report,
-    bootstrap,
-    check_lock,
-    digest,
-    interval,
-    lock_text,
-)
+from starflow2.evals.asking import ASK_CHUNK, PARTS, Answer, AskedQuestion, Part, ask, digests, new_scene, stream_of
+from starflow2.evals.statistics import Row, by_part, quick_share, score_rows
+from starflow2.evals.suite import Graded, Runs, Section, graded
 from starflow2.world.questions import SUBTASKS, YES_NO, Question, questions, understanding_task
 from starflow2.world.scene import COLORS, SHAPES, SIZES, Scene, Split, stream
-from starflow2.world.splits import scene_key
 from starflow2.world.words import NUMBERS, PLURALS
 
-__all__ = [
-    "evaluate_gqa",
-    "lock_spec",
-    "question_prior",
-    "verify_lock",
-]
+__all__ = ["SORT_OF", "GqaSuite", "question_prior"]
 
-GQA_SCENES: Final[Mapping[Part, int]] = MappingProxyType({"id": 192, "cg": 64})
-GQA_QUESTIONS: Final = 4  # per scene
+SCENES: Final = (("id", 192), ("cg", 64))  # per part
+QUESTIONS: Final = 4  # per scene
 PRIOR_ITEMS: Final = 5000  # training items whose questions the question-only prior has read
-PRIOR_SEEN: Final = 5  # fewer sightings of a pattern than this, and a vaguer one is asked
+PRIOR_SEEN: Final = 5  # a pattern seen less often than this is replaced by a vaguer one
+
+COLUMNS: Final = ("accuracy", "valid", "prior")
 
 
-# ---------------------------------------------------------------------------------------------------------------- W-GQA
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GqaSuite:
+    """Four questions about each scene. Scores an `Answer`.
 
-
-def evaluate_gqa(answer: Answer, split: Split, *, quick: bool = False, progress: Progress | None = None) -> Report:
-    """Asks and grades W-GQA: four questions about each of 256 scenes, one word each, exact match.
-
-    split: "dev" (for every choice) or "test". quick: one scene in eight. Returns a JSON-able report: in
-    `report["parts"]["id" | "cg" | "all"]`, `accuracy` is in [0, 1], `prior` that of the question-only prior on the same
-    questions, `valid` the share of answers of the right sort (a colour for a colour). The gap is taken over the kinds
-    of question that "id" and "cg" share. Raises as `evaluate_mme` does.
+    valid: share of answers of the right sort (a colour for a colour). prior: accuracy of the question-only prior on the
+    same questions. scenes: number per part. prior_items: training items that the prior has read.
     """
-    items: Sequence[_Item] = gqa_items(_checked(split))
-    items = _quick(items, lambda item: item.part) if quick else items
-    said = _ask(answer, items, progress)
-    marks = np.array([_marks(item.question, text) for item, text in zip(items, said, strict=True)], np.float64)
-    rng = np.random.default_rng(0)
-    parts, resamples = {}, {}
-    for name, picks in _picks(items).items():
-        parts[name], resamples[name] = _gqa_part([items[i] for i in picks], marks[picks], rng)
-    report: Report = {"suite": "gqa", "split": split, "quick": quick, "n": len(items), "prior_items": PRIOR_ITEMS}
-    return report | {"parts": parts, "gap": _gap(parts, resamples)}
 
+    scenes: tuple[tuple[Part, int], ...] = SCENES
+    prior_items: int = PRIOR_ITEMS
+    name: ClassVar[str] = "gqa"
+    chunk: ClassVar[int] = ASK_CHUNK
 
-def _marks(question: Question, said: str) -> tuple[bool, bool, bool]:
-    """Right; of the right sort; whether the question-only prior is right."""
-    words = " ".join(re.findall(r"[a-z]+", said.lower()))
-    is_valid = _SORT.get(words) == _SORT[question.answer]
-    return words == question.answer, is_valid, question_prior(question.text) == question.answer
+    def items(self, split: Split) -> Mapping[str, Sequence[AskedQuestion]]:
+        return {"all": _items(split, self.scenes)}
 
+    def quick(self, items: Sequence[AskedQuestion]) -> Sequence[AskedQuestion]:
+        return quick_share(items, stratum=lambda item: item.part, unit=lambda item: item.image)
 
-def _gqa_part(items: list[_Item], marks: Grades, rng: np.random.Generator) -> tuple[Report, dict[str, Grades]]:
-    """Scores of a part, and the resampled accuracies of its kinds. marks: (questions, 3)."""
+    def run(self, answer: Answer, items: Sequence[AskedQuestion]) -> list[str]:
+        return ask(answer, items)
 
-    def scored(picks: list[int]) -> tuple[Report, Grades]:
-        images = [items[i].image for i in picks]
-        accuracies = bootstrap(images, marks[picks], rng)[:, 0]
-        right, valid, prior = marks[picks].mean(0).tolist()
-        row = {"n": len(picks), "scenes": len(set(images)), "accuracy": interval(right, accuracies)}
-        return row | {"valid": valid, "prior": prior}, accuracies
+    def grade(self, runs: Runs[AskedQuestion, str]) -> Graded:
+        """Exact match; the gap is over kinds of question that both parts have."""
+        rng = np.random.default_rng(0)
+        parts = by_part(runs["all"], lambda pair: pair[0].part)
+        rows = {part: [self._row(*pair) for pair in pairs] for part, pairs in parts.items()}
+        scored = {part: score_rows(own, COLUMNS, rng, "resampled") for part, own in rows.items()}
+        return graded(scored, settings={"prior_items": self.prior_items})
 
-    report, _ = scored(list(range(len(items))))
-    report["by_kind"], resamples = {}, {}
-    for kind in sorted({item.kind for item in items}):
-        picks = [i for i, item in enumerate(items) if item.kind == kind]
-        report["by_kind"][kind], resamples[kind] = scored(picks)
-    return report, resamples
+    def lock(self) -> Section:
+        items = digests(lambda split: _items(split, self.scenes))
+        return {"gqa": {"scenes": dict(self.scenes), "questions": QUESTIONS, "items": items}}
 
-
-def _gap(parts: Mapping[str, Report], resamples: Mapping[str, Mapping[str, Grades]]) -> Report:
-    """ID minus CG for each kind of question that both have, and the mean of these."""
-    seen, unseen = resamples["id"], resamples["cg"]
-    kinds = [kind for kind in unseen if kind in seen]
-    have, want = ({kind: parts[part]["by_kind"][kind]["accuracy"]["score"] for kind in kinds} for part in ("cg", "id"))
-    scores = [want[kind] - have[kind] for kind in kinds]
-    changes = [seen[kind] - unseen[kind] for kind in kinds]
-    by_kind = {kind: interval(s, r) for kind, s, r in zip(kinds, scores, changes, strict=True)}
-    overall = {"overall": interval(float(np.mean(scores)), np.mean(changes, axis=0))} if kinds else {}
-    return overall | {"by_kind": by_kind}
+    def _row(self, item: AskedQuestion, text: str) -> Row:
+        words, answer = " ".join(re.findall(r"[a-z]+", text.lower())), item.question.answer
+        prior = question_prior(item.question.text, self.prior_items)
+        return Row(item.kind, item.image, (words == answer, SORT_OF.get(words) == SORT_OF[answer], prior == answer))
 
 
 _SORTS: Final = (COLORS, SHAPES, SIZES, NUMBERS, ("yes", "no"), ("left", "right"), ("above", "below"))
-_SORT: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({word: sort for sort in _SORTS for word in sort})
+SORT_OF: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({word: sort for sort in _SORTS for word in sort})
 
 
 @cache
-def gqa_items(split: Split) -> tuple[_Item, ...]:
-    """Scene by scene, of the questions that each allows those whose answers are still the rarest of their kind."""
-    items: list[_Item] = []
+def _items(split: Split, scenes: tuple[tuple[Part, int], ...]) -> tuple[AskedQuestion, ...]:
+    """Scene by scene, the questions whose answers are still the rarest of their kind."""
+    items: list[AskedQuestion] = []
     shown: set[tuple[int, ...]] = set()
-    for part, scenes in GQA_SCENES.items():
-        taken: Counter[tuple[str, str]] = Counter()
-        for index in range(scenes):
-            rng = stream(*_where(split, _GQA), PARTS.index(part), index)
+    for part, count in scenes:
+        asked: Counter[tuple[str, str]] = Counter()
+        for index in range(count):
+            rng = stream(*stream_of(split, "gqa"), PARTS.index(part), index)
             pool: list[Question] = []
-            while len(pool) < GQA_QUESTIONS:
-                scene = _scene(rng, split, shown)
+            while len(pool) < QUESTIONS:
+                scene = new_scene(rng, split, shown)
                 pool = _programs(scene, rng, split, part)
-            for _ in range(GQA_QUESTIONS):
-                question = min(pool, key=lambda q: taken[q.kind, q.answer] * len(_SORT[q.answer]))
+            for _ in range(QUESTIONS):
+                question = min(pool, key=lambda q: asked[q.kind, q.answer] * len(SORT_OF[q.answer]))
                 pool.remove(question)
-                taken[question.kind, question.answer] += 1
-                image = len(items) // GQA_QUESTIONS
-                items.append(_Item(question=question, scene=scene, image=image, part=part, kind=question.kind))
+                asked[question.kind, question.answer] += 1
+                image = len(items) // QUESTIONS
+                items.append(AskedQuestion(question=question, scene=scene, image=image, part=part, kind=question.kind))
     return tuple(items)
 
 
 def _programs(scene: Scene, rng: np.random.Generator, split: Split, part: Part) -> list[Question]:
     """Different questions with one-word answers about a scene, in random order, without MME's."""
     if part == "cg":
-        return questions(scene, rng, split=split, most=2 * GQA_QUESTIONS)
+        return questions(scene, rng, split=split, most=2 * QUESTIONS)
     asked = [question for _ in range(2) for question in questions(scene, rng, most=20)]
     programs = [q for q in asked if q.kind not in SUBTASKS or q.program[-1] == "count"]
     return list({q.text: q for q in programs if q.kind != "list"}.values())
 
 
-# ----------------------------------------------------------------------------------------- who never sees the picture
+# -------------------------------------------------------------------------------- a reader who never sees the image
 
 
-def question_prior(text: str) -> str:
-    """The answer that training most often gave to such a question, whatever the picture.
+def question_prior(text: str, prior_items: int = PRIOR_ITEMS) -> str:
+    """The most frequent answer to such a question in training, whatever the image shows.
 
-    Such a question: the same words; if these were hardly ever asked, the same with other shapes, then with other
-    objects, then with other values, then any.
+    Such a question has the same words; where these were asked too rarely, the same words with other shapes, then with
+    other objects, then with other values; in the end any question. prior_items: training items that are read.
     """
-    counts = _prior_counts()
-    seen = next(pattern for pattern in _patterns(text) if not pattern or counts[pattern].total() >= PRIOR_SEEN)
-    return counts[seen].most_common(1)[0][0]
+    counts = _prior_counts(prior_items)
+    pattern = next(p for p in _patterns(text) if not p or counts[p].total() >= PRIOR_SEEN)
+    return counts[pattern].most_common(1)[0][0]
 
 
 @cache
-def _prior_counts() -> Mapping[str, Counter[str]]:
+def _prior_counts(items: int) -> Mapping[str, Counter[str]]:
     """Pattern -> answers, over the one-word questions of the first training items."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for index in range(PRIOR_ITEMS):
+    for index in range(items):
         for text, answer in understanding_task(0, index)[1]:
-            if answer in _SORT:
+            if answer in SORT_OF:
                 for pattern in set(_patterns(text)):
                     counts[pattern][answer] += 1
     return counts
@@ -194,34 +144,9 @@ _VALUE: Final = tuple(re.compile(rf"\b{_any(*words)}\b") for words in ((*SHAPES,
 
 
 def _patterns(text: str) -> tuple[str, ...]:
-    """What the question has in common with ever more others."""
+    """Patterns of a question, each shared with more questions than the one before."""
     plain = text.removesuffix(f" {YES_NO}")
     vague = same = _OBJECT.sub("it", plain)
     for number, words in enumerate(_VALUE):
         vague = words.sub(str(number), vague)
     return plain, _SHAPE.sub("shape", plain), same, vague, ""
-
-
-# ------------------------------------------------------------------------------------------------------------- the lock
-
-
-def lock_spec() -> Report:
-    """The frozen suites, made afresh: their settings, and count and hash of each split's scene keys and words."""
-    suites = {"mme": mme_items, "gqa": gqa_items}
-    made = {name: {split: _digest(items(split)) for split in get_args(Split)} for name, items in suites.items()}
-    return {
-        "mme": {"subtasks": list(SUBTASKS), "images": MME_IMAGES, "items": made["mme"]},
-        "gqa": {"scenes": dict(GQA_SCENES), "questions": GQA_QUESTIONS, "items": made["gqa"]},
-    }
-
-
-def _digest(items: Iterable[_Item]) -> Report:
-    return digest(
-        (item.part, item.question.text, item.question.answer, item.scene.background, *scene_key(item.scene))
-        for item in items
-    )
-
-
-def verify_lock() -> None:
-    """Raises DataError if the suites made by this code are not the frozen ones that scores are published for."""
-    check_lock(json.loads(lock_text()), lock_spec())

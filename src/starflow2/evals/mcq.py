@@ -1,41 +1,27 @@
-"""W-MCQ: questions with lettered options, and questions that need a stated rule or several pictures.
+"""W-SEED, W-MMB and W-MMMU: multiple choice about images, and riddles about a rule or several images.
 
-Three suites, stand-ins for SEED, MMBench and MMMU. W-SEED: six dimensions, four options, only the first letter of the
-answer counts. W-MMB: two to four options, asked once for every rotation of the options; all must be right. W-MMMU: a
-rule in the text or two or three pictures; three in ten have no options and a number for an answer; what cannot be read
-is wrong, never guessed. Half of each is "id" (unseen scenes, seen combinations), half "cg" (a colour-shape pair in the
-pictures was held out). There is no W-AI2D: a marker dot would have to be a thing of the scene, and the smallest thing
-is as large as an object. The runner is handed an `answer` function and knows nothing of models.
-
-Letters: M questions, K columns of marks.
+Stand-ins for SEED, MMBench and MMMU. W-SEED: six dimensions, four options, only the first letter of the answer counts.
+W-MMB: two to four options, asked once for every rotation of the options; all must be right. W-MMMU: a rule in the text,
+or two or three images; three in ten have no options and a number for an answer; an answer that cannot be read is
+wrong, never guessed. Half of each is "id" (unseen scenes, seen combinations), half "cg" (a colour-shape pair in the
+images was held out). There is no W-AI2D: a marker dot would have to be an object of the scene, and the smallest object
+is much larger than a dot.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
-from typing import Final, Literal, get_args
+from typing import ClassVar, Final, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-from starflow2.errors import ConfigError, DataError
-from starflow2.evals.statistics import (
-    Grades,
-    Report,
-    bootstrap,
-    check_lock,
-    chunks,
-    digest,
-    interval,
-    lock_text,
-    quick_share,
-)
+from starflow2.evals.statistics import Row, Score, Scored, Scores, by_part, indices_by, quick_share, score_rows
+from starflow2.evals.suite import Graded, Images, Runs, Section, checked_texts, digest, graded
 from starflow2.world.multiple_choice import DIMENSIONS, LETTERS, Choice, choice_about
 from starflow2.world.riddles import OPEN_RIDDLES, RIDDLES, riddle
 from starflow2.world.sampling import sample_split_scene
@@ -43,28 +29,28 @@ from starflow2.world.scene import Scene, Split, render, stream
 from starflow2.world.splits import scene_key
 from starflow2.world.words import POINTS
 
-__all__ = ["SUITES", "evaluate_mcq", "first_letter", "leading_letter", "lock_spec", "text_prior", "verify_lock"]
+__all__ = ["BENCHMARKS", "AskedChoice", "McqSuite", "choice_items", "first_letter", "leading_letter", "text_prior"]
 
 Part = Literal["id", "cg"]
-Suite = Literal["seed", "mmb", "mmmu"]
-PARTS: tuple[Part, ...] = get_args(Part)
-SUITES: Final[Mapping[Suite, int]] = MappingProxyType({"seed": 512, "mmb": 256, "mmmu": 128})  # base questions
+PARTS: Final = ("id", "cg", "all")
+Benchmark = Literal["seed", "mmb", "mmmu"]
+BENCHMARKS: Final[Mapping[Benchmark, int]] = MappingProxyType({"seed": 512, "mmb": 256, "mmmu": 128})  # base questions
 OPEN_SHARE: Final = 0.3  # of W-MMMU
 PRIOR_ITEMS: Final = 200  # training questions of each kind that the question-only prior has read
-ASK_CHUNK: Final = 64  # questions asked of `answer` at a time
 
 _SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
 _MCQ, _PRIOR = 21, 22  # second number of a stream
 
-Images = NDArray[np.uint8]
 Answer = Callable[[list[list[Images]], list[str]], list[str]]  # n lists of (64, 64, 3), n questions -> n answers
-Progress = Callable[[int, int], None]  # questions done, questions in all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Item:
+class AskedChoice:
+    """One item: a question with its options in one order."""
+
+    benchmark: Benchmark
     choice: Choice
-    base: int  # number in its suite; the rotations of a question share it and are resampled together
+    base: int  # number in its benchmark; the rotations of a question share it and are resampled together
     part: Part
 
     @property
@@ -72,8 +58,12 @@ class _Item:
         """How often a guess is right: one option in two to four; a number is guessed among those it can be."""
         return 1 / (len(self.choice.options) or len(POINTS))
 
-
-# ------------------------------------------------------------------------------------------------- reading answers
+    def read(self, answer: str) -> str:
+        """The letter or number that an answer gives by the rules of its benchmark, '' if it cannot be read."""
+        if self.choice.options:
+            return first_letter(answer) if self.benchmark == "seed" else leading_letter(answer)
+        words = re.findall(r"[a-z]+", answer.lower())
+        return words[0] if len(words) == 1 and words[0] in POINTS else ""
 
 
 def first_letter(text: str) -> str:
@@ -96,134 +86,101 @@ def leading_letter(text: str) -> str:
     return match[1] if match else ""
 
 
-def _read(suite: Suite, choice: Choice, said: str) -> str:
-    """What an answer is taken for; '' if it cannot be read."""
-    if choice.options:
-        return first_letter(said) if suite == "seed" else leading_letter(said)
-    found = re.findall(r"[a-z]+", said.lower())
-    return found[0] if len(found) == 1 and found[0] in POINTS else ""
+# ------------------------------------------------------------------------------------------------------- the suite
 
 
-# --------------------------------------------------------------------------------------------------------- the run
+@dataclass(frozen=True, slots=True, kw_only=True)
+class McqSuite:
+    """Three benchmarks, one set each. Scores an `Answer`.
 
-
-def evaluate_mcq(answer: Answer, split: Split, *, quick: bool = False, progress: Progress | None = None) -> Report:
-    """Asks and grades W-SEED, W-MMB (every rotation) and W-MMMU; accuracies in [0, 1].
-
-    answer: a list of pictures (64, 64, 3) uint8 for each question, in order, and the questions -> one text each.
-    split: "dev" (for every choice) or "test". quick: one base question in eight. Returns a JSON-able report: in
-    `report["suites"]["seed" | "mmb" | "mmmu"]["parts"]["id" | "cg" | "all"]`, `accuracy` with its interval, for mmb
-    that of the unrotated questions, and `circular` where all rotations must be right; `parsed` the share of answers
-    that could be read; in `floor`, what guessing and the question-only prior get. `gap` is "id" minus "cg".
-    Raises ConfigError for an unknown split, DataError if `answer` returns anything but one text per question.
+    In a report the benchmarks are kinds of a part, and their columns: accuracy, of the unrotated questions; circular,
+    of mmb, where all rotations must be right; parsed, the share of answers that could be read.
     """
-    if split not in get_args(Split):
-        raise ConfigError(f"split: expected one of {', '.join(get_args(Split))}, got {split!r}")
-    asked = {suite: _share(_items(suite, split), quick) for suite in SUITES}
-    total = sum(map(len, asked.values()))
-    report: Report = {"suite": "mcq", "split": split, "quick": quick, "n": total, "suites": {}}
-    rng, done = np.random.default_rng(0), 0
-    for suite, items in asked.items():
-        said: list[str] = []
-        for chunk in chunks(items, ASK_CHUNK):
-            said += _answers(answer, chunk)
-            done += len(chunk)
-            if progress:
-                progress(done, total)
-        report["suites"][suite] = _graded(suite, items, said, rng)
-    return report
+
+    name: ClassVar[str] = "mcq"
+    chunk: ClassVar[int] = 64
+
+    def items(self, split: Split) -> Mapping[str, Sequence[AskedChoice]]:
+        return {benchmark: choice_items(benchmark, split) for benchmark in BENCHMARKS}
+
+    def quick(self, items: Sequence[AskedChoice]) -> Sequence[AskedChoice]:
+        return quick_share(items, stratum=lambda item: (item.part, item.choice.kind), unit=lambda item: item.base)
+
+    def run(self, answer: Answer, items: Sequence[AskedChoice]) -> list[str]:
+        images = [[render(scene) for scene in item.choice.scenes] for item in items]
+        return checked_texts(answer(images, [item.choice.text for item in items]), len(items))
+
+    def grade(self, runs: Runs[AskedChoice, str]) -> Graded:
+        """Scores by the rules of each benchmark. The floor is a guess, and the question-only prior."""
+        rng = np.random.default_rng(0)
+        found = {name: _grade(pairs, rng) for name, pairs in runs.items()}
+        parts = {part: _join({name: scores.parts[part] for name, scores in found.items()}) for part in PARTS}
+        floor = {part: _join({name: scores.bounds["floor"][part] for name, scores in found.items()}) for part in PARTS}
+        gaps = {name: scores.gap for name, scores in found.items() if scores.gap is not None}
+        return Graded(parts, _join(gaps), {"floor": floor})
+
+    def lock(self) -> Section:
+        items = {
+            benchmark: {split: digest(map(_locked, choice_items(benchmark, split))) for split in get_args(Split)}
+            for benchmark in BENCHMARKS
+        }
+        return {"mcq": {"questions": dict(BENCHMARKS), "open_share": OPEN_SHARE, "items": items}}
 
 
-def _answers(answer: Answer, items: Sequence[_Item]) -> list[str]:
-    images = [[render(scene) for scene in item.choice.scenes] for item in items]
-    found = list(answer(images, [item.choice.text for item in items]))
-    if len(found) != len(items) or not all(isinstance(text, str) for text in found):
-        raise DataError(f"answers: expected {len(items)} texts, got {len(found)} of {set(map(type, found))}")
-    return found
+def _locked(item: AskedChoice) -> tuple[object, ...]:
+    return (item.part, item.base, item.choice.text, item.choice.reply, *_keys(item.choice.scenes))
 
 
-def _graded(suite: Suite, items: Sequence[_Item], said: Sequence[str], rng: np.random.Generator) -> Report:
-    read = [_read(suite, item.choice, text) for item, text in zip(items, said, strict=True)]
-    rows = _by_base(items, read)
-    parts, resamples = {}, {}
-    for name in (*PARTS, "all"):
-        picks = [row for row in rows if name in (row.item.part, "all")]
-        parts[name], resamples[name] = _scored(suite, picks, rng)
-    key = "circular" if suite == "mmb" else "accuracy"
-    gap = parts["id"][key]["score"] - parts["cg"][key]["score"]
-    return {"n": len(items), "parts": parts, "gap": interval(gap, resamples["id"] - resamples["cg"])}
+def _join(benchmarks: dict[str, Scores]) -> Scores:
+    """Scores of several benchmarks as kinds of one part."""
+    n, units = (sum(getattr(scores, name) for scores in benchmarks.values()) for name in ("n", "units"))
+    return Scores(n, units, {}, benchmarks)
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A base question and how all its rotations went."""
-
-    item: _Item  # the unrotated one
-    right: tuple[bool, ...]
-    parsed: float
-    prior: tuple[bool, ...]  # whether the question-only prior is right
-
-
-def _by_base(items: Sequence[_Item], read: Sequence[str]) -> list[_Row]:
-    groups: dict[int, list[tuple[_Item, str]]] = defaultdict(list)
-    for item, text in zip(items, read, strict=True):
-        groups[item.base].append((item, text))
-    return [
-        _Row(
-            group[0][0],
-            tuple(text == item.choice.reply for item, text in group),
-            sum(text != "" for _, text in group) / len(group),
-            tuple(text_prior(item.choice) == item.choice.answer for item, _ in group),
-        )
-        for group in groups.values()
-    ]
+def _grade(pairs: Sequence[tuple[AskedChoice, str]], rng: np.random.Generator) -> Graded:
+    """Scores of one benchmark, by base question."""
+    bases = [[pairs[i] for i in own] for own in indices_by(pairs, lambda pair: pair[0].base).values()]
+    is_rotated = pairs[0][0].benchmark == "mmb"
+    names = ("accuracy", "circular", "parsed") if is_rotated else ("accuracy", "parsed")
+    scored, floor = dict[str, Scored](), dict[str, Scores]()
+    for part, own in by_part(bases, lambda base: base[0][0].part).items():
+        rows = [_row(base, is_rotated) for base in own]
+        scored[part] = score_rows(rows, names, rng, "plain")
+        floor[part] = _floor([[item for item, _ in base] for base in own], is_rotated)
+    return graded(scored, {"floor": floor})
 
 
-def _scored(suite: Suite, rows: Sequence[_Row], rng: np.random.Generator) -> tuple[Report, Grades]:
-    """Scores of a part and the resamples of its headline, circular for mmb and accuracy else."""
-    marks = np.array([(row.right[0], all(row.right)) for row in rows], np.float64)  # (M, 2)
-    resamples = bootstrap([row.item.base for row in rows], marks, rng)
-    names = ("accuracy", "circular") if suite == "mmb" else ("accuracy",)
-    report: Report = {"n": len(rows), "parsed": float(np.mean([row.parsed for row in rows]))}
-    report |= {name: interval(marks[:, i].mean(), resamples[:, i]) for i, name in enumerate(names)}
-    report["by_kind"] = {}
-    for kind in sorted({row.item.choice.kind for row in rows}):
-        picks = [i for i, row in enumerate(rows) if row.item.choice.kind == kind]
-        scores = {name: float(marks[picks, i].mean()) for i, name in enumerate(names)}
-        report["by_kind"][kind] = {"n": len(picks)} | scores
-    return report | {"floor": _floor(suite, rows)}, resamples[:, len(names) - 1]
+def _row(base: Sequence[tuple[AskedChoice, str]], is_rotated: bool) -> Row:
+    """A question's marks over its rotations, the unrotated one first."""
+    letters = [item.read(answer) for item, answer in base]
+    right = [letter == item.choice.reply for letter, (item, _) in zip(letters, base, strict=True)]
+    parsed, item = sum(letter != "" for letter in letters) / len(letters), base[0][0]
+    marks = (right[0], all(right), parsed) if is_rotated else (right[0], parsed)
+    return Row(item.choice.kind, item.base, marks)
 
 
-def _floor(suite: Suite, rows: Sequence[_Row]) -> Report:
-    """What a guess and the question-only prior get. A guess is right in all n rotations once in n to the n times."""
-    chance = [row.item.chance for row in rows]
-    floor = {"chance": float(np.mean(chance)), "prior": float(np.mean([row.prior[0] for row in rows]))}
-    if suite == "mmb":
-        floor["circular_chance"] = float(np.mean([c ** (1 / c) for c in chance]))
-        floor["circular_prior"] = float(np.mean([all(row.prior) for row in rows]))
-    return floor
+def _floor(bases: Sequence[Sequence[AskedChoice]], is_rotated: bool) -> Scores:
+    """Scores of a guess and of the question-only prior.
+
+    A guess is right in all n rotations once in n to the n times.
+    """
+    chance = [base[0].chance for base in bases]
+    prior = [[text_prior(item.choice) == item.choice.answer for item in base] for base in bases]
+    marks = {"chance": np.mean(chance), "prior": np.mean([row[0] for row in prior])}
+    if is_rotated:
+        circular = [c ** (1 / c) for c in chance]
+        marks |= {"circular_chance": np.mean(circular), "circular_prior": np.mean([all(row) for row in prior])}
+    return Scores(len(bases), len(bases), {name: Score(float(mark)) for name, mark in marks.items()})
 
 
-def _share(items: Sequence[_Item], quick: bool) -> list[_Item]:
-    """All items, or all rotations of one base question in eight of each kind and part."""
-    if not quick:
-        return list(items)
-    strata: dict[object, dict[int, None]] = defaultdict(dict)
-    for item in items:
-        strata[item.part, item.choice.kind][item.base] = None
-    rng = np.random.default_rng(0)
-    kept = {base for bases in strata.values() for base in quick_share(list(bases), rng)}
-    return [item for item in items if item.base in kept]
-
-
-# -------------------------------------------------------------------------------------------- who never sees a picture
+# -------------------------------------------------------------------------------------------- who never sees an image
 
 
 def text_prior(choice: Choice) -> str:
-    """The option (or number) that training questions of the kind would most often have had for an answer.
+    """The option (or number) that was most often right in training questions of the kind.
 
-    Two things are read from them: how often these words were right where they were offered, and how often the option
-    was that shares as many words with the others as this one does. Neither the pictures nor the order are seen.
+    Two rates count: how often these words were right where they were offered, and how often that option was right which
+    shares as many words with the others as this one does. Neither images nor the order of options play a part.
     """
     counts = _prior_counts()[choice.kind]
     options = choice.options or POINTS
@@ -231,8 +188,8 @@ def text_prior(choice: Choice) -> str:
 
 
 def _rate(counts: Mapping[str, Counter[bool]], option: str) -> float:
-    seen = counts.get(option, Counter())
-    return (seen[True] + 1) / (seen.total() + 4)
+    offered = counts.get(option, Counter())
+    return (offered[True] + 1) / (offered.total() + 4)
 
 
 def _standing(option: str, options: Sequence[str]) -> str:
@@ -247,7 +204,7 @@ def _prior_counts() -> Mapping[str, Mapping[str, Counter[bool]]]:
     counts: dict[str, dict[str, Counter[bool]]] = defaultdict(lambda: defaultdict(Counter))
     for number, kind in enumerate((*DIMENSIONS, *RIDDLES, *OPEN_RIDDLES)):
         for index in range(PRIOR_ITEMS):
-            choice = _made(kind, stream(0, _PRIOR, number, index))
+            choice = _make(kind, stream(0, _PRIOR, number, index))
             options = choice.options or POINTS
             for option in options:
                 for key in (option, _standing(option, options)):
@@ -258,10 +215,10 @@ def _prior_counts() -> Mapping[str, Mapping[str, Counter[bool]]]:
 # ----------------------------------------------------------------------------------------------------------- items
 
 
-def _made(
+def _make(
     kind: str, rng: np.random.Generator, split: Split | None = None, *, part: Part = "id", num_options: int = 4
 ) -> Choice:
-    """A question of a kind, about a picture (or pictures) of the split; None is training."""
+    """A question of a kind, about an image (or images) of the split; None is training."""
     bucket, novel = split or "train", part == "cg"
     if kind not in DIMENSIONS:
         return riddle(rng, kind, split=bucket, novel=novel)
@@ -273,56 +230,40 @@ def _made(
 
 
 @cache
-def _items(suite: Suite, split: Split) -> tuple[_Item, ...]:
-    """Base questions in turn over the kinds, the "id" half first; no two with the same pictures. mmb: all rotations of
-    one stand together, the unrotated one first."""
-    items: list[_Item] = []
+def choice_items(benchmark: Benchmark, split: Split) -> tuple[AskedChoice, ...]:
+    """Base questions in turn over the kinds, the "id" half first; no two with the same images.
+
+    mmb: all rotations of one question together, the unrotated one first.
+    """
+    items: list[AskedChoice] = []
     shown: set[tuple[tuple[int, ...], ...]] = set()
-    total = SUITES[suite]
+    total = BENCHMARKS[benchmark]
     for base in range(total):
         part: Part = "id" if base < total // 2 else "cg"
-        rng = stream(_SUITE_SEED, _MCQ, tuple(SUITES).index(suite), get_args(Split).index(split), base)
-        kind, size = _kind_and_size(suite, base % (total // 2))
-        choice = _made(kind, rng, split, part=part, num_options=size)
+        rng = stream(_SUITE_SEED, _MCQ, tuple(BENCHMARKS).index(benchmark), get_args(Split).index(split), base)
+        kind, size = _kind_and_size(benchmark, base % (total // 2))
+        choice = _make(kind, rng, split, part=part, num_options=size)
         while _keys(choice.scenes) in shown:
-            choice = _made(kind, rng, split, part=part, num_options=size)
+            choice = _make(kind, rng, split, part=part, num_options=size)
         shown.add(_keys(choice.scenes))
-        turns = size if suite == "mmb" else 1
-        items += [_Item(choice=choice.rotated(steps), base=base, part=part) for steps in range(turns)]
+        turns = size if benchmark == "mmb" else 1
+        items += [
+            AskedChoice(benchmark=benchmark, choice=choice.rotated(steps), base=base, part=part)
+            for steps in range(turns)
+        ]
     return tuple(items)
 
 
-def _kind_and_size(suite: Suite, place: int) -> tuple[str, int]:
+def _kind_and_size(benchmark: Benchmark, place: int) -> tuple[str, int]:
     """The kind of a question and its number of options, by its place in its part."""
-    if suite == "mmmu":
+    if benchmark == "mmmu":
         is_open = int((place + 1) * OPEN_SHARE) > int(place * OPEN_SHARE)
         kinds = OPEN_RIDDLES if is_open else RIDDLES
         nth = int(place * OPEN_SHARE) if is_open else place - int(place * OPEN_SHARE)
         return kinds[nth % len(kinds)], 4
-    size = 4 if suite == "seed" else (2, 3, 4)[place // len(DIMENSIONS) % 3]
+    size = 4 if benchmark == "seed" else (2, 3, 4)[place // len(DIMENSIONS) % 3]
     return DIMENSIONS[place % len(DIMENSIONS)], size
 
 
 def _keys(scenes: Sequence[Scene]) -> tuple[tuple[int, ...], ...]:
     return tuple((scene.background, *scene_key(scene)) for scene in scenes)
-
-
-# ------------------------------------------------------------------------------------------------------------- the lock
-
-
-def lock_spec() -> Report:
-    """The frozen suites, made afresh: their settings, and count and hash of each split's scene keys and words."""
-    made = {
-        suite: {split: digest(_told(item) for item in _items(suite, split)) for split in get_args(Split)}
-        for suite in SUITES
-    }
-    return {"mcq": {"questions": dict(SUITES), "open_share": OPEN_SHARE, "items": made}}
-
-
-def _told(item: _Item) -> tuple[object, ...]:
-    return (item.part, item.base, item.choice.text, item.choice.reply, *_keys(item.choice.scenes))
-
-
-def verify_lock() -> None:
-    """Raises DataError if the suites made by this code are not the frozen ones that scores are published for."""
-    check_lock(json.loads(lock_text()), lock_spec())

@@ -1,143 +1,155 @@
-"""W-MME-p: yes-or-no questions in pairs, MME's parser and its score."""
+"""W-MME-p: yes-or-no questions about images in pairs, with MME's parser and score.
+
+Parser and arithmetic are MME's own, as pure functions over answer records, so one scorer serves real answers and the
+world's. In "cg" a held-out colour-shape pair is in the image. Floors: always yes, and a coin.
+
+Letters: M images.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 
-from starflow2.evals.asking import _MME, Answer, Part, Progress, _ask, _checked, _Item, _picks, _quick, _scene, _where
-from starflow2.evals.statistics import (
-    Grades,
-    Report,
-    bootstrap,
-    interval,
-)
+from starflow2.evals.asking import ASK_CHUNK, Answer, AskedQuestion, ask, digests, new_scene, stream_of
+from starflow2.evals.statistics import Row, Score, Scored, Scores, by_part, quick_share, score_rows
+from starflow2.evals.suite import Graded, Runs, Section, graded
 from starflow2.world.questions import SUBTASKS, YES_NO, yes_no_pair
 from starflow2.world.scene import Split, stream
 
-__all__ = [
-    "COIN",
-    "MME_IMAGES",
-    "evaluate_mme",
-    "mme_items",
-    "parse_yes_no",
-    "score_mme",
-]
+__all__ = ["COIN", "MmeSuite", "parse_yes_no", "score_mme"]
 
-
-MME_IMAGES: Final = 64  # per subtask, half of them "cg"
+IMAGES: Final = 64  # per subtask, half of them "cg"
 COIN: Final = 75.0  # MME score of a coin: half of the questions, a quarter of the pairs
 
 
+# ---------------------------------------------------------------------------------------------------------- MME's rules
+
+
 def parse_yes_no(text: str) -> Literal["yes", "no", "other"]:
-    """What MME's official parser takes an answer for: "yes" or "no" must be within its first four characters.
+    """The answer as MME's official parser reads it: "yes" or "no" must be within its first four characters.
 
     >>> [parse_yes_no(text) for text in ("Yes.", "n", "not sure", "I think no")]
     ['yes', 'no', 'no', 'other']
     """
-    said = text.lower().strip().replace(".", "")
-    if said in ("y", "n"):
-        return "yes" if said == "y" else "no"
-    start = said[:4]
+    words = text.lower().strip().replace(".", "")
+    if words in ("y", "n"):
+        return "yes" if words == "y" else "no"
+    start = words[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
-def score_mme(records: Iterable[Mapping[str, str]]) -> Report:
-    """MME's `total` and `by_category`: 100 times the share of right answers plus 100 times that of all-right images.
+def score_mme(records: Iterable[Mapping[str, str]]) -> dict[str, float]:
+    """MME's score by category: 100 times the share of right answers plus 100 times that of all-right images.
 
-    records: `category`, `question_id` (the same for both questions about an image), `answer` (yes or no), `pred`.
+    records: `category`, `question_id` (the same for both questions about an image), `answer` (yes or no), `pred`. MME's
+    total is the sum of categories.
     """
-    scores = {category: float(_mme_score(marks.mean(0))) for category, (_, marks) in _mark(records).items()}
-    return {"total": sum(scores.values()), "by_category": scores}
+    marks: dict[str, list[float]] = {}
+    for (category, _), image in _by_image(records).items():
+        marks.setdefault(category, []).append(_mark(image)[0])
+    return {category: float(np.mean(scores)) for category, scores in marks.items()}
 
 
-def _mark(records: Iterable[Mapping[str, str]]) -> dict[str, tuple[list[str], Grades]]:
-    """By category: images, and per image the shares of right, all right, parsed and "yes" answers, (M, 4)."""
-    told: dict[str, dict[str, list[tuple[bool, str]]]] = defaultdict(lambda: defaultdict(list))
+def _by_image(records: Iterable[Mapping[str, str]]) -> dict[tuple[str, str], list[Mapping[str, str]]]:
+    images: dict[tuple[str, str], list[Mapping[str, str]]] = defaultdict(list)
     for record in records:
-        parsed = parse_yes_no(record["pred"])
-        told[record["category"]][record["question_id"]].append((parsed == record["answer"].lower(), parsed))
-    marked = {}
-    for category, images in told.items():
-        rows = []
-        for answers in images.values():
-            right, said = [is_right for is_right, _ in answers], [parsed for _, parsed in answers]
-            share = 1 / len(answers)
-            rows.append((share * sum(right), all(right), 1 - share * said.count("other"), share * said.count("yes")))
-        marked[category] = (list(images), np.array(rows, np.float64))
-    return marked
+        images[record["category"], record["question_id"]].append(record)
+    return images
 
 
-def _mme_score(marks: Grades) -> Grades:
-    """Marks (..., 4) -> MME scores (...)."""
-    return np.asarray(100 * (marks[..., 0] + marks[..., 1]))
+def _mark(records: Sequence[Mapping[str, str]]) -> tuple[float, float, float, float, float]:
+    """Score of one image, then the shares of right, all right, parsed and "yes" answers."""
+    parsed = [parse_yes_no(record["pred"]) for record in records]
+    right = [word == record["answer"].lower() for word, record in zip(parsed, records, strict=True)]
+    acc, acc_plus = sum(right) / len(right), float(all(right))
+    unread, yes = parsed.count("other") / len(right), parsed.count("yes") / len(right)
+    return 100 * (acc + acc_plus), acc, acc_plus, 1 - unread, yes
 
 
-def evaluate_mme(answer: Answer, split: Split, *, quick: bool = False, progress: Progress | None = None) -> Report:
-    """Asks and grades W-MME-p: six subtasks, 64 images each, and about each image a question and its minimal change.
+# ------------------------------------------------------------------------------------------------------------ the suite
 
-    split: "dev" (for every choice) or "test". quick: one image in eight. Returns a JSON-able report: in
-    `report["parts"]["id" | "cg" | "all"]`, `total` is of 1,200 and `of_2000` is set on MME's usual scale.
-    Raises ConfigError for an unknown split, DataError if `answer` returns anything but one text per question.
+COLUMNS: Final = ("score", "acc", "acc_plus", "parse_rate", "yes_share", "total")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MmeSuite:
+    """Six subtasks, and about each image a question and its minimal change. Scores an `Answer`.
+
+    Columns are means over images and then over subtasks; score is of 200; total is the sum of subtasks, of
+    1,200, and of_2000 is the same on MME's usual scale.
+    images: number per subtask.
     """
-    items: Sequence[_Item] = mme_items(_checked(split))
-    items = _quick(items, lambda item: (item.part, item.kind)) if quick else items
-    said = _ask(answer, items, progress)
-    parts, resamples = {}, {}
-    rng = np.random.default_rng(0)
-    for name, picks in _picks(items).items():
-        records = [_record(items[i], said[i]) for i in picks]
-        parts[name], resamples[name] = _mme_part(records, rng)
-    gap = parts["id"]["total"]["score"] - parts["cg"]["total"]["score"]
-    report: Report = {"suite": "mme", "split": split, "quick": quick, "n": len(items), "parts": parts}
-    return report | {"gap": interval(gap, resamples["id"] - resamples["cg"])}
+
+    images: int = IMAGES
+    name: ClassVar[str] = "mme"
+    chunk: ClassVar[int] = ASK_CHUNK
+
+    def items(self, split: Split) -> Mapping[str, Sequence[AskedQuestion]]:
+        return {"all": _items(split, self.images)}
+
+    def quick(self, items: Sequence[AskedQuestion]) -> Sequence[AskedQuestion]:
+        return quick_share(items, stratum=lambda item: (item.part, item.kind), unit=lambda item: item.image)
+
+    def run(self, answer: Answer, items: Sequence[AskedQuestion]) -> list[str]:
+        return ask(answer, items)
+
+    def grade(self, runs: Runs[AskedQuestion, str]) -> Graded:
+        """Scores by MME's rules."""
+        rng = np.random.default_rng(0)
+        scored, floor = dict[str, Scored](), dict[str, Scores]()
+        for part, pairs in by_part(runs["all"], lambda pair: pair[0].part).items():
+            records = [_record(*pair) for pair in pairs]
+            rows = [Row(kind, image, _columns(_mark(own))) for (kind, image), own in _by_image(records).items()]
+            scored[part] = _with_of_2000(score_rows(rows, COLUMNS, rng, "averaged"))
+            always_yes = score_mme({**record, "pred": "yes"} for record in records)
+            levels = {"always_yes": sum(always_yes.values()), "coin": COIN * len(always_yes)}
+            floor[part] = Scores(len(rows), len(rows), {}).with_columns(**levels)
+        return graded(scored, {"floor": floor})
+
+    def lock(self) -> Section:
+        items = digests(lambda split: _items(split, self.images))
+        return {"mme": {"subtasks": list(SUBTASKS), "images": self.images, "items": items}}
 
 
-def _record(item: _Item, pred: str) -> dict[str, str]:
+def _record(item: AskedQuestion, pred: str) -> dict[str, str]:
     answer = item.question.answer
     return {"category": item.kind, "question_id": str(item.image), "answer": answer, "pred": pred}
 
 
-def _mme_part(records: list[dict[str, str]], rng: np.random.Generator) -> tuple[Report, Grades]:
-    """Scores of a part, and the resamples of its total."""
-    marked = _mark(records)
-    subtasks: Report = {}
-    total = np.zeros(())
-    for name, (images, marks) in marked.items():
-        resamples = _mme_score(bootstrap(images, marks, rng))
-        mean = marks.mean(0)
-        acc, plus, parsed, yes = mean.tolist()
-        subtasks[name] = {**interval(float(_mme_score(mean)), resamples), "acc": acc, "acc_plus": plus}
-        subtasks[name] |= {"parse_rate": parsed, "yes_share": yes, "images": len(images)}
-        total = total + resamples
-    found = interval(sum(row["score"] for row in subtasks.values()), total)
-    every = np.concatenate([marks for _, marks in marked.values()]).mean(0)  # (4,)
-    always_yes = score_mme({**record, "pred": "yes"} for record in records)["total"]
-    report: Report = {"n": len(records), "images": sum(row["images"] for row in subtasks.values()), "total": found}
-    report |= {"of_2000": {name: value * 2000 / (200 * len(marked)) for name, value in found.items()}}
-    report |= {"parse_rate": float(every[2]), "yes_share": float(every[3]), "by_subtask": subtasks}
-    return report | {"floor": {"always_yes": always_yes, "coin": COIN * len(marked)}}, total
+def _with_of_2000(scored: Scored) -> Scored:
+    """Scores with the total on MME's usual scale."""
+    total = scored.scores["total"]
+    values = [
+        value * 2000 / (200 * len(SUBTASKS)) for value in (total.score, total.low, total.high) if value is not None
+    ]
+    return replace(scored, scores=scored.scores.with_columns(of_2000=Score(*values)))
+
+
+def _columns(mark: tuple[float, ...]) -> tuple[float, ...]:
+    return (*mark, mark[0] * len(SUBTASKS))
 
 
 @cache
-def mme_items(split: Split) -> tuple[_Item, ...]:
-    """Subtask by subtask, its "id" images first; the yes question of an image stands before the no question."""
-    items: list[_Item] = []
+def _items(split: Split, images: int) -> tuple[AskedQuestion, ...]:
+    """Subtask by subtask, its "id" images first; the question with answer yes comes before that with answer no."""
+    items: list[AskedQuestion] = []
     for subtask in SUBTASKS:
         shown: set[tuple[int, ...]] = set()
-        for index in range(MME_IMAGES):
-            part: Part = "id" if index < MME_IMAGES // 2 else "cg"
-            rng = stream(*_where(split, _MME), SUBTASKS.index(subtask), index)
+        for index in range(images):
+            part: Literal["id", "cg"] = "id" if index < images // 2 else "cg"
+            rng = stream(*stream_of(split, "mme"), SUBTASKS.index(subtask), index)
             pair = None
             while pair is None:
-                scene = _scene(rng, split, shown, shows_pair=part == "cg")
+                scene = new_scene(rng, split, shown, shows_pair=part == "cg")
                 pair = yes_no_pair(scene, rng, subtask, split="train" if part == "id" else split)
             for question in pair:
                 hinted = replace(question, text=f"{question.text} {YES_NO}")
-                items.append(_Item(question=hinted, scene=scene, image=len(items) // 2, part=part, kind=subtask))
+                image = len(items) // 2
+                items.append(AskedQuestion(question=hinted, scene=scene, image=image, part=part, kind=subtask))
     return tuple(items)

@@ -1,42 +1,40 @@
-"""Every suite of the drawn world, run on a model by name. Models speak tensors, suites bytes; here they meet.
+"""Every suite of the drawn world, run on a model by name.
 
-It knows no model class: a `Talker` is whatever has these members, as `StarFlow2` does.
-Letters: B pictures.
+Suites take uint8 images and know no model; models take and return tensors. `ByteModel` stands between them. It knows no
+model class: a `Talker` is whatever has these members, as `StarFlow2` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import count
-from typing import Any, Literal, Protocol, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from starflow2.core.images import to_bytes, to_floats
 from starflow2.errors import ConfigError, nearest
-from starflow2.evals.dpg import evaluate_dpg, roundtrip_ceiling
-from starflow2.evals.edit import evaluate_edit, evaluate_edit_sessions
-from starflow2.evals.gqa import evaluate_gqa
-from starflow2.evals.mcq import evaluate_mcq
-from starflow2.evals.mme import evaluate_mme
-from starflow2.evals.story import evaluate_story, story_ceiling
-from starflow2.evals.world import Drawer, score_geneval
+from starflow2.evals.dpg import DpgSuite
+from starflow2.evals.edit import EditSuite
+from starflow2.evals.geneval import Drawer, roundtrips, score_geneval
+from starflow2.evals.gqa import GqaSuite
+from starflow2.evals.mcq import McqSuite
+from starflow2.evals.mme import MmeSuite
+from starflow2.evals.sessions import SessionsSuite
+from starflow2.evals.story import Replies, StorySuite
+from starflow2.evals.suite import Images, Progress, Report, ceiling, evaluate
 from starflow2.world.scene import Split
 from starflow2.world.stories import Story
 
-__all__ = ["Suite", "Talker", "score_suite"]
+__all__ = ["ByteModel", "EditedImage", "Scorer", "SuiteName", "Talker", "score_suite"]
 
-Suite = Literal["geneval", "dpg", "mme", "gqa", "mcq", "edit", "sessions", "story"]
-Images = NDArray[np.uint8]
-Progress = Callable[[int, int], None]
-Report = dict[str, Any]
+SuiteName = Literal["geneval", "dpg", "mme", "gqa", "mcq", "edit", "sessions", "story"]
+Words = Sequence[str | Tensor]  # of one side of a turn: text, and images (3, 64, 64)
 
 
 class Conversation(Protocol):
-    """What a session with one user offers, as `Session` does."""
+    """A session with one user."""
 
     def add(self, *parts: Any) -> Conversation: ...
 
@@ -50,24 +48,22 @@ class Conversation(Protocol):
 
 
 class Talker(Drawer, Protocol):
-    """What can be scored on all of them. Pictures are (3, 64, 64) in [-1, 1]."""
+    """A model that every suite can score. Images are (3, 64, 64) in [-1, 1]."""
 
     def answers(self, images: Sequence[Sequence[Tensor]], questions: Sequence[str]) -> list[str]:
-        """One answer per (pictures, question)."""
+        """One answer per (images, question)."""
         ...
 
-    def answers_after(
-        self, pasts: Sequence[Sequence[tuple[Sequence[str | Tensor], Sequence[str | Tensor]]]], questions: Sequence[str]
-    ) -> list[str]:
-        """One answer per question, each after turns that are over: (what the user said, what was replied)."""
+    def answers_after(self, pasts: Sequence[Sequence[tuple[Words, Words]]], questions: Sequence[str]) -> list[str]:
+        """One answer per question, each after past turns of user and assistant."""
         ...
 
     def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:
-        """The same of one picture each, from the language model alone, through its own vision tower."""
+        """One answer per image, by the language model alone through its own vision tower."""
         ...
 
     def edits(self, images: Tensor, instructions: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Every picture changed as told."""
+        """Every image, changed as instructed."""
         ...
 
     def session(self, *, seed: int = 0) -> Any:
@@ -75,153 +71,167 @@ class Talker(Drawer, Protocol):
         ...
 
     def tell(self, talks: Sequence[Sequence[str]], seeds: Sequence[int]) -> list[list[list[str | Tensor]]]:
-        """What is replied to every turn of every talk: words and pictures in order."""
+        """The replies to every turn of every conversation: words and images in order."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """One suite run on one model."""
+class ByteModel:
+    """A model with uint8 images (n, 64, 64, 3) in place of tensors, as the suites call it."""
 
     model: Talker
-    split: Split
-    quick: bool
-    progress: Progress | None
-    noises: Iterator[int] = field(default_factory=count)
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
+        """One image per prompt."""
         return to_bytes(self.model.draw(prompts, seeds))
 
-    def codec(self, images: Images) -> Images:
-        return to_bytes(self.model.roundtrip(to_floats(images)))
-
-    def noisy_codec(self, images: Images) -> Images:
-        """With noise of its own in every call."""
-        return to_bytes(self.model.roundtrip(to_floats(images), self.model.sampling_noise, next(self.noises)))
-
-    def one_each(self, images: Images, questions: Sequence[str]) -> list[str]:
+    def answer_one(self, images: Images, questions: Sequence[str]) -> list[str]:
+        """Answers to questions about one image each."""
         return self.model.answers([[image] for image in to_floats(images)], questions)
 
-    def tower(self, images: Images, questions: Sequence[str]) -> list[str]:
+    def answer_tower(self, images: Images, questions: Sequence[str]) -> list[str]:
+        """Answers of the language model through its own vision tower."""
         return self.model.tower_answers(to_floats(images), questions)
 
-    def any_number(self, images: Sequence[Sequence[Images]], questions: Sequence[str]) -> list[str]:
-        shown = [list(to_floats(np.stack(list(some)))) if len(some) else [] for some in images]
-        return self.model.answers(shown, questions)
+    def answer_many(self, images: Sequence[Sequence[Images]], questions: Sequence[str]) -> list[str]:
+        """Answers to questions about any number of images each."""
+        tensors = [list(to_floats(np.stack(list(some)))) if len(some) else [] for some in images]
+        return self.model.answers(tensors, questions)
 
     def edit(self, images: Images, instructions: Sequence[str], seeds: Sequence[int]) -> Images:
+        """Edited images."""
         return to_bytes(self.model.edits(to_floats(images), instructions, seeds))
 
-    def tell(self, talks: list[list[str]], seeds: list[int]) -> list[list[list[Any]]]:
-        told = self.model.tell(talks, seeds)
-        return [[[_block(block) for block in turn] for turn in talk] for talk in told]
+    def reply(self, talks: list[list[str]], seeds: list[int]) -> list[Replies]:
+        """The replies to every turn of several conversations."""
+        replies = self.model.tell(talks, seeds)
+        return [
+            [[block if isinstance(block, str) else to_bytes(block[None])[0] for block in turn] for turn in turns]
+            for turns in replies
+        ]
 
-    def ask(self, stories: Sequence[Story], pictures: Images | None) -> list[str]:
-        """The question after the story as it should have gone, its pictures left out where there are none."""
-        pasts: list[list[tuple[list[str | Tensor], list[str | Tensor]]]] = []
+    def answer_story(self, stories: Sequence[Story], images: Images | None) -> list[str]:
+        """The answer to each story's question, after its true sentences and its true images, if there are any."""
+        pasts: list[list[tuple[Words, Words]]] = []
         for i, story in enumerate(stories):
             shown: list[list[Tensor]] = [[] for _ in story.steps]
-            if pictures is not None:
-                shown = [[image] for image in to_floats(pictures[i])]
-            told = zip(story.steps, shown, strict=True)
-            pasts.append([([step.instruction], [step.sentence, *images]) for step, images in told])
+            if images is not None:
+                shown = [[image] for image in to_floats(images[i])]
+            turns = zip(story.steps, shown, strict=True)
+            pasts.append([([step.instruction], [step.sentence, *some]) for step, some in turns])
         return self.model.answers_after(pasts, [story.question for story in stories])
 
+    def start(self, source: Images, seed: int) -> EditedImage:
+        """A new session about an image."""
+        return EditedImage(self.model.session(seed=seed), source)
 
-def _block(block: str | Tensor) -> tuple[str, Any]:
-    return ("text", block) if isinstance(block, str) else ("image", to_bytes(block[None])[0])
 
-
-class _Editing:
-    """A picture edited in one conversation; going back rewinds it."""
+class EditedImage:
+    """An image edited in one conversation; undo rewinds the conversation."""
 
     def __init__(self, conversation: Conversation, source: Images) -> None:
-        self.conversation, self.pictures = conversation, [source]
+        self.conversation, self.images = conversation, [source]
         self.marks: list[Any] = []  # before each edit
 
     def edit(self, instruction: str) -> Images:
+        """The current image, changed as instructed."""
         self.marks.append(self.conversation.mark())
-        shown = [] if len(self.marks) > 1 else [to_floats(self.pictures[0][None])[0]]
+        shown = [] if len(self.marks) > 1 else [to_floats(self.images[0][None])[0]]
         made = self.conversation.add(*shown, instruction).draw()
-        self.pictures.append(to_bytes(made.picture.image[None])[0])
-        return self.pictures[-1]
+        self.images.append(to_bytes(made.picture.image[None])[0])
+        return self.images[-1]
 
     def undo(self, turns: int) -> Images:
+        """Go back by so many edits."""
         self.conversation.rewind(self.marks[-turns])
-        del self.marks[-turns:], self.pictures[-turns:]
-        return self.pictures[-1]
+        del self.marks[-turns:], self.images[-turns:]
+        return self.images[-1]
 
 
-def _geneval(run: _Run) -> Report:
-    return score_geneval(run.model, run.split, quick=run.quick, progress=run.progress)
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """One model, scored on one split suite by suite; each method returns a report with floors and ceilings.
+
+    quick, progress: as in `evaluate`.
+    """
+
+    model: Talker
+    split: Split
+    quick: bool = False
+    progress: Progress | None = None
+
+    @property
+    def _bytes(self) -> ByteModel:
+        return ByteModel(self.model)
+
+    def geneval(self) -> Report:
+        """W-GenEval."""
+        return score_geneval(self.model, self.split, quick=self.quick, progress=self.progress)
+
+    def dpg(self) -> Report:
+        """W-DPG."""
+        report = evaluate(DpgSuite(), self._bytes.draw, self.split, quick=self.quick, progress=self.progress)
+        for name, codec in roundtrips(self.model).items():
+            report = report.with_bound(name, ceiling(DpgSuite(samples=1), self.split, codec, quick=self.quick))
+        return report
+
+    def mme(self, suite: MmeSuite | None = None) -> Report:
+        """W-MME-p, with the scores of the language model alone, which the joint model is to keep."""
+        suite = suite or MmeSuite()
+        report = evaluate(suite, self._bytes.answer_one, self.split, quick=self.quick, progress=self.progress)
+        alone = evaluate(suite, self._bytes.answer_tower, self.split, quick=self.quick)
+        return report.with_bound("vlm", alone.parts)
+
+    def gqa(self, suite: GqaSuite | None = None) -> Report:
+        """W-GQA, with the scores of the language model alone, which the joint model is to keep."""
+        suite = suite or GqaSuite()
+        report = evaluate(suite, self._bytes.answer_one, self.split, quick=self.quick, progress=self.progress)
+        alone = evaluate(suite, self._bytes.answer_tower, self.split, quick=self.quick)
+        return report.with_bound("vlm", alone.parts)
+
+    def mcq(self) -> Report:
+        """W-SEED, W-MMB and W-MMMU."""
+        return evaluate(McqSuite(), self._bytes.answer_many, self.split, quick=self.quick, progress=self.progress)
+
+    def edit(self, suite: EditSuite | None = None) -> Report:
+        """W-Edit. A quick run leaves the costly control out, which draws every target anew."""
+        draw = None if self.quick else self._bytes.draw
+        suite = replace(suite or EditSuite(), codec=roundtrips(self.model)["clean"], draw=draw)
+        return evaluate(suite, self._bytes.edit, self.split, quick=self.quick, progress=self.progress)
+
+    def sessions(self) -> Report:
+        """W-Edit in sessions."""
+        suite = SessionsSuite(codec=roundtrips(self.model)["clean"])
+        return evaluate(suite, self._bytes.start, self.split, quick=self.quick, progress=self.progress)
+
+    def story(self, suite: StorySuite | None = None) -> Report:
+        """W-Story."""
+        suite = replace(suite or StorySuite(), ask=self._bytes.answer_story)
+        report = evaluate(suite, self._bytes.reply, self.split, quick=self.quick, progress=self.progress)
+        codec = roundtrips(self.model)["noise"]
+        through = ceiling(replace(suite, parts=("id",), ask=None), self.split, codec, quick=self.quick)
+        return report.with_bound("ceiling", through)
 
 
-def _dpg(run: _Run) -> Report:
-    report = evaluate_dpg(run.draw, run.split, quick=run.quick, progress=run.progress)
-    report["ceiling"] = {
-        "clean": roundtrip_ceiling(run.codec, run.split, quick=run.quick),
-        "noise": roundtrip_ceiling(run.noisy_codec, run.split, quick=run.quick),
-    }
-    return report
-
-
-def _mme(run: _Run) -> Report:
-    report = evaluate_mme(run.one_each, run.split, quick=run.quick, progress=run.progress)
-    return report | {"vlm": evaluate_mme(run.tower, run.split, quick=run.quick)["parts"]}
-
-
-def _gqa(run: _Run) -> Report:
-    report = evaluate_gqa(run.one_each, run.split, quick=run.quick, progress=run.progress)
-    return report | {"vlm": evaluate_gqa(run.tower, run.split, quick=run.quick)["parts"]}
-
-
-def _mcq(run: _Run) -> Report:
-    return evaluate_mcq(run.any_number, run.split, quick=run.quick, progress=run.progress)
-
-
-def _edit(run: _Run) -> Report:
-    return evaluate_edit(
-        run.edit,
-        run.split,
-        quick=run.quick,
-        codec=run.codec,
-        draw=None if run.quick else run.draw,
-        progress=run.progress,
-    )
-
-
-def _edit_sessions(run: _Run) -> Report:
-    def start(source: Images, seed: int) -> _Editing:
-        return _Editing(run.model.session(seed=seed), source)
-
-    return evaluate_edit_sessions(start, run.split, quick=run.quick, codec=run.codec, progress=run.progress)
-
-
-def _story(run: _Run) -> Report:
-    report = evaluate_story(run.tell, run.split, quick=run.quick, ask=run.ask, progress=run.progress)
-    return report | {"ceiling": story_ceiling(run.split, quick=run.quick, roundtrip=run.noisy_codec)}
-
-
-_SUITES: Mapping[str, Callable[[_Run], Report]] = {
-    "geneval": _geneval,
-    "dpg": _dpg,
-    "mme": _mme,
-    "gqa": _gqa,
-    "mcq": _mcq,
-    "edit": _edit,
-    "sessions": _edit_sessions,
-    "story": _story,
+_SCORES: Mapping[str, Callable[[Scorer], Report]] = {
+    "geneval": Scorer.geneval,
+    "dpg": Scorer.dpg,
+    "mme": Scorer.mme,
+    "gqa": Scorer.gqa,
+    "mcq": Scorer.mcq,
+    "edit": Scorer.edit,
+    "sessions": Scorer.sessions,
+    "story": Scorer.story,
 }
 
 
 def score_suite(
     model: Talker, suite: str, split: Split, *, quick: bool = False, progress: Progress | None = None
 ) -> Report:
-    """The report of one suite, floors and ceilings included; `progress` is called with (items done, items in all).
+    """The report on one suite, by the name that `starflow2 eval --suite` takes.
 
-    mme and gqa hold in "vlm" what the language model scores through its own vision tower, which the joined model is
-    to keep. Raises ConfigError for an unknown suite or split.
+    Options as in `evaluate`. Raises ConfigError for an unknown suite or split.
     """
-    if suite not in _SUITES:
-        raise ConfigError(f"suite is {suite!r}; expected one of {', '.join(get_args(Suite))}.{nearest(suite, _SUITES)}")
-    return _SUITES[suite](_Run(model, split, quick, progress))
+    if suite not in _SCORES:
+        raise ConfigError(f"suite is {suite!r}; expected one of {', '.join(_SCORES)}.{nearest(suite, _SCORES)}")
+    return _SCORES[suite](Scorer(model, split, quick, progress))

@@ -1,173 +1,234 @@
-"""Reports of the suites about understanding, editing and telling, line by line: ID, CG, gap, floor, ceiling.
+"""Reports as tables for the terminal, and as records for the ledger: ID, CG, gap, floor and ceiling, line by line.
 
-W-GenEval has a table of its own (report). Here every suite is a function from its report to the same six columns.
+A score means nothing without what chance and the codec allow, so every line has its floor and ceiling beside it, and
+W-GenEval, which has a table of its own, says where one was not measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Any
 
 from rich.table import Table
 
 from starflow2.errors import ConfigError
 from starflow2.evals.report import commit
+from starflow2.evals.statistics import Score, Scores
+from starflow2.evals.story import RUNGS
+from starflow2.evals.suite import Report
 
-__all__ = ["HEADINGS", "lines", "suite_record", "suite_table"]
+__all__ = ["ledger_record", "lines", "notes", "table"]
 
 HEADINGS = ("measure", "ID", "CG", "gap", "floor", "ceiling")
+GENEVAL_HEADINGS = ("category", "ID", "CG", "gap", "floor", "ceiling", "ID strict", "CG strict")
 ABSENT = "–"
-Report = Mapping[str, Any]
-Line = tuple[str, str, str, str, str, str]
+Line = tuple[str, ...]
+Record = dict[str, object]
 
 
-def lines(report: Report) -> list[Line]:
-    """The table's rows, the headline first."""
-    return list(_LINES[report["suite"]](report))
-
-
-def suite_table(report: Report) -> Table:
-    """For the terminal."""
-    grid = Table(title=_title(report), caption=_NOTES[report["suite"]], caption_justify="left")
-    for heading in HEADINGS:
-        grid.add_column(heading, justify="left" if heading == "measure" else "right")
+def table(report: Report) -> Table:
+    """The report for the terminal, the headline in bold and notes underneath."""
+    is_geneval = report.suite == "geneval"
+    grid = Table(title=_title(report), caption="\n".join(notes(report)), caption_justify="left")
+    headings = GENEVAL_HEADINGS + ("paraphrase",) * ("paraphrase" in report.parts) if is_geneval else HEADINGS
+    for heading in headings:
+        grid.add_column(heading, justify="left" if heading in ("measure", "category") else "right")
     for i, row in enumerate(lines(report)):
-        grid.add_row(*row, style="bold" if i == 0 else None)
+        grid.add_row(*row, style="bold" if row[0] == "overall" or (i == 0 and not is_geneval) else None)
     return grid
 
 
-def suite_record(report: Report) -> dict[str, Any]:
-    """Date, commit and the table's cells of a full test run, for the ledger. Raises ConfigError for any other."""
-    if report["quick"] or report["split"] != "test":
-        raise ConfigError("report: only full test runs enter the ledger, this one is not.")
-    told = {name: {"id": a, "cg": b, "floor": floor, "ceiling": best} for name, a, b, _, floor, best in lines(report)}
-    made = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
-    return made | {"suite": report["suite"], "split": "test", "n": report["n"], "lines": told}
+def lines(report: Report) -> list[Line]:
+    """The rows of the table; the first is the headline, of W-GenEval the last."""
+    return list(_LINES[report.suite](report))
+
+
+def notes(report: Report) -> list[str]:
+    """What one has to know to read the table."""
+    return list(_geneval_notes(report)) if report.suite == "geneval" else [_NOTES[report.suite]]
+
+
+def ledger_record(report: Report) -> Record:
+    """Date, commit, model and scores of a full test run. Raises ConfigError for any other."""
+    if report.quick or report.split != "test":
+        kind = "quick" if report.quick else report.split
+        raise ConfigError(f"report: only full test runs enter the ledger, this one is a {kind} run.")
+    record: Record = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
+    record |= {"suite": report.suite, "split": report.split, "n": report.n}
+    made_by = {"model": report.model, "weights": report.weights}
+    scores = _geneval_scores(report) if report.suite == "geneval" else _line_scores(report)
+    return record | scores | {name: value for name, value in made_by.items() if value is not None}
+
+
+def _line_scores(report: Report) -> Record:
+    cells = {name: {"id": a, "cg": b, "floor": low, "ceiling": high} for name, a, b, _, low, high in lines(report)}
+    return {"lines": cells}
+
+
+def _geneval_scores(report: Report) -> Record:
+    ceilings = {f"ceiling_{name}": report.bounds[name]["id"] for name in ("clean", "noise") if name in report.bounds}
+    return {"samples": report.settings["samples"]} | {
+        name: {rule: round(scores.value(rule), 4) for rule in ("lenient", "strict")}
+        | {"by_category": {kind: round(row.value("lenient"), 4) for kind, row in scores.by_kind.items()}}
+        for name, scores in (report.parts | ceilings).items()
+    }
 
 
 def _title(report: Report) -> str:
-    kind = "quick " if report["quick"] else ""
-    return f"W-{report['suite']}, {kind}{report['split']}, {report['n']} items"
+    kind = "quick " if report.quick else ""
+    if report.suite == "geneval":
+        return f"W-GenEval, {kind}{report.split}, {report.settings['samples']} pictures per prompt"
+    return f"W-{report.suite}, {kind}{report.split}, {report.n} items"
 
 
-def _score(row: Report | None, digits: int = 3) -> str:
-    """A score with its interval, or only itself where it has none."""
-    if not row or row.get("score") is None:
-        return ABSENT
-    if "low" not in row:
-        return f"{row['score']:.{digits}f}"
-    return f"{row['score']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+# ---------------------------------------------------------------------------------------------------------------- cells
+
+ByPart = Mapping[str, Scores]
+Pair = tuple[Score | None, Score | None]  # ID, CG
 
 
-def _gap(id_row: Report | None, cg_row: Report | None, digits: int = 3) -> str:
-    if not id_row or not cg_row or id_row.get("score") is None or cg_row.get("score") is None:
-        return ABSENT
-    return f"{id_row['score'] - cg_row['score']:.{digits}f}"
+def _pick(scores: Scores | None, column: str, kind: str = "") -> Score | None:
+    """A column of some scores, or of one kind of rows; None if it is not there or there was nothing to score."""
+    rows = scores.by_kind.get(kind) if kind and scores else scores
+    score = rows.columns.get(column) if rows else None
+    return None if score is None or score.score is None else score
 
 
-def _row(name: str, pair: tuple[Report | None, Report | None], bounds: tuple[str, str], digits: int = 3) -> Line:
-    floor, ceiling = bounds
-    return name, _score(pair[0], digits), _score(pair[1], digits), _gap(*pair, digits), floor, ceiling
+def _pair(parts: ByPart, column: str, kind: str = "") -> Pair:
+    return _pick(parts.get("id"), column, kind), _pick(parts.get("cg"), column, kind)
 
 
-def _with_gap(line: Line, gap: Report | None) -> Line:
-    """The same with the gap of the report, where that is more than a difference of two cells."""
-    name, id_score, cg_score, _, *bounds = line
-    return name, id_score, cg_score, _score(gap), *bounds  # type: ignore[return-value]
+def _number(score: Score | None, digits: int = 3) -> str:
+    return ABSENT if score is None else f"{score.score:.{digits}f}"
 
 
-def _at(tree: Report | None, *path: str) -> Any:
-    """What stands at a path of keys, None where it ends early."""
-    for key in path:
-        tree = None if tree is None else tree.get(key)
-    return tree
+def _both(pair: Pair, digits: int = 3) -> str:
+    """Two numbers without intervals."""
+    return " / ".join(_number(score, digits) for score in pair)
 
 
-def _pair(report: Report, *path: str) -> tuple[Any, Any]:
-    """The same in both parts."""
-    return _at(report["parts"], "id", *path), _at(report["parts"], "cg", *path)
+def _cell(score: Score | None, digits: int = 3) -> str:
+    """A score with its interval."""
+    if score is None or score.low is None:
+        return _number(score, digits)
+    return f"{score.score:.{digits}f} [{score.low:.{digits}f}, {score.high:.{digits}f}]"
 
 
-def _both(values: tuple[Any, Any], digits: int = 3) -> str:
-    """Two numbers, ID / CG."""
-    return " / ".join(ABSENT if v is None else f"{v:.{digits}f}" for v in values)
+def _line(title: str, pair: Pair, floor: str = ABSENT, ceiling: str = ABSENT, digits: int = 3) -> Line:
+    """Scores of both parts, their difference, floor and ceiling."""
+    scores = [score.score for score in pair if score is not None and score.score is not None]
+    difference = f"{scores[0] - scores[1]:.{digits}f}" if len(scores) == 2 else ABSENT
+    return title, _cell(pair[0], digits), _cell(pair[1], digits), difference, floor, ceiling
+
+
+# ---------------------------------------------------------------------------------------------------------------- lines
+
+
+def _geneval(report: Report) -> Iterator[Line]:
+    """One row per category, then overall."""
+    parts, floor = report.parts, report.bounds["floor"]
+    kinds = dict.fromkeys(kind for scores in parts.values() for kind in scores.by_kind)
+    for kind in (*kinds, ""):
+        seen, unseen = _pair(parts, "lenient", kind)
+        ceilings = (_pick(report.bounds.get(name, {}).get("id"), "lenient", kind) for name in ("clean", "noise"))
+        gap = _pick(report.gap, "lenient", kind)
+        row = [kind.replace("_", " ") or "overall", *map(_number, (seen, unseen, gap))]
+        row += [_both(_pair(floor, "lenient", kind)), " / ".join(map(_number, ceilings))]
+        row += map(_number, _pair(parts, "strict", kind))
+        yield (*row, *(_number(_pick(parts[p], "lenient", kind)) for p in ("paraphrase",) if p in parts))
 
 
 def _mme(report: Report) -> Iterator[Line]:
-    floor, vlm = report["parts"]["id"]["floor"], {"parts": report.get("vlm", {})}
-    told = f"{floor['always_yes']:.0f} always yes, {floor['coin']:.0f} coin"
-    yield _row("total of 1,200", _pair(report, "total"), (told, _both(_pair(vlm, "total", "score"), 0)), 0)
-    for name in report["parts"]["id"]["by_subtask"]:
-        seen = _both(_pair(vlm, "by_subtask", name, "score"), 0)
-        yield _row(name, _pair(report, "by_subtask", name), ("50 / 75", seen), 0)
+    parts, floor, vlm = report.parts, report.bounds["floor"]["id"], report.bounds.get("vlm", {})
+    without_looking = f"{floor.value('always_yes'):.0f} always yes, {floor.value('coin'):.0f} coin"
+    yield _line("total of 1,200", _pair(parts, "total"), without_looking, _both(_pair(vlm, "total"), 0), 0)
+    for kind in parts["id"].by_kind:
+        yield _line(kind, _pair(parts, "score", kind), "50 / 75", _both(_pair(vlm, "score", kind), 0), 0)
 
 
 def _gqa(report: Report) -> Iterator[Line]:
-    seen = _both(_pair({"parts": report.get("vlm", {})}, "accuracy", "score"))
-    total = _row("accuracy", _pair(report, "accuracy"), (_both(_pair(report, "prior")), seen))
-    yield _with_gap(total, _at(report.get("gap"), "overall"))
-    for name in report["parts"]["id"]["by_kind"]:
-        prior = _both(_pair(report, "by_kind", name, "prior"))
-        yield _row(name, _pair(report, "by_kind", name, "accuracy"), (prior, ABSENT))
+    parts, vlm = report.parts, _both(_pair(report.bounds.get("vlm", {}), "accuracy"))
+    title, seen, unseen, _, *bounds = _line("accuracy", _pair(parts, "accuracy"), _both(_pair(parts, "prior")), vlm)
+    yield title, seen, unseen, _cell(_pick(report.gap, "accuracy")), *bounds
+    for kind in parts["id"].by_kind:
+        yield _line(kind, _pair(parts, "accuracy", kind), _both(_pair(parts, "prior", kind)))
 
 
 def _mcq(report: Report) -> Iterator[Line]:
-    for suite, scores in report["suites"].items():
-        for measure, chance in (("accuracy", "chance"), ("circular", "circular_chance")):
-            if measure in scores["parts"]["id"]:
-                guess, prior = (_both(_pair(scores, "floor", key)) for key in (chance, "prior"))
-                yield _row(f"{suite} {measure}", _pair(scores, measure), (f"chance {guess}; prior {prior}", ABSENT))
+    floor = report.bounds["floor"]
+    for kind, scores in report.parts["id"].by_kind.items():
+        for column, chance in (("accuracy", "chance"), ("circular", "circular_chance")):
+            if column in scores.columns:
+                guess, prior = _both(_pair(floor, chance, kind)), _both(_pair(floor, "prior", kind))
+                yield _line(f"{kind} {column}", _pair(report.parts, column, kind), f"chance {guess}; prior {prior}")
 
 
 def _dpg(report: Report) -> Iterator[Line]:
+    parts, ceilings = report.parts, [report.bounds[name]["id"] for name in ("clean", "noise") if name in report.bounds]
     for name in ("overall", "soft"):
-        best = [_at(c, "parts", "id", name, "score") for c in report["ceiling"].values()]
-        told = " / ".join(f"{b:.3f}" for b in best) or ABSENT
-        yield _row(name, _pair(report, name), (_both(_pair(report, "floor", name)), told))
-    for name in report["parts"]["id"]["by_category"]:
-        id_score, cg_score = _pair(report, "by_category", name, "last_picture")
-        yield _row(name, ({"score": id_score}, {"score": cg_score}), (ABSENT, ABSENT))
+        ceiling = " / ".join(_number(scores[name]) for scores in ceilings) or ABSENT
+        yield _line(name, _pair(parts, name), _both(_pair(report.bounds["floor"], name)), ceiling)
+    for kind in parts["id"].by_kind:
+        yield _line(kind, _pair(parts, "last_picture", kind))
 
 
 def _edit(report: Report) -> Iterator[Line]:
+    parts, copy, ceiling = report.parts, report.bounds["copy"], report.bounds["ceiling"]
     for name in ("success", "applied", "preserved", "overall"):
-        bounds = [_both(_pair(report, "controls", kind, "overall", name, "score")) for kind in ("copy", "ceiling")]
-        yield _row(name, _pair(report, "overall", name), (bounds[0], bounds[1]))
-    for name in report["parts"]["id"]["by_operation"]:
-        yield _row(f"{name}: success", _pair(report, "by_operation", name, "success"), (ABSENT, ABSENT))
+        yield _line(name, _pair(parts, name), _both(_pair(copy, name)), _both(_pair(ceiling, name)))
+    for kind in parts["id"].by_kind:
+        yield _line(f"{kind}: success", _pair(parts, "success", kind))
 
 
 def _sessions(report: Report) -> Iterator[Line]:
-    """Sessions have one part, ID."""
-    bounds = [_at(report["controls"], kind, "all_turns", "score") for kind in ("copy", "ceiling")]
-    yield _row("all three edits", (report["all_turns"], None), (f"{bounds[0]:.3f}", f"{bounds[1]:.3f}"))
-    for turn, scores in enumerate(report["turns"], 1):
+    parts, copy, ceiling = report.parts, report.bounds["copy"]["id"], report.bounds["ceiling"]["id"]
+    floor, top = (_number(scores["all_turns"]) for scores in (copy, ceiling))
+    yield _line("all three edits", _pair(parts, "all_turns"), floor, top)
+    for kind in parts["id"].by_kind:
         for name in ("success", "preserved"):
-            yield _row(f"edit {turn}: {name}", (scores[name], None), (ABSENT, ABSENT))
+            yield _line(f"{kind}: {name}", _pair(parts, name, kind))
     for name in ("same", "exact"):
-        yield _row(f"undo: {name}", (report["undo"][name], None), (ABSENT, ABSENT))
+        yield _line(f"undo: {name}", _pair(parts, f"undo_{name}"))
 
 
 def _story(report: Report) -> Iterator[Line]:
-    for name in ("prefix", "structure", "block", "image", "consistency"):
-        best = _at(report, "ceiling", name, "score")
-        ceiling = ABSENT if best is None else f"{best:.3f}"
-        yield _row(name, _pair(report, name), (_both(_pair(report, "floor", name)), ceiling))
-    guess, words = (_both(_pair(report, "floor", name)) for name in ("guess", "words"))
-    yield _row("answer by the true story", _pair(report, "answer", "true"), (f"guess {guess}; words {words}", ABSENT))
-    own = _both(_pair(report, "answer", "drawn", "guess"))
-    yield _row("answer by its own picture", _pair(report, "answer", "drawn"), (f"guess {own}", ABSENT))
+    parts, floor, ceiling = report.parts, report.bounds["floor"], report.bounds.get("ceiling", {}).get("id")
+    for name in ("prefix", "structure", *RUNGS):
+        yield _line(name, _pair(parts, name), _both(_pair(floor, name)), _number(_pick(ceiling, name)))
+    guess, words = (_both(_pair(floor, name)) for name in ("guess", "words"))
+    yield _line("answer by the true story", _pair(parts, "answer"), f"guess {guess}; words {words}")
+    guess = _both(_pair(parts, "guess_drawn"))
+    yield _line("answer by its own picture", _pair(parts, "answer_drawn"), f"guess {guess}")
     for name in ("true_pictures", "no_pictures"):
-        told = f"the same, after the story with {name.replace('_', ' ')}"
-        yield _row(told, _pair(report, "asked", name), (ABSENT, ABSENT))
+        title = f"the same, after the story with {name.replace('_', ' ')}"
+        yield _line(title, _pair(report.bounds.get("asked", {}), name))
+
+
+def _geneval_notes(report: Report) -> Iterator[str]:
+    for name, kind in (("clean", "codec ceiling"), ("noise", "codec ceiling at the sampling noise")):
+        if name not in report.bounds:
+            yield f"No {kind} was measured: these scores cannot be read against what the codec allows."
+    if report.quick:
+        yield "Quick run on one prompt in eight: noisy, not for comparing models."
+    for part, scores in report.parts.items():
+        yield (
+            f"{part}: {_cell(scores['lenient'])}, 95 % bootstrap over {scores.units} distinct prompts, {scores.n} "
+            f"pictures; mean template IoU {scores.value('template_iou'):.3f}, unrecognised blobs "
+            f"{scores.value('unknown_share'):.1%}, empty pictures {scores.value('empty_share'):.1%}."
+        )
+    yield (
+        "Floor: true pictures of other prompts (ID / CG). Ceiling: true pictures of the ID prompts after the "
+        "codec (clean / at the sampling noise). Gap: ID − CG over the categories that both have. "
+        "Strict: nothing else in the picture."
+    )
 
 
 _LINES: Mapping[str, Callable[[Report], Iterator[Line]]] = {
+    "geneval": _geneval,
+    "dpg": _dpg,
     "mme": _mme,
     "gqa": _gqa,
     "mcq": _mcq,
-    "dpg": _dpg,
     "edit": _edit,
     "edit_sessions": _sessions,
     "story": _story,

@@ -22,9 +22,10 @@ import torch
 from starflow2.core.files import replacing
 from starflow2.core.images import to_bytes, to_floats
 from starflow2.errors import CheckpointError, ConfigError, nearest
-from starflow2.evals.geneval import evaluate_geneval
-from starflow2.evals.mme import evaluate_mme
+from starflow2.evals.geneval import GenevalSuite
+from starflow2.evals.mme import MmeSuite
 from starflow2.evals.report import KeptRows
+from starflow2.evals.suite import evaluate
 from starflow2.inference.config import DrawConfig
 from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
@@ -215,11 +216,11 @@ def _scores(components: Components, *, closed: bool, config: CompareConfig) -> d
     def answer(images: Any, questions: list[str]) -> list[str]:
         return model.answers([[image] for image in to_floats(images)], questions)
 
-    drawn = evaluate_geneval(draw, "dev", quick=config.quick, samples=1, parts=("id",))
-    said = evaluate_mme(answer, "dev", quick=config.quick)
+    drawing = evaluate(GenevalSuite(samples=1, parts=("id",)), draw, "dev", quick=config.quick)
+    answering = evaluate(MmeSuite(), answer, "dev", quick=config.quick)
     return {
-        "geneval": drawn["parts"]["id"]["overall"]["lenient"]["score"],
-        "mme": said["parts"]["id"]["total"]["score"],
+        "geneval": drawing.parts["id"].value("lenient"),
+        "mme": answering.parts["id"].value("total"),
         **_losses(components, closed=closed, count=config.unseen),
     }
 

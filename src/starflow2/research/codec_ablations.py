@@ -21,8 +21,8 @@ from torch import Tensor
 from starflow2.core.files import replacing
 from starflow2.core.images import to_floats
 from starflow2.evals.codec import codec_pictures, evaluate_codec
+from starflow2.evals.geneval import score_geneval
 from starflow2.evals.report import KeptRows
-from starflow2.evals.world import score_geneval
 from starflow2.flow.noise import add_noise
 from starflow2.inference.config import Cleanup, DrawConfig
 from starflow2.models.components import Components
@@ -136,7 +136,7 @@ class _Drawer:
         return self.model.roundtrip(images, noise_level, seed)
 
 
-def _scores(drawer: _Drawer, judge: FeatureExtractor | None, *, quick: bool) -> dict[str, float]:
+def _scores(drawer: _Drawer, judge: FeatureExtractor | None, *, quick: bool) -> dict[str, float | None]:
     """Of pictures drawn: id, cg, lenient. Of true ones through the codec, clean and at the level of drawing: psnr in
     dB, recognised (what the detector says of them), feature_fd. Of held-out latents: nats_per_dim at that level, and
     its floor: what the noise alone costs.
@@ -144,16 +144,16 @@ def _scores(drawer: _Drawer, judge: FeatureExtractor | None, *, quick: bool) -> 
     components, level = drawer.model.components, drawer.sampling_noise
     report = score_geneval(drawer, "dev", quick=quick, samples=1)
     images = codec_pictures(None, components.codec.image_size, "dev", PICTURES).to(components.device)
-    clean, noisy = evaluate_codec(components.codec, judge, images, (0.0, level))["rows"]
-    drawn = {part: report["parts"][part]["overall"]["lenient"]["score"] for part in ("id", "cg")}
-    seen = {name: report["ceiling"][name]["overall"]["lenient"]["score"] for name in ("clean", "noise")}
+    clean, noisy = evaluate_codec(components.codec, judge, images, (0.0, level)).rows
+    drawn = {part: report.parts[part].value("lenient") for part in ("id", "cg")}
+    recognised = {name: report.bounds[name]["id"].value("lenient") for name in ("clean", "noise")}
     return {
         **drawn,
-        "psnr": clean["psnr"],
-        "psnr_noise": noisy["psnr"],
-        "recognised": seen["clean"],
-        "recognised_noise": seen["noise"],
-        "feature_fd": clean["feature_fd"],
+        "psnr": clean.psnr,
+        "psnr_noise": noisy.psnr,
+        "recognised": recognised["clean"],
+        "recognised_noise": recognised["noise"],
+        "feature_fd": clean.feature_fd,
         "nats_per_dim": held_out_nats(components, level),
         "floor": 0.5 * math.log(2 * math.pi * math.e) + math.log(level),
     }
