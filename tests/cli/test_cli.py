@@ -9,7 +9,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -24,6 +24,7 @@ from pretrained_cases import write_upstream
 from starflow2 import __version__
 from starflow2.cli import evaluate, generate
 from starflow2.cli.app import COMMANDS, command, main
+from starflow2.cli.options import printable
 from starflow2.cli.parsing import flags
 from starflow2.core.heatmap import heat_map
 from starflow2.core.images import read_metadata, read_picture, to_pil
@@ -31,9 +32,11 @@ from starflow2.evals.geneval import PARTS
 from starflow2.evals.statistics import Score, Scores
 from starflow2.evals.suite import Report
 from starflow2.inference.config import DrawConfig
+from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
 from starflow2.models.checkpoint import save_components
 from starflow2.pipeline import StarFlow2
+from stream_cases import Bent
 
 ROOT = Path(__file__).resolve().parents[2]
 JOINT = ("features", "fae", "vlm", "t2i", "adapter", "joint")
@@ -46,28 +49,56 @@ print(codes, [name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
 """
 
 
+class Scripted(StarFlow2):
+    """A model that replies with the words and images (None) of `script`, where that is set."""
+
+    script: tuple[str | None, ...] = ()
+
+    def sampler(self, config: DrawConfig | None = None) -> Sampler:
+        sampler = super().sampler(config)
+        if self.script:
+            sampler.pretzel = Bent(sampler.pretzel, self._scripted())
+        return sampler
+
+    def _scripted(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        layout, tokenizer = self.components.layout, self.components.tokenizer
+        ids = [i for block in self.script for i in ([layout.begin] if block is None else tokenizer.encode(block))]
+        tokens = iter([*ids, tokenizer.special.end])
+        return lambda logits: torch.eye(logits.shape[-1], dtype=torch.float64)[[next(tokens)] * len(logits)]
+
+
 @pytest.fixture(scope="module")
 def tiny() -> StarFlow2:
     return StarFlow2(tiny_components())
 
 
-@pytest.fixture
-def model(tiny, monkeypatch) -> StarFlow2:
-    """The tiny model, which every command now loads whatever name it is given."""
-    monkeypatch.setattr(StarFlow2, "from_pretrained", lambda *_, **__: tiny)
-    return tiny
-
-
 @pytest.fixture(scope="module")
-def tiny_joint() -> StarFlow2:
-    return StarFlow2(tiny_components(JOINT))
+def tiny_joint() -> Scripted:
+    return Scripted(tiny_components(JOINT))
 
 
 @pytest.fixture
-def joint(tiny_joint, monkeypatch) -> StarFlow2:
-    """The tiny model with all of its stages, which every command now loads whatever name it is given."""
-    monkeypatch.setattr(StarFlow2, "from_pretrained", lambda *_, **__: tiny_joint)
-    return tiny_joint
+def load_instead(monkeypatch) -> Callable[[StarFlow2], StarFlow2]:
+    """Let every command load this model, whatever name it is given."""
+
+    def install(model: StarFlow2) -> StarFlow2:
+        monkeypatch.setattr(StarFlow2, "from_pretrained", lambda *_, **__: model)
+        return model
+
+    return install
+
+
+@pytest.fixture
+def model(tiny, load_instead) -> StarFlow2:
+    """The tiny model before stage joint, which every command now loads."""
+    return load_instead(tiny)
+
+
+@pytest.fixture
+def joint(tiny_joint, load_instead) -> Scripted:
+    """The tiny model with all of its stages, which every command now loads."""
+    tiny_joint.script = ()
+    return load_instead(tiny_joint)
 
 
 @pytest.fixture
@@ -85,7 +116,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch) -> None:
 
 
 def refused(capsys, *argv: str) -> str:
-    """The one line that a command line is refused with; nothing may be written or said beside it."""
+    """The one line that a command line is refused with; nothing else may be printed or written."""
     before = sorted(Path.cwd().rglob("*"))
     assert main(list(argv)) == 2
     out, err = capsys.readouterr()
@@ -159,18 +190,18 @@ def test_one_picture_goes_to_its_file_and_says_how_it_was_made(model, capsys):
     assert set(row) == {"file", "prompt", "seed", "settings", "seconds"}
     assert (row["file"], row["prompt"], row["seed"]) == ("hearts.png", "two red hearts", 3)
     assert row["settings"]["guidance"] == 0 and row["seconds"] > 0
-    said = read_metadata("hearts.png")
-    assert (said["prompt"], said["seed"], said["version"]) == ("two red hearts", "3", __version__)
-    assert json.loads(said["settings"]) == row["settings"] and said["model"] == row["settings"]["model"]
+    record = read_metadata("hearts.png")
+    assert (record["prompt"], record["seed"], record["version"]) == ("two red hearts", "3", __version__)
+    assert json.loads(record["settings"]) == row["settings"] and record["model"] == row["settings"]["model"]
     assert [path.name for path in Path.cwd().iterdir()] == ["hearts.png"]
 
 
 def test_several_pictures_go_to_one_contact_sheet(model, capsys):
     assert main(["generate", "two red hearts", "-n", "2", "-o", "hearts.png"]) == 0
     assert capsys.readouterr().out == "hearts.png\n"
-    said = read_metadata("hearts.png")
-    assert (said["prompt"], said["seed"]) == ("two red hearts", "0")
-    assert [picture["seed"] for picture in json.loads(said["pictures"])] == [0, 1]
+    record = read_metadata("hearts.png")
+    assert (record["prompt"], record["seed"]) == ("two red hearts", "0")
+    assert [picture["seed"] for picture in json.loads(record["pictures"])] == [0, 1]
 
 
 def test_a_folder_gets_one_file_for_each_picture_and_a_sheet(model, capsys):
@@ -181,8 +212,8 @@ def test_a_folder_gets_one_file_for_each_picture_and_a_sheet(model, capsys):
     assert [row["file"] for row in rows] == [f"new/{name}.png" for name in names]
     assert sorted(path.stem for path in Path("new").iterdir()) == sorted([*names, "sheet"])
     assert read_metadata("new/a-blue-star-0.png")["prompt"] == "a blue star"
-    same = [Path(rows[i]["file"]).read_bytes() for i in (0, 2)]
-    assert same[0] == same[1], "a prompt and a seed are a picture"
+    first, again = (np.asarray(Image.open(rows[i]["file"]), dtype=int) for i in (0, 2))
+    assert np.abs(first - again).max() <= 1, "a prompt and a seed give one image; two rows of a batch may round apart"
 
 
 @pytest.mark.parametrize(
@@ -208,12 +239,11 @@ def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(argv, says, mode
 
 
 @pytest.mark.parametrize("output", ["file.txt/x.png", "file.txt/", "/proc/nowhere/x.png", "folder.png"])
-def test_a_place_that_cannot_be_written_is_found_before_drawing(output, monkeypatch, capsys):
-    monkeypatch.setattr(StarFlow2, "from_pretrained", lambda *_, **__: pytest.fail("it began to draw"))
+def test_a_place_that_cannot_be_written_is_found_before_the_model_is_looked_for(output, capsys):
     Path("file.txt").write_text("")
     Path("folder.png", "sheet.png").mkdir(parents=True)
     Path("folder.png", "x-0.png").mkdir()
-    assert "cannot write" in refused(capsys, "generate", "x", "-o", output)
+    assert "cannot write" in refused(capsys, "generate", "x", "-o", output, "--model", "none")
 
 
 def test_a_full_disk_leaves_the_picture_that_was_there(model, monkeypatch, capsys):
@@ -240,12 +270,9 @@ def test_a_model_or_device_that_is_not_there_is_refused(argv, says, capsys):
     assert says in refused(capsys, "generate", "a star", *argv)
 
 
-def test_control_c_ends_with_130_and_no_traceback(monkeypatch, capsys):
-    def stopped(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(StarFlow2, "from_pretrained", stopped)
-    assert main(["generate", "a star"]) == 130
+def test_control_c_ends_with_130_and_no_traceback(capsys):
+    Path("stopped.py").write_text("def recipe():\n    raise KeyboardInterrupt\n")
+    assert main(["info", "stopped:recipe"]) == 130
     assert capsys.readouterr().err.endswith("starflow2: interrupted\n")
 
 
@@ -270,8 +297,8 @@ def test_all_stages_are_the_default(capsys):
 
 def test_help_of_a_stage_lists_its_settings(capsys):
     assert main(["train", "nano", "--stage", "vlm", "--help"]) == 0
-    told = capsys.readouterr().out
-    assert "--optim.matrix-lr" in told and "--resume" in told and "--name" not in told
+    page = capsys.readouterr().out
+    assert "--optim.matrix-lr" in page and "--resume" in page and "--name" not in page
 
 
 @pytest.mark.parametrize(
@@ -509,26 +536,14 @@ def test_keep_best_needs_a_model_that_measures_gain(model, capsys):
     )
 
 
-def replying(monkeypatch, joint: StarFlow2, *blocks: str | None) -> None:
-    """Let the model reply with these words and pictures (None), whatever it would say by itself."""
-    layout, tokenizer = joint.components.layout, joint.components.tokenizer
-    ids = [i for block in blocks for i in ([layout.begin] if block is None else tokenizer.encode(block))]
-    tokens = iter([*ids, tokenizer.special.end])
-
-    def logits(_: object, h: torch.Tensor, __: torch.Tensor) -> torch.Tensor:
-        return torch.eye(joint.components.cfg.vlm.vocab, dtype=torch.float64)[[next(tokens)] * len(h)]
-
-    monkeypatch.setattr("starflow2.models.pretzel.Pretzel.logits", logits)
-
-
-def test_an_interleaved_reply_is_told_in_order_and_its_pictures_are_numbered(joint, monkeypatch, capsys):
+def test_an_interleaved_reply_is_printed_in_order_and_its_images_are_numbered(joint, capsys):
     argv = ["generate", "two red hearts", "--mode", "interleaved", "--seed", "4", "-o", "reply.png"]
-    replying(monkeypatch, joint, "a star", None, None, "two \x1b[31m stars")
+    joint.script = ("a star", None, None, "two \x1b[31m stars")
     assert main(argv) == 0
     assert capsys.readouterr().out == "a star\nreply-1.png\nreply-2.png\ntwo [31m stars\n"
-    said = read_metadata("reply-1.png")
-    assert (said["prompt"], said["seed"]) == ("two red hearts", "4")
-    replying(monkeypatch, joint, None, "a star")
+    record = read_metadata("reply-1.png")
+    assert (record["prompt"], record["seed"]) == ("two red hearts", "4")
+    joint.script = (None, "a star")
     assert main([*argv[:-1], "new/", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows == [{"file": "new/two-red-hearts-1.png"}, {"text": "a star"}]
@@ -537,15 +552,20 @@ def test_an_interleaved_reply_is_told_in_order_and_its_pictures_are_numbered(joi
 # -- ask and edit -----------------------------------------------------------------------------------------------------
 
 
-def test_ask_prints_the_answer_of_a_saved_model_and_writes_it_down(photo, monkeypatch, tmp_path, capsys):
-    save_components(tiny_components(JOINT), tmp_path / "model")
-    joint = StarFlow2.from_pretrained(tmp_path / "model")
-    replying(monkeypatch, joint, "red and blue")
-    argv = ["ask", photo, "what color is it?", "--model", str(tmp_path / "model"), "--json", "answer.json"]
-    assert main(argv) == 0
+def test_ask_prints_the_answer_and_writes_it_down(photo, joint, capsys):
+    joint.script = ("red and blue",)
+    assert main(["ask", photo, "what color is it?", "--json", "answer.json"]) == 0
     assert capsys.readouterr().out == "red and blue\n"
-    told = json.loads(Path("answer.json").read_text())
-    assert told == {"image": photo, "question": "what color is it?", "answer": "red and blue", "model": "tiny"}
+    facts = json.loads(Path("answer.json").read_text())
+    assert facts == {"image": photo, "question": "what color is it?", "answer": "red and blue", "model": "tiny"}
+
+
+def test_a_command_loads_the_model_of_a_folder(photo, tmp_path, capsys):
+    save_components(tiny_components(JOINT), tmp_path / "model")
+    argv = ["ask", photo, "what color is it?", "--model", str(tmp_path / "model")]
+    assert main(argv) == 0
+    answer = StarFlow2.from_pretrained(tmp_path / "model").ask(photo, "what color is it?")
+    assert capsys.readouterr().out == f"{printable(answer)}\n"
 
 
 def test_edit_writes_the_edited_picture_with_its_story(joint, photo, capsys):
@@ -555,14 +575,14 @@ def test_edit_writes_the_edited_picture_with_its_story(joint, photo, capsys):
     config = DrawConfig.for_model(joint.components, guidance=1.5, prior_scale=0.7)
     edited = joint.edit(photo, "make the heart blue", seed=3, config=config)
     assert np.array_equal(np.asarray(Image.open("new/edited.png")), np.asarray(edited.image))
-    said, told = read_metadata("new/edited.png"), json.loads(Path("edit.json").read_text())
-    assert (said["prompt"], said["seed"], said["source"]) == ("make the heart blue", "3", photo)
-    assert json.loads(said["settings"]) == told["settings"] == edited.settings
-    assert (told["file"], told["image"], told["gain"]) == ("new/edited.png", photo, pytest.approx(edited.gain))
+    record, facts = read_metadata("new/edited.png"), json.loads(Path("edit.json").read_text())
+    assert (record["prompt"], record["seed"], record["source"]) == ("make the heart blue", "3", photo)
+    assert json.loads(record["settings"]) == facts["settings"] == edited.settings
+    assert (facts["file"], facts["image"], facts["gain"]) == ("new/edited.png", photo, pytest.approx(edited.gain))
 
 
 def bad_pictures() -> dict[str, str]:
-    """Files that no command may guess about, and what is said of each."""
+    """Image files that no command may guess about, with a part of the error about each."""
     opaque = Image.new("RGB", (64, 64), (200, 30, 40))
     opaque.save("whole.png")
     Path("half.png").write_bytes(Path("whole.png").read_bytes()[:80])
@@ -607,7 +627,7 @@ def test_a_picture_that_would_have_to_be_guessed_about_is_refused_by_name(verb, 
         (["invert", "photo.png", "a zebra"], "never learnt 'zebra'"),
         (["invert", "photo.png", "a star", "--swap", "a zebra"], "never learnt 'zebra'"),
         (["invert", "photo.png", "a star", "-o", "file/x.png"], "cannot write file/x.png"),
-        (["invert", "photo.png", "a star", "-o", "taken.png", "--swap", "a ring"], "cannot write taken-swap.png"),
+        (["invert", "photo.png", "a star", "-o", "used.png", "--swap", "a ring"], "cannot write used-swap.png"),
         (["score"], "there is nothing to score"),
         (["score", "a zebra"], "never learnt 'zebra'"),
         (["score", "a zebra", "a star"], "never learnt 'zebra'"),
@@ -624,7 +644,7 @@ def test_a_picture_that_would_have_to_be_guessed_about_is_refused_by_name(verb, 
 )
 def test_what_a_conversation_cannot_take_is_refused_and_nothing_is_written(argv, says, joint, photo, capsys):
     Path("file").write_text("")
-    Path("taken-swap.png").mkdir()
+    Path("used-swap.png").mkdir()
     assert says in refused(capsys, *argv)
 
 
@@ -638,17 +658,25 @@ def test_a_model_without_the_joint_stage_is_refused_by_name(verb, model, photo, 
 # -- chat -------------------------------------------------------------------------------------------------------------
 
 
-def test_chat_takes_turns_from_a_pipe_and_ends_with_it(joint, monkeypatch, capsys):
-    lines = "a zebra\n/draw two red hearts\n/save talk.safetensors\n"
+def typed(monkeypatch, lines: str) -> None:
+    """Let the next command read these lines from its standard input."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+
+
+def test_chat_takes_turns_from_a_pipe_and_ends_with_it(joint, monkeypatch, capsys):
+    typed(monkeypatch, "a zebra\n/draw two red hearts\n/save talk.safetensors\n")
     assert main(["chat", "--save-dir", "album", "--seed", "3", "--guidance", "1.5"]) == 0
     out, err = capsys.readouterr()
     assert out == "[album/picture-001.png]\n" and "never learnt 'zebra'" in err.splitlines()[0]
-    said = read_metadata("album/picture-001.png")
-    assert (said["prompt"], said["seed"], json.loads(said["settings"])["guidance"]) == ("two red hearts", "3", 1.5)
-    assert json.loads(said["settings"])["edit_guidance"] == 1.5, "edits are guided as asked, and say so"
+    record = read_metadata("album/picture-001.png")
+    assert (record["prompt"], record["seed"], json.loads(record["settings"])["guidance"]) == (
+        "two red hearts",
+        "3",
+        1.5,
+    )
+    assert json.loads(record["settings"])["edit_guidance"] == 1.5, "edits are guided as requested, and record it"
     assert len(Session.load("talk.safetensors", joint.sampler()).pieces) == 2
-    monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+    typed(monkeypatch, "/quit\n")
     assert main(["chat", "--save-dir", "album", "--load", "talk.safetensors"]) == 0
     assert capsys.readouterr().out == "> two red hearts\n[an image]\n"
 
@@ -658,19 +686,19 @@ def test_chat_takes_turns_from_a_pipe_and_ends_with_it(joint, monkeypatch, capsy
 
 def test_score_of_words_adds_up_and_is_the_librarys(joint, photo, capsys):
     assert main(["score", photo, "What color  is it?", "RED", "--json", "score.json"]) == 0
-    told = json.loads(Path("score.json").read_text())
+    facts = json.loads(Path("score.json").read_text())
     scored = joint.score([read_picture(photo, 64), "what color is it?"], ["red"])
-    assert told["log_prob"] == pytest.approx(scored.log_prob, abs=1e-6)
-    assert told["log_prob"] == pytest.approx(sum(token["log_prob"] for token in told["tokens"]))
-    assert told["bits"] == pytest.approx(told["log_prob"] / math.log(2)) and told["pictures"] == []
-    assert (told["asked"], told["reply"]) == ([photo, "What color  is it?"], "RED")
+    assert facts["log_prob"] == pytest.approx(scored.log_prob, abs=1e-6)
+    assert facts["log_prob"] == pytest.approx(sum(token["log_prob"] for token in facts["tokens"]))
+    assert facts["bits"] == pytest.approx(facts["log_prob"] / math.log(2)) and facts["pictures"] == []
+    assert (facts["asked"], facts["reply"]) == ([photo, "What color  is it?"], "RED")
     assert f"{scored.log_prob:.3f}" in capsys.readouterr().out
 
 
 def test_score_of_a_picture_maps_its_patches(joint, photo, capsys):
     assert main(["score", "two red hearts", photo, "--map", "map.png", "--json", "score.json"]) == 0
-    told = json.loads(Path("score.json").read_text())
-    (picture,) = told["pictures"]
+    facts = json.loads(Path("score.json").read_text())
+    (picture,) = facts["pictures"]
     patches = np.array(picture["patches"])
     assert patches.shape == (8, 8) and picture["dims"] == 64 * 4
     assert patches.sum() + picture["shallow_logdet"] == pytest.approx(picture["log_prob"], rel=1e-6)
@@ -679,7 +707,8 @@ def test_score_of_a_picture_maps_its_patches(joint, photo, capsys):
     assert all(f"{number:.4f}" in out for number in (picture["nats_per_dim"],)) and "map.png: blue" in out
     shown = np.asarray(Image.open("map.png"))
     expected = heat_map(read_picture(photo, 64), -torch.from_numpy(patches))
-    assert shown.shape == (512, 512, 3) and np.array_equal(shown, np.asarray(to_pil(expected)))
+    assert shown.shape == (512, 512, 3)
+    assert np.abs(shown.astype(int) - np.asarray(to_pil(expected))).max() <= 1  # in float64 here, in float32 there
     assert read_metadata("map.png")["unlikeliest"] == f"{patches.min():.3f}"
 
 
@@ -696,12 +725,12 @@ def test_a_map_is_coloured_by_its_values_patch_by_patch():
 def test_invert_draws_the_picture_again_and_another_from_the_same_code(joint, photo, capsys):
     argv = ["invert", photo, "two red hearts", "--swap", "a blue star", "-o", "again.png", "--json", "invert.json"]
     assert main(argv) == 0
-    told = json.loads(Path("invert.json").read_text())
-    assert told["files"] == ["again.png", "again-swap.png"]
+    facts = json.loads(Path("invert.json").read_text())
+    assert facts["files"] == ["again.png", "again-swap.png"]
     code = joint.invert(read_picture(photo, 64), "two red hearts")
-    assert told["log_prob"] == pytest.approx(code.log_prob)
-    assert told["nats_per_dim"] == pytest.approx(-code.log_prob / 256)
-    again, swapped = (np.asarray(Image.open(name), dtype=int) for name in told["files"])
+    assert facts["log_prob"] == pytest.approx(code.log_prob)
+    assert facts["nats_per_dim"] == pytest.approx(-code.log_prob / 256)
+    again, swapped = (np.asarray(Image.open(name), dtype=int) for name in facts["files"])
     noise = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(0))
     x = joint.components.codec.encode(read_picture(photo, 64)[None])
     with torch.no_grad():
