@@ -177,6 +177,20 @@ def test_every_public_module_says_what_it_is_and_what_it_exports(path):
     assert path.stem.startswith("_") or exports(path) is not None, "no __all__"
 
 
+def test_a_name_that_another_module_imports_is_exported_and_has_no_underscore():
+    wrong = []
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("starflow2"):
+                continue
+            base = SRC.parent.joinpath(*str(node.module).split("."))
+            home = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+            modules = {file.stem for file in base.glob("*")} if base.is_dir() else set()
+            names = {alias.name for alias in node.names} - modules - set(exports(home) or ())
+            wrong += [f"{path.relative_to(SRC)} imports {name} of {node.module}" for name in sorted(names)]
+    assert wrong == []
+
+
 def test_torchvision_is_absent_or_works():
     """One that does not match torch makes transformers fail at import, with a message about something else."""
     if importlib.util.find_spec("torchvision") is not None:

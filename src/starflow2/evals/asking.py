@@ -16,7 +16,17 @@ from starflow2.world.questions import Question
 from starflow2.world.scene import COLORS, SHAPES, Scene, Split, render, sample_scene
 from starflow2.world.splits import HELD_OUT, bucket, held_out, scene_key
 
-__all__ = ["ASK_CHUNK", "PARTS", "Answer", "AskedQuestion", "ask", "digests", "new_scene", "stream_of"]
+__all__ = [
+    "ASK_CHUNK",
+    "PARTS",
+    "Answer",
+    "AskedQuestion",
+    "Part",
+    "ask",
+    "digests",
+    "new_scene",
+    "stream_of",
+]
 
 Part = Literal["id", "cg"]
 PARTS: tuple[Part, ...] = get_args(Part)

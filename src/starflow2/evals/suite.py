@@ -22,6 +22,7 @@ from starflow2.evals.statistics import Scored, Scores, chunks, gap
 from starflow2.world.scene import IMAGE_SIZE, Scene, Split, render
 
 __all__ = [
+    "IMAGES_AT_ONCE",
     "Codec",
     "Graded",
     "Images",
