@@ -1,4 +1,4 @@
-"""What the verbs share: common options, checks of arguments, loading a model, progress bars, JSON files.
+"""Common ground of the verbs: options, checks of arguments, loading a model, progress bars, JSON files.
 
 Imports neither torch nor rich before they are used, so that `starflow2 --help` stays quick. Not here: any verb.
 """

@@ -1,4 +1,4 @@
-"""What a model is: its sizes, its networks, its tokenizer, and how they are loaded and saved."""
+"""Sizes, networks and tokenizer of a model, and how they are loaded and saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage trains and on what, the loop, its checkpoints and its processes."""
+"""Stages, their tasks and data, the training loop, its checkpoints and its processes."""
 
 from __future__ import annotations
 
