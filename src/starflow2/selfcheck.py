@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from starflow2.core.images import psnr, to_floats
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import DataError, StateError
 from starflow2.flow import AffineBlock, BlockConfig, Context, Flow, Guide, Jacobi, SampleConfig
 from starflow2.flow.block import scan
@@ -72,7 +73,7 @@ class Check:
             return False
         return self.value <= self.bound if self.direction == "at most" else self.value >= self.bound
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """name, value, bound, ok; and a note where there is something to say."""
         value = self.value if self.value is not None and math.isfinite(self.value) else None
         row = {"name": self.name, "value": value, "bound": self.bound, "ok": self.ok}
@@ -127,7 +128,7 @@ def _measured(planned: Check, measure: _Measure, material: _Material, progress: 
         return replace(planned, note=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
-def report(checks: Iterable[Check], model: StarFlow2) -> dict[str, Any]:
+def report(checks: Iterable[Check], model: StarFlow2) -> JsonObject:
     """The outcome as JSON: checks, and the versions they were made with."""
     rows = [check.to_json() for check in checks]
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from starflow2.cli.options import (
     Device,
@@ -18,6 +18,7 @@ from starflow2.cli.options import (
 )
 from starflow2.cli.parsing import Option, Positional
 from starflow2.core.files import check_writable
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Analyze:
         if self._budget() and self.what not in ("compare", "codecs"):
             names = ", ".join(f"--{name}" for name in self._budget())
             raise UsageError(f"{names}: {self.what} trains nothing; these options belong to compare and codecs.")
-        measures: dict[str, Callable[[], dict[str, Any]]] = {
+        measures: dict[str, Callable[[], JsonObject]] = {
             "skips": self._skips,
             "turns": self._turns,
             "sheets": self._sheets,
@@ -82,19 +83,19 @@ class Analyze:
                 raise UsageError(f"--{name} is {value}; expected at least 1.")
         return values
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> JsonObject:
         """The budget as fields of a comparison's config."""
-        settings: dict[str, Any] = {name: value for name, value in self._budget().items() if name != "jobs"}
+        settings: JsonObject = {name: value for name, value in self._budget().items() if name != "jobs"}
         return settings | ({"seeds": tuple(range(settings["seeds"]))} if "seeds" in settings else {})
 
     def _joint(self) -> StarFlow2:
         return load_joint(self.model, self.device, f"analyze {self.what}")
 
-    def _skips(self) -> dict[str, Any]:
+    def _skips(self) -> JsonObject:
         from starflow2.research.analysis import plot_skips, skip_contributions
 
         report = skip_contributions(self._joint().sampler())
-        facts: dict[str, Any] = report.to_json()
+        facts: JsonObject = report.to_json()
         write_json(facts, self.output / "skips.json")
         plot_skips(report, self.output / "skips.png")
         for name in ("visual", "text"):
@@ -102,7 +103,7 @@ class Analyze:
             print(f"{name}: ratio {row['contribution_ratio']['mean']:.3f}, cosine {row['cosine']['mean']:+.3f}")
         return facts
 
-    def _turns(self) -> dict[str, Any]:
+    def _turns(self) -> JsonObject:
         from starflow2.research.analysis import plot_turn_costs, turn_costs
 
         costs = turn_costs(self._joint().sampler())
@@ -114,7 +115,7 @@ class Analyze:
             print(f"turn {row['turn']}: {slot:.1f} ms per slot; {factor:.1f} times slower to start without the cache")
         return {"turns": rows}
 
-    def _sheets(self) -> dict[str, Any]:
+    def _sheets(self) -> JsonObject:
         from starflow2.research.figures import edit_sheet, story_sheet
 
         model, files = self._joint(), [self.output / "edits.png", self.output / "stories.png"]
@@ -123,7 +124,7 @@ class Analyze:
         print(*files, sep="\n")
         return {"files": [str(file) for file in files]}
 
-    def _compare(self) -> dict[str, Any]:
+    def _compare(self) -> JsonObject:
         from starflow2.models.hub import NANO, pick_device
         from starflow2.research.ablations import CompareConfig, compare_and_keep
 
@@ -134,7 +135,7 @@ class Analyze:
         print(self.output / "compare.md")
         return {"rows": rows}
 
-    def _codecs(self) -> dict[str, Any]:
+    def _codecs(self) -> JsonObject:
         from starflow2.models.hub import find_model, pick_device
         from starflow2.research.codec_ablations import CodecsConfig, compare_codecs, write
 
@@ -144,7 +145,7 @@ class Analyze:
         print(write(rows, config, self.output))
         return {"rows": rows}
 
-    def _paper(self) -> dict[str, Any]:
+    def _paper(self) -> JsonObject:
         from starflow2.research.paper_claims import CLAIMS, write_claims
 
         for name, measure in (("skips", self._skips), ("turns", self._turns)):

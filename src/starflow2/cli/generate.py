@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from starflow2.cli.options import (
     PROGRAM,
@@ -26,6 +26,7 @@ from starflow2.cli.options import (
 )
 from starflow2.cli.parsing import Option, Positional
 from starflow2.core.files import check_writable
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import DataError, OutputError, PromptError, StateError, UsageError
 
 if TYPE_CHECKING:
@@ -186,13 +187,11 @@ def _numbered(output: str, prompt: str) -> list[Path]:
     return paths
 
 
-def _save_blocks(
-    blocks: Sequence[str | PILImage], paths: Sequence[Path], about: dict[str, str]
-) -> list[dict[str, Any]]:
+def _save_blocks(blocks: Sequence[str | PILImage], paths: Sequence[Path], about: dict[str, str]) -> list[JsonObject]:
     """Write the images; return one JSON row per block, with its text or its file."""
     from starflow2.core.images import save_png
 
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     left = iter(paths)
     for block in blocks:
         if isinstance(block, str):
@@ -204,7 +203,7 @@ def _save_blocks(
     return [row for row in rows if row != {"text": ""}]
 
 
-def _print_json(rows: Sequence[dict[str, Any]]) -> None:
+def _print_json(rows: Sequence[JsonObject]) -> None:
     print(json.dumps(rows, indent=1, ensure_ascii=False))
 
 
@@ -268,7 +267,7 @@ def _save(drawings: Sequence[Drawing], files: _Files) -> None:
             save_png(drawing.image, path, png_text(drawing.prompt, drawing.seed, drawing.settings))
 
 
-def _row(drawing: Drawing, path: Path, seconds: float) -> dict[str, Any]:
+def _row(drawing: Drawing, path: Path, seconds: float) -> JsonObject:
     made_of = {"prompt": drawing.prompt, "seed": drawing.seed, "settings": drawing.settings}
     gain = {} if drawing.gain is None else {"gain": drawing.gain}
     return {"file": str(path), **made_of, **gain, "seconds": round(seconds, 4)}

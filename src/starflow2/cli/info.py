@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from starflow2.cli.options import JsonFile, check_json, console, find_recipe, importable_folder, refuse, write_json
 from starflow2.cli.parsing import Option, Positional
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import UsageError
 
 __all__ = ["Info"]
@@ -49,7 +50,7 @@ class Info:
         write_json(facts, self.json)
         return 0
 
-    def _plan(self, gpus: int) -> tuple[dict[str, Any], Any]:
+    def _plan(self, gpus: int) -> tuple[JsonObject, Any]:
         """The plan as JSON and as a table."""
         from starflow2.training.planner import Hardware, plan, table
 

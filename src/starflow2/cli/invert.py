@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from starflow2.cli.options import (
     Device,
@@ -22,6 +22,7 @@ from starflow2.cli.options import (
     write_json,
 )
 from starflow2.cli.parsing import Option, Positional
+from starflow2.core.serialize import JsonObject
 
 if TYPE_CHECKING:
     from starflow2.pipeline import StarFlow2
@@ -62,7 +63,7 @@ class Invert:
         write_json(facts, self.json)
         return 0
 
-    def _drawn(self, model: StarFlow2, files: Sequence[Path]) -> dict[str, Any]:
+    def _drawn(self, model: StarFlow2, files: Sequence[Path]) -> JsonObject:
         """Invert the image, decode the code, write the files; return the facts for --json."""
         from starflow2.core.images import psnr, read_picture, save_png, to_tensor
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 import starflow2
 from starflow2.cli.parsing import Option, flags
 from starflow2.core.files import check_writable, replacing
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import OutputError, PromptError, StateError, UsageError, nearest
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def png_text(prompt: str, seed: int, settings: Mapping[str, Any]) -> dict[str, s
     return {"prompt": prompt, "seed": str(seed), **about}
 
 
-def write_json(data: dict[str, Any], path: Path | None) -> None:
+def write_json(data: JsonObject, path: Path | None) -> None:
     """Write `data` to the path that --json gives, if any."""
     if path is not None:
         with replacing(path) as temp:

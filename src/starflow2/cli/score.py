@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from starflow2.cli.options import (
     Device,
@@ -21,6 +21,7 @@ from starflow2.cli.options import (
     write_json,
 )
 from starflow2.cli.parsing import Option, Positional
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _figures(log_prob: float, dims: int | None = None) -> tuple[str, str, str]:
     return f"{log_prob:.3f}", f"{log_prob / math.log(2):.3f}", per_dim
 
 
-def _score_facts(scored: Scored) -> dict[str, Any]:
+def _score_facts(scored: Scored) -> JsonObject:
     return {
         "log_prob": scored.log_prob,
         "bits": scored.log_prob / math.log(2),
@@ -126,7 +127,7 @@ def _score_facts(scored: Scored) -> dict[str, Any]:
     }
 
 
-def _picture_facts(picture: PictureScore) -> dict[str, Any]:
+def _picture_facts(picture: PictureScore) -> JsonObject:
     return {
         "log_prob": picture.log_prob,
         "bits": picture.log_prob / math.log(2),

@@ -8,11 +8,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from starflow2.cli.options import PROGRAM, Device, find_recipe, refuse, training_bar
 from starflow2.cli.parsing import Option, Positional, flags, help_text, parse
 from starflow2.core.files import check_writable
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import UsageError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Train:
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(plan, indent=1))
 
-    def _dry_run(self, run: RunConfig, stage: str) -> dict[str, Any]:
+    def _dry_run(self, run: RunConfig, stage: str) -> JsonObject:
         """Counts alone, unless --device names where to take a step."""
         from starflow2.models.hub import pick_device
         from starflow2.training.dry_run import dry_run

@@ -20,12 +20,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from starflow2.core.files import replacing
 from starflow2.errors import ConfigError, nearest
 
-__all__ = ["flatten", "from_dict", "load_json", "read_json", "save_json", "to_dict"]
+__all__ = ["JsonObject", "flatten", "from_dict", "load_json", "read_json", "save_json", "to_dict"]
+
+JsonObject = dict[str, Any]  # an object as json.loads gives it and json.dumps takes it
 
 T = TypeVar("T")
 
 
-def to_dict(cfg: object) -> dict[str, Any]:
+def to_dict(cfg: object) -> JsonObject:
     """Convert a config to a dictionary that JSON can hold: dataclasses become dictionaries, tuples become lists.
 
     Raises ConfigError, naming the path, for a value that JSON would change.
@@ -61,13 +63,13 @@ def from_dict(cls: type[T], data: object) -> T:
     return _read(cls, data, cls.__name__)
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> JsonObject:
     """A nested dictionary as one level with dotted names.
 
     >>> flatten({"steps": 3, "optim": {"lr": 0.002}})
     {'steps': 3, 'optim.lr': 0.002}
     """
-    flat: dict[str, Any] = {}
+    flat: JsonObject = {}
     for name, value in tree.items():
         is_nested = isinstance(value, Mapping)
         flat |= flatten(value, f"{prefix}{name}.") if is_nested else {f"{prefix}{name}": value}
@@ -99,9 +101,9 @@ def read_json(path: str | Path) -> Any:
         raise ConfigError(f"{path} is not a JSON config: {error}.") from error
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_doubles(pairs: list[tuple[str, Any]]) -> JsonObject:
     """Dictionary of the pairs of a JSON object. Raises ValueError for a repeated key: JSON would ignore one."""
-    data: dict[str, Any] = {}
+    data: JsonObject = {}
     for key, value in pairs:
         if key in data:
             raise ValueError(f'key "{key}" occurs twice')

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
+from starflow2.core.serialize import JsonObject
 from starflow2.data.corpora import Broken, to_dialogue
 from starflow2.data.mixture import Item, Source, Spelling
 from starflow2.data.shards import Samples
@@ -24,7 +24,7 @@ EXAMPLES = 3  # broken samples that are listed for each reason
 
 def check_corpus(
     source: Source, spelling: Spelling, limit: int | None = None, progress: Callable[[int], None] = lambda read: None
-) -> dict[str, Any]:
+) -> JsonObject:
     """Counts of one pass over a corpus, or of its first `limit` samples, as JSON.
 
     `positions` are all slots of a document in a row, `tokens` those of its words: 10th, 50th and 90th percentile and

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from starflow2.core.files import check_writable
-from starflow2.core.serialize import from_dict, read_json
+from starflow2.core.serialize import JsonObject, from_dict, read_json
 from starflow2.data.corpora import Broken, Corpus, Photo, decode, to_dialogue
 from starflow2.data.dialogue import Dialogue, Turn, pictures, without_words
 from starflow2.data.shards import Format, Sample, Samples, WorkerShard, needs
@@ -154,7 +154,7 @@ class _Repeated:
         self.read, self.used, self.broken = 0, 0, Counter[str]()
         self._rest: Iterator[Sample] | None = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         counts = {"read": self.read, "used": self.used, "broken": dict(self.broken)}
         return {"samples": self.samples.state_dict(), **counts}
 
@@ -198,7 +198,7 @@ class _Documents:
         each = zip(batches.sources, batches.samples, strict=True)
         self.streams = [_Repeated(source, copy(samples)) for source, samples in each]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         return {"drawn": self.drawn, "sources": [stream.state_dict() for stream in self.streams]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -265,7 +265,7 @@ class _Read:
     """A document that has been read."""
 
     number: int  # among all that this process has read
-    before: dict[str, Any]  # state of the stream before it was read
+    before: JsonObject  # state of the stream before it was read
     item: Item
 
 
@@ -278,7 +278,7 @@ class BatchIterator:
         shard, config = batches.shard, batches.config
         self._batches, self._documents = batches, _Documents(batches, worker)
         self._waiting: list[_Read] = []
-        self._same: dict[str, Any] = {  # must be the same when a state is loaded
+        self._same: JsonObject = {  # must be the same when a state is loaded
             "reader": [shard.rank, shard.world, *worker],
             "packing": [config.rows, config.width, config.seed, config.block, config.caption_drop],
             "sources": [[s.corpus, s.url, s.weight, s.format, s.pictures] for s in batches.sources],
@@ -288,7 +288,7 @@ class BatchIterator:
     def __iter__(self) -> BatchIterator:
         return self
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """Where the next batch starts: the stream at the oldest waiting document, and which documents are waiting."""
         state = self._waiting[0].before if self._waiting else self._documents.state_dict()
         first = state["drawn"]

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import ConfigError, DataError, StarFlowError
 
 __all__ = ["PICTURES", "Format", "Sample", "Samples", "WorkerShard", "inside", "needs", "read_file"]
@@ -90,14 +91,14 @@ class Samples:
         self.url, self.shard, self.seed, self.block = url, shard or WorkerShard(), seed, block
         self.format, self.files = _find(url, format)
         self._epoch, self._done = 0, 0  # number of the pass, samples of the block that have been yielded
-        self._start: dict[str, Any] | None = None  # where the block starts, a state of `datasets`
+        self._start: JsonObject | None = None  # where the block starts, a state of `datasets`
 
     @property
     def fingerprint(self) -> int:
         """A number that changes with the names of the files, but not with their folder."""
         return zlib.crc32("\n".join(posixpath.basename(file) for file in self.files).encode())
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """The position in the stream, in JSON."""
         return {"epoch": self._epoch, "at": self._done, "place": self._start}
 
@@ -152,9 +153,9 @@ def _workers() -> int:
     return 1 if info is None else info.num_workers
 
 
-def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(state: Mapping[str, Any]) -> JsonObject:
     """A copy that later steps of the stream do not change."""
-    copy: dict[str, Any] = json.loads(json.dumps(state))
+    copy: JsonObject = json.loads(json.dumps(state))
     return copy
 
 

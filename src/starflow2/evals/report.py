@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from starflow2.core.files import replacing
-from starflow2.core.serialize import read_json
+from starflow2.core.serialize import JsonObject, read_json
 from starflow2.errors import ConfigError, OutputError
 
 __all__ = ["KeptRows", "append_ledger", "commit", "write_json"]
@@ -32,7 +32,7 @@ class KeptRows:
     path: Path
     config: Mapping[str, object]
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[JsonObject]:
         """The rows of an earlier call, [] if there is no file. Raises ConfigError for a file with another config."""
         if not self.path.is_file():
             return []

@@ -116,7 +116,7 @@ def _checked(image: Images) -> Images:
 
 
 def _undo_marks(item: Job[EditSession], run: SessionRun, reference: Images) -> tuple[bool, bool]:
-    """The same image as before; to the byte. reference: the source after the codec's round trip."""
+    """Marks of an undo: the image is back, and to the byte. reference: the source after the codec's round trip."""
     earlier = [run.images[0]] if item.task.undo_to else [render(item.task.source), reference]
     is_same = any(is_same_image(run.undone, image) for image in earlier)
     return is_same, any(np.array_equal(run.undone, image) for image in earlier)

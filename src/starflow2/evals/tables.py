@@ -44,7 +44,7 @@ def lines(report: Report) -> list[Line]:
 
 
 def notes(report: Report) -> list[str]:
-    """What one has to know to read the table."""
+    """Notes on how to read the table."""
     return list(_geneval_notes(report)) if report.suite == "geneval" else [_NOTES[report.suite]]
 
 

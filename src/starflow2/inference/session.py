@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from starflow2.core.images import PILImage, read_picture, to_pil
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import CheckpointError, DataError, PromptError, StateError
 from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import (
@@ -336,7 +336,7 @@ class Session:
         whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
         save_tensors(whole, Path(path), meta)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> JsonObject:
         cursor = self._rows.conditional.cursors[0]
         return {
             "mrope": cursor.mrope,
@@ -367,7 +367,7 @@ class Session:
         session._restore(tensors, json.loads(meta["pieces"]), json.loads(meta["state"]))
         return session
 
-    def _restore(self, tensors: dict[str, Tensor], pieces: Sequence[dict[str, Any]], state: dict[str, Any]) -> None:
+    def _restore(self, tensors: dict[str, Tensor], pieces: Sequence[JsonObject], state: JsonObject) -> None:
         device = self.sampler.components.device
         tensors = {name: value.to(device) for name, value in tensors.items()}
         branch, buffers = self._rows.conditional, self._rows.buffers
@@ -407,13 +407,13 @@ def _checked(image: Tensor, size: int) -> Tensor:
     return image
 
 
-def _sampling(meta: dict[str, str]) -> dict[str, Any]:
+def _sampling(meta: dict[str, str]) -> JsonObject:
     """Settings that a saved session was made with; older files do not hold all of them."""
-    settings: dict[str, Any] = json.loads(meta.get("sampling", "{}"))
+    settings: JsonObject = json.loads(meta.get("sampling", "{}"))
     return settings | ({"skips": tuple(settings["skips"])} if settings.get("skips") is not None else {})
 
 
-def _metadata(piece: Piece) -> dict[str, Any]:
+def _metadata(piece: Piece) -> JsonObject:
     p = piece.picture
     level, nats = (None, [None, None]) if p is None else (p.noise_level, [p.log_prob, p.unconditional_log_prob])
     return {"who": piece.who, "text": piece.text, "noise_level": level, "nats": nats}

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starflow2.core.serialize import from_dict, to_dict
+from starflow2.core.serialize import JsonObject, from_dict, to_dict
 from starflow2.errors import CheckpointError
 from starflow2.models.config import JointsConfig, ModelConfig
 
 __all__ = ["FORMAT", "FolderConfig", "read_config"]
 
 FORMAT = 6
-Json = dict[str, Any]  # an object as config.json holds it, of any format
+Json = JsonObject  # an object as config.json holds it, of any format
 
 
 @dataclass(frozen=True, kw_only=True)

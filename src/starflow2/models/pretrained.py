@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import CheckpointError
 
 __all__ = ["Entry", "Pretrained", "fingerprint", "inventory", "locate"]
@@ -149,7 +150,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
         ) from error
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header: dict[str, Any] = json.loads(file.read(length))
+        header: JsonObject = json.loads(file.read(length))
     header.pop("__metadata__", None)
     for name, info in header.items():
         first, last = (8 + length + offset for offset in info["data_offsets"])

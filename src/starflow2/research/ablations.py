@@ -21,6 +21,7 @@ import torch
 
 from starflow2.core.files import replacing
 from starflow2.core.images import to_bytes, to_floats
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import CheckpointError, ConfigError, nearest
 from starflow2.evals.geneval import GenevalSuite
 from starflow2.evals.mme import MmeSuite
@@ -48,7 +49,7 @@ ARMS: tuple[Arm, ...] = get_args(Arm)
 AFRESH = ("fresh", "mot frozen", "mot finetuned")
 NEEDED = ("features", "fae", "vlm", "t2i", "adapter")
 UNSEEN_SEED = 77_000  # of the documents whose losses are reported
-Row = dict[str, Any]
+Row = JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +240,7 @@ def _losses(components: Components, *, closed: bool, count: int, batch: int = 32
     return found
 
 
-def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, JsonObject]:
     """Mean and range over seeds of all scores, by arm."""
     by_arm: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from starflow2.core.images import save_png
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import ConfigError
 from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import Completed, DecodedImage, Token
@@ -66,13 +66,13 @@ class Contribution:
         ratio = sizes[1] / (sizes[0] + sizes[1]).clamp(min=tiny)
         return cls(ratio, (base * injected).sum(-1) / (sizes[0] * sizes[1]).clamp(min=tiny))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Mean, percentiles and histogram of both."""
         told = {"contribution_ratio": _spread(self.contribution_ratio, 0.0), "cosine": _spread(self.cosine, -1.0)}
         return {"positions": len(self.cosine), **told}
 
 
-def _spread(values: Tensor, low: float) -> dict[str, Any]:
+def _spread(values: Tensor, low: float) -> JsonObject:
     """Mean, percentiles, and the histogram on [low, 1] of values (M,)."""
     counts, edges = torch.histogram(values, BINS, range=(low, 1.0))
     found = values.quantile(torch.tensor([p / 100 for p in PERCENTILES], dtype=values.dtype))
@@ -97,7 +97,7 @@ class SkipReport:
         """The mean visual contribution ratio at every place of a picture: (rows, columns)."""
         return self.visual.contribution_ratio.view(len(self.prompts), *self.grid).mean(0)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """All numbers; `visual_by_place` are the rows of `by_place`."""
         told = {"visual": self.visual.to_json(), "text": self.text.to_json()}
         return {"seed": self.seed, "prompts": list(self.prompts), **told, "visual_by_place": self.by_place().tolist()}
@@ -219,7 +219,7 @@ class TurnCost:
     def per_slot_again(self) -> float:
         return (self.reading_again + self.drawing_again) / self.slots
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """All numbers, and how many times slower reading everything anew is, in all and before the first new latent."""
         ratios = {
             "slower": self.per_slot_again / self.per_slot,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from starflow2.core.files import replacing
 from starflow2.core.images import to_floats
+from starflow2.core.serialize import JsonObject
 from starflow2.evals.codec import codec_pictures, evaluate_codec
 from starflow2.evals.geneval import score_geneval
 from starflow2.evals.report import KeptRows
@@ -46,7 +47,7 @@ Arm = Literal["frozen FAE", "end to end", "patches"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 CLEANED = "patches, cleaned"  # the same model, drawn with Tweedie's step: a codec of pixels takes no noise away
 ROWS = (*ARMS, CLEANED)
-Row = dict[str, Any]
+Row = JsonObject
 PICTURES = 128  # for round trips and held-out likelihood
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from starflow2.core.files import replacing
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import DataError
 from starflow2.evals.mme import COIN
 from starflow2.world.questions import SUBTASKS
@@ -167,7 +168,7 @@ _READING = (
 def write_claims(folder: str | Path) -> Path:
     """claims.md in a results folder, from the JSON files in it. Raises DataError for one that is not JSON."""
     folder = Path(folder)
-    results: dict[str, Any] = {}
+    results: JsonObject = {}
     for path in sorted(folder.glob("*.json")):
         try:
             results[path.stem] = json.loads(path.read_text("utf-8"))

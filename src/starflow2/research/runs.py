@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import ConfigError
 from starflow2.training.metrics import StepReport
 
 __all__ = ["ProgressPrinter", "run_parallel"]
 
 Unit = TypeVar("Unit")
-Row = dict[str, Any]
+Row = JsonObject
 TOLD = 10  # lines per arm
 
 

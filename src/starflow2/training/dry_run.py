@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from starflow2.core.serialize import JsonObject
 from starflow2.models.components import Components, build
 from starflow2.models.sequence import Image, Layout, Segment, Text, pack
 from starflow2.nn import num_parameters
@@ -71,7 +72,7 @@ class RandomDocuments:
         return ids
 
 
-def dry_run(run: RunConfig, stage_name: str, device: str = "meta") -> dict[str, Any]:
+def dry_run(run: RunConfig, stage_name: str, device: str = "meta") -> JsonObject:
     """Count parameters, positions and bytes of a stage; on a real device also run one training step on random data.
 
     Under torchrun every process takes its share. Peak bytes: the most that the accelerator has allocated; on a CPU, the
@@ -98,7 +99,7 @@ def dry_run(run: RunConfig, stage_name: str, device: str = "meta") -> dict[str, 
     }
 
 
-def _sizes(task: Task, group: Distributed) -> dict[str, Any]:
+def _sizes(task: Task, group: Distributed) -> JsonObject:
     """Parameters, one microbatch, and bytes of weights and optimiser states in each process."""
     components, stage = task.components, task.stage
     trained, total = num_parameters(task.trained), num_parameters(components, task.trained)

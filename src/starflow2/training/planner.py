@@ -1,4 +1,4 @@
-"""What training a recipe takes before anything is bought: memory, FLOPs, step time and days, by stage. Arithmetic only.
+"""Plan of a recipe's training before anything is bought: memory, FLOPs, step time and days, by stage. Arithmetic only.
 
 Every formula is here and stands beside what it assumes; no number is measured. Behind `starflow2 info --gpus`.
 
@@ -14,12 +14,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Group
 from rich.table import Table
 from torch import nn
 
+from starflow2.core.serialize import JsonObject
 from starflow2.errors import ConfigError
 from starflow2.models.components import Components, build
 from starflow2.models.config import FaeConfig, ModelConfig
@@ -163,7 +164,7 @@ class Sizes:
         }
 
     def trained(self, stage: str) -> nn.ModuleDict:
-        """The same modules as the stage's own task trains."""
+        """Modules that the stage's own task trains."""
         p = self.components
         table: dict[str, dict[str, nn.Module]] = {
             "vlm": {"vlm": p.vlm},
@@ -183,7 +184,7 @@ class Sizes:
 
 
 def works(sizes: Sizes, stage: str, shape: Shape) -> Iterator[Work]:
-    """What one document of that shape costs in that stage."""
+    """Cost of one document of that shape in that stage."""
     cfg, w = sizes.cfg, sizes.weights
     visual, all_ = shape.visual(cfg), shape.positions(cfg)
     patches = shape.pictures * cfg.flow.deep.num_latents
@@ -323,7 +324,7 @@ def logit_bytes(shapes: Iterable[Shape]) -> float:
 # -- the plan -----------------------------------------------------------------------------------------------
 
 
-def plan(run: RunConfig, hardware: Hardware) -> dict[str, Any]:
+def plan(run: RunConfig, hardware: Hardware) -> JsonObject:
     """By stage: FLOPs, step time, days, GPU hours, and what fits under every scheme; as JSON."""
     sizes = Sizes.of(run.model)
     return {
@@ -333,7 +334,7 @@ def plan(run: RunConfig, hardware: Hardware) -> dict[str, Any]:
     }
 
 
-def _stage(sizes: Sizes, stage: StageConfig, hardware: Hardware) -> dict[str, Any]:
+def _stage(sizes: Sizes, stage: StageConfig, hardware: Hardware) -> JsonObject:
     by_part = flops(sizes, stage_kind(stage))
     each = sum(by_part.values())
     step = stage.batch * each / (hardware.gpus * hardware.peak * hardware.mfu)
@@ -359,7 +360,7 @@ def stage_kind(stage: StageConfig) -> str:
     return END_TO_END if stage.codec_weight else stage.name
 
 
-def _fit(sizes: Sizes, stage: StageConfig, scheme: Scheme, hardware: Hardware, *, recomputes: bool) -> dict[str, Any]:
+def _fit(sizes: Sizes, stage: StageConfig, scheme: Scheme, hardware: Hardware, *, recomputes: bool) -> JsonObject:
     """Memory of one GPU by component, and how many documents fit beside it at once (of the stage's longest shape)."""
     frozen = sum(frozen_bytes(sizes, stage_kind(stage)).values())
     state = {name: count / hardware.gpus for name, count in state_bytes(sizes, stage, scheme).items()}
@@ -380,7 +381,7 @@ def _fit(sizes: Sizes, stage: StageConfig, scheme: Scheme, hardware: Hardware, *
     }
 
 
-def table(facts: dict[str, Any]) -> Group:
+def table(facts: JsonObject) -> Group:
     """The plan for the terminal: the first scheme that fits for each stage, all kept before recomputed."""
     h = facts["hardware"]
     speed = f"{h['mfu']:.0%} of {h['peak'] / 1e12:g} TFLOP/s"

@@ -181,7 +181,7 @@ def nano_patches() -> RunConfig:
 
 
 def with_patches(model: ModelConfig) -> ModelConfig:
-    """The same model over as many patches of pixels as it has latents; statistics are those of the drawn world."""
+    """A model over as many patches of pixels as it has latents; statistics are those of the drawn world."""
     side = model.fae.image_size // model.fae.grid[0]
     codec = PatchConfig(image_size=model.fae.image_size, patch_size=side, mean=WORLD_MEAN, std=WORLD_STD)
     deep, *shallow = (replace(block, dim=codec.latent_dim) for block in (model.flow.deep, *model.flow.shallow))
@@ -374,7 +374,7 @@ def mini() -> RunConfig:
 
 
 def smoke(run: RunConfig) -> RunConfig:
-    """The same run in a few steps of tiny batches; what is larger than nano also in tiny widths, from nothing."""
+    """A run cut to a few steps of tiny batches; models larger than nano also get tiny widths and fresh weights."""
     stages = tuple(
         replace(s, steps=4, batch=4, optim=replace(s.optim, warmup_steps=1), save_every=2) for s in run.stages
     )
@@ -384,7 +384,7 @@ def smoke(run: RunConfig) -> RunConfig:
 
 
 def _shrunk(model: ModelConfig) -> ModelConfig:
-    """The same classes and conventions in widths of 64, with fresh parts where pretrained ones were.
+    """A model of these classes and conventions in widths of 64, with fresh components in place of pretrained ones.
 
     Pictures are those of the drawn world, 64 px; 4x4 latents; a vocabulary for a tokenizer of our own.
     """

@@ -37,7 +37,7 @@ WHOLE_BATCH = LossWeights()
 
 
 class Task(ABC):
-    """What a stage trains, on which batches, and at what loss. The constructor stores; it changes no weight.
+    """A stage's modules to train, its batches and its loss. The constructor stores; it changes no weight.
 
     dataset: makes the batch of some indices, by default the stage's own data from the drawn world. trained: the modules
     that train, by default the stage's own; their names are those of the weights in checkpoints.
