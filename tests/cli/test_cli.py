@@ -486,7 +486,7 @@ def test_demo_says_where_its_page_is(monkeypatch, model, capsys):
         summary=dict,
         page=Path("out/demo/index.html"),
     )
-    monkeypatch.setattr("starflow2.cli.demo.make_demo", lambda *_, **__: made)
+    monkeypatch.setattr("starflow2.cli.demo_page.make_demo", lambda *_, **__: made)
     assert main(["demo"]) == 0
     assert "1 of 1 images show what was asked for, 0.25 s each. The page: out/demo/index" in capsys.readouterr().out
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from model_cases import STAGES, tiny_components
-from starflow2.cli.demo import check_folder, make_demo
 from starflow2.cli.demo_conversations import DemoSuites, ModelLog, score_conversations, sections
+from starflow2.cli.demo_page import check_folder, make_demo
 from starflow2.core.images import read_metadata, to_bytes, to_floats, to_pil
 from starflow2.errors import OutputError
 from starflow2.evals.edit import EditSuite

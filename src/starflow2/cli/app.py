@@ -25,7 +25,7 @@ COMMANDS = {
     "chat": "starflow2.cli.chat:Chat",
     "score": "starflow2.cli.score:Score",
     "invert": "starflow2.cli.invert:Invert",
-    "demo": "starflow2.cli.check:Demo",
+    "demo": "starflow2.cli.demo:Demo",
     "prepare": "starflow2.cli.prepare:Prepare",
     "train": "starflow2.cli.train:Train",
     "finetune": "starflow2.cli.finetune:Finetune",
