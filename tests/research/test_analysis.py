@@ -14,11 +14,11 @@ from model_cases import STAGES, tiny_components
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.sampler import Sampler
-from starflow2.inference.session import Session
-from starflow2.research import analysis
 from starflow2.research.analysis import (
     Contribution,
     TurnCost,
+    dev_prompts,
+    median_cost,
     plot_skips,
     plot_turn_costs,
     skip_contributions,
@@ -27,6 +27,7 @@ from starflow2.research.analysis import (
 from starflow2.research.mot import MotComponents
 from starflow2.research.plots import CURVES, Panel, histogram_outline, plot_panels
 from starflow2.world.questions import known_words
+from stream_cases import Recording
 
 SIDE = 2
 COUNT = SIDE * SIDE
@@ -49,14 +50,14 @@ def sampler() -> Sampler:
 def test_ratio_and_cosine_are_right_where_they_are_known_by_hand():
     base = torch.tensor([[3.0, 0.0], [3.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
     injected = torch.tensor([[0.0, 4.0], [1.0, 0.0], [0.0, -2.0], [0.0, 0.0]])
-    found = Contribution.of(base, injected)
-    assert found.contribution_ratio.tolist() == pytest.approx([4 / 7, 1 / 4, 1 / 2, 0])
-    assert found.cosine.tolist() == pytest.approx([0, 1, -1, 0])
-    told = found.to_json()
-    assert told["cosine"]["mean"] == pytest.approx(0)
-    assert told["contribution_ratio"]["percentiles"]["50"] == pytest.approx((1 / 4 + 1 / 2) / 2)
-    assert sum(told["cosine"]["histogram"]["counts"]) == told["positions"] == 4
-    assert told["cosine"]["histogram"]["counts"][0] == told["cosine"]["histogram"]["counts"][-1] == 1
+    contribution = Contribution.of(base, injected)
+    assert contribution.contribution_ratio.tolist() == pytest.approx([4 / 7, 1 / 4, 1 / 2, 0])
+    assert contribution.cosine.tolist() == pytest.approx([0, 1, -1, 0])
+    numbers = contribution.to_json()
+    assert numbers["cosine"]["mean"] == pytest.approx(0)
+    assert numbers["contribution_ratio"]["percentiles"]["50"] == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert sum(numbers["cosine"]["histogram"]["counts"]) == numbers["positions"] == 4
+    assert numbers["cosine"]["histogram"]["counts"][0] == numbers["cosine"]["histogram"]["counts"][-1] == 1
 
 
 def test_every_latent_and_every_predicted_word_counts_once_whatever_the_batch(sampler, tmp_path):
@@ -98,25 +99,24 @@ def test_a_closed_skip_a_model_without_skips_and_no_prompts_are_refused():
 
 
 def test_dev_prompts_take_the_families_in_turn():
-    prompts = analysis._dev_prompts(50)
+    prompts = dev_prompts(50)
     assert len(prompts) == 50
-    assert prompts[:7] == analysis._dev_prompts(7), "a longer list begins like a shorter one"
+    assert prompts[:7] == dev_prompts(7), "a longer list begins like a shorter one"
 
 
 # -- likelihood and cost ------------------------------------------------------------------------------------------
 
 
-def test_turns_are_timed_against_sessions_that_read_everything_anew(sampler, monkeypatch, tmp_path):
-    read: list[int] = []
-    real = Session.add
-
-    def add(self: Session, *parts: object) -> Session:
-        read.append(len(parts))
-        return real(self, *parts)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Session, "add", add)
+def test_turns_are_timed_against_sessions_that_read_everything_anew(tmp_path):
+    sampler = a_sampler()
+    stream = sampler.pretzel = Recording(sampler.pretzel)  # type: ignore[assignment]
     costs = turn_costs(sampler, turns=3, repeats=1)
-    assert read == [1, 1, 1, 3, 1, 5]
+    read: dict[int, int] = {}  # positions by cache, in the order in which sessions began
+    for slots, cache, _ in stream.calls:
+        read[id(cache)] = read.get(id(cache), 0) + slots.ids.numel()
+    lengths = [sum(c.slots for c in costs[: turn + 1]) for turn in range(3)]
+    # a new session gets earlier images without the three tokens around each reply
+    assert list(read.values()) == [lengths[-1], *(length - 3 * turn for turn, length in enumerate(lengths))]
     assert [c.turn for c in costs] == [1, 2, 3]
     assert all(COUNT + 2 < c.slots < COUNT + 62 for c in costs)
     assert costs[2].reading_again > costs[2].reading > 0
@@ -128,11 +128,11 @@ def test_turns_are_timed_against_sessions_that_read_everything_anew(sampler, mon
 
 def test_costs_are_per_new_slot_and_the_median_of_repeats():
     runs = [TurnCost(2, 10, read, 1.0, 4.0, 1.5) for read in (9.0, 1.0, 2.0)]
-    cost = analysis._middle(runs)
+    cost = median_cost(runs)
     assert cost.reading == 2.0
-    told = cost.to_json()
-    assert told["per_slot"] == pytest.approx(0.3) and told["per_slot_again"] == pytest.approx(0.55)
-    assert told["slower"] == pytest.approx(5.5 / 3) and told["slower_to_start"] == pytest.approx(2)
+    numbers = cost.to_json()
+    assert numbers["per_slot"] == pytest.approx(0.3) and numbers["per_slot_again"] == pytest.approx(0.55)
+    assert numbers["slower"] == pytest.approx(5.5 / 3) and numbers["slower_to_start"] == pytest.approx(2)
 
 
 # -- plots ------------------------------------------------------------------------------------------------------

@@ -11,9 +11,19 @@ import torch
 
 from model_cases import tiny_components
 from starflow2.errors import ConfigError
+from starflow2.evals.statistics import Score, Scores
+from starflow2.evals.suite import Report
 from starflow2.models.checkpoint import save_components
-from starflow2.research import codec_ablations as codecs
-from starflow2.research.codec_ablations import ARMS, Arm, CodecsConfig, compare_codecs, held_out_nats, start, write
+from starflow2.research.codec_ablations import (
+    ARMS,
+    CLEANED,
+    Arm,
+    CodecsConfig,
+    Measures,
+    compare_codecs,
+    start,
+    write,
+)
 from starflow2.training.config import StageConfig
 
 
@@ -28,28 +38,34 @@ class Quick(CodecsConfig):
 CONFIG = Quick(steps=1, batch=2, seeds=(0,))
 
 
+class MadeUpScores:
+    """Draws one image for each arm and reports made-up scores; records the clean-up of each arm."""
+
+    def __init__(self) -> None:
+        self.cleanups: list[str] = []
+
+    def __call__(self, drawer, split, *, quick, samples):
+        assert drawer.draw(["a red circle"], [len(self.cleanups)]).isfinite().all()
+        self.cleanups.append(drawer.config.cleanup)
+        half = Scores(1, 1, {"lenient": Score(0.5)})
+        bounds = {"clean": {"id": half}, "noise": {"id": half}}
+        return Report(suite="geneval", split=split, quick=quick, n=1, parts={"id": half, "cg": half}, bounds=bounds)
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A model to compare on; scores of drawings are made up, eight pictures stand for all."""
-    drawn = []
-
-    def scores(drawer, split, *, quick, samples):
-        image = drawer.draw(["a red circle"], [len(drawn)])
-        drawn.append((drawer.config.cleanup, float(image.mean())))
-        score = {"overall": {"lenient": {"score": 0.5}}}
-        return {"parts": {"id": score, "cg": score}, "ceiling": {"clean": score, "noise": score}}
-
-    monkeypatch.setattr(codecs, "score_geneval", scores)
-    monkeypatch.setattr(codecs, "PICTURES", 8)
-    monkeypatch.setattr(held_out_nats, "__defaults__", (8, 4))
+def folder(tmp_path):
+    """A model to compare on."""
     save_components(tiny_components(("features", "fae", "vlm")), tmp_path / "model")
     return tmp_path / "model"
 
 
-def test_every_arm_is_trained_and_scored_and_a_second_call_trains_nothing(folder, tmp_path, monkeypatch):
+def test_every_arm_is_trained_and_scored_and_a_second_call_trains_nothing(folder, tmp_path):
     pytest.importorskip("torchmetrics")
-    rows = compare_codecs(folder, CONFIG, tmp_path / "out")
-    assert [row["arm"] for row in rows] == [*ARMS, codecs.CLEANED]
+    scores = MadeUpScores()
+    measures = Measures(geneval=scores, images=8)
+    rows = compare_codecs(folder, CONFIG, tmp_path / "out", measures=measures)
+    assert [row["arm"] for row in rows] == [*ARMS, CLEANED]
+    assert scores.cleanups == ["none", "none", "none", "tweedie"]
     flow, both, patches, cleaned = rows
     components = tiny_components()
     count = sum(p.numel() for p in components.fae.parameters())
@@ -59,11 +75,11 @@ def test_every_arm_is_trained_and_scored_and_a_second_call_trains_nothing(folder
     assert patches["feature_fd"] is not None, "one judge for all arms"
     table = write(rows, CONFIG, tmp_path / "out").read_text()
     assert all(f"| {row['arm']} |" in table for row in rows) and "not between arms" in table
-    monkeypatch.setattr(codecs, "fit_task", None)
-    again = compare_codecs(folder, CONFIG, tmp_path / "out")
+    again = compare_codecs(folder, CONFIG, tmp_path / "out", measures=measures)
     assert again == json.loads(json.dumps(rows))
+    assert len(scores.cleanups) == 4, "what is trained is scored"
     with pytest.raises(ConfigError, match="another budget or model"):
-        compare_codecs(folder, replace(CONFIG, steps=2), tmp_path / "out")
+        compare_codecs(folder, replace(CONFIG, steps=2), tmp_path / "out", measures=measures)
 
 
 def test_arms_start_alike_from_what_is_frozen(folder):

@@ -42,9 +42,9 @@ RESULTS = {
 
 
 def test_every_claim_is_open_where_nothing_was_measured():
-    found = [find(claim, {}) for claim in CLAIMS]
-    assert {f.verdict for f in found} == {"open"}
-    assert all(".json" in f.measured for f in found)
+    findings = [find(claim, {}) for claim in CLAIMS]
+    assert {f.verdict for f in findings} == {"open"}
+    assert all(".json" in f.measured for f in findings)
 
 
 def test_verdicts_follow_the_numbers_and_overlapping_seeds_leave_a_claim_open():
@@ -86,8 +86,8 @@ def test_arms_are_judged_by_pictures_and_by_loss_alike(drawn, lost, verdict):
 )
 def test_what_neither_learnt_tells_nothing_about_forgetting(frozen, finetuned, verdict):
     rows = {"mot frozen": arm(frozen, frozen, frozen), "mot finetuned": arm(finetuned, finetuned, finetuned)}
-    found = {claim.text: find(claim, {"compare": {"summary": rows}}) for claim in CLAIMS if "finetuned" in claim.text}
-    assert [f.verdict for f in found.values()] == [verdict]
+    claims = [claim for claim in CLAIMS if "finetuned" in claim.text]
+    assert [find(claim, {"compare": {"summary": rows}}).verdict for claim in claims] == [verdict]
 
 
 def test_write_claims_reads_what_is_there_and_refuses_what_is_no_json(tmp_path):

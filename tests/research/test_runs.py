@@ -1,9 +1,8 @@
-"""Arms of a comparison: in order or side by side, with their share of the threads, failures raised, progress told."""
+"""Arms of a comparison: in order or in parallel, with their share of the threads, failures raised, progress printed."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from starflow2.research.runs import ProgressPrinter, run_parallel
 from starflow2.training.metrics import StepReport
 
 
-def trained(unit: int) -> list[dict[str, Any]]:
-    """What a process sees; must be importable from one that is spawned."""
+def trained(unit: int) -> list[dict[str, int]]:
+    """Facts about the process that runs it; must be importable from a spawned one."""
     if unit == 13:
         raise DataError("unlucky")
     return [{"unit": unit, "process": os.getpid(), "threads": torch.get_num_threads()}]
@@ -31,7 +30,7 @@ def test_several_jobs_divide_the_threads_among_processes():
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        rows = [row for found in run_parallel(trained, [3, 1, 2], jobs=2) for row in found]
+        rows = [row for result in run_parallel(trained, [3, 1, 2], jobs=2) for row in result]
     finally:
         torch.set_num_threads(threads)
     assert sorted(row["unit"] for row in rows) == [1, 2, 3]
@@ -48,9 +47,9 @@ def test_no_job_is_refused():
         next(run_parallel(trained, [1], jobs=0))
 
 
-def test_an_arm_tells_ten_times_how_far_it_is(capsys):
-    tell = ProgressPrinter("patches", 2)
+def test_an_arm_prints_its_progress_ten_times(capsys):
+    report = ProgressPrinter("patches", 2)
     for step in range(10, 801, 10):
-        tell(StepReport("t2i", step, 800, {"loss": 0.5}, 1.0, 120.0))
+        report(StepReport("t2i", step, 800, {"loss": 0.5}, 1.0, 120.0))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10 and lines[0] == "patches, seed 2: step 80 of 800, loss 0.5000, 2 minutes left"

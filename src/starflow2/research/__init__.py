@@ -1,4 +1,4 @@
-"""The paper's claims and comparisons, measured on our models."""
+"""Measurements for the paper's claims: ablations, the baseline, skip analysis, plots and verdicts."""
 
 from __future__ import annotations
 

@@ -1,27 +1,26 @@
-"""The paper's comparisons, each arm on equal data, steps and seeds: skips, stage 3, and a mixture of transformers.
+"""The paper's comparisons on equal data, steps and seeds: stage 3, its skips, and a mixture of transformers.
 
-Table 4 in two steps: "stage 1" goes on with pictures from words alone, "stage 3, skips closed" adds the other data,
-"stage 3" opens the skips; all go on from the same model of stages 1 and 2. A mixture of transformers has no weights in
-common with that flow, so section 5.3 starts afresh: "fresh", "mot frozen" and "mot finetuned" have the same frozen
-language model and FAE, as many new parameters, and the same documents. Scores are of a quick share of the suites, small
-on purpose, for several seeds, and of losses on documents that nobody was trained on, which tell arms apart long before
-they draw well. Not here: the figures of the shipped model (evals), plots (analysis).
+Table 4 in two steps: "stage 1" continues with text-to-image data alone, "stage 3, skips closed" adds the other data,
+and "stage 3" opens the skips; all continue from the same model of stages 1 and 2. A mixture of transformers shares no
+weights with that flow, so the arms of section 5.3 start with fresh weights: "fresh", "mot frozen" and "mot finetuned"
+have the same frozen language model and FAE, equally many new parameters, and the same documents. Each arm is scored for
+several seeds on a quick share of the suites, and by its losses on documents of no training set, which separate arms
+long before they draw well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, cast, get_args
 
 import numpy as np
 import torch
 
 from starflow2.core.files import replacing
 from starflow2.core.images import to_bytes, to_floats
-from starflow2.core.serialize import JsonObject
 from starflow2.errors import CheckpointError, ConfigError, nearest
 from starflow2.evals.geneval import GenevalSuite
 from starflow2.evals.mme import MmeSuite
@@ -42,19 +41,77 @@ from starflow2.training.loop import fit_task
 from starflow2.training.task import Task
 from starflow2.training.tasks import JointTask, T2iTask
 
-__all__ = ["ARMS", "Arm", "CompareConfig", "compare", "compare_and_keep", "fresh_components", "summary", "write"]
+__all__ = [
+    "ARMS",
+    "Arm",
+    "CompareConfig",
+    "Range",
+    "Row",
+    "Scores",
+    "Summary",
+    "compare",
+    "compare_and_keep",
+    "fresh_components",
+    "score",
+    "summary",
+    "unseen_losses",
+    "write",
+]
 
 Arm = Literal["stage 1", "stage 3", "stage 3, skips closed", "closed in use", "fresh", "mot frozen", "mot finetuned"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
-AFRESH = ("fresh", "mot frozen", "mot finetuned")
+FROM_FRESH_WEIGHTS = ("fresh", "mot frozen", "mot finetuned")
 NEEDED = ("features", "fae", "vlm", "t2i", "adapter")
 UNSEEN_SEED = 77_000  # of the documents whose losses are reported
-Row = JsonObject
+
+
+ScoreName = Literal["geneval", "flow", "mme", "text"]
+
+
+class Losses(TypedDict):
+    """Losses on unseen documents."""
+
+    flow: float  # of drawings: weighted nats per dim, without the constant
+    text: float  # of answers: nats per reply
+
+
+class Scores(Losses):
+    """How well an arm draws and answers; suites on dev, ID prompts."""
+
+    geneval: float  # lenient
+    mme: float  # of 1,200
+
+
+class Row(Scores):
+    """One arm and seed, as compare.json holds it."""
+
+    arm: Arm
+    seed: int
+    trained: int  # parameters
+
+
+class Range(TypedDict):
+    """A score over seeds."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Summary(TypedDict):
+    """All seeds of an arm."""
+
+    seeds: list[int]
+    trained: int
+    geneval: Range
+    flow: Range
+    mme: Range
+    text: Range
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """One budget for all arms."""
+    """The budget, the same for all arms."""
 
     steps: int = 300
     batch: int = 32
@@ -72,23 +129,23 @@ class CompareConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """One training, and the arms that are scored after it."""
+    """One training run, and the arms that are scored after it."""
 
     seed: int
-    arms: tuple[Arm, ...]  # the one that is trained, then those that are another use of it
+    arms: tuple[Arm, ...]  # the arm that is trained, then those that use the same weights in another way
 
 
 @dataclass(frozen=True, slots=True)
 class _Workplace:
-    """Where arms come from and where they run."""
+    """The folder of the model that arms start from, and the device and workers they run on."""
 
     folder: Path
     device: str
     workers: int
 
     def start(self, arm: Arm, config: CompareConfig, seed: int) -> Components[Any, Any]:
-        """What an arm begins with. Raises CheckpointError for a model without stages 1 and 2."""
-        if arm not in AFRESH:
+        """Components before an arm's first step. Raises CheckpointError for a model without stages 1 and 2."""
+        if arm not in FROM_FRESH_WEIGHTS:
             return self._ready()
         components = fresh_components(self.folder, seed, self.device)
         if arm != "fresh":
@@ -101,14 +158,14 @@ class _Workplace:
         components = load_components(self.folder, self.device)
         if "joint" in components.finished_stages or set(NEEDED) - set(components.finished_stages):
             raise CheckpointError(
-                f"{self.folder} has finished {', '.join(components.finished_stages)}; the comparison starts before it "
-                f"and needs {', '.join(NEEDED)}."
+                f"{self.folder} has finished {', '.join(components.finished_stages)}; expected a model that has "
+                f"finished {', '.join(NEEDED)}, and not joint."
             )
         return components.requires_grad_(False)
 
 
 def fresh_components(folder: str | Path, seed: int, device: str = "cpu") -> Components:
-    """The frozen parts of the model in `folder` with a flow and joints that were never trained, those of `seed`."""
+    """The model in `folder` with fresh weights of flow and joints, drawn from `seed`; everything is frozen."""
     components = load_components(folder, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -128,27 +185,27 @@ def compare(
     device: str = "cpu",
     jobs: int = 1,
     workers: int = 0,
+    scorer: Scorer | None = None,
 ) -> Iterator[Row]:
-    """One row per arm and seed: those in `done`, which are not trained again, then the others as they come.
+    """One row per arm and seed: those in `done` without training them again, the others as they are finished.
 
-    A row: arm, seed, trained parameters, geneval (ID, lenient), mme (ID, of 1,200), flow and text (losses on unseen
-    documents: weighted nats per dim without the constant, nats per reply). folder: a model that has finished stages 1
-    and 2. "closed in use" is "stage 3" with the skips closed after training. jobs: arms at a time, each in a process
-    of its own if several. workers: processes that draw an arm's data. Raises ConfigError for an unknown arm.
+    folder: a model that has finished stages 1 and 2. "closed in use" is "stage 3" with the skips closed after training.
+    jobs: how many arms train at once, each in a process of its own if several. workers: processes that draw an arm's
+    data. scorer: `score` by default. Raises ConfigError for an unknown arm.
     """
     arms = list(arms)
     for arm in arms:
         if arm not in ARMS:
             raise ConfigError(f"there is no arm {arm!r}; expected some of {', '.join(ARMS)}.{nearest(arm, ARMS)}")
-    known = {(row["arm"], row["seed"]): row for row in done}
+    known: dict[tuple[str, int], Row] = {(row["arm"], row["seed"]): row for row in done}
     missing = []
     for unit in _units(arms, config.seeds):
-        keys = [(arm, unit.seed) for arm in unit.arms]
+        keys: list[tuple[str, int]] = [(arm, unit.seed) for arm in unit.arms]
         if known.keys() >= set(keys):
             yield from (known[key] for key in keys)
         else:
             missing.append(unit)
-    work = partial(_rows, config=config, place=_Workplace(Path(folder), device, workers))
+    work = partial(_rows, config=config, place=_Workplace(Path(folder), device, workers), scorer=scorer or score)
     for rows in run_parallel(work, missing, jobs):
         yield from rows
 
@@ -161,41 +218,42 @@ def compare_and_keep(
     device: str = "cpu",
     jobs: int = 1,
     workers: int = 0,
+    scorer: Scorer | None = None,
 ) -> list[Row]:
-    """`compare` with all arms, its rows in output/compare.json and compare.md as soon as they are there.
+    """Run `compare` with all arms, writing each new row to output/compare.json and compare.md at once.
 
-    A stopped call goes on. Raises ConfigError where compare.json is of another budget or model.
+    A later call continues one that was stopped. Raises ConfigError if compare.json is of another budget or model.
     """
-    kept = KeptRows(Path(output) / "compare.json", asdict(config) | {"model": fingerprint(Path(folder))})
+    table = KeptRows(Path(output) / "compare.json", asdict(config) | {"model": fingerprint(Path(folder))})
     rows: list[Row] = []
-    for row in compare(folder, config, done=kept.read(), device=device, jobs=jobs, workers=workers):
+    done = cast(list[Row], table.read())
+    for row in compare(folder, config, done=done, device=device, jobs=jobs, workers=workers, scorer=scorer):
         rows = sorted([*rows, row], key=lambda row: (row["seed"], ARMS.index(row["arm"])))
-        kept.write(rows, summary=summary(rows))
+        table.write(rows, summary=summary(rows))
         write(rows, config, output)
     return rows
 
 
 def _units(arms: Iterable[str], seeds: Iterable[int]) -> Iterator[_Unit]:
-    """What is to be trained; "stage 3" is scored once more with its skips closed, if that is asked for."""
+    """Training runs; that of "stage 3" is also scored as "closed in use" if `arms` has it."""
     for seed in seeds:
         for arm in (a for a in ARMS if a in arms and a != "closed in use"):
             yield _Unit(seed, (arm, "closed in use") if arm == "stage 3" and "closed in use" in arms else (arm,))
 
 
-def _rows(unit: _Unit, config: CompareConfig, place: _Workplace) -> list[Row]:
+def _rows(unit: _Unit, config: CompareConfig, place: _Workplace, scorer: Scorer) -> list[Row]:
     """Train one arm and score it."""
     components, task = _trained(unit, config, place)
     trained = num_parameters(task.trained)
-    rows = []
+    rows: list[Row] = []
     for arm in unit.arms:
         closed = arm in ("stage 1", "stage 3, skips closed", "closed in use")
-        scores = _scores(components, closed=closed, config=config)
-        rows.append({"arm": arm, "seed": unit.seed, "trained": trained} | scores)
+        rows.append({"arm": arm, "seed": unit.seed, "trained": trained, **scorer(components, closed, config)})
     return rows
 
 
 def _trained(unit: _Unit, config: CompareConfig, place: _Workplace) -> tuple[Components[Any, Any], Task]:
-    """The arm's parts after training, and what trained them."""
+    """The arm's components after training, and the task that trained them."""
     arm, seed = unit.arms[0], unit.seed
     components = place.start(arm, config, seed)
     stage = config.stage("t2i" if arm == "stage 1" else "joint")
@@ -208,7 +266,11 @@ def _trained(unit: _Unit, config: CompareConfig, place: _Workplace) -> tuple[Com
     return components, task
 
 
-def _scores(components: Components, *, closed: bool, config: CompareConfig) -> dict[str, float]:
+Scorer = Callable[[Components[Any, Any], bool, CompareConfig], Scores]
+
+
+def score(components: Components, closed: bool, config: CompareConfig) -> Scores:
+    """Scores of a trained arm, with its skips closed if `closed`."""
     model = StarFlow2(components, DrawConfig.for_model(components, skips=() if closed else None))
 
     def draw(prompts: list[str], seeds: list[int]) -> Any:
@@ -222,42 +284,50 @@ def _scores(components: Components, *, closed: bool, config: CompareConfig) -> d
     return {
         "geneval": drawing.parts["id"].value("lenient"),
         "mme": answering.parts["id"].value("total"),
-        **_losses(components, closed=closed, count=config.unseen),
+        **unseen_losses(components, closed=closed, count=config.unseen),
     }
 
 
 @torch.no_grad()
-def _losses(components: Components, *, closed: bool, count: int, batch: int = 32) -> dict[str, float]:
-    """Both losses on `count` drawings and as many questions that nobody was trained on, the same for all arms."""
-    found: dict[str, float] = {}
-    for term, kind in (("flow", "draw"), ("text", "understand")):
+def unseen_losses(components: Components, *, closed: bool, count: int, batch: int = 32) -> Losses:
+    """Losses on `count` drawings and `count` questions of no training set, the same for all arms."""
+
+    def mean_loss(term: str, kind: str) -> float:
         only = MixConfig(**{name: float(name == kind) for name in asdict(MixConfig())})
         stage = StageConfig(name="joint", steps=1, batch=batch, caption_drop=0.0, mix=only)
         task = JointTask(components, stage, UNSEEN_SEED, skips=() if closed else ALL_SKIPS)
         generator = torch.Generator().manual_seed(UNSEEN_SEED)
-        chunks = [task.make_batch(range(at, at + batch)) for at in range(0, count, batch)]
-        found[term] = float(np.mean([float(task.loss(data, generator)[1][term]) for data in chunks]))
-    return found
+        chunks = [task.make_batch(range(first, first + batch)) for first in range(0, count, batch)]
+        return float(np.mean([float(task.loss(data, generator)[1][term]) for data in chunks]))
+
+    return {"flow": mean_loss("flow", "draw"), "text": mean_loss("text", "understand")}
 
 
-def summary(rows: Iterable[Mapping[str, Any]]) -> dict[str, JsonObject]:
+def summary(rows: Iterable[Row]) -> dict[Arm, Summary]:
     """Mean and range over seeds of all scores, by arm."""
-    by_arm: dict[str, list[Mapping[str, Any]]] = {}
+    by_arm: dict[Arm, list[Row]] = {}
     for row in rows:
         by_arm.setdefault(row["arm"], []).append(row)
+    return {arm: _summary(same) for arm, same in by_arm.items()}
+
+
+def _summary(rows: list[Row]) -> Summary:
     return {
-        arm: {"seeds": [row["seed"] for row in same], "trained": same[0]["trained"]}
-        | {name: _over_seeds([row[name] for row in same]) for name in SCORES}
-        for arm, same in by_arm.items()
+        "seeds": [row["seed"] for row in rows],
+        "trained": rows[0]["trained"],
+        "geneval": _over_seeds([row["geneval"] for row in rows]),
+        "flow": _over_seeds([row["flow"] for row in rows]),
+        "mme": _over_seeds([row["mme"] for row in rows]),
+        "text": _over_seeds([row["text"] for row in rows]),
     }
 
 
-def _over_seeds(values: list[float]) -> dict[str, float]:
+def _over_seeds(values: list[float]) -> Range:
     return {"mean": float(np.mean(values)), "low": min(values), "high": max(values)}
 
 
 def write(rows: Iterable[Row], config: CompareConfig, folder: str | Path) -> Path:
-    """compare.md in `folder`. Raises OutputError."""
+    """Write compare.md, a table of all arms, into `folder`. Raises OutputError."""
     titles = " | ".join(title for title, _ in SCORES.values())
     lines = [f"| arm | trained parameters | seeds | {titles} |", "|---|---:|---" + "|---:" * len(SCORES) + "|"]
     for arm, row in summary(rows).items():
@@ -271,12 +341,11 @@ def write(rows: Iterable[Row], config: CompareConfig, folder: str | Path) -> Pat
     return path
 
 
-def _cell(found: Mapping[str, float], digits: int) -> str:
-    mean, low, high = (f"{found[name]:.{digits}f}" for name in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+def _cell(score: Range, digits: int) -> str:
+    return f"{score['mean']:.{digits}f} [{score['low']:.{digits}f}, {score['high']:.{digits}f}]"
 
 
-SCORES = {  # title and digits
+SCORES: dict[ScoreName, tuple[str, int]] = {  # title and digits
     "geneval": ("W-GenEval, dev, ID", 3),
     "flow": ("flow loss, unseen", 4),
     "mme": ("W-MME-p, dev, ID", 0),

@@ -1,7 +1,7 @@
-"""What happens inside a trained model: what the skips carry, where a picture is surprising, what a turn costs.
+"""Measurements of a trained model: how much the skips contribute, and what a turn of a conversation costs.
 
-Numbers go out as dataclasses with `to_json`, plots as PNG files. Not here: benchmarks (evals), scores (scoring).
-Letters: M positions, N latents, P pictures, D latent dim.
+Numbers are returned as dataclasses with `to_json`, plots are written as PNG files.
+Letters: M positions, N latents, P images, D latent dim.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from starflow2.core.images import save_png
-from starflow2.core.serialize import JsonObject
 from starflow2.errors import ConfigError
 from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import Completed, DecodedImage, Token
@@ -33,7 +33,10 @@ from starflow2.world.questions import DESCRIBE
 __all__ = [
     "Contribution",
     "SkipReport",
+    "Spread",
     "TurnCost",
+    "dev_prompts",
+    "median_cost",
     "plot_skips",
     "plot_turn_costs",
     "skip_contributions",
@@ -42,6 +45,7 @@ __all__ = [
 
 PERCENTILES = (5, 25, 50, 75, 95)
 BINS = 40
+Measure = Literal["contribution_ratio", "cosine"]
 
 
 # -- what the skips carry ---------------------------------------------------------------------------------------
@@ -49,7 +53,7 @@ BINS = 40
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """One skip at M positions, where W h is added to a base (paper eq. 5.1, 5.2). Both (M,) float64.
+    """Contribution of one skip at M positions, where W h is added to a base (eq. 5.1, 5.2); both (M,) float64.
 
     contribution_ratio: |W h| / (|base| + |W h|), in [0, 1]; cosine: of base and W h, in [-1, 1], 0 where W h is 0.
     """
@@ -59,33 +63,54 @@ class Contribution:
 
     @classmethod
     def of(cls, base: Tensor, injected: Tensor) -> Contribution:
-        """base, injected: (M, width)."""
+        """base and injected (W h): (M, width)."""
         base, injected = base.double().cpu(), injected.double().cpu()
         sizes = base.norm(dim=-1), injected.norm(dim=-1)
         tiny = torch.finfo(torch.float64).tiny
         ratio = sizes[1] / (sizes[0] + sizes[1]).clamp(min=tiny)
         return cls(ratio, (base * injected).sum(-1) / (sizes[0] * sizes[1]).clamp(min=tiny))
 
-    def to_json(self) -> JsonObject:
+    @property
+    def spreads(self) -> dict[Measure, Spread]:
         """Mean, percentiles and histogram of both."""
-        told = {"contribution_ratio": _spread(self.contribution_ratio, 0.0), "cosine": _spread(self.cosine, -1.0)}
-        return {"positions": len(self.cosine), **told}
+        return {
+            "contribution_ratio": Spread.of(self.contribution_ratio, 0.0),
+            "cosine": Spread.of(self.cosine, -1.0),
+        }
+
+    def to_json(self) -> dict[str, object]:
+        """The number of positions, and all numbers of `spreads`."""
+        return {"positions": len(self.cosine), **{name: spread.to_json() for name, spread in self.spreads.items()}}
 
 
-def _spread(values: Tensor, low: float) -> JsonObject:
-    """Mean, percentiles, and the histogram on [low, 1] of values (M,)."""
-    counts, edges = torch.histogram(values, BINS, range=(low, 1.0))
-    found = values.quantile(torch.tensor([p / 100 for p in PERCENTILES], dtype=values.dtype))
-    return {
-        "mean": float(values.mean()),
-        "percentiles": {str(p): float(v) for p, v in zip(PERCENTILES, found, strict=True)},
-        "histogram": {"edges": edges.tolist(), "counts": [int(c) for c in counts]},
-    }
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean, percentiles and histogram of M values."""
+
+    mean: float
+    percentiles: tuple[float, ...]  # as in PERCENTILES
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, values: Tensor, low: float) -> Spread:
+        """values: (M,) in [low, 1], the range of the histogram."""
+        counts, edges = torch.histogram(values, BINS, range=(low, 1.0))
+        percentiles = values.quantile(torch.tensor([p / 100 for p in PERCENTILES], dtype=values.dtype))
+        numbers = tuple(float(v) for v in percentiles), tuple(edges.tolist()), tuple(int(c) for c in counts)
+        return cls(float(values.mean()), *numbers)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "mean": self.mean,
+            "percentiles": {str(p): v for p, v in zip(PERCENTILES, self.percentiles, strict=True)},
+            "histogram": {"edges": list(self.edges), "counts": list(self.counts)},
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class SkipReport:
-    """Both skips over transcripts of `prompts`: visual at every latent, text wherever the model predicts a word."""
+    """Contributions over transcripts of `prompts`: visual skip at latents, text skip where tokens are predicted."""
 
     visual: Contribution
     text: Contribution
@@ -94,18 +119,23 @@ class SkipReport:
     grid: tuple[int, int]
 
     def by_place(self) -> Tensor:
-        """The mean visual contribution ratio at every place of a picture: (rows, columns)."""
+        """Mean contribution ratio of the visual skip at each latent of the grid: (rows, columns)."""
         return self.visual.contribution_ratio.view(len(self.prompts), *self.grid).mean(0)
 
-    def to_json(self) -> JsonObject:
+    def to_json(self) -> dict[str, object]:
         """All numbers; `visual_by_place` are the rows of `by_place`."""
-        told = {"visual": self.visual.to_json(), "text": self.text.to_json()}
-        return {"seed": self.seed, "prompts": list(self.prompts), **told, "visual_by_place": self.by_place().tolist()}
+        return {
+            "seed": self.seed,
+            "prompts": list(self.prompts),
+            "visual": self.visual.to_json(),
+            "text": self.text.to_json(),
+            "visual_by_place": self.by_place().tolist(),
+        }
 
 
 @torch.no_grad()
 def skip_contributions(sampler: Sampler, prompts: int = 50, seed: int = 0) -> SkipReport:
-    """Eq. 5.1 and 5.2 over transcripts: the model draws each of `prompts` of the dev suite and describes what it drew.
+    """Eq. 5.1 and 5.2 over transcripts in which the model draws each of `prompts` dev prompts and describes the image.
 
     Transcripts are read in one parallel pass, so that every position counts once. The text skip is measured where it
     acts, at positions of replies. Raises ConfigError for no prompts, or for a model whose skips are closed.
@@ -113,28 +143,30 @@ def skip_contributions(sampler: Sampler, prompts: int = 50, seed: int = 0) -> Sk
     if prompts < 1:
         raise ConfigError(f"prompts is {prompts}; expected at least 1.")
     if sampler.pretzel.skips != {"visual", "text"}:
-        raise ConfigError(f"skips are {sorted(sampler.pretzel.skips)}; expected both open, or there is nothing to see.")
-    asked = _dev_prompts(prompts)
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {"visual": [], "text": []}
+        raise ConfigError(
+            f"skips are {sorted(sampler.pretzel.skips)}; expected both open, or there is nothing to measure."
+        )
+    texts = dev_prompts(prompts)
+    uses: dict[str, list[tuple[Tensor, Tensor]]] = {"visual": [], "text": []}
     for first in range(0, prompts, sampler.config.batch):
-        told = _transcripts(sampler, asked[first : first + sampler.config.batch], seed + first)
-        batch = pack([t.document for t in told], sampler.layout).to(sampler.components.device)
-        x = torch.stack([t.picture.x for t in told])
-        levels = torch.full((len(told),), sampler.noise_level, dtype=sampler.dtype, device=x.device)
+        transcripts = _transcripts(sampler, texts[first : first + sampler.config.batch], seed + first)
+        batch = pack([t.document for t in transcripts], sampler.layout).to(sampler.components.device)
+        x = torch.stack([t.picture.x for t in transcripts])
+        levels = torch.full((len(transcripts),), sampler.noise_level, dtype=sampler.dtype, device=x.device)
         trace: Trace = []
         stream = sampler.pretzel.traced(trace)
         _ = read_documents(stream, batch, x, levels).logits  # the text skip is used where words are predicted
         for name, base, injected in trace:
-            found[name].append((base, injected))
+            uses[name].append((base, injected))
     visual, text = (
-        Contribution.of(torch.cat([base for base, _ in found[name]]), torch.cat([added for _, added in found[name]]))
+        Contribution.of(torch.cat([base for base, _ in uses[name]]), torch.cat([added for _, added in uses[name]]))
         for name in ("visual", "text")
     )
-    return SkipReport(visual, text, tuple(asked), seed, sampler.layout.grid)
+    return SkipReport(visual, text, tuple(texts), seed, sampler.layout.grid)
 
 
-def _dev_prompts(count: int) -> list[str]:
-    """The first prompts of the dev suite, one family after the other in turn."""
+def dev_prompts(count: int) -> list[str]:
+    """The first prompts of the dev suite, the families taking turns."""
     each = math.ceil(count / len(FAMILIES))
     drawings = suite_drawings("geneval", "dev", "id", each)
     return [drawings[family * each + i].prompt for i in range(each) for family in range(len(FAMILIES))][:count]
@@ -147,12 +179,12 @@ class _Transcript:
 
 
 def _transcripts(sampler: Sampler, prompts: Sequence[str], seed: int) -> list[_Transcript]:
-    """For every prompt: a picture of it by the model, and the model's description of that picture."""
+    """For every prompt, the model's image and the model's description of that image."""
     tokenizer, rows = sampler.components.tokenizer, BatchDecoder(sampler, len(prompts))
     seeds, replies = range(seed, seed + len(prompts)), tokenizer.opens_reply()
-    asked = [(*tokenizer.opens_user(), *_ids(sampler, prompt), *replies) for prompt in prompts]
+    requests = [(*tokenizer.opens_user(), *_ids(sampler, prompt), *replies) for prompt in prompts]
     question = (*tokenizer.opens_user(is_first=False), *_ids(sampler, DESCRIBE), *replies)
-    rows.read(asked)
+    rows.read(requests)
     events = list(rows.reply(seeds, ReplyLimits(tokens=0, pictures=1), draws=True))
     pictures = {event.row: event.picture for event in events if isinstance(event, Completed)}
     rows.read([question] * len(prompts))
@@ -163,8 +195,8 @@ def _transcripts(sampler: Sampler, prompts: Sequence[str], seed: int) -> list[_T
     ends = tokenizer.special.end
     end = Text((ends,), is_target=True)
     return [
-        _Transcript((Text(ids), Image(is_target=True), end, Text(question), Text((*said, ends), True)), p)
-        for ids, said, p in zip(asked, words, (pictures[i] for i in range(len(prompts))), strict=True)
+        _Transcript((Text(ids), Image(is_target=True), end, Text(question), Text((*reply, ends), True)), p)
+        for ids, reply, p in zip(requests, words, (pictures[i] for i in range(len(prompts))), strict=True)
     ]
 
 
@@ -174,23 +206,23 @@ def _ids(sampler: Sampler, text: str) -> list[int]:
 
 def plot_skips(report: SkipReport, path: str | Path) -> None:
     """The two panels of figure 7 as a PNG: share of positions by contribution ratio and by cosine, for both skips."""
+    axes: tuple[tuple[str, str, Measure], ...] = (
+        ("contribution ratio (eq. 5.1, 5.2)", "|Wh| / (|base| + |Wh|)", "contribution_ratio"),
+        ("cosine of base and injected", "cosine", "cosine"),
+    )
     panels = [
         Panel(title=title, x_label=label, y_label="share of positions", curves=_outlines(report, name))
-        for title, label, name in (
-            ("contribution ratio (eq. 5.1, 5.2)", "|Wh| / (|base| + |Wh|)", "contribution_ratio"),
-            ("cosine of base and injected", "cosine", "cosine"),
-        )
+        for title, label, name in axes
     ]
     save_png(plot_panels(panels), path)
 
 
-def _outlines(report: SkipReport, name: str) -> dict[str, list[tuple[float, float]]]:
+def _outlines(report: SkipReport, name: Measure) -> dict[str, list[tuple[float, float]]]:
     curves = {}
     for label, contribution in (("visual skip", report.visual), ("text skip", report.text)):
-        told = contribution.to_json()
-        counts, edges = told[name]["histogram"]["counts"], told[name]["histogram"]["edges"]
-        shares = [count / told["positions"] for count in counts]
-        curves[f"{label}, mean {told[name]['mean']:.3f}"] = histogram_outline(edges, shares)
+        spread, positions = contribution.spreads[name], len(contribution.cosine)
+        shares = [count / positions for count in spread.counts]
+        curves[f"{label}, mean {spread.mean:.3f}"] = histogram_outline(spread.edges, shares)
     return curves
 
 
@@ -199,9 +231,10 @@ def _outlines(report: SkipReport, name: str) -> dict[str, list[tuple[float, floa
 
 @dataclass(frozen=True, slots=True)
 class TurnCost:
-    """Seconds of turn `turn`, in which the user says something and the model draws `slots` new slots in all.
+    """Seconds of turn number `turn`, a prompt and the image drawn for it, `slots` new positions in all.
 
-    reading, drawing: in a session that keeps its cache; again: both in a new session that reads everything anew.
+    reading, drawing: in a session that keeps its cache. reading_again, drawing_again: in a new session that first reads
+    the whole transcript.
     """
 
     turn: int
@@ -219,8 +252,8 @@ class TurnCost:
     def per_slot_again(self) -> float:
         return (self.reading_again + self.drawing_again) / self.slots
 
-    def to_json(self) -> JsonObject:
-        """All numbers, and how many times slower reading everything anew is, in all and before the first new latent."""
+    def to_json(self) -> dict[str, float]:
+        """All numbers, and how many times slower a new session is: in all, and until the first new latent."""
         ratios = {
             "slower": self.per_slot_again / self.per_slot,
             "slower_to_start": self.reading_again / self.reading,
@@ -229,15 +262,15 @@ class TurnCost:
 
 
 def turn_costs(sampler: Sampler, turns: int = 8, repeats: int = 3, seed: int = 0) -> list[TurnCost]:
-    """What every turn of a drawing session costs, against reading the whole transcript anew at every turn.
+    """The cost of each turn of a drawing session, with its cache and with a new session at every turn.
 
-    The other session is fresh at each turn: it encodes all earlier pictures from their pixels and reads them and all
-    words. Medians of `repeats` whole sessions; CPU seconds on CPU, wall seconds elsewhere.
+    The new session encodes all earlier images from their pixels and reads the whole transcript. Medians of `repeats`
+    whole sessions; CPU seconds on CPU, wall seconds elsewhere.
     """
     if turns < 1 or repeats < 1:
         raise ConfigError(f"turns is {turns} and repeats is {repeats}; expected at least 1 of each.")
-    runs = [list(_timed_turns(sampler, _dev_prompts(turns), seed)) for _ in range(repeats)]
-    return [_middle(same) for same in zip(*runs, strict=True)]
+    runs = [list(_timed_turns(sampler, dev_prompts(turns), seed)) for _ in range(repeats)]
+    return [median_cost(same) for same in zip(*runs, strict=True)]
 
 
 def _timed_turns(sampler: Sampler, prompts: Sequence[str], seed: int) -> Iterator[TurnCost]:
@@ -248,19 +281,26 @@ def _timed_turns(sampler: Sampler, prompts: Sequence[str], seed: int) -> Iterato
         transcript.append(prompt)
         start = clock()
         session.add(prompt)
-        read = clock()
+        after_reading = clock()
         image = session.draw().picture.image
-        drawn = clock()
+        after_drawing = clock()
         fresh = Session(sampler, seed).add(*transcript)
-        read_again = clock()
+        after_reading_again = clock()
         fresh.draw()
         end = clock()
         transcript.append(image)
-        yield TurnCost(turn, session.length - before, read - start, drawn - read, read_again - drawn, end - read_again)
+        yield TurnCost(
+            turn,
+            session.length - before,
+            after_reading - start,
+            after_drawing - after_reading,
+            after_reading_again - after_drawing,
+            end - after_reading_again,
+        )
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """Seconds: of this process on CPU, which neighbours on the machine do not change; on the wall elsewhere."""
+    """A clock in seconds: CPU time of this process on CPU, which other load does not change; wall time elsewhere."""
     if device.type == "cpu":
         return time.process_time
 
@@ -271,14 +311,14 @@ def _clock(device: torch.device) -> Callable[[], float]:
     return synchronised
 
 
-def _middle(same: Sequence[TurnCost]) -> TurnCost:
-    """The median of every time over repeats of one turn."""
+def median_cost(same: Sequence[TurnCost]) -> TurnCost:
+    """The median of each time over repeats of one turn."""
     times = (median(getattr(cost, name) for cost in same) for name in TurnCost.__slots__[2:])
     return TurnCost(same[0].turn, same[0].slots, *times)
 
 
 def plot_turn_costs(costs: Sequence[TurnCost], path: str | Path) -> None:
-    """Two panels as a PNG: milliseconds per new slot of a turn, and those before its first new latent."""
+    """Two panels as a PNG: milliseconds per new position of a turn, and milliseconds until its first new latent."""
     whole = {
         "one cache": [(c.turn, 1e3 * c.per_slot) for c in costs],
         "all read anew": [(c.turn, 1e3 * c.per_slot_again) for c in costs],

@@ -1,11 +1,11 @@
-"""A mixture of transformers to compare with (BAGEL's design, paper section 5.3), behind the Pretzel's interface.
+"""A mixture of transformers as the baseline of section 5.3 (BAGEL's design), with the Pretzel's interface.
 
-One stream instead of two: every layer of the language model has a second set of weights, its visual experts, for the
-slots of pictures. Slots are processed by the experts of their kind and meet in attention only. Text experts start as
-the language model itself and are frozen or finetuned; visual experts, flow head and shallow blocks are new.
-A begin slot is visual, although its token is a word: all it predicts is the first latent's Gaussian, and it carries
-the noise level, neither of which frozen text experts could do anything with. An end slot is text: it predicts words.
-Letters: B rows, T positions, M slots of one kind, P pictures, E width, H heads, G key heads, K head dim, V vocabulary.
+One stream instead of two: every layer of the language model has a second set of weights, the visual experts, for the
+slots of images. Each slot goes through the experts of its kind, and slots of both kinds meet in attention only. Text
+experts start as the language model itself and are frozen or finetuned; visual experts, flow head and shallow blocks are
+new. A begin slot is visual, although it holds a token: it predicts the first latent's Gaussian and carries the noise
+level, neither of which frozen text experts can handle. An end slot is text: it predicts tokens.
+Letters: B rows, T positions, M slots of one kind, P images, E width, H heads, G key heads, K head dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ __all__ = [
     "matched_width",
 ]
 
-Trains = Literal["frozen", "finetuned"]  # what happens to the text experts
+Trains = Literal["frozen", "finetuned"]  # whether the text experts train
 
 
 # -- experts ------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ class _RmsNorm(nn.Module):
 
 
 class _Attention(nn.Module):
-    """The projections around attention; attention itself belongs to both experts together."""
+    """The projections around attention, which itself is shared by both experts."""
 
     def __init__(self, cfg: LanguageConfig) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _Expert(nn.Module):
         return torch.cat([self.self_attn.q_proj(x), self.self_attn.k_proj(x), self.self_attn.v_proj(x)], dim=-1)
 
     def forward(self, x: Tensor, attended: Tensor) -> Tensor:
-        """What this layer makes of x (M, E) and what it attended to (M, E): (M, E)."""
+        """Output of the layer for x (M, E) and the result of attention (M, E): (M, E)."""
         x = x + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -110,6 +110,11 @@ class TextExperts(nn.Module):
         if cfg.ties_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
+    @property
+    def experts(self) -> list[_Expert]:
+        """Layers by their type, which a ModuleList does not tell."""
+        return cast(list[_Expert], list(self.layers))
+
 
 class VisualExperts(nn.Module):
     """The second set of weights of every layer."""
@@ -118,14 +123,19 @@ class VisualExperts(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(_Expert(cfg, mlp_width) for _ in range(cfg.depth))
 
+    @property
+    def experts(self) -> list[_Expert]:
+        """Layers by their type, which a ModuleList does not tell."""
+        return cast(list[_Expert], list(self.layers))
+
 
 @dataclass(frozen=True, slots=True)
 class _Kinds:
-    """Which of B x T slots are text and which are visual."""
+    """Indices of text and of visual slots among B x T."""
 
-    text: Tensor  # (M,) places among the B * T
+    text: Tensor  # (M,) indices into the flattened B * T slots
     visual: Tensor  # (M',)
-    back: Tensor  # (B * T,) where each place stands in text and visual, one behind the other
+    back: Tensor  # (B * T,) index of each slot in text and visual concatenated
     shape: torch.Size
 
     @classmethod
@@ -145,7 +155,7 @@ class _Kinds:
 
 
 class Experts(nn.Module):
-    """A language model with visual experts beside its own weights; a `LanguageStream` where all slots are text."""
+    """A language model with visual experts; a `LanguageStream` if all slots are text."""
 
     def __init__(self, cfg: LanguageConfig, visual_mlp_width: int) -> None:
         super().__init__()
@@ -171,14 +181,14 @@ class Experts(nn.Module):
     def states(
         self, embeds: Tensor, positions: Tensor, cache: Cache | None = None, attend: Tensor | None = None
     ) -> Tensor:
-        """Last hidden states (B, T, E) where all slots are text; arguments as in `LanguageStream`."""
+        """Last hidden states (B, T, E) of text; arguments as in `LanguageStream`."""
         is_visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         return self.mixed(embeds, positions, is_visual, cache, attend)
 
     def mixed(
         self, x: Tensor, positions: Tensor, is_visual: Tensor, cache: Cache | None = None, attend: Tensor | None = None
     ) -> Tensor:
-        """x: (B, T, E), each slot through the experts of its kind -> (B, T, E); text ends in the model's last norm.
+        """Each slot of x (B, T, E) through the experts of its kind -> (B, T, E); text slots get the model's last norm.
 
         is_visual: (B, T) bool; the rest as in `LanguageStream`.
         """
@@ -187,16 +197,15 @@ class Experts(nn.Module):
         rotation = _rotation(positions, self.cfg, at_least_fp32(x).dtype)
         mask = attention_mask(x, 0 if cache is None else cache.length, attend)
         text, visual = kinds.apart(x)
-        for i, (words, sights) in enumerate(zip(self.text.layers, self.visual.layers, strict=True)):
-            assert isinstance(words, _Expert) and isinstance(sights, _Expert)
-            qkv = kinds.together(words.qkv(text), sights.qkv(visual))
+        for i, (for_words, for_images) in enumerate(zip(self.text.experts, self.visual.experts, strict=True)):
+            qkv = kinds.together(for_words.qkv(text), for_images.qkv(visual))
             q, k, v = self._heads(qkv, rotation)
             if cache is not None:
                 k, v = cache.append(i, k, v)
             groups = self.cfg.heads // self.cfg.kv_heads
             out = attention(q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), mask)  # (B, H, T, K)
-            for_text, for_visual = kinds.apart(out.transpose(1, 2).flatten(2))
-            text, visual = words(text, for_text), sights(visual, for_visual)
+            text_out, visual_out = kinds.apart(out.transpose(1, 2).flatten(2))
+            text, visual = for_words(text, text_out), for_images(visual, visual_out)
         if cache is not None:
             cache.advance(x.shape[1])
         return kinds.together(self.text.norm(text), visual)
@@ -210,7 +219,7 @@ class Experts(nn.Module):
 
 
 def _rotation(positions: Tensor, cfg: LanguageConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of M-RoPE: positions (3, B, T) -> 2 x (B, 1, T, K / 2); each section of pairs has its axis."""
+    """Cosine and sine of M-RoPE: positions (3, B, T) -> 2 x (B, 1, T, K / 2); each section has one axis."""
     pairs = cfg.width // cfg.heads // 2
     freqs = cfg.rope_theta ** -(torch.arange(pairs, dtype=dtype, device=positions.device) / pairs)
     axis = torch.arange(3, device=positions.device).repeat_interleave(torch.tensor(cfg.mrope_section).to(positions))
@@ -229,7 +238,7 @@ def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class MotJoints(nn.Module):
-    """The projection of the previous image: with one stream there is no adapter and no skip between two."""
+    """The projection of the previous image; with one stream there are no adapter and no skips."""
 
     def __init__(self, cfg: JointsConfig, dim: int, width: int) -> None:
         super().__init__()
@@ -240,9 +249,9 @@ class MotJoints(nn.Module):
 
 @dataclass(frozen=True)
 class Mot:
-    """The baseline as a `JointStream`; owns no weights, and C = E: there is one stream, so no skips.
+    """The baseline as a `JointStream`; owns no weights. With one stream C = E, and there are no skips.
 
-    `flow` has the shallow blocks, and as its deep block only what surrounds a body: embeddings, final norm, head.
+    `flow` has the shallow blocks and a deep block without layers: embeddings, final norm and head.
     """
 
     vlm: Experts
@@ -251,15 +260,15 @@ class Mot:
     skips: frozenset[Skip] = frozenset()
 
     def with_skips(self, skips: Collection[Skip]) -> Self:
-        """This stream: there is nothing to open or close between two that are one."""
+        """This stream unchanged: it has no skips."""
         return self
 
     def traced(self, trace: Trace) -> Self:
-        """This stream: without skips it leaves no trace."""
+        """This stream unchanged: it has no skips to trace."""
         return self
 
     def in_one_pass(self) -> Self:
-        """This stream, which never reads in two."""
+        """This stream unchanged: it always reads in one pass."""
         return self
 
     def in_float64(self) -> Self:
@@ -279,7 +288,7 @@ class Mot:
         return LatentInputs(self.flow, side, self.joints.reference if side else None)
 
     def read(self, slots: Slots, cache: PretzelCache | None = None) -> States:
-        """States at new positions, after those in `cache`: h for words, g the same after the visual final norm."""
+        """States at new positions, after those in `cache`: h for tokens, and g = h after the flow's final norm."""
         x = self.vlm.embed(slots.ids)
         is_visual = torch.zeros_like(slots.ids, dtype=torch.bool)
         if slots.begin is not None:
@@ -299,7 +308,7 @@ class Mot:
         return self.vlm.logits(h)
 
     def adapted(self, u: Tensor, noise_level: Tensor) -> Tensor:
-        """Whole images as they are read: u (P, N, D), noise_level (P,) -> (P, N, E)."""
+        """Whole images as inputs of the stream: u (P, N, D), noise_level (P,) -> (P, N, E)."""
         targets = torch.arange(1, u.shape[1] + 1, device=u.device).expand(len(u), -1)
         return self.inputs.base(F.pad(u, (0, 0, 0, 1)), targets, noise_level, None, None)
 
@@ -311,18 +320,18 @@ class Mot:
         reference: Tensor | None,
         has_reference: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Latents before `targets`, twice (P, n, E): one stream reads them once, see `JointStream`."""
+        """Latents before `targets` as inputs (P, n, E), returned twice: language model and flow are one stream."""
         base = self.inputs.base(buffer, targets, noise_level, reference, has_reference)
         return base, base
 
 
-# -- beside a model ---------------------------------------------------------------------------------------------
+# -- components of the baseline ---------------------------------------------------------------------------------
 
 
 def matched_width(components: Components) -> int:
-    """The MLP width of the visual experts with which the baseline adds as many parameters as flow and joints have.
+    """The MLP width of visual experts for which the baseline adds as many parameters as flow and joints have.
 
-    Raises ConfigError where even the narrowest is too large.
+    Raises ConfigError if width 1 already adds more.
     """
 
     def new_parameters(width: int) -> int:
@@ -330,7 +339,7 @@ def matched_width(components: Components) -> int:
             return num_parameters(VisualExperts(components.cfg.vlm, width), *_around(components))
 
     wanted = num_parameters(components.flow, components.joints)
-    one, two = new_parameters(1), new_parameters(2)  # linear in between and beyond
+    one, two = new_parameters(1), new_parameters(2)  # the count is linear in the width
     width = 1 + round((wanted - one) / (two - one))
     if width < 1:
         raise ConfigError(f"flow and joints have {wanted} parameters; expected at least {one}, the smallest baseline.")
@@ -338,29 +347,29 @@ def matched_width(components: Components) -> int:
 
 
 def _around(components: Components) -> tuple[Flow, MotJoints]:
-    """What is new beside the visual experts."""
+    """New modules besides the visual experts."""
     return Flow(_flow_config(components)), MotJoints(
         components.cfg.joints, components.cfg.flow.deep.dim, components.cfg.vlm.width
     )
 
 
 def _flow_config(components: Components) -> FlowConfig:
-    """The same shallow blocks; a deep block without layers, as wide as the language model."""
+    """The flow's config with a deep block without layers, as wide as the language model."""
     flow, vlm = components.cfg.flow, components.cfg.vlm
     stack = StackConfig(width=vlm.width, depth=0, head_dim=vlm.width // vlm.heads, rope=False)
     return replace(flow, deep=replace(flow.deep, stack=stack, context_dim=0, start="none"))
 
 
 class MotComponents(Components[Experts, MotJoints]):
-    """Components of a model with the baseline in place of both streams.
+    """Components of a model with the baseline instead of both streams.
 
-    Text experts start as the language model of `components`, all else is fresh; features, codec and tokenizer are
-    shared. Both variants add as many parameters as the Pretzel's flow and joints have (`matched_width`); "finetuned"
-    also trains the text experts, so that the totals are equal in both, and in "frozen" those that train are, too.
+    Text experts start as the language model of `components`; features, codec and tokenizer are shared, all else is
+    fresh. Both variants add as many parameters as the Pretzel's flow and joints have (`matched_width`). "frozen" trains
+    as many as the Pretzel; "finetuned" trains the text experts too.
     """
 
     def __init__(self, components: Components, text: Trains = "frozen", seed: int = 0) -> None:
-        """`seed`: of all weights that are new."""
+        """seed: of all fresh weights."""
         cfg = replace(components.cfg, name=f"{components.cfg.name}-mot-{text}", flow=_flow_config(components))
         modules = {k: m for k, m in components.named_children() if k in ("features", "fae", "patches")}
         with torch.random.fork_rng(devices=[]):
@@ -382,6 +391,6 @@ class MotComponents(Components[Experts, MotJoints]):
 
     @property
     def joint_modules(self) -> dict[str, nn.Module]:
-        """Modules that training changes: all that is new, and text experts that are finetuned."""
+        """Modules that train: all new ones, and text experts if they are finetuned."""
         modules: dict[str, nn.Module] = {"visual": self.vlm.visual, "flow": self.flow, "joints": self.joints}
         return modules | ({"text": self.vlm.text} if self.text == "finetuned" else {})

@@ -1,6 +1,6 @@
 """Plots drawn with PIL: panels side by side with axes, ticks and curves, without a plotting library.
 
-Not here: where the numbers come from (`analysis`), PNG files (`core.images.save_png`).
+Numbers come from `analysis`; `core.images.save_png` writes the result.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def histogram_outline(edges: Sequence[float], heights: Sequence[float]) -> list[
 
 
 def plot_panels(panels: Sequence[Panel]) -> PILImage:
-    """Plots side by side, their y axes from 0 or below. Raises ShapeError for no panel or a panel without points.
+    """Plots side by side; y axes include 0. Raises ShapeError for no panel or a panel without points.
 
     >>> plot_panels([Panel(title="a", x_label="x", y_label="y", curves={"one": [(0, 1), (2, 3)]})]).size
     (508, 368)

@@ -1,7 +1,7 @@
-"""The arms of a comparison, one after another or several side by side, each with its share of the threads.
+"""Run the arms of a comparison, one after another or several in parallel, each with its share of the threads.
 
-At nano's size a step takes one thread as long as two, so that two arms at a time take half as long together. Not here:
-what an arm is and how it is scored (compare, codecs).
+At nano's size a training step is as fast on one thread as on two, so two parallel arms halve the total time. The
+caller defines what an arm is and how it is scored (`ablations`, `codec_ablations`).
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from typing import TypeVar
 
 import torch
 
-from starflow2.core.serialize import JsonObject
 from starflow2.errors import ConfigError
 from starflow2.training.metrics import StepReport
 
 __all__ = ["ProgressPrinter", "run_parallel"]
 
 Unit = TypeVar("Unit")
-Row = JsonObject
-TOLD = 10  # lines per arm
+Result = TypeVar("Result")
+LINES = 10  # of progress per arm
 
 
 @dataclass(frozen=True, slots=True)
 class ProgressPrinter:
-    """Says how far an arm is, ten times on its way. An object and not a closure, so that processes can be handed it."""
+    """Prints the progress of an arm in ten lines. A class and not a closure, so that it can be sent to a process."""
 
     arm: str
     seed: int
 
-    def __call__(self, at: StepReport) -> None:
-        if at.step == at.steps or (at.step * TOLD // at.steps) > ((at.step - 1) * TOLD // at.steps):
-            loss, minutes = at.metrics["loss"], at.eta_s / 60
-            told = f"{self.arm}, seed {self.seed}: step {at.step} of {at.steps}, loss {loss:.4f}"
-            print(f"{told}, {minutes:.0f} minutes left", flush=True)
+    def __call__(self, report: StepReport) -> None:
+        step, steps = report.step, report.steps
+        if step == steps or (step * LINES // steps) > ((step - 1) * LINES // steps):
+            loss, minutes = report.metrics["loss"], report.eta_s / 60
+            line = f"{self.arm}, seed {self.seed}: step {step} of {steps}, loss {loss:.4f}"
+            print(f"{line}, {minutes:.0f} minutes left", flush=True)
 
 
-def run_parallel(work: Callable[[Unit], list[Row]], units: Sequence[Unit], jobs: int = 1) -> Iterator[list[Row]]:
-    """The rows of each unit as they come: in the order of `units` with one job, in any order with several.
+def run_parallel(work: Callable[[Unit], Result], units: Sequence[Unit], jobs: int = 1) -> Iterator[Result]:
+    """Results of `work` for each unit as they arrive: in the order of `units` with one job, in any order with several.
 
-    jobs: processes, each with that share of this one's threads; `work` and units have to be picklable then. A failure
-    in one is raised here, and what has not begun is not begun. Raises ConfigError for fewer than one.
+    jobs: number of processes, which share this one's threads equally; with several, `work` and units have to be
+    picklable. An exception in a process is raised here and no further unit is started. Raises ConfigError for jobs < 1.
     """
     if jobs < 1:
         raise ConfigError(f"jobs is {jobs}; expected at least 1.")
