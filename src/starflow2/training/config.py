@@ -1,4 +1,4 @@
-"""Recipes as data: the stages of a run, their optimiser, data and sharding. No loops and no networks here."""
+"""Configs of a run: its stages, their optimisers, data and sharding. No loops and no networks here."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ __all__ = [
     "RunConfig",
     "ShardConfig",
     "StageConfig",
+    "StageName",
     "WarmupMixConfig",
 ]
 
@@ -30,14 +31,14 @@ Precision = Literal["auto", "float32", "bfloat16"]
 class OptimConfig:
     """Muon on hidden matrices, AdamW elsewhere; linear warm-up, constant, linear decay to zero."""
 
-    lr: float = 2e-3  # AdamW
-    matrix_lr: float = 4e-3  # Muon with AdamW's update size; 0 = AdamW everywhere
+    lr: float = 2e-3  # learning rate of AdamW
+    matrix_lr: float = 4e-3  # learning rate of Muon, with AdamW's update size; 0: AdamW everywhere
     weight_decay: float = 0.01
     warmup_steps: int = 60
-    decay_share: float = 0.6  # share of all steps at the end over which the rate falls
-    clip: float = 1.0  # global gradient norm
-    ema: float = 0.995  # decay of the averaged weights that are kept; 0 = none
-    # AdamW's moments; 8bit needs torchao, 8bit-bnb bitsandbytes
+    decay_share: float = 0.6  # share of all steps, at the end, over which the rate falls
+    clip: float = 1.0  # largest global gradient norm
+    ema: float = 0.995  # decay of the averaged weights, which are saved; 0: no average
+    # type of AdamW's moments; 8bit needs torchao, 8bit-bnb needs bitsandbytes
     optimizer_state_dtype: Literal["float32", "8bit", "8bit-bnb"] = "float32"
 
     def rate(self, step: int, steps: int) -> float:
@@ -48,17 +49,17 @@ class OptimConfig:
 
 
 class _Shares:
-    """Shares of a whole, one per field."""
+    """Fields that are shares of a whole; they need not add up to 1."""
 
     def __post_init__(self) -> None:
         shares = asdict(self)  # type: ignore[call-overload]
         if min(shares.values()) < 0 or sum(shares.values()) <= 0:
-            raise ConfigError(f"{type(self).__name__} is {shares}; expected shares of at least 0, not all of them 0.")
+            raise ConfigError(f"{type(self).__name__} is {shares}; expected shares of at least 0, one of them above 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionConfig(_Shares):
-    """Shares of what captions of drawings are about: GenEval's six families, and those that tell all."""
+    """Shares of the kinds of captions: GenEval's six families, and dense ones that describe the whole scene."""
 
     single_object: float = T2I_MIX["single_object"]
     two_object: float = T2I_MIX["two_object"]
@@ -71,8 +72,8 @@ class CaptionConfig(_Shares):
 
 @dataclass(frozen=True, kw_only=True)
 class MixConfig(_Shares):
-    """Shares of stage 3's documents: questions about pictures, pictures from words, edits, edits in chains, first
-    pictures of stories, whole stories."""
+    """Shares of the kinds of documents in stage 3: questions about images, drawings from words, edits, chains of
+    edits, first images of stories, whole stories."""
 
     understand: float = 0.25
     draw: float = 0.35
@@ -84,7 +85,7 @@ class MixConfig(_Shares):
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupMixConfig:
-    """A stage's first steps, with another mix of documents: what is hard is learnt sooner from nothing else."""
+    """Another mix of documents for a stage's first steps: a hard kind is learnt sooner from little else."""
 
     steps: int = 0
     mix: MixConfig = field(default_factory=MixConfig)
@@ -92,56 +93,59 @@ class WarmupMixConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardConfig:
-    """How the processes of a run divide a model among them; see `parallel`."""
+    """How the processes of a run divide a model among themselves; see `parallel`."""
 
-    # none: every process holds a copy; fsdp: one model in shards; hsdp: one in the shards of each node, copies across
+    # none: a copy in every process; fsdp: one model in shards; hsdp: shards within each node, copies across nodes
     mode: Literal["none", "fsdp", "hsdp"] = "none"
-    processes: int = 0  # that share one copy under hsdp; 0 = those of a node
+    processes: int = 0  # processes that hold one copy together under hsdp; 0: those of a node
     frozen: Literal["replicated", "sharded"] = "replicated"  # layers of a language model that does not train
-    reshards: bool = True  # give a layer's gathered weights back behind its forward pass, to gather them once more
+    # whether a layer's gathered weights are freed after its forward pass and gathered again for the backward pass
+    reshards: bool = True
 
     def __post_init__(self) -> None:
         if self.processes < 0 or (self.processes and self.mode != "hsdp"):
-            raise ConfigError(f"shard.processes is {self.processes} under mode {self.mode}; it is a count under hsdp.")
+            raise ConfigError(
+                f"shard.processes is {self.processes} under mode {self.mode}; expected 0, or more under hsdp."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """Real corpora in place of the drawn world; rows x width positions are one microbatch of one process."""
+    """Real corpora instead of the drawn world; rows x width positions are one microbatch of one process."""
 
-    mixture: str = ""  # file that lists weighted sources (`data.mix`), "" = the drawn world
-    rows: int = 8
+    mixture: str = ""  # file that lists weighted sources (`data.mixture`); "": the drawn world
+    rows: int = 8  # rows of a microbatch
     width: int = 1024  # positions of a row; longer documents are counted as broken
     workers: int = 0  # processes that read ahead
-    broken: str = ""  # file that lists broken samples, "" = they are only counted
+    broken: str = ""  # file that lists broken samples; "": they are only counted
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """One stage: how long, how much, how fast."""
+    """One stage: its length, data, losses and optimiser. Settings of certain stages name these in brackets."""
 
     name: StageName
     steps: int
-    batch: int  # documents per step; of real corpora as many as fit
+    batch: int  # documents per step; of real corpora, as many as fit
     optim: OptimConfig = field(default_factory=OptimConfig)
     save_every: int = 200  # steps between checkpoints
     log_every: int = 10  # steps between metric lines
     caption_drop: float = 0.1  # share of drawings whose words are dropped (t2i, joint)
     hidden_share: float = 0.4  # largest share of hidden patches (features)
     perceptual: float = 0.0  # weight of the distance in the extractor's own features (fae)
-    lpips: float = 0.0  # weight of LPIPS, where the package lpips and its weights are there (fae)
-    adversarial: float = 0.0  # weight of the judge of features (fae)
-    text_weight: float = 0.25  # of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
-    hidden_latents_share: float = 0.0  # of last edits, predicted without sight of their own latents (joint)
-    kl_to_t2i: float = 0.0  # weight of the distance to what the flow of stage t2i draws from words alone (joint)
+    lpips: float = 0.0  # weight of LPIPS, which needs the package lpips with its weights (fae)
+    adversarial: float = 0.0  # weight of the loss against a discriminator of features (fae)
+    text_weight: float = 0.25  # weight of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
+    hidden_latents_share: float = 0.0  # share of last edits that are predicted without sight of their latents (joint)
+    kl_to_t2i: float = 0.0  # weight of the KL to the flow after stage t2i, for drawings from words alone (joint)
     distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
-    codec_weight: float = 0.0  # of the FAE's own losses, 0 = frozen; above, FAE and flow train end to end (t2i)
-    captions: CaptionConfig = field(default_factory=CaptionConfig)  # of drawings (t2i, joint)
-    whitening_captions: int = 2048  # captions whose text states are measured to whiten a fresh flow's input (t2i)
-    mix: MixConfig = field(default_factory=MixConfig)  # of documents (joint)
-    warmup_mix: WarmupMixConfig = field(default_factory=WarmupMixConfig)  # what comes before that (joint)
+    codec_weight: float = 0.0  # weight of the FAE's losses; 0: frozen, more: FAE and flow train end to end (t2i)
+    captions: CaptionConfig = field(default_factory=CaptionConfig)  # kinds of captions of drawings (t2i, joint)
+    whitening_captions: int = 2048  # captions by whose text states a fresh flow's input is whitened (t2i)
+    mix: MixConfig = field(default_factory=MixConfig)  # kinds of documents (joint)
+    warmup_mix: WarmupMixConfig = field(default_factory=WarmupMixConfig)  # of the first steps (joint)
     accumulate: int = 1  # microbatches of a step in every process
-    # whose layers forget their activations and compute them again in the backward pass
+    # layers whose activations are recomputed in the backward pass: of what trains, or of the language model as well
     checkpoint_activations: Literal["none", "trained", "all"] = "none"
     shard: ShardConfig = field(default_factory=ShardConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -149,24 +153,24 @@ class StageConfig:
     def __post_init__(self) -> None:
         if self.codec_weight < 0 or (self.codec_weight and self.name != "t2i"):
             raise ConfigError(
-                f"codec_weight is {self.codec_weight} in stage {self.name}; expected 0, or more in stage t2i, "
-                "where FAE and flow can train together."
+                f"codec_weight is {self.codec_weight} in stage {self.name}; expected 0, or more in stage t2i, the only "
+                "one in which FAE and flow can train together."
             )
         if self.kl_to_t2i < 0 or (self.kl_to_t2i and (self.name != "joint" or self.shard.mode != "none")):
             raise ConfigError(
                 f"kl_to_t2i is {self.kl_to_t2i} in stage {self.name} under shard.mode {self.shard.mode}; expected 0, "
-                "or more in stage joint of processes that each hold a copy."
+                "or more in stage joint under shard.mode none."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A recipe: the model, its stages in order, the seed of everything."""
+    """A recipe: the model, its stages in order, and the seed of all random choices."""
 
     model: ModelConfig
     stages: tuple[StageConfig, ...]
     seed: int = 0
-    precision: Precision = "auto"  # autocast type; "auto" times both on this machine
+    precision: Precision = "auto"  # of autocast; "auto" times both on this machine
 
     def stage(self, name: str) -> StageConfig:
         for stage in self.stages:

@@ -8,7 +8,6 @@ here: scoring (a callable is passed in), a step (`trainer`), the processes of a 
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +26,7 @@ from starflow2.training.parallel import Distributed, check_batch_divides
 from starflow2.training.start import start_stage
 from starflow2.training.task import Task
 from starflow2.training.tasks import TASKS
-from starflow2.training.trainer import Trainer
+from starflow2.training.trainer import StopSignal, Trainer
 
 __all__ = ["Evaluate", "Report", "fit", "fit_task", "try_step"]
 
@@ -93,7 +92,7 @@ def fit_task(
     started = time.perf_counter()
     with StopSignal() as stop, feed_for(task, stage, group, step=0, workers=workers) as batches:
         for microbatches in batches:
-            metrics, stopping = trainer.train_step(microbatches, stop=stop.requested)
+            metrics, stopping = trainer.train_step(microbatches, stop)
             step = trainer.state.step
             if report is not None and (step % stage.log_every == 0 or trainer.is_done):
                 report(StepReport.of(stage, step, metrics, time.perf_counter() - started))
@@ -138,7 +137,7 @@ def _train(
     with StopSignal() as stop, writer or contextlib.nullcontext(), feed as batches:
         for microbatches in batches:
             started = time.perf_counter()
-            metrics, stopping = trainer.train_step(microbatches, stop=stop.requested)
+            metrics, stopping = trainer.train_step(microbatches, stop)
             if writer is not None and (state.step % stage.log_every == 0 or trainer.is_done):
                 line = writer.write_step(state.step, metrics, time.perf_counter() - started)
                 if report is not None:
@@ -172,22 +171,3 @@ def _pick_precision(wanted: Precision, device: str) -> str:
             runs.append(time.perf_counter() - started)
         seconds[dtype] = min(runs)
     return "bfloat16" if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else "float32"
-
-
-class StopSignal:
-    """Turns SIGTERM into a flag, so that a run ends with a checkpoint."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> StopSignal:
-        with contextlib.suppress(ValueError):  # only the main thread may set handlers
-            self.previous = signal.signal(signal.SIGTERM, self._request)
-        return self
-
-    def _request(self, *_: object) -> None:
-        self.requested = True
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(ValueError, AttributeError):
-            signal.signal(signal.SIGTERM, self.previous)

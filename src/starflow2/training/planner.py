@@ -1,12 +1,12 @@
-"""Plan of a recipe's training before anything is bought: memory, FLOPs, step time and days, by stage. Arithmetic only.
+"""Plan the training of a recipe without running it: memory, FLOPs, step time and days, by stage.
 
-Every formula is here and stands beside what it assumes; no number is measured. Behind `starflow2 info --gpus`.
+Arithmetic only, with its assumptions beside each formula; no number is measured. Behind `starflow2 info --gpus`.
 
-FLOPs: 2 per weight and token forward, 2 for gradients that pass through, 2 for those of weights; causal attention is
-added, norms and activations are not. A frozen language model costs nothing backward in front of the first picture,
-where nothing depends on what trains (the prefix rule). Memory: what trains is sharded over all GPUs, what is frozen
-stands on each, in the format it is held in; activations are in bfloat16 with fused attention and are all kept, or one
-per layer and the rest computed again. Not counted: communication, data loading, evaluation.
+FLOPs: 2 per weight and token forward, 2 for gradients of inputs, 2 for gradients of weights; causal attention is added,
+norms and activations are not. A frozen language model costs nothing backward before the first image, where nothing
+depends on trained weights (the prefix rule). Memory: trained weights are sharded over all GPUs, frozen ones are on each
+in the format of their files; activations are in bfloat16 with fused attention and are either all stored, or one per
+layer is and the rest is recomputed. Not counted: communication, data loading, evaluation.
 """
 
 from __future__ import annotations
@@ -29,24 +29,43 @@ from starflow2.nn import StackConfig, num_parameters
 from starflow2.training.config import RunConfig, StageConfig
 from starflow2.training.state import is_hidden_matrix
 
-__all__ = ["SCHEMES", "Hardware", "Scheme", "Shape", "Sizes", "Work", "flops", "plan", "table", "works"]
+__all__ = [
+    "CAPTIONED",
+    "INTERLEAVED",
+    "SCHEMES",
+    "SHAPES",
+    "Hardware",
+    "Scheme",
+    "Shape",
+    "Sizes",
+    "Work",
+    "activation_bytes",
+    "flops",
+    "frozen_bytes",
+    "logit_bytes",
+    "plan",
+    "stage_kind",
+    "state_bytes",
+    "table",
+    "works",
+]
 
-Mode = Literal["forward", "through", "train"]  # frozen; frozen, but gradients pass; trained
+Mode = Literal["forward", "through", "train"]  # frozen; frozen, with gradients of its inputs; trained
 END_TO_END = "t2i end to end"  # t2i with a codec_weight
-KEPT = "joint kept"  # joint with kl_to_t2i
-TIMES = {"forward": 1, "through": 2, "train": 3}  # the cost of a forward pass
-RESERVED = 2e9  # bytes of a GPU that its context and the allocator's gaps take
+NEAR_T2I = "joint near t2i"  # joint with kl_to_t2i
+TIMES = {"forward": 1, "through": 2, "train": 3}  # cost relative to a forward pass
+RESERVED = 2e9  # bytes of a GPU for its context and the allocator's gaps
 GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """GPUs of one kind, all of them at one recipe."""
+    """GPUs of one kind that train one recipe together."""
 
     gpus: int = 8
     gpu_memory: float = 80.0  # GiB each
     peak: float = 989e12  # FLOP/s each, dense bfloat16 (H100)
-    mfu: float = 0.4  # share of it that training reaches: assumed, not measured
+    mfu: float = 0.4  # share of the peak that training reaches: assumed, not measured
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.gpu_memory <= 0 or self.peak <= 0 or not 0 < self.mfu <= 1:
@@ -58,7 +77,7 @@ class Scheme:
     """Bytes per trained parameter."""
 
     name: str
-    parameters: int  # master copy and, where there is one, the copy that computes
+    parameters: int  # master copy and, in some schemes, a copy in the format of the computation
     gradients: int
     moments: int  # both of Adam's
 
@@ -77,11 +96,11 @@ SCHEMES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Positions of one document: what stage of the paper's it belongs to decides how many."""
+    """Positions of one document, as documents of the paper's stages have them."""
 
     text: int  # tokens
     pictures: int
-    prefix: int = 0  # tokens in front of the first picture
+    prefix: int = 0  # tokens before the first image
     labels: int = 0  # tokens with a next-token loss
     share: float = 1.0  # of the stage's documents
 
@@ -104,20 +123,20 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     END_TO_END: (CAPTIONED,),
     "adapter": (ANSWERED,),
     "joint": MIXED,
-    KEPT: MIXED,
+    NEAR_T2I: MIXED,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One part of the model at some tokens of a document."""
+    """The computation of one part of the model at some tokens of a document."""
 
     part: str
-    weights: int  # that multiply at every token
+    weights: int  # weights that every token is multiplied with
     tokens: int
     mode: Mode
     attention: int = 0  # layers times width of its attention
-    length: int = 0  # positions that attend to each other
+    length: int = 0  # positions that are attended to
 
     @property
     def flops(self) -> float:
@@ -130,7 +149,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Weights by part, the parts on the meta device, and what each stage trains."""
+    """A model on the meta device: its weights by part, and the modules that each stage trains."""
 
     cfg: ModelConfig
     components: Components
@@ -164,14 +183,14 @@ class Sizes:
         }
 
     def trained(self, stage: str) -> nn.ModuleDict:
-        """Modules that the stage's own task trains."""
+        """The modules that the stage's task trains, under their names."""
         p = self.components
         table: dict[str, dict[str, nn.Module]] = {
             "vlm": {"vlm": p.vlm},
             "t2i": {"flow": p.flow},
             "adapter": {"adapter": p.joints.adapter},
             "joint": p.joint_modules,
-            KEPT: {"flow": p.flow.deep, "joints": p.joints},
+            NEAR_T2I: {"flow": p.flow.deep, "joints": p.joints},
         }
         if (cfg := self.cfg.features) is not None:
             head = nn.Linear(cfg.width, 3 * cfg.patch_size**2, device="meta")
@@ -184,9 +203,9 @@ class Sizes:
 
 
 def works(sizes: Sizes, stage: str, shape: Shape) -> Iterator[Work]:
-    """Cost of one document of that shape in that stage."""
+    """The computations of one document of a shape in a stage."""
     cfg, w = sizes.cfg, sizes.weights
-    visual, all_ = shape.visual(cfg), shape.positions(cfg)
+    visual, total = shape.visual(cfg), shape.positions(cfg)
     patches = shape.pictures * cfg.flow.deep.num_latents
     language = cfg.vlm.depth * cfg.vlm.width
     deep, shallow = (_attention(stack) for stack in (cfg.flow.deep.stack, cfg.flow.shallow[0].stack))
@@ -201,29 +220,29 @@ def works(sizes: Sizes, stage: str, shape: Shape) -> Iterator[Work]:
     if stage in ("features", "fae"):
         return
     if stage == "vlm":
-        seen = shape.pictures * 4 * cfg.vlm.image_grid[0] * cfg.vlm.image_grid[1]
-        yield Work("vision", w["vision"], seen, "train")
-        yield Work("language", w["language"], all_, "train", language, all_)
+        tower_patches = shape.pictures * 4 * cfg.vlm.image_grid[0] * cfg.vlm.image_grid[1]
+        yield Work("vision", w["vision"], tower_patches, "train")
+        yield Work("language", w["language"], total, "train", language, total)
         yield Work("head", w["head"], shape.labels, "train")
         return
     if stage != END_TO_END:
         yield Work("fae", w["fae encoder"], patches, "forward")
     if stage in ("t2i", END_TO_END):
         yield vlm(shape.text, "forward", shape.text)
-        yield Work("deep", w["deep"], all_, "train", deep, all_)
+        yield Work("deep", w["deep"], total, "train", deep, total)
         yield Work("shallow", w["shallow"], visual, "train", shallow, visual)
         return
-    yield vlm(shape.prefix, "forward", all_)
-    yield vlm(all_ - shape.prefix, "through", all_)
+    yield vlm(shape.prefix, "forward", total)
+    yield vlm(total - shape.prefix, "through", total)
     yield Work("head", w["head"], shape.labels, "through")
     yield Work("adapter", w["adapter"], visual, "train")
     if stage == "adapter":
         yield Work("shallow", w["shallow"], visual, "forward", shallow, visual)
         return
-    yield Work("deep", w["deep"], all_, "train", deep, all_)
-    if stage == KEPT:  # the flow as it was reads drawings alone; here all documents, which is an upper bound
-        yield Work("deep", w["deep"], all_, "forward", deep, all_)
-    yield Work("shallow", w["shallow"], visual, "forward" if stage == KEPT else "train", shallow, visual)
+    yield Work("deep", w["deep"], total, "train", deep, total)
+    if stage == NEAR_T2I:  # the reference flow reads drawings alone; here all documents, which is an upper bound
+        yield Work("deep", w["deep"], total, "forward", deep, total)
+    yield Work("shallow", w["shallow"], visual, "forward" if stage == NEAR_T2I else "train", shallow, visual)
 
 
 def _attention(stack: StackConfig) -> int:
@@ -231,7 +250,7 @@ def _attention(stack: StackConfig) -> int:
 
 
 def flops(sizes: Sizes, stage: str) -> dict[str, float]:
-    """FLOPs of one document by part, the mean over the stage's shapes."""
+    """FLOPs of one document by part, averaged over the stage's shapes."""
     total: dict[str, float] = {}
     for shape in SHAPES[stage]:
         for work in works(sizes, stage, shape):
@@ -243,44 +262,44 @@ def flops(sizes: Sizes, stage: str) -> dict[str, float]:
 
 
 def frozen_bytes(sizes: Sizes, stage: str) -> dict[str, int]:
-    """Bytes of what stands by and does not train, by part, in the format each is held in."""
+    """Bytes of frozen weights by part, each in the format of its files."""
     cfg = sizes.cfg
     parts = dict(sizes.components.named_children())
     trained = {id(p) for p in sizes.trained(stage).parameters()}
-    held = {name: 2 if ref.precision == "bfloat16" else 4 for name, ref in cfg.references.items()}
+    widths = {name: 2 if ref.precision == "bfloat16" else 4 for name, ref in cfg.references.items()}
     found = {
-        name: held.get(name, 4) * sum(p.numel() for p in module.parameters() if id(p) not in trained)
+        name: widths.get(name, 4) * sum(p.numel() for p in module.parameters() if id(p) not in trained)
         for name, module in parts.items()
     }
-    return found | ({"flow as it was": 4 * num_parameters(sizes.components.flow.deep)} if stage == KEPT else {})
+    return found | ({"reference flow": 4 * num_parameters(sizes.components.flow.deep)} if stage == NEAR_T2I else {})
 
 
 def state_bytes(sizes: Sizes, stage: StageConfig, scheme: Scheme) -> dict[str, int]:
-    """Bytes of what trains, on all GPUs together: parameters, gradients, optimiser, averaged weights.
+    """Bytes on all GPUs together of parameters that train, their gradients, optimiser states and averages.
 
-    Muon keeps one moment of a hidden matrix where Adam keeps two.
+    Muon has one moment of a hidden matrix where Adam has two.
     """
-    trains = sizes.trained(stage_kind(stage))
-    named = dict(trains.named_parameters())
+    trained = sizes.trained(stage_kind(stage))
+    named = dict(trained.named_parameters())
     count = sum(p.numel() for p in named.values())
     single = sum(p.numel() for n, p in named.items() if stage.optim.matrix_lr and is_hidden_matrix(n, p))
-    kept = trains.state_dict().values()
+    averaged = trained.state_dict().values()
     return {
         "parameters": count * scheme.parameters,
         "gradients": count * scheme.gradients,
         "optimizer": count * scheme.moments - single * scheme.moments // 2,
-        "average": sum(value.numel() * value.element_size() for value in kept) if stage.optim.ema else 0,
+        "average": sum(value.numel() * value.element_size() for value in averaged) if stage.optim.ema else 0,
     }
 
 
 def activation_bytes(sizes: Sizes, stage: str, shape: Shape, *, recomputes: bool) -> float:
-    """Bytes of one document that wait for the backward pass, in bfloat16.
+    """Bytes of one document that are stored for the backward pass, in bfloat16.
 
-    `recomputes`: of every layer its input, and of the widest one all while it is computed again.
+    `recomputes`: the input of every layer, and all of the widest one while it is recomputed.
     """
     total, widest = 0.0, 0.0
     for work in works(sizes, stage, shape):
-        for layers in _kept(sizes.cfg, work.part) if work.mode != "forward" else ():
+        for layers in _stored(sizes.cfg, work.part) if work.mode != "forward" else ():
             total += work.tokens * layers.depth * (layers.input if recomputes else layers.all)
             widest = max(widest, float(work.tokens * layers.all))
     return total + (widest if recomputes else 0.0)
@@ -288,17 +307,19 @@ def activation_bytes(sizes: Sizes, stage: str, shape: Shape, *, recomputes: bool
 
 @dataclass(frozen=True, slots=True)
 class _Layers:
-    """Layers of one kind, and the bytes that each keeps per token: its input, and all it needs."""
+    """Layers of one kind, and the bytes per token that each stores: its input, or all for its backward pass."""
 
     depth: int
     input: int
     all: int
 
 
-def _kept(cfg: ModelConfig, part: str) -> list[_Layers]:
-    """A trained layer of width w keeps the inputs of both norms and of all four matrices, q, k, v, and the MLP's hidden
-    numbers before and after its activation: (8 + 2 * ratio) w. A frozen one keeps no inputs of matrices: the inputs of
-    norms, q, k, v, what attention gave, and of the gated MLP both halves.
+def _stored(cfg: ModelConfig, part: str) -> list[_Layers]:
+    """Layers of a part with the activations that they store.
+
+    A trained layer of width w stores the inputs of both norms and of all four matrices, q, k, v, and the MLP's hidden
+    values before and after the activation: (8 + 2 * ratio) w. A frozen one stores no inputs of matrices: the inputs of
+    norms, q, k, v, the output of attention, and both halves of the gated MLP.
     """
     v = cfg.vlm
     if part == "language":
@@ -312,12 +333,12 @@ def _kept(cfg: ModelConfig, part: str) -> list[_Layers]:
     if isinstance(cfg.fae, FaeConfig) and cfg.features is not None:
         plain["fae"] = [(s.depth, s.width, s.mlp_ratio) for s in (cfg.fae.feature_decoder, cfg.fae.pixel_decoder)]
         plain["features"] = [(cfg.features.depth, cfg.features.width, 4)]
-    # the head's are its logits, see logit_bytes; the adapter's are a thousandth of the rest
+    # those of the head are its logits, see logit_bytes; those of the adapter are a thousandth of the rest
     return [_Layers(depth, 2 * width, 2 * (8 + 2 * ratio) * width) for depth, width, ratio in plain.get(part, [])]
 
 
 def logit_bytes(shapes: Iterable[Shape]) -> float:
-    """Bytes of the logits that exist at once, however many documents: bfloat16, a float32 copy, and its gradient."""
+    """Bytes of all logits that exist at a time, for any batch: bfloat16, a float32 copy, and its gradient."""
     return LOGITS_AT_ONCE * (2.0 + 4 + 4) if any(shape.labels for shape in shapes) else 0.0
 
 
@@ -325,7 +346,7 @@ def logit_bytes(shapes: Iterable[Shape]) -> float:
 
 
 def plan(run: RunConfig, hardware: Hardware) -> JsonObject:
-    """By stage: FLOPs, step time, days, GPU hours, and what fits under every scheme; as JSON."""
+    """FLOPs, step time, days, GPU hours and memory under every scheme, for each stage; as JSON."""
     sizes = Sizes.of(run.model)
     return {
         "name": run.model.name,
@@ -354,27 +375,27 @@ def _stage(sizes: Sizes, stage: StageConfig, hardware: Hardware) -> JsonObject:
 
 
 def stage_kind(stage: StageConfig) -> str:
-    """Under which name a stage stands in `SHAPES`."""
+    """The key of a stage in `SHAPES`."""
     if stage.kl_to_t2i:
-        return KEPT
+        return NEAR_T2I
     return END_TO_END if stage.codec_weight else stage.name
 
 
 def _fit(sizes: Sizes, stage: StageConfig, scheme: Scheme, hardware: Hardware, *, recomputes: bool) -> JsonObject:
-    """Memory of one GPU by component, and how many documents fit beside it at once (of the stage's longest shape)."""
+    """Memory of one GPU by component, and the number of documents of the longest shape that fit beside it."""
     frozen = sum(frozen_bytes(sizes, stage_kind(stage)).values())
     state = {name: count / hardware.gpus for name, count in state_bytes(sizes, stage, scheme).items()}
     shapes = SHAPES[stage_kind(stage)]
-    kept = max(activation_bytes(sizes, stage_kind(stage), shape, recomputes=recomputes) for shape in shapes)
+    stored = max(activation_bytes(sizes, stage_kind(stage), shape, recomputes=recomputes) for shape in shapes)
     fixed = {"frozen": frozen, **state, "logits": logit_bytes(shapes), "reserved": RESERVED}
     left = hardware.gpu_memory * GIB - sum(fixed.values())
     share = max(1, stage.batch // hardware.gpus)
-    fits = int(max(0.0, left) // max(1.0, kept))
+    fits = int(max(0.0, left) // max(1.0, stored))
     return {
         "scheme": scheme.name,
         "recomputes": recomputes,
         "bytes": fixed,
-        "bytes_per_document": {"activations": kept},
+        "bytes_per_document": {"activations": stored},
         "left": left,
         "microbatch": min(share, fits),
         "fits": fits > 0,
@@ -382,7 +403,7 @@ def _fit(sizes: Sizes, stage: StageConfig, scheme: Scheme, hardware: Hardware, *
 
 
 def table(facts: JsonObject) -> Group:
-    """The plan for the terminal: the first scheme that fits for each stage, all kept before recomputed."""
+    """Tables of a plan: for each stage the first scheme that fits, stored activations before recomputed ones."""
     h = facts["hardware"]
     speed = f"{h['mfu']:.0%} of {h['peak'] / 1e12:g} TFLOP/s"
     title = f"{facts['name']} on {h['gpus']} GPUs of {h['gpu_memory']:g} GiB, {speed} (calculated)"

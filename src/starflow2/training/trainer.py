@@ -5,6 +5,8 @@ Every random choice of a step is a pure function of (seed, stage, microbatch, st
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +21,26 @@ from starflow2.training.parallel import Distributed, Replica, checkpoint_activat
 from starflow2.training.state import TrainState
 from starflow2.training.task import Task
 
-__all__ = ["Trainer"]
+__all__ = ["StopSignal", "Trainer"]
+
+
+class StopSignal:
+    """Turns SIGTERM into a flag, so that a run ends with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> StopSignal:
+        with contextlib.suppress(ValueError):  # only the main thread may set handlers
+            self.previous = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ValueError, AttributeError):
+            signal.signal(signal.SIGTERM, self.previous)
 
 
 @dataclass(slots=True)
@@ -50,15 +71,16 @@ class Trainer:
     def is_done(self) -> bool:
         return self.state.step >= self.stage.steps
 
-    def train_step(self, microbatches: Sequence[Any], *, stop: bool = False) -> tuple[dict[str, float], bool]:
-        """Take one optimiser step on this process's microbatches; returns metrics, and if any process has `stop` set.
+    def train_step(self, microbatches: Sequence[Any], stop: StopSignal | None = None) -> tuple[dict[str, float], bool]:
+        """Take one optimiser step on this process's microbatches; returns metrics, and if any process shall stop.
 
         A step whose loss or gradient is not finite in any process changes no weight, average or running statistic, and
         is counted.
         """
         rate = self.stage.optim.rate(self.state.step, self.stage.steps)
         buffers = {k: v.clone() for k, v in self.task.trained.named_buffers()}
-        stopping, means = self.replica.reduce(stop, self.forward_backward(microbatches))
+        means = self.forward_backward(microbatches)
+        stopping, means = self.replica.reduce(stop is not None and stop.requested, means)
         norm = self.replica.clip(self.stage.optim.clip)
         is_finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(means["loss"]))
         self._update_weights(rate, is_finite)
