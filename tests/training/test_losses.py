@@ -180,20 +180,29 @@ def test_in_chunks_the_gradients_are_those_of_all_logits_at_once(monkeypatch):
     assert all((a - b).abs().max() <= 1e-6 for a, b in zip(whole, chunked, strict=True))
 
 
-def test_a_vocabulary_of_152k_takes_a_tenth_of_the_memory_in_chunks_and_gives_the_same_gradient(monkeypatch):
+# A gradient sums 152k terms. In float32 that sum alone is off by 2e-4 of the largest gradient, in an order that depends
+# on the rows of the matrix product; in float64 the bound can be strict.
+@pytest.mark.parametrize(
+    ("dtype", "positions", "bound"),
+    [(torch.float32, 512, 1e-3), (torch.float64, 64, 1e-11)],
+    ids=["float32", "float64"],
+)
+def test_a_vocabulary_of_152k_takes_a_tenth_of_the_memory_in_chunks_and_gives_the_same_gradient(
+    monkeypatch, dtype, positions, bound
+):
     torch.manual_seed(0)
-    vocab, positions = 152_064, 512
-    weight, h = torch.randn(vocab, 8), torch.randn(positions, 8, requires_grad=True)
+    vocab, chunk = 152_064, positions // 20
+    weight, h = torch.randn(vocab, 8, dtype=dtype), torch.randn(positions, 8, dtype=dtype, requires_grad=True)
     labels = torch.randint(vocab, (1, positions))
     peaks, grads = [], []
-    for at_once in (vocab * positions, vocab * 25):
+    for at_once in (vocab * positions, vocab * chunk):
         monkeypatch.setattr(token_loss, "LOGITS_AT_ONCE", at_once)
         with PeakBytes() as memory:
             grads += torch.autograd.grad(ntp_loss(lambda s: s @ weight.T, (h,), labels), h)
         peaks.append(memory.peak)
-    assert (grads[0] - grads[1]).abs().max() <= 1e-5 * grads[0].abs().max()
+    assert (grads[0] - grads[1]).abs().max() <= bound * grads[0].abs().max()
     assert peaks[1] <= 0.1 * peaks[0], f"{peaks[1] / 2**20:.0f} of {peaks[0] / 2**20:.0f} MiB"
-    assert peaks[0] >= 2 * 4 * vocab * positions, "the slow twin holds logits and their gradient"
+    assert peaks[0] >= 2 * dtype.itemsize * vocab * positions, "the slow twin holds logits and their gradient"
 
 
 # -- both at once
