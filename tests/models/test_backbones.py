@@ -49,7 +49,7 @@ def our_embeds(stream: QwenStream, images: torch.Tensor, ids: torch.Tensor) -> t
 
 
 def processed(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patches and grids from transformers' own image processor, told to map pixels to [-1, 1] and not to resize."""
+    """Patches and grids from transformers' own image processor, set to map pixels to [-1, 1] without resizing."""
     cfg = tiny_model().vlm
     processor = Qwen2VLImageProcessorPil(
         do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3, patch_size=cfg.vision_patch

@@ -11,17 +11,18 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen3_vl import Qwen3VLConfig
 
 from helpers import wake
-from model_cases import tiny_components, tiny_model, tiny_tokenizer
+from model_cases import STAGES, tiny_components, tiny_model, tiny_tokenizer
 from pretrained_cases import SPECIAL, qwen_tokenizer
 from starflow2.data.dialogue import Turn
 from starflow2.errors import CheckpointError
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
+from starflow2.models.components import Components
 from starflow2.models.joint_stream import read_documents
 from starflow2.models.pretzel import Joints, Pretzel
 from starflow2.models.protocols import LanguageStream
-from starflow2.models.qwen import Qwen3Stream
+from starflow2.models.qwen import Qwen3Stream, QwenStream
 from starflow2.models.sequence import Image, Text, image_mrope, pack, text_mrope
 from starflow2.models.tokenizer import ChatTokenizer, QwenTokenizer, load_tokenizer
 from starflow2.world.captions import caption_task
@@ -66,9 +67,9 @@ def test_a_conversation_is_spelled_as_qwens_own_template_spells_it():
     newline = tokenizer.encode("\n")
     segments = tokenizer.document(turns)
     assert [*spelled(segments), *newline] == theirs(messages, prompts=False)  # type: ignore[arg-type]
-    told = [s for s in segments if s.is_target]
-    assert told[0] == Text(tuple(tokenizer.encode("a helpful cat")), is_target=True)
-    assert told[1:] == [Text((SPECIAL.end,), True), Image(True), Text((SPECIAL.end,), True)]
+    targets = [s for s in segments if s.is_target]
+    assert targets[0] == Text(tuple(tokenizer.encode("a helpful cat")), is_target=True)
+    assert targets[1:] == [Text((SPECIAL.end,), True), Image(True), Text((SPECIAL.end,), True)]
 
 
 @pytest.mark.parametrize("text", ["two red cats", ""])
@@ -94,12 +95,12 @@ def test_a_tokenizer_file_says_itself_whose_layout_it_has(tmp_path):
 
 
 def test_a_session_in_qwens_layout_holds_the_positions_of_the_packed_document():
-    components = tiny_components(stages=("features", "fae", "vlm", "t2i", "adapter", "joint"))
-    qwen = QwenTokenizer(qwen_tokenizer())
-    components.tokenizer, components.vocabulary = qwen, frozenset()
-    components.cfg = replace(components.cfg, vlm=replace(components.cfg.vlm, special=SPECIAL, vocab=400))
+    tiny, qwen = tiny_components(STAGES), QwenTokenizer(qwen_tokenizer())
+    cfg = replace(tiny.cfg, vlm=replace(tiny.cfg.vlm, special=SPECIAL, vocab=400))
     torch.manual_seed(0)
-    components.vlm = wake(type(components.vlm)(components.cfg.vlm), 0.05).eval()
+    modules = dict(tiny.named_children()) | {"vlm": wake(QwenStream(cfg.vlm), 0.05)}
+    components = Components(cfg, qwen, modules).eval()
+    components.finished_stages = STAGES
     session = Session(Sampler(components, DrawConfig.for_model(components, guidance=0.0)))
     session.add("two red cats").draw()
     session.add("two cats").draw()

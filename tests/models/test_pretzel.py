@@ -101,14 +101,14 @@ def test_with_both_skips_closed_the_text_logits_are_bit_for_bit_those_of_the_lan
 
 def test_each_skip_can_be_closed_by_itself(components):
     batch, x, level = pack([LONG], components.layout), pictures(3), levels(3)
-    told = {}
+    outputs = {}
     for skips in ((), ("visual",), ("text",), ("visual", "text")):
-        told[skips] = read(components.pretzel.with_skips(skips), batch, x, level)[0]
-    assert torch.equal(told[()].logits, told[("visual",)].logits)
-    assert torch.equal(told[()].log_prob, told[("text",)].log_prob)
-    assert gap(told[("visual",)].log_prob, told[()].log_prob) > 1e-2
-    assert gap(told[("text",)].logits, told[()].logits) > 1e-3
-    assert torch.equal(told[("visual",)].log_prob, told[("visual", "text")].log_prob)
+        outputs[skips] = read(components.pretzel.with_skips(skips), batch, x, level)[0]
+    assert torch.equal(outputs[()].logits, outputs[("visual",)].logits)
+    assert torch.equal(outputs[()].log_prob, outputs[("text",)].log_prob)
+    assert gap(outputs[("visual",)].log_prob, outputs[()].log_prob) > 1e-2
+    assert gap(outputs[("text",)].logits, outputs[()].logits) > 1e-3
+    assert torch.equal(outputs[("visual",)].log_prob, outputs[("visual", "text")].log_prob)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -153,9 +153,9 @@ def test_with_zero_skips_answers_have_the_logits_of_stage_two():
     with torch.no_grad():
         task.loss(data, torch.Generator().manual_seed(2))
         out = read_documents(components.pretzel, data[1], *noisy[0])
-    told = next(logits for _, logits in seen if len(logits))
-    assert len(told) > 10
-    assert gap(out.head(out.h, out.g), told) <= 1e-5
+    logits = next(logits for _, logits in seen if len(logits))
+    assert len(logits) > 10
+    assert gap(out.head(out.h, out.g), logits) <= 1e-5
 
 
 def test_zero_skips_add_exactly_nothing_and_woken_ones_are_traced_at_every_latent_and_every_label(components):
