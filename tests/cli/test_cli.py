@@ -314,7 +314,10 @@ def test_help_of_a_stage_lists_its_settings(capsys):
         (["os:getcwd"], "gave str; expected a function that returns RunConfig"),
         (["nano", "--stage", "t2j"], 'Did you mean "t2i"?'),
         (["nano", "--stage", "t2i", "--optim.lrr", "1"], 'no option --optim.lrr. Did you mean "--optim.lr"?'),
-        (["nano", "--stage", "t2i", "--optim.lr", "fast"], "--optim.lr"),
+        (
+            ["nano", "--stage", "t2i", "--optim.lr", "fast"],
+            "--optim.lr: expected a number, got 'fast'. See starflow2 train nano --stage t2i --help.",
+        ),
         (["nano", "--stage", "t2i", "--steps", "0"], "--steps is 0"),
         (["nano", "--stage", "t2i", "--name", "fae"], "--name"),
         (["nano", "--steps", "5"], "need --stage to say which"),

@@ -64,7 +64,12 @@ class Train:
             names = ", ".join(stage.name for stage in run.stages)
             return f"\nWith --stage STAGE ({names}), the settings of that stage are options as well."
         stage = run.stage(self.stage)
-        return "\n" + help_text(type(stage), f"{PROGRAM} train {self.recipe} --stage {self.stage}", stage, FIXED)
+        return "\n" + help_text(type(stage), self._program, stage, FIXED)
+
+    @property
+    def _program(self) -> str:
+        """The command line whose --help lists the settings of the stage."""
+        return f"{PROGRAM} train {self.recipe} --stage {self.stage}"
 
     def _recipe(self) -> RunConfig:
         from starflow2.training.recipes import smoke
@@ -79,9 +84,18 @@ class Train:
         if self.stage == "all":
             refuse(unknown, type(self), "; settings of a stage need --stage to say which")
             return run, [stage.name for stage in run.stages], folder
-        changed = _overridden(run.stage(self.stage), unknown)
+        changed = self._overridden(run.stage(self.stage), unknown)
         stages = tuple(changed if stage.name == changed.name else stage for stage in run.stages)
         return dataclasses.replace(run, stages=stages), [self.stage], folder
+
+    def _overridden(self, stage: StageConfig, arguments: Sequence[str]) -> StageConfig:
+        """`stage` with the settings that `arguments` change."""
+        changed, unknown = parse(type(stage), arguments, self._program, stage, FIXED)
+        refuse(unknown, type(self), known=flags(type(stage), stage, FIXED))
+        for name in ("steps", "batch", "save_every", "log_every", "accumulate"):
+            if getattr(changed, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(changed, name)}; expected at least 1.")
+        return changed
 
     def _print_plan(self, run: RunConfig, stages: Sequence[str], folder: Path) -> None:
         """Print the plan of a dry run as JSON, once for all processes."""
@@ -108,13 +122,3 @@ class Train:
         device = pick_device(self.device).type
         with training_bar(run.stage(stage), latents) as report:
             return fit(run, stage, folder, resume=self.resume == "auto", device=device, report=report)
-
-
-def _overridden(stage: StageConfig, arguments: Sequence[str]) -> StageConfig:
-    """`stage` with the settings that `arguments` change."""
-    changed, unknown = parse(type(stage), arguments, f"{PROGRAM} train --stage {stage.name}", stage, FIXED)
-    refuse(unknown, Train, known=flags(type(stage), stage, FIXED))
-    for name in ("steps", "batch", "save_every", "log_every", "accumulate"):
-        if getattr(changed, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(changed, name)}; expected at least 1.")
-    return changed
