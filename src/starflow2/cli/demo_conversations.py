@@ -39,7 +39,7 @@ Part = Literal["id", "cg"]
 PARTS: Final[tuple[Part, ...]] = ("id", "cg")
 EDITS_SHOWN: Final = 1  # of each operation and part
 QUESTIONS_SHOWN: Final = 4  # of each suite of questions
-RUNGS: Final = ("words fit the picture", "the change is there", "all else stayed")  # of a step of a story
+RUNGS: Final = ("words fit the image", "the change is there", "all else stayed")  # of a step of a story
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,20 +292,20 @@ def sections(shown: Conversations) -> str:
     done = sum(not row.faults for row in shown.edits)
     questions = "\n".join(map(_question, shown.questions))
     right = sum(question.is_right for question in shown.questions)
-    return f"""<h2 id="story">A story, told in turn</h2>
-<p>One conversation: the model answers every request with a sentence and a picture of its own choosing, and each picture
-stays in its cache as it was drawn. Between the pictures the encoder ran {calls} times. It is the first story of the
-run; the judge reads its pictures and marks every step.</p>
+    return f"""<h2 id="story">A story, told turn by turn</h2>
+<p>One conversation: the model answers every request with a sentence and an image of its own choosing, and each image
+stays in its cache as it was drawn. Between the images the encoder ran {calls} times. This is the first story of the
+run; the detector reads its images and marks every step.</p>
 <div class="talk">
 {turns}
 </div>
-<h2 id="edits">Pictures changed as told <small>{done} of {len(shown.edits)}</small></h2>
-<p>Left the source, right the result: the first edits of each kind. An edit succeeds if what was asked for is there and
-nothing else changed.</p>
+<h2 id="edits">Edited images <small>{done} of {len(shown.edits)}</small></h2>
+<p>The source on the left, the result on the right: the first edits of each kind. An edit succeeds if what was asked for
+is there and nothing else changed.</p>
 <div class="grid pairs">
 {edits}
 </div>
-<h2 id="questions">Questions about pictures <small>{right} of {len(shown.questions)}</small></h2>
+<h2 id="questions">Questions about images <small>{right} of {len(shown.questions)}</small></h2>
 <div class="grid asked">
 {questions}
 </div>"""
@@ -363,10 +363,10 @@ def table(shown: Conversations) -> str:
     return f"""<div class="wide"><table>{head}
 {"".join(map(_table_row, rows))}</table></div>
 <p>Quick shares of the test suites, so they are noisy: {counts["mme"]} questions of MME's kind and {counts["gqa"]} of
-GQA's, {counts["edit"]} edits, {counts["story"]} stories. The frozen language model sees pictures through its own vision
-tower; both streams together are to keep what it knows. Floors: who always says yes, who knows the training questions
-but sees no picture, who hands the source back, who tells another story, who guesses by the kind of question. Ceilings:
-all right; the true target after the codec; the true story after the codec at the noise of sampled latents.</p>"""
+GQA's, {counts["edit"]} edits, {counts["story"]} stories. The frozen language model sees images through its own vision
+tower; both streams together are to keep what it knows. Floors: always yes, knowing the training questions without
+seeing the image, handing the source back, telling another story, guessing by the kind of question. Ceilings: all right;
+the true target after the codec; the true story after the codec at the noise of sampled latents.</p>"""
 
 
 def _table_row(row: _Row) -> str:
@@ -397,7 +397,7 @@ def _edit_rows(scores: Report) -> Iterator[_Row]:
 def _story_rows(scores: Report) -> Iterator[_Row]:
     parts, floor, ceiling = scores.parts, scores.bounds["floor"], scores.bounds["ceiling"]["id"]
     names = ("structure", *story.RUNGS, "prefix")
-    titles = ("text and picture in turn", *RUNGS, f"first steps without a fault, of {STEPS}")
+    titles = ("text and image in turn", *RUNGS, f"first steps without a fault, of {STEPS}")
     for name, title in zip(names, titles, strict=True):
         yield f"stories, {title}", _values(parts, name), _NONE, _values(floor, name), (ceiling.value(name), None)
     yield "stories, answers", _values(parts, "answer"), _NONE, _values(floor, "guess"), (ceiling.value("answer"), None)

@@ -322,40 +322,40 @@ pre { padding: .9rem 1.1rem; background: var(--card); border: 1px solid var(--li
 footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
 """
 
-_WAYS = """<p>Further down: <a href="#story">a story told in turn</a>, <a href="#edits">pictures changed as told</a>,
-<a href="#questions">questions about pictures</a>, <a href="#scores">scores</a>.</p>"""
+_WAYS = """<p>Further down: <a href="#story">a story told turn by turn</a>, <a href="#edits">edited images</a>,
+<a href="#questions">questions about images</a>, <a href="#scores">scores</a>.</p>"""
 
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>StarFlow2: from words to pictures</title>
+<title>StarFlow2: from words to images</title>
 <style>{style}</style>
 </head>
 <body>
-<h1>From words to pictures</h1>
-<p>Each picture below was drawn from the sentence under it by StarFlow2 {model}, a normalizing flow that reads the
-states of a frozen vision-language model: {weights} MB of weights, {seconds} s per picture on this machine. A classical
-detector, no network, judged every picture by GenEval's rules: {right} of {count} show what was asked. These are all the
-pictures it judged, the failures included. “New combination” marks sentences that combine things which training kept
-apart: a colour and a shape, say, that never came together.</p>
+<h1>From words to images</h1>
+<p>Each image below was drawn from the sentence under it by StarFlow2 {model}, a normalizing flow that reads the states
+of a frozen vision-language model: {weights} MB of weights, {seconds} s per image on this machine. A classical detector,
+not a network, graded every image by GenEval's rules: {right} of {count} show what was asked for. These are all the
+images of the run, failures included. “New combination” marks sentences with a combination that training never
+contained, for example of a colour and a shape.</p>
 {ways}
 {gallery}
 {talk}
 <h2 id="scores">Scores of this run</h2>
 <div class="wide">{scores}</div>
-<p>Shares of correct pictures, on a quick share of the test suite ({n} pictures, one per prompt), so they are noisy. ID:
-seen combinations, CG: new ones. Floor: true pictures of other prompts, what a drawer gets that never reads. Ceiling:
-true pictures after the model's own codec, clean and at the noise of sampled latents; no drawing can pass it.</p>
+<p>Shares of correct images on a quick share of the test suite ({n} images, one per prompt), so they are noisy. ID: seen
+combinations, CG: new ones. Floor: true images of other prompts, the score of a model that never reads the prompt.
+Ceiling: true images after the model's own codec, clean and at the noise of sampled latents; no drawing can pass it.</p>
 {talk_scores}
 <div class="wide">{card}</div>
 <h2>Do it again</h2>
 <pre>make demo                                              # this page
-starflow2 generate "two red hearts" -n 4 -o hearts.png  # words of your own
+starflow2 generate "two red hearts" -n 4 -o hearts.png  # a prompt of your own
 starflow2 eval world --suite geneval --split test --json scores.json  # the full suite
 starflow2 train nano                                    # the weights, from scratch</pre>
-<p>Pictures depend on prompt and seed alone: the same command draws the same pages.</p>
+<p>Images depend only on prompt and seed: the same command makes the same page.</p>
 <footer>StarFlow2 {version}, commit {commit}. The contact sheet is <a href="sheet.png">sheet.png</a>, the figures are in
 <a href="report.json">report.json</a>.</footer>
 </body>

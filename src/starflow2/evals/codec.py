@@ -91,7 +91,7 @@ def codec_pictures(folder: Path | None, size: int, split: Split, count: int) -> 
 
 def codec_table(report: CodecReport) -> Table:
     """The report as a table for the terminal."""
-    grid = Table(title=f"codec, {report.pictures} pictures")
+    grid = Table(title=f"codec, {report.pictures} images")
     for heading in ("noise", "PSNR dB", "SSIM", "feature FD", "rFID"):
         grid.add_column(heading, justify="right")
     for row in report.rows:

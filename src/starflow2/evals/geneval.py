@@ -19,7 +19,7 @@ from torch import Tensor
 
 from starflow2.core.images import to_bytes, to_floats
 from starflow2.errors import ConfigError
-from starflow2.evals.statistics import QUICK_SHARE, Row, Scored, Scores, chunks, quick_share, score_rows
+from starflow2.evals.statistics import QUICK_SHARE, Row, Scored, Scores, quick_share, score_rows
 from starflow2.evals.suite import (
     IMAGES_AT_ONCE,
     Codec,
@@ -41,8 +41,9 @@ from starflow2.evals.suite import (
     roundtrip_scenes,
 )
 from starflow2.world.captions import FAMILIES, CaptionedScene, paraphrase_drawings, suite_drawings
+from starflow2.world.dense_prompts import DensePrompt
 from starflow2.world.detector import Scan, detect
-from starflow2.world.scene import COLORS, SHAPES, Scene, Split, render
+from starflow2.world.scene import COLORS, SHAPES, Split, render
 from starflow2.world.splits import scene_key
 
 __all__ = [
@@ -175,17 +176,7 @@ def name_scan(scan: Scan) -> list[Found]:
 # ------------------------------------------------------------------------------------------- images drawn from prompts
 
 
-class Prompted(Protocol):
-    """A prompt and a scene that fulfils it."""
-
-    @property
-    def prompt(self) -> str: ...
-
-    @property
-    def scene(self) -> Scene: ...
-
-
-_Task = TypeVar("_Task", bound=Prompted)
+_Task = TypeVar("_Task", CaptionedScene, DensePrompt)
 
 
 def drawing_jobs(tasks: Iterable[_Task], samples: int, seed_base: int) -> list[Job[_Task]]:
@@ -208,8 +199,7 @@ def draw_scans(generate: Generate, items: Sequence[Job[_Task]]) -> list[Scan]:
 
 def true_scans(items: Sequence[Job[_Task]], codec: Codec | None) -> list[Scan]:
     """The detector's reading of the true image of each job, after the codec's round trip if there is a codec."""
-    images = roundtrip_scenes(codec, [job.task.scene for job in items])
-    return [scan for chunk in chunks(list(images), IMAGES_AT_ONCE) for scan in detect(np.stack(chunk))]
+    return detect(roundtrip_scenes(codec, [job.task.scene for job in items]))
 
 
 class Drawer(Protocol):

@@ -63,13 +63,14 @@ def _by_image(records: Iterable[Mapping[str, str]]) -> dict[tuple[str, str], lis
     return images
 
 
-def _mark(records: Sequence[Mapping[str, str]]) -> tuple[float, float, float, float, float]:
-    """Score of one image, then the shares of right, all right, parsed and "yes" answers."""
+def _mark(records: Sequence[Mapping[str, str]]) -> tuple[float, ...]:
+    """COLUMNS of one image: its score, shares of right, all right, parsed and "yes" answers, its part in the total."""
     parsed = [parse_yes_no(record["pred"]) for record in records]
     right = [word == record["answer"].lower() for word, record in zip(parsed, records, strict=True)]
     acc, acc_plus = sum(right) / len(right), float(all(right))
     unread, yes = parsed.count("other") / len(right), parsed.count("yes") / len(right)
-    return 100 * (acc + acc_plus), acc, acc_plus, 1 - unread, yes
+    score = 100 * (acc + acc_plus)
+    return score, acc, acc_plus, 1 - unread, yes, score * len(SUBTASKS)
 
 
 # ------------------------------------------------------------------------------------------------------------ the suite
@@ -105,7 +106,7 @@ class MmeSuite:
         scored, floor = dict[str, Scored](), dict[str, Scores]()
         for part, pairs in by_part(runs["all"], lambda pair: pair[0].part).items():
             records = [_record(*pair) for pair in pairs]
-            rows = [Row(kind, image, _columns(_mark(own))) for (kind, image), own in _by_image(records).items()]
+            rows = [Row(kind, image, _mark(own)) for (kind, image), own in _by_image(records).items()]
             scored[part] = _with_of_2000(score_rows(rows, COLUMNS, rng, "averaged"))
             always_yes = score_mme({**record, "pred": "yes"} for record in records)
             levels = {"always_yes": sum(always_yes.values()), "coin": COIN * len(always_yes)}
@@ -129,10 +130,6 @@ def _with_of_2000(scored: Scored) -> Scored:
         value * 2000 / (200 * len(SUBTASKS)) for value in (total.score, total.low, total.high) if value is not None
     ]
     return replace(scored, scores=scored.scores.with_columns(of_2000=Score(*values)))
-
-
-def _columns(mark: tuple[float, ...]) -> tuple[float, ...]:
-    return (*mark, mark[0] * len(SUBTASKS))
 
 
 @cache

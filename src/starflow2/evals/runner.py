@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -23,13 +23,16 @@ from starflow2.evals.mcq import McqSuite
 from starflow2.evals.mme import MmeSuite
 from starflow2.evals.sessions import SessionsSuite
 from starflow2.evals.story import Replies, StorySuite
-from starflow2.evals.suite import Images, Progress, Report, ceiling, evaluate
+from starflow2.evals.suite import Images, Progress, Report, Suite, ceiling, evaluate
 from starflow2.world.scene import Split
 from starflow2.world.stories import Story
 
 __all__ = ["ByteModel", "EditedImage", "Scorer", "SuiteName", "Talker", "score_suite"]
 
 SuiteName = Literal["geneval", "dpg", "mme", "gqa", "mcq", "edit", "sessions", "story"]
+_Call = TypeVar("_Call")
+_Item = TypeVar("_Item")
+_Output = TypeVar("_Output")
 Words = Sequence[str | Tensor]  # of one side of a turn: text, and images (3, 64, 64)
 
 
@@ -150,9 +153,9 @@ class EditedImage:
 
 @dataclass(frozen=True, slots=True)
 class Scorer:
-    """One model, scored on one split suite by suite; each method returns a report with floors and ceilings.
+    """One model, scored suite by suite; each method returns a report with floors and ceilings.
 
-    quick, progress: as in `evaluate`.
+    quick, progress: as in `evaluate`. suite: options other than the published ones.
     """
 
     model: Talker
@@ -160,57 +163,47 @@ class Scorer:
     quick: bool = False
     progress: Progress | None = None
 
-    @property
-    def _bytes(self) -> ByteModel:
-        return ByteModel(self.model)
-
     def geneval(self) -> Report:
-        """W-GenEval."""
         return score_geneval(self.model, self.split, quick=self.quick, progress=self.progress)
 
     def dpg(self) -> Report:
-        """W-DPG."""
-        report = evaluate(DpgSuite(), self._bytes.draw, self.split, quick=self.quick, progress=self.progress)
+        report = self._run(DpgSuite(), ByteModel(self.model).draw)
         for name, codec in roundtrips(self.model).items():
             report = report.with_bound(name, ceiling(DpgSuite(samples=1), self.split, codec, quick=self.quick))
         return report
 
     def mme(self, suite: MmeSuite | None = None) -> Report:
-        """W-MME-p, with the scores of the language model alone, which the joint model is to keep."""
-        suite = suite or MmeSuite()
-        report = evaluate(suite, self._bytes.answer_one, self.split, quick=self.quick, progress=self.progress)
-        alone = evaluate(suite, self._bytes.answer_tower, self.split, quick=self.quick)
-        return report.with_bound("vlm", alone.parts)
+        return self._beside_tower(suite or MmeSuite())
 
     def gqa(self, suite: GqaSuite | None = None) -> Report:
-        """W-GQA, with the scores of the language model alone, which the joint model is to keep."""
-        suite = suite or GqaSuite()
-        report = evaluate(suite, self._bytes.answer_one, self.split, quick=self.quick, progress=self.progress)
-        alone = evaluate(suite, self._bytes.answer_tower, self.split, quick=self.quick)
-        return report.with_bound("vlm", alone.parts)
+        return self._beside_tower(suite or GqaSuite())
 
     def mcq(self) -> Report:
-        """W-SEED, W-MMB and W-MMMU."""
-        return evaluate(McqSuite(), self._bytes.answer_many, self.split, quick=self.quick, progress=self.progress)
+        return self._run(McqSuite(), ByteModel(self.model).answer_many)
 
     def edit(self, suite: EditSuite | None = None) -> Report:
-        """W-Edit. A quick run leaves the costly control out, which draws every target anew."""
-        draw = None if self.quick else self._bytes.draw
-        suite = replace(suite or EditSuite(), codec=roundtrips(self.model)["clean"], draw=draw)
-        return evaluate(suite, self._bytes.edit, self.split, quick=self.quick, progress=self.progress)
+        """A quick run leaves out the costly control that draws every target anew."""
+        model, codec = ByteModel(self.model), roundtrips(self.model)["clean"]
+        suite = replace(suite or EditSuite(), codec=codec, draw=None if self.quick else model.draw)
+        return self._run(suite, model.edit)
 
     def sessions(self) -> Report:
-        """W-Edit in sessions."""
-        suite = SessionsSuite(codec=roundtrips(self.model)["clean"])
-        return evaluate(suite, self._bytes.start, self.split, quick=self.quick, progress=self.progress)
+        return self._run(SessionsSuite(codec=roundtrips(self.model)["clean"]), ByteModel(self.model).start)
 
     def story(self, suite: StorySuite | None = None) -> Report:
-        """W-Story."""
-        suite = replace(suite or StorySuite(), ask=self._bytes.answer_story)
-        report = evaluate(suite, self._bytes.reply, self.split, quick=self.quick, progress=self.progress)
-        codec = roundtrips(self.model)["noise"]
-        through = ceiling(replace(suite, parts=("id",), ask=None), self.split, codec, quick=self.quick)
-        return report.with_bound("ceiling", through)
+        model, codec = ByteModel(self.model), roundtrips(self.model)["noise"]
+        suite = suite or StorySuite()
+        report = self._run(replace(suite, ask=model.answer_story), model.reply)
+        return report.with_bound("ceiling", ceiling(replace(suite, parts=("id",)), self.split, codec, quick=self.quick))
+
+    def _run(self, suite: Suite[_Call, _Item, _Output], call: _Call) -> Report:
+        return evaluate(suite, call, self.split, quick=self.quick, progress=self.progress)
+
+    def _beside_tower(self, suite: MmeSuite | GqaSuite) -> Report:
+        """With the scores of the language model alone as bound "vlm": the joint model is to keep them."""
+        model = ByteModel(self.model)
+        report = evaluate(suite, model.answer_one, self.split, quick=self.quick, progress=self.progress)
+        return report.with_bound("vlm", evaluate(suite, model.answer_tower, self.split, quick=self.quick).parts)
 
 
 _SCORES: Mapping[str, Callable[[Scorer], Report]] = {

@@ -186,27 +186,27 @@ def score_rows(
     return Scored(Scores(len(rows), len(set(units)), overall.columns(names), by_kind), names, overall, estimates)
 
 
-def gap(seen: Scored, unseen: Scored) -> Scores | None:
+def gap(id_part: Scored, cg_part: Scored) -> Scores | None:
     """ID minus CG.
 
     Where kinds have estimates, for each kind that both have, and the mean of these, so that like is compared with like;
     None if they share no kind.
     """
-    if not unseen.kinds:
-        return _difference(seen.overall - unseen.overall, seen.names, seen.scores, unseen.scores)
-    gaps = {kind: seen.kinds[kind] - estimate for kind, estimate in unseen.kinds.items() if kind in seen.kinds}
+    if not cg_part.kinds:
+        return _difference(id_part.overall - cg_part.overall, id_part.names, id_part.scores, cg_part.scores)
+    gaps = {kind: id_part.kinds[kind] - estimate for kind, estimate in cg_part.kinds.items() if kind in id_part.kinds}
     if not gaps:
         return None
     by_kind = {
-        kind: _difference(estimate, seen.names, seen.scores.by_kind[kind], unseen.scores.by_kind[kind])
+        kind: _difference(estimate, id_part.names, id_part.scores.by_kind[kind], cg_part.scores.by_kind[kind])
         for kind, estimate in gaps.items()
     }
-    overall = _difference(Estimate.mean(gaps.values()), seen.names, seen.scores, unseen.scores)
+    overall = _difference(Estimate.mean(gaps.values()), id_part.names, id_part.scores, cg_part.scores)
     return replace(overall, by_kind=by_kind)
 
 
-def _difference(estimate: Estimate, names: tuple[str, ...], seen: Scores, unseen: Scores) -> Scores:
-    return Scores(seen.n + unseen.n, seen.units + unseen.units, estimate.columns(names))
+def _difference(estimate: Estimate, names: tuple[str, ...], id_scores: Scores, cg_scores: Scores) -> Scores:
+    return Scores(id_scores.n + cg_scores.n, id_scores.units + cg_scores.units, estimate.columns(names))
 
 
 # -------------------------------------------------------------------------------------------------------- sets of items

@@ -28,7 +28,6 @@ from starflow2.evals.statistics import (
     Scored,
     Scores,
     bootstrap,
-    chunks,
     quick_share,
     score_rows,
 )
@@ -70,7 +69,6 @@ __all__ = [
 
 STORIES: Final = 64  # per split and part
 SEED_BASE: Final = 3_000_000  # story i is told from seed SEED_BASE + i
-CHUNK: Final = 16  # stories at a time
 PRIOR_STORIES: Final = 10_000  # training stories whose answers the guesser has read
 MAX_DRIFT: Final = 4.0  # pixels by which an object that stays may move
 RUNGS: Final = ("block", "image", "consistency")  # of one step
@@ -107,7 +105,7 @@ class StorySuite:
     prior_stories: int = PRIOR_STORIES
     ask: Ask | None = None
     name: ClassVar[str] = "story"
-    chunk: ClassVar[int] = CHUNK
+    chunk: ClassVar[int] = 16
 
     def items(self, split: Split) -> Mapping[str, _Items]:
         return {part: jobs(stories_of(split, part, self.stories), SEED_BASE) for part in self.parts}
@@ -236,14 +234,11 @@ def _read(scan: Scan) -> _ImageReading:
 
 def _true_readings(items: _Items, codec: Codec | None) -> list[StoryReading]:
     """Readings of the true replies, with images after a codec's round trip if there is one."""
-    readings: list[StoryReading] = []
-    for chunk in chunks(items, CHUNK):
-        replies: list[Replies] = []
-        for item, images in zip(chunk, _true_images(chunk, codec), strict=True):
-            steps = zip(item.task.steps, images, strict=True)
-            replies.append([*([step.sentence, image] for step, image in steps), [item.task.answer]])
-        readings += read_replies(replies)
-    return readings
+    replies: list[Replies] = []
+    for item, images in zip(items, _true_images(items, codec), strict=True):
+        steps = zip(item.task.steps, images, strict=True)
+        replies.append([*([step.sentence, image] for step, image in steps), [item.task.answer]])
+    return read_replies(replies)
 
 
 def _true_images(items: _Items, codec: Codec | None = None) -> Images:

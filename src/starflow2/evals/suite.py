@@ -117,10 +117,6 @@ class Report(Graded):
         """This report with one more bound."""
         return replace(self, bounds=self.bounds | {name: parts})
 
-    def bound(self, name: str, part: str) -> Scores | None:
-        """One bound of one part, None where it was not measured."""
-        return self.bounds.get(name, {}).get(part)
-
     def to_json(self) -> dict[str, object]:
         """The report as JSON can hold it; settings and bounds stand beside the other keys."""
         head = {"suite": self.suite, "split": self.split, "quick": self.quick, "n": self.n, **self.settings}

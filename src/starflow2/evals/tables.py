@@ -77,7 +77,7 @@ def _geneval_scores(report: Report) -> Record:
 def _title(report: Report) -> str:
     kind = "quick " if report.quick else ""
     if report.suite == "geneval":
-        return f"W-GenEval, {kind}{report.split}, {report.settings['samples']} pictures per prompt"
+        return f"W-GenEval, {kind}{report.split}, {report.settings['samples']} images per prompt"
     return f"W-{report.suite}, {kind}{report.split}, {report.n} items"
 
 
@@ -129,10 +129,10 @@ def _geneval(report: Report) -> Iterator[Line]:
     parts, floor = report.parts, report.bounds["floor"]
     kinds = dict.fromkeys(kind for scores in parts.values() for kind in scores.by_kind)
     for kind in (*kinds, ""):
-        seen, unseen = _pair(parts, "lenient", kind)
+        pair = _pair(parts, "lenient", kind)
         ceilings = (_pick(report.bounds.get(name, {}).get("id"), "lenient", kind) for name in ("clean", "noise"))
         gap = _pick(report.gap, "lenient", kind)
-        row = [kind.replace("_", " ") or "overall", *map(_number, (seen, unseen, gap))]
+        row = [kind.replace("_", " ") or "overall", *map(_number, (*pair, gap))]
         row += [_both(_pair(floor, "lenient", kind)), " / ".join(map(_number, ceilings))]
         row += map(_number, _pair(parts, "strict", kind))
         yield (*row, *(_number(_pick(parts[p], "lenient", kind)) for p in ("paraphrase",) if p in parts))
@@ -148,8 +148,8 @@ def _mme(report: Report) -> Iterator[Line]:
 
 def _gqa(report: Report) -> Iterator[Line]:
     parts, vlm = report.parts, _both(_pair(report.bounds.get("vlm", {}), "accuracy"))
-    title, seen, unseen, _, *bounds = _line("accuracy", _pair(parts, "accuracy"), _both(_pair(parts, "prior")), vlm)
-    yield title, seen, unseen, _cell(_pick(report.gap, "accuracy")), *bounds
+    title, *scores, _, floor, top = _line("accuracy", _pair(parts, "accuracy"), _both(_pair(parts, "prior")), vlm)
+    yield title, *scores, _cell(_pick(report.gap, "accuracy")), floor, top
     for kind in parts["id"].by_kind:
         yield _line(kind, _pair(parts, "accuracy", kind), _both(_pair(parts, "prior", kind)))
 
@@ -213,13 +213,13 @@ def _geneval_notes(report: Report) -> Iterator[str]:
     for part, scores in report.parts.items():
         yield (
             f"{part}: {_cell(scores['lenient'])}, 95 % bootstrap over {scores.units} distinct prompts, {scores.n} "
-            f"pictures; mean template IoU {scores.value('template_iou'):.3f}, unrecognised blobs "
-            f"{scores.value('unknown_share'):.1%}, empty pictures {scores.value('empty_share'):.1%}."
+            f"images; mean template IoU {scores.value('template_iou'):.3f}, unrecognised blobs "
+            f"{scores.value('unknown_share'):.1%}, empty images {scores.value('empty_share'):.1%}."
         )
     yield (
-        "Floor: true pictures of other prompts (ID / CG). Ceiling: true pictures of the ID prompts after the "
+        "Floor: true images of other prompts (ID / CG). Ceiling: true images of the ID prompts after the "
         "codec (clean / at the sampling noise). Gap: ID − CG over the categories that both have. "
-        "Strict: nothing else in the picture."
+        "Strict: nothing else in the image."
     )
 
 
@@ -238,10 +238,10 @@ _NOTES: Mapping[str, str] = {
     "gqa": "Gap: the mean over kinds of both. Floor: the question-only prior. Ceiling: the language model alone, "
     "through its own vision tower.",
     "mcq": "Floor: chance, and a reader of the question alone. Circular: right in every rotation of the options.",
-    "dpg": "Floor: pictures of other prompts. Ceiling: true pictures after the codec, clean / at the sampling noise.",
-    "edit": "Floor: the picture handed back unchanged. Ceiling: the true result after the codec. Overall is of 10.",
-    "edit_sessions": "Three edits of one picture, an undo before the third. Floor: the source handed back. Undo: the "
-    "picture is again what it was, and to the byte.",
-    "story": "Prefix: steps without any fault, of 4. Floor: other stories' pictures; of answers, guessing by the kind "
+    "dpg": "Floor: images of other prompts. Ceiling: true images after the codec, clean / at the sampling noise.",
+    "edit": "Floor: the source handed back unchanged. Ceiling: the true result after the codec. Overall is of 10.",
+    "edit_sessions": "Three edits of one image, an undo before the third. Floor: the source handed back. Undo: the "
+    "image is again what it was, and to the byte.",
+    "story": "Prefix: steps without any fault, of 4. Floor: other stories' images; of answers, guessing by the kind "
     "of question, and by the words of the requests where they settle it.",
 }
