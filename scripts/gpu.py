@@ -1,14 +1,14 @@
-"""Jobs for a GPU that is there for minutes at a time; each fits a single call and goes on where it stopped.
+"""Jobs for a GPU that is available for minutes at a time; each fits a single call and continues where it stopped.
 
-    PYTHONPATH=src python scripts/gpu.py train --limit 560      # the stages of nano, again until all are done
-    PYTHONPATH=src python scripts/gpu.py export --out "$OUT"    # the weights, in pieces that are small enough to carry
-    PYTHONPATH=src python scripts/gpu.py join PIECES FOLDER     # elsewhere: the pieces as a model folder again
-    PYTHONPATH=src python scripts/gpu.py speed                  # seconds per picture at several batch sizes
+    PYTHONPATH=src python scripts/gpu.py train --limit 560      # the stages of nano; repeat until all are done
+    PYTHONPATH=src python scripts/gpu.py export --out "$OUT"    # the weights, in pieces small enough to copy
+    PYTHONPATH=src python scripts/gpu.py join PIECES FOLDER     # on another machine: the pieces as a model folder again
+    PYTHONPATH=src python scripts/gpu.py speed                  # seconds per image at several batch sizes
     PYTHONPATH=src python scripts/gpu.py suites --out "$OUT"    # every suite, test split, as JSON
     PYTHONPATH=src python scripts/gpu.py compare --out "$OUT"   # the paper's comparisons, three seeds
 
-Needs what the library needs (no command-line extras). `--scale` multiplies the recipe's batches: a GPU has room, and
-the steps stay the recipe's.
+Needs what the library needs (no command-line extras). `--scale` multiplies the recipe's batches, since a GPU has room;
+the number of steps stays.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from starflow2.training.metrics import StepReport
 from starflow2.training.recipes import nano
 
 RUN = Path("runs/gpu")
-BEFORE_JOINT = Path("runs/gpu-before-joint")  # what the comparisons start from
-PIECE = 15 * 2**20  # bytes of one file that comes back
+BEFORE_JOINT = Path("runs/gpu-before-joint")  # where the comparisons start
+PIECE = 15 * 2**20  # bytes of one file
 
 
 def recipe(scale: int) -> RunConfig:
-    """nano with batches `scale` times as large and checkpoints far apart."""
+    """The recipe nano with batches `scale` times as large and fewer checkpoints."""
     run = nano()
     stages = tuple(replace(s, batch=scale * s.batch, save_every=1000, log_every=50) for s in run.stages)
     return replace(run, stages=stages)
 
 
 def train(limit: float, scale: int, device: str) -> None:
-    """Stages in order until all are done or `limit` seconds have passed; a second call goes on."""
+    """Train the stages in order until all are done or `limit` seconds have passed; a second call continues."""
     run = recipe(scale)
     timer = threading.Timer(limit, os.kill, (os.getpid(), signal.SIGTERM))
     timer.daemon = True
@@ -66,7 +66,7 @@ def train(limit: float, scale: int, device: str) -> None:
             shutil.copytree(RUN / "model", BEFORE_JOINT)
         print(f"{stage.name}: {stage.steps} steps of {stage.batch}", flush=True)
         try:
-            fit(run, stage.name, RUN, device=device, report=_tell, workers=max(1, (os.cpu_count() or 2) - 2))
+            fit(run, stage.name, RUN, device=device, report=_print_step, workers=max(1, (os.cpu_count() or 2) - 2))
         except TrainingError as error:
             sys.exit(f"{stage.name}: {error}")
         done.touch()
@@ -74,7 +74,7 @@ def train(limit: float, scale: int, device: str) -> None:
     print("all stages done")
 
 
-def _tell(line: StepReport) -> None:
+def _print_step(line: StepReport) -> None:
     values = " ".join(f"{name} {value:.4f}" for name, value in line.metrics.items())
     print(
         f"{line.stage} {line.step}/{line.steps} {values} {line.images_per_s:.0f}/s eta {line.eta_s:.0f} s", flush=True
@@ -95,14 +95,14 @@ def export(out: Path) -> None:
 
 
 def join(pieces: Path, folder: Path) -> None:
-    """Undo `export`."""
+    """Put the pieces that `export` wrote together again."""
     data = b"".join(p.read_bytes() for p in sorted(pieces.glob("nano.tar.*")))
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         tar.extractall(folder, filter="data")
 
 
 def speed(device: str) -> None:
-    """Seconds of drawing at several batch sizes with the model that is there."""
+    """Measure seconds of drawing at several batch sizes."""
     model = StarFlow2.from_pretrained(RUN / "model", device=device)
     for batch in (1, 16, 128):
         config = DrawConfig.for_model(model.components, batch=batch)
@@ -115,7 +115,7 @@ def speed(device: str) -> None:
 
 
 def suites(out: Path, device: str) -> None:
-    """Every suite on the model that is there, test split; a suite whose file is there already is left out."""
+    """Score every suite on the test split; a suite whose file exists already is left out."""
     model = StarFlow2.from_pretrained(RUN / "model", device=device)
     for name in get_args(SuiteName):
         path = out / f"{name}.json"
@@ -126,7 +126,7 @@ def suites(out: Path, device: str) -> None:
 
 
 def comparisons(out: Path, device: str) -> None:
-    """compare.json and compare.md: arms on equal budgets from the frozen parts that are there."""
+    """Write compare.json and compare.md: training runs of equal budgets from the same frozen components."""
     config, workers = CompareConfig(steps=1500, batch=128), max(1, (os.cpu_count() or 2) - 2)
     compare_and_keep(BEFORE_JOINT, config, out, device=device, workers=workers)
 
@@ -139,19 +139,19 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=4)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("out/gpu"))
-    asked = parser.parse_args()
-    if asked.job == "train":
-        train(asked.limit, asked.scale, asked.device)
-    elif asked.job == "export":
-        export(asked.out)
-    elif asked.job == "join":
-        join(*asked.paths)
-    elif asked.job == "suites":
-        suites(asked.out, asked.device)
-    elif asked.job == "compare":
-        comparisons(asked.out, asked.device)
+    args = parser.parse_args()
+    if args.job == "train":
+        train(args.limit, args.scale, args.device)
+    elif args.job == "export":
+        export(args.out)
+    elif args.job == "join":
+        join(*args.paths)
+    elif args.job == "suites":
+        suites(args.out, args.device)
+    elif args.job == "compare":
+        comparisons(args.out, args.device)
     else:
-        speed(asked.device)
+        speed(args.device)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     PYTHONPATH=src python scripts/packing_speed.py --json packing.json     # nano on this machine, about two minutes
 
-Both read the same made-up documents: half are captions of 60 words on average, 128 at most, with a drawn picture, half
-interleave words and pictures over 300 to 1200 positions. Both fill the same budget of slots: `--rows` rows of `--width`
-positions, packed as `data.mix` packs them, or as many rows as long as their longest document as the budget holds.
-Slots that hold nothing count for neither. Rounds alternate; medians are told. Nothing is trained.
+Both read the same random documents: half are captions of 60 words on average, 128 at most, with a drawn image, half
+interleave words and images over 300 to 1200 positions. Both fill the same budget of slots: `--rows` rows of `--width`
+positions, packed as `data.mixture` packs them, or as many rows of the length of their longest document as fit. Padding
+counts for neither. Rounds alternate; medians are printed. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ from starflow2.training.recipes import nano
 from starflow2.training.task import Task
 from starflow2.training.tasks import TASKS
 
-CAPTION = (6.0, 10.0, 8, 128)  # words of one: shape and scale of a gamma distribution, least, most
-INTERLEAVED = (300, 1200)  # positions of one, least and most
-STRETCH = 60  # words between two pictures of an interleaved document
+CAPTION = (6.0, 10.0, 8, 128)  # words of a caption: shape and scale of a gamma distribution, least, most
+INTERLEAVED = (300, 1200)  # positions of an interleaved document, least and most
+STRETCH = 60  # words between two images of an interleaved document
 WORDS = (300, 1000)  # ids of ordinary words, less where a vocabulary has fewer
 
 
-def documents(layout: Layout, vocab: int, count: int, seed: int) -> list[Document]:
-    """Captions with a drawn picture and interleaved documents, as many of each, in random order."""
+def documents(
+    layout: Layout, vocab: int, count: int, seed: int, interleaved: tuple[int, int] = INTERLEAVED
+) -> list[Document]:
+    """Captions with a drawn image and interleaved documents, as many of each, in random order."""
     rng = np.random.default_rng(seed)
     shape, scale, least, most = CAPTION
     made = list[Document]()
@@ -51,12 +53,12 @@ def documents(layout: Layout, vocab: int, count: int, seed: int) -> list[Documen
             words = int(np.clip(rng.gamma(shape, scale), least, most))
             made.append([_words(rng, words, vocab), Image(is_target=True)])
         else:
-            made.append(_interleaved(rng, int(rng.integers(INTERLEAVED[0], INTERLEAVED[1] + 1)), layout, vocab))
+            made.append(_interleaved(rng, int(rng.integers(interleaved[0], interleaved[1] + 1)), layout, vocab))
     return [made[i] for i in rng.permutation(count)]
 
 
 def _interleaved(rng: np.random.Generator, positions: int, layout: Layout, vocab: int) -> Document:
-    """Words that are told and pictures that are drawn by turns, `positions` slots in all."""
+    """Words and images of a reply by turns, `positions` slots in all."""
     picture, document = len(layout.ids(Image())), list[Segment]()
     while positions > STRETCH + picture:
         document += [_words(rng, STRETCH, vocab, is_target=True), Image(is_target=True)]
@@ -118,7 +120,7 @@ def _beside(rows: Sequence[Batch]) -> Batch:
 
 
 def real(batches: Sequence[Batch]) -> int:
-    """Slots that hold something."""
+    """Slots that are not padding."""
     return sum(int((batch.document >= 0).sum()) for batch in batches)
 
 
@@ -135,7 +137,7 @@ def joint_task(components: Components, stage: StageConfig) -> Task:
 
 
 def seconds(task: Task, batches: Sequence[Batch], size: int) -> float:
-    """Wall time of the loss of every batch and its gradients; pictures of `size` pixels are noise."""
+    """Wall time of the loss of every batch and its gradients; images of `size` pixels a side are noise."""
     generator, spent = torch.Generator().manual_seed(0), 0.0
     for batch in batches:
         images = 2 * torch.rand(len(batch.pictures), 3, size, size, generator=generator) - 1
@@ -149,7 +151,7 @@ def seconds(task: Task, batches: Sequence[Batch], size: int) -> float:
 
 
 def measure(task: Task, arms: dict[str, list[Batch]], rounds: int) -> dict[str, Any]:
-    """Both arms in turn, `rounds` times behind one batch of each that does not count."""
+    """Measure both arms alternately, `rounds` times, after one batch of each that does not count."""
     size = task.components.cfg.fae.image_size
     for batches in arms.values():
         seconds(task, batches[:1], size)
@@ -177,17 +179,17 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1280, help="positions of a packed row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=None)
-    asked = parser.parse_args()
-    components = load_components(asked.model)
-    made = documents(components.layout, components.cfg.vlm.vocab, asked.documents, asked.seed)
-    budget = (components.layout, asked.rows, asked.width)
+    args = parser.parse_args()
+    components = load_components(args.model)
+    made = documents(components.layout, components.cfg.vlm.vocab, args.documents, args.seed)
+    budget = (components.layout, args.rows, args.width)
     arms = {"packed": packed(made, *budget), "one_a_row": one_a_row(made, *budget)}
-    result = measure(joint_task(components, replace(nano().stage("joint"), kl_to_t2i=0.0)), arms, asked.rounds)
-    how = {"threads": torch.get_num_threads(), "cpus": os.cpu_count(), "machine": platform.machine()}
-    result |= {"documents": asked.documents, "rows": asked.rows, "width": asked.width, **how}
+    result = measure(joint_task(components, replace(nano().stage("joint"), kl_to_t2i=0.0)), arms, args.rounds)
+    machine = {"threads": torch.get_num_threads(), "cpus": os.cpu_count(), "machine": platform.machine()}
+    result |= {"documents": args.documents, "rows": args.rows, "width": args.width, **machine}
     print(json.dumps(result, indent=1))
-    if asked.json is not None:
-        asked.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

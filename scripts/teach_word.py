@@ -1,12 +1,12 @@
-"""Teach nano a colour that it has never seen, and say what that cost: a measurement of `starflow2 finetune`.
+"""Teach nano a colour that it has never seen and measure the gain and the loss: a test of `starflow2 finetune`.
 
-    PYTHONPATH=src python scripts/teach_word.py --out out/teach            # 200 pictures of brown things
+    PYTHONPATH=src python scripts/teach_word.py --out out/teach            # 200 images of brown objects
     PYTHONPATH=src python scripts/teach_word.py --out out/smoke --steps 2 --pictures 8 --samples 1 --quick-suite no
 
-Draws pictures of the world with objects in a new colour, captioned in the world's words, fine-tunes the model on the
-folder, and scores it before and after: the share of drawn pictures that show the shape asked for in the new colour,
-judged with a palette that has it, and W-GenEval on the dev split. Beside it stands what the codec leaves of true
-pictures: of some colours, teal for one, nothing. Writes OUT/result.json.
+Renders scenes with objects in a new colour, with captions in the world's words, fine-tunes the model on them, and
+scores it before and after: the share of drawn images that show the shape of the prompt in the new colour, by a detector with
+that colour in its palette, and W-GenEval on the dev split. Also measures how many true images keep the colour through
+the codec: of some colours, such as teal, none does. Writes OUT/result.json.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from starflow2.evals.geneval import score_geneval
 from starflow2.models.hub import NANO
 from starflow2.pipeline import StarFlow2
 from starflow2.training.finetune import FinetuneConfig, finetune, read_album
-from starflow2.world import detector as judge
+from starflow2.world import detector
 from starflow2.world import scene as world
 from starflow2.world.captions import caption_task
 
-WORD, RGB = "brown", (110, 50, 10)  # more than 0.3 from every colour of the world, the judge's tolerance
-WRITTEN_LIKE = ("red", "yellow", "green", "blue", "purple", "pink", "black")  # not orange: "an" would be wrong
+WORD, RGB = "brown", (110, 50, 10)  # more than 0.3, the detector's tolerance, from every colour of the world
+REPLACED = ("red", "yellow", "green", "blue", "purple", "pink", "black")  # not orange: "an" would be wrong
 
 
 @contextmanager
 def one_more_colour() -> Iterator[int]:
-    """Inside, renderer and judge know the new colour; gives its index."""
+    """Inside, renderer and detector know the new colour; yields its index."""
     palette = np.vstack([world.PALETTE, np.array([RGB], dtype=np.uint8)])
-    kept = world.PALETTE
+    original = world.PALETTE
     try:
-        world.PALETTE = judge.PALETTE = palette  # type: ignore[misc, attr-defined]
+        world.PALETTE = detector.PALETTE = palette  # type: ignore[misc, attr-defined]
         yield len(palette) - 1
     finally:
-        world.PALETTE = judge.PALETTE = kept  # type: ignore[misc, attr-defined]
+        world.PALETTE = detector.PALETTE = original  # type: ignore[misc, attr-defined]
 
 
 def captioned(count: int, seed: int) -> Iterator[tuple[np.ndarray, str]]:
@@ -59,7 +59,7 @@ def captioned(count: int, seed: int) -> Iterator[tuple[np.ndarray, str]]:
             words, things = drawing.prompt.split(), drawing.scene.objects
             for old, name in enumerate(world.COLORS):
                 alone = [i for i, thing in enumerate(things) if thing.color == old]
-                if name in WRITTEN_LIKE and words.count(name) == 1 and len(alone) == 1:
+                if name in REPLACED and words.count(name) == 1 and len(alone) == 1:
                     painted = tuple(replace(t, color=new) if i == alone[0] else t for i, t in enumerate(things))
                     text = " ".join(WORD if w == name else w for w in words)
                     yield world.render(replace(drawing.scene, objects=painted)), text
@@ -80,7 +80,7 @@ def new_word_score(model: StarFlow2, samples: int) -> dict[str, float]:
     images = to_bytes(model.draw(prompts, list(range(len(prompts)))))
     coloured = right = 0
     with one_more_colour() as new:
-        for prompt, scan in zip(prompts, judge.detect(images), strict=True):
+        for prompt, scan in zip(prompts, detector.detect(images), strict=True):
             shape = world.SHAPES.index(prompt.split()[-1])
             coloured += any(d.color == new for d in scan.detections)
             right += any(d.color == new and d.shape == shape for d in scan.detections)
@@ -91,7 +91,7 @@ def codec_ceiling(model: StarFlow2, true: torch.Tensor) -> float:
     """Share of true pictures (n, 3, s, s) that show the new colour after the codec, at the noise of drawing."""
     images = to_bytes(model.roundtrip(true, model.sampling_noise))
     with one_more_colour() as new:
-        return float(np.mean([any(d.color == new for d in scan.detections) for scan in judge.detect(images)]))
+        return float(np.mean([any(d.color == new for d in scan.detections) for scan in detector.detect(images)]))
 
 
 def scores(model: StarFlow2, samples: int, suite: bool) -> dict[str, Any]:
@@ -111,27 +111,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=FinetuneConfig.batch)
     parser.add_argument("--quick-suite", choices=("yes", "no"), default="yes", help="score W-GenEval, too")
     parser.add_argument("--device", default="cpu")
-    asked = parser.parse_args()
-    write_album(asked.out / "album", asked.pictures, seed=7)
-    before = StarFlow2.from_pretrained(asked.model, device=asked.device)
-    album = read_album(asked.out / "album", before.components.cfg.fae.image_size)
+    args = parser.parse_args()
+    write_album(args.out / "album", args.pictures, seed=7)
+    before = StarFlow2.from_pretrained(args.model, device=args.device)
+    album = read_album(args.out / "album", before.components.cfg.fae.image_size)
     result: dict[str, Any] = {"codec_ceiling": codec_ceiling(before, album.images)}
-    result["before"] = scores(before, asked.samples, asked.quick_suite == "yes")
-    config = FinetuneConfig(steps=asked.steps, lr=asked.lr, replay=asked.replay, batch=asked.batch)
+    result["before"] = scores(before, args.samples, args.quick_suite == "yes")
+    config = FinetuneConfig(steps=args.steps, lr=args.lr, replay=args.replay, batch=args.batch)
     started = time.perf_counter()
     taught = finetune(
         album,
-        asked.model,
-        asked.out / "model",
+        args.model,
+        args.out / "model",
         config,
-        device=asked.device,
+        device=args.device,
         report=lambda line: print(f"{line.step}/{line.steps} {line.metrics} eta {line.eta_s:.0f} s", flush=True),
     )
     result["seconds"] = time.perf_counter() - started
-    after = StarFlow2.from_pretrained(taught, device=asked.device)
+    after = StarFlow2.from_pretrained(taught, device=args.device)
     after.check_prompt(f"a {WORD} circle")
-    result["after"] = scores(after, asked.samples, asked.quick_suite == "yes")
-    (asked.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    result["after"] = scores(after, args.samples, args.quick_suite == "yes")
+    (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print({k: result[k]["new_word"] for k in ("before", "after")}, f"ceiling {result['codec_ceiling']:.3f}")
     print(f"{result['seconds']:.0f} s")
 

@@ -1,4 +1,4 @@
-"""`starflow2 data check`: what it counts, what it says, how it ends."""
+"""`starflow2 data check`: its counts, its messages and its exit status."""
 
 from __future__ import annotations
 

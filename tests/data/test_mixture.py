@@ -408,8 +408,8 @@ def server(tmp_path) -> Iterator[str]:
 def test_tars_are_streamed_over_http_like_local_ones(server, tmp_path):
     for i in range(2):
         captioned(tmp_path / "data" / f"s-{i:04d}.tar", 3, first=3 * i)
-    far, near = Samples(f"{server}/data/s-{{0000..0001}}.tar"), Samples(str(tmp_path / "data"))
-    assert [(s.key, s.fields) for s in far] == [(s.key, s.fields) for s in near]
+    remote, local = Samples(f"{server}/data/s-{{0000..0001}}.tar"), Samples(str(tmp_path / "data"))
+    assert [(s.key, s.fields) for s in remote] == [(s.key, s.fields) for s in local]
 
 
 def test_workers_stream_over_http_after_the_run_has_looked_there(server, tmp_path):

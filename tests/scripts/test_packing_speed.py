@@ -47,10 +47,9 @@ def test_both_arms_hold_the_same_documents_within_the_same_budget(packing):
     assert packing.slots(packed) < packing.slots(alone)
 
 
-def test_documents_alone_in_their_rows_have_the_losses_of_packed_ones(packing, monkeypatch):
+def test_documents_alone_in_their_rows_have_the_losses_of_packed_ones(packing):
     components = tiny_components(STAGES)
-    monkeypatch.setattr(packing, "INTERLEAVED", (150, 260))
-    made = packing.documents(components.layout, 320, 4, 1)
+    made = packing.documents(components.layout, 320, 4, 1, interleaved=(150, 260))
     noise = components.cfg.noise
     losses = []
     for arm in (packing.packed, packing.one_a_row):
@@ -62,10 +61,9 @@ def test_documents_alone_in_their_rows_have_the_losses_of_packed_ones(packing, m
     assert (losses[0] - losses[1]).abs().max() < 1e-5
 
 
-def test_a_round_measures_both_and_tells_their_ratio(packing, monkeypatch):
+def test_a_round_measures_both_and_their_ratio(packing):
     components = tiny_components(STAGES)
-    monkeypatch.setattr(packing, "INTERLEAVED", (250, 400))
-    made = packing.documents(components.layout, 320, 8, 1)
+    made = packing.documents(components.layout, 320, 8, 1, interleaved=(250, 400))
     arms = {name: getattr(packing, name)(made, components.layout, 3, 400) for name in ("packed", "one_a_row")}
     result = packing.measure(packing.joint_task(components, tiny_run(1).stage("joint")), arms, 1)
     rates = result["tokens_per_s"]

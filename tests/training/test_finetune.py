@@ -103,8 +103,8 @@ def test_an_adapter_alone_is_small_and_goes_back_on_its_own_model_only(tmp_path)
 def test_finetuning_changes_the_deep_block_alone_and_the_lexicon_grows(tmp_path, album_folder, stages):
     base = tiny_folder(tmp_path / "base", stages) / "model"
     album = read_album(album_folder, 64)
-    told: list[StepReport] = []
-    made = finetune(album, base, tmp_path / "taught", SMALL, report=told.append)
+    reports: list[StepReport] = []
+    made = finetune(album, base, tmp_path / "taught", SMALL, report=reports.append)
     old, new = load_components(base), load_components(made)
     with pytest.raises(PromptError, match="teal"):
         check_words(old, "a teal circle")
@@ -113,7 +113,7 @@ def test_finetuning_changes_the_deep_block_alone_and_the_lexicon_grows(tmp_path,
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(n.startswith(("flow.deep.body.layers.", "flow.deep.context_in.weight")) for n in changed)
     assert all(n.endswith(".weight") for n in changed) and new.finished_stages == old.finished_stages
-    assert told[-1].step == told[-1].steps == 3
+    assert reports[-1].step == reports[-1].steps == 3
     lora.load(old, made / "adapter.safetensors")
     lora.merge(old)
     assert all(torch.allclose(old.state_dict()[k], v, atol=1e-6) for k, v in after.items())

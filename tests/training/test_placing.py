@@ -56,8 +56,8 @@ def test_no_process_ever_holds_all_of_what_is_cut(base):
 
 
 def test_a_frozen_language_model_stays_in_bfloat16_beside_float32_masters(base):
-    for frozen, how in zip(FROZEN, ("cut", "whole"), strict=True):
-        assert [f["dtypes"] for f in found(base, frozen)] == 2 * [["flow float32 cut", f"vlm bfloat16 {how}"]]
+    for frozen, placed in zip(FROZEN, ("cut", "whole"), strict=True):
+        assert [f["dtypes"] for f in found(base, frozen)] == 2 * [["flow float32 cut", f"vlm bfloat16 {placed}"]]
 
 
 def test_a_language_model_in_shards_gives_the_losses_of_a_whole_one(base):

@@ -146,11 +146,11 @@ def test_nanos_parameters_optimiser_and_average_are_those_of_the_real_tensors(na
         parameter.grad = torch.zeros_like(parameter)
     for optimizer in state.optimizers:
         optimizer.step()
-    kept = [v for o in state.optimizers for s in o.state.values() for k, v in s.items() if k != "step"]
+    moments = [v for o in state.optimizers for s in o.state.values() for k, v in s.items() if k != "step"]
     planned = state_bytes(Sizes.of(run.model), stage, SCHEMES[0])
     assert planned["parameters"] == sum(p.nbytes for p in task.trained.parameters())
     assert planned["gradients"] == sum(p.grad.nbytes for p in task.trained.parameters() if p.grad is not None)
-    assert planned["optimizer"] == sum(v.nbytes for v in kept)
+    assert planned["optimizer"] == sum(v.nbytes for v in moments)
     assert planned["average"] == sum(v.nbytes for v in state.ema.values())
     trained = {id(p) for p in task.trained.parameters()}
     frozen = sum(p.nbytes for p in components.parameters() if id(p) not in trained)

@@ -82,7 +82,7 @@ def test_a_large_recipe_in_miniature_goes_through_its_stages(name, count, tmp_pa
     short = tuple(replace(s, steps=1, batch=2, save_every=1, whitening_captions=64) for s in run.stages[:count])
     run, losses = replace(run, stages=short, precision="float32"), []
     for stage in run.stages:
-        fit(run, stage.name, tmp_path, report=lambda told: losses.append(told.metrics["loss"]))
+        fit(run, stage.name, tmp_path, report=lambda line: losses.append(line.metrics["loss"]))
     assert len(losses) == count and all(torch.tensor(losses).isfinite())
 
 

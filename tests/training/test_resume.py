@@ -62,19 +62,19 @@ def at_any_moment(folder):
     fit(run, "t2i", folder, report=lambda _: time.sleep(0.05))
 
 run = tiny_run(STEPS, EVERY)
-for folder, how in zip(folders, (after_a_checkpoint, while_writing_a_checkpoint, at_any_moment)):
+for folder, moment in zip(folders, (after_a_checkpoint, while_writing_a_checkpoint, at_any_moment)):
     child = os.fork()
     if not child:
-        how(folder)
+        moment(folder)
         os._exit(1)
-    gone, status = os.waitpid(child, os.WNOHANG)
-    while not gone:
+    ended, status = os.waitpid(child, os.WNOHANG)
+    while not ended:
         curve = Path(folder) / "metrics-t2i.jsonl"
-        if how is at_any_moment and curve.is_file() and curve.read_text().count("\\n") >= 3:
+        if moment is at_any_moment and curve.is_file() and curve.read_text().count("\\n") >= 3:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.005)
-        gone, status = os.waitpid(child, os.WNOHANG)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (how.__name__, status)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (moment.__name__, status)
 """
 
 
@@ -86,8 +86,8 @@ def killed(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     for folder in folders.values():
         shutil.copytree(ready, folder)
     script = KILLED.replace("STEPS, EVERY", f"{STEPS}, {EVERY}")
-    asked = [Path(__file__).parents[1], torch.get_num_threads(), *folders.values()]
-    subprocess.run([sys.executable, "-c", script, *map(str, asked)], check=True)
+    arguments = [Path(__file__).parents[1], torch.get_num_threads(), *folders.values()]
+    subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True)
     return folders
 
 
@@ -118,9 +118,9 @@ def test_sigterm_leaves_a_checkpoint_and_a_clear_error_and_the_run_goes_on_from_
     stopped = int(re.findall(r"step (\d)", str(caught.value))[0])
     assert signal.getsignal(signal.SIGTERM) == before
     assert "t2i" not in load_components(folder / "model").finished_stages
-    seen: list[int] = []
-    fit(RUN, "t2i", folder, report=lambda line: seen.append(line.step))
-    assert seen == list(range(stopped + 1, STEPS + 1))
+    steps: list[int] = []
+    fit(RUN, "t2i", folder, report=lambda line: steps.append(line.step))
+    assert steps == list(range(stopped + 1, STEPS + 1))
     assert_same_run(folder, whole)
 
 
@@ -134,17 +134,17 @@ def test_a_line_of_metrics_cut_short_by_a_power_failure_does_not_stop_the_run(fo
 
 def test_a_finished_stage_is_not_trained_again_and_keeps_its_curve(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
-    seen: list[int] = []
-    fit(RUN, "t2i", tmp_path / "run", report=lambda line: seen.append(line.step))
-    assert not seen
+    steps: list[int] = []
+    fit(RUN, "t2i", tmp_path / "run", report=lambda line: steps.append(line.step))
+    assert not steps
     assert_same_run(tmp_path / "run", whole)
 
 
 def test_without_resume_a_stage_starts_anew(folder):
     fit(with_stage(steps=2), "t2i", folder)
-    seen: list[int] = []
-    fit(with_stage(steps=3), "t2i", folder, resume=False, report=lambda line: seen.append(line.step))
-    assert seen == [1, 2, 3] and [line["step"] for line in lines(folder)] == [1, 2, 3]
+    steps: list[int] = []
+    fit(with_stage(steps=3), "t2i", folder, resume=False, report=lambda line: steps.append(line.step))
+    assert steps == [1, 2, 3] and [line["step"] for line in lines(folder)] == [1, 2, 3]
 
 
 @pytest.fixture
@@ -171,10 +171,10 @@ def test_resuming_with_other_settings_is_an_error_that_names_them(two_steps, run
 
 
 def test_resuming_with_more_steps_goes_on_and_precision_auto_takes_what_the_run_began_with(two_steps):
-    seen: list[int] = []
+    steps: list[int] = []
     run = replace(with_stage(steps=3, save_every=1), precision="auto")
-    fit(run, "t2i", two_steps, report=lambda line: seen.append(line.step))
-    assert seen == [3]
+    fit(run, "t2i", two_steps, report=lambda line: steps.append(line.step))
+    assert steps == [3]
 
 
 def test_a_folder_with_a_model_of_another_size_is_refused_by_the_part_that_differs(folder):
@@ -255,9 +255,9 @@ def test_a_disk_that_fills_up_at_a_checkpoint_leaves_the_one_before_and_the_run_
         with pytest.raises(OutputError, match=r"state-t2i\.safetensors.*No space left"):
             fit(RUN, "t2i", folder)
     assert not [p for p in folder.iterdir() if p.name.endswith(".tmp")]
-    seen: list[int] = []
-    fit(RUN, "t2i", folder, report=lambda line: seen.append(line.step))
-    assert seen == [3, 4, 5, 6]
+    steps: list[int] = []
+    fit(RUN, "t2i", folder, report=lambda line: steps.append(line.step))
+    assert steps == [3, 4, 5, 6]
     assert_same_run(folder, whole)
 
 
@@ -283,12 +283,12 @@ for stage, folder in zip(("adapter", "joint"), folders):
 
 @pytest.fixture(scope="module")
 def killed_later(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Run folders of stages 2 and 3 that ended in SIGKILL behind their second checkpoint."""
+    """Run folders of stages 2 and 3 that ended in SIGKILL after their second checkpoint."""
     base = tmp_path_factory.mktemp("killed-later")
     folders = {stage: tiny_folder(base / stage, STAGES[: STAGES.index(stage)]) for stage in ("adapter", "joint")}
     script = KILLED_LATER.replace("STEPS, EVERY", f"{STEPS}, {EVERY}")
-    asked = [Path(__file__).parents[1], torch.get_num_threads(), *folders.values()]
-    subprocess.run([sys.executable, "-c", script, *map(str, asked)], check=True)
+    arguments = [Path(__file__).parents[1], torch.get_num_threads(), *folders.values()]
+    subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True)
     return folders
 
 

@@ -86,7 +86,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, float]:
-    """How far each weight is from its twin at most; of biases of q, k and v apart."""
+    """The largest difference of each weight; biases of q, k and v separately."""
     assert one.keys() == other.keys()
     parts = {k: (v - other[k]).abs() for k, v in one.items()}
     for name in [k for k in parts if k.endswith("qkv.bias")]:
@@ -107,7 +107,7 @@ def test_twenty_steps_of_two_processes_with_a_half_each_are_those_of_one_process
     assert max(exact.values()) <= 1e-10
     assert farthest(curve(base / "one", *names), curve(base / "two", *names)) <= 1e-5
     rounded = apart(weights(base / "one"), weights(base / "two"))
-    assert max(far for name, far in rounded.items() if not name.endswith("/k")) <= 1e-5
+    assert max(value for name, value in rounded.items() if not name.endswith("/k")) <= 1e-5
     assert max(rounded.values()) <= 1e-4
     moved = apart(weights(base / "one"), weights(base / "start"))
     assert moved["flow.deep.head.weight"] > 1e-3 and moved["joints.text_skip.weight"] > 1e-3

@@ -36,7 +36,7 @@ def world_captions(components: Components, seed: int, count: int) -> list[list[i
 def match_tower_scale(components: Components, seed: int, images: int = 64) -> None:
     """Let the adapter's embeddings start at the root mean square of those of the language model's own vision tower.
 
-    images: how many images of the drawn world are measured. Overwrites the gain of `components.joints.adapter`.
+    images: number of images of the drawn world that are measured. Overwrites the gain of `components.joints.adapter`.
     """
-    seen = to_images([caption_task(seed, i).scene for i in range(images)]).to(components.device)  # (P, 3, s, s)
-    components.joints.adapter.set_scale(float(components.vlm.see(seen).square().mean().sqrt()))
+    pixels = to_images([caption_task(seed, i).scene for i in range(images)]).to(components.device)  # (P, 3, s, s)
+    components.joints.adapter.set_scale(float(components.vlm.see(pixels).square().mean().sqrt()))

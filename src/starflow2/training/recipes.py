@@ -48,7 +48,7 @@ QWEN_SPECIAL = SpecialIds(
     pad=151643, user=151644, assistant=151644, end=151645, vision_start=151652, vision_end=151653, image_pad=151655
 )
 WORLD_MEAN, WORLD_STD = (0.74, 0.76, 0.71), (0.31, 0.34, 0.37)  # of the drawn world's colours in [-1, 1]
-PICTURE = 256  # pixels of paper's pictures, square
+PICTURE = 256  # pixels of a side of paper's images
 CLIP = PixelConfig(
     picture_size=PICTURE,
     mean=(0.48145466, 0.4578275, 0.40821073),
@@ -59,7 +59,7 @@ IMAGENET = PixelConfig(picture_size=PICTURE, mean=(0.485, 0.456, 0.406), std=(0.
 
 
 def nano_model() -> ModelConfig:
-    """The sizes of nano: 64 px pictures, 8x8 latents of 16 channels."""
+    """The sizes of nano: images of 64 pixels a side, 8x8 latents of 16 channels."""
     bidirectional = StackConfig(width=192, depth=2, head_dim=64, activation="relu2", rope=False, causal=False)
     shallow = StackConfig(width=128, depth=2, head_dim=64, activation="relu2")
     deep = StackConfig(width=192, depth=6, head_dim=64, activation="relu2")
@@ -117,10 +117,10 @@ def nano_model() -> ModelConfig:
 
 
 def nano() -> RunConfig:
-    """The embedded default: about nine and a half hours on two CPU cores (features 5 minutes, FAE 13, language
+    """The default recipe: about nine and a half hours on two CPU cores (features 5 minutes, FAE 13, language
     model 105, t2i 120, adapter 15, joint about 300).
 
-    The shipped weights took 665,600 pictures in t2i and 835,200 documents in joint, both of which changed on the way,
+    The shipped weights took 665,600 images in t2i and 835,200 documents in joint, both of which changed on the way,
     and score W-GenEval 0.872 on seen combinations and W-Edit 0.765, test split: see the model card and docs/LOG.md.
     This very schedule has not been run from the start; joint reads 16-24 documents a second.
     """
@@ -143,7 +143,7 @@ def nano() -> RunConfig:
                     steps=3000, mix=MixConfig(understand=0.05, draw=0.15, edit=0.8, chain=0.0, story=0.0)
                 ),
                 mix=MixConfig(understand=0.04, draw=0.42, edit=0.24, chain=0.03, beginning=0.18, story=0.09),
-                captions=CaptionConfig(  # numbers and places are what edits and stories wear off first
+                captions=CaptionConfig(  # edits and stories make the model forget counts and positions first
                     single_object=0.04,
                     two_object=0.18,
                     counting=0.22,
@@ -162,8 +162,8 @@ def nano() -> RunConfig:
 def nano_end_to_end() -> RunConfig:
     """`nano`, but in stage t2i the FAE trains on beside the flow, on its own losses and the flow's.
 
-    The model and the stages in front of it are nano's, so a run folder of nano's serves as the start. A step of t2i
-    costs what one of fae costs on top. Nobody has trained this recipe to the end here.
+    The model and the stages before t2i are nano's, so a run folder of nano can be continued. A step of t2i costs as
+    much more as a step of fae. This recipe has not been trained to the end here.
     """
     run = nano()
     return replace(run, stages=tuple(replace(s, codec_weight=4.0) if s.name == "t2i" else s for s in run.stages))
@@ -172,8 +172,8 @@ def nano_end_to_end() -> RunConfig:
 def nano_patches() -> RunConfig:
     """`nano` without FAE and features: the flow models patches of 8x8 pixels, 192 channels each.
 
-    Noise is at most 0.15 of a colour's deviation, 0.05 in [-1, 1] (TARFlow's): nothing behind the flow takes it away
-    but `--cleanup tweedie`. Nobody has trained this recipe to the end here.
+    Noise is at most 0.15 of a colour's deviation, 0.05 in [-1, 1] (as in TARFlow), since only `--cleanup tweedie` can
+    remove it after sampling. This recipe has not been trained to the end here.
     """
     run = nano()
     stages = tuple(s for s in run.stages if s.name not in ("features", "fae"))
@@ -194,7 +194,7 @@ def with_patches(model: ModelConfig) -> ModelConfig:
 
 
 def _qwen(width: int, depth: int, heads: int, kv_heads: int, mlp_width: int, vocab: int) -> LanguageConfig:
-    """A Qwen2.5-VL whose tower reads pictures at 448 px, which is 16x16 tokens, as many as there are latents."""
+    """A Qwen2.5-VL whose tower reads images of 448 pixels a side as 16x16 tokens, one for each latent."""
     return LanguageConfig(
         vocab=vocab,
         width=width,
@@ -286,7 +286,7 @@ def paper_model() -> ModelConfig:
 
 
 def mini_model() -> ModelConfig:
-    """Half-way: 0.5 B parameters train over Qwen2.5-VL-3B and DINOv2-B."""
+    """Sizes between nano and paper: 0.5 B parameters train over Qwen2.5-VL-3B and DINOv2-B."""
     return replace(
         paper_model(),
         name="mini",
@@ -303,7 +303,7 @@ def mini_model() -> ModelConfig:
 
 
 def _adamw(lr: float, warmup_steps: int = 2000) -> OptimConfig:
-    """STARFlow's optimiser: AdamW alone, warm-up, then falling to the end."""
+    """STARFlow's optimiser: AdamW alone, with warm-up and then a linear decay to the end."""
     return OptimConfig(
         lr=lr, matrix_lr=0.0, weight_decay=1e-4, warmup_steps=warmup_steps, decay_share=1.0, clip=1.0, ema=0.999
     )
@@ -313,7 +313,7 @@ def paper() -> RunConfig:
     """The paper's own size and stages: 3.68 B trained beside a language model of 7.6 B; 800, 200 and 160 M documents.
 
     About 9,000 H100-hours at 40 % of peak (`starflow2 info paper --gpus 64`). The paper reports GenEval 0.51 after
-    stage t2i and 0.82 after joint, DPG 84.94. Nobody has trained this recipe here.
+    stage t2i and 0.82 after joint, DPG 84.94. This recipe has not been trained here.
     """
     return RunConfig(
         model=paper_model(),
@@ -359,7 +359,7 @@ def paper_siglip() -> RunConfig:
 def mini() -> RunConfig:
     """One consumer GPU of 24 GB: 0.5 B trained over Qwen2.5-VL-3B, 16 M + 4 M + 4 M documents, batch 128.
 
-    Nobody has trained this recipe here; `starflow2 info mini --gpus 1 --gpu-memory 24` says what it takes.
+    This recipe has not been trained here; `starflow2 info mini --gpus 1 --gpu-memory 24` plans its training.
     """
     stages = {"fae": 100_000, "t2i": 125_000, "adapter": 31_250, "joint": 31_250}
     run = paper()
@@ -370,7 +370,7 @@ def mini() -> RunConfig:
     )
 
 
-# -- small ones of the same kind ------------------------------------------------------------------------
+# -- in miniature --------------------------------------------------------------------------------------
 
 
 def smoke(run: RunConfig) -> RunConfig:
@@ -386,7 +386,7 @@ def smoke(run: RunConfig) -> RunConfig:
 def _shrunk(model: ModelConfig) -> ModelConfig:
     """A model of these classes and conventions in widths of 64, with fresh components in place of pretrained ones.
 
-    Pictures are those of the drawn world, 64 px; 4x4 latents; a vocabulary for a tokenizer of our own.
+    Images of the drawn world, 64 pixels a side; 4x4 latents; a vocabulary for a tokenizer that is trained here.
     """
     width, size, grid = 64, 64, (4, 4)
 
