@@ -484,7 +484,7 @@ def test_a_disk_that_fills_up_in_save_pretrained_leaves_a_model_that_still_loads
 def test_saving_over_something_that_is_no_model_is_refused(model, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with pytest.raises(CheckpointError, match="no model folder"):
+    with pytest.raises(CheckpointError, match="is not a model folder"):
         model.save_pretrained(tmp_path / "thesis")
     assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
 

@@ -72,5 +72,5 @@ def test_a_deep_block_of_other_layers_is_refused_by_the_name_of_the_first(releas
     ids=["nothing", "another model", "a block is missing", "buffers alone"],
 )
 def test_what_is_no_released_flow_is_refused(tensors):
-    with pytest.raises(CheckpointError, match="no released STARFlow"):
+    with pytest.raises(CheckpointError, match="not a released STARFlow"):
         flow_state(tensors)
