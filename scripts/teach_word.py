@@ -4,7 +4,8 @@
     PYTHONPATH=src python scripts/teach_word.py --out out/smoke --steps 2 --pictures 8 --samples 1 --quick-suite no
 
 Renders scenes with objects in a new colour, with captions in the world's words, fine-tunes the model on them, and
-scores it before and after: the share of drawn images that show the shape of the prompt in the new colour, by a detector with
+scores it before and after: the share of drawn images that show the shape of the prompt in the new colour, by a
+detector with
 that colour in its palette, and W-GenEval on the dev split. Also measures how many true images keep the colour through
 the codec: of some colours, such as teal, none does. Writes OUT/result.json.
 """
