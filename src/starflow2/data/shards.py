@@ -126,8 +126,7 @@ class Samples:
         if self._start is not None:
             inner = self._start["examples_iterable"]
             start = inner["shard_idx"], inner["shard_example_idx"]
-        order: list[int] = np.random.default_rng([self.seed, self._epoch, *start]).permutation(count).tolist()
-        return order
+        return np.random.default_rng([self.seed, self._epoch, *start]).permutation(count).tolist()
 
     def _stream(self) -> Any:
         """A stream of `datasets` over this pass: the files of this rank in the order of this epoch."""
@@ -155,8 +154,7 @@ def _workers() -> int:
 
 def _plain(state: Mapping[str, Any]) -> JsonObject:
     """A copy that later steps of the stream do not change."""
-    copy: JsonObject = json.loads(json.dumps(state))
-    return copy
+    return json.loads(json.dumps(state))
 
 
 def _generate(units: Iterable[tuple[str, str, int, int]]) -> Iterator[dict[str, Sample]]:
@@ -249,8 +247,7 @@ def _open(file: str, **options: Any) -> Any:
 def read_file(file: str) -> bytes:
     """The bytes of a file, local or remote. Raises OSError."""
     with _open(file) as opened:
-        data: bytes = opened.read()
-    return data
+        return opened.read()
 
 
 def inside(folder: str, name: str) -> str:

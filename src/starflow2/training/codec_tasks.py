@@ -131,5 +131,4 @@ def _lpips() -> nn.Module:
             "the weight lpips is not 0, but the package lpips cannot be imported; install it with the torchvision that "
             "fits your torch, or use the weight perceptual, which needs neither."
         ) from error
-    net: nn.Module = lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
-    return net
+    return lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)

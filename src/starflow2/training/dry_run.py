@@ -68,8 +68,7 @@ class RandomDocuments:
         special = [getattr(cfg.special, name) for name in ("pad", "user", "assistant", "end", "vision_start")]
         special += [cfg.special.vision_end, cfg.special.image_pad]
         ordinary = torch.tensor([i for i in range(min(cfg.vocab, 1024)) if i not in special])
-        ids: list[int] = ordinary[torch.randint(len(ordinary), (count,), generator=generator)].tolist()
-        return ids
+        return ordinary[torch.randint(len(ordinary), (count,), generator=generator)].tolist()
 
 
 def dry_run(run: RunConfig, stage_name: str, device: str = "meta") -> JsonObject:
