@@ -93,7 +93,7 @@ def test_an_adapter_alone_is_small_and_goes_back_on_its_own_model_only(tmp_path)
     with pytest.raises(CheckpointError, match="belongs to weights"):
         lora.load(other, tmp_path / "a.safetensors")
     save_file({"x": torch.zeros(1)}, tmp_path / "none.safetensors")
-    with pytest.raises(CheckpointError, match="no adapters"):
+    with pytest.raises(CheckpointError, match="has no metadata lora"):
         lora.load(tiny_components(STAGES), tmp_path / "none.safetensors")
     with pytest.raises(StateError, match="already"):
         lora.attach(again, LoraConfig())
