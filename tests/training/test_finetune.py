@@ -95,7 +95,7 @@ def test_an_adapter_alone_is_small_and_goes_back_on_its_own_model_only(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match="has no metadata lora"):
         lora.load(tiny_components(STAGES), tmp_path / "none.safetensors")
-    with pytest.raises(StateError, match="already"):
+    with pytest.raises(StateError, match="has adapters; expected none"):
         lora.attach(again, LoraConfig())
 
 
