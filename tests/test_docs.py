@@ -115,6 +115,13 @@ def test_the_example_in_the_readme_is_the_one_that_runs() -> None:
     assert code in readme
 
 
+def test_every_make_target_on_a_page_is_in_the_makefile() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    for page in TRUE_TODAY:
+        named = re.findall(r"(?:^|`)make ([a-z]+)\b", page.read_text("utf-8"), re.MULTILINE)
+        assert set(named) <= targets, page.name
+
+
 def test_the_tree_of_the_package_is_the_same_on_both_pages_and_names_every_wing() -> None:
     (tree,) = re.findall(
         r"```text\n(src/starflow2/\n.*?)```", (ROOT / "docs" / "architecture.md").read_text("utf-8"), re.DOTALL
