@@ -54,7 +54,7 @@ class Case:
         return self.piece.sample(z, self.context, None, self.noise_level, config=config)
 
     def row(self, index: int) -> Case:
-        """The same piece on one row of the batch."""
+        """This piece on one row of the batch."""
         only = slice(index, index + 1)
         level = None if self.noise_level is None else self.noise_level[only]
         return replace(self, x=self.x[only], context=rows_of(self.context, only), noise_level=level)

@@ -364,6 +364,21 @@ def test_one_teacher_forced_pass_equals_cached_steps_of_any_size(build: Build, d
             assert gap(torch.cat([p.log_scale for p in parts], 1), whole.log_scale) <= bound
 
 
+def test_a_chunk_predicted_again_through_the_cache_gives_the_same_gaussians_and_needs_those_before_it() -> None:
+    case = BLOCKS["context"]()
+    block, (buffer, cached) = block_of(case), begin(case, cached=True)
+    with torch.no_grad():
+        first, again = (block.predict(buffer, (0, 3), cached) for _ in range(2))
+        later = block.predict(buffer, (3, 6), cached)
+        block.predict(buffer, (0, 3), cached)
+        assert torch.equal(first.mu, again.mu)  # the same pass twice
+        assert torch.equal(block.predict(buffer, (3, 6), cached).mu, later.mu)
+    with pytest.raises(ShapeError, match="truncate"):
+        block.predict(buffer, (3, 6), begin(case, cached=True)[1])
+    with pytest.raises(ShapeError, match="expected 0 without a cache"):
+        block.predict(buffer, (3, 6), begin(case)[1])
+
+
 # -- densities ----------------------------------------------------------------------------------------
 
 

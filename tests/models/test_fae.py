@@ -24,7 +24,7 @@ def pictures(count: int, first: int = 0) -> torch.Tensor:
 
 
 def without_posterior_noise(fae: Fae) -> Fae:
-    """The same FAE, sure of its latents: log-variance at its lower bound."""
+    """Make an FAE certain of its latents: log-variance at its lower bound."""
     with torch.no_grad():
         fae.encoder.head.weight[LATENT:] = 0
         fae.encoder.head.bias[LATENT:] = -12

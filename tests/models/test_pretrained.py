@@ -46,7 +46,7 @@ def components(upstream: tuple[Path, ModelConfig]) -> Components:
 
 @pytest.fixture
 def copy(upstream: tuple[Path, ModelConfig], tmp_path: Path) -> ModelConfig:
-    """The same model over a copy of both folders that a test may spoil."""
+    """Config of the model over a copy of both folders, which a test may damage."""
     folder, cfg = upstream
     shutil.copytree(folder, tmp_path / "up")
     vlm, features = (tmp_path / "up" / name for name in ("vlm", "dino"))

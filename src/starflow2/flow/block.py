@@ -159,7 +159,7 @@ class AffineBlock(nn.Module):
         guide: Guide | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """z -> x, with u = x in scan order: u = mu + exp(s) z, solved for u, as mu and s read it (paper eq. 3.5).
+        """z -> x, with u = x in scan order: u = mu + exp(s) z, solved for u, on which mu and s depend (paper eq. 3.5).
 
         z: (B, N, D) -> x: (B, N, D), in float32 or better. progress is called with (latents done, N). Raises
         ShapeError, and ConfigError for a guide without a context.
@@ -176,12 +176,12 @@ class AffineBlock(nn.Module):
         noise_level: Tensor | None = None,
         guide: Guide | None = None,
     ) -> Predict:
-        """`predict` through a cache, for `solve`; with a guide both branches run as one doubled batch."""
+        """Bind `predict` to conditions and a cache, for `solve`; a guide runs both branches as one doubled batch."""
         if guide is None:
             run = self.begin(batch, context, noise_level, cached=True)
             return lambda buffer, targets: self.predict(buffer, targets, run)
         if context is None:
-            raise ConfigError("guide is given but context is None; guidance needs both branches.")
+            raise ConfigError("context is None but guide is given; expected the conditional context beside it.")
         level = None if noise_level is None else noise_level.repeat(2)
         both = self.begin(2 * batch, context.joined(guide.unconditional), level, cached=True)
 
@@ -224,10 +224,12 @@ class AffineBlock(nn.Module):
 
         buffer: (B, N + 1, D) in scan order, its last row zero; rows from `last` - 1 on are never
         read. Without a cache in `run`, first is 0. With one, targets before `first` must have been
-        predicted; the cache is rewound to them, so that a chunk may be predicted again.
+        predicted; the cache is rewound to them, so that a chunk may be predicted again. Raises
+        ShapeError.
         """
         first, _ = targets
-        assert first == 0 or run.cache is not None
+        if first and run.cache is None:
+            raise ShapeError(f"targets begin at {first}; expected 0 without a cache: begin a run with cached=True.")
         if run.cache is not None:
             run.cache.truncate(run.prefix.slot_of(first) if first else 0)
         affine = self.affine(self._read(buffer, targets, run))
@@ -334,8 +336,8 @@ class AffineBlock(nn.Module):
             raise ShapeError("context is None; expected a Context, because this block has start='none'.")
         if (noise_level is not None) != self.cfg.noise:
             raise ShapeError(
-                f"noise_level is {'given' if noise_level is not None else 'None'}, but the block's "
-                f"config says noise={self.cfg.noise}; give levels (B,) exactly when it is True."
+                f"noise_level is {'given' if noise_level is not None else 'None'}, but this block has "
+                f"noise={self.cfg.noise}; expected levels (B,) with True and None with False."
             )
         if context is not None:
             check(context.states, "B T E", "context.states", B=batch, E=self.cfg.context_dim)
