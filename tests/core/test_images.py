@@ -156,7 +156,7 @@ def test_a_name_that_promises_another_format_is_refused(tmp_path):
         save_png(Image.new("RGB", (4, 4)), tmp_path / "a.jpg")
 
 
-# -- pictures to look at
+# -- images as input
 
 
 def saved(tmp_path: Path, image: Image.Image, name: str = "a.png", **options: object) -> Path:

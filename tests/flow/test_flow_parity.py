@@ -47,7 +47,7 @@ def patches(images: Tensor) -> Tensor:
 
 @pytest.fixture(params=["tarflow", "itarflow"])
 def pixel_flow(request: pytest.FixtureRequest, shared_dir: Path) -> tuple[dict[str, Tensor], list[list[AffineBlock]]]:
-    """The reference, and for each of its pictures the blocks of that picture's class."""
+    """The reference, and for each of its images the blocks of that image's class."""
     ref = reference(shared_dir, request.param)
     depth = 4 if request.param == "tarflow" else 3
     return ref, [[tarflow_block(ref, b, label, head_dim=64) for b in range(depth)] for label in ref["y"].tolist()]

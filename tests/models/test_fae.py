@@ -1,4 +1,4 @@
-"""The auto-encoder: standardised deterministic latents, pictures in range, losses that reach the encoder."""
+"""The auto-encoder: standardised deterministic latents, images in range, losses that reach the encoder."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def as_images(pixels: np.ndarray) -> Tensor:
 
 
 def a_document(components: Components) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures (2, 3, s, s), ids (2, T) with the picture behind two tokens, M-RoPE positions (3, 2, T)."""
+    """Images (2, 3, s, s), ids (2, T) with the image after two tokens, M-RoPE positions (3, 2, T)."""
     grid = components.vlm.cfg.image_grid
     count = grid[0] * grid[1]
     head = torch.tensor([[SPECIAL.user, SPECIAL.vision_start], [SPECIAL.user, SPECIAL.vision_start]])

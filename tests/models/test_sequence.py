@@ -117,7 +117,7 @@ def test_images_have_their_position_whether_they_are_targets_and_the_image_befor
 def test_both_kinds_of_positions_go_through_a_document_as_through_a_cursor():
     batch = pack([STORY], LAYOUT)
     rows, cols = [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]
-    # text counts on; a picture stands still for its latents and moves on by its longer side
+    # text counts on; all latents of an image have one time, and text continues after its longer side
     expected = [0, 1, 2, *[3] * 6, 6, 7, 8, *[9] * 6, 12, 13, 14]
     assert batch.mrope[0, 0].tolist() == expected
     assert batch.mrope[1, 0, 3:9].tolist() == [3 + r for r in rows]
