@@ -9,6 +9,10 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "0")  # read once, when torch loads its thread library
 os.environ["HF_HUB_OFFLINE"] = "1"
+if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
+    # torch 2.13 asks oneDNN whether there is a matrix unit, then fails in bfloat16 attention without AVX-512 kernels of
+    # its own; no processor has the first without the second
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 import random
 import socket
