@@ -141,8 +141,8 @@ def test_a_picture_scores_the_same_whatever_was_said_after_it_and_not_whatever_w
 def test_what_a_picture_scores_does_not_depend_on_how_many_there_are_before_it(sampler):
     """The noise of a picture is its own: a reply of the same picture twice scores each at the same latents."""
     one, two = score(sampler, [], [photo(), photo()]).pictures
-    # two rows of one batch: kernels may round them differently
-    assert one.shallow_logdet == pytest.approx(two.shallow_logdet, abs=1e-9) and one.log_prob != two.log_prob
+    # the codec encodes both rows in one batch and in float32: kernels may round them differently
+    assert one.shallow_logdet == pytest.approx(two.shallow_logdet, abs=1e-5) and one.log_prob != two.log_prob
 
 
 def test_the_levels_of_what_is_shown_and_what_is_drawn_are_their_own(sampler):

@@ -108,7 +108,7 @@ def test_twenty_steps_of_two_processes_with_a_half_each_are_those_of_one_process
     assert farthest(curve(base / "one", *names), curve(base / "two", *names)) <= 1e-5
     rounded = apart(weights(base / "one"), weights(base / "two"))
     assert max(value for name, value in rounded.items() if not name.endswith("/k")) <= 1e-5
-    assert max(rounded.values()) <= 1e-4
+    assert max(rounded.values()) <= 2e-3  # one of the twenty steps of 1e-3, taken in opposite directions
     moved = apart(weights(base / "one"), weights(base / "start"))
     assert moved["flow.deep.head.weight"] > 1e-3 and moved["joints.text_skip.weight"] > 1e-3
 
