@@ -220,6 +220,8 @@ def unpackable(stream: JointStream) -> str | None:
     deep, shallow = stream.flow.deep.cfg, [cast(AffineBlock, b).cfg for b in stream.flow.shallow.blocks]
     if deep.start == "always" or deep.direction != "l2r" or any(b.start == "none" for b in shallow):
         return "a block begins with another start token"
+    if any(b.grid != deep.grid or b.dim != deep.dim for b in shallow):
+        return "its blocks have unequal grids"
     if any(not (b.stack.rope and b.stack.final_norm and b.stack.causal and b.noise) for b in (deep, *shallow)):
         return "a block lacks rotary positions, a final norm, a causal mask or noise levels"
     return None

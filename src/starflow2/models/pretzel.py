@@ -29,6 +29,7 @@ from starflow2.nn import Cache, FiLM, zero_linear
 
 __all__ = ["ALL_SKIPS", "Adapter", "Joints", "Pretzel", "reference_projection", "text_context"]
 
+WORDS_EPS = torch.finfo(torch.float32).eps  # of the norm of embeddings, in any precision
 PREFIX_SHARE = 0.1  # of slots before an image; from this share on, a pass of their own saves more than it costs
 ALL_SKIPS: frozenset[Skip] = frozenset(get_args(Skip))
 
@@ -42,7 +43,7 @@ def text_context(cfg: JointsConfig, embeds: Tensor, h: Tensor) -> Tensor:
     embeds: (B, T, E) embeddings of the tokens. Last states predict the next token and keep little of their own
     token (docs/choices.md#words-beside-states).
     """
-    return torch.cat([h, F.rms_norm(embeds, embeds.shape[-1:]).to(h.dtype)], dim=-1) if cfg.words else h
+    return torch.cat([h, F.rms_norm(embeds, embeds.shape[-1:], eps=WORDS_EPS).to(h.dtype)], dim=-1) if cfg.words else h
 
 
 class Adapter(nn.Module):
