@@ -82,13 +82,15 @@ class TrainingError(StarFlowError):
     """A training run that cannot start, go on or resume."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """A hint to append to a message: ' Did you mean "lr"?', or '' where nothing is near.
+
+    cutoff: how much alike the two must be at least, 0 to 1.
 
     >>> nearest("widht", ["width", "depth"])
     ' Did you mean "width"?'
     >>> nearest("zebra", ["width", "depth"])
     ''
     """
-    found = difflib.get_close_matches(name, list(known), n=1)
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f' Did you mean "{found[0]}"?' if found else ""

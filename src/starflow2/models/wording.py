@@ -1,0 +1,109 @@
+"""English for a model with a small vocabulary: other spellings and synonyms become words that it knows.
+
+A word that the model knows is never touched. `respelled` is applied to every text before it is tokenized (prompts);
+`hint` says which words of the same class the model does know. Our choice: docs/choices.md#wording.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Final
+
+from starflow2.errors import nearest
+
+__all__ = ["classes_of", "hint", "respelled", "words_of"]
+
+_NUMBERS: Final = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+)
+_OTHER_WORDS: Final[Mapping[str, str]] = MappingProxyType(
+    {str(i): word for i, word in enumerate(_NUMBERS)}
+    | {"colour": "color", "colours": "colors", "grey": "gray", "coloured": "", "colored": ""}
+    | {"big": "large", "huge": "large", "giant": "large", "bigger": "larger", "little": "small", "tiny": "small"}
+    | {"disc": "circle", "disk": "circle", "dot": "circle", "ball": "circle", "plus": "cross", "rhombus": "diamond"}
+    | {"discs": "circles", "disks": "circles", "dots": "circles", "balls": "circles", "pluses": "crosses"}
+    | {"photograph": "photo", "drawing": "picture", "sketch": "picture", "pic": "picture", "canvas": "picture"}
+    | {"thing": "object", "things": "objects", "item": "object", "items": "objects", "shapes": "objects"}
+    | {"another": "a", "single": "one", "underneath": "below", "atop": "above", "center": "middle", "centre": "middle"}
+    | {"top-left": "upper left", "top-right": "upper right", "bottom-left": "lower left", "bottom-right": "lower right"}
+    | {"what's": "what is", "where's": "where is", "there's": "there is", "it's": "it is", "how's": "how is"}
+)
+_FILLERS: Final = frozenset({"me", "us", "just", "really", "very", "nice", "pretty", "kindly", "hey", "hello", "hi"})
+_MARKS: Final = str.maketrans(dict.fromkeys('"“”„«»()[]{}*_`', " ") | {"’": "'", "‘": "'"})
+
+_CLASSES: Final[Mapping[str, str]] = MappingProxyType(  # common English, most of which a model does not know
+    {
+        "colours": "red orange yellow green blue purple pink black white gray brown violet cyan magenta turquoise teal "
+        "gold golden silver beige maroon navy indigo lime olive coral crimson scarlet salmon lavender mint cream amber",
+        "shapes": "circle square triangle star heart ring cross diamond rectangle oval ellipse hexagon pentagon "
+        "octagon line arrow moon crescent cube sphere cylinder cone pyramid trapezoid spiral clover flower sun cloud",
+        "sizes": "large small medium enormous gigantic miniature wide tall narrow",
+        "numbers": f"{' '.join(_NUMBERS)} dozen twenty hundred thousand many several few",
+        "places": "left right above below top bottom middle upper lower between inside outside behind near beside",
+    }
+)
+_LIKENESS: Final = 0.8  # of a word to one that it is offered for; below, spelling alone misleads ("violet", "let")
+
+
+def words_of(text: str) -> list[str]:
+    """The lower-case words of a text, without punctuation."""
+    return re.findall(r"[^\s.,;:!?]+", text.lower())
+
+
+def respelled(text: str, vocabulary: Collection[str]) -> str:
+    """The text in lower case, with unknown words replaced by known ones that mean the same.
+
+    Quotes and brackets go, hyphens part words, digits become words, and fillers such as "me" fall away.
+
+    >>> respelled('Draw me "2 big grey hearts".', {"draw", "two", "large", "gray", "hearts"})
+    'draw two large gray hearts.'
+    """
+    pieces = re.findall(r"[^\s.,;:!?]+|[.,;:!?]", text.lower().translate(_MARKS))
+    said: list[str] = []
+    for piece in pieces:
+        if re.fullmatch(r"[.,;:!?]", piece):
+            said[-1:] = [said[-1] + piece] if said else []
+        else:
+            said += _known(piece, vocabulary)
+    return " ".join(said)
+
+
+def _known(word: str, vocabulary: Collection[str]) -> list[str]:
+    """Known words for one word; the word itself where there are none."""
+    if word in vocabulary:
+        return [word]
+    bare = word.strip("'")
+    if bare in _FILLERS:
+        return []
+    other = _OTHER_WORDS.get(bare)
+    if other is not None and all(part in vocabulary for part in other.split()):
+        return other.split()
+    if bare in vocabulary:
+        return [bare]
+    parts = [part for part in re.split("[-/–—]", bare) if part]
+    return [known for part in parts for known in _known(part, vocabulary)] if len(parts) > 1 else [word]
+
+
+def classes_of(vocabulary: Collection[str]) -> dict[str, list[str]]:
+    """The known words of each class, such as colours.
+
+    >>> classes_of({"red", "star", "two", "let"})
+    {'colours': ['red'], 'shapes': ['star'], 'numbers': ['two']}
+    """
+    known = {name: [word for word in members.split() if word in vocabulary] for name, members in _CLASSES.items()}
+    return {name: words for name, words in known.items() if words}
+
+
+def hint(word: str, vocabulary: Collection[str]) -> str:
+    """A sentence about an unknown word, with a space before it: known words of its class, or one spelt much like it.
+
+    >>> hint("violet", {"red", "blue", "let"})
+    ' Colours it knows: red, blue.'
+    """
+    for name, known in classes_of(vocabulary).items():
+        is_member = {word, word.removesuffix("s")} & {*_CLASSES[name].split()} or (name == "numbers" and word.isdigit())
+        if is_member:
+            return f" {name.capitalize()} it knows: {', '.join(known)}."
+    return nearest(word, vocabulary, cutoff=_LIKENESS) if len(word) > 3 else ""  # short words resemble any

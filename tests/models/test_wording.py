@@ -1,0 +1,75 @@
+"""Other spellings and synonyms become words of the model; what is left unknown gets a hint of its own class."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from starflow2.errors import PromptError
+from starflow2.models.prompts import check_words, normalized
+from starflow2.models.wording import hint, respelled
+from starflow2.pipeline import StarFlow2
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return StarFlow2.from_pretrained("nano").components
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("2 red hearts", "two red hearts"),
+        ('"two red hearts"', "two red hearts"),
+        ("two (red) hearts", "two red hearts"),
+        ("Two red-hearts !", "two red hearts!"),
+        ("draw me a big grey star", "draw a large gray star"),
+        ("what colour is the little circle ?", "what color is the small circle?"),
+        ("what’s in the picture?", "what is in the picture?"),
+        ("a star in the top-left", "a star in the upper left"),
+        ("add another green dot.", "add a green circle."),
+        ("a red coloured star", "a red star"),
+    ],
+)
+def test_everyday_wording_is_read_in_words_that_nano_knows(nano, text, read):
+    assert normalized(nano, text) == read
+    check_words(nano, text)
+
+
+def test_a_known_text_is_read_as_it_is(nano):
+    for text in ("a red circle left of a blue square", "is there a star? please answer yes or no.", "two red hearts"):
+        assert normalized(nano, text) == text
+
+
+def test_a_known_word_is_never_replaced():
+    assert respelled("a big ball", {"a", "big", "ball", "large", "circle"}) == "a big ball"
+    assert respelled("a big ball", {"a", "big", "circle"}) == "a big circle"
+
+
+def test_a_model_without_a_fixed_vocabulary_reads_the_text_unchanged():
+    qwen = SimpleNamespace(vocabulary=frozenset())
+    assert normalized(qwen, 'Draw me "2" (big) Hearts') == 'Draw me "2" (big) Hearts'
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "misleading"),
+    [("violet", "purple", "let"), ("hexagon", "diamond", "exactly"), ("ten", "three", "the"), ("99", "two", "first")],
+)
+def test_an_unknown_word_is_answered_with_words_of_its_class(nano, word, known, misleading):
+    said = hint(word, nano.vocabulary)
+    assert known in said and f"{misleading}," not in said and f'"{misleading}"' not in said
+
+
+def test_a_misspelling_is_answered_with_the_word_it_resembles(nano):
+    assert hint("cirlce", nano.vocabulary) == ' Did you mean "circle"?'
+    assert hint("dos", nano.vocabulary) == "" and hint("elephant", nano.vocabulary) == ""
+
+
+def test_signs_that_do_not_print_are_shown_by_their_code(nano):
+    with pytest.raises(PromptError, match=r"hearts\\u0301"):
+        check_words(nano, "two hearts\u0301")
+
+
+@pytest.mark.parametrize("text", ["", "   ", "me", '""', "()", "?!"])
+def test_a_text_without_words_is_empty(nano, text):
+    with pytest.raises(PromptError, match="empty"):
+        check_words(nano, text)
