@@ -65,7 +65,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
     """A trained model that reads, answers, draws and edits.
 
     >>> model = StarFlow2.from_pretrained("nano")  # doctest: +SKIP
-    >>> model.generate("two red hearts", n=4)[0].image.save("hearts.png")  # doctest: +SKIP
+    >>> model.generate("two pink hearts", n=4)[0].image.save("hearts.png")  # doctest: +SKIP
     """
 
     def __init__(self, components: Components, config: DrawConfig | None = None) -> None:

@@ -25,6 +25,7 @@ COMMANDS = {
     "chat": "starflow2.cli.chat:Chat",
     "score": "starflow2.cli.score:Score",
     "invert": "starflow2.cli.invert:Invert",
+    "words": "starflow2.cli.words:Words",
     "demo": "starflow2.cli.demo:Demo",
     "prepare": "starflow2.cli.prepare:Prepare",
     "train": "starflow2.cli.train:Train",
@@ -100,6 +101,6 @@ def _overview() -> str:
             *lines,
             "",
             f"`{PROGRAM} COMMAND --help` lists the options of a command.",
-            f'To begin: {PROGRAM} generate "two red hearts" -n 4',
+            f'To begin: {PROGRAM} generate "two pink hearts" -n 4',
         ]
     )

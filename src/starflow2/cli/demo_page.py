@@ -352,7 +352,7 @@ Ceiling: true images after the model's own codec, clean and at the noise of samp
 <div class="wide">{card}</div>
 <h2>Do it again</h2>
 <pre>make demo                                              # this page
-starflow2 generate "two red hearts" -n 4 -o hearts.png  # a prompt of your own
+starflow2 generate "two pink hearts" -n 4 -o hearts.png  # a prompt of your own
 starflow2 eval world --suite geneval --split test --json scores.json  # the full suite
 starflow2 train nano                                    # the weights, from scratch</pre>
 <p>Images depend only on prompt and seed: the same command makes the same page.</p>

@@ -74,7 +74,7 @@ class Generate:
         refuse(unknown, type(self))
         prompts = [*self.prompt, *_lines(self.prompts)]
         if not prompts:
-            raise PromptError('there is nothing to draw: give a prompt, such as "two red hearts".')
+            raise PromptError('there is nothing to draw: give a prompt, such as "two pink hearts".')
         if self.n < 1:
             raise UsageError(f"-n is {self.n}; expected at least 1 image per prompt.")
         if self.keep == "best" and self.n < 2:
@@ -241,7 +241,7 @@ def _plan(output: str, prompts: Sequence[str], seeds: Sequence[object]) -> _File
 
 
 def _slug(prompt: str) -> str:
-    """A prompt as a file name: "two red hearts" -> two-red-hearts."""
+    """A prompt as a file name: "two pink hearts" -> two-red-hearts."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "image"
 
 

@@ -258,7 +258,7 @@ class Chat:
 
     def _draw(self, words: str) -> None:
         if not words and not self.session.mark().is_open:
-            raise PromptError("/draw needs words: /draw two red hearts.")
+            raise PromptError("/draw needs words: /draw two pink hearts.")
         with self._turn():
             if words:
                 self.session.add(words)

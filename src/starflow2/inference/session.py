@@ -92,8 +92,8 @@ class Session:
     """One conversation.
 
     >>> session = Session(sampler)  # doctest: +SKIP
-    >>> session.add("a red circle").draw().image.save("circle.png")  # doctest: +SKIP
-    >>> session.add("make the circle blue").draw()  # doctest: +SKIP
+    >>> session.add("a red star").draw().image.save("star.png")  # doctest: +SKIP
+    >>> session.add("make the star blue").draw()  # doctest: +SKIP
     """
 
     def __init__(self, sampler: Sampler, seed: int = 0) -> None:
