@@ -67,12 +67,16 @@ def rows_of(context: Context | None, rows: slice) -> Context | None:
     return Context(*(None if part is None else part[rows] for part in parts))
 
 
-def contexts(kind: Literal["plain", "padded", "placed"], dtype: torch.dtype = torch.float32, seed: int = 1) -> Context:
-    """A context batch: all real, the first row left-padded by two, or with positions and step of its own."""
+def contexts(
+    kind: Literal["plain", "padded", "placed", "empty"], dtype: torch.dtype = torch.float32, seed: int = 1
+) -> Context:
+    """A context batch: all real, the first row left-padded by two, with positions and step of its own, or no state."""
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(BATCH, STATES, WIDE, generator=generator, dtype=torch.float64).to(dtype)
     if kind == "plain":
         return Context(states)
+    if kind == "empty":
+        return Context(states[:, :0])
     if kind == "padded":
         attend = torch.ones(BATCH, STATES, dtype=torch.bool)
         attend[0, :2] = False
@@ -90,7 +94,7 @@ def block_config(**changes: Any) -> BlockConfig:
 def _case(
     blocks: tuple[BlockConfig, ...],
     kind: Literal["block", "shallow", "flow"],
-    context: Literal["plain", "padded", "placed"] | None = None,
+    context: Literal["plain", "padded", "placed", "empty"] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Case:
     torch.manual_seed(7)
@@ -110,7 +114,7 @@ def _case(
     return Case(piece.to(dtype), x.to(dtype), contexts(context, dtype) if context else None, level)
 
 
-def _block(context: Literal["plain", "padded", "placed"] | None = None, **changes: Any) -> Callable[..., Case]:
+def _block(context: Literal["plain", "padded", "placed", "empty"] | None = None, **changes: Any) -> Callable[..., Case]:
     changes |= {"context_dim": WIDE} if context else {}
     return partial(_case, (block_config(**changes),), "block", context)
 
@@ -145,7 +149,8 @@ BLOCKS: dict[str, Callable[..., Case]] = {
     "padded context, no start, right to left": _block("padded", start="none", direction="r2l"),
     "placed context, always a start": _block("placed", start="always", scale="softplus", clips_mean=True),
     "padded context, everything on": _block("padded", stencil=True, noise=True, learned_positions=True),
-    "no context where one may come": partial(_case, (block_config(context_dim=WIDE),), "block"),
+    "no context where one may come": _block("empty"),
+    "no context where one may come, no start": _block("empty", start="none"),
     "one latent": _block(grid=(1, 1)),
 }
 

@@ -44,7 +44,15 @@ HOMES = {
 }
 
 # The standalone flow library: these and the standard library, nothing else.
-FLOW_MAY = {"torch", "numpy", "starflow2.flow", "starflow2.nn", "starflow2.core.serialize", "starflow2.errors"}
+FLOW_MAY = {
+    "torch",
+    "numpy",
+    "starflow2.flow",
+    "starflow2.nn",
+    "starflow2.core.ranges",
+    "starflow2.core.serialize",
+    "starflow2.errors",
+}
 
 
 @dataclass(frozen=True)

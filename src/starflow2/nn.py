@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from starflow2.core.ranges import check_choice, check_flag, check_whole
 from starflow2.errors import ConfigError, ShapeError
 
 __all__ = [
+    "MOST_CHANNELS",
+    "MOST_LAYERS",
+    "Activation",
     "Cache",
     "CausalStack",
     "FiLM",
@@ -27,12 +31,16 @@ __all__ = [
     "attention_mask",
     "axial_angles",
     "check",
+    "check_floating",
+    "is_readable",
     "num_parameters",
     "raw_bytes",
     "rotate",
     "zero_linear",
 ]
 
+Activation = Literal["gelu", "relu2"]
+MOST_CHANNELS, MOST_LAYERS = 2**17, 4096  # far above any model; a config from elsewhere is refused before it is built
 TEXT_PAIRS = 8  # rotation pairs of the third (text or time) axis, STARFlow's split
 ROPE_BASE = 10000.0
 
@@ -46,6 +54,18 @@ def check(x: Tensor, shape: str, name: str = "x", **sizes: int) -> None:
     wanted = " ".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes)
     if x.ndim != len(axes) or any(sizes.get(a, n) != n for a, n in zip(axes, x.shape, strict=False)):
         raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected ({wanted}).")
+
+
+def check_floating(x: Tensor, name: str = "x") -> None:
+    """Raise ShapeError for whole numbers, truth values and complex numbers."""
+    if not x.is_floating_point():
+        raise ShapeError(f"{name} has dtype {x.dtype}; expected floating point numbers: convert them, x.float().")
+
+
+def is_readable(x: Tensor) -> bool:
+    """True where a look at the values of `x` costs nothing and is possible: a plain tensor on the CPU, not a traced,
+    fake or sharded one."""
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def raw_bytes(x: Tensor) -> bytes:
@@ -103,17 +123,22 @@ class FiLM(nn.Module):
 # -- rotary positions ---------------------------------------------------------------------------
 
 
+def _check_rotary(head_dim: int) -> None:
+    """Raise ConfigError for a head that three axes cannot share."""
+    if head_dim < 2 * TEXT_PAIRS + 4 or head_dim % 4:
+        raise ConfigError(
+            f"head_dim is {head_dim}; rotary positions on three axes need "
+            f"a multiple of 4 that is at least {2 * TEXT_PAIRS + 4}."
+        )
+
+
 def axial_angles(positions: Tensor, head_dim: int) -> Tensor:
     """Rotation angles of three axes, row, column and text: (B, T, 3) -> (B, T, head_dim / 2).
 
     The third axis gets 8 pairs, the two image axes share the rest; base 10000 (STARFlow).
     """
+    _check_rotary(head_dim)
     spatial = head_dim - 2 * TEXT_PAIRS  # channels of both image axes, four for each of their frequencies
-    if spatial < 4 or spatial % 4:
-        raise ConfigError(
-            f"head_dim is {head_dim}; rotary positions on three axes need "
-            f"a multiple of 4 that is at least {2 * TEXT_PAIRS + 4}."
-        )
     dtype = torch.promote_types(positions.dtype, torch.float32)
     half = torch.arange(spatial // 4, dtype=dtype, device=positions.device)
     freqs = ROPE_BASE ** (-2 * half / (spatial // 2))
@@ -257,14 +282,21 @@ class StackConfig:
     depth: int
     head_dim: int = 64
     mlp_ratio: int = 4
-    activation: Literal["gelu", "relu2"] = "gelu"
+    activation: Activation = "gelu"
     rope: bool = True  # three-axis rotary positions on queries and keys
     final_norm: bool = True  # RMS norm after the last layer
     causal: bool = True  # False: every position attends to every other (the FAE's decoders)
 
     def __post_init__(self) -> None:
+        check_whole(1, MOST_CHANNELS, width=self.width, head_dim=self.head_dim)
+        check_whole(0, MOST_LAYERS, depth=self.depth)
+        check_whole(1, 64, mlp_ratio=self.mlp_ratio)
+        check_choice(get_args(Activation), activation=self.activation)
+        check_flag(rope=self.rope, final_norm=self.final_norm, causal=self.causal)
         if self.width % self.head_dim:
             raise ConfigError(f"width is {self.width}; expected a multiple of head_dim {self.head_dim}.")
+        if self.rope:
+            _check_rotary(self.head_dim)
 
     @property
     def heads(self) -> int:

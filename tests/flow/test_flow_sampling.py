@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -408,10 +407,13 @@ def test_flow_parameters_collect_no_gradient_from_denoising() -> None:
 
 
 def test_a_block_with_context_still_runs_without_one_from_its_start() -> None:
-    block = wake(AffineBlock(block_config(context_dim=WIDE)))
+    block, empty = wake(AffineBlock(block_config(context_dim=WIDE))), contexts("empty")
+    alone = AffineBlock(block_config())
+    alone.load_state_dict(block.state_dict(), strict=False)
     x = torch.randn(2, 6, 3)
-    assert gap(block.inverse(block(x)[0]), x) <= 1e-4
-    assert gap(block(x)[0], block(x, replace(contexts("plain")))[0]) > 1e-3
+    assert gap(block.inverse(block(x, empty)[0], empty), x) <= 1e-4
+    assert gap(block(x, empty)[0], alone(x)[0]) <= 1e-6  # as if it took no context
+    assert gap(block(x, empty)[0], block(x, contexts("plain"))[0]) > 1e-3
 
 
 def test_whitened_context_enters_with_zero_mean_and_unit_variance() -> None:

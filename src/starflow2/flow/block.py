@@ -9,22 +9,37 @@ Letters: B batch, N latents, D latent dim, C width, T context positions, P prefi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from starflow2.core.ranges import check_choice, check_flag, check_real, check_whole
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.flow.affine import Affine, Scale, soft_clip, strengths
 from starflow2.flow.context import Context, Guide
 from starflow2.flow.noise import NoiseEmbedding
-from starflow2.flow.solver import SEQUENTIAL, Predict, Progress, Solver, solve
-from starflow2.nn import Cache, CausalStack, StackConfig, at_least_fp32, check, zero_linear
+from starflow2.flow.solver import SEQUENTIAL, Predict, Progress, Solver, differentiable, solve
+from starflow2.flow.stepper import Stepper
+from starflow2.nn import (
+    MOST_CHANNELS,
+    Cache,
+    CausalStack,
+    StackConfig,
+    at_least_fp32,
+    check,
+    check_floating,
+    is_readable,
+    zero_linear,
+)
 
-__all__ = ["AffineBlock", "BlockConfig", "Direction", "Prefix", "Run", "scan"]
+__all__ = ["AffineBlock", "BlockConfig", "Direction", "Prefix", "Reading", "Run", "Start", "scan"]
 
 Direction = Literal["l2r", "r2l"]
+Start = Literal["auto", "always", "none"]
+Reading = Literal["chunks", "steps", "whole"]
+MOST_LATENTS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +47,13 @@ class BlockConfig:
     """Sizes and conventions of one block; the defaults are ours, other settings are those of published flows."""
 
     dim: int  # D, channels of a latent
-    grid: tuple[int, int]  # rows and columns; N = rows * columns in raster order
+    grid: tuple[int, int]  # rows and columns; N = rows * columns in raster order. N or (N,): one row of N latents
     stack: StackConfig
     direction: Direction = "l2r"
     # what predicts target 0: "auto" the last context state, or a learned start token without a context; "always" a
     # start token, after any context (STARFlow); "none" the last context state, or nothing without a context: target 0
     # passes unchanged (TARFlow)
-    start: Literal["auto", "always", "none"] = "auto"
+    start: Start = "auto"
     scale: Scale = "exp"
     clip: float = 4.0  # soft bound of the raw scale, 0 = none
     clips_mean: bool = False  # squash the mean by the same bound (STARFlow)
@@ -48,9 +63,42 @@ class BlockConfig:
     noise: bool = False  # add an embedding of the noise level to every slot
     noise_waves: int = 0  # sines and cosines in that embedding, 0 = as many as the stream is wide
 
+    def __post_init__(self) -> None:
+        check_whole(1, MOST_CHANNELS, dim=self.dim)
+        object.__setattr__(self, "grid", _checked_grid(self.grid))
+        if not isinstance(self.stack, StackConfig):
+            raise ConfigError(f"stack is of type {type(self.stack).__name__}; expected a StackConfig.")
+        check_choice(get_args(Direction), direction=self.direction)
+        check_choice(get_args(Start), start=self.start)
+        check_choice(get_args(Scale), scale=self.scale)
+        check_real(0, clip=self.clip)
+        check_whole(0, MOST_CHANNELS, context_dim=self.context_dim, noise_waves=self.noise_waves)
+        check_flag(clips_mean=self.clips_mean, learned_positions=self.learned_positions)
+        check_flag(stencil=self.stencil, noise=self.noise)
+        waves = self.noise_waves or self.stack.width
+        if self.noise and waves % 2:
+            raise ConfigError(f"noise_waves is {waves}; expected an even number: half are sines, half cosines.")
+        if not self.stack.causal:
+            raise ConfigError("stack.causal is False; expected True: a latent may not see those after it.")
+
     @property
     def num_latents(self) -> int:
         return self.grid[0] * self.grid[1]
+
+
+def _checked_grid(grid: object) -> tuple[int, int]:
+    """Rows and columns of the latents; one number stands for one row. Raises ConfigError."""
+    axes = tuple(grid) if isinstance(grid, tuple | list) else (grid,)
+    if len(axes) not in (1, 2):
+        raise ConfigError(f"grid is {grid!r}; expected rows and columns, or one number of latents in a row.")
+    try:
+        check_whole(1, MOST_LATENTS, rows=axes[0] if len(axes) == 2 else 1, columns=axes[-1])
+    except ConfigError as error:
+        raise ConfigError(f"grid is {grid!r}: {error}") from None
+    rows, columns = (1, *axes)[-2:]
+    if int(rows) * int(columns) > MOST_LATENTS:
+        raise ConfigError(f"grid is {grid!r}; expected at most {MOST_LATENTS} latents.")
+    return int(rows), int(columns)
 
 
 def scan(x: Tensor, direction: Direction) -> Tensor:
@@ -142,13 +190,13 @@ class AffineBlock(nn.Module):
         it. Raises ShapeError.
         """
         check(x, "B N D", N=self.cfg.num_latents, D=self.cfg.dim)
+        check_floating(x)
         u = scan(x, self.cfg.direction)
         run = self.begin(len(u), context, noise_level)
         affine = self.predict(F.pad(u, (0, 0, 0, 1)), (0, self.cfg.num_latents), run)
         z, logdet = affine.normalize(u)
         return scan(z, self.cfg.direction), logdet
 
-    @torch.no_grad()
     def inverse(
         self,
         z: Tensor,
@@ -161,13 +209,27 @@ class AffineBlock(nn.Module):
     ) -> Tensor:
         """z -> x, with u = x in scan order: u = mu + exp(s) z, solved for u, on which mu and s depend (paper eq. 3.5).
 
-        z: (B, N, D) -> x: (B, N, D), in float32 or better. progress is called with (latents done, N). Raises
+        z: (B, N, D) -> x: (B, N, D), in float32 or better. progress is called with (latents done, N). The solver
+        keeps no graph; where gradients are on, one more pass at its solution gives x the gradient by z, the conditions
+        and the weights (`solver.differentiable`), so sample under torch.no_grad() where none is wanted. Raises
         ShapeError, and ConfigError for a guide without a context.
         """
         check(z, "B N D", "z", N=self.cfg.num_latents, D=self.cfg.dim)
+        check_floating(z, "z")
         z = scan(at_least_fp32(z), self.cfg.direction)
-        predict = self.predictor(len(z), context, noise_level, guide)
-        return scan(solve(predict, z, solver, progress).x, self.cfg.direction)
+        how: Reading = "steps" if solver.chunk == 1 and Stepper.fits(self) else "chunks"
+        with torch.no_grad():
+            x = solve(self.predictor(len(z), context, noise_level, guide, how), z, solver, progress).x
+        if torch.is_grad_enabled() and self._has_gradient(z, context, noise_level, guide):
+            x = differentiable(x, z, self.predictor(len(z), context, noise_level, guide, "whole"))
+        return scan(x, self.cfg.direction)
+
+    def _has_gradient(
+        self, z: Tensor, context: Context | None, noise_level: Tensor | None, guide: Guide | None
+    ) -> bool:
+        contexts = (context, None if guide is None else guide.unconditional)
+        inputs = (z, noise_level, *(None if c is None else c.states for c in contexts), *self.parameters())
+        return any(x is not None and x.requires_grad for x in inputs)
 
     def predictor(
         self,
@@ -175,23 +237,31 @@ class AffineBlock(nn.Module):
         context: Context | None = None,
         noise_level: Tensor | None = None,
         guide: Guide | None = None,
+        how: Reading = "chunks",
     ) -> Predict:
-        """Bind `predict` to conditions and a cache, for `solve`; a guide runs both branches as one doubled batch."""
+        """Bind `predict` to conditions, for `solve`; a guide runs both branches as one doubled batch.
+
+        how: "chunks" of any size through a cache; "steps", single latents in order, in fewer operations (`Stepper`);
+        "whole", from target 0 in every call, without a cache, so that gradients pass.
+        """
         if guide is None:
-            run = self.begin(batch, context, noise_level, cached=True)
-            return lambda buffer, targets: self.predict(buffer, targets, run)
+            return self._bound(self.begin(batch, context, noise_level, cached=how != "whole"), how)
         if context is None:
             raise ConfigError("context is None but guide is given; expected the conditional context beside it.")
         level = None if noise_level is None else noise_level.repeat(2)
-        both = self.begin(2 * batch, context.joined(guide.unconditional), level, cached=True)
+        doubled = context.joined(guide.unconditional)
+        both = self._bound(self.begin(2 * batch, doubled, level, cached=how != "whole"), how)
 
         def guided(buffer: Tensor, targets: tuple[int, int]) -> Affine:
-            conditional, unconditional = self.predict(buffer.repeat(2, 1, 1), targets, both).chunk(2)
+            conditional, unconditional = both(buffer.repeat(2, 1, 1), targets).chunk(2)
             index = torch.arange(*targets).to(buffer)[:, None]
             strength = strengths(guide.guidance, guide.schedule, index, self.cfg.num_latents)
             return conditional.guide(unconditional, strength, guide.rule)
 
         return guided
+
+    def _bound(self, run: Run, how: Reading) -> Predict:
+        return Stepper(self, run) if how == "steps" else lambda buffer, targets: self.predict(buffer, targets, run)
 
     # -- prediction --------------------------------------------------------------------------------
 
@@ -211,10 +281,11 @@ class AffineBlock(nn.Module):
             slots.append(self.context_in(context.states))
             positions.append(context.resolved_positions())
             step, attend = context.resolved_step(), context.attend
-        has_start = self._starts_alone if context is None else self._starts_after_context
+        is_alone = context is None or not context.states.shape[1]
+        has_start = self._starts_alone if is_alone else self._starts_after_context
         if has_start:
             slots.append(self._project(self.start.expand(batch, 1, -1), None))
-            positions.append(self._positions(step, 0, 1))
+            positions.append(self.slot_positions(step, 0, 1))
             attend = None if attend is None else F.pad(attend, (0, 1), value=True)
         where = torch.cat(positions, 1) if positions else like.new_empty(batch, 0, 3)
         return Prefix(torch.cat(slots, 1), where, attend, step, has_start)
@@ -254,11 +325,18 @@ class AffineBlock(nn.Module):
         prefix, (first, last) = run.prefix, targets
         low = max(first, 1)
         slots = self.embed(buffer, low, last, prefix.shift)
-        positions = self._positions(prefix.step, low - prefix.shift, last - prefix.shift)
+        positions = self.slot_positions(prefix.step, low - prefix.shift, last - prefix.shift)
         if first == prefix.first_target == 0:
             slots = torch.cat([prefix.slots[:, -1:], slots.to(prefix.slots.dtype)], dim=1)
             positions = torch.cat([prefix.positions[:, -1:], positions], dim=1)
         return slots if run.noise is None else slots + run.noise, positions
+
+    def slot_positions(self, step: Tensor, first: int, last: int) -> Tensor:
+        """(row, column, step) of the latents [first, last): (B, n, 3)."""
+        index = torch.arange(first, last, device=step.device)
+        columns = self.cfg.grid[1]
+        row, column = (x.to(step.dtype).expand(len(step), -1) for x in (index // columns, index % columns))
+        return torch.stack([row, column, step[:, None].expand(-1, len(index))], dim=-1)
 
     def embed(self, buffer: Tensor, first: int, last: int, shift: int = 1) -> Tensor:
         """Latents before targets [first, last), first >= 1, embedded: (B, n, C).
@@ -322,34 +400,30 @@ class AffineBlock(nn.Module):
             x = torch.cat([x, above], dim=-1)
         return self.proj_in(x.to(self.proj_in.weight.dtype))
 
-    def _positions(self, step: Tensor, first: int, last: int) -> Tensor:
-        """(row, column, step) of the latents [first, last): (B, n, 3)."""
-        index = torch.arange(first, last, device=step.device)
-        columns = self.cfg.grid[1]
-        row, column = (x.to(step.dtype).expand(len(step), -1) for x in (index // columns, index % columns))
-        return torch.stack([row, column, step[:, None].expand(-1, len(index))], dim=-1)
-
     def _check_conditions(self, batch: int, context: Context | None, noise_level: Tensor | None) -> None:
         if (context is not None) and not self.cfg.context_dim:
             raise ShapeError("context was given; expected None, because this block has context_dim 0.")
-        if context is None and self.cfg.start == "none" and self.cfg.context_dim:
-            raise ShapeError("context is None; expected a Context, because this block has start='none'.")
+        if context is None and self.cfg.context_dim:
+            raise ShapeError(
+                f"context is None; expected a Context of width {self.cfg.context_dim}, because this block is "
+                f"conditional: pass states of length 0, ({batch}, 0, {self.cfg.context_dim}), for no condition."
+            )
         if (noise_level is not None) != self.cfg.noise:
             raise ShapeError(
                 f"noise_level is {'given' if noise_level is not None else 'None'}, but this block has "
                 f"noise={self.cfg.noise}; expected levels (B,) with True and None with False."
             )
         if context is not None:
-            check(context.states, "B T E", "context.states", B=batch, E=self.cfg.context_dim)
+            context.check(batch, self.cfg.context_dim)
         if noise_level is not None:
             check(noise_level, "B", "noise_level", B=batch)
+            if is_readable(noise_level) and not bool((noise_level > 0).all()):
+                raise ShapeError(f"noise_level has minimum {float(noise_level.min())}; expected levels above 0.")
 
 
 def _above(grid: tuple[int, int]) -> Tensor:
     """Indices (N + 1, 3) of the latents above-left, above and above-right of each; N where none, as at N itself."""
     rows, cols = grid
-    if rows < 1 or cols < 1:
-        raise ConfigError(f"grid is {grid}; expected at least one row and one column.")
     index = torch.arange(rows * cols)
     row, col = index // cols, index % cols
     out = []

@@ -6,12 +6,15 @@ Letters: B batch, T context positions, E width of context states.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from starflow2.core.ranges import check_choice, check_real
+from starflow2.errors import ShapeError
 from starflow2.flow.affine import Guidance, Schedule
-from starflow2.nn import check
+from starflow2.nn import check, check_floating, is_readable
 
 __all__ = ["Context", "Guide"]
 
@@ -21,13 +24,37 @@ class Context:
     """States before the latents. states: (B, T, E); the rest has defaults.
 
     positions: (B, T, 3), default (0, 0, index). attend: (B, T) bool, False at padding; the last
-    position must be real. step: (B,) third coordinate of the latents, default that of the last state.
+    position must be real. step: (B,) third coordinate of the latents, default that of the last state, 0 without
+    one: T = 0 says that there is no condition, where a block takes one.
     """
 
     states: Tensor
     positions: Tensor | None = None
     attend: Tensor | None = None
     step: Tensor | None = None
+
+    def check(self, batch: int, width: int) -> None:
+        """Raise ShapeError unless this is a context of `batch` rows of `width` channels."""
+        check(self.states, "B T E", "context.states", B=batch, E=width)
+        check_floating(self.states, "context.states")
+        length = self.states.shape[1]
+        if self.positions is not None:
+            check(self.positions, "B T 3", "context.positions", B=batch, T=length, **{"3": 3})
+        if self.step is not None:
+            check(self.step, "B", "context.step", B=batch)
+        if self.attend is not None:
+            self._check_attend(self.attend, batch, length)
+
+    @staticmethod
+    def _check_attend(attend: Tensor, batch: int, length: int) -> None:
+        check(attend, "B T", "context.attend", B=batch, T=length)
+        if attend.dtype != torch.bool:
+            raise ShapeError(f"context.attend has dtype {attend.dtype}; expected torch.bool, True at real states.")
+        if length and is_readable(attend) and not bool(attend[:, -1].all()):
+            raise ShapeError(
+                "context.attend is False at the last state of a row; expected padding on the left, "
+                "since the last state predicts the first latent."
+            )
 
     def resolved_positions(self) -> Tensor:
         """positions, or their default: (B, T, 3)."""
@@ -40,7 +67,11 @@ class Context:
 
     def resolved_step(self) -> Tensor:
         """step, or its default: (B,)."""
-        return self.resolved_positions()[:, -1, 2] if self.step is None else self.step
+        if self.step is not None:
+            return self.step
+        if not self.states.shape[1]:
+            return self.states.new_zeros(len(self.states))
+        return self.resolved_positions()[:, -1, 2]
 
     def joined(self, other: Context) -> Context:
         """Both contexts as one doubled batch, `self` first. Raises ShapeError unless their states have one shape."""
@@ -69,3 +100,8 @@ class Guide:
     guidance: float
     rule: Guidance = "starflow"
     schedule: Schedule = "constant"
+
+    def __post_init__(self) -> None:
+        check_real(0, guidance=self.guidance)
+        check_choice(get_args(Guidance), rule=self.rule)
+        check_choice(get_args(Schedule), schedule=self.schedule)

@@ -1,5 +1,6 @@
 """Flows made of blocks: the shallow stack (x <-> u) and the deep-shallow flow (x <-> z).
 
+A flow takes and gives latents (B, N, D) or, of the same numbers, vectors (B, N * D).
 Letters: B batch, N latents, D latent dim.
 """
 
@@ -8,23 +9,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from starflow2.errors import ConfigError
+from starflow2.core.ranges import check_choice, check_real, check_whole
+from starflow2.errors import ConfigError, ShapeError
 from starflow2.flow.affine import Guidance, Schedule, standard_normal_log_prob
 from starflow2.flow.block import AffineBlock, BlockConfig
 from starflow2.flow.context import Context, Guide
 from starflow2.flow.noise import NoiseConfig
 from starflow2.flow.solver import SEQUENTIAL, Progress, Solver
+from starflow2.nn import check_floating
 
 __all__ = ["Flow", "FlowConfig", "SampleConfig", "ShallowFlow"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """Shallow blocks in data order, then the deep block; directions must alternate and deep is l2r."""
+    """Shallow blocks in data order, then the deep block, which alone takes a context; directions must alternate."""
 
     deep: BlockConfig
     shallow: tuple[BlockConfig, ...] = ()
@@ -33,6 +37,18 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         blocks = (*self.shallow, self.deep)
+        if not all(isinstance(b, BlockConfig) for b in blocks):
+            raise ConfigError(f"deep and shallow are {[type(b).__name__ for b in blocks]}; expected BlockConfigs.")
+        check_real(0, latent_penalty=self.latent_penalty)
+        if len({(b.grid, b.dim) for b in blocks}) > 1:
+            raise ConfigError(
+                f"grid and dim of the blocks are {[(b.grid, b.dim) for b in blocks]}; expected one size for all."
+            )
+        if any(b.context_dim for b in self.shallow):
+            raise ConfigError(
+                f"context_dim of the shallow blocks is {[b.context_dim for b in self.shallow]}; "
+                "expected 0: only the deep block takes a context."
+            )
         for a, b in pairwise(blocks):
             if a.direction == b.direction:
                 raise ConfigError(
@@ -55,6 +71,11 @@ class SampleConfig:
     prior_scale: float = 1.0
     deep_solver: Solver = SEQUENTIAL
     shallow_solver: Solver = SEQUENTIAL
+
+    def __post_init__(self) -> None:
+        check_real(0, guidance=self.guidance, prior_scale=self.prior_scale)
+        check_choice(get_args(Guidance), rule=self.rule)
+        check_choice(get_args(Schedule), schedule=self.schedule)
 
 
 class ShallowFlow(nn.Module):
@@ -98,15 +119,15 @@ class Flow(nn.Module):
     def forward(
         self, x: Tensor, context: Context | None = None, noise_level: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x: (B, N, D) -> z: (B, N, D) and log|dz/dx|: (B,) nats."""
-        u, shallow_logdet = self.shallow(x, noise_level)
+        """x: (B, N, D) or (B, N * D) -> z of the same shape and log|dz/dx|: (B,) nats."""
+        u, shallow_logdet = self.shallow(self._latents(x, "x"), noise_level)
         z, deep_logdet = self.deep(u, context, noise_level)
-        return z, shallow_logdet + deep_logdet
+        return z.reshape(x.shape), shallow_logdet + deep_logdet
 
     def inverse(self, z: Tensor, context: Context | None = None, noise_level: Tensor | None = None) -> Tensor:
-        """z -> x, both (B, N, D), one latent after the other, exact up to rounding."""
-        u = self.deep.inverse(z, context, noise_level)
-        return self.shallow.inverse(u, noise_level)
+        """z -> x of the same shape, one latent after the other, exact up to rounding; see `AffineBlock.inverse`."""
+        u = self.deep.inverse(self._latents(z, "z"), context, noise_level)
+        return self.shallow.inverse(u, noise_level).reshape(z.shape)
 
     def log_prob(self, x: Tensor, context: Context | None = None, noise_level: Tensor | None = None) -> Tensor:
         """Exact log density of x at its noise level, (B,) nats, constant included (eq. 2.1, 3.3)."""
@@ -120,18 +141,36 @@ class Flow(nn.Module):
     @torch.no_grad()
     def sample(
         self,
-        z: Tensor,
+        z: Tensor | int,
         context: Context | None = None,
         unconditional: Context | None = None,
         noise_level: Tensor | None = None,
         *,
         config: SampleConfig | None = None,
         progress: Progress | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Latents x: (B, N, D) from prior samples z: (B, N, D), see `prior`. Guidance acts in the deep block only.
+        """Latents x: (B, N, D) from a number of samples, drawn by `generator` or by torch's own, or from prior samples
+        z: (B, N, D), see `prior`. Guidance acts in the deep block only.
 
         Raises ConfigError for guidance without `unconditional`.
         """
+        return self.rsample(
+            z, context, unconditional, noise_level, config=config, progress=progress, generator=generator
+        )
+
+    def rsample(
+        self,
+        z: Tensor | int,
+        context: Context | None = None,
+        unconditional: Context | None = None,
+        noise_level: Tensor | None = None,
+        *,
+        config: SampleConfig | None = None,
+        progress: Progress | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """`sample` with gradients by the weights, the conditions and z, for losses on samples (reparametrised)."""
         config = config or SampleConfig()
         guide = None
         if config.guidance:
@@ -141,9 +180,16 @@ class Flow(nn.Module):
                     "of the empty prompt, or guidance 0."
                 )
             guide = Guide(unconditional, config.guidance, config.rule, config.schedule)
-        z = z * config.prior_scale
-        u = self.deep.inverse(z, context, noise_level, solver=config.deep_solver, guide=guide, progress=progress)
-        return self.shallow.inverse(u, noise_level, config.shallow_solver)
+        z = self._prior_samples(z, generator)
+        u = self.deep.inverse(
+            self._latents(z, "z") * config.prior_scale,
+            context,
+            noise_level,
+            solver=config.deep_solver,
+            guide=guide,
+            progress=progress,
+        )
+        return self.shallow.inverse(u, noise_level, config.shallow_solver).reshape(z.shape)
 
     def prior(self, seeds: list[int]) -> Tensor:
         """Prior samples z: (B, N, D); row i depends on seeds[i] alone and is generated on CPU, whatever the batch."""
@@ -153,8 +199,33 @@ class Flow(nn.Module):
 
     def denoise(self, x: Tensor, noise_level: Tensor, context: Context | None = None) -> Tensor:
         """Tweedie's estimate of the clean latents, x + t^2 grad log p(x; t) (TARFlow)."""
+        check_floating(x)
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             level = noise_level if self.cfg.noise is not None else None
             (grad,) = torch.autograd.grad(self.log_prob(x, context, level).sum(), x)
-        return (x + noise_level.to(x)[:, None, None] ** 2 * grad).detach()
+        return (x + noise_level.to(x).view(-1, *[1] * (x.ndim - 1)) ** 2 * grad).detach()
+
+    # -- details ------------------------------------------------------------------------------------
+
+    def _latents(self, x: Tensor, name: str) -> Tensor:
+        """Latents (B, N, D) of latents, or of vectors (B, N * D). Raises ShapeError."""
+        check_floating(x, name)
+        count, dim = self.cfg.deep.num_latents, self.cfg.deep.dim
+        if x.ndim == 2 and x.shape[1] == count * dim:
+            return x.reshape(len(x), count, dim)
+        if x.shape[1:] != (count, dim):
+            raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected (B N={count} D={dim}) or (B {count * dim}).")
+        return x
+
+    def _prior_samples(self, z: Tensor | int, generator: torch.Generator | None) -> Tensor:
+        """z itself, or as many prior samples (B, N, D) as it says."""
+        if isinstance(z, Tensor):
+            if generator is not None:
+                raise ConfigError("generator is given beside z; expected a number of samples with a generator.")
+            return z
+        check_whole(1, 2**31, z=z)
+        weight = self.deep.head.weight
+        shape = (int(z), self.cfg.deep.num_latents, self.cfg.deep.dim)
+        device = weight.device if generator is None else generator.device
+        return torch.randn(shape, generator=generator, dtype=weight.dtype, device=device).to(weight.device)

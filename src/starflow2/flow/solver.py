@@ -12,12 +12,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from starflow2.errors import ConfigError
+from starflow2.core.ranges import check_real, check_whole
 from starflow2.flow.affine import Affine
 
-__all__ = ["SEQUENTIAL", "BlockJacobi", "Jacobi", "Predict", "Progress", "Sequential", "Solution", "Solver", "solve"]
+__all__ = [
+    "SEQUENTIAL",
+    "BlockJacobi",
+    "Jacobi",
+    "Predict",
+    "Progress",
+    "Sequential",
+    "Solution",
+    "Solver",
+    "differentiable",
+    "solve",
+]
 
 # Gaussians of latents [first, last) from a buffer (B, N + 1, D) of which rows before `last` - 1 are read
 Predict = Callable[[Tensor, tuple[int, int]], Affine]
@@ -37,8 +49,8 @@ class BlockJacobi:
     max_iterations: int = 0  # 0 = up to the chunk length
 
     def __post_init__(self) -> None:
-        if self.chunk < 0 or self.tolerance < 0 or self.max_iterations < 0:
-            raise ConfigError(f"{self}: expected chunk, tolerance and max_iterations >= 0.")
+        check_whole(0, 2**31, chunk=self.chunk, max_iterations=self.max_iterations)
+        check_real(0, tolerance=self.tolerance)
 
 
 def Sequential() -> BlockJacobi:
@@ -103,3 +115,31 @@ def _fixed_point(
         if change <= solver.tolerance:
             break
     return evaluations, change
+
+
+def differentiable(x: Tensor, z: Tensor, predict: Predict) -> Tensor:
+    """The solution x of `solve` to the last bit, with its gradient by z and by all that `predict` reads.
+
+    x = F(x, z) with F = mu(x) + exp(s(x)) z. By the implicit function theorem dx = (1 - dF/dx)^-1 dF at fixed x, and
+    dF/dx is strictly triangular, so v = g + (dF/dx)^T v reaches the gradient g (1 - dF/dx)^-1 after at most N rounds.
+    x, z: (B, N, D). `predict` has no cache. Raises NotImplementedError where a second derivative is asked for.
+    """
+    count = x.shape[1]
+    fixed = x.detach().requires_grad_()
+    right = predict(F.pad(fixed, (0, 0, 0, 1)), (0, count)).denormalize(z)
+    outputs = right - right.detach() + x  # x itself: the difference is zero
+
+    def solved(gradient: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # create_graph: what follows keeps no graph
+            raise NotImplementedError("an inverse can be differentiated only once; differentiate log_prob for more.")
+        v = gradient
+        for _ in range(count):
+            (through,) = torch.autograd.grad(right, fixed, v, retain_graph=True)
+            v, before = gradient + through, v
+            if bool((v - before).abs().max() <= torch.finfo(v.dtype).eps * v.abs().max()):
+                break
+        return v
+
+    if outputs.requires_grad:
+        outputs.register_hook(solved)
+    return outputs
