@@ -8,9 +8,11 @@ from __future__ import annotations
 from starflow2.flow.affine import Affine, standard_normal_log_prob
 from starflow2.flow.block import AffineBlock, BlockConfig
 from starflow2.flow.context import Context, Guide
+from starflow2.flow.estimator import Density, FitConfig, Fitted, density
 from starflow2.flow.model import Flow, FlowConfig, SampleConfig, ShallowFlow
 from starflow2.flow.noise import NoiseConfig, NoiseEmbedding
 from starflow2.flow.solver import SEQUENTIAL, BlockJacobi, Jacobi, Sequential, Solution, Solver, solve
+from starflow2.flow.standardize import Standardize
 from starflow2.nn import StackConfig
 
 __all__ = [
@@ -20,6 +22,9 @@ __all__ = [
     "BlockConfig",
     "BlockJacobi",
     "Context",
+    "Density",
+    "FitConfig",
+    "Fitted",
     "Flow",
     "FlowConfig",
     "Guide",
@@ -32,6 +37,8 @@ __all__ = [
     "Solution",
     "Solver",
     "StackConfig",
+    "Standardize",
+    "density",
     "solve",
     "standard_normal_log_prob",
 ]
