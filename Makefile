@@ -3,6 +3,8 @@
 PYTHON ?= python3
 JOBS ?= 2
 TORCH_BACKEND ?= auto
+SEED ?= 0
+MINUTES ?= 15
 BIN := .venv/bin
 
 # Without this, two processes that share cores spend most of their time waiting for each other in busy loops.
@@ -23,7 +25,7 @@ PACKAGES := -c constraints.txt -e '.[dev]' tensorboard
 # Tests that compare two routes to one number: they have to pass with any instruction set.
 EXACT := tests/flow tests/inference tests/models/test_pretzel.py tests/models/test_prefix.py tests/models/test_sequence.py
 
-.PHONY: help setup demo test check exact portable slow docs nano
+.PHONY: help setup demo test check exact portable slow fuzz soak docs nano
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -58,6 +60,12 @@ portable: setup ## the suite under other threads and instruction sets, half an h
 
 slow: setup ## the slow tests
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "slow and not gpu"
+
+fuzz: setup ## feed 10,000 malformed inputs to every door, under ten minutes; SEED=1 for others
+	PYTHONPATH=$(CURDIR)/scripts:$(CURDIR)/tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --jobs $(JOBS) --seed $(SEED)
+
+soak: setup ## all public calls over and over for 15 minutes, with memory and open files; MINUTES=1 for less
+	PYTHONPATH=$(CURDIR)/tests OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py --minutes $(MINUTES)
 
 docs: setup ## write docs/api.md from the source
 	$(BIN)/python docs/generate.py
