@@ -14,6 +14,7 @@ from model_cases import STAGES, tiny_components
 from starflow2 import nn, selfcheck
 from starflow2.errors import DataError, StateError
 from starflow2.flow import Affine, Jacobi
+from starflow2.flow.stepper import Stepper
 from starflow2.inference.decoder import BatchDecoder
 from starflow2.inference.sampler import Sampler
 from starflow2.models.joint_stream import PretzelCache
@@ -67,6 +68,10 @@ def _forgetful(right: Any) -> Any:
     return append
 
 
+def _faint(right: Any) -> Any:
+    return lambda self, module, h, kept, target, mask: right(self, module, h, 0.9 * kept, target, mask)
+
+
 def _level_by_rows(right: Any) -> Any:
     return lambda self, count, level: right(self, count, level * self.rows)
 
@@ -87,6 +92,7 @@ FLOW_FAULTS = {
         nn, "attention_mask", lambda _: lambda *_: None, selfcheck._roundtrip, FLOAT32
     ),
     "a cache that forgets": Fault(nn.Cache, "append", _forgetful, selfcheck._cached_is_full, FLOAT32),
+    "steps that forget": Fault(Stepper, "_attend", _faint, selfcheck._cached_is_full, FLOAT32),
     "an inverse that stops too soon": Fault(
         selfcheck, "JACOBI", lambda _: Jacobi(max_iterations=2), selfcheck._parallel_inverse, FLOAT32
     ),
