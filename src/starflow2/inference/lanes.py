@@ -15,7 +15,7 @@ from torch import Tensor
 
 from starflow2.inference.packed import PackedWeights
 
-__all__ = ["KeyValues", "Lanes"]
+__all__ = ["STEP", "KeyValues", "Lanes"]
 
 STEP = 64  # positions by which the capacity grows, and to which the visible part of it is rounded
 SPARE = 1.25  # capacity above the longest lane's, from which on memory is given back

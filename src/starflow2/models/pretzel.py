@@ -27,7 +27,7 @@ from starflow2.models.prefix import prefix_mask, two_pass_states
 from starflow2.models.protocols import LanguageStream
 from starflow2.nn import Cache, FiLM, zero_linear
 
-__all__ = ["ALL_SKIPS", "Adapter", "Joints", "Pretzel", "reference_projection", "text_context"]
+__all__ = ["ALL_SKIPS", "WORDS_EPS", "Adapter", "Joints", "Pretzel", "reference_projection", "text_context"]
 
 WORDS_EPS = torch.finfo(torch.float32).eps  # of the norm of embeddings, in any precision
 PREFIX_SHARE = 0.1  # of slots before an image; from this share on, a pass of their own saves more than it costs
