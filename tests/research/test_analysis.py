@@ -60,6 +60,15 @@ def test_ratio_and_cosine_are_right_where_they_are_known_by_hand():
     assert numbers["cosine"]["histogram"]["counts"][0] == numbers["cosine"]["histogram"]["counts"][-1] == 1
 
 
+def test_a_constant_vector_raises_the_cosine_and_not_the_centred_one():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(200, 8, generator=generator) + torch.ones(8)
+    same = torch.full((200, 8), 0.5)
+    constant, both = Contribution.of(base, same), Contribution.of(base, 100 * same + (base - base.mean(0)))
+    assert constant.cosine.mean() > 0.5 and constant.centred_cosine.eq(0).all()
+    assert both.centred_cosine.tolist() == pytest.approx([1.0] * 200, abs=1e-4)
+
+
 def test_every_latent_and_every_predicted_word_counts_once_whatever_the_batch(sampler, tmp_path):
     report = skip_contributions(sampler, prompts=3, seed=5)
     assert len(report.visual.cosine) == 3 * COUNT

@@ -100,7 +100,10 @@ class Analyze:
         plot_skips(report, self.output / "skips.png")
         for name in ("visual", "text"):
             row = facts[name]
-            print(f"{name}: ratio {row['contribution_ratio']['mean']:.3f}, cosine {row['cosine']['mean']:+.3f}")
+            print(
+                f"{name}: ratio {row['contribution_ratio']['mean']:.3f}, cosine {row['cosine']['mean']:+.3f}, "
+                f"centred {row['centred_cosine']['mean']:+.3f}"
+            )
         return facts
 
     def _turns(self) -> JsonObject:

@@ -45,7 +45,7 @@ __all__ = [
 
 PERCENTILES = (5, 25, 50, 75, 95)
 BINS = 40
-Measure = Literal["contribution_ratio", "cosine"]
+Measure = Literal["contribution_ratio", "cosine", "centred_cosine"]
 
 
 # -- what the skips carry ---------------------------------------------------------------------------------------
@@ -56,31 +56,39 @@ class Contribution:
     """Contribution of one skip at M positions, where W h is added to a base (eq. 5.1, 5.2); both (M,) float64.
 
     contribution_ratio: |W h| / (|base| + |W h|), in [0, 1]; cosine: of base and W h, in [-1, 1], 0 where W h is 0.
+    centred_cosine: that of what both have beside their means over positions. A constant vector in W h, which says
+    nothing about any position, raises the first cosine and not this one.
     """
 
     contribution_ratio: Tensor
     cosine: Tensor
+    centred_cosine: Tensor
 
     @classmethod
     def of(cls, base: Tensor, injected: Tensor) -> Contribution:
         """base and injected (W h): (M, width)."""
         base, injected = base.double().cpu(), injected.double().cpu()
         sizes = base.norm(dim=-1), injected.norm(dim=-1)
-        tiny = torch.finfo(torch.float64).tiny
-        ratio = sizes[1] / (sizes[0] + sizes[1]).clamp(min=tiny)
-        return cls(ratio, (base * injected).sum(-1) / (sizes[0] * sizes[1]).clamp(min=tiny))
+        ratio = sizes[1] / (sizes[0] + sizes[1]).clamp(min=torch.finfo(torch.float64).tiny)
+        return cls(ratio, _cosine(base, injected), _cosine(base - base.mean(0), injected - injected.mean(0)))
 
     @property
     def spreads(self) -> dict[Measure, Spread]:
-        """Mean, percentiles and histogram of both."""
+        """Mean, percentiles and histogram of each."""
         return {
             "contribution_ratio": Spread.of(self.contribution_ratio, 0.0),
             "cosine": Spread.of(self.cosine, -1.0),
+            "centred_cosine": Spread.of(self.centred_cosine, -1.0),
         }
 
     def to_json(self) -> dict[str, object]:
         """The number of positions, and all numbers of `spreads`."""
         return {"positions": len(self.cosine), **{name: spread.to_json() for name, spread in self.spreads.items()}}
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine of each pair of rows, (M, width) and (M, width) -> (M,); 0 where one of them is 0."""
+    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=torch.finfo(a.dtype).tiny)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,17 @@
-"""The paper's claims and their verdicts from our results: confirmed, refuted or open.
+"""The paper's claims beside our results: confirmed, contrary here, no difference found, or not testable.
 
-Verdicts follow from JSON files of a results folder, written by other commands; a claim without its file is open. Our
-numbers are of the drawn world at nano's size: they test the direction of a claim, not its size, and "refuted" means
-only that it does not hold here.
+Verdicts follow from JSON files of a results folder, written by other commands. Arms of a comparison are told apart by
+an exact permutation test over seeds on one measure. Our numbers are of the drawn world at nano's size: they test the
+direction of a claim, not its size.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +20,11 @@ from starflow2.errors import DataError
 from starflow2.evals.mme import COIN
 from starflow2.world.questions import SUBTASKS
 
-__all__ = ["CLAIMS", "Claim", "Finding", "find", "write_claims"]
+__all__ = ["CLAIMS", "Claim", "Finding", "find", "permutation_test", "write_claims"]
 
-Verdict = Literal["confirmed", "refuted", "open"]
+Verdict = Literal["confirmed", "contrary here", "no difference found", "not testable at this budget", "not measured"]
 Results = Mapping[str, Any]  # contents of JSON files by file name without .json
-Range = Mapping[str, float]  # mean, low and high of a score over seeds
+LEVEL = 0.05  # two-sided p up to which two arms differ
 PRESERVED = 0.95  # share of the language model's own score that counts as kept
 SMALL = 0.5  # the text ratio is "far smaller" if below this share of the visual one
 FLAT = 0.2  # a cosine that counts as near zero
@@ -48,15 +50,15 @@ class Claim:
 
 
 def find(claim: Claim, results: Results) -> Finding:
-    """The finding from `results`; open if one of the files that the claim needs is missing."""
+    """The finding from `results`, "not measured" if one of the files that the claim needs is missing."""
     missing = [name for name in claim.needs if name not in results]
     if missing:
-        return Finding("open", f"not measured: no {', '.join(f'{name}.json' for name in missing)}")
+        return Finding("not measured", f"no {', '.join(f'{name}.json' for name in missing)}")
     return claim.decide(results)
 
 
 def _is(holds: bool) -> Verdict:
-    return "confirmed" if holds else "refuted"
+    return "confirmed" if holds else "contrary here"
 
 
 def _total(report: Mapping[str, Any], name: str) -> tuple[float, float]:
@@ -67,39 +69,65 @@ def _total(report: Mapping[str, Any], name: str) -> tuple[float, float]:
 def _understands(results: Results) -> Finding:
     pairs = [_total(results["mme"], "total"), _total(results["gqa"], "accuracy")]
     shares = [ours / own for ours, own in pairs]
-    mme = f"W-MME-p {pairs[0][0]:.0f} of {pairs[0][1]:.0f} ({shares[0]:.0%})"
-    gqa = f"W-GQA {pairs[1][0]:.3f} of {pairs[1][1]:.3f} ({shares[1]:.0%})"
+    counts = [results[name]["parts"]["id"]["n"] for name in ("mme", "gqa")]
+    mme = f"W-MME-p {pairs[0][0]:.0f} of {pairs[0][1]:.0f} ({shares[0]:.0%}, n = {counts[0]} questions)"
+    gqa = f"W-GQA {pairs[1][0]:.3f} of {pairs[1][1]:.3f} ({shares[1]:.0%}, n = {counts[1]})"
     return Finding(_is(min(shares) >= PRESERVED), f"{mme}, {gqa}")
 
 
-def _arms(results: Results, a: str, b: str, score: str, digits: int) -> tuple[Range, Range, str]:
-    """A score of two arms over seeds, and both as text."""
-    rows = results["compare"]["summary"]
-    means = [f"{name} {rows[name][score]['mean']:.{digits}f}" for name in (a, b)]
-    ranges = [f"[{rows[n][score]['low']:.{digits}f}, {rows[n][score]['high']:.{digits}f}]" for n in (a, b)]
-    return rows[a][score], rows[b][score], f"{means[0]} {ranges[0]}, {means[1]} {ranges[1]}"
+# ------------------------------------------------------------------------------------- arms of a comparison
 
 
-def _apart(higher: Range, lower: Range) -> int:
-    """1 if all seeds of the first arm are above all of the second, -1 if all are below, 0 if they overlap."""
-    return int(higher["low"] > lower["high"]) - int(higher["high"] < lower["low"])
+def permutation_test(higher: Sequence[float], lower: Sequence[float]) -> tuple[float, float]:
+    """Exact two-sided p of the difference of two means, and the smallest p that so many values can have.
+
+    The share of all ways to deal the values to two groups of these sizes whose means differ at least as much.
+
+    >>> permutation_test([5, 6, 7], [1, 2, 3])
+    (0.1, 0.1)
+    """
+    values, count = [*higher, *lower], len(higher)
+    total, observed = sum(values), abs(sum(higher) / count - sum(lower) / len(lower))
+    found = ways = 0
+    for chosen in combinations(values, count):
+        apart = abs(sum(chosen) / count - (total - sum(chosen)) / len(lower))
+        found += apart >= observed - 1e-12
+        ways += 1
+    smallest = (2 if count == len(lower) else 1) / math.comb(len(values), count)
+    return found / ways, min(smallest, 1.0)
 
 
-def _verdict(*signs: int) -> Verdict:
-    """Confirmed if measures separate the arms in the claim's direction only, refuted if in the other only."""
-    if (1 in signs and -1 in signs) or not any(signs):
-        return "open"
-    return "confirmed" if 1 in signs else "refuted"
+def _scores(results: Results, arm: str, measure: str) -> list[float]:
+    """A measure of an arm, one number for each seed."""
+    return [row[measure] for row in results["compare"]["rows"] if row["arm"] == arm]
+
+
+def _compared(results: Results, better: str, worse: str, measure: str, floor: float) -> Finding:
+    """Whether one arm has more of a measure than another; not testable if neither is above `floor`."""
+    a, b = (_scores(results, arm, measure) for arm in (better, worse))
+    if not a or not b:
+        return Finding("not measured", f"compare.json has no seeds of {better if not a else worse}")
+    means, (p, smallest) = (sum(a) / len(a), sum(b) / len(b)), permutation_test(a, b)
+    digits = 3 if max(means) < 10 else 0
+    measured = f"{better} {means[0]:.{digits}f}, {worse} {means[1]:.{digits}f}; n = {len(a)}, {len(b)} seeds"
+    if max(means) <= floor:
+        return Finding("not testable at this budget", f"{measured}; neither is above the floor of {floor:.{digits}f}")
+    if smallest > LEVEL:
+        return Finding("not testable at this budget", f"{measured}; so few cannot get below p = {smallest:.2f}")
+    found: Verdict = "no difference found" if p > LEVEL else _is(means[0] > means[1])
+    return Finding(found, f"{measured}; permutation test, p = {p:.3f}")
 
 
 def _draws_better(results: Results, better: str, worse: str) -> Finding:
-    """Compare arms by W-GenEval and by the loss on unseen drawings; open if neither arm is above the floor."""
-    *drawn, scores = _arms(results, better, worse, "geneval", 3)
-    *lost, losses = _arms(results, worse, better, "flow", 4)
-    measured = f"W-GenEval: {scores}; loss on unseen drawings: {losses}"
-    if max(arm["mean"] for arm in drawn) <= GENEVAL_FLOOR:
-        return Finding("open", f"{measured}; on this budget neither draws (floor {GENEVAL_FLOOR})")
-    return Finding(_verdict(_apart(*drawn), _apart(*lost)), measured)
+    """Compare two arms by W-GenEval; the loss on unseen drawings is told and decides nothing."""
+    finding = _compared(results, better, worse, "geneval", GENEVAL_FLOOR)
+    losses = [_scores(results, arm, "flow") for arm in (better, worse)]
+    if not all(losses):
+        return finding
+    means = [sum(values) / len(values) for values in losses]
+    return Finding(
+        finding.verdict, f"W-GenEval {finding.measured}; loss on unseen drawings {means[0]:.4f}, {means[1]:.4f}"
+    )
 
 
 def _stage_3_draws_better(results: Results) -> Finding:
@@ -111,11 +139,8 @@ def _skips_help(results: Results) -> Finding:
 
 
 def _finetuned_forgets(results: Results) -> Finding:
-    frozen, finetuned, measured = _arms(results, "mot frozen", "mot finetuned", "mme", 0)
-    coin = COIN * len(SUBTASKS)
-    if max(frozen["high"], finetuned["high"]) <= coin:
-        return Finding("open", f"W-MME-p: {measured}; on this budget neither reads pictures (a coin has {coin:.0f})")
-    return Finding(_verdict(_apart(frozen, finetuned)), f"W-MME-p: {measured}")
+    finding = _compared(results, "mot frozen", "mot finetuned", "mme", COIN * len(SUBTASKS))
+    return Finding(finding.verdict, f"W-MME-p {finding.measured}")
 
 
 def _beats_frozen_mot(results: Results) -> Finding:
@@ -125,12 +150,18 @@ def _beats_frozen_mot(results: Results) -> Finding:
 def _ratios(results: Results) -> Finding:
     skips = results["skips"]
     visual, text = (skips[name]["contribution_ratio"]["mean"] for name in ("visual", "text"))
-    return Finding(_is(text < SMALL * visual), f"mean ratio {visual:.3f} visual, {text:.3f} text")
+    counts = [skips[name]["positions"] for name in ("visual", "text")]
+    measured = f"mean ratio {visual:.3f} visual, {text:.3f} text; n = {counts[0]}, {counts[1]} positions"
+    return Finding(_is(text < SMALL * visual), measured)
 
 
 def _cosine(results: Results) -> Finding:
-    cosine = results["skips"]["visual"]["cosine"]["mean"]
-    return Finding(_is(abs(cosine) < FLAT), f"mean cosine {cosine:+.3f} at latents")
+    visual = results["skips"]["visual"]
+    raw, centred = visual["cosine"]["mean"], visual["centred_cosine"]["mean"]
+    measured = (
+        f"mean cosine {centred:+.3f} beside the mean vectors, {raw:+.3f} with them; n = {visual['positions']} latents"
+    )
+    return Finding(_is(abs(centred) < FLAT), measured)
 
 
 def _no_reencoding(results: Results) -> Finding:
@@ -156,12 +187,13 @@ CLAIMS: tuple[Claim, ...] = (
 
 _READING = (
     "Written by `starflow2 analyze paper` from the JSON files beside it; docs/paper-map.md says where each claim is "
-    "tested. All of it is about nano in the drawn world, on ID prompts: refuted means not so here.",
+    "tested. All of it is about nano in the drawn world, on ID prompts.",
     "",
     f"Kept: at least {PRESERVED:.0%} of the language model's own score (the paper's table 3 has 91 % of MME-P and 92 % "
-    f"of GQA). Far less: under {SMALL:g} of it. Nearly orthogonal: |cosine| under {FLAT}. Between arms of one budget: "
-    "all seeds of one above all of the other by one measure, and no other measure against it; open otherwise, and open "
-    "where neither arm draws or reads yet.",
+    f"of GQA). Far less: under {SMALL:g} of it. Nearly orthogonal: |cosine| under {FLAT}, without the means over "
+    "positions, which are the same at every latent. Arms of one budget: confirmed or contrary here if an exact "
+    f"permutation test over seeds on the one measure named has p up to {LEVEL}, else no difference found; not testable "
+    "where so few seeds cannot reach it, or where neither arm draws or reads yet.",
 )
 
 
