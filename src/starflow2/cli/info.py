@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from starflow2.cli.options import JsonFile, check_json, console, find_recipe, importable_folder, refuse, write_json
+from starflow2.cli.options import JsonFile, check_json, console, find_recipe, refuse, write_json
 from starflow2.cli.parsing import Option, Positional
 from starflow2.core.serialize import JsonObject
 from starflow2.errors import UsageError
@@ -39,8 +39,7 @@ class Info:
         from starflow2.models.summary import describe, table
         from starflow2.training.recipes import find_config
 
-        with importable_folder():
-            config = find_config(self.name)
+        config = find_config(self.name)
         summary = describe(config)
         facts, tables = to_dict(summary), [table(summary)]
         if self.gpus is not None:

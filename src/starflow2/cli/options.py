@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
@@ -42,7 +41,6 @@ __all__ = [
     "check_text",
     "console",
     "find_recipe",
-    "importable_folder",
     "load_joint",
     "png_text",
     "printable",
@@ -138,22 +136,11 @@ def load_joint(name: str, device: str, verb: str) -> StarFlow2:
     return model
 
 
-@contextlib.contextmanager
-def importable_folder() -> Iterator[None]:
-    """Make modules in the current folder importable inside the block, where a user's own recipes are."""
-    sys.path.insert(0, "")
-    try:
-        yield
-    finally:
-        sys.path.remove("")
-
-
 def find_recipe(name: str) -> RunConfig:
     """The run of a recipe's name, or of module:function, also from the current folder. Raises ConfigError."""
     from starflow2.training.recipes import find
 
-    with importable_folder():
-        return find(name)
+    return find(name)
 
 
 # -- output -----------------------------------------------------------------------------------------------------------
