@@ -9,23 +9,28 @@ import io
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from starflow2.core.files import replacing
-from starflow2.errors import DataError, OutputError, ShapeError
+from starflow2.errors import ConfigError, DataError, OutputError, ShapeError
 
 __all__ = [
+    "AS_UPLOADED",
     "FONT_SIZE",
     "FRAME",
     "INK",
     "MARGIN",
     "PAPER",
+    "Fit",
+    "ImageForm",
     "PILImage",
     "contact_sheet",
     "psnr",
@@ -39,6 +44,7 @@ __all__ = [
 ]
 
 Bytes = NDArray[np.uint8]
+Fit = Literal["crop", "pad", "stretch"]
 PILImage = Image.Image  # for annotations elsewhere, without importing PIL there
 
 INK, PAPER, FRAME = (32, 32, 36), (255, 255, 255), (214, 214, 220)
@@ -107,18 +113,36 @@ def to_pil(image: Tensor) -> PILImage:
     return Image.fromarray(to_bytes(image[None])[0])
 
 
-def read_picture(source: str | Path | PILImage | bytes, size: int) -> Tensor:
-    """Image as input of a model: upright, its central square scaled to `size`, (3, size, size) in [-1, 1].
+@dataclass(frozen=True, slots=True)
+class ImageForm:
+    """How an image of any shape becomes the square that a model reads."""
+
+    fit: Fit = "crop"  # crop: its central square; pad: all of it, with margins; stretch: all of it, squeezed
+    flatten: str = ""  # colour behind transparent pixels and of margins; "": no transparency, grey margins
+
+    def __post_init__(self) -> None:
+        try:
+            ImageColor.getrgb(self.flatten or "gray")
+        except ValueError as error:
+            raise ConfigError(f"flatten is {self.flatten!r}; expected a colour such as white or #c0ffee.") from error
+
+
+AS_UPLOADED = ImageForm()  # how images are read that no source of a mixture describes
+
+
+def read_picture(source: str | Path | PILImage | bytes, size: int, form: ImageForm = AS_UPLOADED) -> Tensor:
+    """Image as input of a model: upright, made a square as `form` says and scaled, (3, size, size) in [-1, 1].
 
     source: the name of a file, the bytes of one, or a PIL image. Raises DataError, naming the remedy, for a source that
     could be read only by guessing: no image, a truncated one, one of absurd size, several frames, CMYK, 16 bits,
-    transparency, or a side of less than 16 pixels.
+    transparency without a colour to flatten it on, or a side of less than 16 pixels.
     """
     name = "the image" if isinstance(source, Image.Image | bytes) else str(source)
     try:
         with nullcontext(source) if isinstance(source, Image.Image) else _opened(source) as image:
-            _check_readable(image, name)
-            pixels = ImageOps.exif_transpose(image).convert("RGB")  # here PIL meets the end of a truncated file
+            _check_readable(image, name, allows_transparency=bool(form.flatten))
+            upright = ImageOps.exif_transpose(image)  # here PIL meets the end of a truncated file
+            pixels = _rgb(upright, form.flatten) if form.flatten else upright.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         unknown = isinstance(error, UnidentifiedImageError) and isinstance(source, bytes)
         reason = "its bytes are of no known format" if unknown else str(error).rstrip(".")
@@ -126,12 +150,19 @@ def read_picture(source: str | Path | PILImage | bytes, size: int) -> Tensor:
             f"cannot read {name} as an image: {reason}; expected a complete image of ordinary size: "
             "save it again, or smaller."
         ) from error
-    side = min(pixels.size)
-    left, top = (pixels.width - side) // 2, (pixels.height - side) // 2
-    square = pixels.crop((left, top, left + side, top + side))
-    if side != size:
-        square = square.resize((size, size), Image.Resampling.LANCZOS)
-    return to_tensor(square)
+    return to_tensor(_square(pixels, size, form))
+
+
+def _square(pixels: PILImage, size: int, form: ImageForm) -> PILImage:
+    """An RGB image as `size` x `size` pixels."""
+    if form.fit == "pad":
+        colour = ImageColor.getrgb(form.flatten or "gray")
+        return ImageOps.pad(pixels, (size, size), Image.Resampling.LANCZOS, color=colour)
+    if form.fit == "crop":
+        side = min(pixels.size)
+        left, top = (pixels.width - side) // 2, (pixels.height - side) // 2
+        pixels = pixels.crop((left, top, left + side, top + side))
+    return pixels if pixels.size == (size, size) else pixels.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _opened(source: str | Path | bytes) -> PILImage:
@@ -140,7 +171,7 @@ def _opened(source: str | Path | bytes) -> PILImage:
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source))
 
 
-def _check_readable(image: PILImage, name: str) -> None:
+def _check_readable(image: PILImage, name: str, *, allows_transparency: bool) -> None:
     """Raise DataError for an image that is complete but could be read only by guessing."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
@@ -149,7 +180,8 @@ def _check_readable(image: PILImage, name: str) -> None:
         raise DataError(f"{name} has colour mode {image.mode}; expected 8-bit RGB or grey: convert it first.")
     if any(";16" in str(tile.args) for tile in getattr(image, "tile", ())):  # PIL drops half of the bits
         raise DataError(f"{name} has 16 bits per channel; expected 8-bit RGB or grey: convert it first.")
-    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+    is_opaque = allows_transparency or not image.has_transparency_data
+    if not is_opaque and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         raise DataError(f"{name} has transparent pixels; expected an opaque image: put it on a background first.")
     if min(image.size) < MIN_SIDE:
         raise DataError(f"{name} is {image.width} x {image.height} pixels; expected at least {MIN_SIDE} a side.")
@@ -222,9 +254,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise DataError(f"cannot read {path} as an image: {error}.") from error
 
 
-def _rgb(image: PILImage) -> PILImage:
+def _rgb(image: PILImage, colour: str = "white") -> PILImage:
     if image.has_transparency_data:
-        page = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        page = Image.new("RGBA", image.size, ImageColor.getrgb(colour))
         image = Image.alpha_composite(page, image.convert("RGBA"))
     return image.convert("RGB")
 
