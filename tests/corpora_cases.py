@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from starflow2.core.images import to_tensor
-from starflow2.data.corpora import Corpus, Photo
 from starflow2.data.dialogue import Turn
+from starflow2.data.records import Photo
 from starflow2.models.sequence import Image as Picture
 from starflow2.models.sequence import Layout, Segment, Text
 
@@ -313,7 +313,7 @@ def zebra_cot(folder: Path) -> tuple[str, Expected]:
     ]
 
 
-PUBLISHED: dict[Corpus, Callable[[Path], tuple[str, Expected]]] = {
+PUBLISHED: dict[str, Callable[[Path], tuple[str, Expected]]] = {
     "cc12m": cc12m,
     "journeydb": journeydb,
     "blip3o": blip3o,

@@ -10,9 +10,9 @@ import pytest
 
 from corpora_cases import LAYOUT, PUBLISHED, SIDE, Letters, captioned, encoded, write_tar
 from starflow2.cli.app import main
-from starflow2.cli.data import Data
+from starflow2.cli.data import CORPUS, Data
 from starflow2.data.check import check_corpus
-from starflow2.data.corpora import Corpus
+from starflow2.data.corpora import CORPORA
 from starflow2.data.mixture import Source, Spelling
 from starflow2.data.shards import Format
 from starflow2.errors import DataError
@@ -21,8 +21,8 @@ SPELLING = Spelling(Letters(), LAYOUT, SIDE)
 
 
 def test_choices_of_the_command_are_those_of_the_library():
-    hints = get_type_hints(Data)
-    assert get_args(hints["corpus"]) == get_args(Corpus) and get_args(hints["format"]) == get_args(Format)
+    assert get_args(get_type_hints(Data)["format"]) == get_args(Format)
+    assert all(name in CORPUS for name in CORPORA)
 
 
 @pytest.mark.parametrize("corpus", PUBLISHED)
@@ -70,6 +70,21 @@ def test_the_command_prints_and_writes_the_counts_with_the_models_own_tokenizer(
     assert "draw 4" in capsys.readouterr().out
 
 
+def test_a_mixture_file_is_checked_source_by_source_with_the_options_of_each(tmp_path, capsys):
+    captioned(tmp_path / "a" / "0.tar", 3)
+    write_tar(tmp_path / "b" / "0.tar", [("0.png", encoded(1))])
+    sources = [{"corpus": "captions", "url": str(tmp_path / name), "weight": 1} for name in "ab"]
+    sources[0]["task"] = "describe"
+    (tmp_path / "mix.json").write_text(json.dumps(sources))
+    out = tmp_path / "facts.json"
+    assert main(["data", "check", str(tmp_path / "mix.json"), "--json", str(out)]) == 1
+    first, second = json.loads(out.read_text())["sources"]
+    assert (first["kinds"], second["documents"]) == ({"describe": 3}, 0)
+    assert f"{tmp_path / 'b'} can be used" in " ".join(capsys.readouterr().err.split())
+    assert main(["data", "check", str(tmp_path / "mix.json"), "--flatten", "white"]) == 2
+    assert "--flatten is an option of one corpus" in capsys.readouterr().err
+
+
 def test_a_corpus_with_nothing_to_use_ends_with_status_1_and_its_reasons(tmp_path, capsys):
     write_tar(tmp_path / "0.tar", [("\x1b[31m0.png", b"no picture"), ("\x1b[31m0.txt", b"words")])
     assert main(["data", "check", str(tmp_path)]) == 1
@@ -83,7 +98,8 @@ def test_a_corpus_with_nothing_to_use_ends_with_status_1_and_its_reasons(tmp_pat
     [
         (["gone/"], "there is no file to read at gone/"),
         (["."], "there is no file to read at ."),
-        ([".", "--corpus", "cc12"], "expected captions, cc12m"),
+        ([".", "--corpus", "cc12"], "expected captions, dialogue, cc12m"),
+        ([".", "--flatten", "whiet"], "flatten is 'whiet'"),
         ([".", "--limit", "0"], "--limit is 0"),
         ([".", "--copus", "cc12m"], 'Did you mean "--corpus"'),
         ([".", "--model", "gone"], "there is no model"),

@@ -30,8 +30,9 @@ from corpora_cases import (
     write_rows,
     write_tar,
 )
-from starflow2.data.corpora import CORPORA, REASONS, Broken, Photo, decode, to_dialogue
+from starflow2.data.corpora import CORPORA, to_dialogue
 from starflow2.data.mixture import Spelling
+from starflow2.data.records import REASONS, Broken, Photo, decode
 from starflow2.data.shards import PICTURES, Sample, Samples
 from starflow2.errors import DataError
 
@@ -63,8 +64,8 @@ def test_its_documents_predict_replies_only_and_carry_their_pictures_in_order(co
         assert item.length == sum(map(len, words)) + 6 * len(numbers) + 3 * len(turns)
 
 
-def test_every_named_corpus_but_the_generic_one_has_a_published_fixture():
-    assert set(CORPORA) - set(PUBLISHED) == {"captions"}
+def test_every_named_corpus_but_the_generic_ones_has_a_published_fixture():
+    assert set(CORPORA) - set(PUBLISHED) == {"captions", "dialogue"}
 
 
 def test_a_folder_of_pictures_with_words_beside_them_is_a_corpus(tmp_path):

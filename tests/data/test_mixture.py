@@ -20,7 +20,6 @@ from torch import Tensor
 
 from corpora_cases import LAYOUT, PUBLISHED, SIDE, Letters, captioned, encoded, image_of, write_lines, write_tar
 from starflow2.data import shards
-from starflow2.data.corpora import Photo
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.data.mixture import (
     WAITING,
@@ -34,6 +33,7 @@ from starflow2.data.mixture import (
     loader,
     read_mixture,
 )
+from starflow2.data.records import Photo
 from starflow2.data.shards import Samples, WorkerShard
 from starflow2.errors import ConfigError, DataError
 from starflow2.models.sequence import Batch, Text, pack
@@ -215,6 +215,17 @@ def test_a_resumed_iterator_gives_bit_equal_batches_wherever_it_stopped(corpora)
         for a, b in zip(take(resumed, 3), whole[stop:], strict=False):
             assert same(a, b)
     assert broken_counts(json.loads(states[-1])).total() > 3
+
+
+def test_a_resumed_iterator_knows_which_sources_have_made_their_passes(corpora):
+    sources = (replace(corpora[0], epochs=1), *corpora[1:])
+    whole, states = iter(Batches(sources, SPELLING, PLAIN)), list[Any]()
+    batches = [(states.append(json.dumps(whole.state_dict())), next(whole))[1] for _ in range(14)]
+    assert json.loads(states[-1])["documents"]["sources"][0]["samples"]["epoch"] == 1
+    for at in (5, 12):
+        resumed = iter(Batches(sources, SPELLING, PLAIN))
+        resumed.load_state_dict(json.loads(states[at]))
+        assert all(same(one, two) for one, two in zip(batches[at:], take(resumed, 14 - at), strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -12,8 +12,8 @@ from itertools import islice
 import numpy as np
 
 from starflow2.core.serialize import JsonObject
-from starflow2.data.corpora import Broken, to_dialogue
 from starflow2.data.mixture import Item, Source, Spelling
+from starflow2.data.records import Broken
 from starflow2.data.shards import Samples
 from starflow2.models.sequence import Text
 
@@ -38,7 +38,8 @@ def check_corpus(
         read += 1
         progress(read)
         try:
-            item = spelling.item(to_dialogue(source.corpus, sample, source.pictures))
+            conversation = source.dialogue(sample)
+            item = spelling.item(conversation, form=source.form(conversation))
             items.append((item.kind, item.length, _tokens(item), len(item.images)))
         except Broken as error:
             counts[error.reason] += 1

@@ -1,204 +1,95 @@
-"""Real corpora as conversations: an adapter for each, from its published fields to turns of words and images.
+"""Real corpora as conversations: an adapter for each, from its published fields to a record of the `dialogue` schema.
 
-`CORPORA` names them; docs/choices.md#corpora lists the sources of the schemas. A sample that cannot be used raises
-Broken with one of REASONS; nothing is guessed. Not here: reading files (shards), mixing and packing (mixture).
+`CORPORA` names them; docs/choices.md#corpora lists the sources of the schemas. `module:function` names one of your own.
+A sample that cannot be used raises Broken with one of REASONS; nothing is guessed. Not here: reading files (shards),
+the schema itself (messages), mixing and packing (mixture).
 """
 
 from __future__ import annotations
 
-import json
 import posixpath
 import re
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
 
-from PIL import Image as PilImage
-from PIL import UnidentifiedImageError
-from torch import Tensor
+from starflow2.core.imports import find_object
+from starflow2.core.serialize import JsonObject
+from starflow2.data.dialogue import Dialogue
+from starflow2.data.messages import TurnParts, conversation, read_dialogue
+from starflow2.data.records import Broken, Part, Photo, Record, typed
+from starflow2.data.shards import PICTURES, Sample
+from starflow2.errors import ConfigError, nearest
 
-from starflow2.core.images import read_picture
-from starflow2.data.dialogue import Dialogue, Turn
-from starflow2.data.shards import PICTURES, Sample, inside, read_file
-from starflow2.errors import DataError
+__all__ = ["CORPORA", "Schema", "find_schema", "to_dialogue"]
 
-__all__ = [
-    "CORPORA",
-    "REASONS",
-    "Broken",
-    "Corpus",
-    "Photo",
-    "decode",
-    "to_dialogue",
-]
-
-Corpus = Literal["captions", "cc12m", "journeydb", "blip3o", "cambrian", "comm", "pico-banana", "omniedit", "zebra-cot"]
-
-REASONS = (
-    "unreadable file",  # the rest of a file is lost: cut off, removed, not a tar or parquet file
-    "bad UTF-8",
-    "bad JSON",
-    "wrong type",  # the value of a field has another type than in the schema
-    "missing text",
-    "empty text",
-    "missing picture",  # no such member, column or file
-    "empty picture",  # zero bytes
-    "not a picture",
-    "damaged picture",  # an image that ends too early or cannot be decoded
-    "huge picture",  # more pixels than PIL decodes without a warning
-    "unfit picture",  # several frames, CMYK, 16 bits, transparent, less than 16 pixels a side
-    "wrong order",  # turns or image marks that do not match
-    "too long",  # more positions than a row of a batch
-)
+Schema = Callable[[Record], JsonObject]  # from the fields of a sample to a record of the `dialogue` schema
 
 
-class Broken(DataError):
-    """A sample that cannot be used: `reason` is one of REASONS, `detail` says more."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        assert reason in REASONS
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
-
-
-@dataclass(frozen=True, slots=True)
-class Photo:
-    """An image as the bytes of its file; see `decode`."""
-
-    data: bytes
-
-
-Part = str | Photo
-
-
-def to_dialogue(corpus: Corpus, sample: Sample, pictures: str = "") -> Dialogue[Photo]:
+def to_dialogue(corpus: str, sample: Sample, pictures: str = "") -> Dialogue[Photo]:
     """The conversation in a raw sample of a corpus. Raises Broken.
 
     pictures: the folder that paths of images are relative to, by default the folder of the sample's file.
     """
     if sample.damage:
         raise Broken("bad UTF-8" if "UnicodeDecodeError" in sample.damage else "unreadable file", sample.damage)
-    return CORPORA[corpus](_Record(sample.fields, pictures or posixpath.dirname(sample.source)))
+    record = Record(sample.fields, pictures or posixpath.dirname(sample.source))
+    schema = find_schema(corpus)
+    if schema is _dialogue:
+        return read_dialogue(record)
+    return read_dialogue(Record(schema(record), record.folder))
 
 
-def decode(photo: Photo, size: int) -> Tensor:
-    """The central square of an image, (3, size, size) in [-1, 1]. Raises Broken."""
-    if not photo.data:
-        raise Broken("empty picture", "it has no bytes")
-    try:
-        return read_picture(photo.data, size)
-    except DataError as error:
-        raise Broken(_picture_reason(error.__cause__), str(error)) from error
-    except Exception as error:  # PIL's readers raise what they like on bad bytes
-        raise Broken("damaged picture", f"{type(error).__name__}: {error}") from error
+@cache
+def find_schema(name: str) -> Schema:
+    """The schema of a corpus of CORPORA, or a function `module:function` of your own, also from the current folder.
 
+    Yours takes the fields of a sample as a dictionary (a JSON file or line as "json", parsed) and returns a record of
+    the `dialogue` schema. Raises ConfigError for a name that is neither.
 
-def _picture_reason(cause: BaseException | None) -> str:
-    match cause:
-        case None:  # undamaged, but of a kind that has no one reading as RGB
-            return "unfit picture"
-        case UnidentifiedImageError():
-            return "not a picture"
-        case PilImage.DecompressionBombError() | PilImage.DecompressionBombWarning():
-            return "huge picture"
-        case _:
-            return "damaged picture"
+    >>> find_schema("cc12n")
+    Traceback (most recent call last):
+        ...
+    starflow2.errors.ConfigError: corpus is 'cc12n'; expected captions, ... or module:function. Did you mean "cc12m"?
+    """
+    if name in CORPORA:
+        return CORPORA[name]
+    if ":" not in name:
+        known = ", ".join(CORPORA)
+        raise ConfigError(f"corpus is {name!r}; expected {known} or module:function.{nearest(name, CORPORA)}")
+    function = find_object(name, "a corpus")
 
-
-# -- fields -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """The fields of a sample, each checked when it is read; paths of images are relative to `folder`."""
-
-    values: Mapping[str, Any]
-    folder: str
-
-    @property
-    def json(self) -> _Record:
-        """The JSON object in the field "json"; the record itself without such a field, as in parquet."""
-        if "json" not in self.values:
-            return self
+    def schema(record: Record) -> JsonObject:
+        fields = dict(record.values)
+        if "json" in fields:
+            fields["json"] = record.json.values
         try:
-            value = json.loads(_decoded(self.values["json"]))
-        except (ValueError, RecursionError) as error:
-            raise Broken("bad JSON", str(error)) from error
-        return _Record(_typed(value, dict, "the record"), self.folder)
+            found = function(fields)
+        except Exception as error:  # code of a user: it is counted, and `data check` shows it
+            raise Broken("refused", f"{type(error).__name__}: {error}") from error
+        return dict(typed(found, Mapping, f"what {name} returns"))
 
-    def has(self, name: str) -> bool:
-        return self.values.get(name) is not None
-
-    def text(self, name: str) -> str:
-        """The text of a field, which must not be missing or empty."""
-        if not self.has(name):
-            raise Broken("missing text", f"no {name}; there are {self._names}")
-        words = _decoded(self.values[name], name).strip()
-        if not words:
-            raise Broken("empty text", f"{name} holds no words")
-        return words
-
-    def items(self, name: str, kind: type) -> list[Any]:
-        """The list in a field, which must not be missing, every item of one type."""
-        if not self.has(name):
-            raise Broken("missing text", f"no {name}; there are {self._names}")
-        return [_typed(item, kind, f"{name}[{i}]") for i, item in enumerate(_typed(self.values[name], list, name))]
-
-    def picture(self, *names: str) -> Photo:
-        """The image in the first of these fields that exists: bytes, or {"bytes", "path"} as in parquet."""
-        for name in names:
-            if self.has(name):
-                return self._photo(self.values[name], name)
-        raise Broken("missing picture", f"no {' or '.join(names[:3])}; there are {self._names}")
-
-    def file(self, path: object) -> Photo:
-        """The image with this path below the folder."""
-        name = _typed(path, str, "the path of the picture")
-        try:
-            return Photo(read_file(inside(self.folder, name)))
-        except (OSError, ValueError) as error:
-            raise Broken("missing picture", str(error)) from error
-
-    def _photo(self, value: object, name: str) -> Photo:
-        if isinstance(value, Mapping) and value.get("bytes") is None and value.get("path"):
-            return self.file(value["path"])
-        return Photo(_typed(value.get("bytes") if isinstance(value, Mapping) else value, bytes, name))
-
-    @property
-    def _names(self) -> str:
-        return ", ".join(self.values) or "no fields"
+    return schema
 
 
-def _decoded(value: object, name: str = "the record") -> str:
-    """A string, from one or from its UTF-8 bytes."""
-    if not isinstance(value, bytes):
-        return _typed(value, str, name)
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise Broken("bad UTF-8", f"{name}: {error}") from error
-
-
-def _typed(value: object, kind: type, name: str) -> Any:
-    if not isinstance(value, kind):
-        raise Broken("wrong type", f"{name} is {type(value).__name__}, expected {kind.__name__}")
-    return value
+def _dialogue(record: Record) -> JsonObject:
+    """dialogue: the schema itself, docs/data.md."""
+    return dict(record.values)
 
 
 # -- images from words ------------------------------------------------------------------------------------------------
 
 
-def _drawing(words: str, picture: Photo) -> Dialogue[Photo]:
-    return Dialogue((Turn((words,), (picture,)),), "draw")
+def _drawing(words: str, picture: Photo) -> JsonObject:
+    return conversation("draw", ([words], [picture]))
 
 
-def _pair(record: _Record) -> Dialogue[Photo]:
+def _pair(record: Record) -> JsonObject:
     """cc12m, blip3o: members .jpg and .txt of a tar."""
     return _drawing(record.text("txt"), record.picture(*PICTURES))
 
 
-def _captions(record: _Record) -> Dialogue[Photo]:
+def _captions(record: Record) -> JsonObject:
     """captions: any image with text beside it: a .txt, or `text`, `caption` or `prompt` of a JSON object or a row."""
     if record.has("txt"):
         return _pair(record)
@@ -207,10 +98,10 @@ def _captions(record: _Record) -> Dialogue[Photo]:
     return _drawing(fields.text(name), record.picture(*PICTURES, "image"))
 
 
-def _journeydb(record: _Record) -> Dialogue[Photo]:
+def _journeydb(record: Record) -> JsonObject:
     """journeydb: lines {img_path, prompt, Task2: {Caption}}; without a caption, the prompt without its --options."""
     line = record.json
-    caption = _Record(_typed(line.values.get("Task2") or {}, dict, "Task2"), line.folder)
+    caption = Record(typed(line.values.get("Task2") or {}, dict, "Task2"), line.folder)
     words = caption.text("Caption") if caption.values.get("Caption") else _without_options(line.text("prompt"))
     return _drawing(words, line.file(line.values.get("img_path")))
 
@@ -226,12 +117,12 @@ def _without_options(prompt: str) -> str:
 # -- answers about images --------------------------------------------------------------------------------------------
 
 
-def _cambrian(record: _Record) -> Dialogue[Photo]:
+def _cambrian(record: Record) -> JsonObject:
     """cambrian: lines {image?, conversations: [{from: human | gpt, value}]}, "<image>" where an image is shown."""
     line = record.json
     named = line.values.get("image") or []
     photos = [line.file(name) for name in (named if isinstance(named, list) else [named])]
-    turns = [_Record(turn, "") for turn in line.items("conversations", dict)]
+    turns = [Record(turn, "") for turn in line.items("conversations", dict)]
     system = turns.pop(0).text("value") + "\n" if turns and turns[0].values.get("from") == "system" else ""
     roles = [turn.values.get("from") for turn in turns]
     if not turns or roles != ["human", "gpt"] * (len(turns) // 2):
@@ -245,7 +136,7 @@ def _cambrian(record: _Record) -> Dialogue[Photo]:
     rest = iter(photos)
     user = [_replace_marks(words, "<image>", lambda _: next(rest)) for words in questions]
     answers = [(turn.text("value"),) for turn in turns[1::2]]
-    return Dialogue(tuple(map(Turn, user, answers)), "understand")
+    return conversation("understand", *zip(user, answers, strict=True))
 
 
 def _replace_marks(words: str, mark: str, photo: Callable[[re.Match[str]], Photo | None]) -> tuple[Part, ...]:
@@ -261,7 +152,7 @@ def _replace_marks(words: str, mark: str, photo: Callable[[re.Match[str]], Photo
 # -- edits ------------------------------------------------------------------------------------------------------------
 
 
-def _omniedit(record: _Record) -> Dialogue[Photo]:
+def _omniedit(record: Record) -> JsonObject:
     """omniedit: rows {omni_edit_id, src_img, edited_img, edited_prompt_list}; the id picks one of its wordings."""
     wordings = [words.strip() for words in record.items("edited_prompt_list", str)]
     if not any(wordings):
@@ -269,10 +160,10 @@ def _omniedit(record: _Record) -> Dialogue[Photo]:
     wordings = [words for words in wordings if words]
     words = wordings[zlib.crc32(str(record.values.get("omni_edit_id")).encode()) % len(wordings)]
     user = (record.picture("src_img"), words)
-    return Dialogue((Turn(user, (record.picture("edited_img"),)),), "edit")
+    return conversation("edit", (user, [record.picture("edited_img")]))
 
 
-def _pico_banana(record: _Record) -> Dialogue[Photo]:
+def _pico_banana(record: Record) -> JsonObject:
     """pico-banana: lines {local_input_image, text, output_image}; of several turns {files, metadata_edit_turn_prompts}.
 
     Sources are not part of it: its download script writes local_input_image, or the file has the last name of the URL.
@@ -282,13 +173,13 @@ def _pico_banana(record: _Record) -> Dialogue[Photo]:
         return _edit_chain(line)
     edited = line.file(_present(line.values.get("output_image"), "output_image"))
     user = (_source(line, line.values.get("open_image_input_url")), line.text("text"))
-    return Dialogue((Turn(user, (edited,)),), "edit")
+    return conversation("edit", (user, [edited]))
 
 
-def _source(line: _Record, url: object) -> Photo:
+def _source(line: Record, url: object) -> Photo:
     if line.has("local_input_image"):
         return line.file(line.values["local_input_image"])
-    return line.file(posixpath.basename(_typed(_present(url, "the source's URL"), str, "the source's URL")))
+    return line.file(posixpath.basename(typed(_present(url, "the source's URL"), str, "the source's URL")))
 
 
 def _present(value: object, name: str) -> object:
@@ -297,7 +188,7 @@ def _present(value: object, name: str) -> object:
     return value
 
 
-def _edit_chain(line: _Record) -> Dialogue[Photo]:
+def _edit_chain(line: Record) -> JsonObject:
     """Edits of the previous result: edit_turn1, edit_turn2, ..., final_image, one for each prompt."""
     files = {item.get("id"): item.get("url") for item in line.items("files", dict)}
     prompts = [words.strip() for words in line.items("metadata_edit_turn_prompts", str)]
@@ -307,13 +198,14 @@ def _edit_chain(line: _Record) -> Dialogue[Photo]:
     results = [line.file(_present(files.get(name), name)) for name in names]
     source: tuple[Part, ...] = (_source(line, files.get("original_input_image")),)
     user = [(*source, prompts[0]), *((words,) for words in prompts[1:])]
-    return Dialogue(tuple(Turn(words, (photo,)) for words, photo in zip(user, results, strict=True)), "edit")
+    turns: list[TurnParts] = [(words, [photo]) for words, photo in zip(user, results, strict=True)]
+    return conversation("edit", *turns)
 
 
 # -- interleaved words and images -------------------------------------------------------------------------------------
 
 
-def _comm(record: _Record) -> Dialogue[Photo]:
+def _comm(record: Record) -> JsonObject:
     """comm: lines {title, step_info: [[{type: text, content} | {type: image, image_path}]]}: a title, then its steps.
 
     The release is a pickle, which is not read here; docs/choices.md#corpora shows how to convert it to lines.
@@ -323,15 +215,15 @@ def _comm(record: _Record) -> Dialogue[Photo]:
     if not parts:
         raise Broken("empty text", "step_info holds nothing")
     title = (line.text("title"),) if line.values.get("title") else ()
-    return Dialogue((Turn(title, tuple(parts)),), "story")
+    return conversation("story", (title, parts))
 
 
-def _content(line: _Record, item: object) -> Part:
+def _content(line: Record, item: object) -> Part:
     """One piece of a step; "" for blank text."""
-    piece = _Record(_typed(item, dict, "step_info"), line.folder)
+    piece = Record(typed(item, dict, "step_info"), line.folder)
     match piece.values.get("type"):
         case "text":
-            return _typed(piece.values.get("content") or "", str, "content").strip()
+            return typed(piece.values.get("content") or "", str, "content").strip()
         case "image":
             return piece.file(_present(piece.values.get("image_path"), "image_path"))
         case other:
@@ -341,7 +233,7 @@ def _content(line: _Record, item: object) -> Part:
 _MARK = r"(?:<image_start>)?\[((problem|reasoning)_image_\d+)\](?:<image_end>)?"
 
 
-def _zebra_cot(record: _Record) -> Dialogue[Photo]:
+def _zebra_cot(record: Record) -> JsonObject:
     """zebra-cot: rows {Question, Text Reasoning Trace, Final Answer, problem_image_N, reasoning_image_N}.
 
     An image replaces its mark, such as [reasoning_image_1]. Images of the problem without a mark come first.
@@ -355,16 +247,17 @@ def _zebra_cot(record: _Record) -> Dialogue[Photo]:
     problem = sorted((n for n in names if n.startswith("problem") and f"[{n}]" not in question), key=_number)
     user = _replace_marks(question, _MARK, lambda found: record.picture(found[1]))
     reply = _replace_marks(trace, _MARK, lambda found: record.picture(found[1]) if found[2] == "reasoning" else None)
-    turn = Turn((*map(record.picture, problem), *user), (*reply, record.text("Final Answer")))
-    return Dialogue((turn,), "reason")
+    turn = ([*map(record.picture, problem), *user], [*reply, record.text("Final Answer")])
+    return conversation("reason", turn)
 
 
 def _number(name: str) -> int:
     return int(name.rpartition("_")[2])
 
 
-CORPORA: dict[Corpus, Callable[[_Record], Dialogue[Photo]]] = {
+CORPORA: dict[str, Schema] = {
     "captions": _captions,
+    "dialogue": _dialogue,
     "cc12m": _pair,
     "journeydb": _journeydb,
     "blip3o": _pair,

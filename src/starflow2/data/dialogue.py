@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-__all__ = ["Dialogue", "Turn", "pictures", "replace_pictures", "without_words"]
+__all__ = ["Dialogue", "Turn", "is_lone_drawing", "pictures", "replace_pictures", "turned_round", "without_words"]
 
 P = TypeVar("P")
 Q = TypeVar("Q")
@@ -41,6 +41,11 @@ class Dialogue(Generic[P]):
         """Every image in order of appearance."""
         return pictures(part for turn in self.turns for part in (*turn.user, *turn.assistant))
 
+    @property
+    def draws(self) -> bool:
+        """True if an image is drawn in it, and not only shown."""
+        return any(pictures(turn.assistant) for turn in self.turns)
+
 
 def replace_pictures(dialogue: Dialogue[P], images: Iterable[Q]) -> Dialogue[Q]:
     """The dialogue with its images replaced, in order, by as many others."""
@@ -51,6 +56,33 @@ def replace_pictures(dialogue: Dialogue[P], images: Iterable[Q]) -> Dialogue[Q]:
 
     turns = tuple(Turn(replaced(turn.user), replaced(turn.assistant)) for turn in dialogue.turns)
     return Dialogue(turns, dialogue.kind)
+
+
+def is_lone_drawing(dialogue: Dialogue[P]) -> bool:
+    """True for one turn of words, or of none, followed by one drawn image.
+
+    >>> is_lone_drawing(Dialogue((Turn(("a kite",), (7,)),), "draw"))
+    True
+    """
+    match dialogue.turns:
+        case (Turn(user=() | (str(),), assistant=(picture,)),):
+            return not isinstance(picture, str)
+    return False
+
+
+def turned_round(dialogue: Dialogue[P], question: str) -> Dialogue[P]:
+    """A captioned image as a question about it: the image is shown, with `question` if any, its caption is the reply.
+
+    Raises ValueError for a dialogue that is not one turn of words followed by one drawn image.
+
+    >>> turned_round(Dialogue((Turn(("a kite",), (7,)),), "draw"), "What is it?").turns
+    (Turn(user=(7, 'What is it?'), assistant=('a kite',)),)
+    """
+    if not is_lone_drawing(dialogue) or not dialogue.turns[0].user:
+        raise ValueError("only words followed by one drawn image can be turned round")
+    (turn,) = dialogue.turns
+    shown = (*turn.assistant, question) if question else turn.assistant
+    return Dialogue((Turn(shown, turn.user),), "describe")
 
 
 def without_words(dialogue: Dialogue[P], *, shows: bool) -> Dialogue[P]:

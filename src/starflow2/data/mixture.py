@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import MISSING, dataclass, fields
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,9 +23,11 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from starflow2.core.files import check_writable
-from starflow2.core.serialize import JsonObject, from_dict, read_json
-from starflow2.data.corpora import Broken, Corpus, Photo, decode, to_dialogue
-from starflow2.data.dialogue import Dialogue, Turn, pictures, without_words
+from starflow2.core.images import AS_UPLOADED, Fit, ImageForm
+from starflow2.core.serialize import JsonObject, from_dict, read_json, to_dict
+from starflow2.data.corpora import find_schema, to_dialogue
+from starflow2.data.dialogue import Dialogue, Turn, replace_pictures, turned_round, without_words
+from starflow2.data.records import Broken, Photo, decode
 from starflow2.data.shards import Format, Sample, Samples, WorkerShard, needs
 from starflow2.errors import ConfigError, DataError
 from starflow2.models.sequence import Batch, Document, Layout, Segment, pack
@@ -37,10 +41,12 @@ __all__ = [
     "Speller",
     "Spelling",
     "broken_counts",
+    "conversations",
     "drop_words",
     "fits",
     "loader",
     "read_mixture",
+    "words",
 ]
 
 HOPELESS = 1000  # samples; a corpus whose first ones are all broken is an error
@@ -49,17 +55,46 @@ WAITING = 8  # documents that may wait for the next batch while shorter ones fil
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One corpus of a mixture."""
+    """One corpus of a mixture, and how its records become documents."""
 
-    corpus: Corpus  # the corpus whose schema it has
+    corpus: str  # the corpus whose schema it has (`corpora.CORPORA`), or module:function
     url: str  # a file, a folder or a pattern, local or remote
     weight: float  # of its documents relative to those of other sources
     format: Format = "auto"
     pictures: str = ""  # folder that paths of images are relative to; "": the folder of the file that names them
+    # describe: a captioned image is shown, and its caption is the reply
+    task: Literal["given", "describe"] = "given"
+    question: str = "Describe the image."  # the user's words under describe; "": the image alone
+    # how images become squares; auto: those of a document in which one is drawn are cropped, all others padded
+    fit: Literal["auto", "crop", "pad", "stretch"] = "auto"
+    flatten: str = ""  # colour behind transparent images; "": they count as broken
+    caption_drop: float | None = None  # share of its drawings whose words are dropped; None: the stage's
+    epochs: int = 0  # passes over it, after which the others go on without it; 0: no end
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
             raise ConfigError(f"weight is {self.weight}; expected more than 0. Leave the source out instead.")
+        if self.epochs < 0:
+            raise ConfigError(f"epochs is {self.epochs}; expected 0, which is without end, or more.")
+        if self.caption_drop is not None and not 0 <= self.caption_drop <= 1:
+            raise ConfigError(f"caption_drop is {self.caption_drop}; expected a share of 0 to 1.")
+        find_schema(self.corpus)
+        ImageForm(flatten=self.flatten)
+
+    def dialogue(self, sample: Sample) -> Dialogue[Photo]:
+        """The conversation in a raw sample, turned round if the source asks for that. Raises Broken."""
+        found = to_dialogue(self.corpus, sample, self.pictures)
+        if self.task == "given":
+            return found
+        try:
+            return turned_round(found, self.question)
+        except ValueError as error:
+            raise Broken("wrong order", str(error)) from error
+
+    def form(self, conversation: Dialogue[Photo]) -> ImageForm:
+        """How the images of a conversation become squares."""
+        fit: Fit = "crop" if conversation.draws else "pad"
+        return ImageForm(fit if self.fit == "auto" else self.fit, self.flatten)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +116,7 @@ class BatchConfig:
 def read_mixture(path: str | Path) -> tuple[Source, ...]:
     """The sources of a mixture file: [{"corpus": "cc12m", "url": "cc12m/*.tar", "weight": 3}, ...].
 
-    `format` and `pictures` may be left out. Raises ConfigError, naming file, place and nearest key.
+    All else may be left out. Raises ConfigError, naming file, place and nearest key.
     """
     entries = read_json(path)
     if not isinstance(entries, list) or not entries:
@@ -107,12 +142,19 @@ class Speller(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A document with its images in order, each (3, s, s) in [-1, 1]. `length`: positions."""
+    """A conversation as a document. `length`: positions."""
 
     document: Document
-    images: tuple[Tensor, ...]
-    kind: str
+    conversation: Dialogue[Tensor]  # its images (3, s, s) in [-1, 1]
     length: int
+
+    @property
+    def images(self) -> tuple[Tensor, ...]:
+        return self.conversation.pictures
+
+    @property
+    def kind(self) -> str:
+        return self.conversation.kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +165,14 @@ class Spelling:
     layout: Layout
     image_size: int
 
-    def item(self, conversation: Dialogue[Photo], width: int = 0) -> Item:
+    def item(self, conversation: Dialogue[Photo], width: int = 0, form: ImageForm = AS_UPLOADED) -> Item:
         """The conversation as a document of at most `width` positions (0: of any length). Raises Broken."""
         document = self.tokenizer.document(conversation.turns)
         length = sum(len(self.layout.ids(segment)) for segment in document)
         if width and length > width:
             raise Broken("too long", f"{length} positions, a row has {width}")
-        images = tuple(decode(photo, self.image_size) for photo in conversation.pictures)
-        return Item(document, images, conversation.kind, length)
+        images = [decode(photo, self.image_size, form) for photo in conversation.pictures]
+        return Item(document, replace_pictures(conversation, images), length)
 
 
 def drop_words(conversation: Dialogue[Photo], rng: np.random.Generator, share: float) -> Dialogue[Photo]:
@@ -140,8 +182,7 @@ def drop_words(conversation: Dialogue[Photo], rng: np.random.Generator, share: f
     unconditional branch.
     """
     chance, shows = rng.random(2)
-    has_drawing = any(pictures(turn.assistant) for turn in conversation.turns)
-    if not has_drawing or chance >= share:
+    if not conversation.draws or chance >= share:
         return conversation
     return without_words(conversation, shows=bool(shows < 0.5))
 
@@ -163,8 +204,16 @@ class _Repeated:
         self.read, self.used, self.broken = state["read"], state["used"], Counter(state["broken"])
         self._rest = None
 
-    def next(self) -> Sample:
-        """The next raw sample. Raises DataError where a whole pass or the first HOPELESS samples were all broken."""
+    @property
+    def is_finished(self) -> bool:
+        """True after the last of the passes that the source allows."""
+        return 0 < self.source.epochs <= self.samples.epoch
+
+    def next(self) -> Sample | None:
+        """The next raw sample; None where the last pass is at its end.
+
+        Raises DataError where a whole pass or the first HOPELESS samples were all broken.
+        """
         if not self.used and self.read >= HOPELESS:
             raise DataError(f"{self._name}: none of the first {self.read} samples can be used ({self._reasons}).")
         while True:
@@ -177,6 +226,8 @@ class _Repeated:
                 raise DataError(f"{self._name} has no sample for this process; use fewer processes or workers.")
             if not self.used:
                 raise DataError(f"{self._name}: none of its {self.read} samples can be used ({self._reasons}).")
+            if self.is_finished:
+                return None
 
     @property
     def _name(self) -> str:
@@ -188,13 +239,11 @@ class _Repeated:
 
 
 class _Documents:
-    """An endless stream of documents from all sources, by their weights."""
+    """A stream of documents from all sources by their weights, endless unless every source has `epochs`."""
 
     def __init__(self, batches: Batches, worker: tuple[int, int]) -> None:
         self.batches, self.reader = batches, [batches.shard.rank, worker[0]]
         self.drawn, self.lists_broken = 0, True
-        weights = np.array([source.weight for source in batches.sources])
-        self.weights = weights / weights.sum()
         each = zip(batches.sources, batches.samples, strict=True)
         self.streams = [_Repeated(source, copy(samples)) for source, samples in each]
 
@@ -207,20 +256,39 @@ class _Documents:
             stream.load_state_dict(saved)
 
     def next(self) -> Item:
-        config, spelling = self.batches.config, self.batches.spelling
-        rng = np.random.default_rng([config.seed, *self.reader, self.drawn])
-        stream = self.streams[int(rng.choice(len(self.streams), p=self.weights))]
+        """The next document. Raises DataError where a source cannot be used, or all have made their passes."""
+        rng = np.random.default_rng([self.batches.config.seed, *self.reader, self.drawn])
         while True:
-            sample = stream.next()
+            stream = self._choose(rng)
+            item = self._first_usable(stream, rng)
+            if item is not None:
+                stream.used += 1
+                self.drawn += 1
+                return item
+
+    def _choose(self, rng: np.random.Generator) -> _Repeated:
+        """A source by its weight, one that has passes left."""
+        weights = np.array([0.0 if stream.is_finished else stream.source.weight for stream in self.streams])
+        if not weights.any():
+            raise DataError(
+                "every source of the mixture has made as many passes as its epochs say; raise them, or train less."
+            )
+        return self.streams[int(rng.choice(len(self.streams), p=weights / weights.sum()))]
+
+    def _first_usable(self, stream: _Repeated, rng: np.random.Generator) -> Item | None:
+        """The next document of a source, broken samples left out; None where its last pass is at its end."""
+        while (sample := stream.next()) is not None:
             try:
-                conversation = to_dialogue(stream.source.corpus, sample, stream.source.pictures)
-                item = spelling.item(drop_words(conversation, rng, config.caption_drop), config.width)
+                return self._item(stream.source, sample, rng)
             except Broken as error:
                 self._count_broken(stream, sample, error)
-                continue
-            stream.used += 1
-            self.drawn += 1
-            return item
+        return None
+
+    def _item(self, source: Source, sample: Sample, rng: np.random.Generator) -> Item:
+        config, conversation = self.batches.config, source.dialogue(sample)
+        share = config.caption_drop if source.caption_drop is None else source.caption_drop
+        kept = drop_words(conversation, rng, share)
+        return self.batches.spelling.item(kept, config.width, source.form(conversation))
 
     def _count_broken(self, stream: _Repeated, sample: Sample, error: Broken) -> None:
         stream.broken[error.reason] += 1
@@ -229,6 +297,15 @@ class _Documents:
             # a whole line in one write: workers share the file
             with open(self.batches.config.broken, "a", encoding="utf-8") as file:
                 file.write(json.dumps({**line, "detail": error.detail[:300]}) + "\n")
+
+
+def words(sources: Sequence[Source], limit: int) -> Iterator[str]:
+    """The texts of the first samples of all sources, at most `limit` samples; no image is decoded."""
+    for source in sources:
+        for sample in islice(Samples(source.url, source.format), -(-limit // len(sources))):
+            with suppress(Broken):
+                turns = source.dialogue(sample).turns
+                yield from (p for turn in turns for p in (*turn.user, *turn.assistant) if isinstance(p, str))
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -260,6 +337,13 @@ class Batches(IterableDataset[tuple[Tensor, Batch]]):
         return BatchIterator(self)
 
 
+def conversations(batches: Batches) -> Iterator[Dialogue[Tensor]]:
+    """The conversations that `batches` would pack, one after the other, with images (3, s, s) in [-1, 1]."""
+    documents = _Documents(batches, (0, 1))
+    while True:
+        yield documents.next().conversation
+
+
 @dataclass(frozen=True, slots=True)
 class _Read:
     """A document that has been read."""
@@ -281,7 +365,7 @@ class BatchIterator:
         self._same: JsonObject = {  # must be the same when a state is loaded
             "reader": [shard.rank, shard.world, *worker],
             "packing": [config.rows, config.width, config.seed, config.block, config.caption_drop],
-            "sources": [[s.corpus, s.url, s.weight, s.format, s.pictures] for s in batches.sources],
+            "sources": [to_dict(source) for source in batches.sources],
             "files": [samples.fingerprint for samples in batches.samples],
         }
 

@@ -98,6 +98,11 @@ class Samples:
         """A number that changes with the names of the files, but not with their folder."""
         return zlib.crc32("\n".join(posixpath.basename(file) for file in self.files).encode())
 
+    @property
+    def epoch(self) -> int:
+        """The number of whole passes so far."""
+        return self._epoch
+
     def state_dict(self) -> JsonObject:
         """The position in the stream, in JSON."""
         return {"epoch": self._epoch, "at": self._done, "place": self._start}
