@@ -17,6 +17,10 @@ from starflow2.models.pretrained import Pretrained
 from starflow2.nn import StackConfig
 
 __all__ = [
+    "CLIP_COLOURS",
+    "HALF_COLOURS",
+    "IMAGENET_COLOURS",
+    "Colours",
     "DinoConfig",
     "FaeConfig",
     "JointsConfig",
@@ -29,13 +33,21 @@ __all__ = [
 ]
 
 
+Colours = tuple[
+    tuple[float, float, float], tuple[float, float, float]
+]  # means, deviations of red, green, blue in [0, 1]
+CLIP_COLOURS: Colours = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # of Qwen's tower
+IMAGENET_COLOURS: Colours = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of DINOv2
+HALF_COLOURS: Colours = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # of SigLIP
+
+
 @dataclass(frozen=True, kw_only=True)
 class PixelConfig:
     """Resizing and normalisation that turn images in [-1, 1] into the input of a pretrained vision tower."""
 
     picture_size: int  # pixels, square, of the images given; they are resized to the size that the tower reads
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of red, green, blue in [0, 1]
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mean: tuple[float, float, float] = HALF_COLOURS[0]  # of red, green, blue in [0, 1]
+    std: tuple[float, float, float] = HALF_COLOURS[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ the number of heads, are compared with those of the folder.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class Backbone(nn.Module):
     model: Any  # a transformers model; transformers' annotations do not pass strict checks
     other_towers: tuple[str, ...] = ()  # prefixes of weights in upstream files that belong to other models
     unseen: tuple[str, ...] = ()  # settings that show in no tensor shape; compared with those of the folder
+    kinds: tuple[str, ...]  # values of model_type in config.json that it loads
+    hint: str = ""  # what else to say of others
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,10 +72,12 @@ class Backbone(nn.Module):
         self.model = model
 
     def check_settings(self, folder: Path) -> None:
-        """Raise ValueError if config.json of `folder` differs from ours in an `unseen` setting, such as the RoPE base.
-
-        Such weights would load without an error and give wrong results.
+        """Raise ValueError if config.json of `folder` is of another kind or differs from ours in an `unseen` setting,
+        such as the RoPE base. Such weights would load without an error and give wrong results.
         """
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if kind not in self.kinds:
+            raise ValueError(f"config.json is of a {kind}; expected {' or '.join(self.kinds)}{self.hint}")
         with quiet():
             upstream = type(self.model.config).from_pretrained(folder, local_files_only=True)
         theirs, ours = flatten_config(upstream.to_dict()), flatten_config(self.model.config.to_dict())

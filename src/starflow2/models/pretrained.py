@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,10 +51,10 @@ class Entry:
     last: int
 
 
-def locate(ref: Pretrained) -> Path:
+def locate(ref: Pretrained, files: Sequence[str] = WANTED) -> Path:
     """Folder of these weights: the source itself, or its copy in the Hub's cache, downloaded if necessary.
 
-    Raises CheckpointError, naming source and remedy, if neither exists.
+    files: patterns of what is downloaded. Raises CheckpointError, naming source and remedy, if neither exists.
     """
     folder = Path(ref.source).expanduser()
     if folder.is_dir():
@@ -64,7 +64,9 @@ def locate(ref: Pretrained) -> Path:
     offline = constants.HF_HUB_OFFLINE  # some versions ignore their cache then unless asked
     revision = ref.revision or None
     try:
-        return Path(snapshot_download(ref.source, revision=revision, allow_patterns=WANTED, local_files_only=offline))
+        return Path(
+            snapshot_download(ref.source, revision=revision, allow_patterns=list(files), local_files_only=offline)
+        )
     except (OSError, ValueError) as error:  # the Hub's own errors are OSErrors, those of a malformed id ValueErrors
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(

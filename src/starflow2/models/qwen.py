@@ -80,6 +80,7 @@ def qwen_config(cfg: LanguageConfig) -> Qwen2_5_VLConfig:
 class QwenStream(Backbone):
     """Qwen2.5-VL as embed -> states -> logits, and its vision tower (`see`)."""
 
+    kinds = ("qwen2_5_vl",)
     unseen = (
         "text_config.num_attention_heads",
         "text_config.rms_norm_eps",
@@ -170,6 +171,8 @@ class Qwen3Stream(Backbone):
 
     Its config is transformers' own. Its vision tower, which feeds three inner layers too, is not supported.
     """
+
+    kinds = ("qwen3_vl",)
 
     def __init__(self, cfg: Qwen3VLConfig) -> None:
         from transformers.models.qwen3_vl import Qwen3VLForConditionalGeneration  # imported here: nothing else needs it

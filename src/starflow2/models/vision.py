@@ -37,6 +37,8 @@ def to_tower(images: Tensor, size: int, cfg: PixelConfig | None) -> Tensor:
 class DinoFeatures(Backbone):
     """Patch features of a DINOv2, without its class token; reads images in [-1, 1]."""
 
+    kinds = ("dinov2",)
+    hint = ": a model with register tokens is not supported, use the one without them"
     unseen = ("num_attention_heads", "layer_norm_eps", "hidden_act", "patch_size")
 
     def __init__(self, cfg: DinoConfig) -> None:
@@ -66,6 +68,7 @@ class DinoFeatures(Backbone):
 class SiglipFeatures(Backbone):
     """Patch features of a SigLIP after its last norm; reads images in [-1, 1]. Its pooling head is unused."""
 
+    kinds = ("siglip", "siglip_vision_model")
     other_towers = ("text_model.", "logit_scale", "logit_bias")  # a folder may hold the text tower too
     unseen = ("num_attention_heads", "layer_norm_eps", "hidden_act", "patch_size")
 
