@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model_cases import STAGES, tiny_components, tiny_run
-from starflow2.core.images import to_pil
+from starflow2.core.images import read_picture, to_pil
 from starflow2.errors import DataError, TrainingError
 from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
@@ -20,7 +20,7 @@ from starflow2.training.config import CorpusConfig, StageConfig
 from starflow2.training.datasets import to_images
 from starflow2.training.loop import fit
 from starflow2.training.metrics import StepReport
-from starflow2.training.tasks import T2iTask
+from starflow2.training.tasks import TOWER_IMAGES, AdapterTask, T2iTask
 from starflow2.world.captions import caption_task
 
 pytest.importorskip("torchdata", reason="real corpora need the extra train")
@@ -106,6 +106,32 @@ def test_a_fresh_flow_is_whitened_by_the_captions_of_the_mixture(mixture):
     task.initialise()
     entered = components.flow.deep.context_in(text_states(components, rows))
     assert entered.mean(0).abs().max() < 1e-3
+
+
+def test_a_fresh_adapter_takes_the_scale_of_the_towers_embeddings_of_the_mixtures_own_images(mixture):
+    components = tiny_components(STAGES[:4])
+    stage = replace(on(mixture, tiny_run(1).stage("adapter"), 2), caption_drop=0.0)
+    task = AdapterTask(components, stage, 0)
+    images = task.first_images(TOWER_IMAGES)
+    folder = mixture.with_name(json.loads(mixture.read_text())[0]["url"].split("/")[-1])
+    own = [read_picture(folder / f"{i:02}.png", 64) for i in range(20) if i != 7]
+    assert all(any(torch.equal(image, one) for one in own) for image in images)
+    task.initialise()
+    with torch.no_grad():
+        expected = components.vlm.see(images).square().mean().sqrt().item()
+    assert components.joints.adapter.gain.tolist() == pytest.approx([expected] * 40)
+
+
+def test_a_mixture_without_images_is_refused_where_they_are_measured(tmp_path):
+    line = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(line))
+    file = tmp_path / "mixture.json"
+    file.write_text(json.dumps([{"corpus": "dialogue", "url": str(tmp_path / "x.jsonl"), "weight": 1}]))
+    task = AdapterTask(tiny_components(STAGES[:4]), on(file, tiny_run(1).stage("adapter"), 2), 0)
+    with pytest.raises(DataError, match=r"stage adapter measures 4 images .* first 2 .* hold 0; give it sources with"):
+        task.first_images(4, limit=2)
+    with pytest.raises(TrainingError, match="the stage reads a mixture"):
+        task.make_batch(range(2))
 
 
 def text_states(components: Components, rows: list[list[int]]) -> torch.Tensor:

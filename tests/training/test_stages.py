@@ -26,10 +26,10 @@ from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
 from starflow2.models.sequence import IGNORE
 from starflow2.training.config import CaptionConfig, ShardConfig, WarmupMixConfig
-from starflow2.training.datasets import drop_words, joint_dialogue, to_images
+from starflow2.training.datasets import drop_words, joint_dialogue
 from starflow2.training.loop import fit
 from starflow2.training.losses import ngp_loss
-from starflow2.training.tasks import TASKS, JointTask, T2iTask
+from starflow2.training.tasks import TASKS, TOWER_IMAGES, JointTask, T2iTask
 from starflow2.world.captions import T2I_MIX, caption_task
 from starflow2.world.conversations import understanding_dialogue
 from starflow2.world.scene import Scene, render, stream
@@ -168,10 +168,11 @@ def test_stage_three_trains_its_zero_skips_and_everything_before_them():
 
 def test_a_fresh_adapter_starts_at_the_scale_of_the_language_models_own_tower():
     components = tiny_components(STAGES[:4])
-    images = to_images([caption_task(0, i).scene for i in range(64)])
+    task = TASKS["adapter"](components, RUN.stage("adapter"), 0)
+    images = task.make_batch(range(40))[0][:TOWER_IMAGES]  # the stage's own
     with torch.no_grad():
         expected = components.vlm.see(images).square().mean().sqrt().item()
-    TASKS["adapter"](components, RUN.stage("adapter"), 0).initialise()
+    task.initialise()
     assert components.joints.adapter.gain.tolist() == pytest.approx([expected] * 40)
 
 

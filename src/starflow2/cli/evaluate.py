@@ -19,7 +19,7 @@ from starflow2.cli.options import (
 )
 from starflow2.cli.parsing import Option, Positional
 from starflow2.core.files import check_writable
-from starflow2.errors import UsageError
+from starflow2.errors import StateError, UsageError
 
 if TYPE_CHECKING:
     from starflow2.evals.suite import Report
@@ -135,8 +135,18 @@ class Eval:
         return 0
 
     def _model(self) -> StarFlow2:
+        """The model to score on the drawn world. Raises StateError for one whose images have another size."""
+        from starflow2.models.config_file import read_config
+        from starflow2.models.hub import find_model
         from starflow2.pipeline import StarFlow2
+        from starflow2.world.scene import IMAGE_SIZE
 
+        size = read_config(find_model(self.model)).model.fae.image_size
+        if size != IMAGE_SIZE:
+            raise StateError(
+                f"eval world shows images of {IMAGE_SIZE} pixels a side, those of {self.model} have {size}: it takes "
+                "models of the drawn world; measure the loss on held-out data of --corpus.mixture instead."
+            )
         if self.suite in DRAWN:
             return StarFlow2.from_pretrained(self.model, device=self.device)
         return load_joint(self.model, self.device, f"eval --suite {self.suite}")

@@ -22,7 +22,7 @@ from starflow2.core.images import read_picture, to_floats
 from starflow2.errors import ConfigError, DataError
 from starflow2.models.protocols import Codec, FeatureExtractor
 from starflow2.world.captions import FAMILIES, suite_drawings
-from starflow2.world.scene import Split, render
+from starflow2.world.scene import IMAGE_SIZE, Split, render
 
 __all__ = ["CodecReport", "CodecRow", "codec_pictures", "codec_table", "evaluate_codec", "frechet_distance"]
 
@@ -78,9 +78,15 @@ def evaluate_codec(
 def codec_pictures(folder: Path | None, size: int, split: Split, count: int) -> Tensor:
     """(B, 3, size, size) in [-1, 1]: the first `count` images of a folder by name, or of the drawn world.
 
-    Raises DataError for a folder without images and for an image that cannot be read.
+    Raises DataError for a folder without images and for an image that cannot be read, ConfigError for drawn images of
+    another size than theirs.
     """
     if folder is None:
+        if size != IMAGE_SIZE:
+            raise ConfigError(
+                f"this model's images have {size} pixels a side, those of the drawn world {IMAGE_SIZE}; give yours "
+                "with --images FOLDER."
+            )
         drawings = suite_drawings("geneval", split, "id", -(-count // len(FAMILIES)))
         return to_floats(np.stack([render(drawing.scene) for drawing in drawings[:count]]))
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS) if folder.is_dir() else []

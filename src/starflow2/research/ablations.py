@@ -36,10 +36,11 @@ from starflow2.pipeline import StarFlow2
 from starflow2.research.mot import MotComponents
 from starflow2.research.runs import ProgressPrinter, run_parallel
 from starflow2.training.config import MixConfig, OptimConfig, StageConfig
+from starflow2.training.datasets import Scenes
 from starflow2.training.initialise import match_tower_scale, whiten_text_states, world_captions
 from starflow2.training.loop import fit_task
 from starflow2.training.task import Task
-from starflow2.training.tasks import JointTask, T2iTask
+from starflow2.training.tasks import TOWER_IMAGES, JointTask, T2iTask
 
 __all__ = [
     "ARMS",
@@ -151,7 +152,7 @@ class _Workplace:
         if arm != "fresh":
             return MotComponents(components, "frozen" if arm == "mot frozen" else "finetuned", seed)
         whiten_text_states(components, world_captions(components, seed, config.stage("t2i").whitening_captions))
-        match_tower_scale(components, seed)
+        match_tower_scale(components, Scenes(seed)(range(TOWER_IMAGES)))
         return components.requires_grad_(False)
 
     def _ready(self) -> Components:

@@ -1,6 +1,7 @@
-"""Batches made from the drawn world: images, captioned images, packed conversations.
+"""The data of a stage: batches of the drawn world by index, or packed documents of a mixture of corpora.
 
-Every random choice is a pure function of (seed, stage, index or step). Letters: B documents, P images.
+Of the drawn world every random choice is a pure function of (seed, stage, index or step); its images have one size, so
+models of another take a mixture. Letters: B documents, P images.
 """
 
 from __future__ import annotations
@@ -8,24 +9,77 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from starflow2.core.images import to_floats
-from starflow2.data.dialogue import Dialogue, Turn, pictures, without_words
+from starflow2.data.dialogue import Dialogue, Turn, without_words
+from starflow2.data.mixture import BatchConfig, Batches, Spelling, read_mixture
+from starflow2.data.shards import WorkerShard
+from starflow2.errors import ConfigError, TrainingError
 from starflow2.models.components import Components
+from starflow2.models.config import ModelConfig
 from starflow2.models.sequence import Batch, Layout, pack
 from starflow2.models.tokenizer import ChatTokenizer
 from starflow2.training.config import CaptionConfig, StageConfig
 from starflow2.world.captions import caption_task
 from starflow2.world.conversations import understanding_dialogue
 from starflow2.world.edits import edit_chain_dialogue, edit_dialogue, edit_task
-from starflow2.world.scene import Scene, SceneDialogue, render_batch, stream
+from starflow2.world.scene import IMAGE_SIZE, Scene, SceneDialogue, render_batch, stream
 from starflow2.world.stories import story_beginning, story_dialogue, story_task
 
-__all__ = ["Captions", "Documents", "Scenes", "drop_words", "joint_dialogue", "to_images"]
+__all__ = [
+    "Captions",
+    "Documents",
+    "Scenes",
+    "check_source",
+    "corpus_batches",
+    "drop_words",
+    "joint_dialogue",
+    "not_by_index",
+    "to_images",
+]
+
+
+def check_source(model: ModelConfig, stage: StageConfig) -> None:
+    """Raise ConfigError for a stage that would train a model on drawn scenes of another size than the model's images.
+
+    >>> from starflow2.training.recipes import paper
+    >>> check_source(paper().model, paper().stage("t2i"))
+    Traceback (most recent call last):
+        ...
+    starflow2.errors.ConfigError: stage t2i of paper has no data: ... give it yours with --corpus.mixture FILE.
+    """
+    if not stage.corpus.mixture and model.fae.image_size != IMAGE_SIZE:
+        raise ConfigError(
+            f"stage {stage.name} of {model.name} has no data: its images have {model.fae.image_size} pixels a side, "
+            f"those of the drawn world {IMAGE_SIZE}; give it yours with --corpus.mixture FILE."
+        )
+
+
+def corpus_batches(
+    components: Components, stage: StageConfig, shard: WorkerShard | None = None, *, lists_broken: bool = True
+) -> Batches:
+    """The packed documents of the stage's mixture, as this model reads them; `shard`: the part of this process.
+
+    lists_broken: whether broken samples are listed where `stage.corpus.broken` says.
+    """
+    corpus = stage.corpus
+    layout = components.tower_layout if stage.name == "vlm" else components.layout
+    spelling = Spelling(components.tokenizer, layout, components.cfg.fae.image_size)
+    broken = corpus.broken if lists_broken else ""
+    config = BatchConfig(rows=corpus.rows, width=corpus.width, caption_drop=stage.caption_drop, broken=broken)
+    return Batches(read_mixture(corpus.mixture), spelling, config, shard)
+
+
+def not_by_index(indices: range) -> Any:
+    """The dataset of a task whose stage has a mixture, which has no item of an index. Raises TrainingError."""
+    raise TrainingError(
+        f"make_batch({indices}) asks for items by index, but the stage reads a mixture; use training.loader.feed_for."
+    )
 
 
 def to_images(scenes: Sequence[Scene]) -> Tensor:
@@ -121,7 +175,6 @@ def drop_words(dialogue: SceneDialogue, rng: np.random.Generator, share: float) 
 
     The result is the unconditional branch of guidance (docs/choices.md#guidance).
     """
-    has_drawing = any(pictures(turn.assistant) for turn in dialogue.turns)
-    if not has_drawing or rng.random() >= share:
+    if not dialogue.draws or rng.random() >= share:
         return dialogue
     return without_words(dialogue, shows=bool(rng.random() < 0.5))

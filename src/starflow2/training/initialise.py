@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
-from starflow2.training.datasets import to_images
 from starflow2.world.captions import caption_task
 
 __all__ = ["match_tower_scale", "whiten_text_states", "world_captions"]
@@ -33,10 +33,10 @@ def world_captions(components: Components, seed: int, count: int) -> list[list[i
 
 
 @torch.no_grad()
-def match_tower_scale(components: Components, seed: int, images: int = 64) -> None:
+def match_tower_scale(components: Components, images: Tensor) -> None:
     """Let the adapter's embeddings start at the root mean square of those of the language model's own vision tower.
 
-    images: number of images of the drawn world that are measured. Overwrites the gain of `components.joints.adapter`.
+    images: (P, 3, s, s), those that are measured. Overwrites the gain of `components.joints.adapter`.
     """
-    pixels = to_images([caption_task(seed, i).scene for i in range(images)]).to(components.device)  # (P, 3, s, s)
-    components.joints.adapter.set_scale(float(components.vlm.see(pixels).square().mean().sqrt()))
+    tower = components.vlm.see(images.to(components.device))  # (P, N, E)
+    components.joints.adapter.set_scale(float(tower.square().mean().sqrt()))

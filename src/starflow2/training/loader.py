@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 import torch
 
-from starflow2.data.mixture import BatchConfig, Batches, Spelling, loader, read_mixture
+from starflow2.data.mixture import loader
 from starflow2.data.shards import WorkerShard
 from starflow2.errors import TrainingError
 from starflow2.training.config import StageConfig
+from starflow2.training.datasets import corpus_batches
 from starflow2.training.parallel import Distributed
 from starflow2.training.task import Dataset, Task
 
@@ -89,14 +90,9 @@ class CorpusFeed:
     """Packed documents of real corpora; every process reads its own part of each source."""
 
     def __init__(self, task: Task, stage: StageConfig, group: Distributed, step: int, saved: str) -> None:
-        components, corpus = task.components, stage.corpus
-        layout = components.tower_layout if stage.name == "vlm" else components.layout
-        spelling = Spelling(components.tokenizer, layout, components.cfg.fae.image_size)
-        drop, shard = stage.caption_drop, WorkerShard(rank=group.rank, world=group.world)
-        config = BatchConfig(rows=corpus.rows, width=corpus.width, caption_drop=drop, broken=corpus.broken)
-        batches = Batches(read_mixture(corpus.mixture), spelling, config, shard)
+        batches = corpus_batches(task.components, stage, WorkerShard(rank=group.rank, world=group.world))
         self.stage, self.group, self.step, self.task = stage, group, step, task
-        self.loader = loader(batches, corpus.workers)
+        self.loader = loader(batches, stage.corpus.workers)
         if saved:
             states = json.loads(saved)
             if len(states) != group.world:

@@ -20,6 +20,7 @@ from starflow2.models.checkpoint import save_components
 from starflow2.models.components import Components
 from starflow2.training.checkpoint import CheckpointStore, store_for
 from starflow2.training.config import Precision, RunConfig, StageConfig
+from starflow2.training.datasets import check_source
 from starflow2.training.loader import Feed, feed_for
 from starflow2.training.metrics import MetricsWriter, StepReport
 from starflow2.training.parallel import Distributed, check_batch_divides
@@ -52,6 +53,7 @@ def fit(
     `evaluate` whenever a checkpoint is written. Raises TrainingError, ConfigError, DataError, OutputError.
     """
     stage, folder = run.stage(stage_name), Path(folder)
+    check_source(run.model, stage)
     group = Distributed.from_environment(device, stage.shard)
     check_batch_divides(stage, group, evaluates=evaluate is not None)
     store = store_for(folder, stage, group)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from starflow2.errors import DataError
 from starflow2.models.components import Components
 from starflow2.models.sequence import Batch
 from starflow2.training.config import StageConfig
+from starflow2.training.datasets import check_source, corpus_batches, not_by_index
 
 __all__ = ["WHOLE_BATCH", "Dataset", "LossAndMetrics", "LossWeights", "Task"]
 
@@ -39,8 +42,10 @@ WHOLE_BATCH = LossWeights()
 class Task(ABC):
     """A stage's modules to train, its batches and its loss. The constructor stores; it changes no weight.
 
-    dataset: makes the batch of some indices, by default the stage's own data from the drawn world. trained: the modules
-    that train, by default the stage's own; their names are those of the weights in checkpoints.
+    dataset: makes the batch of some indices, by default the stage's own data from the drawn world; a stage with a
+    mixture has none, see `first_batches`. trained: the modules that train, by default the stage's own; their names are
+    those of the weights in checkpoints. Raises ConfigError for a model whose images are not of the drawn world's size
+    and that is given neither a dataset nor a mixture.
     """
 
     def __init__(
@@ -53,8 +58,37 @@ class Task(ABC):
         trained: nn.ModuleDict | None = None,
     ) -> None:
         self.components, self.stage, self.seed = components, stage, seed
-        self.make_batch = self.default_dataset() if dataset is None else dataset
+        self.make_batch = self._own_dataset() if dataset is None else dataset
         self.trained = self.default_trained() if trained is None else trained
+
+    def _own_dataset(self) -> Dataset:
+        check_source(self.components.cfg, self.stage)
+        return not_by_index if self.stage.corpus.mixture else self.default_dataset()
+
+    def first_batches(self, size: int = 16) -> Iterator[Any]:
+        """Endless batches from the start of the stage's own source, for what is measured before training.
+
+        The same in every process of a run. size: documents of a batch of the drawn world.
+        """
+        if not self.stage.corpus.mixture:
+            yield from (self.make_batch(range(start, start + size)) for start in count(0, size))
+        for images, batch in corpus_batches(self.components, self.stage, lists_broken=False):
+            yield self.from_documents(images, batch)
+
+    def first_images(self, number: int, limit: int = 100) -> Tensor:
+        """The first images of the stage's own source, (number, 3, s, s), for tasks whose batches begin with images.
+
+        Raises DataError where the first `limit` batches hold fewer.
+        """
+        found = list[Tensor]()
+        for data in islice(self.first_batches(), limit):
+            found += data[0][: number - len(found)]
+            if len(found) == number:
+                return torch.stack(found)
+        raise DataError(
+            f"stage {self.stage.name} measures {number} images before it starts, but the first {limit} batches of its "
+            f"data hold {len(found)}; give it sources with images."
+        )
 
     @abstractmethod
     def default_dataset(self) -> Dataset:

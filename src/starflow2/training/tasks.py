@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from starflow2.data.mixture import BatchConfig, Batches, Spelling, read_mixture
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow.affine import Affine
 from starflow2.flow.noise import add_noise
@@ -26,7 +26,7 @@ from starflow2.models.pretzel import ALL_SKIPS
 from starflow2.models.sequence import IGNORE, Batch, length_groups, with_pictures
 from starflow2.training.codec_tasks import FaeTask, FeaturesTask
 from starflow2.training.config import StageConfig
-from starflow2.training.datasets import Captions, Documents, joint_dialogue
+from starflow2.training.datasets import Captions, Documents, corpus_batches, joint_dialogue
 from starflow2.training.initialise import match_tower_scale, whiten_text_states, world_captions
 from starflow2.training.losses import (
     count_replies,
@@ -41,6 +41,7 @@ from starflow2.world.conversations import understanding_dialogue
 
 __all__ = [
     "TASKS",
+    "TOWER_IMAGES",
     "AdapterTask",
     "CaptionBatch",
     "DocumentBatch",
@@ -51,6 +52,7 @@ __all__ = [
     "VlmTask",
 ]
 
+TOWER_IMAGES = 16  # images on which the scale of the vision tower's embeddings is measured
 CaptionBatch = tuple[Tensor, list[list[int]]]  # images (B, 3, s, s), and their prompts as token ids
 DocumentBatch = tuple[Tensor, Batch]  # images (P, 3, s, s) in order, and the packed documents that they stand in
 
@@ -118,13 +120,12 @@ class T2iTask(Task):
 
     def whitening_prompts(self) -> list[list[int]]:
         """Token ids of the first `whitening_captions` captions of the mixture, or of the drawn world without one."""
-        components, corpus, count = self.components, self.stage.corpus, self.stage.whitening_captions
-        if not corpus.mixture:
+        components, count = self.components, self.stage.whitening_captions
+        if not self.stage.corpus.mixture:
             return world_captions(components, self.seed, count)
-        spelling = Spelling(components.tokenizer, components.layout, components.cfg.fae.image_size)
-        config = BatchConfig(rows=corpus.rows, width=corpus.width, caption_drop=0.0)
+        batches = corpus_batches(components, replace(self.stage, caption_drop=0.0), lists_broken=False)
         rows = list[list[int]]()
-        for images, batch in Batches(read_mixture(corpus.mixture), spelling, config):  # an endless stream
+        for images, batch in batches:  # an endless stream
             rows += self.from_documents(images, batch)[1]
             if len(rows) >= count:
                 break
@@ -205,7 +206,7 @@ class AdapterTask(_DocumentTask):
 
     def initialise(self) -> None:
         """Start a fresh adapter at the scale of the vision tower's embeddings."""
-        match_tower_scale(self.components, self.seed)
+        match_tower_scale(self.components, self.first_images(TOWER_IMAGES))
 
     def counts(self, data: DocumentBatch) -> dict[str, int]:
         return {"text": count_replies(data[1].labels), "distance": len(data[0])}
