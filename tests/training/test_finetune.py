@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from helpers import script
-from model_cases import STAGES, tiny_components, tiny_folder
+from model_cases import STAGES, tiny_components, tiny_folder, tiny_model, tiny_tokenizer
 from starflow2.cli.app import main
 from starflow2.cli.finetune import Finetune
-from starflow2.errors import CheckpointError, DataError, PromptError, StateError
+from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError, StateError
 from starflow2.models import lora
 from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
@@ -144,6 +146,52 @@ def test_a_share_of_every_batch_is_the_drawn_world(album_folder, stages):
 
     assert tealness(0.0) == 1.0
     assert 0.2 < tealness(0.5) < 0.7
+
+
+def mixture_of(folder: Path, *records: dict[str, Any]) -> str:
+    """A mixture file of conversations."""
+    (folder / "talks.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    file = folder / "mixture.json"
+    file.write_text(json.dumps([{"corpus": "dialogue", "url": str(folder / "talks.jsonl"), "weight": 1}]))
+    return str(file)
+
+
+def a_talk(folder: Path, content: str) -> dict[str, Any]:
+    """A red picture, and what the user says or shows before it is drawn or spoken of."""
+    Image.new("RGB", (64, 64), (250, 20, 20)).save(folder / "red.png")
+    red = [{"type": "image", "image": "red.png"}]
+    sides = (red, content) if content == "red" else (content, red)
+    return {"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), sides, strict=True)]}
+
+
+@pytest.mark.parametrize("stages", [STAGES[:4], STAGES], ids=["draws only", "joint"])
+def test_a_share_of_every_batch_is_a_mixture_where_one_is_given(tmp_path, album_folder, stages):
+    pytest.importorskip("torchdata", reason="real corpora need the extra train")
+    config = FinetuneConfig(steps=1, batch=4, mixture=mixture_of(tmp_path, a_talk(tmp_path, "a zebra")))
+    components = tiny_components(stages)
+    images = finetune_task(components, read_album(album_folder, 64), config).make_batch(range(40))[0]
+    is_red = images[:, 0].amin((1, 2)) > 0.8
+    assert 0.2 < float(is_red.float().mean()) < 0.8 and bool((images[~is_red][:, 0] < -0.8).all())
+    check_words(components, "a zebra")  # the model has now seen real text
+    asked = replace(config, mixture=mixture_of(tmp_path, a_talk(tmp_path, "red")), replay=0.9)
+    task = finetune_task(tiny_components(stages), read_album(album_folder, 64), asked)
+    if "joint" in stages:
+        assert len(task.make_batch(range(8))[1].labels)
+    else:
+        with pytest.raises(DataError, match="kind understand, but this model has not finished stage joint"):
+            task.make_batch(range(8))
+
+
+def test_a_model_of_another_image_size_is_not_shown_the_drawn_world(tmp_path, album_folder):
+    components = Components(tiny_model(4), tiny_tokenizer())
+    components.finished_stages = STAGES[:4]
+    album = read_album(album_folder, 32)
+    with pytest.raises(
+        ConfigError, match=r"64 pixels a side, this model's 32; .* --mixture FILE, or nothing with --rep"
+    ):
+        finetune_task(components, album, SMALL)
+    task = finetune_task(components, album, replace(SMALL, replay=0.0))
+    assert task.make_batch(range(2))[0].shape == (2, 3, 32, 32)
 
 
 def test_captions_are_normalized_as_prompts_are(album_folder):

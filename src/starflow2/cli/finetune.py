@@ -19,8 +19,8 @@ class Finetune:
     """Teach a model your own images and the words of their captions.
 
     FOLDER holds image files, each with its caption in a .txt file of the same name. Small adapters on the flow learn
-    them, while part of every batch is drawn from the original training data, so that the model forgets little. The
-    output is a complete model folder; it also contains the adapter alone, adapter.safetensors.
+    them, while part of every batch is what the model was trained on, so that it forgets little. The output is a
+    complete model folder; it also contains the adapter alone, adapter.safetensors.
     """
 
     verb: ClassVar[str] = "finetune"
@@ -32,7 +32,10 @@ class Finetune:
     steps: Annotated[int, Option("optimiser steps")] = 1000
     batch: Annotated[int, Option("images per step")] = 32
     lr: Annotated[float, Option("learning rate")] = 1e-3
-    replay: Annotated[float, Option("share of every batch that comes from the drawn world")] = 0.5
+    replay: Annotated[float, Option("share of every batch that comes from what the model was trained on")] = 0.5
+    mixture: Annotated[
+        Path | None, Option("mixture file that replay comes from", metavar="FILE", default="the drawn world")
+    ] = None
     rank: Annotated[int, Option("rank of the adapters; a higher one learns more and forgets more")] = 16
     seed: Annotated[int, Option("seed of data order and noise")] = 0
     model: Annotated[str, Option("nano, or a model folder", metavar="NAME")] = "nano"
@@ -52,6 +55,7 @@ class Finetune:
             batch=self.batch,
             lr=self.lr,
             replay=self.replay,
+            mixture="" if self.mixture is None else str(self.mixture),
             lora=LoraConfig(rank=self.rank),
             seed=self.seed,
         )

@@ -1,14 +1,16 @@
 """Fine-tune a model on your own images: a folder of image files, each with its caption in a text file beside it.
 
 The language model, the codec and every weight of the flow stay as they are; low-rank adapters on the deep block learn
-(`models.lora`). A share of every batch comes from the drawn world, so that the model does not forget it.
+(`models.lora`). A share of every batch is replayed: it comes from what the model was trained on, the drawn world or a
+mixture of corpora, so that the model does not forget that.
 Not here: the loop (`loop.fit_task`), how adapters are added.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch import Tensor
 
 from starflow2.core.files import check_writable
 from starflow2.core.images import read_picture
-from starflow2.data.dialogue import Dialogue, Turn, replace_pictures
+from starflow2.data.dialogue import Dialogue, Turn, is_lone_drawing, replace_pictures
+from starflow2.data.mixture import conversations
 from starflow2.errors import ConfigError, DataError, StateError
 from starflow2.models import lora
 from starflow2.models.checkpoint import load_components, save_components
@@ -28,12 +31,12 @@ from starflow2.models.lora import LoraConfig
 from starflow2.models.prompts import normalized
 from starflow2.models.sequence import Layout, pack
 from starflow2.models.tokenizer import ChatTokenizer
-from starflow2.training.config import OptimConfig, StageConfig
-from starflow2.training.datasets import joint_dialogue, to_images
+from starflow2.training.config import CorpusConfig, OptimConfig, StageConfig
+from starflow2.training.datasets import corpus_batches, joint_dialogue, to_images
 from starflow2.training.loop import Report, fit_task
 from starflow2.training.tasks import JointTask, T2iTask
 from starflow2.world.captions import caption_task
-from starflow2.world.scene import SceneDialogue, stream
+from starflow2.world.scene import IMAGE_SIZE, SceneDialogue, stream
 
 __all__ = ["Album", "AlbumMixture", "FinetuneConfig", "finetune", "finetune_task", "read_album"]
 
@@ -52,7 +55,8 @@ class FinetuneConfig:
     steps: int = 1000
     batch: int = 32  # images per step
     lr: float = 1e-3
-    replay: float = 0.5  # share of every batch that comes from the drawn world
+    replay: float = 0.5  # share of every batch that comes from what the model was trained on
+    mixture: str = ""  # mixture file that replayed conversations come from; "": the drawn world
     lora: LoraConfig = field(default_factory=LoraConfig)
     seed: int = 0
 
@@ -104,15 +108,19 @@ def read_album(folder: str | Path, size: int) -> Album:
     return Album(torch.stack([read_picture(file, size) for file in files]), tuple(captions))
 
 
+Replay = Callable[[int, np.random.Generator], Dialogue[Tensor]]  # item number i of what is replayed
+
+
 @dataclass(frozen=True, slots=True)
 class AlbumMixture:
-    """Batches of items from an album and from the drawn world, in the input format of the model's own task."""
+    """Batches of items from an album and of replayed ones, in the input format of the model's own task."""
 
     album: Album
     tokenizer: ChatTokenizer
     layout: Layout | None  # of conversations; None: the task reads prompts
     stage: StageConfig
     config: FinetuneConfig
+    replay: Replay
 
     def __call__(self, indices: range) -> tuple[Tensor, Any]:
         dialogues = [self.dialogue(i) for i in indices]
@@ -124,21 +132,51 @@ class AlbumMixture:
         return stacked, [self.tokenizer.drawing_prompt(prompt) for prompt in prompts]
 
     def dialogue(self, index: int) -> Dialogue[Tensor]:
-        """Conversation number `index` with its images (3, s, s): one of the album, or of the drawn world."""
+        """Conversation number `index` with its images (3, s, s): one of the album, or a replayed one."""
         rng = stream(self.config.seed, index, _ALBUM_STREAM)
         if rng.random() < self.config.replay:
-            scenes = self._replayed(index, rng)
-            return replace_pictures(scenes, to_images(scenes.pictures) if scenes.pictures else ())
+            return self.replay(index, rng)
         number = int(rng.integers(len(self.album.captions)))
         words = () if rng.random() < self.stage.caption_drop else (self.album.captions[number],)
         return Dialogue((Turn(words, (self.album.images[number],)),), "album")
 
-    def _replayed(self, index: int, rng: np.random.Generator) -> SceneDialogue:
-        if self.layout is not None:
-            return joint_dialogue(self.stage, self.config.seed, index)
-        drawing = caption_task(self.config.seed, index)
+
+@dataclass(frozen=True, slots=True)
+class WorldReplay:
+    """Conversations of the drawn world by index, as the model's last stage drew them."""
+
+    stage: StageConfig
+    seed: int
+    is_joint: bool
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Dialogue[Tensor]:
+        scenes = joint_dialogue(self.stage, self.seed, index) if self.is_joint else self._drawing(index, rng)
+        return replace_pictures(scenes, to_images(scenes.pictures) if scenes.pictures else ())
+
+    def _drawing(self, index: int, rng: np.random.Generator) -> SceneDialogue:
+        drawing = caption_task(self.seed, index)
         words = () if rng.random() < self.stage.caption_drop else (drawing.prompt,)
         return Dialogue((Turn(words, (drawing.scene,)),), "draw")
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureReplay:
+    """Conversations of a mixture in its own order, whatever the index.
+
+    Raises DataError for one that the model's stage does not take: before stage joint a model only draws from words.
+    """
+
+    conversations: Iterator[Dialogue[Tensor]]
+    is_joint: bool
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Dialogue[Tensor]:
+        found = next(self.conversations)
+        if not self.is_joint and not is_lone_drawing(found):
+            raise DataError(
+                f"the mixture holds a document of kind {found.kind}, but this model has not finished stage joint and "
+                "takes words followed by one drawn image; leave other sources out."
+            )
+        return found
 
 
 def finetune(
@@ -177,7 +215,9 @@ def finetune_task(components: Components, album: Album, config: FinetuneConfig) 
         raise StateError(
             f"this model has finished stages {', '.join(components.finished_stages) or 'none'}; it needs t2i to draw."
         )
-    if components.vocabulary:
+    if config.mixture:
+        components.vocabulary = frozenset()  # real text may hold any word
+    elif components.vocabulary:
         components.vocabulary |= album.words
     album = Album(album.images, tuple(normalized(components, text) for text in album.captions))
     longest = max(len(components.tokenizer.drawing_prompt(text)) for text in album.captions)
@@ -185,8 +225,23 @@ def finetune_task(components: Components, album: Album, config: FinetuneConfig) 
         raise DataError(f"a caption has {longest} tokens; this model reads up to {components.cfg.max_prompt_tokens}.")
     is_joint, stage = "joint" in components.finished_stages, config.stage()
     layout = components.layout if is_joint else None
-    dataset = AlbumMixture(album, components.tokenizer, layout, stage, config)
+    replay = _replay(components, stage, config, is_joint=is_joint)
+    dataset = AlbumMixture(album, components.tokenizer, layout, stage, config, replay)
     components.requires_grad_(False)
     adapters = lora.attach(components, config.lora, config.seed)
     kind = JointTask if is_joint else T2iTask
     return kind(components, stage, config.seed, dataset=dataset, trained=adapters)
+
+
+def _replay(components: Components, stage: StageConfig, config: FinetuneConfig, *, is_joint: bool) -> Replay:
+    """What is replayed. Raises ConfigError for a model that was not trained on the drawn world and has no mixture."""
+    if config.mixture:
+        corpus = CorpusConfig(mixture=config.mixture, rows=1, width=components.cfg.max_positions)
+        return MixtureReplay(conversations(corpus_batches(components, replace(stage, corpus=corpus))), is_joint)
+    size = components.cfg.fae.image_size
+    if config.replay and size != IMAGE_SIZE:
+        raise ConfigError(
+            f"replay is {config.replay} of the drawn world, whose images have {IMAGE_SIZE} pixels a side, this model's "
+            f"{size}; replay what it was trained on with --mixture FILE, or nothing with --replay 0."
+        )
+    return WorldReplay(stage, config.seed, is_joint)
