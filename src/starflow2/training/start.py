@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from starflow2.core.serialize import to_dict
+from starflow2.data.mixture import read_mixture, words
 from starflow2.errors import ConfigError, TrainingError
 from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
@@ -24,7 +25,8 @@ from starflow2.world.story_text import story_words
 __all__ = ["start_stage"]
 
 CONVERSING = ("vlm", "adapter", "joint")  # stages that train on conversations, whose words are more than captions have
-TOKENIZER_ITEMS = 2000  # of each kind, that a new tokenizer is trained on
+TOKENIZER_ITEMS = 250  # of each kind of the drawn world, that a new tokenizer is trained on; 2000 make no shorter texts
+MIXTURE_ITEMS = 20_000  # of a mixture, likewise
 SAMPLING = ("guidance", "guidance_schedule", "edit_guidance", "prior_scale")  # may differ between recipe and model
 
 
@@ -44,7 +46,7 @@ def start_stage(
             f"stage {stage} starts from the stage before it, but there is no {folder}/model; "
             f"run --stage {names[0]} first."
         )
-    return _fresh(run, device)
+    return _fresh(run, run.stage(stage).corpus.mixture, device)
 
 
 def _load(run: RunConfig, stage: str, folder: Path, device: str, left_in_files: tuple[str, ...]) -> Components:
@@ -64,22 +66,28 @@ def _load(run: RunConfig, stage: str, folder: Path, device: str, left_in_files: 
     return components
 
 
-def _fresh(run: RunConfig, device: str) -> Components:
-    corpus = (text for i in range(TOKENIZER_ITEMS) for text in _tokenizer_texts(run.seed, i))
-    tokenizer = train_tokenizer(corpus, run.model.vlm.vocab)
+def _fresh(run: RunConfig, mixture: str, device: str) -> Components:
+    """A fresh model whose tokenizer is trained on the words of the first stage's source."""
+    texts = words(read_mixture(mixture), MIXTURE_ITEMS) if mixture else _world_texts(run.seed)
+    tokenizer = train_tokenizer(texts, run.model.vlm.vocab)
     if tokenizer.special != run.model.vlm.special:
         raise ConfigError(
             f"vlm.special is {run.model.vlm.special}, but a new tokenizer has {tokenizer.special}; use these."
         )
     torch.manual_seed(run.seed)
     components = Components(run.model, tokenizer).to(device)
-    components.vocabulary = _world_words()
+    components.vocabulary = frozenset() if mixture else _world_words()  # real text may hold any word
     return components
 
 
 def _world_words() -> frozenset[str]:
     """Every word of the conversations of the drawn world."""
     return understanding_words() | edit_words() | story_words()
+
+
+def _world_texts(seed: int) -> Iterator[str]:
+    for index in range(TOKENIZER_ITEMS):
+        yield from _tokenizer_texts(seed, index)
 
 
 def _tokenizer_texts(seed: int, index: int) -> Iterator[str]:
