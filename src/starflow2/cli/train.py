@@ -45,17 +45,26 @@ class Train:
         bool, Option("print settings and sizes as JSON; with --device, also run one training step on random data")
     ] = False
     smoke: Annotated[bool, Option("run a few tiny steps on the same code path")] = False
+    keep_size: Annotated[bool, Option("with --smoke: keep image size and latent grid, shrink widths only")] = False
 
     def run(self, unknown: Sequence[str]) -> int:
         run, stages, folder = self._resolved(unknown)
         if self.dry_run:
             self._print_plan(run, stages, folder)
             return 0
+        self._check_sources(run, stages)
         check_writable(folder / "config.json")
         for name in stages:
             model = self._fit(run, name, folder)
         print(model)
         return 0
+
+    def _check_sources(self, run: RunConfig, stages: Sequence[str]) -> None:
+        """Raise ConfigError for a stage without data, before the first of them trains for days."""
+        from starflow2.training.datasets import check_source
+
+        for name in stages:
+            check_source(run.model, run.stage(name))
 
     def stage_help(self) -> str:
         """The help page of the options that --stage adds."""
@@ -72,10 +81,14 @@ class Train:
         return f"{PROGRAM} train {self.recipe} --stage {self.stage}"
 
     def _recipe(self) -> RunConfig:
-        from starflow2.training.recipes import smoke
+        from starflow2.training.recipes import smoke, smoke_at_size
 
+        if self.keep_size and not self.smoke:
+            raise UsageError("--keep-size says how --smoke shrinks a recipe; give it together with --smoke.")
         run = find_recipe(self.recipe)
-        return smoke(run) if self.smoke else run
+        if not self.smoke:
+            return run
+        return smoke_at_size(run) if self.keep_size else smoke(run)
 
     def _resolved(self, unknown: Sequence[str]) -> tuple[RunConfig, list[str], Path]:
         """The run with the given settings, the stages to train, and the run's folder."""

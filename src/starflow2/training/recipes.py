@@ -1,20 +1,22 @@
 """Recipes: a run as data. `nano()` is the embedded default; any function that returns RunConfig is one.
 
 `paper()` is the paper's size over Qwen2.5-VL-7B and DINOv2-g, `mini()` one consumer GPU between the two.
-`smoke(recipe)` shrinks any of them to seconds on two cores, on the same code path.
+`smoke(recipe)` shrinks any of them to seconds on two cores, on the same code path; `smoke_at_size` keeps image sizes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
 
+from starflow2.core.imports import find_object, importable_folder
 from starflow2.errors import ConfigError, nearest
 from starflow2.flow import BlockConfig, FlowConfig, NoiseConfig
 from starflow2.models.config import (
+    CLIP_COLOURS,
+    IMAGENET_COLOURS,
     DinoConfig,
     FaeConfig,
     JointsConfig,
@@ -40,6 +42,7 @@ __all__ = [
     "paper",
     "paper_siglip",
     "smoke",
+    "smoke_at_size",
     "with_patches",
 ]
 
@@ -49,13 +52,9 @@ QWEN_SPECIAL = SpecialIds(
 )
 WORLD_MEAN, WORLD_STD = (0.74, 0.76, 0.71), (0.31, 0.34, 0.37)  # of the drawn world's colours in [-1, 1]
 PICTURE = 256  # pixels of a side of paper's images
-CLIP = PixelConfig(
-    picture_size=PICTURE,
-    mean=(0.48145466, 0.4578275, 0.40821073),
-    std=(0.26862954, 0.26130258, 0.27577711),
-)  # of Qwen's tower
+CLIP = PixelConfig(picture_size=PICTURE, mean=CLIP_COLOURS[0], std=CLIP_COLOURS[1])  # of Qwen's tower
 VIT = StackConfig(width=1024, depth=24, rope=False, causal=False)  # paper's pixel decoder
-IMAGENET = PixelConfig(picture_size=PICTURE, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))  # of DINOv2
+IMAGENET = PixelConfig(picture_size=PICTURE, mean=IMAGENET_COLOURS[0], std=IMAGENET_COLOURS[1])  # of DINOv2
 
 
 def nano_model() -> ModelConfig:
@@ -373,41 +372,56 @@ def mini() -> RunConfig:
 # -- in miniature --------------------------------------------------------------------------------------
 
 
+MINI_SIZE, MINI_GRID, MINI_LATENT = 64, (4, 4), 8  # pixels, latents and channels of a model in miniature
+MINI_WIDTH = 64  # of all its streams
+
+
 def smoke(run: RunConfig) -> RunConfig:
-    """A run cut to a few steps of tiny batches; models larger than nano also get tiny widths and fresh weights."""
+    """A run cut to a few steps of tiny batches.
+
+    Models larger than nano also get tiny widths, fresh weights, and images of the drawn world's size.
+    """
+    small = smoke_at_size(run)
+    return small if small.model == run.model else replace(small, model=_at_world_size(small.model))
+
+
+def smoke_at_size(run: RunConfig) -> RunConfig:
+    """A run cut to a few steps as `smoke` does it, but its images and latents keep their size and grid.
+
+    A model whose images are not of the drawn world's size needs a mixture, here as in earnest.
+    """
     stages = tuple(
-        replace(s, steps=4, batch=4, optim=replace(s.optim, warmup_steps=1), save_every=2) for s in run.stages
+        replace(
+            s,
+            steps=4,
+            batch=4,
+            optim=replace(s.optim, warmup_steps=1),
+            save_every=2,
+            corpus=replace(s.corpus, rows=2),
+        )
+        for s in run.stages
     )
     is_large = run.model.references or run.model.flow.deep.stack.width > nano_model().flow.deep.stack.width
-    model = _shrunk(run.model) if is_large else run.model
+    model = _narrow(run.model) if is_large else run.model
     return replace(run, model=model, stages=stages, precision="auto" if is_large else run.precision)
 
 
-def _shrunk(model: ModelConfig) -> ModelConfig:
-    """A model of these classes and conventions in widths of 64, with fresh components in place of pretrained ones.
+def _narrow(model: ModelConfig) -> ModelConfig:
+    """A model of these classes, conventions, image size and grids in widths of 64, two layers each.
 
-    Images of the drawn world, 64 pixels a side; 4x4 latents; a vocabulary for a tokenizer that is trained here.
+    Fresh components take the place of pretrained ones, and a vocabulary for a tokenizer that is trained here.
     """
-    width, size, grid = 64, 64, (4, 4)
+    width = MINI_WIDTH
 
     def block(cfg: BlockConfig) -> BlockConfig:
         context = width * (2 if model.joints.words else 1) if cfg.context_dim else 0
-        waves = 32 if cfg.noise_waves else 0
-        return replace(
-            cfg,
-            dim=codec.latent_dim,
-            grid=grid,
-            stack=_shrunk_stack(cfg.stack, width),
-            context_dim=context,
-            noise_waves=waves,
-        )
+        stack, waves = _narrow_stack(cfg.stack), 32 if cfg.noise_waves else 0
+        return replace(cfg, stack=stack, context_dim=context, noise_waves=waves)
 
-    codec = _shrunk_codec(model.fae, width, size, grid)
-    pixels = None if model.vlm.pixels is None else replace(model.vlm.pixels, picture_size=size)
     return replace(
         model,
         name=f"{model.name}-smoke",
-        features=None if model.features is None else _shrunk_features(model.features, width, size),
+        features=None if model.features is None else _narrow_features(model.features),
         features_from=None,
         vlm=replace(
             model.vlm,
@@ -423,59 +437,63 @@ def _shrunk(model: ModelConfig) -> ModelConfig:
             vision_depth=2,
             vision_heads=2,
             vision_mlp_width=64,
-            image_size=4 * 2 * model.vlm.vision_patch,
-            vision_window=2 * 2 * model.vlm.vision_patch if model.vlm.vision_window else 0,
             vision_whole=(1,) if model.vlm.vision_whole else (),
-            pixels=pixels,
         ),
         vlm_from=None,
-        fae=codec,
+        fae=_narrow_fae(model.fae) if isinstance(model.fae, FaeConfig) else model.fae,
         flow=replace(model.flow, deep=block(model.flow.deep), shallow=tuple(map(block, model.flow.shallow))),
         joints=replace(model.joints, adapter_width=width, noise_width=32),
     )
 
 
-def _shrunk_stack(cfg: StackConfig, width: int) -> StackConfig:
-    return replace(cfg, width=width, depth=min(2, cfg.depth), head_dim=32)
+def _narrow_stack(cfg: StackConfig) -> StackConfig:
+    return replace(cfg, width=MINI_WIDTH, depth=min(2, cfg.depth), head_dim=32)
 
 
-def _shrunk_codec(
-    cfg: FaeConfig | PatchConfig, width: int, size: int, grid: tuple[int, int]
-) -> FaeConfig | PatchConfig:
-    if isinstance(cfg, PatchConfig):
-        return replace(cfg, image_size=size, patch_size=size // grid[0])
+def _narrow_features(cfg: DinoConfig | SiglipConfig) -> DinoConfig | SiglipConfig:
+    narrow = replace(cfg, width=MINI_WIDTH, depth=2, heads=2)
+    return replace(narrow, mlp_width=128) if isinstance(narrow, SiglipConfig) else narrow
+
+
+def _narrow_fae(cfg: FaeConfig) -> FaeConfig:
     return replace(
         cfg,
-        feature_dim=width,
-        latent_dim=8,
-        grid=grid,
-        image_size=size,
-        encoder_width=width,
+        feature_dim=MINI_WIDTH,
+        encoder_width=MINI_WIDTH,
         encoder_heads=2,
-        feature_decoder=_shrunk_stack(cfg.feature_decoder, width),
-        pixel_decoder=_shrunk_stack(cfg.pixel_decoder, width),
+        feature_decoder=_narrow_stack(cfg.feature_decoder),
+        pixel_decoder=_narrow_stack(cfg.pixel_decoder),
     )
 
 
-def _shrunk_features(cfg: DinoConfig | SiglipConfig, width: int, size: int) -> DinoConfig | SiglipConfig:
-    """4x4 patches of 64 px pictures, resized where the large one resizes, its positions interpolated likewise."""
-    pixels = None if cfg.pixels is None else replace(cfg.pixels, picture_size=size)
-    patch = cfg.patch_size if pixels is not None else size // 4
-    if isinstance(cfg, SiglipConfig):
-        return replace(
-            cfg, image_size=4 * patch, patch_size=patch, width=width, depth=2, heads=2, mlp_width=128, pixels=pixels
-        )
-    table = 6 * patch if cfg.table_size else 0
-    return replace(
-        cfg,
-        image_size=4 * patch,
-        patch_size=patch,
-        width=width,
-        depth=2,
-        heads=2,
-        table_size=table,
-        pixels=pixels,
+def _at_world_size(model: ModelConfig) -> ModelConfig:
+    """The model with the drawn world's images, 64 pixels a side, in 4x4 latents."""
+    codec: FaeConfig | PatchConfig
+    if isinstance(model.fae, PatchConfig):
+        codec = replace(model.fae, image_size=MINI_SIZE, patch_size=MINI_SIZE // MINI_GRID[0])
+    else:
+        codec = replace(model.fae, latent_dim=MINI_LATENT, grid=MINI_GRID, image_size=MINI_SIZE)
+    deep, *shallow = (
+        replace(block, dim=codec.latent_dim, grid=MINI_GRID) for block in (model.flow.deep, *model.flow.shallow)
     )
+    tower = 2 * model.vlm.vision_patch  # pixels of a side of a merged token
+    vlm = replace(
+        model.vlm,
+        image_size=MINI_GRID[0] * tower,
+        vision_window=2 * tower if model.vlm.vision_window else 0,
+        pixels=None if model.vlm.pixels is None else replace(model.vlm.pixels, picture_size=MINI_SIZE),
+    )
+    features = None if model.features is None else _features_at_world_size(model.features)
+    flow = replace(model.flow, deep=deep, shallow=tuple(shallow))
+    return replace(model, features=features, vlm=vlm, fae=codec, flow=flow)
+
+
+def _features_at_world_size(cfg: DinoConfig | SiglipConfig) -> DinoConfig | SiglipConfig:
+    """4x4 patches of 64 px images, resized where the large one resizes, its positions interpolated likewise."""
+    pixels = None if cfg.pixels is None else replace(cfg.pixels, picture_size=MINI_SIZE)
+    patch = cfg.patch_size if pixels is not None else MINI_SIZE // MINI_GRID[0]
+    small = replace(cfg, image_size=MINI_GRID[0] * patch, patch_size=patch, pixels=pixels)
+    return replace(small, table_size=6 * patch) if isinstance(small, DinoConfig) and small.table_size else small
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
@@ -502,12 +520,13 @@ def find(name: str) -> RunConfig:
     if not module or not function:
         known = ", ".join(RECIPES)
         raise ConfigError(f"there is no recipe {name!r}; expected {known} or module:function.{nearest(name, RECIPES)}")
+    recipe = find_object(name, "a recipe")
     try:
-        recipe = getattr(import_module(module), function)
         signature(recipe).bind()  # a function that needs arguments is no recipe
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"cannot use {name!r} as a recipe: {error}.") from error
-    run = recipe()
+    with importable_folder():
+        run = recipe()
     if not isinstance(run, RunConfig):
         raise ConfigError(f"recipe {name!r} gave {type(run).__name__}; expected a function that returns RunConfig.")
     return run
