@@ -458,7 +458,7 @@ def test_what_is_saved_is_a_model_folder_with_a_card_for_the_hub(saved):
     }  # fmt: skip
     card = (saved / "README.md").read_text()
     assert "normalizing-flow" in card and "starflow2" in card
-    assert json.loads((saved / "config.json").read_text()).keys() == {"format", "stages", "model"}
+    assert json.loads((saved / "config.json").read_text()).keys() == {"format", "stages", "model", "digests"}
 
 
 def test_saving_again_keeps_a_card_that_somebody_wrote(model, saved):

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
+from starflow2.core.files import replacing
 from starflow2.core.images import PILImage, to_pil
 from starflow2.errors import ConfigError, StateError
 from starflow2.inference.cleanup import denoised
@@ -25,7 +26,7 @@ from starflow2.inference.likelihood import Code, Score, decode_code, invert, sco
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Said, Session, checked_part
 from starflow2.inference.vlm_answer import answer
-from starflow2.models.checkpoint import load_components, save_components, write_config
+from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
 from starflow2.models.hub import find_model, pick_device
 from starflow2.models.prompts import check_words, normalized
@@ -291,14 +292,28 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
     # -- files and Hub --------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | Path, **hub: Any) -> str | None:
-        """Write the model folder, whole or not at all, and a model card; `hub` goes to huggingface_hub."""
-        save_components(self.components, save_directory)  # first: the mixin begins by deleting config.json
-        url: str | None = super().save_pretrained(save_directory, **hub)
-        return url
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **hub: Any,
+    ) -> str | None:
+        """Write the model folder, whole or not at all, and a model card where there is none.
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        write_config(self.components, save_directory)
+        push_to_hub: upload it, too, as `repo_id` (by default the folder's name) and with the options in `hub`, those of
+        huggingface_hub; returns the url of the commit.
+        """
+        folder = save_components(self.components, save_directory)
+        card = model_card_kwargs or {}
+        if not (folder / "README.md").exists():
+            with replacing(folder / "README.md") as temp:
+                self.generate_model_card(**card).save(temp)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id=repo_id or folder.name, model_card_kwargs=card, **hub)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -119,7 +119,7 @@ def test_a_value_that_json_cannot_hold_is_refused_when_writing(tmp_path):
 def test_a_file_that_is_not_a_config_gives_one_line_naming_it(tmp_path, text):
     path = tmp_path / "config.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ConfigError, match=r"config\.json is not a JSON config"):
+    with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
         load_json(Run, path)
     with pytest.raises(ConfigError, match="cannot read"):
         load_json(Run, tmp_path / "absent.json")

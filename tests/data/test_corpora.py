@@ -314,3 +314,93 @@ def test_rows_may_hold_a_path_in_place_of_bytes(tmp_path):
     write_rows(tmp_path / "x.parquet", [{"image": {"bytes": None, "path": "a.png"}, "text": "one"}])
     (sample,) = Samples(str(tmp_path / "x.parquet"))
     assert to_dialogue("captions", sample).pictures == (Photo(encoded(1)),)
+
+
+# -- sizes and names
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound of 100 kB instead of 256 MB."""
+    monkeypatch.setattr("starflow2.data.shards.MEMBER", 100_000)
+
+
+def test_a_member_that_is_too_large_is_one_broken_sample_and_is_never_read(tmp_path, small):
+    import tarfile
+
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (
+            ("0.png", encoded(1)),
+            ("0.txt", b"x" * 200_000),
+            ("1.png", encoded(1)),
+            ("1.txt", b"a fox"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    large, fine = Samples(str(tmp_path / "a.tar"))
+    assert "0.txt has more than" in large.damage and not large.fields["txt"]
+    assert not fine.damage and fine.fields["txt"] == b"a fox"
+
+
+def test_a_header_that_is_too_large_is_not_read(tmp_path):
+    import tarfile
+
+    info = tarfile.TarInfo("x")
+    info.type, info.size = b"x", 1 << 40
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+    (sample,) = Samples(str(tmp_path / "a.tar"))
+    assert "a header has" in sample.damage
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
+def test_a_line_that_is_too_large_is_one_broken_sample(tmp_path, small, ending):
+    import gzip
+
+    lines = b'{"a": 1}\n' + b"x" * 3_000_000 + b'\n{"b": 2}'
+    (tmp_path / f"x.{ending}").write_bytes(gzip.compress(lines) if ending.endswith("gz") else lines)
+    first, large, last = Samples(str(tmp_path / f"x.{ending}"))
+    assert (first.fields["json"], last.fields["json"]) == (b'{"a": 1}', b'{"b": 2}')
+    assert (large.key, last.key) == ("line 2", "line 3") and "more than" in large.damage
+
+
+def test_a_file_of_a_folder_that_is_too_large_is_one_broken_sample(tmp_path, small):
+    for name, size in (("a", 10), ("b", 200_000)):
+        (tmp_path / f"{name}.png").write_bytes(encoded(1))
+        (tmp_path / f"{name}.txt").write_text("x" * size)
+    fine, large = Samples(str(tmp_path))
+    assert not fine.damage and "more than" in large.damage
+
+
+def test_a_folder_whose_name_has_brackets_is_found(tmp_path):
+    folder = tmp_path / "dir [x]"
+    folder.mkdir()
+    captioned(folder / "a.tar", 2)
+    assert len(list(Samples(str(folder)))) == 2
+    (folder / "a.tar").unlink()
+    (folder / "a.png").write_bytes(encoded(1))
+    (folder / "a.txt").write_text("a fox")
+    (sample,) = Samples(str(folder))
+    assert sample.fields["txt"] == b"a fox"
+
+
+def test_an_empty_name_does_not_read_the_whole_disk_and_a_quoted_tilde_not_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    captioned(tmp_path / "a.tar", 2)
+    for name, said in (("", "url is empty"), (" ", "url is empty"), ("~", "no file"), ("~/*.tar", "no file")):
+        with pytest.raises(DataError, match=said):
+            Samples(name)
+
+
+def test_a_compressed_tar_under_the_name_of_a_plain_one_has_an_end(tmp_path):
+    import gzip
+
+    whole = captioned(tmp_path / "a.tar", 3).read_bytes()
+    (tmp_path / "a.tar").write_bytes(gzip.compress(whole))
+    assert [s.damage for s in Samples(str(tmp_path / "a.tar"))] == ["", "", ""]
+
+
+def test_a_file_that_no_reader_knows_is_refused_with_the_endings_that_are_read(tmp_path):
+    (tmp_path / "a.tar.xz").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"Files end in \.tar,"):
+        Samples(str(tmp_path / "a.tar.xz"))

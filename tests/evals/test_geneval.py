@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from starflow2.core.ledger import append_line
 from starflow2.errors import ConfigError, DataError
 from starflow2.evals.geneval import GenevalSuite, captioned_scenes
-from starflow2.evals.report import append_ledger, write_json
+from starflow2.evals.report import write_json
 from starflow2.evals.statistics import Score
 from starflow2.evals.suite import Report, ceiling, check_lock, evaluate, lock_text, verify_lock
 from starflow2.evals.tables import ledger_record, table
@@ -140,7 +141,7 @@ def test_reports_survive_json_and_only_full_test_runs_enter_the_ledger(report, t
             ledger_record(replace(report, **kind))
     record = ledger_record(replace(report, split="test", quick=False, model="tiny"))
     for _ in range(2):
-        append_ledger(tmp_path / "results" / "ledger.jsonl", record)
+        append_line(tmp_path / "results" / "ledger.jsonl", record)
     lines = (tmp_path / "results" / "ledger.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [record, record]
     assert {"date", "commit", "id", "cg", "model"} <= record.keys()

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,8 +24,9 @@ from model_cases import (
 )
 from run_cases import EVERY, RUN, STEPS, assert_same_run, lines, weights, with_optim, with_stage
 from starflow2.errors import CheckpointError, ConfigError, OutputError, TrainingError
-from starflow2.models import checkpoint
+from starflow2.models import tensor_file
 from starflow2.models.checkpoint import load_components
+from starflow2.models.tensor_file import load_signed, save_tensors
 from starflow2.training.loop import fit
 from starflow2.training.metrics import StepReport
 
@@ -38,7 +38,7 @@ sys.path.insert(0, tests)
 import torch
 torch.set_num_threads(int(threads))
 from model_cases import tiny_run
-from starflow2.models import checkpoint
+from starflow2.models import tensor_file
 from starflow2.training.loop import fit
 
 def die(*_):
@@ -48,14 +48,14 @@ def after_a_checkpoint(folder):
     fit(run, "t2i", folder, evaluate=lambda parts, step: die() if step == 4 else {})
 
 def while_writing_a_checkpoint(folder):
-    write, count = checkpoint.save_file, []
+    write, count = tensor_file.save_file, []
     def half(tensors, path, **options):
         count.append(path)
         if len(count) == 2:
             Path(path).write_bytes(b"half")
             die()
         write(tensors, path, **options)
-    checkpoint.save_file = half
+    tensor_file.save_file = half
     fit(run, "t2i", folder)
 
 def at_any_moment(folder):
@@ -200,19 +200,9 @@ def test_a_checkpoint_that_is_none_is_refused(folder, data, error):
 
 def test_a_checkpoint_of_other_weights_is_refused(two_steps):
     path = two_steps / "state-t2i.safetensors"
-    with checkpoint_meta(path) as meta:
-        save_file({"weights/flow.nothing": torch.zeros(2)}, path, metadata=meta)
+    save_tensors({"weights/flow.nothing": torch.zeros(2)}, path, load_signed(path)[1])
     with pytest.raises(TrainingError, match="weights of another model"):
         fit(RUN, "t2i", two_steps)
-
-
-def checkpoint_meta(path: Path) -> Any:
-    import contextlib
-
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return contextlib.nullcontext(file.metadata())
 
 
 @pytest.mark.parametrize(
@@ -224,6 +214,27 @@ def test_a_stage_without_its_predecessors_says_which_to_run(tmp_path, stages, as
         tiny_folder(tmp_path, stages)
     with pytest.raises(TrainingError, match=f"run --stage {first} first"):
         fit(RUN, asked, tmp_path)
+
+
+def test_a_second_run_in_a_folder_is_refused_by_who_trains_there(folder):
+    refused: list[str] = []
+
+    def again(_: StepReport) -> None:
+        with pytest.raises(TrainingError) as caught:
+            fit(RUN, "t2i", folder)
+        refused.append(str(caught.value))
+
+    fit(with_stage(steps=2), "t2i", folder, report=again)
+    assert len(refused) == 2 and f"process {os.getpid()} on" in refused[0] and "training stage t2i" in refused[0]
+    assert [line["step"] for line in lines(folder)] == [1, 2]
+
+
+def test_a_run_that_makes_no_finite_step_ends_and_saves_no_model(folder, monkeypatch):
+    monkeypatch.setattr("starflow2.training.trainer.PATIENCE", 3)
+    run = with_optim(clip=float("nan"))
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        fit(run, "t2i", folder)
+    assert "t2i" not in load_components(folder / "model").finished_stages
 
 
 def test_an_unknown_stage_is_refused_with_the_nearest_name(tmp_path):
@@ -251,7 +262,7 @@ def test_a_disk_that_fills_up_at_a_checkpoint_leaves_the_one_before_and_the_run_
         save_file(tensors, path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(tensor_file, "save_file", full)
         with pytest.raises(OutputError, match=r"state-t2i\.safetensors.*No space left"):
             fit(RUN, "t2i", folder)
     assert not [p for p in folder.iterdir() if p.name.endswith(".tmp")]

@@ -8,7 +8,6 @@ their full run (`eval world`), and everything about conversations (demo_conversa
 from __future__ import annotations
 
 import html
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,8 @@ from starflow2.cli import demo_conversations
 from starflow2.cli.demo_conversations import Conversations, DemoSuites, data_url, score_conversations
 from starflow2.core.files import check_writable, replacing
 from starflow2.core.images import PILImage, contact_sheet, save_png, to_pil
-from starflow2.errors import CheckpointError
+from starflow2.core.serialize import read_json
+from starflow2.errors import CheckpointError, ConfigError
 from starflow2.evals.geneval import Drawer, Verdict, grade, name_scan, score_geneval
 from starflow2.evals.report import commit, write_json
 from starflow2.evals.statistics import Scores
@@ -194,9 +194,9 @@ def _card(name: str) -> Json:
     if not path.is_file():
         return {}
     try:
-        card: object = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}.") from error
+        card: object = read_json(path)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(card, dict):
         raise CheckpointError(f"{path} is not a JSON object; expected the card of the model.")
     return card

@@ -68,7 +68,8 @@ class Eval:
 
     def run(self, unknown: Sequence[str]) -> int:
         refuse(unknown, type(self))
-        from starflow2.evals.report import append_ledger, write_json
+        from starflow2.core.ledger import append_line
+        from starflow2.evals.report import write_json
         from starflow2.evals.tables import ledger_record, table
         from starflow2.models.checkpoint import weights_digest
 
@@ -84,7 +85,7 @@ class Eval:
         if self.json is not None:
             write_json(report.to_json(), self.json)
         if self.ledger is not None:
-            append_ledger(self.ledger, ledger_record(report))
+            append_line(self.ledger, ledger_record(report))
         elif self._is_final:
             console(stderr=True).print("This test run was not recorded; --ledger FILE adds it to a ledger.")
         return 0

@@ -38,8 +38,9 @@ class Prepare:
     def run(self, unknown: Sequence[str]) -> int:
         refuse(unknown, type(self))
         check_json(self.json)
-        from starflow2.models.checkpoint import load_tensors, save_components, start_components
+        from starflow2.models.checkpoint import save_components, start_components
         from starflow2.models.convert import adopt, flow_state
+        from starflow2.models.tensor_file import load_tensors
 
         folder = (self.output or Path("runs") / self.recipe.replace(":", "-")) / "model"
         if folder.exists():

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from starflow2.core.files import replacing
+from starflow2.core.json_reader import LARGEST, JsonObject, parse_json
 from starflow2.errors import ConfigError, nearest
 
 __all__ = ["JsonObject", "flatten", "from_dict", "load_json", "read_json", "save_json", "to_dict"]
-
-JsonObject = dict[str, Any]  # an object as json.loads gives it and json.dumps takes it
 
 T = TypeVar("T")
 
@@ -92,23 +91,13 @@ def load_json(cls: type[T], path: str | Path) -> T:
 
 
 def read_json(path: str | Path) -> Any:
-    """Parse a JSON file. Raises ConfigError if it does not exist, is not JSON or has a key twice."""
+    """Parse a JSON file. Raises ConfigError, as `parse_json` does, and where there is no file to read."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_doubles)
+        with open(path, "rb") as file:
+            data = file.read(LARGEST + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
-        raise ConfigError(f"{path} is not a JSON config: {error}.") from error
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> JsonObject:
-    """Dictionary of the pairs of a JSON object. Raises ValueError for a repeated key: JSON would ignore one."""
-    data: JsonObject = {}
-    for key, value in pairs:
-        if key in data:
-            raise ValueError(f'key "{key}" occurs twice')
-        data[key] = value
-    return data
+    return parse_json(data, path)
 
 
 def _show(value: object) -> str:

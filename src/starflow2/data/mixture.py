@@ -7,7 +7,6 @@ Letters: B rows, T positions, P images.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from starflow2.core.files import check_writable
 from starflow2.core.images import AS_UPLOADED, Fit, ImageForm
+from starflow2.core.ledger import append_line
 from starflow2.core.serialize import JsonObject, from_dict, read_json, to_dict
 from starflow2.data.corpora import find_schema, to_dialogue
 from starflow2.data.dialogue import Dialogue, Turn, replace_pictures, turned_round, without_words
@@ -294,9 +294,7 @@ class _Documents:
         stream.broken[error.reason] += 1
         if self.batches.config.broken and self.lists_broken:
             line = {"reason": error.reason, "corpus": stream.source.corpus, "source": sample.source, "key": sample.key}
-            # a whole line in one write: workers share the file
-            with open(self.batches.config.broken, "a", encoding="utf-8") as file:
-                file.write(json.dumps({**line, "detail": error.detail[:300]}) + "\n")
+            append_line(self.batches.config.broken, {**line, "detail": error.detail[:300]})
 
 
 def words(sources: Sequence[Source], limit: int) -> Iterator[str]:

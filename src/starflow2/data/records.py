@@ -6,7 +6,6 @@ files (shards), what the fields of a corpus mean (corpora).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from starflow2.core.images import AS_UPLOADED, ImageForm, read_picture
+from starflow2.core.json_reader import parse_record
 from starflow2.data.shards import inside, read_file
 from starflow2.errors import DataError
 
@@ -99,8 +99,8 @@ class Record:
         if "json" not in self.values:
             return self
         try:
-            value = json.loads(_decoded(self.values["json"]))
-        except (ValueError, RecursionError) as error:
+            value = parse_record(_decoded(self.values["json"]))
+        except ValueError as error:
             raise Broken("bad JSON", str(error)) from error
         return Record(typed(value, dict, "the record"), self.folder)
 

@@ -7,6 +7,8 @@ Not here: the fields of a corpus (corpora), mixtures (mixture).
 
 from __future__ import annotations
 
+import errno
+import glob
 import gzip
 import importlib
 import json
@@ -22,7 +24,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from starflow2.core.serialize import JsonObject
+from starflow2.core.json_reader import JsonObject, parse_record
 from starflow2.errors import ConfigError, DataError, StarFlowError
 
 __all__ = ["PICTURES", "Format", "Sample", "Samples", "WorkerShard", "inside", "needs", "read_file"]
@@ -38,11 +40,22 @@ ENDINGS: dict[Format, tuple[str, ...]] = {
 }
 METADATA = "metadata.jsonl"  # of a folder of images: a line for each, its file under file_name
 ROWS = 16  # parquet rows in memory at once; each may hold several images
+MEMBER = 1 << 28  # bytes of one file, member of a tar or line; what is larger is one broken sample and never in memory
+CHUNK = 1 << 20  # bytes of lines that are read at once
+HEADER = 1 << 20  # bytes of a long name or of other headers of a member of a tar, which tarfile reads into memory
+HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how files of gzip, bzip2, xz and zstd begin
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One raw sample. `damage` says why the file cannot be read beyond this point; "" if it can."""
+    """One raw sample. `damage` says why it, or its file beyond this point, cannot be read; "" if it can."""
 
     source: str  # its file
     key: str  # its place in the file: a name, a line, a row
@@ -159,7 +172,7 @@ def _workers() -> int:
 
 def _plain(state: Mapping[str, Any]) -> JsonObject:
     """A copy that later steps of the stream do not change."""
-    return json.loads(json.dumps(state))
+    return parse_record(json.dumps(state))
 
 
 def _generate(units: Iterable[tuple[str, str, int, int]]) -> Iterator[dict[str, Sample]]:
@@ -185,6 +198,8 @@ def _find(url: str, format: Format) -> tuple[str, list[str]]:
     """The format, and the files in a fixed order."""
     if format not in get_args(Format):
         raise ConfigError(f"format is {format!r}; expected one of {', '.join(get_args(Format))}.")
+    if not url.strip():
+        raise DataError("url is empty; expected a file, a folder or a pattern such as 'data/*.tar'.")
     kinds: list[Format] = (
         [format] if format in ENDINGS else [k for k in ENDINGS if url.endswith(ENDINGS[k])] or list(ENDINGS)
     )
@@ -196,7 +211,11 @@ def _find(url: str, format: Format) -> tuple[str, list[str]]:
             return kind, sorted(found)
     if format in ENDINGS or not _listed(url):
         wanted = "file to read" if format == "auto" else f"{format} file"
-        raise DataError(f"there is no {wanted} at {url}; give a file, a folder or a pattern such as 'data/*.tar'.")
+        known = ", ".join(end for ends in ENDINGS.values() for end in ends)
+        raise DataError(
+            f"there is no {wanted} at {url}; give a file, a folder or a pattern such as 'data/*.tar'. Files end in "
+            f"{known}; a folder may hold images, too."
+        )
     return "folder", [url]
 
 
@@ -205,7 +224,9 @@ def _is_data(file: str) -> bool:
 
 
 def _within(folder: str, name: str) -> str:
-    return f"{folder.rstrip('/')}/{name}"
+    """The pattern `name` in a folder; brackets in the name of a folder that is there are no pattern."""
+    is_literal = "://" not in folder and Path(folder).is_dir()
+    return f"{(glob.escape(folder) if is_literal else folder).rstrip('/')}/{name}"
 
 
 def _resolved(pattern: str) -> list[str]:
@@ -213,6 +234,8 @@ def _resolved(pattern: str) -> list[str]:
     data_files = needs("datasets.data_files")
     if "://" not in pattern and Path(pattern).is_file():  # even if its name looks like a pattern
         return [pattern]
+    if pattern.startswith("~") and not Path(pattern.split("/")[0]).exists():  # a shell expands it, or it was quoted
+        return []
     try:
         found: list[str] = data_files.resolve_pattern(pattern, base_path="")
     except FileNotFoundError:
@@ -250,9 +273,16 @@ def _open(file: str, **options: Any) -> Any:
 
 
 def read_file(file: str) -> bytes:
-    """The bytes of a file, local or remote. Raises OSError."""
+    """The bytes of a file, local or remote. Raises OSError, also for a file of more than `MEMBER` bytes."""
     with _open(file) as opened:
-        return opened.read()
+        data: bytes = opened.read(MEMBER + 1)
+    if len(data) > MEMBER:
+        raise OSError(errno.EFBIG, _too_large("it"))
+    return data
+
+
+def _too_large(what: str) -> str:
+    return f"{what} has more than {MEMBER >> 20} MiB"
 
 
 def inside(folder: str, name: str) -> str:
@@ -272,17 +302,18 @@ class _Tail:
     """A file that remembers its last bytes: tarfile does not notice one that was cut off between two members."""
 
     def __init__(self, opened: Any) -> None:
-        self.opened, self.last = opened, b""
+        self.opened, self.first, self.last = opened, b"", b""
 
     def read(self, size: int = -1) -> bytes:
         data: bytes = self.opened.read(size)
+        self.first = self.first or data[:8]
         self.last = (self.last + data)[-tarfile.BLOCKSIZE :]
         return data
 
 
 def _read_tar(file: str) -> Iterator[Sample]:
     """Consecutive members with the same name up to its first dot are one sample."""
-    key, fields = "", dict[str, bytes]()
+    key, fields, damage = "", dict[str, bytes](), ""
     with _open(file, block_size=0) as opened:  # 0: one stream rather than many requests
         tail = _Tail(opened)
         for name, data in _members(tail):
@@ -290,31 +321,61 @@ def _read_tar(file: str) -> Iterator[Sample]:
             stem, _, extension = base.partition(".")
             own, field = posixpath.join(folder, stem), extension.lower()
             if fields and (own != key or field in fields):
-                yield Sample(file, key, fields)
-                fields = {}
-            key, fields[field] = own, data
+                yield Sample(file, key, fields, damage)
+                fields, damage = {}, ""
+            key, fields[field] = own, data or b""
+            damage = damage if data is not None else _too_large(base)
     if fields:
-        yield Sample(file, key, fields)
-    if file.endswith(".tar") and tail.last.strip(b"\0"):
+        yield Sample(file, key, fields, damage)
+    if file.endswith(".tar") and not tail.first.startswith(COMPRESSED) and tail.last.strip(b"\0"):
         raise EOFError("the tar file has no end: it was cut off")
 
 
-def _members(opened: Any) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(fileobj=opened, mode="r|*") as tar:
+class _Info(tarfile.TarInfo):
+    """The header of a member. Raises ReadError for further headers of a size that would fill the memory."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> _Info:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in HEADERS and info.size > HEADER:
+            raise tarfile.ReadError(f"a header has {info.size} bytes; expected at most {HEADER}")
+        return info
+
+
+def _members(opened: Any) -> Iterator[tuple[str, bytes | None]]:
+    """Names and contents of the files in a tar; None for one that is too large."""
+    with tarfile.open(fileobj=opened, mode="r|*", tarinfo=_Info) as tar:
         for info in tar:
             tar.members = []  # type: ignore[attr-defined] # else it keeps every header
             if info.isreg() and not posixpath.basename(info.name).startswith((".", "__")):
                 member = tar.extractfile(info)
                 if member is not None:  # it is a regular file
-                    yield info.name, member.read()
+                    yield info.name, member.read() if info.size <= MEMBER else None
 
 
 def _read_jsonl(file: str) -> Iterator[Sample]:
     with _open(file) as opened:
         lines = gzip.GzipFile(fileobj=opened) if file.endswith(".gz") else opened
-        for number, line in enumerate(lines, 1):
-            if line.strip():
+        for number, line in enumerate(_lines(lines), 1):
+            if line is None:
+                yield Sample(file, f"line {number}", {}, _too_large("it"))
+            elif line.strip():
                 yield Sample(file, f"line {number}", {"json": line})
+
+
+def _lines(opened: Any) -> Iterator[bytes | None]:
+    """The lines of a file; None for one that is too large."""
+    parts, size = list[bytes](), 0
+    while chunk := opened.read(CHUNK):
+        *ends, rest = chunk.split(b"\n")
+        for end in ends:
+            size += len(end)
+            yield b"".join([*parts, end]) if size <= MEMBER else None
+            parts, size = [], 0
+        size += len(rest)
+        parts = [*parts, rest] if size <= MEMBER else []
+    if size:
+        yield b"".join(parts) if size <= MEMBER else None
 
 
 def _read_parquet(file: str) -> Iterator[Sample]:
@@ -362,7 +423,7 @@ def _files_of(folder: str, stem: str, files: Mapping[str, str]) -> Sample:
 def _named_picture(folder: str, line: bytes) -> dict[str, bytes]:
     """The image that a line of metadata.jsonl names; none where the line or the image is broken."""
     try:
-        name = json.loads(line)["file_name"]
+        name = parse_record(line)["file_name"]
         return {posixpath.splitext(name)[1][1:].lower(): read_file(inside(folder, name))}
     except (ValueError, KeyError, TypeError, AttributeError, OSError):  # `corpora.to_dialogue` reports it
         return {}

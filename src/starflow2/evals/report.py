@@ -1,4 +1,4 @@
-"""Files of results: JSON, the ledger of test runs, and rows of long measurements, saved as they come."""
+"""Files of results: JSON, and rows of long measurements, saved as they come."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from starflow2.core.files import replacing
-from starflow2.core.serialize import JsonObject, read_json
-from starflow2.errors import ConfigError, OutputError
+from starflow2.core.json_reader import JsonObject, parse_record
+from starflow2.core.serialize import read_json
+from starflow2.errors import ConfigError
 
-__all__ = ["KeptRows", "append_ledger", "commit", "write_json"]
+__all__ = ["KeptRows", "commit", "write_json"]
 
 
 def write_json(data: Mapping[str, object], path: str | Path) -> None:
@@ -37,26 +38,18 @@ class KeptRows:
         if not self.path.is_file():
             return []
         saved = read_json(self.path)
-        if not isinstance(saved, dict) or saved.get("config") != json.loads(json.dumps(self.config)):
+        if not isinstance(saved, dict) or saved.get("config") != parse_record(json.dumps(self.config)):
             raise ConfigError(
                 f"{self.path} holds a comparison of another budget or model: give another --output, or move it away."
             )
-        return list(saved["rows"])
+        rows = saved.get("rows")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ConfigError(f"{self.path} has no list of rows; expected what a comparison wrote: move it away.")
+        return rows
 
     def write(self, rows: Iterable[Mapping[str, Any]], **more: object) -> None:
         """Write all rows so far, and more about them. Raises OutputError."""
         write_json({"config": dict(self.config), "rows": list(rows)} | more, self.path)
-
-
-def append_ledger(path: str | Path, record: Mapping[str, object]) -> None:
-    """Add one line of JSON to a ledger. Raises OutputError."""
-    line = json.dumps(record, ensure_ascii=False) + "\n"
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line)
-    except OSError as error:
-        raise OutputError(f"cannot append to {path}: {error.strerror or error}.") from error
 
 
 def commit() -> str:

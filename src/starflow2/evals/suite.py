@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Final, Generic, Literal, Protocol, TypeVar, ge
 import numpy as np
 from numpy.typing import NDArray
 
+from starflow2.core.json_reader import parse_json
 from starflow2.errors import ConfigError, DataError
 from starflow2.evals.statistics import Scored, Scores, chunks, gap
 from starflow2.world.scene import IMAGE_SIZE, Scene, Split, render
@@ -261,7 +262,7 @@ def digest(rows: Iterable[Sequence[object]]) -> Section:
 
 def lock_text() -> str:
     """worldbench.lock, which has one section per suite."""
-    return (files("starflow2") / "assets" / "worldbench.lock").read_text()
+    return (files("starflow2") / "assets" / "worldbench.lock").read_text(encoding="utf-8")
 
 
 def verify_lock(*suites: Suite[Any, Any, Any]) -> None:
@@ -269,11 +270,13 @@ def verify_lock(*suites: Suite[Any, Any, Any]) -> None:
     fresh: Section = {"version": LOCK_VERSION}
     for suite in suites:
         fresh |= suite.lock()
-    check_lock(json.loads(lock_text()), fresh)
+    check_lock(parse_json(lock_text(), "worldbench.lock"), fresh)
 
 
 def check_lock(frozen: Mapping[str, object], fresh: Mapping[str, object]) -> None:
     """Raise DataError, naming the changed keys, if a section of `fresh` is not the same in `frozen`."""
+    if not isinstance(frozen, Mapping):
+        raise DataError(f"worldbench.lock holds {type(frozen).__name__}; expected one section per suite.")
     old, new = _flatten({name: frozen.get(name, {}) for name in fresh}), _flatten(fresh)
     changed = sorted(key for key in old | new if old.get(key) != new.get(key))
     if changed:

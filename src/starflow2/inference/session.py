@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from starflow2.core.images import PILImage, read_picture, to_pil
-from starflow2.core.serialize import JsonObject
-from starflow2.errors import CheckpointError, DataError, PromptError, StateError
+from starflow2.errors import DataError, PromptError, StateError
 from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import (
     Begun,
@@ -40,7 +37,14 @@ from starflow2.inference.events import (
     Wrote,
 )
 from starflow2.inference.sampler import Sampler
-from starflow2.models.checkpoint import save_tensors
+from starflow2.inference.session_file import (
+    SavedPiece,
+    SavedSampling,
+    SavedSession,
+    SavedState,
+    load_session,
+    save_session,
+)
 from starflow2.models.components import Components
 from starflow2.models.joint_stream import PretzelCache
 from starflow2.models.prompts import check_words, normalized
@@ -57,7 +61,6 @@ __all__ = [
 ]
 
 Said = str | Path | PILImage | Tensor  # words, or an image: a file, a PIL image, or a tensor (3, s, s) in [-1, 1]
-SAMPLING = ("guidance", "edit_guidance", "prior_scale", "rule", "schedule", "skips")  # kept by a saved session
 
 _BRANCHES = itertools.count()
 
@@ -67,9 +70,9 @@ _BRANCHES = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One part of a conversation: `who` is "user" or "model"; exactly one of text and picture is set."""
+    """One part of a conversation; exactly one of text and picture is set."""
 
-    who: str
+    who: Literal["user", "model"]
     text: str | None = None
     picture: DecodedImage | None = None
 
@@ -319,6 +322,27 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Write the whole state as one safetensors file. Raises OutputError, and StateError while a reply is made."""
         self._check_idle()
+        saved = SavedSession(
+            pieces=tuple(_saved(piece) for piece in self.pieces),
+            sampling=SavedSampling.of(self.sampler.config),
+            state=self._state(),
+            tensors=self._tensors(),
+        )
+        save_session(saved, self.sampler.fingerprint, Path(path))
+
+    def _state(self) -> SavedState:
+        cursor = self._rows.conditional.cursors[0]
+        return SavedState(
+            mrope=cursor.mrope,
+            step=cursor.step,
+            seed=self.seed,
+            replies=self._replies,
+            is_open=self._is_open,
+            encode_calls=self.encode_calls,
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the session by its name in a file."""
         branch, buffers = self._rows.conditional, self._rows.buffers
         tensors = {"h": branch.h, "g": branch.g, "previous": buffers.previous, "has_previous": buffers.has_previous}
         for name, cache in (("vlm", branch.cache.vlm), ("flow", branch.cache.flow)):
@@ -327,64 +351,39 @@ class Session:
             if piece.picture is not None:
                 p = piece.picture
                 tensors |= {f"picture.{i}.x": p.x, f"picture.{i}.u": p.u, f"picture.{i}.image": p.image}
-        meta = {
-            "model": self.sampler.fingerprint,
-            "pieces": json.dumps([_metadata(piece) for piece in self.pieces]),
-            "sampling": json.dumps({name: getattr(self.sampler.config, name) for name in SAMPLING}),
-            "state": json.dumps(self._state()),
-        }
-        whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        save_tensors(whole, Path(path), meta)
-
-    def _state(self) -> JsonObject:
-        cursor = self._rows.conditional.cursors[0]
-        return {
-            "mrope": cursor.mrope,
-            "step": cursor.step,
-            "seed": self.seed,
-            "replies": self._replies,
-            "is_open": self._is_open,
-            "encode_calls": self.encode_calls,
-        }
+        return tensors
 
     @classmethod
     def load(cls, path: str | Path, sampler: Sampler) -> Session:
         """Load a saved session; it goes on exactly where it was, with the guidance and prior scale that it had.
 
-        Raises CheckpointError for a file that is not whole, or is of another model or precision.
+        Raises CheckpointError for a file that is not whole, was changed, or is of another model or precision.
         """
-        try:
-            tensors = load_file(path)
-            with safe_open(path, framework="pt") as file:
-                meta = file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is not a whole session file ({error}).") from error
-        if {"model", "pieces", "state"} - set(meta):
-            raise CheckpointError(f"{path} is no saved session of starflow2.")
-        if meta["model"] != sampler.fingerprint:
-            raise CheckpointError(f"{path} was saved with another model or precision; load it with the one it is of.")
-        session = cls(sampler.changed(**_sampling(meta)))
-        session._restore(tensors, json.loads(meta["pieces"]), json.loads(meta["state"]))
+        probe = cls(sampler)
+        probe._rows.read([probe._tokenizer.opens_user()[:1]])
+        saved = load_session(Path(path), sampler, probe._tensors())
+        session = cls(sampler.changed(**saved.sampling.settings()))
+        session._restore(saved)
         return session
 
-    def _restore(self, tensors: dict[str, Tensor], pieces: Sequence[JsonObject], state: JsonObject) -> None:
-        device = self.sampler.components.device
-        tensors = {name: value.to(device) for name, value in tensors.items()}
+    def _restore(self, saved: SavedSession) -> None:
+        device, state = self.sampler.components.device, saved.state
+        tensors = {name: value.to(device) for name, value in saved.tensors.items()}
         branch, buffers = self._rows.conditional, self._rows.buffers
         branch.h, branch.g = tensors["h"], tensors["g"]
         buffers.previous, buffers.has_previous = tensors["previous"], tensors["has_previous"]
         if "flow.0.k" in tensors:
             branch.cache = PretzelCache(*(Cache.from_state(_under(name, tensors)) for name in ("vlm", "flow")))
         branch.is_real = torch.ones(1, branch.cache.length, dtype=torch.bool, device=device)
-        branch.cursors = [Cursor(self.sampler.layout.grid, state["mrope"], state["step"])]
-        self.seed, self._replies, self._is_open = state["seed"], state["replies"], state["is_open"]
-        self.encode_calls = state["encode_calls"]
-        for i, piece in enumerate(pieces):
+        branch.cursors = [Cursor(self.sampler.layout.grid, state.mrope, state.step)]
+        self.seed, self._replies, self._is_open = state.seed, state.replies, state.is_open
+        self.encode_calls = state.encode_calls
+        for i, piece in enumerate(saved.pieces):
             picture = None
-            if piece["text"] is None:
+            if piece.noise_level is not None:
                 x, u, image = (tensors[f"picture.{i}.{name}"] for name in ("x", "u", "image"))
-                picture = DecodedImage(x, u, piece["noise_level"], image, *piece["nats"])
-            self.pieces.append(Piece(piece["who"], piece["text"], picture))
+                picture = DecodedImage(x, u, piece.noise_level, image, *piece.nats)
+            self.pieces.append(Piece(piece.who, piece.text, picture))
 
 
 def checked_part(components: Components, part: Said) -> str | Tensor:
@@ -407,16 +406,10 @@ def _checked(image: Tensor, size: int) -> Tensor:
     return image
 
 
-def _sampling(meta: dict[str, str]) -> JsonObject:
-    """Settings that a saved session was made with; older files do not hold all of them."""
-    settings: JsonObject = json.loads(meta.get("sampling", "{}"))
-    return settings | ({"skips": tuple(settings["skips"])} if settings.get("skips") is not None else {})
-
-
-def _metadata(piece: Piece) -> JsonObject:
+def _saved(piece: Piece) -> SavedPiece:
     p = piece.picture
-    level, nats = (None, [None, None]) if p is None else (p.noise_level, [p.log_prob, p.unconditional_log_prob])
-    return {"who": piece.who, "text": piece.text, "noise_level": level, "nats": nats}
+    level, nats = (None, (None, None)) if p is None else (p.noise_level, (p.log_prob, p.unconditional_log_prob))
+    return SavedPiece(who=piece.who, text=piece.text, noise_level=level, nats=nats)
 
 
 def _under(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,98 +1,93 @@
 """Model folders: config.json, our weights, and the backbones in transformers' own layout beside them.
 
-    config.json          format number, sizes, finished stages
+    config.json          format number, sizes, finished stages, digests of the files with weights
     model.safetensors    FAE if there is one, flow and joints
     vlm/  features/      config.json + model.safetensors as transformers writes them
     tokenizer.json       byte-level BPE;  lexicon.txt: the words used in training
 
 Backbones keep their upstream file layout because in-memory names change between releases. Pretrained backbones are
 referenced, not copied, and have no folder here: config.json holds source, revision and fingerprint (`pretrained`).
-A link vlm or features, to a folder with the same fingerprint, replaces a source that moved.
+A link vlm or features, to a folder with the same fingerprint, replaces a source that moved. A folder that is being
+replaced holds one whole model at any instant (`core.folders`). Weights are finite, in the file as in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from starflow2.core.files import replacing
+from starflow2.core.folders import is_ours, replacing_content, whole
 from starflow2.core.serialize import to_dict
-from starflow2.errors import CheckpointError, ConfigError, OutputError, nearest
+from starflow2.errors import CheckpointError, ConfigError, nearest
 from starflow2.flow import AffineBlock, Flow
 from starflow2.models.components import Components
 from starflow2.models.config import FaeConfig, ModelConfig
-from starflow2.models.config_file import FORMAT, read_config
+from starflow2.models.config_file import FORMAT, is_model_config, read_config
 from starflow2.models.fae import Fae
-from starflow2.models.pretrained import Pretrained, fingerprint, locate
+from starflow2.models.pretrained import Pretrained, fingerprint, inventory, locate
 from starflow2.models.pretzel import Joints
 from starflow2.models.qwen import QwenStream
+from starflow2.models.tensor_file import load_tensors
 from starflow2.models.tokenizer import ChatTokenizer, load_tokenizer
 from starflow2.models.vision import DinoFeatures, SiglipFeatures
 from starflow2.nn import raw_bytes
 
 __all__ = [
     "load_components",
-    "load_tensors",
     "load_words",
     "save_components",
-    "save_tensors",
     "start_components",
     "weights_digest",
-    "write_config",
 ]
 
 OWN = ("fae.", "flow.", "joints.")  # what model.safetensors holds
 BACKBONES = ("vlm", "features")  # what stands beside it, or is referred to
+FLOATS = ("F64", "F32", "F16", "BF16")  # number formats of weights, as safetensors names them
 
 
 def save_components(components: Components, folder: str | Path) -> Path:
     """Write a model folder; an older one of this name is replaced only after everything is written.
 
     Files that are not ours, such as a model card, are kept. Raises CheckpointError if the folder cannot
-    be written or holds something that is not a model, and ConfigError for components without a tokenizer.
+    be written, holds something that is not a model or is being written by somebody else, and for weights that are not
+    finite; ConfigError for components without a tokenizer.
     """
     _ = components.tokenizer  # raises now, before anything is written
     folder = Path(folder).resolve()
-    _check_replaceable(folder)
-    temp = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(temp, ignore_errors=True)
+    _check_finite(components, f"cannot save to {folder}")
     try:
-        temp.mkdir(parents=True)
-        _write_folder(components, temp)
-        _keep_others(folder, temp)
-        _swap(temp, folder)
+        _check_replaceable(folder)
+        with replacing_content(folder, CheckpointError, "saving a model") as new:
+            _write_folder(components, new)
     except (OSError, SafetensorError, shutil.Error) as error:  # safetensors has its own for a full disk
-        shutil.rmtree(temp, ignore_errors=True)
-        raise CheckpointError(f"cannot save to {folder}: {error}. Its earlier content is untouched.") from error
+        left = "Its earlier content is untouched." if whole(folder) == folder else "The new model is there, whole."
+        raise CheckpointError(f"cannot save to {folder}: {str(error).rstrip('.')}. {left}") from error
     return folder
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Raise CheckpointError for a folder that holds anything but a model."""
-    is_foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()
-    if is_foreign or (folder.exists() and not folder.is_dir()):
+    """Raise CheckpointError for a folder that holds anything but a model of ours."""
+    is_foreign = folder.is_dir() and any(not is_ours(p.name) for p in folder.iterdir())
+    if (is_foreign and not is_model_config(whole(folder) / "config.json")) or (folder.exists() and not folder.is_dir()):
         raise CheckpointError(f"cannot save to {folder}: it exists and is not a model folder; give another name.")
 
 
-def _keep_others(folder: Path, new: Path) -> None:
-    """Copy files of the old folder that are not ours, such as a model card, into the new one."""
-    for other in folder.iterdir() if folder.is_dir() else ():
-        if (new / other.name).exists():
+def _check_finite(components: Components, doing: str) -> None:
+    """Raise CheckpointError if a weight that the folder holds is NaN or infinite."""
+    for name, value in components.state_dict().items():
+        if name.split(".")[0] in components.cfg.references or not value.is_floating_point() or not value.numel():
             continue
-        if other.is_symlink():
-            (new / other.name).symlink_to(os.readlink(other))
-        elif other.is_dir():
-            shutil.copytree(other, new / other.name)
-        else:
-            shutil.copy2(other, new / other.name)
+        low, high = value.aminmax()
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            raise CheckpointError(f"{doing}: {name} holds NaN or infinity; expected finite weights.")
 
 
 def _write_folder(components: Components, folder: Path) -> None:
@@ -102,8 +97,8 @@ def _write_folder(components: Components, folder: Path) -> None:
     own = {k: v for k, v in components.state_dict().items() if k.startswith(OWN)}
     save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / "model.safetensors")
     components.tokenizer.save(folder / "tokenizer.json")
-    (folder / "lexicon.txt").write_text("\n".join(sorted(components.vocabulary)) + "\n")
-    write_config(components, folder)
+    (folder / "lexicon.txt").write_text("\n".join(sorted(components.vocabulary)) + "\n", encoding="utf-8")
+    _write_config(components, folder)
 
 
 def weights_digest(components: Components) -> str:
@@ -115,26 +110,19 @@ def weights_digest(components: Components) -> str:
     return digest.hexdigest()
 
 
-def write_config(components: Components, folder: Path) -> None:
-    """Write config.json of a model folder: format number and what `FolderConfig` holds."""
+def _write_config(components: Components, folder: Path) -> None:
+    """Write config.json of a model folder whose weights are there: format number and what `FolderConfig` holds."""
     config = {"format": FORMAT, "stages": list(components.finished_stages), "model": to_dict(components.cfg)}
     config |= {"fingerprints": components.fingerprints} if components.fingerprints else {}
-    with replacing(folder / "config.json") as temp:
-        temp.write_text(json.dumps(config, indent=1) + "\n")
+    weights = sorted(folder.rglob("*.safetensors"))
+    config["digests"] = {path.relative_to(folder).as_posix(): _file_digest(path) for path in weights}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def _swap(new: Path, folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def _file_digest(path: Path) -> str:
+    """Digest of a file's bytes, in 32 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def load_components(
@@ -146,36 +134,60 @@ def load_components(
     sharded run never holds all of them; see `FullyShardedDistributed.prepare`.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    source = whole(folder)
+    config = read_config(source)
     cfg = config.model
     own = [f"{name}/model.safetensors" for name in _backbones(cfg) if name not in cfg.references]
-    for name in ("model.safetensors", *own, "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}; expected a complete starflow2 model: copy it again.")
-    tokenizer = _tokenizer(folder / "tokenizer.json", cfg)
+    _check_files(source, ["model.safetensors", *own, "tokenizer.json"])
+    tokenizer = _tokenizer(source / "tokenizer.json", cfg)
     with torch.device("meta"):
         components = Components(cfg, tokenizer)
-    tensors = load_tensors(folder / "model.safetensors")
+    tensors = load_tensors(source / "model.safetensors")
     if not any(name.startswith("joints.") for name in tensors) and "adapter" not in config.finished_stages:
         tensors |= _fresh_joints(cfg)
-    _fill(components, tensors, folder / "model.safetensors", waiting)
+    _fill(components, tensors, source / "model.safetensors", waiting)
     for name in _backbones(cfg):
         if name in cfg.references:
             place = folder / name if (folder / name).is_dir() else None
             known = config.fingerprints.get(name, "")
             _refer(components, name, place, known, "cpu" if name in waiting else device)
         else:
-            _load_backbone(getattr(components, name), folder / name)
+            _load_backbone(getattr(components, name), source / name)
+    _check_finite(components, f"cannot load {folder}")
+    _check_digests(source, ["model.safetensors", *own], config.digests)
     for block in components.flow.modules():
         if isinstance(block, AffineBlock):
             block.rebuild_buffers()
-    lexicon = folder / "lexicon.txt"
-    components.vocabulary = frozenset(lexicon.read_text().split()) if lexicon.is_file() else frozenset()
+    components.vocabulary = _lexicon(source / "lexicon.txt")
     components.finished_stages = config.finished_stages
     for name, module in components.named_modules():
         if not _waits(name, waiting):
             module._apply(lambda value: value.to(device), recurse=False)
     return components.eval()
+
+
+def _check_files(folder: Path, names: list[str]) -> None:
+    """Raise CheckpointError for the first of these files that is not there."""
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} has no {name}; expected a complete starflow2 model: copy it again.")
+
+
+def _check_digests(folder: Path, names: list[str], digests: Mapping[str, str]) -> None:
+    """Raise CheckpointError for a file whose bytes are not those that were written; older folders know no digests."""
+    for name in names if digests else ():
+        if digests.get(name) != _file_digest(folder / name):
+            raise CheckpointError(f"{folder / name} is damaged: it does not hold what was written; copy it again.")
+
+
+def _lexicon(path: Path) -> frozenset[str]:
+    """The words that prompts may use, none for any. Raises CheckpointError for a file that is no text or is missing."""
+    try:
+        return frozenset(path.read_text(encoding="utf-8").split())
+    except FileNotFoundError:
+        return frozenset()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}.") from error
 
 
 def _waits(name: str, waiting: tuple[str, ...]) -> bool:
@@ -241,6 +253,11 @@ def _refer(components: Components, name: str, place: Path | None, known: str, de
 def _load_backbone(
     backbone: DinoFeatures | SiglipFeatures | QwenStream, folder: Path, dtype: torch.dtype = torch.float32
 ) -> None:
+    entries = inventory(folder)
+    whole_numbers = sorted(name for name, entry in entries.items() if entry.dtype not in FLOATS)
+    if whole_numbers:
+        name = whole_numbers[0]
+        raise CheckpointError(f"cannot load {folder}: {name} holds {entries[name].dtype}, expected floating weights.")
     try:
         backbone.load(folder, dtype)
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
@@ -249,8 +266,9 @@ def _load_backbone(
 
 def load_words(folder: str | Path) -> tuple[ChatTokenizer, ModelConfig]:
     """Tokenizer and sizes of a model folder, without its weights. Raises CheckpointError."""
-    cfg = read_config(Path(folder)).model
-    return _tokenizer(Path(folder) / "tokenizer.json", cfg), cfg
+    source = whole(Path(folder))
+    cfg = read_config(source).model
+    return _tokenizer(source / "tokenizer.json", cfg), cfg
 
 
 def _tokenizer(path: Path, cfg: ModelConfig) -> ChatTokenizer:
@@ -279,29 +297,10 @@ def _new_joints(cfg: ModelConfig) -> Joints:
     return Joints(cfg.joints, cfg.flow.deep.dim, cfg.vlm.width, cfg.flow.deep.stack.width)
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file. Raises CheckpointError for any other, a truncated or pickled one."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a complete safetensors file ({error}); only safetensors are read, never pickle."
-        ) from error
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, completely or not at all. Raises OutputError; an earlier file then stays as it was."""
-    try:
-        with replacing(path) as temp:
-            save_file(tensors, temp, metadata=metadata)
-    except SafetensorError as error:
-        raise OutputError(f"cannot write {path}: {error}.") from error
-
-
 def _fill(components: Components, tensors: dict[str, Tensor], path: Path, waiting: tuple[str, ...]) -> None:
     """Fill FAE, flow and joints, built without weights, with copies of `tensors`; waiting layers with views.
 
-    Raises CheckpointError for tensors that are missing, unknown or of another shape.
+    Raises CheckpointError for tensors that are missing, unknown, of another shape or not floating where ours are.
     """
     state = {k: v for k, v in components.state_dict().items() if k.startswith(OWN)}
     missing, extra = sorted(set(state) - set(tensors)), sorted(set(tensors) - set(state))
@@ -315,6 +314,8 @@ def _fill(components: Components, tensors: dict[str, Tensor], path: Path, waitin
         value = tensors[name]
         if target.shape != value.shape:
             raise CheckpointError(f"{path}: {name} has shape {tuple(value.shape)}, expected {tuple(target.shape)}.")
+        if target.is_floating_point() != value.is_floating_point():
+            raise CheckpointError(f"{path}: {name} holds {value.dtype}, expected {target.dtype}.")
         state[name] = value.to(target.dtype, copy=not _waits(name, waiting))
     for prefix in (prefix for prefix in OWN if any(k.startswith(prefix) for k in state)):
         own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

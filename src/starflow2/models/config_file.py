@@ -6,19 +6,20 @@ model (`checkpoint`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starflow2.core.serialize import JsonObject, from_dict, to_dict
-from starflow2.errors import CheckpointError
+from starflow2.core.json_reader import JsonObject
+from starflow2.core.serialize import from_dict, read_json, to_dict
+from starflow2.errors import CheckpointError, ConfigError
 from starflow2.models.config import JointsConfig, ModelConfig
 
-__all__ = ["FORMAT", "FolderConfig", "read_config"]
+__all__ = ["FORMAT", "FolderConfig", "is_model_config", "read_config"]
 
 FORMAT = 6
+KEYS = {"format", "stages", "model", "fingerprints", "digests"}  # of a config.json
 Json = JsonObject  # an object as config.json holds it, of any format
 
 
@@ -29,6 +30,7 @@ class FolderConfig:
     model: ModelConfig
     finished_stages: tuple[str, ...]
     fingerprints: Mapping[str, str]  # of referenced backbones, by name
+    digests: Mapping[str, str]  # of the files with weights, by name; {} in folders from before there were any
 
 
 def read_config(folder: Path) -> FolderConfig:
@@ -36,34 +38,71 @@ def read_config(folder: Path) -> FolderConfig:
 
     Raises CheckpointError if it is missing or malformed, and ConfigError for sizes that do not make a model.
     """
-    config = _migrated(folder / "config.json")
+    path = folder / "config.json"
+    config = _migrated(path)
     return FolderConfig(
         model=from_dict(ModelConfig, config["model"]),
         finished_stages=tuple(config["stages"]),
-        fingerprints=config.get("fingerprints", {}),
+        fingerprints=_texts(path, config, "fingerprints"),
+        digests=_texts(path, config, "digests"),
     )
+
+
+def is_model_config(path: Path) -> bool:
+    """True for a config.json of a starflow2 model, of whatever format; False for that of another library."""
+    try:
+        _check_kind(path, read_json(path))
+    except (CheckpointError, ConfigError):
+        return False
+    return True
 
 
 def _migrated(path: Path) -> Json:
     """JSON of a config.json, checked and brought to the current format."""
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} has no config.json; expected a starflow2 model folder.")
     try:
-        config: Any = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        config = _check_kind(path, read_json(path))
+    except ConfigError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            raise CheckpointError(
+                f"{path.parent} has no config.json; expected a starflow2 model folder.{_beside(path)}"
+            ) from error
+        raise CheckpointError(str(error)) from error
+    if type(config["format"]) is not int or not 1 <= config["format"] <= FORMAT:
+        raise CheckpointError(f"{path} has format {config['format']!a}; expected at most {FORMAT}: update starflow2.")
+    unknown = sorted(set(config) - KEYS)
+    if unknown:
+        raise CheckpointError(f"{path} has the key {unknown[0]!a}; expected {', '.join(sorted(KEYS))}.")
+    try:
+        for migrate in _MIGRATIONS[config["format"] - 1 :]:
+            config = migrate(config)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not fit the format that it names: {error!r}.") from error
+    return config
+
+
+def _check_kind(path: Path, config: Any) -> Json:
+    """The JSON of a config.json if it is one of ours. Raises CheckpointError."""
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict) or {"format", "stages"} - set(config):
         raise CheckpointError(f"{path} is not of a starflow2 model (it lacks format, model or stages).")
     if not isinstance(config["stages"], list) or not all(type(s) is str for s in config["stages"]):
         raise CheckpointError(f"{path} is not of a starflow2 model (stages is not a list of names).")
-    if config["format"] not in range(1, FORMAT + 1):
-        raise CheckpointError(f"{path} has format {config['format']}; expected at most {FORMAT}: update starflow2.")
-    try:
-        for migrate in _MIGRATIONS[config["format"] - 1 :]:
-            config = migrate(config)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} does not fit the format that it names: {error!r}.") from error
     return config
+
+
+def _texts(path: Path, config: Json, name: str) -> Mapping[str, str]:
+    """Texts by name under a key of a config.json, {} without it. Raises CheckpointError for anything else."""
+    texts = config.get(name, {})
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise CheckpointError(f"{path}: {name} is {str(texts)[:60]!a}; expected texts by name.")
+    return texts
+
+
+def _beside(path: Path) -> str:
+    """A hint at the copies that earlier versions left beside a folder when they were killed while saving it."""
+    folder = path.parent
+    copies = [folder.with_name(f".{folder.name}.{end}") for end in ("new", "old")]
+    found = [copy for copy in copies if (copy / "config.json").is_file()]
+    return f" A killed save left a whole model in {found[0]}: rename it to {folder.name}." if found else ""
 
 
 def _as_format_2(config: Json) -> Json:

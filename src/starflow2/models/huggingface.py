@@ -7,7 +7,6 @@ the number of heads, are compared with those of the folder.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.utils import logging as hf_logging
+
+from starflow2.core.json_reader import parse_record
 
 __all__ = [
     "FUSED",
@@ -75,7 +76,7 @@ class Backbone(nn.Module):
         """Raise ValueError if config.json of `folder` is of another kind or differs from ours in an `unseen` setting,
         such as the RoPE base. Such weights would load without an error and give wrong results.
         """
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        kind = parse_record((folder / "config.json").read_bytes()).get("model_type")
         if kind not in self.kinds:
             raise ValueError(f"config.json is of a {kind}; expected {' or '.join(self.kinds)}{self.hint}")
         with quiet():

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from starflow2.core.json_reader import parse_json
 from starflow2.core.serialize import from_dict, to_dict
 from starflow2.errors import CheckpointError, ConfigError, StateError
 from starflow2.flow import AffineBlock
-from starflow2.models.checkpoint import load_tensors, save_tensors
 from starflow2.models.components import Components
+from starflow2.models.tensor_file import Expected, check_tensors, load_signed, save_tensors
 from starflow2.nn import raw_bytes
 
 __all__ = ["Lora", "LoraConfig", "attach", "load", "merge", "save"]
@@ -125,22 +125,32 @@ def load(components: Components, path: Path) -> None:
 
     Raises CheckpointError for adapters of another model and for any other file.
     """
-    tensors = load_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+    tensors, metadata = load_signed(path)
     if {"lora", "base", "words"} - set(metadata):
         raise CheckpointError(f"{path} has no metadata lora, base and words; expected a file that `lora.save` wrote.")
     if metadata["base"] != digest(components):
         raise CheckpointError(
-            f"{path} belongs to weights {metadata['base']}, but this model's are {digest(components)}; "
+            f"{path} belongs to weights {metadata['base'][:16]!a}, but this model's are {digest(components)}; "
             "give the model that the adapters were trained on."
         )
-    added = attach(components, from_dict(LoraConfig, json.loads(metadata["lora"])))
-    wanted = {f"{name.replace('/', '.')}.{key}" for name, m in added.items() for key in m.state_dict()}
-    if wanted != set(tensors):
-        merge(components)
-        raise CheckpointError(f"{path} does not fit: {len(wanted ^ set(tensors))} tensors missing or unknown.")
-    for name, lora in added.items():
+    try:
+        cfg = from_dict(LoraConfig, parse_json(metadata["lora"], "lora"))
+    except ConfigError as error:
+        raise CheckpointError(f"{path} holds no usable adapters: {error}") from error
+    check_tensors(path, tensors, _expected(components, cfg))
+    for name, lora in attach(components, cfg).items():
         lora.load_state_dict({key: tensors[f"{name.replace('/', '.')}.{key}"] for key in ("a", "b")})
     if components.vocabulary:
         components.vocabulary |= frozenset(metadata["words"].split())
+
+
+def _expected(components: Components, cfg: LoraConfig) -> dict[str, Expected]:
+    """The tensors of adapters of a model, by their names in a file."""
+    expected: dict[str, Expected] = {}
+    for name, layer in _targets(components.flow.deep).items():
+        adapter = _adapter(layer)
+        weight = layer.weight if adapter is None else adapter[1]
+        rows, columns = weight.shape
+        expected[f"{name}.a"] = Expected((cfg.rank, columns), weight.dtype)
+        expected[f"{name}.b"] = Expected((rows, cfg.rank), weight.dtype)
+    return expected

@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from starflow2.core.serialize import JsonObject
-from starflow2.errors import CheckpointError
+from starflow2.core.json_reader import JsonObject, parse_record
+from starflow2.core.serialize import read_json
+from starflow2.errors import CheckpointError, ConfigError
 
 __all__ = ["Entry", "Pretrained", "fingerprint", "inventory", "locate"]
 
@@ -126,8 +127,8 @@ def _files(folder: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> Mapping[str, str]:
     try:
-        found: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found: Any = read_json(index)["weight_map"]
+    except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is not an index of safetensors ({error}); download it again.") from error
     if not isinstance(found, dict) or not found or not all(_is_file_name(name) for name in found.values()):
         raise CheckpointError(
@@ -152,7 +153,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
         ) from error
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header: JsonObject = json.loads(file.read(length))
+        header: JsonObject = parse_record(file.read(length))
     header.pop("__metadata__", None)
     for name, info in header.items():
         first, last = (8 + length + offset for offset in info["data_offsets"])

@@ -6,7 +6,6 @@ normalisation of colours from preprocessor_config.json. Not here: weights (`pret
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from transformers import Dinov2Config, SiglipVisionConfig
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
 
-from starflow2.core.serialize import JsonObject
+from starflow2.core.json_reader import JsonObject, parse_record
 from starflow2.errors import CheckpointError, ConfigError
 from starflow2.models.config import (
     CLIP_COLOURS,
@@ -157,7 +156,7 @@ def _check_kind(folder: Path, kinds: tuple[str, ...], wanted: str) -> str:
 
 def _json(path: Path) -> JsonObject:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_record(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; expected a folder as transformers writes it.") from error
     if not isinstance(found, dict):

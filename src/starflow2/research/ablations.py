@@ -338,7 +338,7 @@ def write(rows: Iterable[Row], config: CompareConfig, folder: str | Path) -> Pat
     text = f"{config.steps} steps of {config.batch} documents for every arm: mean [range] over seeds.\n"
     path = Path(folder) / "compare.md"
     with replacing(path) as temp:
-        temp.write_text("\n".join(lines) + "\n\n" + text)
+        temp.write_text("\n".join(lines) + "\n\n" + text, encoding="utf-8")
     return path
 
 

@@ -236,7 +236,7 @@ def write(rows: Iterable[Mapping[str, Any]], config: CodecsConfig, folder: str |
     )
     path = Path(folder) / "codecs.md"
     with replacing(path) as temp:
-        temp.write_text("\n".join(lines) + "\n\n" + text)
+        temp.write_text("\n".join(lines) + "\n\n" + text, encoding="utf-8")
     return path
 
 

@@ -7,7 +7,6 @@ direction of a claim, not its size.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from starflow2.core.files import replacing
-from starflow2.errors import DataError
+from starflow2.core.serialize import read_json
+from starflow2.errors import ConfigError, DataError
 from starflow2.evals.mme import COIN
 from starflow2.world.questions import SUBTASKS
 
@@ -199,16 +199,30 @@ _READING = (
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}.") from error
+        return read_json(path)
+    except ConfigError as error:
+        raise DataError(str(error)) from error
+
+
+def _found(claim: Claim, results: Results, folder: Path) -> Finding:
+    try:
+        return find(claim, results)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        names = " or ".join(f"{name}.json" for name in claim.needs)
+        raise DataError(
+            f"{folder}: {names} does not hold the results that the claim {claim.text!r} reads ({error!r}); "
+            "measure it again."
+        ) from error
 
 
 def write_claims(folder: str | Path) -> Path:
-    """Write claims.md from the JSON files of a results folder, and into it. Raises DataError if one is not JSON."""
+    """Write claims.md from the JSON files of a results folder, and into it.
+
+    Raises DataError if one is not JSON, or not the results that a claim reads.
+    """
     folder = Path(folder)
     results = {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
-    rows = [(claim, find(claim, results)) for claim in CLAIMS]
+    rows = [(claim, _found(claim, results, folder)) for claim in CLAIMS]
     lines = ["# The paper's claims at nano's size", "", "| claim | where | verdict | measured |", "|---|---|---|---|"]
     lines += [f"| {c.text} | {c.where} | **{f.verdict}** | {f.measured} |" for c, f in rows]
     lines += ["", *_READING, ""]

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import torch
 
+from starflow2.core.json_reader import JsonObject, parse_json
 from starflow2.data.mixture import loader
 from starflow2.data.shards import WorkerShard
-from starflow2.errors import TrainingError
+from starflow2.errors import ConfigError, TrainingError
 from starflow2.training.config import StageConfig
 from starflow2.training.datasets import corpus_batches
 from starflow2.training.parallel import Distributed
@@ -86,6 +87,17 @@ class WorldFeed:
             yield [microbatch.result() for microbatch in pending.popleft()]
 
 
+def _positions(saved: str) -> list[JsonObject]:
+    """The position of every process in a mixture. Raises TrainingError for a text that does not hold them."""
+    try:
+        positions = parse_json(saved, "feed")
+    except ConfigError as error:
+        raise TrainingError(f"{error} Start anew with --resume none.") from error
+    if not isinstance(positions, list) or not all(isinstance(position, dict) for position in positions):
+        raise TrainingError("feed does not hold the positions of a mixture; start anew with --resume none.")
+    return positions
+
+
 class CorpusFeed:
     """Packed documents of real corpora; every process reads its own part of each source."""
 
@@ -94,7 +106,7 @@ class CorpusFeed:
         self.stage, self.group, self.step, self.task = stage, group, step, task
         self.loader = loader(batches, stage.corpus.workers)
         if saved:
-            states = json.loads(saved)
+            states = _positions(saved)
             if len(states) != group.world:
                 raise TrainingError(
                     f"the mixture was read by {len(states)} processes, now there are {group.world}; use as many again."

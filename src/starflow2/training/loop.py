@@ -24,6 +24,7 @@ from starflow2.training.datasets import check_source
 from starflow2.training.loader import Feed, feed_for
 from starflow2.training.metrics import MetricsWriter, StepReport
 from starflow2.training.parallel import Distributed, check_batch_divides
+from starflow2.training.run_lock import run_lock
 from starflow2.training.start import start_stage
 from starflow2.training.task import Task
 from starflow2.training.tasks import TASKS
@@ -50,29 +51,31 @@ def fit(
 
     Earlier stages must be in folder/model. With `resume`, continues from the last checkpoint there. `workers` processes
     make the batches (0: a thread does), which changes nothing but the speed. `report` is called at every metric line,
-    `evaluate` whenever a checkpoint is written. Raises TrainingError, ConfigError, DataError, OutputError.
+    `evaluate` whenever a checkpoint is written. Raises TrainingError, also while another run trains in the folder,
+    ConfigError, DataError, OutputError.
     """
     stage, folder = run.stage(stage_name), Path(folder)
     check_source(run.model, stage)
     group = Distributed.from_environment(device, stage.shard)
     check_batch_divides(stage, group, evaluates=evaluate is not None)
-    store = store_for(folder, stage, group)
-    components = start_stage(run, stage_name, folder, device, group.sharded_components(stage))
-    checkpoint = store.settings(run, stage) if resume else None
-    task = _stage_task(components, run, stage, is_resumed=checkpoint is not None)
-    precision = checkpoint["precision"] if checkpoint else _pick_precision(run.precision, device)
-    precision = group.broadcast_choice(precision)
-    trainer = Trainer.prepare(task, group, device=device, precision=precision)
-    if checkpoint is not None:
-        trainer.resume(store, checkpoint)
-    position = checkpoint.get("feed", "") if checkpoint is not None else ""
-    feed = feed_for(task, stage, group, step=trainer.state.step, saved=position, workers=workers)
-    writer = MetricsWriter(folder, stage, trainer.state.step) if group.is_first else None
-    _train(trainer, feed, store, writer, report, evaluate)
-    with trainer.state.averaged_weights(), group.unsharded(components):
-        if group.is_first:
-            save_components(components, folder / "model")
-    group.barrier()
+    with run_lock(folder, group, f"training stage {stage_name}"):
+        store = store_for(folder, stage, group)
+        components = start_stage(run, stage_name, folder, device, group.sharded_components(stage))
+        checkpoint = store.settings(run, stage) if resume else None
+        task = _stage_task(components, run, stage, is_resumed=checkpoint is not None)
+        precision = checkpoint["precision"] if checkpoint else _pick_precision(run.precision, device)
+        precision = group.broadcast_choice(precision)
+        trainer = Trainer.prepare(task, group, device=device, precision=precision)
+        if checkpoint is not None:
+            trainer.resume(store, checkpoint)
+        position = checkpoint.get("feed", "") if checkpoint is not None else ""
+        feed = feed_for(task, stage, group, step=trainer.state.step, saved=position, workers=workers)
+        writer = MetricsWriter(folder, stage, trainer.state.step) if group.is_first else None
+        _train(trainer, feed, store, writer, report, evaluate)
+        with trainer.state.averaged_weights(), group.unsharded(components):
+            if group.is_first:
+                save_components(components, folder / "model")
+        group.barrier()
     return folder / "model"
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from starflow2.core.files import replacing
+from starflow2.core.json_reader import parse_record
+from starflow2.core.ledger import append_line
 from starflow2.training.config import StageConfig
 
 __all__ = ["MetricsWriter", "StepReport"]
@@ -44,9 +45,9 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.stage, self.first_step = folder / f"metrics-{stage.name}.jsonl", stage, step
         self.clock = time.perf_counter()
-        lines = self.path.read_text().splitlines() if self.path.is_file() and step else []
+        lines = self.path.read_bytes().splitlines() if self.path.is_file() and step else []
         with replacing(self.path) as temp:
-            temp.write_text("".join(line + "\n" for line in lines if _step_of(line) <= step))
+            temp.write_bytes(b"".join(line + b"\n" for line in lines if _step_of(line) <= step))
         self.board = _tensorboard(folder / "tensorboard" / stage.name)
 
     def __enter__(self) -> MetricsWriter:
@@ -66,18 +67,17 @@ class MetricsWriter:
         """Write a line of metrics, unless there are none."""
         if not metrics:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
+        append_line(self.path, {"step": step, "time": time.time(), **metrics})
         if self.board is not None:
             for name, value in metrics.items():
                 self.board.add_scalar(f"{self.stage.name}/{name}", value, step)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """The step of a line of metrics; infinity for a line that was cut off by a power failure."""
     try:
-        return float(json.loads(line)["step"])
-    except ValueError:
+        return float(parse_record(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "ShardedReplica",
     "check_batch_divides",
     "checkpoint_activations",
+    "own_part",
     "transformer_layers",
     "unsharded_parameters",
 ]
@@ -453,3 +454,8 @@ def check_batch_divides(stage: StageConfig, group: Distributed, *, evaluates: bo
             "evaluate works with shard.mode none only, since no process holds all weights; score the model folder "
             "after the stage."
         )
+
+
+def own_part(value: Tensor) -> Tensor:
+    """The part of a sharded tensor that this process holds; any other tensor as it is."""
+    return value.to_local() if isinstance(value, DTensor) else value

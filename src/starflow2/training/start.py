@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from starflow2.core.folders import whole
 from starflow2.core.serialize import to_dict
 from starflow2.data.mixture import read_mixture, words
 from starflow2.errors import ConfigError, TrainingError
@@ -39,7 +40,7 @@ def start_stage(
     earlier stage has not been trained or the model has other sizes than the recipe.
     """
     names: list[str] = [s.name for s in run.stages]
-    if (folder / "model" / "config.json").is_file():
+    if (whole(folder / "model") / "config.json").is_file():
         return _load(run, stage, folder, device, left_in_files)
     if stage != names[0]:
         raise TrainingError(

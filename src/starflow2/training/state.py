@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from starflow2.core.serialize import to_dict
 from starflow2.errors import ConfigError, TrainingError
+from starflow2.models.tensor_file import check_tensors
 from starflow2.training.config import OptimConfig, StageConfig
-from starflow2.training.parallel import Distributed
+from starflow2.training.parallel import Distributed, own_part
+from starflow2.training.state_check import expected_moments, expected_weights
 
 __all__ = ["TrainState", "adamw", "is_hidden_matrix"]
 
@@ -86,13 +88,14 @@ class TrainState:
         return tensors
 
     def load_tensors(self, tensors: dict[str, Tensor], settings: dict[str, str], path: Path) -> None:
-        """Take over the `tensors` of a checkpoint. Raises TrainingError for the weights of another model."""
-        try:
-            self.trained.load_state_dict(_below(tensors, "weights/"))
-        except RuntimeError as error:
-            raise TrainingError(
-                f"{path} holds the weights of another model; use another --output, or the recipe it was made with."
-            ) from error
+        """Take over the `tensors` of a checkpoint, all of them or none.
+
+        Raises TrainingError for the weights of another model, and for any tensor that is missing, has another shape or
+        number format than the state's own, or is not finite.
+        """
+        step, skipped = int(settings["step"]), int(settings.get("skipped", 0))
+        self._check(tensors, step - skipped, path)
+        self.trained.load_state_dict(_below(tensors, "weights/"))
         self.ema = _below(tensors, "ema/")
         for i, optimizer in enumerate(self.optimizers):
             values: dict[int, dict[str, Any]] = {}
@@ -102,7 +105,23 @@ class TrainState:
             (group,) = optimizer.param_groups
             same = {**group, "params": list(range(len(group["params"])))}
             optimizer.load_state_dict({"state": values, "param_groups": [same]})
-        self.step, self.skipped = int(settings["step"]), int(settings.get("skipped", 0))
+        self.step, self.skipped = step, skipped
+
+    def _check(self, tensors: dict[str, Tensor], updates: int, path: Path) -> None:
+        """Raise TrainingError unless `tensors` are those of this state after `updates` updates of its weights."""
+        own = {f"weights/{k}": v.shape for k, v in self.trained.state_dict().items()}
+        if own != {k: v.shape for k, v in tensors.items() if k.startswith("weights/")}:
+            raise TrainingError(
+                f"{path} holds the weights of another model; use another --output, or the recipe it was made with."
+            )
+        tensors = {k: own_part(v) for k, v in tensors.items()}
+        expected = expected_weights(self.trained, has_average=bool(self.ema))
+        for i, optimizer in enumerate(self.optimizers):
+            moments = expected_moments(i, optimizer, optimizer.param_groups[0]["params"], tensors, updates)
+            if updates and not moments:
+                raise TrainingError(f"{path} has no state of optimiser {i} after {updates} updates of the weights.")
+            expected |= moments
+        check_tensors(path, tensors, expected, TrainingError)
 
     def settings(self, stage: StageConfig, run: dict[str, str]) -> dict[str, str]:
         """The settings that a checkpoint stores beside its tensors; `run`: those of the run."""

@@ -1,0 +1,200 @@
+"""Model folders under kills, second savers, damage and foreign content: one whole model of ours, or a refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from crashes import crashes
+from model_cases import tiny_components
+from starflow2.core.folders import WAITING, whole
+from starflow2.errors import CheckpointError, ConfigError
+from starflow2.models.checkpoint import load_components, load_words, save_components
+from starflow2.models.components import Components
+from starflow2.pipeline import StarFlow2
+
+FILES = ("model.safetensors", "vlm/model.safetensors", "features/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_components(tiny_components(), tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    shutil.copytree(saved, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        load_components(folder)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1200
+    return str(caught.value)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Bytes of the files that are not hidden."""
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(".") and "/." not in name}
+
+
+def is_same(one: Components, other: Components) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_save_killed_at_any_operation_leaves_one_whole_model_under_its_name(saved, folder):
+    new = tiny_components(scale=0.2)
+    contents = [content(folder), content(save_components(new, folder.with_name("new")))]
+    assert contents[0] != contents[1]
+    seen, loaded = [], []
+    for _ in crashes(lambda: save_components(new, folder), {"os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}):
+        seen.append(contents.index(content(whole(folder))))
+        if seen[-1] and (not loaded or (folder / WAITING).exists() != loaded[-1][0]):
+            loaded.append(((folder / WAITING).exists(), load_components(folder), load_words(folder)[1]))
+        if seen[-1]:  # the next save begins with the old model again
+            shutil.rmtree(folder)
+            shutil.copytree(saved, folder)
+    assert len(seen) > 20 and seen == sorted(seen) and set(seen) == {0, 1}
+    assert [waiting for waiting, *_ in loaded] == [True, False]
+    assert all(is_same(model, new) and cfg == new.cfg for _, model, cfg in loaded)
+    assert is_same(load_components(folder), new) and not (folder / WAITING).exists()
+
+
+def test_a_second_saver_is_told_who_saves(folder):
+    class Slow:
+        """Components whose tokenizer, which is written late, saves a second time."""
+
+        def __init__(self, components: Components) -> None:
+            self.components, self.message = components, ""
+
+        def save(self, path: Path) -> None:
+            with pytest.raises(CheckpointError) as caught:
+                save_components(self.components, folder)
+            self.message = str(caught.value)
+            tiny_components().tokenizer.save(path)
+
+    components = tiny_components(scale=0.2)
+    slow = Slow(tiny_components())
+    components._tokenizer = slow  # type: ignore[assignment]
+    save_components(components, folder)
+    assert f"process {os.getpid()} on" in slow.message and "saving a model" in slow.message
+    assert is_same(load_components(folder), components)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(folder, value):
+    components = tiny_components()
+    with torch.no_grad():
+        components.flow.deep.head.bias[0] = value
+    with pytest.raises(CheckpointError, match=r"flow\.deep\.head\.bias holds NaN or infinity"):
+        save_components(components, folder)
+    assert is_same(load_components(folder), tiny_components())
+    for name in FILES:
+        tensors = load_file(folder / name)
+        key = next(k for k in sorted(tensors) if tensors[k].ndim == 2)
+        save_file(tensors | {key: tensors[key].clone().fill_(value)}, folder / name, metadata={"format": "pt"})
+        assert "NaN" in refusal(folder)
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_weights_in_whole_numbers_are_refused(folder, name):
+    tensors = load_file(folder / name)
+    key = next(k for k in sorted(tensors) if tensors[k].ndim == 2)
+    save_file(tensors | {key: tensors[key].int()}, folder / name, metadata={"format": "pt"})
+    assert "expected" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_in_weights_is_noticed(folder, name):
+    data = bytearray((folder / name).read_bytes())
+    data[-7] ^= 1
+    (folder / name).write_bytes(data)
+    assert f"{name} is damaged" in refusal(folder)
+
+
+def test_a_folder_of_another_library_is_never_replaced(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "format": 1}))
+    (tmp_path / "model.safetensors").write_bytes(b"theirs")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for save in (save_components, lambda c, folder: StarFlow2(c).save_pretrained(folder)):
+        with pytest.raises(CheckpointError, match="is not a model folder"):
+            save(tiny_components(), tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_every_file_has_the_permissions_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        StarFlow2(tiny_components()).save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    files = [p for p in (tmp_path / "model").rglob("*") if p.is_file()]
+    assert len(files) > 8 and {p.stat().st_mode & 0o777 for p in files} == {0o640}
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "model").rglob("*") if p.is_dir()} == {0o750}
+
+
+def test_a_model_can_be_saved_where_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        StarFlow2(tiny_components()).save_pretrained(".")
+        assert Path.cwd() == tmp_path and (tmp_path / "README.md").is_file()
+    assert is_same(load_components("."), tiny_components())
+
+
+def test_words_of_any_alphabet_are_saved_as_utf_8(tmp_path):
+    components = tiny_components()
+    components.vocabulary = frozenset({"würfel", "心"})
+    folder = save_components(components, tmp_path / "model")
+    assert (folder / "lexicon.txt").read_bytes().split() == sorted(["würfel".encode(), "心".encode()])
+    assert load_components(folder).vocabulary == components.vocabulary
+    (folder / "lexicon.txt").write_bytes(b"\xff\xfe")
+    assert "lexicon.txt" in refusal(folder)
+
+
+def test_a_save_that_an_earlier_version_was_killed_in_is_pointed_to(folder):
+    folder.rename(folder.with_name(".model.old"))
+    assert ".model.old" in refusal(folder)
+
+
+CONFIGS = ('{"format": ' + "[" * 100_000, '{"format": 6, "format": 6}', '{"format": NaN}', '{"format": true}')
+
+
+@pytest.mark.parametrize("text", CONFIGS, ids=["nested", "doubled", "nan", "cut off"])
+def test_a_config_that_is_no_json_is_refused(folder, text):
+    (folder / "config.json").write_text(text)
+    assert "config.json" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("format", True), ("format", "6"), ("format", 6.0), ("extra", 1), ("digests", [1]), ("fingerprints", {"vlm": 1})],
+)
+def test_keys_of_a_config_that_are_of_another_kind_are_refused(folder, key, value):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert key in refusal(folder)
+
+
+def test_a_config_of_an_older_format_that_does_not_fit_it_is_refused(folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["model"]["joints"]["reference"] = "x"
+    path.write_text(json.dumps(config | {"format": 4}))
+    assert "format" in refusal(folder)
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_refusal_and_no_traceback(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    assert "config.json" in refusal(folder)
