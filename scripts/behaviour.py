@@ -117,7 +117,7 @@ def _losses(folder: Path, steps: int) -> Iterator[tuple[str, np.ndarray[Any, Any
     recipe = replace(recipe, stages=stages)
     for stage in recipe.stages:
         fit(recipe, stage.name, folder)
-        lines = map(json.loads, (folder / f"metrics-{stage.name}.jsonl").read_text().splitlines())
+        lines = map(json.loads, (folder / f"metrics-{stage.name}.jsonl").read_text(encoding="utf-8").splitlines())
         yield f"loss-{stage.name}", np.array([line["loss"] for line in lines if "loss" in line])
 
 

@@ -189,7 +189,7 @@ def main() -> None:
     result |= {"documents": args.documents, "rows": args.rows, "width": args.width, **machine}
     print(json.dumps(result, indent=1))
     if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def write_album(folder: Path, count: int, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, (pixels, text) in enumerate(captioned(count, seed)):
         Image.fromarray(pixels).save(folder / f"{i:04d}.png")
-        (folder / f"{i:04d}.txt").write_text(text + "\n")
+        (folder / f"{i:04d}.txt").write_text(text + "\n", encoding="utf-8")
 
 
 def new_word_score(model: StarFlow2, samples: int) -> dict[str, float]:
@@ -132,7 +132,7 @@ def main() -> None:
     after = StarFlow2.from_pretrained(taught, device=args.device)
     after.check_prompt(f"a {WORD} circle")
     result["after"] = scores(after, args.samples, args.quick_suite == "yes")
-    (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print({k: result[k]["new_word"] for k in ("before", "after")}, f"ceiling {result['codec_ceiling']:.3f}")
     print(f"{result['seconds']:.0f} s")
 

@@ -199,6 +199,35 @@ def test_a_name_that_another_module_imports_is_exported_and_has_no_underscore():
     assert wrong == []
 
 
+def calls(path: Path) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call))
+
+
+def test_json_is_read_by_one_reader():
+    readers = {"json.loads", "json.load", "loads"}
+    found = {
+        path.relative_to(SRC).as_posix() for path in sources() for c in calls(path) if ast.unparse(c.func) in readers
+    }
+    assert found == {"core/json_reader.py"}
+
+
+def has_no_encoding(call: ast.Call) -> bool:
+    """True for a call that reads or writes text in the encoding that the machine happens to have."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
+    before = {"read_text": 0, "write_text": 1, "open": 3}.get(name)
+    modes = [m.value for m in (*call.args, *(k.value for k in call.keywords)) if isinstance(m, ast.Constant)]
+    is_binary = name == "open" and any(isinstance(mode, str) and "b" in mode for mode in modes)
+    is_of_files = name != "open" or ast.unparse(call.func) in ("open", "path.open", "log.open", "self.path.open")
+    named = any(keyword.arg == "encoding" for keyword in call.keywords)
+    return before is not None and is_of_files and not (is_binary or named or len(call.args) > before)
+
+
+def test_text_is_read_and_written_in_utf_8():
+    scripts = sorted((SRC.parents[1] / "scripts").glob("*.py"))
+    found = [f"{path.name}:{c.lineno}" for path in (*sources(), *scripts) for c in calls(path) if has_no_encoding(c)]
+    assert found == []
+
+
 def test_torchvision_is_absent_or_works():
     """One that does not match torch makes transformers fail at import, with a message about something else."""
     if importlib.util.find_spec("torchvision") is not None:

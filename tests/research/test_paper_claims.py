@@ -112,3 +112,15 @@ def test_write_claims_reads_what_is_there_and_refuses_what_is_no_json(tmp_path):
     (tmp_path / "mme.json").write_text("{")
     with pytest.raises(DataError, match=r"mme\.json is not JSON"):
         write_claims(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "5", "null", '{"summary": 1}', '{"turns": []}', '{"text": {"a": "b"}}']
+)
+@pytest.mark.parametrize("name", ["compare", "skips", "turns", "mme"])
+def test_results_of_another_kind_are_refused_by_their_file(tmp_path, name, content):
+    for other, value in RESULTS.items():
+        (tmp_path / f"{other}.json").write_text(json.dumps(value))
+    (tmp_path / f"{name}.json").write_text(content)
+    with pytest.raises(DataError, match=rf"{name}\.json"):
+        write_claims(tmp_path)

@@ -26,6 +26,7 @@ from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
 from starflow2.models.lora import LoraConfig
 from starflow2.models.prompts import check_words
+from starflow2.models.tensor_file import load_signed, save_tensors
 from starflow2.training.finetune import FinetuneConfig, finetune, finetune_task, read_album
 from starflow2.training.metrics import StepReport
 from starflow2.world.captions import caption_task
@@ -99,6 +100,39 @@ def test_an_adapter_alone_is_small_and_goes_back_on_its_own_model_only(tmp_path)
         lora.load(tiny_components(STAGES), tmp_path / "none.safetensors")
     with pytest.raises(StateError, match="has adapters; expected none"):
         lora.attach(again, LoraConfig())
+
+
+TAMPERED = {
+    "another rank": lambda t, m: m.update(lora='{"rank": 3, "scale": 1.0}'),
+    "an enormous rank": lambda t, m: m.update(lora='{"rank": 100000000000, "scale": 1.0}'),
+    "an infinite scale": lambda t, m: m.update(lora='{"rank": 2, "scale": 1e999}'),
+    "no JSON": lambda t, m: m.update(lora="{"),
+    "NaN": lambda t, m: t["context_in.a"].fill_(torch.nan),
+    "another shape": lambda t, m: t.update({"context_in.b": t["context_in.b"][:-1].contiguous()}),
+    "whole numbers": lambda t, m: t.update({"context_in.b": t["context_in.b"].int()}),
+    "a tensor missing": lambda t, m: t.pop("context_in.a"),
+    "a tensor more": lambda t, m: t.update(more=torch.zeros(2)),
+}
+
+
+@pytest.mark.parametrize("case", [*TAMPERED, "a flipped bit"])
+def test_adapters_that_were_changed_are_refused_and_leave_the_model_as_it_was(tmp_path, case):
+    path = tmp_path / "a.safetensors"
+    components = tiny_components(STAGES)
+    shaken(lora.attach(components, LoraConfig(rank=2)))
+    lora.save(components, LoraConfig(rank=2), path)
+    if case in TAMPERED:
+        tensors, metadata = load_signed(path)
+        TAMPERED[case](tensors, metadata)
+        save_tensors(tensors, path, metadata)
+    else:
+        data = bytearray(path.read_bytes())
+        data[-9] ^= 1
+        path.write_bytes(data)
+    model = tiny_components(STAGES)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
+        lora.load(model, path)
+    lora.attach(model, LoraConfig(rank=1))  # which a model with adapters refuses
 
 
 @pytest.mark.parametrize("stages", [STAGES[:4], STAGES], ids=["draws only", "joint"])

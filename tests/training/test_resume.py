@@ -229,14 +229,6 @@ def test_a_second_run_in_a_folder_is_refused_by_who_trains_there(folder):
     assert [line["step"] for line in lines(folder)] == [1, 2]
 
 
-def test_a_run_that_makes_no_finite_step_ends_and_saves_no_model(folder, monkeypatch):
-    monkeypatch.setattr("starflow2.training.trainer.PATIENCE", 3)
-    run = with_optim(clip=float("nan"))
-    with pytest.raises(TrainingError, match="3 steps in a row"):
-        fit(run, "t2i", folder)
-    assert "t2i" not in load_components(folder / "model").finished_stages
-
-
 def test_an_unknown_stage_is_refused_with_the_nearest_name(tmp_path):
     with pytest.raises(ConfigError, match='Did you mean "t2i"'):
         fit(RUN, "t2l", tmp_path)

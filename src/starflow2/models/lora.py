@@ -22,7 +22,7 @@ from starflow2.core.serialize import from_dict, to_dict
 from starflow2.errors import CheckpointError, ConfigError, StateError
 from starflow2.flow import AffineBlock
 from starflow2.models.components import Components
-from starflow2.models.tensor_file import Expected, check_tensors, load_signed, save_tensors
+from starflow2.models.tensor_file import Expected, check_tensors, load_signed, read_metadata, save_tensors
 from starflow2.nn import raw_bytes
 
 __all__ = ["Lora", "LoraConfig", "attach", "load", "merge", "save"]
@@ -125,9 +125,9 @@ def load(components: Components, path: Path) -> None:
 
     Raises CheckpointError for adapters of another model and for any other file.
     """
-    tensors, metadata = load_signed(path)
-    if {"lora", "base", "words"} - set(metadata):
+    if {"lora", "base", "words"} - set(read_metadata(path)):
         raise CheckpointError(f"{path} has no metadata lora, base and words; expected a file that `lora.save` wrote.")
+    tensors, metadata = load_signed(path)
     if metadata["base"] != digest(components):
         raise CheckpointError(
             f"{path} belongs to weights {metadata['base'][:16]!a}, but this model's are {digest(components)}; "

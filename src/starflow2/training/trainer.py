@@ -15,16 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from starflow2.errors import TrainingError
 from starflow2.training.checkpoint import CheckpointStore
 from starflow2.training.config import StageConfig
 from starflow2.training.parallel import Distributed, Replica, checkpoint_activations
 from starflow2.training.state import TrainState
 from starflow2.training.task import Task
 
-__all__ = ["PATIENCE", "StopSignal", "Trainer"]
-
-PATIENCE = 100  # steps in a row whose loss or gradient is not finite, after which a run ends
+__all__ = ["StopSignal", "Trainer"]
 
 
 class StopSignal:
@@ -56,7 +53,6 @@ class Trainer:
     group: Distributed
     replica: Replica
     state: TrainState
-    failing: int = 0  # steps in a row whose loss or gradient was not finite
 
     @classmethod
     def prepare(cls, task: Task, group: Distributed, *, device: str, precision: str) -> Trainer:
@@ -79,7 +75,7 @@ class Trainer:
         """Take one optimiser step on this process's microbatches; returns metrics, and if any process shall stop.
 
         A step whose loss or gradient is not finite in any process changes no weight, average or running statistic, and
-        is counted. Raises TrainingError after `PATIENCE` such steps in a row.
+        is counted.
         """
         rate = self.stage.optim.rate(self.state.step, self.stage.steps)
         buffers = {k: v.clone() for k, v in self.task.trained.named_buffers()}
@@ -90,12 +86,9 @@ class Trainer:
         self._update_weights(rate, is_finite)
         if is_finite:
             self.state.update_average(self.stage.optim.ema)
-            self.failing = 0
         else:
             _restore_buffers(self.task.trained, buffers)
             self.state.skipped += 1
-            self.failing += 1
-            self._check_patience()
         self.state.step += 1
         skipped = {"skipped": float(self.state.skipped)} if self.state.skipped else {}
         metrics = {k: float(v) for k, v in means.items()}
@@ -126,13 +119,6 @@ class Trainer:
     def resume(self, store: CheckpointStore, settings: dict[str, str]) -> None:
         """Continue from the last checkpoint, whose `settings` the store has returned."""
         store.load(self.state, settings)
-
-    def _check_patience(self) -> None:
-        if self.failing >= min(PATIENCE, self.stage.steps):
-            raise TrainingError(
-                f"loss or gradient of {self.failing} steps in a row, up to step {self.state.step + 1}, is not finite, "
-                "so no weight has changed since; give a lower --optim.lr, or --precision float32."
-            )
 
     def _noise_seed(self, microbatch: int) -> int:
         return zlib.crc32(f"{self.task.seed}/{self.stage.name}/{microbatch}/{self.state.step}".encode())
