@@ -100,7 +100,7 @@ def test_a_mixture_file_names_its_sources(tmp_path):
         ('{"corpus": "cc12m"}', "expected a list"),
         ("[]", "expected a list"),
         ("[3]", "expected a dictionary"),
-        ("[", "not a JSON config"),
+        ("[", "not JSON"),
     ],
 )
 def test_a_wrong_mixture_file_is_refused_with_place_and_nearest_name(text, message, tmp_path):
