@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image
 
 from fuzz.cases import ALIENS, Bench, Case, anything, flipped, shortened
+from starflow2.core.ledger import append_line
 from starflow2.data.corpora import to_dialogue
 from starflow2.data.dialogue import Dialogue
 from starflow2.data.mixture import read_mixture
 from starflow2.data.shards import Format, Sample, Samples
-from starflow2.evals.report import KeptRows, append_ledger
+from starflow2.evals.report import KeptRows
 from starflow2.evals.suite import check_lock, lock_text
 from starflow2.research.paper_claims import write_claims
 from starflow2.training.finetune import read_album
@@ -305,4 +306,4 @@ def _rows(rng: random.Random, bench: Bench) -> Case:
 def _ledger(rng: random.Random, bench: Bench) -> Case:
     record: Any = rng.choice([{"a": float("nan")}, {"a": "\ud800"}, {"a": "\x1b[2J"}, {"a": "x" * 10**6}])
     path = bench.home / rng.choice(["ledger.jsonl", "no\x00name", "image.png/ledger"])
-    return Case("ledger", lambda: append_ledger(path, record), None if path.name != "ledger.jsonl" else anything)
+    return Case("ledger", lambda: append_line(path, record), None if path.name != "ledger.jsonl" else anything)

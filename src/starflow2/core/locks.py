@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from starflow2.core.files import write_errors
+from starflow2.core.json_reader import parse_record
 from starflow2.errors import StarFlowError
 
 __all__ = ["LOCK", "folder_lock", "wait_for_lock"]
@@ -96,7 +97,7 @@ def _describe(descriptor: int, doing: str) -> None:
 def _holder(path: Path) -> str:
     """Who holds a lock, in words."""
     try:
-        about = json.loads(path.read_bytes()[:4096])
+        about = parse_record(path.read_bytes()[:4096])
         return f"process {about['pid']:d} on {about['host']!a} has been {about['doing']} since {about['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process is working in it"

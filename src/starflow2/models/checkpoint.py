@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -140,9 +140,10 @@ def load_components(
     own = [f"{name}/model.safetensors" for name in _backbones(cfg) if name not in cfg.references]
     _check_files(source, ["model.safetensors", *own, "tokenizer.json"])
     tokenizer = _tokenizer(source / "tokenizer.json", cfg)
+    tensors = load_tensors(source / "model.safetensors")
+    _check_depths(source, cfg, tensors)
     with torch.device("meta"):
         components = Components(cfg, tokenizer)
-    tensors = load_tensors(source / "model.safetensors")
     if not any(name.startswith("joints.") for name in tensors) and "adapter" not in config.finished_stages:
         tensors |= _fresh_joints(cfg)
     _fill(components, tensors, source / "model.safetensors", waiting)
@@ -171,6 +172,27 @@ def _check_files(folder: Path, names: list[str]) -> None:
     for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}; expected a complete starflow2 model: copy it again.")
+
+
+def _check_depths(folder: Path, cfg: ModelConfig, tensors: Collection[str]) -> None:
+    """Raise CheckpointError if a config asks for more layers than there are tensors: building them might never end."""
+    parts = {"model.safetensors": (to_dict(cfg.fae) | {"flow": to_dict(cfg.flow)}, len(tensors))}
+    for name in set(_backbones(cfg)) - set(cfg.references):
+        parts[name] = to_dict(getattr(cfg, name)), len(inventory(folder / name))
+    for name, (config, count) in parts.items():
+        if _layers(config) > count:
+            raise CheckpointError(
+                f"{folder / name} has {count} tensors, too few for the {_layers(config)} layers in config.json."
+            )
+
+
+def _layers(config: object) -> int:
+    """All layers in a config: the sum of its depths."""
+    if isinstance(config, list):
+        return sum(map(_layers, config))
+    if not isinstance(config, dict):
+        return 0
+    return sum(value if key.endswith("depth") else _layers(value) for key, value in config.items())
 
 
 def _check_digests(folder: Path, names: list[str], digests: Mapping[str, str]) -> None:

@@ -154,6 +154,10 @@ class ModelConfig:
             )
         if self.features is not None and isinstance(codec, PatchConfig):
             raise ConfigError("features are given but fae is a PatchConfig, which reads pixels. Set features to None.")
+        if deep.num_latents + 2 > self.max_positions:  # with begin and end; more would also fill the memory
+            raise ConfigError(
+                f"max_positions is {self.max_positions}; expected room for an image, {deep.num_latents + 2} positions."
+            )
         if self.flow.noise is None:
             raise ConfigError("flow.noise is None; a model samples at the noise levels it was trained at, so set them.")
 

@@ -100,7 +100,7 @@ def _texts(path: Path, config: Json, name: str) -> Mapping[str, str]:
 def _beside(path: Path) -> str:
     """A hint at the copies that earlier versions left beside a folder when they were killed while saving it."""
     folder = path.parent.resolve()
-    copies = [folder.with_name(f".{folder.name}.{end}") for end in ("new", "old")]
+    copies = [folder.parent / f".{folder.name}.{end}" for end in ("new", "old")]
     found = [copy for copy in copies if (copy / "config.json").is_file()]
     return f" A killed save left a whole model in {found[0]}: rename it to {folder.name}." if found else ""
 

@@ -25,7 +25,7 @@ from starflow2.models.components import Components
 from starflow2.models.tensor_file import Expected, check_tensors, load_signed, read_metadata, save_tensors
 from starflow2.nn import raw_bytes
 
-__all__ = ["Lora", "LoraConfig", "attach", "load", "merge", "save"]
+__all__ = ["Lora", "LoraConfig", "attach", "contents", "load", "merge", "save"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,12 @@ def save(components: Components, cfg: LoraConfig, path: Path) -> None:
 
     Raises StateError if there are no adapters, and OutputError.
     """
+    tensors, metadata = contents(components, cfg)
+    save_tensors(tensors, path, metadata)
+
+
+def contents(components: Components, cfg: LoraConfig) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file with the attached adapters. Raises StateError if there are none."""
     tensors: dict[str, Tensor] = {}
     for name, layer in _targets(components.flow.deep).items():
         adapter = _adapter(layer)
@@ -112,12 +118,11 @@ def save(components: Components, cfg: LoraConfig, path: Path) -> None:
             tensors |= {f"{name}.{key}": value.detach().cpu().contiguous() for key, value in own.items()}
     if not tensors:
         raise StateError("the deep block has no adapters; expected some to save: attach them first.")
-    metadata = {
+    return tensors, {
         "lora": json.dumps(to_dict(cfg)),
         "base": digest(components),
         "words": " ".join(sorted(components.vocabulary)),
     }
-    save_tensors(tensors, path, metadata)
 
 
 def load(components: Components, path: Path) -> None:

@@ -30,6 +30,7 @@ from starflow2.models.hub import NANO
 from starflow2.models.lora import LoraConfig
 from starflow2.models.prompts import normalized
 from starflow2.models.sequence import Layout, pack
+from starflow2.models.tensor_file import save_tensors
 from starflow2.models.tokenizer import ChatTokenizer
 from starflow2.training.config import CorpusConfig, OptimConfig, StageConfig
 from starflow2.training.datasets import corpus_batches, joint_dialogue, to_images
@@ -198,11 +199,10 @@ def finetune(
     components = load_components(NANO if str(model) == "nano" else model, device)
     task = finetune_task(components, album, config)
     fit_task(task, device=device, report=report)
-    adapter = output.with_name(f".{output.name}.adapter")
-    lora.save(components, config.lora, adapter)
+    tensors, metadata = lora.contents(components, config.lora)
     lora.merge(components)
     save_components(components, output)
-    adapter.replace(output / "adapter.safetensors")
+    save_tensors(tensors, output / "adapter.safetensors", metadata)
     return output
 
 
