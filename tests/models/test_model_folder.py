@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,22 @@ def test_a_save_killed_at_any_operation_leaves_one_whole_model_under_its_name(sa
     assert [waiting for waiting, *_ in loaded] == [True, False]
     assert all(is_same(model, new) and cfg == new.cfg for _, model, cfg in loaded)
     assert is_same(load_components(folder), new) and not (folder / WAITING).exists()
+
+
+def test_who_reads_while_others_save_always_finds_one_whole_model(folder):
+    one, other = tiny_components(), tiny_components(scale=0.2)
+    child = os.fork()
+    if not child:
+        for i in range(6):
+            save_components((one, other)[i % 2], folder)
+            time.sleep(0.1)
+        os._exit(0)
+    found = 0
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        read = load_components(folder)
+        assert is_same(read, one) or is_same(read, other)
+        found += 1
+    assert found
 
 
 def test_a_second_saver_is_told_who_saves(folder):

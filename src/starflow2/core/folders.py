@@ -19,7 +19,7 @@ from starflow2.core.files import TEMPORARY, flush_file, flush_folder, temporary_
 from starflow2.core.locks import LOCK, folder_lock
 from starflow2.errors import StarFlowError
 
-__all__ = ["WAITING", "is_ours", "replacing_content", "whole"]
+__all__ = ["WAITING", "is_ours", "replacing_content", "stamp", "whole"]
 
 WAITING = f"{TEMPORARY}whole"  # a whole new content that is being put in place
 
@@ -28,6 +28,14 @@ def whole(folder: Path) -> Path:
     """Where to read the content of `folder`: there, or in a newer content that is still being put in place."""
     waiting = folder / WAITING
     return waiting if waiting.is_dir() else folder
+
+
+def stamp(folder: Path) -> frozenset[tuple[str, int]]:
+    """Names and numbers of what is in `folder`, other ones after any replacement; empty where nothing can be seen."""
+    try:
+        return frozenset((entry.name, entry.inode()) for entry in os.scandir(folder))
+    except OSError:
+        return frozenset()
 
 
 def is_ours(name: str) -> bool:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from starflow2.core.folders import is_ours, replacing_content, whole
+from starflow2.core.folders import is_ours, replacing_content, stamp, whole
 from starflow2.core.serialize import to_dict
 from starflow2.errors import CheckpointError, ConfigError, nearest
 from starflow2.flow import AffineBlock, Flow
@@ -50,6 +50,7 @@ __all__ = [
 
 OWN = ("fae.", "flow.", "joints.")  # what model.safetensors holds
 BACKBONES = ("vlm", "features")  # what stands beside it, or is referred to
+READINGS = 20  # of a folder that is being saved to, before the last result counts
 FLOATS = ("F64", "F32", "F16", "BF16")  # number formats of weights, as safetensors names them
 
 
@@ -131,9 +132,24 @@ def load_components(
     """Load the components of a model folder. Raises CheckpointError for files that are missing, foreign or truncated.
 
     waiting: components whose transformer layers stay in the memory-mapped file until they are used or moved, so that a
-    sharded run never holds all of them; see `FullyShardedDistributed.prepare`.
+    sharded run never holds all of them; see `FullyShardedDistributed.prepare`. A folder that somebody saves to
+    meanwhile is read again.
     """
     folder = Path(folder)
+    for tries_left in reversed(range(READINGS)):
+        before = stamp(folder)
+        try:
+            components = _load_once(folder, device, waiting)
+        except (CheckpointError, ConfigError):
+            if not tries_left or stamp(folder) == before:
+                raise
+        else:
+            if not tries_left or stamp(folder) == before:
+                return components
+    raise AssertionError("the last try returns or raises")
+
+
+def _load_once(folder: Path, device: str | torch.device, waiting: tuple[str, ...]) -> Components:
     source = whole(folder)
     config = read_config(source)
     cfg = config.model
