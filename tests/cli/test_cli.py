@@ -231,7 +231,7 @@ def test_a_folder_gets_one_file_for_each_picture_and_a_sheet(model, capsys):
         (["a star", "--prior-scale", "0"], "prior_scale is 0"),
         (["a star", "--batch", "0"], "batch is 0"),
         (["x", "-o", "x.jpg"], "expected a name that ends in .png"),
-        (["--prompts", "none.txt"], "cannot read prompts from none.txt: No such file"),
+        (["--prompts", "none.txt"], "cannot read 'none.txt': No such file"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(argv, says, model, capsys):

@@ -27,7 +27,8 @@ from starflow2.cli.options import (
 from starflow2.cli.parsing import Option, Positional
 from starflow2.core.files import check_writable
 from starflow2.core.serialize import JsonObject
-from starflow2.errors import DataError, OutputError, PromptError, StateError, UsageError
+from starflow2.core.text import read_text
+from starflow2.errors import OutputError, PromptError, StateError, UsageError
 
 if TYPE_CHECKING:
     from starflow2.core.images import PILImage
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Generate"]
 
+MAX_IMAGES = 2**16  # per prompt
 REPLY_TOKENS, REPLY_IMAGES = 256, 4  # at most, of one interleaved reply
 
 
@@ -75,8 +77,8 @@ class Generate:
         prompts = [*self.prompt, *_lines(self.prompts)]
         if not prompts:
             raise PromptError('there is nothing to draw: give a prompt, such as "two pink hearts".')
-        if self.n < 1:
-            raise UsageError(f"-n is {self.n}; expected at least 1 image per prompt.")
+        if not 1 <= self.n <= MAX_IMAGES:
+            raise UsageError(f"-n is {self.n}; expected at least 1 image per prompt, and at most {MAX_IMAGES}.")
         if self.keep == "best" and self.n < 2:
             raise UsageError(f"--keep best chooses among the images of a prompt; -n is {self.n}, expected 2 or more.")
         check_seed(self.seed, self.n)
@@ -277,9 +279,5 @@ def _lines(path: Path | None) -> list[str]:
     """The prompts of a file, one per line; blank lines are skipped. Raises DataError."""
     if path is None:
         return []
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise DataError(f"cannot read prompts from {path}: {reason}.") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    lines = re.split(r"\r\n|\r|\n", read_text(path))  # no other line break ends a prompt, unlike with `splitlines`
+    return [line.strip() for line in lines if line.strip()]

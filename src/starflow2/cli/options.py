@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
@@ -93,10 +95,18 @@ def refuse(unknown: Sequence[str], command: type[Command], hint: str = "", known
 
 
 def check_text(*texts: str) -> None:
-    """Raise PromptError for bytes that are not UTF-8; Python passes them on as lone surrogates."""
+    """Raise for bytes that Python passes on as lone surrogates: PromptError if they are not UTF-8, else UsageError."""
     for text in texts:
-        if text.encode("utf-8", "ignore").decode() != text:
-            raise PromptError(f"{ascii(text)[:60]} is not UTF-8 text.")
+        if text.encode("utf-8", "ignore").decode() == text:
+            continue
+        try:
+            os.fsencode(text).decode("utf-8")
+        except UnicodeError as error:
+            raise PromptError(f"{ascii(text)[:60]} is not UTF-8 text.") from error
+        raise UsageError(
+            f"{ascii(text)[:60]} cannot be read in this locale's encoding, {sys.getfilesystemencoding()}; "
+            "set PYTHONUTF8=1 or a UTF-8 locale."
+        )
 
 
 def check_seed(seed: int, count: int = 1) -> None:

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Sequence
+
+from starflow2.core.text import clean, shown
 from starflow2.errors import PromptError
 from starflow2.models.components import Components
 from starflow2.models.wording import hint, respelled, words_of
 
-__all__ = ["check_words", "normalized"]
+__all__ = ["check_words", "listed_prompts", "normalized"]
+
+MAX_CHARACTERS = 100_000  # of a prompt, so that no tokenizer is given a book
+
+
+def listed_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """One prompt, or several, as a list. Raises PromptError for anything else.
+
+    >>> listed_prompts("two red hearts")
+    ['two red hearts']
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
+        raise PromptError(f"prompts is {shown(prompts)} ({type(prompts).__name__}); expected text, or a list of texts.")
+    return list(prompts)
 
 
 def check_words(components: Components, text: str) -> None:
-    """Raise PromptError for a text without words, with too many tokens, or with words that the model never learned."""
+    """Raise PromptError for a text without words, with too many tokens, hidden signs or words it never learned."""
     read = normalized(components, text)
+    if len(read) > MAX_CHARACTERS:
+        raise PromptError(f"the prompt has {len(read)} characters; expected at most {MAX_CHARACTERS}.")
     if not words_of(read):
         raise PromptError("the prompt is empty; say what to draw, for instance 'two pink hearts'.")
     count = len(components.tokenizer.drawing_prompt(read))
@@ -29,5 +50,9 @@ def check_words(components: Components, text: str) -> None:
 
 
 def normalized(components: Components, text: str) -> str:
-    """The text as the model reads it: respelled for a fixed vocabulary, unchanged for any other model."""
-    return respelled(text, components.vocabulary) if components.vocabulary else text
+    """The text as the model reads it: without hidden signs; for a fixed vocabulary in compatible forms and respelled.
+
+    Raises PromptError for what is no text, or has signs that no reader sees; see `core.text.clean`.
+    """
+    text = clean(text, "the prompt")
+    return respelled(unicodedata.normalize("NFKC", text), components.vocabulary) if components.vocabulary else text
