@@ -118,9 +118,10 @@ def _hyphened(arguments: Sequence[str]) -> list[str]:
 
 def _settings(kind: Any, default: Any, prefix: str = "") -> Iterator[_Setting]:
     """Fields of a dataclass and of those inside it, in order."""
-    hints = get_type_hints(kind, include_extras=True)
+    hints, marked = get_type_hints(kind), get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
-        value, (bare, marks) = _default(field, default), _unwrapped(hints[field.name])
+        value, bare = _default(field, default), _unwrapped(hints[field.name])
+        marks = get_args(marked[field.name])[1:] if get_origin(marked[field.name]) is Annotated else ()
         if dataclasses.is_dataclass(bare):
             yield from _settings(bare, None if value is dataclasses.MISSING else value, f"{prefix}{field.name}.")
             continue
@@ -135,15 +136,11 @@ def _default(field: dataclasses.Field[Any], default: Any) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _unwrapped(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type without annotations and without None, and its annotations."""
-    marks: tuple[Any, ...] = ()
-    if get_origin(hint) is Annotated:
-        hint, *found = get_args(hint)
-        marks = tuple(found)
+def _unwrapped(hint: Any) -> Any:
+    """A type without None."""
     if get_origin(hint) in (Union, UnionType):
         (hint,) = [option for option in get_args(hint) if option is not NoneType]
-    return hint, marks
+    return hint
 
 
 @cache
@@ -166,7 +163,7 @@ def _built(kind: Any, values: Mapping[str, Any], default: Any, fixed: Sequence[s
     """The instance whose leaves are in `values` by their dotted names."""
     hints, made = get_type_hints(kind), {}
     for field in dataclasses.fields(kind):
-        name, bare = f"{prefix}{field.name}", _unwrapped(hints[field.name])[0]
+        name, bare = f"{prefix}{field.name}", _unwrapped(hints[field.name])
         if name in fixed:
             made[field.name] = getattr(default, field.name)
         elif dataclasses.is_dataclass(bare):

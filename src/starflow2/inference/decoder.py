@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from starflow2.core.fields import Config, Natural, Weight
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow.affine import Affine, strengths
 from starflow2.inference.events import Begun, Completed, DecodedImage, Ended, RowEvent, Stepped, Token
@@ -125,16 +126,17 @@ class _Latents:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplyLimits:
+class ReplyLimits(Config):
     """Limits of a reply: tokens and images. `pictures` 0: words only; temperature 0: the likeliest token."""
 
-    tokens: int = 64
-    pictures: int = 1
-    temperature: float = 0.0
+    tokens: Natural = 64
+    pictures: Natural = 1
+    temperature: Weight = 0.0
 
     def __post_init__(self) -> None:
-        if self.tokens < 0 or self.pictures < 0 or self.tokens + self.pictures < 1 or self.temperature < 0:
-            raise ConfigError(f"{self}: expected nothing below 0, and room for a token or a picture.")
+        super().__post_init__()
+        if not self.tokens + self.pictures:
+            raise ConfigError(f"{self}: expected room for a token or a picture.")
 
 
 @dataclass(slots=True)

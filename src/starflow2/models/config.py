@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
+from starflow2.core.fields import Config, Depth, Natural, Positive, Size, Weight
 from starflow2.errors import ConfigError
 from starflow2.flow import FlowConfig
 from starflow2.flow.affine import Schedule
@@ -42,76 +43,76 @@ HALF_COLOURS: Colours = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # of SigLIP
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelConfig:
+class PixelConfig(Config):
     """Resizing and normalisation that turn images in [-1, 1] into the input of a pretrained vision tower."""
 
-    picture_size: int  # pixels, square, of the images given; they are resized to the size that the tower reads
+    picture_size: Size  # pixels, square, of the images given; they are resized to the size that the tower reads
     mean: tuple[float, float, float] = HALF_COLOURS[0]  # of red, green, blue in [0, 1]
-    std: tuple[float, float, float] = HALF_COLOURS[1]
+    std: tuple[Positive, Positive, Positive] = HALF_COLOURS[1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DinoConfig:
+class DinoConfig(Config):
     """Shape of a DINOv2; `image_size` and `patch_size` in pixels."""
 
-    image_size: int
-    patch_size: int
-    width: int
-    depth: int
-    heads: int
+    image_size: Size
+    patch_size: Size
+    width: Size
+    depth: Depth
+    heads: Size
     swiglu: bool = False
-    table_size: int = 0  # pixels that the position embeddings cover, interpolated to image_size; 0 = image_size
+    table_size: Natural = 0  # pixels that the position embeddings cover, interpolated to image_size; 0 = image_size
     pixels: PixelConfig | None = None  # None: reads images of image_size in [-1, 1] unchanged
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiglipConfig:
+class SiglipConfig(Config):
     """Shape of the vision half of a SigLIP; `image_size` and `patch_size` in pixels."""
 
-    image_size: int
-    patch_size: int
-    width: int
-    depth: int
-    heads: int
-    mlp_width: int
+    image_size: Size
+    patch_size: Size
+    width: Size
+    depth: Depth
+    heads: Size
+    mlp_width: Size
     pixels: PixelConfig | None = None  # None: reads images of image_size in [-1, 1] unchanged
 
 
 @dataclass(frozen=True)
-class SpecialIds:
+class SpecialIds(Config):
     """Token ids that the sequence layout needs."""
 
-    pad: int
-    user: int
-    assistant: int
-    end: int
-    vision_start: int
-    vision_end: int
-    image_pad: int
+    pad: Natural
+    user: Natural
+    assistant: Natural
+    end: Natural
+    vision_start: Natural
+    vision_end: Natural
+    image_pad: Natural
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageConfig:
+class LanguageConfig(Config):
     """Shape of a Qwen2.5-VL, language model and vision tower; head dim = width / heads."""
 
-    vocab: int
-    width: int
-    depth: int
-    heads: int
-    kv_heads: int
-    mlp_width: int
-    mrope_section: tuple[int, int, int]
+    vocab: Size
+    width: Size
+    depth: Depth
+    heads: Size
+    kv_heads: Size
+    mlp_width: Size
+    mrope_section: tuple[Natural, Natural, Natural]
     special: SpecialIds
-    vision_width: int
-    vision_depth: int
-    vision_heads: int
-    vision_mlp_width: int
-    vision_patch: int  # pixels; two by two patches merge into one token
-    image_size: int  # pixels, square, of images that the tower reads
-    rope_theta: float = 1e6
+    vision_width: Size
+    vision_depth: Depth
+    vision_heads: Size
+    vision_mlp_width: Size
+    vision_patch: Size  # pixels; two by two patches merge into one token
+    image_size: Size  # pixels, square, of images that the tower reads
+    rope_theta: Positive = 1e6
     ties_embeddings: bool = True
-    vision_window: int = 0  # pixels, side of the window of the tower's windowed layers; 0 = the image
-    vision_whole: tuple[int, ...] = ()  # layers of the tower that attend to the whole image; () = all
+    vision_window: Natural = 0  # pixels, side of the window of the tower's windowed layers; 0 = the image
+    vision_whole: tuple[Natural, ...] = ()  # layers of the tower that attend to the whole image; () = all
     pixels: PixelConfig | None = None  # None: reads images of image_size in [-1, 1] unchanged
 
     @property
@@ -122,7 +123,7 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Config):
     """Sizes of all components of a model, and the sampling defaults that it was tuned for."""
 
     name: str
@@ -131,16 +132,17 @@ class ModelConfig:
     fae: FaeConfig | PatchConfig  # the codec: an FAE, or pixel patches instead
     flow: FlowConfig
     joints: JointsConfig
-    guidance: float = 2.0  # 0 = off
+    guidance: Weight = 2.0  # 0 = off
     guidance_schedule: Schedule = "constant"
-    edit_guidance: float | None = None  # of an image that follows another in its conversation; None = guidance
-    prior_scale: float = 0.65  # 1 = exact sampling
-    max_prompt_tokens: int = 256
-    max_positions: int = 4096  # of one conversation
+    edit_guidance: Weight | None = None  # of an image that follows another in its conversation; None = guidance
+    prior_scale: Positive = 0.65  # 1 = exact sampling
+    max_prompt_tokens: Size = 256
+    max_positions: Size = 4096  # of one conversation
     features_from: Pretrained | None = None  # pretrained source of the extractor; None: its weights are in the folder
     vlm_from: Pretrained | None = None  # pretrained source of the language model and its tower; None: likewise
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         deep, codec = self.flow.deep, self.fae
         if (codec.latent_dim, codec.grid) != (deep.dim, deep.grid):
             raise ConfigError(
@@ -184,27 +186,32 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FaeConfig:
+class FaeConfig(Config):
     """Sizes and loss weights of the feature auto-encoder (FAE).
 
     A last linear layer covers what the upsamplings leave of the pixels of each latent.
     """
 
-    feature_dim: int
-    latent_dim: int
-    grid: tuple[int, int]
-    image_size: int  # pixels, square
-    encoder_width: int  # width of q, k, v and skip of the one attention layer
-    encoder_heads: int
+    feature_dim: Size
+    latent_dim: Size
+    grid: tuple[Size, Size]
+    image_size: Size  # pixels, square
+    encoder_width: Size  # width of q, k, v and skip of the one attention layer
+    encoder_heads: Size
     feature_decoder: StackConfig
     pixel_decoder: StackConfig
-    pixel_channels: tuple[int, ...] = (48, 24, 12)  # after each upsampling by two; () = none, as in the FAE paper's ViT
-    noise_max: float = 0.6  # in training, latents are decoded under noise of a level from U(0, noise_max)
-    kl_weight: float = 1e-3  # nats per latent channel
-    feature_weight: float = 0.25
-    edge_weight: float = 1.0  # of L1 on the Laplacian pyramid; plain L1 has weight 1
+    pixel_channels: tuple[Size, ...] = (
+        48,
+        24,
+        12,
+    )  # after each upsampling by two; () = none (FAE paper's ViT)
+    noise_max: Weight = 0.6  # in training, latents are decoded under noise of a level from U(0, noise_max)
+    kl_weight: Weight = 1e-3  # nats per latent channel
+    feature_weight: Weight = 0.25
+    edge_weight: Weight = 1.0  # of L1 on the Laplacian pyramid; plain L1 has weight 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rows, left = self.grid[0], self.image_size // (self.grid[0] * 2 ** len(self.pixel_channels))
         if left < 1 or left * rows * 2 ** len(self.pixel_channels) != self.image_size:
             raise ConfigError(
@@ -219,22 +226,21 @@ class FaeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchConfig:
+class PatchConfig(Config):
     """Sizes of pixel patches, and the statistics that standardise each colour channel."""
 
-    image_size: int  # pixels, square
-    patch_size: int  # pixels, square
+    image_size: Size  # pixels, square
+    patch_size: Size  # pixels, square
     mean: tuple[float, float, float]  # of red, green and blue in [-1, 1], over training images
-    std: tuple[float, float, float]  # their standard deviations
+    std: tuple[Positive, Positive, Positive]  # their standard deviations
 
     def __post_init__(self) -> None:
-        if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
+        super().__post_init__()
+        if self.image_size % self.patch_size:
             raise ConfigError(
                 f"image_size is {self.image_size} and patch_size {self.patch_size}; "
                 "expected image_size to be a multiple of patch_size."
             )
-        if min(self.std) <= 0:
-            raise ConfigError(f"std is {self.std}; expected three numbers above 0.")
 
     @property
     def latent_dim(self) -> int:
@@ -246,17 +252,18 @@ class PatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JointsConfig:
+class JointsConfig(Config):
     """Sizes of the joints between the streams: adapter, skips and the view of the previous image."""
 
-    adapter_width: int  # hidden width of the adapter's MLP
-    noise_width: int = 64  # width of the adapter's embedding of the noise level
+    adapter_width: Size  # hidden width of the adapter's MLP
+    noise_width: Size = 64  # width of the adapter's embedding of the noise level
     # Our additions, off in the paper:
     adapter_stencil: bool = False  # the adapter also reads the latents left of and above the target
     # Side (odd) of the window of previous-image latents, centred on the target, that the flow also reads; 0: none
-    reference: int = 0
+    reference: Natural = 0
     words: bool = False  # the flow also reads the embedding of each text token beside its state
 
     def __post_init__(self) -> None:
-        if self.reference < 0 or (self.reference and self.reference % 2 == 0):
+        super().__post_init__()
+        if self.reference and self.reference % 2 == 0:
             raise ConfigError(f"reference is {self.reference}; expected 0 or the odd side of a window.")

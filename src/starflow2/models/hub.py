@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from starflow2.core.text import shown
 from starflow2.errors import CheckpointError, ConfigError, DeviceError, nearest
 
 __all__ = ["NANO", "find_model", "pick_device"]
@@ -17,24 +18,33 @@ __all__ = ["NANO", "find_model", "pick_device"]
 NANO = Path(__file__).parent.parent / "assets" / "nano"
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of a name: auto, cpu, cuda[:i] or mps. Raises DeviceError if this machine does not have it."""
-    if name == "auto":
+def pick_device(name: str | int | torch.device | None = "auto") -> torch.device:
+    """The device of a name: auto, cpu, cuda[:i] or mps. Raises DeviceError if this machine does not have it.
+
+    None is auto, a number that of a CUDA device; a torch.device is taken as itself.
+    """
+    if name is None or (isinstance(name, str) and name == "auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = name.split(":")[0]
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = f"cuda:{name}"
+    if not isinstance(name, str | torch.device):
+        raise DeviceError(f"device is {shown(name)} ({type(name).__name__}); expected auto, cpu, cuda or mps.")
+    kind, _, index = str(name).partition(":")
     available = {
         "cpu": True,
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
     }
     if kind not in available:
-        raise DeviceError(f"device is {name!r}; expected auto, cpu, cuda or mps.{nearest(kind, available)}")
+        raise DeviceError(f"device is {shown(name)}; expected auto, cpu, cuda or mps.{nearest(kind[:60], available)}")
     if not available[kind]:
-        raise DeviceError(f"device is {name!r}, but this machine has none; use --device cpu.")
+        raise DeviceError(f"device is {str(name)!r}, but this machine has none; use --device cpu.")
+    if kind != "cuda" and index not in ("", "0"):
+        raise DeviceError(f"device is {str(name)!r}; expected {kind}: this machine has only one.")
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=name if kind == "cuda" else kind).device
     except RuntimeError as error:
-        raise DeviceError(f"device is {name!r}: {str(error).splitlines()[0]}") from error
+        raise DeviceError(f"device is {str(name)!r}: {str(error).splitlines()[0]}") from error
 
 
 def find_model(name: str | Path, **hub: Any) -> Path:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from starflow2.core.fields import Config, Positive, Size
 from starflow2.core.json_reader import parse_json
 from starflow2.core.serialize import from_dict, to_dict
-from starflow2.errors import CheckpointError, ConfigError, StateError
+from starflow2.errors import CheckpointError, StateError
 from starflow2.flow import AffineBlock
 from starflow2.models.components import Components
 from starflow2.models.tensor_file import Expected, check_tensors, load_signed, read_metadata, save_tensors
@@ -29,15 +30,11 @@ __all__ = ["Lora", "LoraConfig", "attach", "contents", "load", "merge", "save"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Config):
     """Rank and scale of an adapter."""
 
-    rank: int = 16
-    scale: float = 1.0  # factor of B A
-
-    def __post_init__(self) -> None:
-        if self.rank < 1 or not self.scale > 0:
-            raise ConfigError(f"rank is {self.rank} and scale {self.scale}; expected rank >= 1 and scale > 0.")
+    rank: Size = 16
+    scale: Positive = 1.0  # factor of B A
 
 
 class Lora(nn.Module):

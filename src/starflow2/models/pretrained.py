@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
+from starflow2.core.fields import Config
 from starflow2.core.json_reader import JsonObject, parse_record
 from starflow2.core.serialize import read_json
 from starflow2.errors import CheckpointError, ConfigError
@@ -32,7 +33,7 @@ WANTED = ["*.safetensors", "*.json"]  # files to download from the Hub
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretrained:
+class Pretrained(Config):
     """Source of a frozen backbone, and the number format of its weights in memory."""
 
     source: str  # a folder, or an id on the Hub such as "Qwen/Qwen2.5-VL-7B-Instruct"

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypedDict, cast, get_args
 import numpy as np
 import torch
 
+from starflow2.core.fields import Config, Count, Positive, Seed, Weight
 from starflow2.core.files import replacing
 from starflow2.core.images import to_bytes, to_floats
 from starflow2.errors import CheckpointError, ConfigError, nearest
@@ -111,16 +112,16 @@ class Summary(TypedDict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(Config):
     """The budget, the same for all arms."""
 
-    steps: int = 300
-    batch: int = 32
-    seeds: tuple[int, ...] = (0, 1, 2)
-    lr: float = 2e-3
-    matrix_lr: float = 3e-3
+    steps: Count = 300
+    batch: Count = 32
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    lr: Positive = 2e-3
+    matrix_lr: Weight = 3e-3
     mix: MixConfig = field(default_factory=lambda: MixConfig(understand=0.3, draw=0.7, edit=0.0, chain=0.0, story=0.0))
-    unseen: int = 128  # documents of each kind whose loss is reported
+    unseen: Count = 128  # documents of each kind whose loss is reported
     quick: bool = True
 
     def stage(self, name: Literal["t2i", "adapter", "joint"]) -> StageConfig:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from starflow2.core.fields import Config, Count, Seed, Weight
 from starflow2.core.files import replacing
 from starflow2.core.images import to_floats
 from starflow2.evals.codec import codec_pictures, evaluate_codec
@@ -91,13 +92,13 @@ class Measures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecsConfig:
+class CodecsConfig(Config):
     """The budget, the same for all arms."""
 
-    steps: int = 1000
-    batch: int = 64
-    seeds: tuple[int, ...] = (0,)
-    codec_weight: float = 4.0  # of the FAE's losses where it trains with the flow
+    steps: Count = 1000
+    batch: Count = 64
+    seeds: tuple[Seed, ...] = (0,)
+    codec_weight: Weight = 4.0  # of the FAE's losses where it trains with the flow
     quick: bool = True
 
     def stage(self, arm: Arm) -> StageConfig:

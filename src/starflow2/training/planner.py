@@ -14,14 +14,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from rich.console import Group
 from rich.table import Table
 from torch import nn
 
+from starflow2.core.fields import Config, Count, Positive, Range
 from starflow2.core.serialize import JsonObject
-from starflow2.errors import ConfigError
 from starflow2.models.components import Components, build
 from starflow2.models.config import FaeConfig, ModelConfig
 from starflow2.models.token_loss import LOGITS_AT_ONCE
@@ -59,17 +59,13 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hardware:
+class Hardware(Config):
     """GPUs of one kind that train one recipe together."""
 
-    gpus: int = 8
-    gpu_memory: float = 80.0  # GiB each
-    peak: float = 989e12  # FLOP/s each, dense bfloat16 (H100)
-    mfu: float = 0.4  # share of the peak that training reaches: assumed, not measured
-
-    def __post_init__(self) -> None:
-        if self.gpus < 1 or self.gpu_memory <= 0 or self.peak <= 0 or not 0 < self.mfu <= 1:
-            raise ConfigError(f"hardware is {self}; expected at least one GPU, memory and peak above 0, mfu in (0, 1].")
+    gpus: Count = 8
+    gpu_memory: Positive = 80.0  # GiB each
+    peak: Positive = 989e12  # FLOP/s each, dense bfloat16 (H100)
+    mfu: Annotated[float, Range(above=0, most=1)] = 0.4  # share of the peak in training: assumed, not measured
 
 
 @dataclass(frozen=True, kw_only=True)
