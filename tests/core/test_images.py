@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import struct
 import warnings
@@ -12,10 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, ImageFile
 
-from starflow2.core.images import contact_sheet, psnr, read_metadata, read_picture, save_png, to_pil, to_tensor
-from starflow2.errors import DataError, OutputError, ShapeError
+from starflow2.core.images import (
+    FORMATS,
+    checked_pixels,
+    contact_sheet,
+    picture_files,
+    psnr,
+    read_metadata,
+    read_picture,
+    save_png,
+    to_pil,
+    to_tensor,
+)
+from starflow2.errors import ConfigError, DataError, OutputError, ShapeError
 
 
 def every_byte() -> np.ndarray:
@@ -251,10 +263,10 @@ REFUSED = {
     "truncated by a little": (lambda t: cut(saved(t, noise(), "a.jpg"), 0.95), "expected a complete image"),
     "bomb": (lambda t: written(t / "a.png", a_bomb(30_000)), "expected a complete image of ordinary size"),
     "half a bomb": (lambda t: written(t / "a.png", a_bomb(11_000)), "expected a complete image of ordinary size"),
-    "gif": (lambda t: animated(t, "a.gif"), "3 frames.*save the frame"),
-    "apng": (lambda t: animated(t, "a.png"), "3 frames.*save the frame"),
-    "tiff": (lambda t: animated(t, "a.tif"), "3 frames.*save the frame"),
-    "webp": (lambda t: animated(t, "a.webp"), "3 frames.*save the frame"),
+    "gif": (lambda t: animated(t, "a.gif"), "several frames.*save the frame"),
+    "apng": (lambda t: animated(t, "a.png"), "several frames.*save the frame"),
+    "tiff": (lambda t: animated(t, "a.tif"), "several frames.*save the frame"),
+    "webp": (lambda t: animated(t, "a.webp"), "several frames.*save the frame"),
     "cmyk": (lambda t: saved(t, noise("CMYK"), "a.jpg"), "CMYK.*convert it"),
     "16 bits grey": (lambda t: saved(t, Image.fromarray(np.full((32, 32), 40_000, np.uint16))), "16.*convert it"),
     "16 bits colour": (lambda t: written(t / "a.png", sixteen_bits()), "16.*convert it"),
@@ -306,3 +318,206 @@ def test_an_image_may_come_as_the_bytes_of_its_file(tmp_path):
     assert torch.equal(read_picture(path.read_bytes(), 32), read_picture(path, 32))
     with pytest.raises(DataError, match=r"the image as an image: its bytes are of no known format;"):
         read_picture(b"<html>", 32)
+
+
+# -- one gate, whatever comes
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format=format, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format", ["EPS", "PCX", "TGA", "ICO", "PPM", "JPEG2000", "SGI", "MSP", "PDF"])
+def test_other_formats_are_refused_and_none_of_them_starts_a_program(format, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\necho $@ >> {log}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    data = encoded(noise("1" if format == "MSP" else "RGB", (32, 32)), format)
+    (tmp_path / "x.png").write_bytes(data)
+    for read in (lambda: read_picture(tmp_path / "x.png", 32), lambda: read_picture(data, 32)):
+        with pytest.raises(DataError, match="of no known format"):
+            read()
+    with pytest.raises(DataError, match="of no known format"):
+        read_metadata(tmp_path / "x.png")
+    assert not log.exists() and format not in FORMATS
+
+
+def test_an_undecoded_postscript_image_is_not_decoded(tmp_path):
+    image = Image.open(io.BytesIO(encoded(noise(), "EPS")))
+    with pytest.raises(DataError, match="undecoded EPS file"):
+        read_picture(image, 32)
+
+
+def test_bytes_arrays_tensors_and_files_of_one_image_are_one_image(tmp_path):
+    image = noise(size=(40, 30))
+    pixels = np.asarray(image)
+    expected = read_picture(image, 32)
+    data = encoded(image)
+    (tmp_path / "a.png").write_bytes(data)
+    sources = [
+        pixels, pixels[::-1].copy()[::-1], np.asfortranarray(pixels), torch.from_numpy(pixels.copy()).permute(2, 0, 1),
+        data, bytearray(data), memoryview(data), io.BytesIO(data), tmp_path / "a.png", (tmp_path / "a.png").open("rb"),
+    ]  # fmt: skip
+    for source in sources:
+        assert torch.equal(read_picture(source, 32), expected)
+    grey = pixels[..., 0]
+    for source in (grey, grey[..., None]):
+        assert torch.equal(read_picture(source, 32), read_picture(Image.fromarray(grey), 32))
+    opaque = np.dstack([pixels, np.full_like(grey, 255)])
+    assert torch.equal(read_picture(opaque, 32), expected)
+
+
+def test_floats_are_taken_in_their_one_range_and_bytes_in_theirs():
+    floats = read_picture(noise(size=(32, 32)), 32)
+    raw = ((floats + 1) * 127.5).round().to(torch.uint8)
+    assert torch.allclose(read_picture(raw, 32), floats, atol=1e-6)
+    assert torch.equal(checked_pixels(raw[None])[0], read_picture(raw, 32))
+    assert torch.equal(read_picture(floats.double(), 32), floats)
+    assert read_picture(floats * 1.0005, 32).abs().max() <= 1, "rounding of a resize is cut off"
+    assert torch.equal(read_picture(floats.requires_grad_(), 32), floats.detach())
+
+
+FLOATS = torch.zeros(3, 32, 32)
+NO_IMAGES = {
+    "int64": (FLOATS.long(), ShapeError, "int64; expected floats"),
+    "bool": (FLOATS.bool(), ShapeError, "bool; expected floats"),
+    "complex": (FLOATS.cfloat(), ShapeError, "complex64; expected floats"),
+    "0 to 255 as floats": (FLOATS + 255, DataError, r"255 to 255; expected \[-1, 1\]"),
+    "nan": (FLOATS * torch.nan, DataError, "NaN"),
+    "infinite": (FLOATS - torch.inf, DataError, "infinite"),
+    "huge": (FLOATS.double() + 1e300, DataError, "infinite"),
+    "meta": (FLOATS.to("meta"), ShapeError, "on meta"),
+    "sparse": (FLOATS.to_sparse(), ShapeError, "sparse"),
+    "another size": (torch.zeros(3, 16, 16), ShapeError, r"expected \(3, 32, 32\)"),
+    "a batch": (FLOATS[None], ShapeError, r"expected \(3, 32, 32\)"),
+    "bytes of a batch": (FLOATS[None].byte(), ShapeError, r"\(1, 3, 32, 32\) torch.uint8; expected \(3, height"),
+    "meta bytes": (FLOATS.byte().to("meta"), ShapeError, "expected"),
+    "an array of floats": (np.zeros((32, 32, 3)), ShapeError, r"float64; expected \(height, width, 3\) uint8"),
+    "an array of bools": (np.zeros((32, 32, 3), bool), ShapeError, "bool; expected"),
+    "an array of channels first": (np.zeros((3, 32, 32), np.uint8), ShapeError, "expected"),
+    "an empty array": (np.zeros((0, 32, 3), np.uint8), ShapeError, "expected"),
+    "a small array": (np.zeros((8, 8, 3), np.uint8), DataError, "at least 16"),
+    "None": (None, DataError, "None .NoneType.; expected the name of a file"),
+    "a number": (3, DataError, "3 .int.; expected"),
+    "a list": ([[0, 0], [0, 0]], DataError, "list.; expected"),
+    "text in a file": (io.StringIO("x"), DataError, "StringIO.; expected"),
+    "no bytes": (b"", DataError, "no known format"),
+    "an address": ("https://example.org/c.png", DataError, "local files; download it first"),
+    "an address as a path": (Path("https://example.org/c.png"), DataError, "local files; download it first"),
+    "an endless file": ("/dev/zero", DataError, "no regular file"),
+    "a name with a null byte": ("a\0b", DataError, r"a\\x00b"),
+    "no name": ("", DataError, "regular file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NO_IMAGES)
+def test_what_has_no_one_reading_as_an_image_is_refused_by_name(case):
+    source, kind, message = NO_IMAGES[case]
+    with pytest.raises(kind, match=message) as caught:
+        read_picture(source, 32)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, -1, "64", None, 1.5, True, 10**6])
+def test_a_size_that_is_none_is_refused(size):
+    with pytest.raises(ConfigError, match=r"^size is"):
+        read_picture(noise(), size)
+
+
+def test_a_phone_photo_with_a_second_picture_in_its_file_is_its_first(tmp_path):
+    photo, depth = noise(size=(32, 32)), Image.new("RGB", (32, 32), "red")
+    data = encoded(photo, "MPO", save_all=True, append_images=[depth])
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "MPO" and image.n_frames == 2
+    assert torch.equal(read_picture(data, 32), read_picture(encoded(photo, "JPEG"), 32))
+
+
+def test_a_flipped_bit_anywhere_in_a_png_is_found():
+    data = encoded(noise(size=(32, 32)))
+    rng, whole = np.random.default_rng(0), read_picture(data, 32)
+    for at in rng.integers(8, len(data), 60):
+        broken = bytearray(data)
+        broken[at] ^= 1 << int(rng.integers(8))
+        try:
+            assert torch.equal(read_picture(bytes(broken), 32), whole)
+        except DataError:
+            continue
+
+
+def wide_gamut(gamma: float = 2.2) -> bytes:
+    """A colour profile with the primaries of Adobe RGB, written by hand."""
+    fixed = lambda x: struct.pack(">i", round(x * 65536))  # noqa: E731
+    colour = lambda *xyz: b"XYZ \0\0\0\0" + b"".join(map(fixed, xyz))  # noqa: E731
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"wide\0" + b"\0" * 78 + b"\0"
+    tags = {
+        b"desc": text, b"wtpt": colour(0.9642, 1.0, 0.8249), b"rXYZ": colour(0.6097, 0.3111, 0.0195),
+        b"gXYZ": colour(0.2053, 0.6257, 0.0609), b"bXYZ": colour(0.1492, 0.0632, 0.7446),
+        b"rTRC": curve, b"gTRC": curve, b"bTRC": curve,
+    }  # fmt: skip
+    table, body, at = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        data += b"\0" * (-len(data) % 4)
+        table += name + struct.pack(">II", at + len(body), len(data))
+        body += data
+    head = b"lcms\x02\x10\0\0mntrRGB XYZ " + b"\0" * 12 + b"acsp" + b"\0" * 28
+    head += b"".join(map(fixed, (0.9642, 1.0, 0.8249)))
+    rest = head.ljust(124, b"\0") + struct.pack(">I", len(tags)) + table + body
+    return struct.pack(">I", len(rest) + 4) + rest
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_colours_of_a_profile_become_those_of_srgb(format):
+    options = {"lossless": True} if format == "WEBP" else {"quality": 100, "subsampling": 0} if format == "JPEG" else {}
+    flat = Image.new("RGB", (32, 32), (120, 180, 110))
+    plain = read_picture(encoded(flat, format, **options), 32)
+    read = read_picture(encoded(flat, format, icc_profile=wide_gamut(), **options), 32)
+    # by hand: to linear light, by both sets of primaries (white point D50) to linear sRGB, to its curve
+    linear = (np.array([120, 180, 110]) / 255) ** 2.2
+    adobe = np.array([[0.6097, 0.2053, 0.1492], [0.3111, 0.6257, 0.0632], [0.0195, 0.0609, 0.7446]])
+    srgb = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])
+    out = np.clip(np.linalg.solve(srgb, adobe @ linear), 0, 1)
+    wanted = 255 * np.where(out <= 0.0031308, 12.92 * out, 1.055 * out ** (1 / 2.4) - 0.055)
+    found = ((read[:, 16, 16] + 1) * 127.5).numpy()
+    assert np.abs(found - wanted).max() <= 2, (found, wanted)
+    assert (read - plain).abs().max() > 8 / 127.5
+
+
+def test_srgb_itself_and_a_broken_profile_change_nothing():
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = read_picture(encoded(noise(size=(32, 32))), 32)
+    for profile in (srgb, b"no profile", wide_gamut()[:200]):
+        assert torch.equal(read_picture(encoded(noise(size=(32, 32)), icc_profile=profile), 32), plain)
+
+
+def test_what_the_caller_has_set_in_pil_changes_nothing(tmp_path, monkeypatch):
+    data = encoded(noise(size=(64, 64)), "JPEG")
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(DataError, match="complete"):
+        read_picture(data[: len(data) // 2], 32)
+    with pytest.raises(DataError, match="30000 x 30000"):
+        read_picture(a_bomb(30_000), 32)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+def test_refused_images_leave_no_file_open_and_damaged_exif_prints_nothing(tmp_path, recwarn):
+    for case in ("gif", "cmyk", "16 bits grey", "32 bits", "thin"):
+        (tmp_path / case).mkdir()
+        path = REFUSED[case][0](tmp_path / case)
+        with pytest.raises(DataError):
+            read_picture(path, 32)
+    for exif in (b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0" + b"\xff" * 40, b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1"):
+        flat = Image.new("RGB", (32, 32), (10, 200, 30))
+        assert read_picture(encoded(flat, "JPEG", exif=exif), 32).shape == (3, 32, 32)
+    assert not [str(w.message) for w in recwarn.list]
+
+
+def test_a_folder_is_listed_without_hidden_files_and_folders(tmp_path):
+    for name in ("b.PNG", "a.jpeg", "._a.jpeg", ".hidden.png", "c.txt"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "x.png").mkdir()
+    assert [path.name for path in picture_files(tmp_path)] == ["a.jpeg", "b.PNG"]

@@ -6,20 +6,37 @@ As a tensor an image is (3, height, width) float32 in [-1, 1], the form in which
 from __future__ import annotations
 
 import io
+import math
+import os
+import re
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import (
+    Image,
+    ImageCms,
+    ImageColor,
+    ImageDraw,
+    ImageFile,
+    ImageFont,
+    ImageOps,
+    PngImagePlugin,
+    UnidentifiedImageError,
+)
 from torch import Tensor
 
+from starflow2.core.fields import Range, whole
 from starflow2.core.files import replacing
+from starflow2.core.text import escaped, shown
 from starflow2.errors import ConfigError, DataError, OutputError, ShapeError
 
 __all__ = [
@@ -32,7 +49,12 @@ __all__ = [
     "Fit",
     "ImageForm",
     "PILImage",
+    "PictureError",
+    "PictureReason",
+    "PictureSource",
+    "checked_pixels",
     "contact_sheet",
+    "picture_files",
     "psnr",
     "read_metadata",
     "read_picture",
@@ -46,6 +68,15 @@ __all__ = [
 Bytes = NDArray[np.uint8]
 Fit = Literal["crop", "pad", "stretch"]
 PILImage = Image.Image  # for annotations elsewhere, without importing PIL there
+PictureSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | PILImage | NDArray[Any] | Tensor
+PictureReason = Literal["not a picture", "damaged picture", "huge picture", "unfit picture"]
+
+# What is read, and nothing else: some of PIL's other readers start programs (EPS) or have no end.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # PIL reads MPO, a photo with more behind it, as JPEG
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_PIXELS = 89_478_485  # of an image, 256 MiB as RGB
+MAX_BYTES = 2**28  # of its file
+ROUNDING = 1e-3  # by which resizing may leave [-1, 1]
 
 INK, PAPER, FRAME = (32, 32, 36), (255, 255, 255), (214, 214, 220)
 MIN_SIDE = 16  # pixels; a smaller image shows nothing
@@ -113,6 +144,17 @@ def to_pil(image: Tensor) -> PILImage:
     return Image.fromarray(to_bytes(image[None])[0])
 
 
+# -- images from outside --------------------------------------------------------------------------------------
+
+
+class PictureError(DataError):
+    """An image that cannot be read; `reason` says in what way."""
+
+    def __init__(self, message: str, reason: PictureReason = "unfit picture") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True, slots=True)
 class ImageForm:
     """How an image of any shape becomes the square that a model reads."""
@@ -130,61 +172,240 @@ class ImageForm:
 AS_UPLOADED = ImageForm()  # how images are read that no source of a mixture describes
 
 
-def read_picture(source: str | Path | PILImage | bytes, size: int, form: ImageForm = AS_UPLOADED) -> Tensor:
-    """Image as input of a model: upright, made a square as `form` says and scaled, (3, size, size) in [-1, 1].
+def read_picture(source: PictureSource, size: int, form: ImageForm = AS_UPLOADED) -> Tensor:
+    """Image as input of a model: upright, in sRGB, made a square as `form` says, (3, size, size) in [-1, 1].
 
-    source: the name of a file, the bytes of one, or a PIL image. Raises DataError, naming the remedy, for a source that
-    could be read only by guessing: no image, a truncated one, one of absurd size, several frames, CMYK, 16 bits,
-    transparency without a colour to flatten it on, or a side of less than 16 pixels.
+    source: the name of a file, its bytes, an open binary file, a PIL image, an array (height, width, 3) or tensor
+    (3, height, width) of uint8, 0 black and 255 white, or a tensor (3, size, size) of floats in [-1, 1], -1 black.
+    Raises DataError, naming the remedy, for a source that could be read only by guessing: no image, a damaged one, one
+    of absurd size, several frames, CMYK, 16 bits, transparency without a colour to flatten it on, a side of less than
+    16 pixels, values outside their range; and ShapeError for tensors and arrays of another shape or dtype.
     """
-    name = "the image" if isinstance(source, Image.Image | bytes) else str(source)
-    try:
-        with nullcontext(source) if isinstance(source, Image.Image) else _opened(source) as image:
-            _check_readable(image, name, allows_transparency=bool(form.flatten))
-            upright = ImageOps.exif_transpose(image)  # here PIL meets the end of a truncated file
-            pixels = _rgb(upright, form.flatten) if form.flatten else upright.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        unknown = isinstance(error, UnidentifiedImageError) and isinstance(source, bytes)
-        reason = "its bytes are of no known format" if unknown else str(error).rstrip(".")
+    size = whole(size, "size", Range(least=1, most=2**14))
+    if isinstance(source, Tensor) and source.dtype != torch.uint8:
+        if source.shape != (3, size, size):
+            raise ShapeError(
+                f"image is {tuple(source.shape)} floats; expected (3, {size}, {size}), or uint8 of any size."
+            )
+        return checked_pixels(source)
+    name = escaped(str(source)) if isinstance(source, str | os.PathLike) else "the image"
+    with _undisturbed():
+        try:
+            with _opened(source, name) as image:
+                _check_readable(image, name, allows_transparency=bool(form.flatten))
+                return to_tensor(_square(_upright(image), size, form))
+        except (DataError, ShapeError):
+            raise
+        except Exception as error:  # PIL's readers raise what they like on bad bytes
+            raise _unreadable(name, str(error) or type(error).__name__, "damaged picture") from error
+
+
+def checked_pixels(images: Tensor, name: str = "image") -> Tensor:
+    """Images (..., 3, height, width) as float32 in [-1, 1]: floats of that range, or uint8, 0 black and 255 white.
+
+    Raises ShapeError for another dtype and DataError for values that are not finite or outside [-1, 1].
+
+    >>> checked_pixels(torch.tensor([0, 255], dtype=torch.uint8))
+    tensor([-1.,  1.])
+    """
+    if images.layout != torch.strided or images.is_quantized or images.device.type == "meta":
+        raise ShapeError(f"{name} is a tensor of {images.layout} on {images.device}; expected one with its values.")
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    if not images.is_floating_point():
+        raise ShapeError(f"{name} is a tensor of {images.dtype}; expected floats in [-1, 1], or uint8 in 0 to 255.")
+    images = images.detach().float()
+    if not images.numel():
+        return images
+    low, high = (float(value) for value in images.aminmax())
+    if not math.isfinite(low + high):
+        raise DataError(f"{name} has NaN or infinite pixels; expected finite numbers in [-1, 1].")
+    if max(-low, high) > 1 + ROUNDING:
         raise DataError(
-            f"cannot read {name} as an image: {reason}; expected a complete image of ordinary size: "
-            "save it again, or smaller."
-        ) from error
-    return to_tensor(_square(pixels, size, form))
+            f"{name} has values from {low:g} to {high:g}; expected [-1, 1], where -1 is black: give uint8, or divide "
+            "0 to 255 by 127.5 and subtract 1."
+        )
+    return images.clamp(-1, 1)
 
 
-def _square(pixels: PILImage, size: int, form: ImageForm) -> PILImage:
-    """An RGB image as `size` x `size` pixels."""
-    if form.fit == "pad":
-        colour = ImageColor.getrgb(form.flatten or "gray")
-        return ImageOps.pad(pixels, (size, size), Image.Resampling.LANCZOS, color=colour)
-    if form.fit == "crop":
-        side = min(pixels.size)
-        left, top = (pixels.width - side) // 2, (pixels.height - side) // 2
-        pixels = pixels.crop((left, top, left + side, top + side))
-    return pixels if pixels.size == (size, size) else pixels.resize((size, size), Image.Resampling.LANCZOS)
+def picture_files(folder: str | Path) -> list[Path]:
+    """Image files of a folder by their endings, in the order of their names, without hidden ones and folders."""
+    files = (path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURE_ENDINGS)
+    return sorted(path for path in files if not path.name.startswith(".") and path.is_file())
 
 
-def _opened(source: str | Path | bytes) -> PILImage:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source))
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """PIL as this package expects it: no warnings amid the output, no half images, whatever the caller has set."""
+    with _lock(os.getpid()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+@cache
+def _lock(process: int) -> threading.RLock:
+    """The lock of `_undisturbed`, another one in every process: a fork would copy one that is held."""
+    return threading.RLock()
+
+
+@contextmanager
+def _opened(source: PictureSource, name: str) -> Iterator[PILImage]:
+    """The image of any source, with its size checked and, in a PNG file, its checksums, but not yet decoded."""
+    if isinstance(source, np.ndarray | Tensor):
+        yield _of_array(source)
+        return
+    if isinstance(source, Image.Image):
+        if getattr(source, "tile", None) and source.format not in (*FORMATS, "MPO"):
+            raise PictureError(
+                f"{name} is an undecoded {source.format} file; expected one of {', '.join(FORMATS)}: load it."
+            )
+        _check_size(source, name)
+        yield source
+        return
+    data = _bytes_of(source, name)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image, name)
+            if image.format == "PNG":
+                with Image.open(io.BytesIO(data), formats=("PNG",)) as twin:
+                    twin.verify()
+            yield image
+    except UnidentifiedImageError as error:
+        raise _unreadable(name, "its bytes are of no known format", "not a picture") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _unreadable(name, str(error), "huge picture") from error
+
+
+def _bytes_of(source: object, name: str) -> bytes:
+    """The bytes of a file, at most MAX_BYTES. Raises DataError."""
+    if isinstance(source, str | os.PathLike):
+        return _file_bytes(source, name)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    data = source.read(MAX_BYTES + 1) if hasattr(source, "read") else None
+    if not isinstance(data, bytes):
+        raise PictureError(
+            f"the image is {shown(source)} ({type(source).__name__}); expected the name of a file, bytes, an open "
+            "binary file, a PIL image, an array or a tensor.",
+            "not a picture",
+        )
+    return _bounded(data, name)
+
+
+def _file_bytes(path: str | os.PathLike[str], name: str) -> bytes:
+    try:
+        if Path(path).is_file():
+            with Path(path).open("rb") as file:
+                return _bounded(file.read(MAX_BYTES + 1), name)
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", name):
+            raise PictureError(f"cannot read {name} as an image: images are local files; download it first.")
+        reason = "it is no regular file" if Path(path).exists() else "No such file"
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise _unreadable(name, getattr(error, "strerror", None) or str(error), "not a picture") from error
+    raise _unreadable(name, reason, "not a picture")
+
+
+def _bounded(data: bytes, name: str) -> bytes:
+    if len(data) > MAX_BYTES:
+        raise _unreadable(name, f"it has more than {MAX_BYTES >> 20} MiB", "huge picture")
+    return data
+
+
+def _of_array(pixels: NDArray[Any] | Tensor) -> PILImage:
+    """A PIL image of uint8: an array (height, width[, 1, 3 or 4]) or a tensor (3, height, width). Raises ShapeError."""
+    array = pixels.detach().cpu().permute(1, 2, 0).numpy() if isinstance(pixels, Tensor) and _is_chw(pixels) else pixels
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or not _is_hwc(array) or not array.size:
+        wanted = "(3, height, width) uint8" if isinstance(pixels, Tensor) else "(height, width, 3) uint8"
+        raise ShapeError(f"image is {tuple(pixels.shape)} {pixels.dtype}; expected {wanted}, 0 black and 255 white.")
+    return Image.fromarray(np.ascontiguousarray(array.squeeze(2) if array.shape[2:] == (1,) else array))
+
+
+def _is_chw(pixels: Tensor) -> bool:
+    return pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.device.type != "meta"
+
+
+def _is_hwc(pixels: NDArray[Any]) -> bool:
+    return pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))
+
+
+def _unreadable(name: str, reason: str, kind: PictureReason) -> PictureError:
+    remedy = "expected a complete image of ordinary size: save it again, or smaller."
+    return PictureError(f"cannot read {name} as an image: {' '.join(reason.split()).rstrip('.')}; {remedy}", kind)
+
+
+def _check_size(image: PILImage, name: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise _unreadable(name, f"it has {image.width} x {image.height} pixels", "huge picture")
 
 
 def _check_readable(image: PILImage, name: str, *, allows_transparency: bool) -> None:
     """Raise DataError for an image that is complete but could be read only by guessing."""
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1:
-        raise DataError(f"{name} has {frames} frames; expected a still image: save the frame you mean.")
+    if image.format != "MPO" and getattr(image, "is_animated", False):  # the other frames of an MPO are depth, previews
+        raise PictureError(f"{name} has several frames; expected a still image: save the frame you mean.")
     if image.mode not in ("1", "L", "P", "RGB", "RGBA", "LA", "PA"):
-        raise DataError(f"{name} has colour mode {image.mode}; expected 8-bit RGB or grey: convert it first.")
-    if any(";16" in str(tile.args) for tile in getattr(image, "tile", ())):  # PIL drops half of the bits
-        raise DataError(f"{name} has 16 bits per channel; expected 8-bit RGB or grey: convert it first.")
+        raise PictureError(f"{name} has colour mode {image.mode}; expected 8-bit RGB or grey: convert it first.")
+    is_deep = any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))  # PIL drops half of the bits
+    if is_deep and image.format != "BMP":  # where it means 16 bits for three channels
+        raise PictureError(f"{name} has 16 bits per channel; expected 8-bit RGB or grey: convert it first.")
+    if min(image.size) < MIN_SIDE:
+        raise PictureError(f"{name} is {image.width} x {image.height} pixels; expected at least {MIN_SIDE} a side.")
     is_opaque = allows_transparency or not image.has_transparency_data
     if not is_opaque and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-        raise DataError(f"{name} has transparent pixels; expected an opaque image: put it on a background first.")
-    if min(image.size) < MIN_SIDE:
-        raise DataError(f"{name} is {image.width} x {image.height} pixels; expected at least {MIN_SIDE} a side.")
+        raise PictureError(f"{name} has transparent pixels; expected an opaque image: put it on a background first.")
+
+
+def _upright(image: PILImage) -> PILImage:
+    """The image turned as its EXIF data says, decoded to the end of its file."""
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data, about which PIL raises what it likes; the pixels are whole
+        return image
+
+
+def _square(image: PILImage, size: int, form: ImageForm) -> PILImage:
+    """An image as `size` x `size` pixels in sRGB."""
+    if form.fit == "crop":
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    pixels = _to_srgb(image, image.info.get("icc_profile"))
+    if form.flatten and image.has_transparency_data:
+        page = Image.new("RGB", image.size, form.flatten)
+        pixels = Image.composite(pixels, page, image.convert("RGBA").getchannel("A"))
+    if form.fit == "pad":
+        return ImageOps.pad(pixels, (size, size), Image.Resampling.LANCZOS, color=form.flatten or "gray")
+    return pixels if pixels.size == (size, size) else pixels.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def _to_srgb(image: PILImage, profile: bytes | None) -> PILImage:
+    """RGB of an image whose colours are those of an embedded profile. None, or one that is damaged, means sRGB."""
+    pixels = image.convert("RGB")
+    if not profile:
+        return pixels
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB": "RGB", "GRAY": "L"}[source.profile.xcolor_space.strip()]
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, KeyError):
+        return pixels
+    if (mode == "L") != (image.mode in ("1", "L", "LA")) or _moves_little(transform, mode):
+        return pixels
+    return ImageCms.applyTransform(image.convert(mode), transform) or pixels
+
+
+def _moves_little(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """True for a profile that is sRGB up to rounding, whatever its name: it moves no colour of a grid by over 2/255."""
+    steps = np.linspace(0, 255, 17).round().astype(np.uint8)
+    grid = steps[None] if mode == "L" else np.stack(np.meshgrid(steps, steps, steps), -1).reshape(17, -1, 3)
+    probe = Image.fromarray(grid)
+    moved = ImageCms.applyTransform(probe, transform)
+    assert moved is not None  # it is returned unless a transform is in place
+    return int(np.abs(np.asarray(moved, int) - np.asarray(probe.convert("RGB"), int)).max()) <= 2
 
 
 def contact_sheet(images: Sequence[PILImage], labels: Sequence[str], columns: int = 8, scale: int = 3) -> PILImage:
@@ -246,17 +467,20 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
     Raises DataError for a file that does not exist or is not an image.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()  # text may stand after the pixels
-            return {key: str(text) for key, text in getattr(image, "text", {}).items()}
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all from PIL
-        raise DataError(f"cannot read {path} as an image: {error}.") from error
+    with _undisturbed():
+        try:
+            with _opened(path, str(path)) as image:
+                image.load()  # text may stand after the pixels
+                return {key: str(text) for key, text in getattr(image, "text", {}).items()}
+        except DataError:
+            raise
+        except Exception as error:  # PIL's readers raise what they like on bad bytes
+            raise _unreadable(str(path), str(error) or type(error).__name__, "damaged picture") from error
 
 
-def _rgb(image: PILImage, colour: str = "white") -> PILImage:
+def _rgb(image: PILImage) -> PILImage:
     if image.has_transparency_data:
-        page = Image.new("RGBA", image.size, ImageColor.getrgb(colour))
+        page = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(page, image.convert("RGBA"))
     return image.convert("RGB")
 

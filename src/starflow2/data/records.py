@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image as PilImage
-from PIL import UnidentifiedImageError
 from torch import Tensor
 
-from starflow2.core.images import AS_UPLOADED, ImageForm, read_picture
+from starflow2.core.images import AS_UPLOADED, ImageForm, PictureError, read_picture
 from starflow2.core.json_reader import parse_record
+from starflow2.core.text import clean
 from starflow2.data.shards import inside, read_file
-from starflow2.errors import DataError
+from starflow2.errors import DataError, PromptError
 
 __all__ = ["REASONS", "Broken", "Part", "Photo", "Record", "decode", "typed"]
 
@@ -28,6 +27,7 @@ REASONS = (
     "wrong type",  # the value of a field has another type than in the schema
     "missing text",
     "empty text",
+    "hidden signs",  # control characters and others that no reader sees
     "missing picture",  # no such member, column or file
     "empty picture",  # zero bytes
     "not a picture",
@@ -68,22 +68,8 @@ def decode(photo: Photo, size: int, form: ImageForm = AS_UPLOADED) -> Tensor:
         raise Broken("empty picture", "it has no bytes")
     try:
         return read_picture(photo.data, size, form)
-    except DataError as error:
-        raise Broken(_picture_reason(error.__cause__), str(error)) from error
-    except Exception as error:  # PIL's readers raise what they like on bad bytes
-        raise Broken("damaged picture", f"{type(error).__name__}: {error}") from error
-
-
-def _picture_reason(cause: BaseException | None) -> str:
-    match cause:
-        case None:  # undamaged, but of a kind that has no one reading as RGB
-            return "unfit picture"
-        case UnidentifiedImageError():
-            return "not a picture"
-        case PilImage.DecompressionBombError() | PilImage.DecompressionBombWarning():
-            return "huge picture"
-        case _:
-            return "damaged picture"
+    except PictureError as error:
+        raise Broken(error.reason, str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +97,10 @@ class Record:
         """The text of a field, which must not be missing, nor empty unless that is allowed."""
         if not self.has(name):
             raise Broken("missing text", f"no {name}; there are {self._names}")
-        words = _decoded(self.values[name], name).strip()
+        try:
+            words = clean(_decoded(self.values[name], name), name).strip()
+        except PromptError as error:
+            raise Broken("hidden signs", str(error)) from error
         if not words and not allows_blank:
             raise Broken("empty text", f"{name} holds no words")
         return words
@@ -151,11 +140,11 @@ class Record:
 
 
 def _decoded(value: object, name: str = "the record") -> str:
-    """A string, from one or from its UTF-8 bytes."""
+    """A string, from one or from its UTF-8 bytes, with or without a byte order mark."""
     if not isinstance(value, bytes):
         return typed(value, str, name)
     try:
-        return value.decode("utf-8")
+        return value.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Broken("bad UTF-8", f"{name}: {error}") from error
 

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from starflow2.core.fields import Config, Positive, Size
 from starflow2.core.json_reader import parse_json
 from starflow2.core.serialize import from_dict, to_dict
-from starflow2.errors import CheckpointError, StateError
+from starflow2.errors import CheckpointError, ConfigError, StateError
 from starflow2.flow import AffineBlock
 from starflow2.models.components import Components
 from starflow2.models.tensor_file import Expected, check_tensors, load_signed, read_metadata, save_tensors

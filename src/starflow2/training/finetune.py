@@ -8,21 +8,24 @@ Not here: the loop (`loop.fit_task`), how adapters are added.
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from starflow2.core.fields import Config, Count, Positive, Range, Seed
 from starflow2.core.files import check_writable
-from starflow2.core.images import read_picture
+from starflow2.core.images import PICTURE_ENDINGS, picture_files, read_picture
+from starflow2.core.text import clean, read_text
 from starflow2.data.dialogue import Dialogue, Turn, is_lone_drawing, replace_pictures
 from starflow2.data.mixture import conversations
-from starflow2.errors import ConfigError, DataError, StateError
+from starflow2.errors import ConfigError, DataError, PromptError, StateError
 from starflow2.models import lora
 from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
@@ -41,31 +44,24 @@ from starflow2.world.scene import IMAGE_SIZE, SceneDialogue, stream
 
 __all__ = ["Album", "AlbumMixture", "FinetuneConfig", "finetune", "finetune_task", "read_album"]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _ALBUM_STREAM = 31
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(Config):
     """Steps, batch, learning rate and size of the adapters.
 
     With nano on two cores: 14 minutes, after which 50 of 64 images show a colour that it had never seen, where the
     codec leaves 84 % of true ones recognisable (`scripts/teach_word.py`, docs/LOG.md).
     """
 
-    steps: int = 1000
-    batch: int = 32  # images per step
-    lr: float = 1e-3
-    replay: float = 0.5  # share of every batch that comes from what the model was trained on
+    steps: Count = 1000
+    batch: Count = 32  # images per step
+    lr: Positive = 1e-3
+    replay: Annotated[float, Range(least=0, below=1)] = 0.5  # share of every batch from what the model was trained on
     mixture: str = ""  # mixture file that replayed conversations come from; "": the drawn world
     lora: LoraConfig = field(default_factory=LoraConfig)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
-            raise ConfigError(f"steps is {self.steps} and batch {self.batch}; expected at least 1 each.")
-        if not 0 <= self.replay < 1:
-            raise ConfigError(f"replay is {self.replay}; expected a share of at least 0 and less than 1.")
+    seed: Seed = 0
 
     def stage(self) -> StageConfig:
         """The stage of training with these settings; AdamW alone, since Muon is not made for thin matrices."""
@@ -92,21 +88,38 @@ def read_album(folder: str | Path, size: int) -> Album:
     size: pixels of a side. Raises DataError for a folder without images, an image that cannot be read, a caption that
     is missing or empty.
     """
-    folder = Path(folder)
-    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES)
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder} is no folder; expected one with image files and a .txt beside each.")
+    files = picture_files(folder)
     if not files:
-        raise DataError(f"{folder} holds no images; expected {', '.join(SUFFIXES)} files with a .txt beside each.")
-    captions = []
+        raise DataError(
+            f"{folder} holds no images; expected image files with a .txt beside each, {', '.join(PICTURE_ENDINGS)}."
+        )
+    images, captions, refused = list[Tensor](), list[str](), list[str]()
     for file in files:
-        caption_file = file.with_suffix(".txt")
         try:
-            text = " ".join(caption_file.read_text("utf-8").split())
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {caption_file}, the caption of {file.name}: {error}.") from error
-        if not text:
-            raise DataError(f"{caption_file} is empty; expected the caption of {file.name}.")
-        captions.append(text)
-    return Album(torch.stack([read_picture(file, size) for file in files]), tuple(captions))
+            captions.append(_caption(file))
+            images.append(read_picture(file, size))
+        except (DataError, PromptError) as error:
+            refused.append(str(error))
+    if refused:
+        more = f" And {len(refused) - 3} more." if len(refused) > 3 else ""
+        raise DataError(f"{len(refused)} of {len(files)} images cannot be used: {' '.join(refused[:3])}{more}")
+    return Album(torch.stack(images), tuple(captions))
+
+
+def _caption(file: Path) -> str:
+    """The caption in the text file beside an image, on one line. Raises DataError, PromptError for hidden signs."""
+    path = file.with_suffix(".txt")
+    if not path.exists():
+        path = next((p for p in file.parent.glob(f"{glob.escape(file.stem)}.*") if p.suffix.lower() == ".txt"), path)
+    try:
+        text = " ".join(clean(read_text(path), str(path)).split())
+    except DataError as error:
+        raise DataError(f"no caption of {file.name}: {error}") from error
+    if not text:
+        raise DataError(f"{path} is empty; expected the caption of {file.name}.")
+    return text
 
 
 Replay = Callable[[int, np.random.Generator], Dialogue[Tensor]]  # item number i of what is replayed
@@ -217,9 +230,9 @@ def finetune_task(components: Components, album: Album, config: FinetuneConfig) 
         )
     if config.mixture:
         components.vocabulary = frozenset()  # real text may hold any word
-    elif components.vocabulary:
-        components.vocabulary |= album.words
     album = Album(album.images, tuple(normalized(components, text) for text in album.captions))
+    if components.vocabulary:
+        components.vocabulary |= album.words
     longest = max(len(components.tokenizer.drawing_prompt(text)) for text in album.captions)
     if longest > components.cfg.max_prompt_tokens:
         raise DataError(f"a caption has {longest} tokens; this model reads up to {components.cfg.max_prompt_tokens}.")
