@@ -14,8 +14,11 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
+from starflow2.core.fields import SEEDS, Range, number, whole
 from starflow2.core.files import replacing
-from starflow2.core.images import PILImage, to_pil
+from starflow2.core.images import PictureSource, PILImage, checked_pixels, read_picture, to_pil
+from starflow2.core.text import shown
+from starflow2.core.torch_defaults import inference_defaults, torch_defaults
 from starflow2.errors import ConfigError, StateError
 from starflow2.inference.cleanup import denoised
 from starflow2.inference.config import DrawConfig
@@ -29,9 +32,11 @@ from starflow2.inference.vlm_answer import answer
 from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
 from starflow2.models.hub import find_model, pick_device
-from starflow2.models.prompts import check_words, normalized
+from starflow2.models.prompts import check_words, listed_prompts, normalized
 
 __all__ = ["Drawing", "StarFlow2"]
+
+MAX_IMAGES = 2**16  # of a prompt in one call
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,7 @@ def _words(blocks: Sequence[str | DecodedImage]) -> str:
     return " ".join(block for block in blocks if isinstance(block, str))
 
 
-def _shown(image: str | Path | PILImage | Tensor) -> Path | PILImage | Tensor:
+def _shown(image: PictureSource) -> PictureSource:
     """An image for a session: a file name becomes a Path there, since a str would be words."""
     return Path(image) if isinstance(image, str) else image
 
@@ -79,6 +84,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
     # -- pictures -----------------------------------------------------------------------------------
 
+    @inference_defaults()
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -93,11 +99,9 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         Equal prompt and seed give equal images (<= 1e-4) whatever else is in the call.
         Raises PromptError for an empty, overlong or unknown-word prompt, ConfigError for n < 1.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if n < 1:
-            raise ConfigError(f"n is {n}; expected at least 1 picture per prompt.")
-        if not -(2**63) <= seed <= 2**63 - n:
-            raise ConfigError(f"seed is {seed}; expected a 64-bit integer.")
+        prompts = listed_prompts(prompts)
+        n, seed = whole(n, "n", Range(least=1, most=MAX_IMAGES)), whole(seed, "seed", SEEDS)
+        whole(seed + n - 1, "the last seed", SEEDS)
         for prompt in prompts:
             self.check_prompt(prompt)
         config = config or self.settings
@@ -115,6 +119,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             for (image, gain), (prompt, s) in zip(drawn, pairs, strict=True)
         ]
 
+    @inference_defaults()
     def draw(
         self,
         prompts: Sequence[str],
@@ -136,8 +141,11 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         """Settings of calls that give none of their own."""
         return self.config or DrawConfig.for_model(self.components)
 
+    @inference_defaults()
     def sampler(self, config: DrawConfig | None = None) -> Sampler:
         """Both streams ready for sampling with the weights of this moment, copied where the precision asks for it."""
+        if config is not None and not isinstance(config, DrawConfig):
+            raise ConfigError(f"config is {shown(config)} ({type(config).__name__}); expected a DrawConfig.")
         return Sampler(self.components, config or self.settings)
 
     def _drawn(
@@ -153,6 +161,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             raise ConfigError(
                 f"{len(prompts)} prompts and {len(seeds)} seeds; expected equally many, and at least one of each."
             )
+        seeds = [whole(seed, "seed", SEEDS) for seed in seeds]
         sampler, done = self.sampler(config), 0
         total = len(prompts) * sampler.layout.num_latents
 
@@ -182,23 +191,29 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
     # -- conversations ------------------------------------------------------------------------------
 
+    @inference_defaults()
     def session(self, *, seed: int = 0, config: DrawConfig | None = None) -> Session:
         """A conversation with this model. Raises StateError if its streams were not trained together."""
         return Session(self.sampler(config), seed)
 
-    def ask(self, image: str | Path | PILImage | Tensor, question: str) -> str:
-        """An answer about an image. Raises PromptError, DataError."""
+    @inference_defaults()
+    def ask(self, image: PictureSource, question: str) -> str:
+        """An answer about an image: a file, bytes, a PIL image, uint8, or a tensor (3, s, s) in [-1, 1].
+
+        Raises PromptError, and DataError and ShapeError, see `core.images.read_picture`.
+        """
         return self.session().add(_shown(image), question).write()
 
+    @inference_defaults()
     def edit(
         self,
-        image: str | Path | PILImage | Tensor,
+        image: PictureSource,
         instruction: str,
         *,
         seed: int = 0,
         config: DrawConfig | None = None,
     ) -> Drawing:
-        """The image, changed by an instruction. Raises PromptError, DataError."""
+        """The image, changed by an instruction; image as in `ask`. Raises PromptError, DataError, ShapeError."""
         session = self.session(seed=seed, config=config)
         made = session.add(_shown(image), instruction).draw()
         used = session.sampler.config
@@ -211,58 +226,75 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
     # -- many at once, for suites
 
+    @inference_defaults()
     def answers(self, images: Sequence[Sequence[Tensor]], questions: Sequence[str], tokens: int = 48) -> list[str]:
         """One answer per (pictures, question), greedy; pictures (3, s, s) in [-1, 1], any number each."""
         talks: list[list[list[str | Tensor]]] = [
-            [[*shown, normalized(self.components, q)]] for shown, q in zip(images, questions, strict=True)
+            [[*map(self._picture, pictures), normalized(self.components, q)]]
+            for pictures, q in zip(images, questions, strict=True)
         ]
         replies = generate_replies(self.sampler(), talks, [0] * len(talks), ReplyLimits(tokens=tokens, pictures=0))
         return [_words(blocks) for (blocks,) in replies]
 
+    @inference_defaults()
     def answers_after(self, pasts: Sequence[Sequence[PastTurn]], questions: Sequence[str]) -> list[str]:
         """One greedy answer per question, each after past turns (user, assistant) of words and images (3, s, s)."""
 
         def read(side: Sequence[str | Tensor]) -> list[str | Tensor]:
-            return [normalized(self.components, part) if isinstance(part, str) else part for part in side]
+            return [normalized(self.components, p) if isinstance(p, str) else self._picture(p) for p in side]
 
         turns = [[(read(user), read(assistant)) for user, assistant in past] for past in pasts]
         texts = [[normalized(self.components, question)] for question in questions]
         replies = reply_after(self.sampler(), turns, texts, ReplyLimits(tokens=48, pictures=0))
         return [_words(blocks) for blocks in replies]
 
+    @inference_defaults()
     def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:
         """Answers of the language model alone, which sees images (B, 3, s, s) through its own vision tower."""
+        images = checked_pixels(images, "images")
         return answer(self.components, images, [normalized(self.components, q) for q in questions])
 
+    @inference_defaults()
     def edits(self, images: Tensor, instructions: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Images (B, 3, s, s) in [-1, 1], each changed by its instruction."""
-        turns = [[[image, normalized(self.components, text)]] for image, text in zip(images, instructions, strict=True)]
+        turns = [
+            [[self._picture(image), normalized(self.components, text)]]
+            for image, text in zip(images, instructions, strict=True)
+        ]
+        seeds = [whole(seed, "seed", SEEDS) for seed in seeds]
         replies = generate_replies(self.sampler(), turns, seeds, ReplyLimits(tokens=0, pictures=1), draws=True)
         return torch.stack([p.image for ((p, *_),) in replies if isinstance(p, DecodedImage)]).cpu()
 
+    @inference_defaults()
     def tell(self, talks: Sequence[Sequence[str]], seeds: Sequence[int]) -> list[list[list[str | Tensor]]]:
         """Replies to every turn of every conversation: words and images (3, s, s) in the model's own order."""
         turns = [[[normalized(self.components, turn)] for turn in talk] for talk in talks]
+        seeds = [whole(seed, "seed", SEEDS) for seed in seeds]
         replies = generate_replies(self.sampler(), turns, seeds, ReplyLimits(tokens=64, pictures=1))
         return [[[b if isinstance(b, str) else b.image for b in turn] for turn in talk] for talk in replies]
 
     # -- likelihood -----------------------------------------------------------------------------------
 
+    @inference_defaults()
     def score(self, prompt: Sequence[Said], reply: Sequence[Said]) -> Score:
         """Log probability of `reply` after `prompt`, token by token and patch by patch; see `likelihood.score`.
 
-        Either side is a sequence of words (str) and pictures: a Path, a PIL image, or a tensor (3, s, s) in [-1, 1].
+        Either side is a list of words (str) and images: a Path, bytes, a PIL image, uint8, or (3, s, s) in [-1, 1].
         Raises PromptError for words the model does not know, DataError and ShapeError for pictures it cannot take.
         """
+        for name, side in (("prompt", prompt), ("reply", reply)):
+            if not isinstance(side, list | tuple):
+                wanted = "expected a list of words and images"
+                raise ConfigError(f"{name} is {shown(side)} ({type(side).__name__}); {wanted}, such as [{name}].")
         before, after = ([checked_part(self.components, part) for part in side] for side in (prompt, reply))
         return score(self.sampler(), before, after)
 
-    def invert(self, image: str | Path | PILImage | Tensor, prompt: str = "") -> Code:
+    @inference_defaults()
+    def invert(self, image: PictureSource, prompt: str = "") -> Code:
         """The latent code from which `prompt` draws this image; see `likelihood.invert`. Raises as `score` does."""
-        shown = checked_part(self.components, _shown(image))
-        assert isinstance(shown, Tensor)
-        return invert(self.sampler(), shown, self._prompt(prompt))
+        return invert(self.sampler(), self._picture(image), self._prompt(prompt))
 
+    @inference_defaults()
     def from_code(self, code: Code, prompt: str = "") -> PILImage:
         """The image that `prompt` draws from a code: with the prompt of `invert` the same one, else an edit.
 
@@ -270,16 +302,21 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         """
         return to_pil(decode_code(self.sampler(), code.z, self._prompt(prompt)).image)
 
+    def _picture(self, image: PictureSource) -> Tensor:
+        """An image as the model reads it, (3, s, s) in [-1, 1]."""
+        return read_picture(image, self.components.cfg.fae.image_size)
+
     def _prompt(self, prompt: str) -> str:
         """The prompt as the model reads it; "" for none."""
-        return str(checked_part(self.components, prompt)) if prompt.strip() else ""
+        return str(checked_part(self.components, prompt)) if normalized(self.components, prompt).strip() else ""
 
+    @inference_defaults()
     def roundtrip(self, images: Tensor, noise_level: float = 0.0, seed: int = 0) -> Tensor:
         """images (B, 3, h, w) through the codec and back, with noise of that level on the latents."""
-        with torch.no_grad():
-            latents = self.components.codec.encode(images.to(self.device))
-            eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-            return self.components.codec.decode(latents + noise_level * eps.to(latents)).cpu()
+        noise_level = number(noise_level, "noise_level", Range(least=0))
+        latents = self.components.codec.encode(checked_pixels(images, "images").to(self.device))
+        eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(whole(seed, "seed", SEEDS)))
+        return self.components.codec.decode(latents + noise_level * eps.to(latents)).cpu()
 
     @property
     def sampling_noise(self) -> float:
@@ -292,6 +329,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
     # -- files and Hub --------------------------------------------------------------------------------
 
+    @inference_defaults()
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -316,8 +354,9 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         return self.push_to_hub(repo_id=repo_id or folder.name, model_card_kwargs=card, **hub)
 
     @classmethod
+    @torch_defaults()
     def from_pretrained(  # type: ignore[override]
-        cls, name: str | Path = "nano", *, device: str = "auto", **hub: Any
+        cls, name: str | Path = "nano", *, device: str | int | torch.device | None = "auto", **hub: Any
     ) -> StarFlow2:
         """A model by name ("nano"), folder or Hub id; `hub` goes to huggingface_hub's download.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from starflow2.core.torch_defaults import inference_defaults
 from starflow2.errors import ConfigError, PromptError
 from starflow2.inference.decoder import BatchDecoder, ReplyLimits
 from starflow2.inference.events import Completed, DecodedImage, RowEvent, Token
@@ -25,6 +26,7 @@ ReplyPart = str | DecodedImage  # words or an image of the model's
 Watch = Callable[[RowEvent], None]
 
 
+@inference_defaults()
 def generate_replies(
     sampler: Sampler,
     conversations: Sequence[UserTurns],
@@ -48,6 +50,7 @@ def generate_replies(
     return replies
 
 
+@inference_defaults()
 def reply_after(
     sampler: Sampler, pasts: Sequence[Sequence[PastTurn]], questions: Sequence[Sequence[Part]], limits: ReplyLimits
 ) -> list[list[ReplyPart]]:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from starflow2.errors import ConfigError
+from starflow2.core.fields import number
+from starflow2.core.torch_defaults import inference_defaults
+from starflow2.errors import ConfigError, DataError
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.inference.conversations import Part, generate_replies
 from starflow2.inference.decoder import ReplyLimits
@@ -69,7 +71,7 @@ class _Turn:
     assistant: Sequence[Part]
 
 
-@torch.no_grad()
+@inference_defaults()
 def score(
     sampler: Sampler, prompt: Sequence[Part], reply: Sequence[Part], *, noise_level: float | None = None
 ) -> Score:
@@ -81,7 +83,7 @@ def score(
     if not reply:
         raise ConfigError("there is nothing to score: the reply is empty.")
     low, high = sampler.upload_level, sampler.noise_level
-    if noise_level is not None and not low <= noise_level <= high:
+    if noise_level is not None and not low <= number(noise_level, "noise_level") <= high:
         raise ConfigError(f"noise_level is {noise_level}; expected one that was trained, {low:g} to {high:g}.")
     output, levels = _read(sampler, _Turn(prompt, reply), noise_level)
     tokenizer = sampler.components.tokenizer
@@ -133,7 +135,7 @@ class Code:
     log_prob: float
 
 
-@torch.no_grad()
+@inference_defaults()
 def invert(sampler: Sampler, image: Tensor, prompt: str) -> Code:
     """The code from which `prompt` draws this image again: image (3, s, s) in [-1, 1] -> z (N, D).
 
@@ -143,8 +145,11 @@ def invert(sampler: Sampler, image: Tensor, prompt: str) -> Code:
     return Code(output.z[0], float(standard_normal_log_prob(output.z)[0]))
 
 
+@inference_defaults()
 def decode_code(sampler: Sampler, z: Tensor, prompt: str) -> DecodedImage:
     """The image that `prompt` draws from a code; the prompt of `invert` gives its image back, another one edits it."""
+    if not bool(z.isfinite().all()):
+        raise DataError("code has NaN or infinite numbers; expected one that invert returned.")
     turns = [[[prompt] if prompt else []]]
     reply = generate_replies(sampler.with_code(z), turns, [0], ReplyLimits(tokens=0, pictures=1), draws=True)[0][0]
     return next(part for part in reply if isinstance(part, DecodedImage))

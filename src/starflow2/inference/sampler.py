@@ -12,7 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from starflow2.errors import ConfigError
+from starflow2.core.torch_defaults import inference_defaults
+from starflow2.errors import ConfigError, StateError
 from starflow2.inference.config import DrawConfig
 from starflow2.models.components import Components
 from starflow2.models.joint_stream import JointStream, Trace
@@ -30,7 +31,9 @@ class Sampler:
     cannot take.
     """
 
+    @inference_defaults()
     def __init__(self, components: Components, config: DrawConfig | None = None) -> None:
+        _check_precision(components)
         self.components = components
         self.config = config or DrawConfig.for_model(components)
         if self.config.cleanup != "none" and "joint" in components.finished_stages:
@@ -123,3 +126,16 @@ class Sampler:
     def upload_level(self) -> float:
         """Noise level at which images from outside enter."""
         return self.components.cfg.upload_level
+
+
+def _check_precision(components: Components) -> None:
+    """Raise StateError for a codec or flow in half precision, whose likelihoods would be off by hundreds of nats."""
+    for name in ("fae", "flow", "joints"):
+        module = getattr(components, name, None)
+        types = () if module is None else (weight.dtype for weight in module.parameters())
+        half = next((dtype for dtype in types if dtype.itemsize < 4), None)
+        if half is not None:
+            raise StateError(
+                f"{name} has weights of {half}; expected float32 or float64, which exact likelihoods need: load the "
+                "model again, or call float() on its components."
+            )

@@ -18,9 +18,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from starflow2.core.images import PILImage, read_picture, to_pil
-from starflow2.errors import DataError, PromptError, StateError
+from starflow2.core.fields import SEEDS, whole
+from starflow2.core.images import PictureSource, read_picture, to_pil
+from starflow2.core.torch_defaults import inference_defaults
+from starflow2.errors import PromptError, StateError
 from starflow2.inference.decoder import BatchDecoder, ReplyLimits
+from starflow2.inference.doors import InUse, exclusive, exclusive_events
 from starflow2.inference.events import (
     Begun,
     Completed,
@@ -50,7 +53,7 @@ from starflow2.models.joint_stream import PretzelCache
 from starflow2.models.prompts import check_words, normalized
 from starflow2.models.sequence import Cursor
 from starflow2.models.tokenizer import ChatTokenizer
-from starflow2.nn import Cache, check
+from starflow2.nn import Cache
 
 __all__ = [
     "Mark",
@@ -60,7 +63,7 @@ __all__ = [
     "checked_part",
 ]
 
-Said = str | Path | PILImage | Tensor  # words, or an image: a file, a PIL image, or a tensor (3, s, s) in [-1, 1]
+Said = PictureSource  # a str is words; anything else an image, see `core.images.read_picture`
 
 _BRANCHES = itertools.count()
 
@@ -99,12 +102,14 @@ class Session:
     >>> session.add("make the star blue").draw()  # doctest: +SKIP
     """
 
+    @inference_defaults()
     def __init__(self, sampler: Sampler, seed: int = 0) -> None:
         missing = [stage for stage in ("t2i", "adapter", "joint") if stage not in sampler.components.finished_stages]
         if missing:
             done = ", ".join(sampler.components.finished_stages) or "none"
             raise StateError(f"this model has finished stages {done}; a session needs {missing[0]}, too.")
-        self.sampler, self.seed = sampler, seed
+        self.sampler, self.seed = sampler, whole(seed, "seed", SEEDS)
+        self.in_use = InUse()
         self.pieces: list[Piece] = []
         self.encode_calls = 0  # how often an image from outside was encoded
         self._rows = BatchDecoder(sampler, 1)
@@ -118,8 +123,11 @@ class Session:
 
     # -- input
 
+    @exclusive
     def add(self, *parts: Said) -> Session:
-        """Add words (str) or images: a Path, a PIL image, or a tensor (3, s, s) in [-1, 1]. Encoded once, here.
+        """Add words (str) or images: a Path, bytes, a PIL image, an array, or a tensor (3, s, s) in [-1, 1].
+
+        An image is encoded once, here; `core.images.read_picture` says how each kind is read, and its range.
 
         All parts are checked before any of them is added. Raises PromptError for words the model cannot take or a
         conversation longer than it reads, DataError and ShapeError for images it cannot.
@@ -174,6 +182,7 @@ class Session:
 
     # -- output
 
+    @exclusive_events
     def run(self, *, tokens: int = 64, pictures: int = 1, temperature: float = 0.0) -> Iterator[Event]:
         """Let the model reply, deciding itself what comes next: words, an image, or both.
 
@@ -181,11 +190,13 @@ class Session:
         """
         yield from self._reply(ReplyLimits(tokens=tokens, pictures=pictures, temperature=temperature))
 
+    @exclusive
     def write(self, *, tokens: int = 64, temperature: float = 0.0) -> str:
         """Let the model reply in words, and return them."""
         events = self._reply(ReplyLimits(tokens=tokens, pictures=0, temperature=temperature))
         return "".join(e.text for e in events if isinstance(e, Wrote)).strip()
 
+    @exclusive
     def draw(self) -> Made:
         """Let the model reply with an image and nothing else, and return it."""
         events = list(self._reply(ReplyLimits(tokens=0, pictures=1), draws=True))
@@ -267,6 +278,7 @@ class Session:
                 f"{self.sampler.components.cfg.max_positions}: rewind, or start a new session."
             )
 
+    @exclusive
     def mark(self) -> Mark:
         """The current state, to `rewind` to."""
         self._check_idle()
@@ -282,6 +294,7 @@ class Session:
             is_open=self._is_open,
         )
 
+    @exclusive
     def rewind(self, mark: Mark) -> None:
         """Forget everything since `mark`; what came before stays bit-equal.
 
@@ -307,10 +320,12 @@ class Session:
         self._branch = next(_BRANCHES)
         self._valid[self._branch] = math.inf
 
+    @exclusive
     def fork(self) -> Session:
         """A second session with the same past; the two never share memory."""
         self._check_idle()
         twin = copy.copy(self)
+        twin.in_use = InUse()
         twin.pieces = list(self.pieces)
         twin._rows = self._rows.fork()
         for branch in (self, twin):
@@ -319,6 +334,7 @@ class Session:
 
     # -- files
 
+    @exclusive
     def save(self, path: str | Path) -> None:
         """Write the whole state as one safetensors file. Raises OutputError, and StateError while a reply is made."""
         self._check_idle()
@@ -354,6 +370,7 @@ class Session:
         return tensors
 
     @classmethod
+    @inference_defaults()
     def load(cls, path: str | Path, sampler: Sampler) -> Session:
         """Load a saved session; it goes on exactly where it was, with the guidance and prior scale that it had.
 
@@ -391,19 +408,10 @@ def checked_part(components: Components, part: Said) -> str | Tensor:
 
     Raises PromptError for words it does not know, DataError and ShapeError for pictures it cannot take.
     """
-    size = components.cfg.fae.image_size
     if isinstance(part, str):
         check_words(components, part)
         return normalized(components, part)
-    return _checked(part, size) if isinstance(part, Tensor) else read_picture(part, size)
-
-
-def _checked(image: Tensor, size: int) -> Tensor:
-    """A picture that is a tensor already. Raises ShapeError, and DataError where a pixel is not a finite number."""
-    check(image, "C H W", "picture", C=3, H=size, W=size)
-    if not bool(image.isfinite().all()):
-        raise DataError("picture: expected finite numbers in [-1, 1], got NaN or infinity.")
-    return image
+    return read_picture(part, components.cfg.fae.image_size)
 
 
 def _saved(piece: Piece) -> SavedPiece:

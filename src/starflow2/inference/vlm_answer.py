@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
+from starflow2.core.torch_defaults import inference_defaults
 from starflow2.errors import ConfigError, StateError
 from starflow2.models.components import Components
 from starflow2.models.sequence import Batch, Image, Text, pack, text_mrope, with_pictures
@@ -22,7 +22,7 @@ __all__ = ["answer"]
 _BATCH = 64  # rows at once
 
 
-@torch.no_grad()
+@inference_defaults()
 def answer(components: Components, images: Tensor, questions: Sequence[str], *, max_tokens: int = 48) -> list[str]:
     """One answer per (image, question), each of at most `max_tokens` tokens; the likeliest token at every step.
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from starflow2.core.folders import is_ours, replacing_content, stamp, whole
 from starflow2.core.serialize import to_dict
+from starflow2.core.torch_defaults import torch_defaults
 from starflow2.errors import CheckpointError, ConfigError, nearest
 from starflow2.flow import AffineBlock, Flow
 from starflow2.models.components import Components
@@ -127,6 +128,7 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+@torch_defaults()
 def load_components(
     folder: str | Path, device: str | torch.device = "cpu", waiting: tuple[str, ...] = ()
 ) -> Components:
@@ -234,6 +236,7 @@ def _waits(name: str, waiting: tuple[str, ...]) -> bool:
     return name.split(".")[0] in waiting and ".layers." in name
 
 
+@torch_defaults()
 def start_components(cfg: ModelConfig, device: str | torch.device = "cpu") -> Components:
     """Components for the first stage of a model with pretrained backbones: these loaded, everything else fresh.
 

@@ -136,7 +136,8 @@ class Fae(nn.Module):
         """Features (B, N, F) -> standardised latents (B, N, D) float32, the posterior mean."""
         check(feats, "B N F", "feats", F=self.cfg.feature_dim)
         mean, _ = self.encoder(feats)
-        return self._standardized(mean)
+        stored = self.standardize  # not called: in train mode it would use, and change by, this batch
+        return F.batch_norm(_rows(mean), stored.running_mean, stored.running_var, eps=stored.eps).view(mean.shape)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, N, D), clean or noisy up to noise_max -> images (B, 3, height, width)."""
@@ -148,7 +149,7 @@ class Fae(nn.Module):
         mean, log_var = self.encoder(feats)
         draw = torch.randn(2, *mean.shape, generator=generator).to(mean.device)
         level = torch.rand(len(mean), 1, 1, generator=generator).to(mean.device)
-        latents = self._standardized(mean + torch.exp(0.5 * log_var) * draw[0])
+        latents = self.standardize(_rows(mean + torch.exp(0.5 * log_var) * draw[0])).view(mean.shape)
         rebuilt = self.feature_decoder(latents + self.cfg.noise_max * level * draw[1])
         drawn = at_least_fp32(self.pixel_decoder(rebuilt))
         kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
@@ -159,8 +160,10 @@ class Fae(nn.Module):
         total = pixel + cfg.edge_weight * edge + cfg.feature_weight * feature + cfg.kl_weight * kl
         return FaeLosses(total, feature, kl, pixel, edge, drawn, latents)
 
-    def _standardized(self, x: Tensor) -> Tensor:
-        return self.standardize(at_least_fp32(x).flatten(0, 1)).view(x.shape)
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, N, D) -> (B * N, D), float32 or better."""
+    return at_least_fp32(x).flatten(0, 1)
 
 
 def _pyramid_l1(a: Tensor, b: Tensor, levels: int = 3) -> Tensor:
