@@ -257,7 +257,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
     @inference_defaults()
     def edits(self, images: Tensor, instructions: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Images (B, 3, s, s) in [-1, 1], each changed by its instruction."""
-        turns = [
+        turns: list[list[list[str | Tensor]]] = [
             [[self._picture(image), normalized(self.components, text)]]
             for image, text in zip(images, instructions, strict=True)
         ]

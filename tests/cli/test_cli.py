@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -274,6 +275,80 @@ def test_control_c_ends_with_130_and_no_traceback(capsys):
     Path("stopped.py").write_text("def recipe():\n    raise KeyboardInterrupt\n")
     assert main(["info", "stopped:recipe"]) == 130
     assert capsys.readouterr().err.endswith("starflow2: interrupted\n")
+
+
+# -- the terminal -----------------------------------------------------------------------------------------------------
+
+
+def shell(line: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """What becomes of a shell line in which `starflow2` is this program."""
+    program = f'starflow2() {{ "{sys.executable}" -m starflow2 "$@"; }}; set -o pipefail; {line}'
+    return subprocess.run(["bash", "-c", program], capture_output=True, text=True, env={**os.environ, **environ})
+
+
+def test_a_reader_that_leaves_or_a_full_disk_costs_no_traceback():
+    done = shell("starflow2 --help | true")
+    assert done.returncode in (0, 141) and done.stderr == ""
+    done = shell("starflow2 --help > /dev/full")
+    assert done.returncode == 2
+    assert done.stderr == "starflow2: error: cannot use standard output: No space left on device.\n"
+    assert shell("starflow2 --help >&-").stderr == shell("starflow2 nothing 2>&-").stderr == ""
+
+
+def test_help_stays_readable_in_narrow_columns_and_without_docstrings():
+    done = shell("starflow2 generate --help", COLUMNS="20")
+    assert "images per prompt" in done.stdout and max(map(len, done.stdout.splitlines())) <= 60
+    plain = subprocess.run(
+        [sys.executable, "-OO", "-m", "starflow2", "generate", "--help"], capture_output=True, text=True
+    )
+    assert plain.returncode == 0 and "Generate(" not in plain.stdout and "--prior-scale" in plain.stdout
+
+
+def test_another_locale_is_named_and_costs_no_traceback(tmp_path):
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = shell("starflow2 generate 'a red circle' -o na\u00efve.png", **locale)
+    assert done.returncode == 2 and "locale's encoding, ascii; set PYTHONUTF8=1" in done.stderr
+    done = shell("starflow2 wuerfel", **locale)
+    assert done.returncode == 2 and done.stderr.startswith("starflow2: error: there is no command 'wuerfel'")
+
+
+ESCAPES = "a\x1b]0;owned\x07\x9b2J"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [ESCAPES], ["generate", ESCAPES], ["generate", "x", f"--{ESCAPES}"], ["generate", "x", "-o", f"{ESCAPES}.jpg"],
+        ["generate", "--prompts", ESCAPES], ["generate", "x", "--mode", ESCAPES], ["generate", "x", "--seed", ESCAPES],
+        ["generate", "x", "--model", ESCAPES], ["generate", "x", "--device", ESCAPES], ["ask", ESCAPES, "what"],
+        ["score", f"{ESCAPES}.png"], ["eval", ESCAPES], ["train", ESCAPES], ["info", ESCAPES], ["finetune", ESCAPES],
+        ["data", "check", ESCAPES], ["demo", ESCAPES], ["edit", "x.png", "y", "-o", ESCAPES], ["analyze", ESCAPES],
+    ],
+)  # fmt: skip
+def test_no_refusal_writes_escape_codes_to_the_terminal(argv, joint, capsys):
+    assert refused(capsys, *argv).removesuffix("\n").isprintable()
+
+
+def test_the_name_of_a_file_writes_no_escape_codes_either(model, capsys):
+    assert main(["generate", "a star", "-o", "a\x1b[2J.png"]) == 0
+    assert capsys.readouterr().out == "a\\x1b[2J.png\n" and Path("a\x1b[2J.png").is_file()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), PermissionError(13, "Permission denied", "config.json")])
+def test_what_the_system_refuses_is_one_line(error, monkeypatch, capsys):
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("starflow2.cli.app._dispatch", broken)
+    assert main(["info"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and ("memory" in err or "config.json: Permission denied" in err)
+
+
+def test_prompts_of_a_file_are_its_lines_and_have_no_byte_order_mark(model, capsys):
+    Path("prompts.txt").write_bytes("\ufefftwo red\u2028hearts\r\n\na star\n".encode())
+    assert main(["generate", "--prompts", "prompts.txt", "-o", "out/"]) == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["a-star-0.png", "sheet.png", "two-red-hearts-0.png"]
 
 
 # -- train ------------------------------------------------------------------------------------------------------------

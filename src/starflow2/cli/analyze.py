@@ -14,6 +14,7 @@ from starflow2.cli.options import (
     check_json,
     load_joint,
     refuse,
+    say,
     write_json,
 )
 from starflow2.cli.parsing import Option, Positional
@@ -124,7 +125,7 @@ class Analyze:
         model, files = self._joint(), [self.output / "edits.png", self.output / "stories.png"]
         edit_sheet(model, files[0])
         story_sheet(model, files[1])
-        print(*files, sep="\n")
+        say(*files)
         return {"files": [str(file) for file in files]}
 
     def _compare(self) -> JsonObject:
@@ -135,7 +136,7 @@ class Analyze:
         folder = NANO if self.model == "nano" else Path(self.model)
         device = str(pick_device(self.device))
         rows = compare_and_keep(folder, config, self.output, device=device, jobs=self.jobs or 1)
-        print(self.output / "compare.md")
+        say(self.output / "compare.md")
         return {"rows": rows}
 
     def _codecs(self) -> JsonObject:
@@ -145,7 +146,7 @@ class Analyze:
         config = replace(CodecsConfig(), **self._settings())
         device = str(pick_device(self.device))
         rows = compare_codecs(find_model(self.model), config, self.output, device=device, jobs=self.jobs or 1)
-        print(write(rows, config, self.output))
+        say(write(rows, config, self.output))
         return {"rows": rows}
 
     def _paper(self) -> JsonObject:
@@ -154,5 +155,5 @@ class Analyze:
         for name, measure in (("skips", self._skips), ("turns", self._turns)):
             if not (self.output / f"{name}.json").is_file():
                 measure()
-        print(write_claims(self.output))
+        say(write_claims(self.output))
         return {"claims": [claim.text for claim in CLAIMS]}

@@ -6,14 +6,18 @@ Importing a verb's file imports neither torch nor transformers; a command import
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 import starflow2
 from starflow2.cli.options import PROGRAM, Command, check_text
-from starflow2.cli.parsing import help_text, parse, refuse_repeated
+from starflow2.cli.parsing import docstring_of, help_text, parse, refuse_repeated
 from starflow2.cli.train import Train
+from starflow2.core.text import escaped
 from starflow2.errors import StarFlowError, UsageError, nearest
 
 __all__ = ["COMMANDS", "command", "main"]
@@ -41,15 +45,42 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status. argv: without the program, by default that of this process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding costs no traceback
     try:
         check_text(*arguments)
-        return _dispatch(arguments)
+        status = _dispatch(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here a full disk is met, or a reader that has left
+        return status
     except StarFlowError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _ended(f"error: {error}", 2)
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return 130
+        return _ended("interrupted", 130)
+    except BrokenPipeError:
+        _discard_output()
+        return 141  # as a program that the signal SIGPIPE ends
+    except OSError as error:
+        _discard_output()
+        return _ended(f"error: cannot use {error.filename or 'standard output'}: {error.strerror or error}.", 2)
+    except MemoryError:
+        return _ended("error: there is not enough memory for this; use a smaller --batch, -n or model.", 2)
+
+
+def _ended(message: str, status: int) -> int:
+    """Write one printable line to standard error and return the exit status."""
+    with contextlib.suppress(OSError):
+        print(f"{PROGRAM}: {escaped(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    return status
+
+
+def _discard_output() -> None:
+    """Let what is left in the buffer of standard output go nowhere, so that Python does not stumble over it at exit."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def command(verb: str) -> type[Command]:
@@ -90,7 +121,8 @@ def _run(kind: type[Command], arguments: list[str]) -> int:
 def _overview() -> str:
     """The help page of the program: every verb with the first line of its docstring."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {verb:<{width}}  {(command(verb).__doc__ or '').splitlines()[0]}" for verb in COMMANDS]
+    firsts = {verb: docstring_of(command(verb)).partition("\n")[0] for verb in COMMANDS}
+    lines = [f"  {verb:<{width}}  {first}".rstrip() for verb, first in firsts.items()]
     return "\n".join(
         [
             f"usage: {PROGRAM} [-h] [--version] COMMAND ...",

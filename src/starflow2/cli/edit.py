@@ -23,6 +23,7 @@ from starflow2.cli.options import (
     load_joint,
     png_text,
     refuse,
+    say,
     write_json,
 )
 from starflow2.cli.parsing import Option, Positional
@@ -60,7 +61,7 @@ class Edit:
             made = model.edit(self.image, self.instruction, seed=self.seed, config=config)
         about = png_text(self.instruction, self.seed, made.settings)
         save_png(made.image, self.output, about | {"source": str(self.image)})
-        print(self.output)
+        say(self.output)
         facts = {"file": str(self.output), "image": str(self.image), "instruction": self.instruction}
         write_json(facts | {"seed": self.seed, "settings": made.settings, "gain": made.gain}, self.json)
         return 0

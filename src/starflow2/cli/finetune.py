@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from starflow2.cli.options import Device, check_seed, refuse, training_bar
+from starflow2.cli.options import Device, check_seed, refuse, say, training_bar
 from starflow2.cli.parsing import Option, Positional
 from starflow2.core.files import check_writable
 
@@ -63,5 +63,5 @@ class Finetune:
         album = read_album(self.folder, model.fae.image_size)
         device = pick_device(self.device).type
         with training_bar(config.stage(), model.flow.deep.num_latents) as report:
-            print(finetune(album, self.model, self.output, config, device=device, report=report))
+            say(finetune(album, self.model, self.output, config, device=device, report=report))
         return 0

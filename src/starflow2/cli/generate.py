@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ from starflow2.cli.options import (
     printable,
     progress,
     refuse,
+    say,
 )
 from starflow2.cli.parsing import Option, Positional
 from starflow2.core.files import check_writable
 from starflow2.core.serialize import JsonObject
-from starflow2.core.text import read_text
+from starflow2.core.text import escaped, read_text
 from starflow2.errors import OutputError, PromptError, StateError, UsageError
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ class Generate:
         if self.json:
             _print_json([_row(drawing, path, pace) for drawing, path in zip(drawings, files.each, strict=True)])
         else:
-            print(*files.all, sep="\n")
+            say(*files.all)
         return 0
 
     def _config(self, model: StarFlow2) -> DrawConfig:
@@ -140,7 +142,7 @@ class Generate:
             _print_json(rows)
         else:
             for row in rows:
-                print(row.get("text") or row["file"])
+                print(printable(row.get("text") or escaped(row["file"])))
         return 0
 
 
@@ -206,7 +208,8 @@ def _save_blocks(blocks: Sequence[str | PILImage], paths: Sequence[Path], about:
 
 
 def _print_json(rows: Sequence[JsonObject]) -> None:
-    print(json.dumps(rows, indent=1, ensure_ascii=False))
+    is_unicode = "utf" in (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    print(json.dumps(rows, indent=1, ensure_ascii=not is_unicode))
 
 
 @dataclass(frozen=True, slots=True)

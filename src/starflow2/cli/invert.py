@@ -19,6 +19,7 @@ from starflow2.cli.options import (
     console,
     load_joint,
     refuse,
+    say,
     write_json,
 )
 from starflow2.cli.parsing import Option, Positional
@@ -58,8 +59,7 @@ class Invert:
         facts = self._drawn(load_joint(self.model, self.device, self.verb), files)
         print(f"code: {facts['log_prob']:.3f} nats, {facts['bits']:.3f} bits, {facts['nats_per_dim']:.4f} -nats/dim")
         print(f"reconstruction: {facts['psnr_db']:.1f} dB PSNR")
-        for path in files:
-            print(path)
+        say(*files)
         write_json(facts, self.json)
         return 0
 

@@ -17,6 +17,7 @@ import starflow2
 from starflow2.cli.parsing import Option, flags
 from starflow2.core.files import check_writable, replacing
 from starflow2.core.serialize import JsonObject
+from starflow2.core.text import escaped
 from starflow2.errors import OutputError, PromptError, StateError, UsageError, nearest
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ __all__ = [
     "printable",
     "progress",
     "refuse",
+    "say",
     "training_bar",
     "write_json",
 ]
@@ -169,6 +171,12 @@ def write_json(data: JsonObject, path: Path | None) -> None:
             temp.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def say(*lines: object) -> None:
+    """Write lines to standard output, without signs that a terminal would obey."""
+    for line in lines:
+        print(escaped(str(line)))
+
+
 def printable(text: str) -> str:
     """`text` without control characters, so that neither a model nor a file can write escape codes to a terminal.
 
@@ -182,7 +190,13 @@ def console(*, stderr: bool = False) -> Console:
     """A rich console for tables (standard output) or bars (standard error)."""
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    class Piped(Console):
+        """A console whose reader may leave: rich would exit with status 1."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Piped(stderr=stderr)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from starflow2.errors import UsageError, nearest
 __all__ = [
     "Option",
     "Positional",
+    "docstring_of",
     "flags",
     "help_text",
     "parse",
@@ -33,7 +34,7 @@ __all__ = [
 T = TypeVar("T")
 POSITIONAL = "positional"
 Positional = Annotated[T, POSITIONAL]
-WIDTH = 100  # of help, at most
+MIN_WIDTH, WIDTH = 50, 100  # of help
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,12 @@ def refuse_repeated(arguments: Sequence[str], program: str) -> None:
                 f"{name} is given {names.count(name)} times; give it once, followed by all of its values. "
                 f"See {program} --help."
             )
+
+
+def docstring_of(kind: type[Any]) -> str:
+    """The docstring of a dataclass; "" where it has none, as under `python -OO`, and holds its signature instead."""
+    text = inspect.getdoc(kind) or ""
+    return "" if text.startswith(f"{kind.__name__}(") else text
 
 
 def flags(kind: type[T], default: T | None = None, fixed: Sequence[str] = ()) -> list[str]:
@@ -184,11 +191,11 @@ class _Parser(argparse.ArgumentParser):
 def _parser(kind: type[Any], program: str, default: Any, fixed: Sequence[str]) -> _Parser:
     settings = [setting for setting in _settings(kind, default) if setting.dotted not in fixed]
     places = [_place(setting) for setting in settings if setting.is_positional]
-    width = min(shutil.get_terminal_size().columns, WIDTH)
+    width = max(MIN_WIDTH, min(shutil.get_terminal_size().columns, WIDTH))
     parser = _Parser(
         prog=program,
         usage=_plain(" ".join([program, "[options]", *places])),
-        description=_plain(_filled(inspect.getdoc(kind) or "", width)),
+        description=_plain(_filled(docstring_of(kind), width)),
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, width=width, max_help_position=28),
         allow_abbrev=False,
         exit_on_error=False,
@@ -197,7 +204,7 @@ def _parser(kind: type[Any], program: str, default: Any, fixed: Sequence[str]) -
     for setting in settings:
         title = setting.dotted.rpartition(".")[0]
         if title not in groups:
-            about = _plain(_filled(inspect.getdoc(setting.owner) or "", width - 2))
+            about = _plain(_filled(docstring_of(setting.owner), width - 2))
             groups[title] = parser.add_argument_group(f"--{title}".replace("_", "-"), about)
         _add(groups[title], setting)
     return parser

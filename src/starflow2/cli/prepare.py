@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from starflow2.cli.options import JsonFile, check_json, console, find_recipe, refuse, write_json
+from starflow2.cli.options import JsonFile, check_json, console, find_recipe, refuse, say, write_json
 from starflow2.cli.parsing import Option, Positional
 from starflow2.core.files import check_writable
 from starflow2.errors import OutputError
@@ -56,7 +56,7 @@ class Prepare:
             print(
                 f"{len(copied)} tensors of the flow from {self.flow}, {len(fresh)} fresh: {', '.join(fresh[:4])}, ..."
             )
-        print(folder)
+        say(folder)
         facts = {"folder": str(folder), "fingerprints": components.fingerprints, "copied": copied, "fresh": fresh}
         write_json(facts, self.json)
         return 0

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO, cast
+from typing import Any, Literal, TextIO
 
 import numpy as np
 
@@ -247,7 +247,7 @@ class Chat:
     def _say(self, words: str) -> None:
         with self._turn():
             self.session.add(words)
-            self._print(cast("Generator[Event]", self.session.run()), words)
+            self._print(self.session.run(), words)
 
     def _show(self, file: str) -> None:
         path = _file(file, "/show picture.png")

@@ -18,6 +18,7 @@ from starflow2.cli.options import (
     load_joint,
     printable,
     refuse,
+    say,
     write_json,
 )
 from starflow2.cli.parsing import Option, Positional
@@ -70,7 +71,7 @@ class Score:
         console().print(_score_table(scored))
         if self.map is not None:
             image = read_picture(self.parts[-1], model.components.cfg.fae.image_size)
-            print(_save_map(image, scored.pictures[-1], self.map))
+            say(_save_map(image, scored.pictures[-1], self.map))
         about = {"asked": list(self.parts[:-1]), "reply": self.parts[-1], "model": model.components.cfg.name}
         write_json(about | _score_facts(scored), self.json)
         return 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from starflow2.cli.options import PROGRAM, Device, find_recipe, refuse, training_bar
+from starflow2.cli.options import PROGRAM, Device, find_recipe, refuse, say, training_bar
 from starflow2.cli.parsing import Option, Positional, flags, help_text, parse
 from starflow2.core.files import check_writable
 from starflow2.core.serialize import JsonObject
@@ -56,7 +56,7 @@ class Train:
         check_writable(folder / "config.json")
         for name in stages:
             model = self._fit(run, name, folder)
-        print(model)
+        say(model)
         return 0
 
     def _check_sources(self, run: RunConfig, stages: Sequence[str]) -> None:

@@ -83,7 +83,8 @@ class Config:
     """
 
     def __post_init__(self) -> None:
-        for name, kind in _hints(type(self)).items():
+        cls: Any = type(self)
+        for name, kind in _hints(cls).items():
             object.__setattr__(self, name, conform(kind, getattr(self, name), name))
 
 

@@ -49,7 +49,7 @@ def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
     """Method that refuses to run while another thread uses the object."""
 
     @functools.wraps(method)
-    def guarded(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+    def guarded(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with self.in_use.claimed():
             return method(self, *args, **kwargs)
 
@@ -60,7 +60,7 @@ def exclusive_events(method: Callable[Concatenate[S, P], Iterator[R]]) -> Callab
     """Generator method each step of which is `exclusive`; between steps its consumer's settings hold."""
 
     @functools.wraps(method)
-    def guarded(self: S, *args: P.args, **kwargs: P.kwargs) -> Generator[R]:
+    def guarded(self: S, /, *args: P.args, **kwargs: P.kwargs) -> Generator[R]:
         events = method(self, *args, **kwargs)
         try:
             while True:

@@ -15,7 +15,7 @@ __all__ = ["check_words", "listed_prompts", "normalized"]
 MAX_CHARACTERS = 100_000  # of a prompt, so that no tokenizer is given a book
 
 
-def listed_prompts(prompts: str | Sequence[str]) -> list[str]:
+def listed_prompts(prompts: object) -> list[str]:
     """One prompt, or several, as a list. Raises PromptError for anything else.
 
     >>> listed_prompts("two red hearts")
