@@ -405,7 +405,7 @@ def test_closed_skips_are_a_setting_that_no_other_setting_reopens(joint):
         open_ended = copy.deepcopy(joint.components)
         open_ended.joints.visual_skip.weight.zero_()
     assert gap(closed.draw(PROMPTS[:1], [0]), StarFlow2(open_ended).draw(PROMPTS[:1], [0])) <= 1e-4
-    with pytest.raises(ConfigError, match="skips holds 'both'"):
+    with pytest.raises(ConfigError, match=r"skips\[0\] is 'both'; expected one of visual, text"):
         DrawConfig(skips=("both",))
 
 

@@ -501,7 +501,7 @@ def test_info_plans_the_training_of_every_stage_on_so_many_gpus(capsys):
 def test_a_plan_of_a_folder_or_of_no_gpus_is_refused(capsys):
     folder = tiny_folder(Path.cwd()) / "model"
     assert "is a model folder" in refused(capsys, "info", str(folder), "--gpus", "1")
-    assert "at least one GPU" in refused(capsys, "info", "nano", "--gpus", "0")
+    assert "gpus is 0; expected at least 1" in refused(capsys, "info", "nano", "--gpus", "0")
 
 
 RECIPE = """
@@ -674,7 +674,7 @@ def bad_pictures() -> dict[str, str]:
         "half.png": "cannot read half.png",
         "words.png": "cannot read words.png",
         "none.png": "cannot read none.png",
-        "moving.gif": "2 frames",
+        "moving.gif": "several frames",
         "print.jpg": "CMYK",
         "deep.png": "deep.png has",
         "glass.png": "transparent",
