@@ -8,6 +8,8 @@ Letters: B batch, T positions, E language width, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -133,8 +135,7 @@ class QwenStream(Backbone):
             inputs_embeds=embeds,
             position_ids=positions,
             attention_mask={"full_attention": mask},
-            past_key_values=None if cache is None else _HfCache(cache),
-            use_cache=cache is not None,
+            **_cache_arguments(type(self.model.model.language_model), cache),
         )
         if cache is not None:
             cache.advance(embeds.shape[1])
@@ -206,8 +207,7 @@ class Qwen3Stream(Backbone):
             inputs_embeds=embeds,
             position_ids=positions,
             attention_mask=mask.expand(len(embeds), -1, -1, -1),
-            past_key_values=None if cache is None else _HfCache(cache),
-            use_cache=cache is not None,
+            **_cache_arguments(type(self.model.model.language_model), cache),
         )
         if cache is not None:
             cache.advance(embeds.shape[1])
@@ -234,6 +234,19 @@ class _HfCache:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.cache.length
+
+
+def _cache_arguments(stack: type[nn.Module], cache: Cache | None) -> dict[str, Any]:
+    """Keyword arguments that hand a cache to a stack of transformers: `past_key_values`, or `cache` from 5.24 on."""
+    if cache is None:
+        return {"use_cache": False}
+    name = "cache" if "cache" in _parameters(stack) else "past_key_values"
+    return {name: _HfCache(cache), "use_cache": True}
+
+
+@functools.cache
+def _parameters(stack: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(stack.forward).parameters)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
