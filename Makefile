@@ -25,7 +25,7 @@ PACKAGES := -c constraints.txt -e '.[dev]' tensorboard
 # Tests that compare two routes to one number: they have to pass with any instruction set.
 EXACT := tests/flow tests/inference tests/models/test_pretzel.py tests/models/test_prefix.py tests/models/test_sequence.py
 
-.PHONY: help setup demo test check exact portable slow fuzz soak docs nano
+.PHONY: help setup demo test check exact portable slow fuzz soak newest docs nano
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -66,6 +66,12 @@ fuzz: setup ## feed 10,000 malformed inputs to every door, under ten minutes; SE
 
 soak: setup ## all public calls over and over for 15 minutes, with memory and open files; MINUTES=1 for less
 	PYTHONPATH=$(CURDIR)/tests OMP_NUM_THREADS=1 $(BIN)/python scripts/soak.py --minutes $(MINUTES)
+
+newest: ## the quick tests under the newest releases that pyproject.toml allows; announced removals are errors
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install -q --upgrade uv
+	$(WHEELS) .venv-newest/bin/uv pip install --python .venv-newest/bin/python -q --upgrade $(BACKEND) -e '.[dev]' tensorboard
+	.venv-newest/bin/python -m pytest -q -n $(JOBS) -m "not slow and not gpu" -W error::FutureWarning
 
 docs: setup ## write docs/api.md from the source
 	$(BIN)/python docs/generate.py
