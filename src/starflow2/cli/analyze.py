@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Analyze"]
 
+MAX_BUDGET = 10**6  # of steps, seeds, documents or jobs
+
 
 @dataclass(frozen=True, kw_only=True)
 class Analyze:
@@ -80,8 +82,8 @@ class Analyze:
         values = {name: getattr(self, name) for name in ("steps", "batch", "seeds", "jobs")}
         values = {name: value for name, value in values.items() if value is not None}
         for name, value in values.items():
-            if value < 1:
-                raise UsageError(f"--{name} is {value}; expected at least 1.")
+            if not 1 <= value <= MAX_BUDGET:
+                raise UsageError(f"--{name} is {value}; expected at least 1, and at most {MAX_BUDGET}.")
         return values
 
     def _settings(self) -> JsonObject:

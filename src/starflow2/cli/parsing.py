@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import math
 import re
 import shutil
 import textwrap
@@ -19,6 +20,7 @@ from functools import cache, partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from starflow2.core.text import shown
 from starflow2.errors import UsageError, nearest
 
 __all__ = [
@@ -236,13 +238,16 @@ def _value(kind: Any, text: str) -> Any:
         known = get_args(kind)
         if text in known:
             return text
-        raise argparse.ArgumentTypeError(f"expected {_listed(known)}, got {text!r}.{nearest(text, known)}")
+        raise argparse.ArgumentTypeError(f"expected {_listed(known)}, got {shown(text)}.{nearest(text[:60], known)}")
     convert: Callable[[str], Any] = kind
     try:
-        return convert(text)
+        value = convert(text)
     except ValueError:
         wanted = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
-        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {shown(text)}") from None
+    if kind is float and not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
 
 
 def _metavar(kind: Any) -> str:

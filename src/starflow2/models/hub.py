@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def find_model(name: str | Path, **hub: Any) -> Path:
     for option in hub:
         if option not in known:
             raise ConfigError(f"unknown option {option!r} of from_pretrained.{nearest(option, known)}")
-    if str(name) == "nano":
+    if not isinstance(name, str | os.PathLike):
+        raise CheckpointError(f"name is {shown(name)} ({type(name).__name__}); expected nano, a folder or a Hub id.")
+    if str(name) == "nano" or (str(name) == "nano/" and not Path(name).exists()):
         return NANO
     try:
         if Path(name).exists():
@@ -68,6 +71,12 @@ def find_model(name: str | Path, **hub: Any) -> Path:
         raise CheckpointError(
             f"there is no model {str(name)!r}: no such folder, and no Hub id (owner/name)."
             f"{nearest(str(name), ['nano'])}"
+        )
+    owner = Path(name).parent
+    if owner.is_dir():  # a mistyped path would fetch the weights of whoever has that name
+        raise CheckpointError(
+            f"there is no model {str(name)!r} in the folder {owner}; to fetch that id from the Hub, start in a folder "
+            f"without {owner}."
         )
     try:
         return Path(snapshot_download(str(name), **hub))
