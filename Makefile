@@ -25,7 +25,7 @@ PACKAGES := -c constraints.txt -e '.[dev]' tensorboard
 # Tests that compare two routes to one number: they have to pass with any instruction set.
 EXACT := tests/flow tests/inference tests/models/test_pretzel.py tests/models/test_prefix.py tests/models/test_sequence.py
 
-.PHONY: help setup demo test check exact portable slow fuzz soak newest docs nano
+.PHONY: help setup demo test check exact portable slow fuzz soak newest pins docs nano
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,12 +33,11 @@ help: ## this list
 
 setup: .venv/.stamp ## .venv with exact versions, about 20 seconds
 
-.venv/.stamp: pyproject.toml constraints.txt
+.venv/.stamp: pyproject.toml constraints.txt hashes.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt uv \
-	  && $(WHEELS) $(BIN)/uv pip install --python $(BIN)/python -q --compile-bytecode $(BACKEND) $(PACKAGES) \
-	  || $(BIN)/python -m pip install -q $(PACKAGES)
+	$(BIN)/python -m pip install -q -c constraints.txt uv
+	$(WHEELS) $(BIN)/uv pip install --python $(BIN)/python -q --compile-bytecode $(BACKEND) -c hashes.txt $(PACKAGES)
 	@touch $@
 
 demo: setup ## images, edits, answers and a story by the shipped weights, into out/demo
@@ -72,6 +71,9 @@ newest: ## the quick tests under the newest releases that pyproject.toml allows;
 	.venv-newest/bin/python -m pip install -q --upgrade uv
 	$(WHEELS) .venv-newest/bin/uv pip install --python .venv-newest/bin/python -q --upgrade $(BACKEND) -e '.[dev]' tensorboard
 	.venv-newest/bin/python -m pytest -q -n $(JOBS) -m "not slow and not gpu" -W error::FutureWarning
+
+pins: setup ## write hashes.txt after constraints.txt has changed
+	$(BIN)/python scripts/pin_hashes.py $(BIN)/uv
 
 docs: setup ## write docs/api.md from the source
 	$(BIN)/python docs/generate.py

@@ -74,6 +74,15 @@ def test_the_pinned_versions_meet_all_that_an_extra_requires(extra):
     assert not wrong
 
 
+def test_every_pinned_package_has_its_hashes_but_the_builds_of_torch():
+    text = (ROOT / "hashes.txt").read_text("utf-8")
+    hashed = dict(re.findall(r"^([\w.-]+)==(\S+)[^\n]*\\\n    --hash=sha256:[0-9a-f]{64}", text, flags=re.MULTILINE))
+    versions = {canonicalize_name(name): Version(version) for name, version in hashed.items()}
+    tools = {"pip", "uv"}  # which install the others
+    assert set(pinned()) - set(versions) == {"torch", *tools}
+    assert all(versions[name] == version for name, version in pinned().items() if name in versions)
+
+
 def imported() -> set[str]:
     """Packages that our source imports, other than the standard library's."""
     names = set()
