@@ -244,6 +244,18 @@ def matmul_precision(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def product_precision(name: str) -> Iterator[None]:
+    """The newer way of setting it, after which the older one cannot be read."""
+    products = torch.backends.mkldnn.matmul
+    before, products.fp32_precision = products.fp32_precision, name
+    try:
+        yield
+        assert products.fp32_precision == name
+    finally:
+        products.fp32_precision = before
+
+
+@contextmanager
 def train_mode(model: StarFlow2) -> Iterator[None]:
     model.components.train()
     try:
@@ -265,6 +277,7 @@ SETTINGS: dict[str, Callable[[StarFlow2], Any]] = {
     "2 threads": lambda m: threads(2),
     "4 threads": lambda m: threads(4),
     "medium precision": lambda m: matmul_precision("medium"),
+    "bfloat16 products": lambda m: product_precision("bf16"),
 }
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
 __all__ = ["inference_defaults", "torch_defaults"]
 
 DEVICES = ("cpu", "cuda", "mps")  # whose autocast is switched off
-DTYPE, PRECISION = torch.float32, "highest"
+DTYPE = torch.float32
+FULL, LOW = "ieee", ("tf32", "bf16")  # precisions of float32 products
 
 
 @contextmanager
@@ -55,7 +57,7 @@ class _ProcessSettings:
     def __init__(self) -> None:
         self._lock, self._running = threading.Lock(), 0
         self._dtype: torch.dtype | None = None  # the caller's, None if it is torch's own
-        self._precision: str | None = None  # likewise
+        self._precisions: list[tuple[Any, str]] = []  # the caller's, of backends where they are lower than torch's own
 
     def __enter__(self) -> None:
         with self._lock:
@@ -63,9 +65,10 @@ class _ProcessSettings:
             if torch.get_default_dtype() != DTYPE:
                 self._dtype = torch.get_default_dtype()
                 torch.set_default_dtype(DTYPE)
-            if torch.get_float32_matmul_precision() != PRECISION:
-                self._precision = torch.get_float32_matmul_precision()
-                torch.set_float32_matmul_precision(PRECISION)
+            for backend in _products():
+                if backend.fp32_precision in LOW:
+                    self._precisions.append((backend, backend.fp32_precision))
+                    backend.fp32_precision = FULL
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
@@ -75,9 +78,15 @@ class _ProcessSettings:
             # what the caller has set meanwhile stays
             if self._dtype is not None and torch.get_default_dtype() == DTYPE:
                 torch.set_default_dtype(self._dtype)
-            if self._precision is not None and torch.get_float32_matmul_precision() == PRECISION:
-                torch.set_float32_matmul_precision(self._precision)
-            self._dtype = self._precision = None
+            for backend, precision in reversed(self._precisions):
+                if backend.fp32_precision == FULL:
+                    backend.fp32_precision = precision
+            self._dtype, self._precisions = None, []
+
+
+def _products() -> tuple[Any, ...]:
+    """Where torch keeps the precision of float32 products."""
+    return torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.cuda.matmul
 
 
 _PROCESS = _ProcessSettings()

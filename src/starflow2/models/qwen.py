@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -236,7 +237,7 @@ class _HfCache:
         return self.cache.length
 
 
-def _cache_arguments(stack: type[nn.Module], cache: Cache | None) -> dict[str, Any]:
+def _cache_arguments(stack: Any, cache: Cache | None) -> dict[str, Any]:
     """Keyword arguments that hand a cache to a stack of transformers: `past_key_values`, or `cache` from 5.24 on."""
     if cache is None:
         return {"use_cache": False}
@@ -245,8 +246,8 @@ def _cache_arguments(stack: type[nn.Module], cache: Cache | None) -> dict[str, A
 
 
 @functools.cache
-def _parameters(stack: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(stack.forward).parameters)
+def _parameters(stack: Hashable) -> frozenset[str]:
+    return frozenset(inspect.signature(cast(Any, stack).forward).parameters)
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
