@@ -78,7 +78,7 @@ def test_what_lies_outside_the_range_of_pixels_is_clipped():
 def test_an_image_that_is_not_made_of_whole_patches_is_refused():
     with pytest.raises(ConfigError, match="image_size is 64 and patch_size 7"):
         replace(PATCHES, patch_size=7)
-    with pytest.raises(ConfigError, match="std is"):
+    with pytest.raises(ConfigError, match=r"std\[1\] is 0.0; expected above 0"):
         replace(PATCHES, std=(0.3, 0.0, 0.3))
     codec = PatchCodec(PATCHES)
     with pytest.raises(ShapeError, match="images"):

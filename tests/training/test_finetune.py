@@ -237,13 +237,26 @@ def test_captions_are_normalized_as_prompts_are(album_folder):
 
 
 def test_albums_that_cannot_be_read_say_why(tmp_path, album_folder):
-    with pytest.raises(DataError, match="no images"):
+    with pytest.raises(DataError, match="no folder"):
         read_album(tmp_path / "nowhere", 64)
     (album_folder / "1.txt").write_text(" \n")
     with pytest.raises(DataError, match=r"1\.txt is empty"):
         read_album(album_folder, 64)
     (album_folder / "1.txt").unlink()
     with pytest.raises(DataError, match=r"no caption of 1\.png: cannot read '.*1\.txt'"):
+        read_album(album_folder, 64)
+
+
+def test_hidden_files_are_no_images_and_all_that_is_refused_is_named_at_once(album_folder):
+    (album_folder / "._0.png").write_bytes(b"of macOS")
+    (album_folder / "folder.png").mkdir()
+    (album_folder / "0.txt").rename(album_folder / "0.TXT")
+    (album_folder / "1.txt").write_bytes("\ufeffA teal circle".encode())
+    album = read_album(album_folder, 64)
+    assert album.captions == ("A teal Circle, twice", "A teal circle", "A teal Circle, twice")
+    (album_folder / "1.txt").write_bytes(b"\xff\xfea")
+    (album_folder / "2.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"2 of 3 images cannot be used.*1\.txt.*UTF-16.*2\.png.*no known format"):
         read_album(album_folder, 64)
 
 

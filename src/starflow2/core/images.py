@@ -42,10 +42,12 @@ from starflow2.errors import ConfigError, DataError, OutputError, ShapeError
 __all__ = [
     "AS_UPLOADED",
     "FONT_SIZE",
+    "FORMATS",
     "FRAME",
     "INK",
     "MARGIN",
     "PAPER",
+    "PICTURE_ENDINGS",
     "Fit",
     "ImageForm",
     "PILImage",
