@@ -9,7 +9,7 @@ Not here: the loop (`loop.fit_task`), how adapters are added.
 from __future__ import annotations
 
 import glob
-import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from starflow2.core.fields import Config, Count, Positive, Range, Seed
 from starflow2.core.files import check_writable
-from starflow2.core.images import PICTURE_ENDINGS, picture_files, read_picture
+from starflow2.core.images import PICTURE_ENDINGS, checked_pixels, picture_files, read_picture
 from starflow2.core.text import clean, read_text
 from starflow2.data.dialogue import Dialogue, Turn, is_lone_drawing, replace_pictures
 from starflow2.data.mixture import conversations
@@ -35,6 +35,7 @@ from starflow2.models.prompts import normalized
 from starflow2.models.sequence import Layout, pack
 from starflow2.models.tensor_file import save_tensors
 from starflow2.models.tokenizer import ChatTokenizer
+from starflow2.models.wording import words_of
 from starflow2.training.config import CorpusConfig, OptimConfig, StageConfig
 from starflow2.training.datasets import corpus_batches, joint_dialogue, to_images
 from starflow2.training.loop import Report, fit_task
@@ -79,7 +80,7 @@ class Album:
     @property
     def words(self) -> frozenset[str]:
         """Every word of the captions in lower case, without punctuation, as vocabularies list them."""
-        return frozenset(word for text in self.captions for word in re.findall(r"[^\s.,;:!?]+", text.lower()))
+        return frozenset(word for text in self.captions for word in words_of(unicodedata.normalize("NFKC", text)))
 
 
 def read_album(folder: str | Path, size: int) -> Album:
@@ -230,9 +231,10 @@ def finetune_task(components: Components, album: Album, config: FinetuneConfig) 
         )
     if config.mixture:
         components.vocabulary = frozenset()  # real text may hold any word
-    album = Album(album.images, tuple(normalized(components, text) for text in album.captions))
-    if components.vocabulary:
+    elif components.vocabulary:  # first: a word of the album is not replaced by one that the model knows
         components.vocabulary |= album.words
+    images = checked_pixels(album.images, "the album's images")
+    album = Album(images, tuple(normalized(components, text) for text in album.captions))
     longest = max(len(components.tokenizer.drawing_prompt(text)) for text in album.captions)
     if longest > components.cfg.max_prompt_tokens:
         raise DataError(f"a caption has {longest} tokens; this model reads up to {components.cfg.max_prompt_tokens}.")
