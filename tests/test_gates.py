@@ -246,7 +246,7 @@ def matmul_precision(name: str) -> Iterator[None]:
 @contextmanager
 def product_precision(name: str) -> Iterator[None]:
     """The newer way of setting it, after which the older one cannot be read."""
-    products = torch.backends.mkldnn.matmul
+    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, products.fp32_precision = products.fp32_precision, name
     try:
         yield

@@ -86,7 +86,8 @@ class _ProcessSettings:
 
 def _products() -> tuple[Any, ...]:
     """Where torch keeps the precision of float32 products."""
-    return torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.cuda.matmul
+    on_cpu: Any = torch.backends.mkldnn  # torch's own annotations do not know its parts
+    return on_cpu.matmul, on_cpu.conv, torch.backends.cuda.matmul
 
 
 _PROCESS = _ProcessSettings()

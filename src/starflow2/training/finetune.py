@@ -29,7 +29,7 @@ from starflow2.errors import ConfigError, DataError, PromptError, StateError
 from starflow2.models import lora
 from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
-from starflow2.models.hub import NANO
+from starflow2.models.hub import NANO, pick_device
 from starflow2.models.lora import LoraConfig
 from starflow2.models.prompts import normalized
 from starflow2.models.sequence import Layout, pack
@@ -209,6 +209,7 @@ def finetune(
     from. Raises StateError for a model that does not draw yet, DataError for captions it cannot read, CheckpointError,
     OutputError.
     """
+    pick_device(device)
     check_writable(output / "config.json")
     components = load_components(NANO if str(model) == "nano" else model, device)
     task = finetune_task(components, album, config)

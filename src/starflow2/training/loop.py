@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from starflow2.core.torch_defaults import torch_defaults
 from starflow2.errors import TrainingError
 from starflow2.models.checkpoint import save_components
 from starflow2.models.components import Components
@@ -36,6 +37,7 @@ Report = Callable[[StepReport], None]
 Evaluate = Callable[[Components, int], dict[str, float]]  # the model with averaged weights and the step, to metrics
 
 
+@torch_defaults()
 def fit(
     run: RunConfig,
     stage_name: str,
@@ -79,6 +81,7 @@ def fit(
     return folder / "model"
 
 
+@torch_defaults()
 def fit_task(
     task: Task,
     *,
@@ -108,6 +111,7 @@ def fit_task(
     return metrics
 
 
+@torch_defaults()
 def try_step(task: Task, run: RunConfig, group: Distributed, device: str) -> dict[str, float]:
     """Take the first step of a stage as `fit` does, without files; returns its metrics. For dry runs."""
     check_batch_divides(task.stage, group)
