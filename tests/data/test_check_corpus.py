@@ -61,7 +61,7 @@ def test_reasons_come_with_their_count_and_three_examples(tmp_path):
 
 
 def test_the_command_prints_and_writes_the_counts_with_the_models_own_tokenizer(tmp_path, capsys):
-    captioned(tmp_path / "data" / "0.tar", 6, words=lambda i: f"a picture\x1b[31m of {i} hearts")
+    captioned(tmp_path / "data" / "0.tar", 6, words=lambda i: f"a picture of {i} hearts")
     out = tmp_path / "facts.json"
     assert main(["data", "check", str(tmp_path / "data"), "--limit", "4", "--json", str(out)]) == 0
     facts = json.loads(out.read_text())

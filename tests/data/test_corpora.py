@@ -204,9 +204,36 @@ BREAK: dict[str, tuple[str, Callable[[bytes, np.random.Generator], dict[str, byt
     "bad UTF-8": ("bad UTF-8", lambda good, rng: {"jpg": good, "txt": b"caf\xe9 " + rng.bytes(3) + b"\xff"}),
     "bad JSON": ("bad JSON", lambda good, rng: {"jpg": good, "json": b'{"caption": "' + rng.bytes(5).hex().encode()}),
     "wrong type": ("wrong type", lambda good, rng: {"jpg": good, "json": b'{"caption": [7]}'}),
+    "hidden signs": (
+        "hidden signs",
+        lambda good, rng: {"jpg": good, "txt": b"red \x1b[31m"},
+    ),
     "animated": ("unfit picture", lambda good, rng: {"gif": _animated(), "txt": WORDS}),
     "CMYK": ("unfit picture", lambda good, rng: {"jpg": _saved(Image.new("CMYK", (32, 32)), "JPEG"), "txt": WORDS}),
 }
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    records = (
+        {"png": encoded(1), "txt": mark + WORDS},
+        {"png": encoded(1), "json": mark + b'{"text": "a good caption"}'},
+    )
+    for fields in records:
+        (turn,) = to_dialogue("captions", Sample("a.tar", "a", fields)).turns
+        assert turn.user == (WORDS.decode(),)
+
+
+def test_a_folder_whose_name_holds_signs_of_patterns_is_that_folder(tmp_path):
+    for name in ("dir [x]", "a*b", "what?"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "a.png").write_bytes(encoded(1))
+        (folder / "a.txt").write_bytes(WORDS)
+        assert len(list(Samples(str(folder)))) == 1
+    for url in ("", "  "):
+        with pytest.raises(DataError, match="url is empty"):
+            Samples(url)
 
 
 def test_a_thousand_broken_samples_stop_nothing_and_are_counted_each_under_its_reason(tmp_path):

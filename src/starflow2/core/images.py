@@ -11,12 +11,12 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from torch import Tensor
 from starflow2.core.fields import Range, whole
 from starflow2.core.files import replacing
 from starflow2.core.text import escaped, shown
-from starflow2.errors import ConfigError, DataError, OutputError, ShapeError
+from starflow2.errors import ConfigError, DataError, OutputError, PromptError, ShapeError
 
 __all__ = [
     "AS_UPLOADED",
@@ -58,6 +58,7 @@ __all__ = [
     "contact_sheet",
     "picture_files",
     "psnr",
+    "read_files",
     "read_metadata",
     "read_picture",
     "save_png",
@@ -67,6 +68,7 @@ __all__ = [
     "to_tensor",
 ]
 
+T = TypeVar("T")
 Bytes = NDArray[np.uint8]
 Fit = Literal["crop", "pad", "stretch"]
 PILImage = Image.Image  # for annotations elsewhere, without importing PIL there
@@ -234,6 +236,20 @@ def picture_files(folder: str | Path) -> list[Path]:
     """Image files of a folder by their endings, in the order of their names, without hidden ones and folders."""
     files = (path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURE_ENDINGS)
     return sorted(path for path in files if not path.name.startswith(".") and path.is_file())
+
+
+def read_files(read: Callable[[Path], T], files: Sequence[Path]) -> list[T]:
+    """What `read` makes of every file. Raises one DataError for all that it refuses, the first three by name."""
+    found, refused = list[T](), list[str]()
+    for file in files:
+        try:
+            found.append(read(file))
+        except (DataError, PromptError) as error:
+            refused.append(str(error))
+    if refused:
+        more = f" And {len(refused) - 3} more." if len(refused) > 3 else ""
+        raise DataError(f"{len(refused)} of {len(files)} images cannot be used: {' '.join(refused[:3])}{more}")
+    return found
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor
 
-from starflow2.core.images import read_picture, to_floats
+from starflow2.core.images import PICTURE_ENDINGS, picture_files, read_files, read_picture, to_floats
+from starflow2.core.torch_defaults import inference_defaults
 from starflow2.errors import ConfigError, DataError
 from starflow2.models.protocols import Codec, FeatureExtractor
 from starflow2.world.captions import FAMILIES, suite_drawings
@@ -26,7 +27,6 @@ from starflow2.world.scene import IMAGE_SIZE, Split, render
 
 __all__ = ["CodecReport", "CodecRow", "codec_pictures", "codec_table", "evaluate_codec", "frechet_distance"]
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 _BATCH = 64
 
 
@@ -51,7 +51,7 @@ class CodecReport:
     model: str = ""
 
 
-@torch.no_grad()
+@inference_defaults()
 def evaluate_codec(
     codec: Codec, extractor: FeatureExtractor | None, images: Tensor, levels: Sequence[float] = (0.0, 0.3, 0.5)
 ) -> CodecReport:
@@ -89,10 +89,11 @@ def codec_pictures(folder: Path | None, size: int, split: Split, count: int) -> 
             )
         drawings = suite_drawings("geneval", split, "id", -(-count // len(FAMILIES)))
         return to_floats(np.stack([render(drawing.scene) for drawing in drawings[:count]]))
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS) if folder.is_dir() else []
+    found = picture_files(folder) if folder.is_dir() else []
     if not found:
-        raise DataError(f"{folder} has no images; expected a folder with files that end in {', '.join(ENDINGS)}.")
-    return torch.stack([read_picture(path, size) for path in found[:count]])
+        endings = ", ".join(PICTURE_ENDINGS)
+        raise DataError(f"{folder} has no images; expected a folder with files that end in {endings}.")
+    return torch.stack(read_files(lambda path: read_picture(path, size), found[:count]))
 
 
 def codec_table(report: CodecReport) -> Table:

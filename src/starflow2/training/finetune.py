@@ -21,11 +21,11 @@ from torch import Tensor
 
 from starflow2.core.fields import Config, Count, Positive, Range, Seed
 from starflow2.core.files import check_writable
-from starflow2.core.images import PICTURE_ENDINGS, checked_pixels, picture_files, read_picture
+from starflow2.core.images import PICTURE_ENDINGS, checked_pixels, picture_files, read_files, read_picture
 from starflow2.core.text import clean, read_text
 from starflow2.data.dialogue import Dialogue, Turn, is_lone_drawing, replace_pictures
 from starflow2.data.mixture import conversations
-from starflow2.errors import ConfigError, DataError, PromptError, StateError
+from starflow2.errors import ConfigError, DataError, StateError
 from starflow2.models import lora
 from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
@@ -96,17 +96,8 @@ def read_album(folder: str | Path, size: int) -> Album:
         raise DataError(
             f"{folder} holds no images; expected image files with a .txt beside each, {', '.join(PICTURE_ENDINGS)}."
         )
-    images, captions, refused = list[Tensor](), list[str](), list[str]()
-    for file in files:
-        try:
-            captions.append(_caption(file))
-            images.append(read_picture(file, size))
-        except (DataError, PromptError) as error:
-            refused.append(str(error))
-    if refused:
-        more = f" And {len(refused) - 3} more." if len(refused) > 3 else ""
-        raise DataError(f"{len(refused)} of {len(files)} images cannot be used: {' '.join(refused[:3])}{more}")
-    return Album(torch.stack(images), tuple(captions))
+    found = read_files(lambda file: (read_picture(file, size), _caption(file)), files)
+    return Album(torch.stack([image for image, _ in found]), tuple(caption for _, caption in found))
 
 
 def _caption(file: Path) -> str:
