@@ -1,7 +1,8 @@
 """The command line: a table of verbs, each a dataclass of options whose `run` calls the library.
 
 Importing a verb's file imports neither torch nor transformers; a command imports what it needs when it runs, so that
-`starflow2 --help` is fast. Exit status: 0 done, 1 a check failed, 2 bad input or an error of ours, 130 Ctrl-C.
+`starflow2 --help` is fast. Exit status: 0 done, 1 a check failed, 2 bad input or an error of ours, 130 Ctrl-C, 141 if
+whoever read the output has left.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def _union(options: tuple[Any, ...], value: object, name: str) -> Any:
 
 
 def _tuple(items: tuple[Any, ...], value: object, name: str) -> Any:
-    if not isinstance(value, tuple | list):
+    if not isinstance(value, tuple):
         raise ConfigError(f"{name} is {_told(value)}; expected a tuple.")
     if len(items) == 2 and items[1] is Ellipsis:
         items = (items[0],) * len(value)
