@@ -48,7 +48,8 @@ WRONG: list[tuple[str, Any]] = [
     *((name, v) for name in ("share", "lr", "weight", "maybe") for v in (math.nan, math.inf, np.float32("nan"))),
     ("steps", 0), ("at", -1), ("width", 2**20 + 1), ("seed", 2**63), ("seed", -(2**63) - 1), ("steps", 10**5000),
     ("share", -0.1), ("share", 1.1), ("weight", -1e-9), ("lr", 0), ("lr", 10**400), ("lr", torch.ones(2)), ("lr", None),
-    ("sides", (1, 0)), ("sides", (1,)), ("sides", (1, 2, 3)), ("sides", 3), ("sides", "ab"), ("sides", [1, 2]), ("many", (0.5, 2)),
+    ("sides", (1, 0)), ("sides", (1,)), ("sides", (1, 2, 3)), ("sides", 3), ("sides", "ab"), ("sides", [1, 2]),
+    ("many", (0.5, 2)),
     ("kind", "c"), ("kind", 1), ("kind", None), ("on", 1), ("on", "yes"), ("name", 3), ("name", None), ("name", b"x"),
     ("inner", {"steps": 1}), ("inner", None), ("other", 3), ("table", {"a": 0}), ("table", {1: 1}), ("table", [1]),
 ]  # fmt: skip

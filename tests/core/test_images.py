@@ -521,3 +521,13 @@ def test_a_folder_is_listed_without_hidden_files_and_folders(tmp_path):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "x.png").mkdir()
     assert [path.name for path in picture_files(tmp_path)] == ["a.jpeg", "b.PNG"]
+
+
+@pytest.mark.parametrize("as_what", ["file", "bytes", "image"])
+def test_a_contact_sheet_is_no_image_to_read(tmp_path, as_what):
+    sheet = contact_sheet([Image.new("RGB", (64, 64))] * 4, ["a", "b", "c", "d"])
+    save_png(sheet, tmp_path / "sheet.png", {"prompt": "a star"})
+    source = {"file": tmp_path / "sheet.png", "bytes": (tmp_path / "sheet.png").read_bytes(), "image": sheet}[as_what]
+    with pytest.raises(DataError, match=r"is a contact sheet of '?4'? images; expected one image: draw into a folder"):
+        read_picture(source, 64)
+    assert read_metadata(tmp_path / "sheet.png")["prompt"] == "a star"

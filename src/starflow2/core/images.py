@@ -85,6 +85,7 @@ ROUNDING = 1e-3  # by which resizing may leave [-1, 1]
 INK, PAPER, FRAME = (32, 32, 36), (255, 255, 255), (214, 214, 220)
 MIN_SIDE = 16  # pixels; a smaller image shows nothing
 MARGIN, FONT_SIZE, LABEL_LINES = 12, 15, 6  # pixels, pixels, lines
+SHEET = "images on this contact sheet"  # key of a text chunk
 
 
 # -- pixels and numbers --------------------------------------------------------------------------------------
@@ -197,11 +198,22 @@ def read_picture(source: PictureSource, size: int, form: ImageForm = AS_UPLOADED
         try:
             with _opened(source, name) as image:
                 _check_readable(image, name, allows_transparency=bool(form.flatten))
-                return to_tensor(_square(_upright(image), size, form))
+                upright = _upright(image)
+                _check_single(image, name)  # text may stand after the pixels
+                return to_tensor(_square(upright, size, form))
         except (DataError, ShapeError):
             raise
         except Exception as error:  # PIL's readers raise what they like on bad bytes
             raise _unreadable(name, str(error) or type(error).__name__, "damaged picture") from error
+
+
+def _check_single(image: PILImage, name: str) -> None:
+    """Raise DataError for a contact sheet of ours, of which only the middle would be read."""
+    if SHEET in image.info:
+        raise DataError(
+            f"{name} is a contact sheet of {shown(image.info[SHEET])} images; expected one image: draw into a folder, "
+            "such as -o out/, which keeps a file of each."
+        )
 
 
 def checked_pixels(images: Tensor, name: str = "image") -> Tensor:
@@ -460,6 +472,7 @@ def contact_sheet(images: Sequence[PILImage], labels: Sequence[str], columns: in
             draw.rectangle((left - 1, top - 1, left + tile.width, top + tile.height), outline=FRAME)
             draw.multiline_text((left, top + height + MARGIN // 2), texts[i], fill=INK, font=font, spacing=2)
         top += drop + MARGIN
+    sheet.info[SHEET] = str(len(images))
     return sheet
 
 
@@ -474,7 +487,8 @@ def save_png(image: PILImage, path: str | Path, metadata: Mapping[str, str] | No
     if Path(path).suffix.lower() != ".png":
         raise OutputError(f"cannot write {path}: images are PNG files; expected a name that ends in .png.")
     chunks = PngImagePlugin.PngInfo()
-    for key, text in (metadata or {}).items():
+    about = dict(metadata or {}) | {key: image.info[key] for key in (SHEET,) if key in image.info}
+    for key, text in about.items():
         chunks.add_text(key, text)  # tEXt, or iTXt where the text is not Latin-1
     with replacing(path) as temp:
         image.save(temp, format="PNG", pnginfo=chunks)
