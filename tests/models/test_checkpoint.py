@@ -269,9 +269,17 @@ def without_joints(folder: Path, stages: tuple[str, ...] = STAGES[:4], number: i
 
 def test_a_folder_says_its_format_and_holds_the_joints(saved):
     config = json.loads((saved / "config.json").read_text())
-    assert config["format"] == FORMAT == 6 and config["model"]["joints"]["adapter_width"] == 192
+    assert config["format"] == FORMAT == 7 and config["model"]["joints"]["adapter_width"] == 192
     names = {k for k in load_file(saved / "model.safetensors") if k.startswith("joints.")}
     assert names == {f"joints.{k}" for k in tiny_components().joints.state_dict()} and len(names) > 8
+
+
+def test_a_folder_from_before_there_were_families_holds_a_qwen25(folder):
+    model = json.loads((folder / "config.json").read_text())["model"]
+    for name in ("stream", "head_dim", "vision_deepstack"):
+        del model["vlm"][name]
+    edit(folder, format=6, model=model)
+    assert load_components(folder).cfg == tiny_components().cfg
 
 
 def test_a_joint_model_comes_back_with_woken_joints(tmp_path):

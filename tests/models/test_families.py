@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
-from transformers.models.qwen3_vl import Qwen3VLConfig
 
 from helpers import wake
 from model_cases import STAGES, tiny_components, tiny_model, tiny_tokenizer
 from pretrained_cases import SPECIAL, qwen_tokenizer
+from starflow2.cli.app import main
 from starflow2.data.dialogue import Turn
-from starflow2.errors import CheckpointError
+from starflow2.errors import CheckpointError, ConfigError
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
+from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
 from starflow2.models.joint_stream import read_documents
 from starflow2.models.pretzel import Joints, Pretzel
@@ -25,6 +27,8 @@ from starflow2.models.protocols import LanguageStream
 from starflow2.models.qwen import Qwen3Stream, QwenStream
 from starflow2.models.sequence import Image, Text, image_mrope, pack, text_mrope
 from starflow2.models.tokenizer import ChatTokenizer, QwenTokenizer, load_tokenizer
+from starflow2.training.recipes import paper, smoke
+from starflow2.training.tasks import AdapterTask
 from starflow2.world.captions import caption_task
 
 # What Qwen2.5-VL's own template renders, without its branches for video and numbered pictures.
@@ -111,38 +115,25 @@ def test_a_session_in_qwens_layout_holds_the_positions_of_the_packed_document():
 # -- another family ------------------------------------------------------------------------------------------
 
 
+QWEN3 = replace(
+    tiny_model().vlm,
+    vocab=320,
+    head_dim=20,
+    rope_theta=1e4,
+    vision_depth=1,
+    vision_width=16,
+    vision_mlp_width=16,
+    vision_patch=16,
+    vision_deepstack=(0,),
+    ties_embeddings=False,
+    stream="starflow2.models.qwen:Qwen3Stream",
+)
+
+
 def qwen3() -> Qwen3Stream:
     """Tiny and woken; interleaved M-RoPE over heads of 20."""
-    cfg = Qwen3VLConfig(
-        text_config={
-            "vocab_size": 320,
-            "hidden_size": 40,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 20,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [4, 3, 3],
-                "mrope_interleaved": True,
-            },
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_heads": 2,
-            "out_hidden_size": 40,
-            "deepstack_visual_indexes": [0],
-            "num_position_embeddings": 16,
-        },
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
     torch.manual_seed(3)
-    return wake(Qwen3Stream(cfg), 0.2).eval()
+    return wake(Qwen3Stream(QWEN3), 0.2).eval()
 
 
 def interleaved(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,3 +200,50 @@ def test_both_streams_run_over_qwen3_and_see_nothing_ahead():
     before = begin < int(batch.pictures.begin[0])
     assert bool(before.any()) and torch.equal(out.logits[before], again.logits[before])
     assert not torch.equal(out.logits[~before], again.logits[~before])
+
+
+@pytest.fixture
+def over_qwen3(tmp_path, monkeypatch) -> str:
+    """A recipe in a module of one's own: the paper's in miniature, over a Qwen3-VL in a folder as it is published."""
+    folder = tmp_path / "qwen3"
+    cfg = replace(smoke(paper()).model.vlm, special=SPECIAL, vocab=400, head_dim=16, mrope_section=(4, 2, 2))
+    cfg = replace(cfg, vision_patch=16, vision_deepstack=(0,), stream=QWEN3.stream)
+    torch.manual_seed(7)
+    wake(Qwen3Stream(cfg), 0.2).model.save_pretrained(folder, max_shard_size="200KB")
+    qwen_tokenizer().save(str(folder / "tokenizer.json"))
+    (tmp_path / "my_recipes.py").write_text(
+        "from dataclasses import replace\n"
+        "from starflow2.models.published import with_backbones\n"
+        "from starflow2.training.recipes import paper, smoke\n"
+        "def mine():\n"
+        "    run = smoke(paper())\n"
+        "    stages = (replace(s, steps=2, batch=2, distill=0.0, whitening_captions=64) for s in run.stages)\n"
+        f"    model = with_backbones(run.model, vlm={str(folder)!r})\n"
+        "    return replace(run, model=model, stages=tuple(stages), precision='float32')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_recipes", raising=False)
+    return "my_recipes:mine"
+
+
+def test_qwen3_goes_through_recipe_prepare_every_stage_checkpoint_and_commands(over_qwen3, tmp_path):
+    for words in (["prepare"], ["train", "--device", "cpu"]):
+        assert main([words[0], over_qwen3, "-o", "run", *words[1:]]) == 0
+    components = load_components(tmp_path / "run" / "model")
+    assert isinstance(components.vlm, Qwen3Stream) and components.vlm.model.config.text_config.head_dim == 16
+    assert "joint" in components.finished_stages and components.joints.adapter.gain.unique().numel() > 0
+    opening = components.tokenizer.drawing_prompt("cats")
+    assert opening[0] == SPECIAL.user and components.tokenizer.decode(opening).startswith("user"), "no system prompt"
+    assert main(["generate", "two cats", "--model", "run/model", "-o", "cats.png", "--device", "cpu"]) == 0
+    assert main(["ask", "cats.png", "what is it?", "--model", "run/model", "--device", "cpu"]) == 0
+    with pytest.raises(ConfigError, match="adapter: set distill to 0"):
+        components.vlm.see(torch.zeros(1, 3, 64, 64))
+    stage = replace(smoke(paper()).stage("adapter"), distill=0.1)
+    with pytest.raises(ConfigError, match=r"distill is 0.1, but starflow2.models.qwen:Qwen3Stream has no vision tower"):
+        AdapterTask(components, stage, 0)
+
+
+@pytest.mark.parametrize(("stream", "says"), [("os:system", "derives from"), ("no.such:Stream", "cannot use 'no.such")])
+def test_a_config_can_name_nothing_but_a_backbone(stream, says):
+    with pytest.raises(ConfigError, match=says):
+        Components(replace(tiny_model(), vlm=replace(QWEN3, stream=stream)), tiny_tokenizer())

@@ -33,12 +33,11 @@ from starflow2.models.components import Components
 from starflow2.models.config import FaeConfig, ModelConfig
 from starflow2.models.config_file import FORMAT, is_model_config, read_config
 from starflow2.models.fae import Fae
+from starflow2.models.huggingface import Backbone, stream_class
 from starflow2.models.pretrained import Pretrained, fingerprint, inventory, locate
 from starflow2.models.pretzel import Joints
-from starflow2.models.qwen import QwenStream
 from starflow2.models.tensor_file import load_tensors
-from starflow2.models.tokenizer import ChatTokenizer, load_tokenizer
-from starflow2.models.vision import DinoFeatures, SiglipFeatures
+from starflow2.models.tokenizer import ChatTokenizer, QwenTokenizer, load_tokenizer
 from starflow2.nn import raw_bytes
 
 __all__ = [
@@ -292,9 +291,7 @@ def _refer(components: Components, name: str, place: Path | None, known: str, de
     components.fingerprints[name] = found
 
 
-def _load_backbone(
-    backbone: DinoFeatures | SiglipFeatures | QwenStream, folder: Path, dtype: torch.dtype = torch.float32
-) -> None:
+def _load_backbone(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     entries = inventory(folder)
     whole_numbers = sorted(name for name, entry in entries.items() if entry.dtype not in FLOATS)
     if whole_numbers:
@@ -320,6 +317,8 @@ def _tokenizer(path: Path, cfg: ModelConfig) -> ChatTokenizer:
         raise CheckpointError(f"cannot load {path}: {_first_line(error)}") from error
     if tokenizer.special != cfg.vlm.special or tokenizer.vocab > cfg.vlm.vocab:
         raise CheckpointError(f"{path} is the tokenizer of another model: its tokens do not fit config.json.")
+    if isinstance(tokenizer, QwenTokenizer):  # the file is the same for families with different chat templates
+        tokenizer.system = stream_class(cfg.vlm).system
     return tokenizer
 
 

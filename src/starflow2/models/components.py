@@ -17,6 +17,7 @@ from starflow2.errors import ConfigError
 from starflow2.flow import Flow
 from starflow2.models.config import FaeConfig, ModelConfig
 from starflow2.models.fae import Fae, FaeCodec
+from starflow2.models.huggingface import stream_class
 from starflow2.models.joint_stream import JointStream
 from starflow2.models.patches import PatchCodec
 from starflow2.models.pretzel import Joints, Pretzel
@@ -102,7 +103,7 @@ def fresh_modules(cfg: ModelConfig) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
     if cfg.features is not None:
         modules["features"] = features_of(cfg.features)
-    modules["vlm"] = QwenStream(cfg.vlm)
+    modules["vlm"] = stream_class(cfg.vlm)(cfg.vlm)
     if isinstance(cfg.fae, FaeConfig):
         modules["fae"] = Fae(cfg.fae)
     else:

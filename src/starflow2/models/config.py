@@ -93,7 +93,7 @@ class SpecialIds(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig(Config):
-    """Shape of a Qwen2.5-VL, language model and vision tower; head dim = width / heads."""
+    """Shape of a language model and its vision tower: a Qwen2.5-VL, or what the class `stream` makes of these sizes."""
 
     vocab: Size
     width: Size
@@ -113,7 +113,15 @@ class LanguageConfig(Config):
     ties_embeddings: bool = True
     vision_window: Natural = 0  # pixels, side of the window of the tower's windowed layers; 0 = the image
     vision_whole: tuple[Natural, ...] = ()  # layers of the tower that attend to the whole image; () = all
+    vision_deepstack: tuple[Natural, ...] = ()  # layers of the tower that feed inner layers of the language model, too
     pixels: PixelConfig | None = None  # None: reads images of image_size in [-1, 1] unchanged
+    head_dim: Natural = 0  # channels of a head; 0 = width / heads
+    stream: str = "starflow2.models.qwen:QwenStream"  # module:Class, a `huggingface.Backbone` and `LanguageStream`
+
+    @property
+    def head_width(self) -> int:
+        """Channels of an attention head of the language model."""
+        return self.head_dim or self.width // self.heads
 
     @property
     def image_grid(self) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from starflow2.models.config import JointsConfig, ModelConfig
 
 __all__ = ["FORMAT", "FolderConfig", "is_model_config", "read_config"]
 
-FORMAT = 6
+FORMAT = 7
 KEYS = {"format", "stages", "model", "fingerprints", "digests"}  # of a config.json
 Json = JsonObject  # an object as config.json holds it, of any format
 
@@ -143,4 +143,11 @@ def _as_format_6(config: Json) -> Json:
     return {**config, "format": 6, "model": {**config["model"], **new}}
 
 
-_MIGRATIONS = (_as_format_2, _as_format_3, _as_format_4, _as_format_5, _as_format_6)
+def _as_format_7(config: Json) -> Json:
+    """Format 6 knew one family of language models, and heads as wide as they divide its width."""
+    model = config["model"]
+    new = {"vision_deepstack": [], "head_dim": 0, "stream": "starflow2.models.qwen:QwenStream"}
+    return {**config, "format": 7, "model": {**model, "vlm": {**new, **model["vlm"]}}}
+
+
+_MIGRATIONS = (_as_format_2, _as_format_3, _as_format_4, _as_format_5, _as_format_6, _as_format_7)

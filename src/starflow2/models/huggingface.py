@@ -15,13 +15,17 @@ import torch
 from torch import nn
 from transformers.utils import logging as hf_logging
 
+from starflow2.core.imports import find_object
 from starflow2.core.json_reader import parse_record
+from starflow2.errors import ConfigError
+from starflow2.models.config import LanguageConfig
 
 __all__ = [
     "FUSED",
     "Backbone",
     "flatten_config",
     "quiet",
+    "stream_class",
 ]
 
 
@@ -37,6 +41,8 @@ class Backbone(nn.Module):
     unseen: tuple[str, ...] = ()  # settings that show in no tensor shape; compared with those of the folder
     kinds: tuple[str, ...]  # values of model_type in config.json that it loads
     hint: str = ""  # what else to say of others
+    system: str = ""  # of a language model: the system prompt that its chat template puts first; "": none
+    has_tower: bool = True  # of a language model: whether `see` gives its own tower's tokens of an image
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,6 +91,21 @@ class Backbone(nn.Module):
         differ = [f"{k} is {theirs.get(k)}, expected {ours[k]}" for k in self.unseen if theirs.get(k) != ours[k]]
         if differ:
             raise ValueError(f"config.json is of another model: {'; '.join(differ)}")
+
+
+def stream_class(cfg: LanguageConfig) -> type[Backbone]:
+    """The class that a language model's sizes name, also one of a module in the current folder.
+
+    Raises ConfigError for anything but a Backbone, so that the config of a model folder cannot call other code.
+
+    >>> from starflow2.training.recipes import nano
+    >>> stream_class(nano().model.vlm).__name__
+    'QwenStream'
+    """
+    found = find_object(cfg.stream, "vlm.stream")
+    if not (isinstance(found, type) and issubclass(found, Backbone)):
+        raise ConfigError(f"vlm.stream is {cfg.stream!r}; expected a class that derives from huggingface.Backbone.")
+    return found
 
 
 def flatten_config(config: dict[Any, Any], path: str = "") -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Sizes of pretrained components, read from their folders: any Qwen2.5-VL, DINOv2 or SigLIP by its config.json.
+"""Sizes of pretrained components, read from their folders: any Qwen2.5-VL or Qwen3-VL, DINOv2 or SigLIP.
 
 `with_backbones` puts them into a model, and adapts what reads them. Special tokens come from tokenizer.json,
 normalisation of colours from preprocessor_config.json. Not here: weights (`pretrained`).
@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import Dinov2Config, SiglipVisionConfig
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
+from transformers.models.qwen3_vl import Qwen3VLConfig
 
 from starflow2.core.json_reader import JsonObject, parse_record
 from starflow2.errors import CheckpointError, ConfigError
@@ -54,16 +55,16 @@ def with_backbones(model: ModelConfig, *, vlm: str = "", features: str = "", rev
 
 
 def language_config(folder: Path, grid: tuple[int, int], picture_size: int) -> LanguageConfig:
-    """Sizes of the Qwen2.5-VL in a folder.
+    """Sizes of the Qwen2.5-VL or Qwen3-VL in a folder, by its config.json.
 
     Its tower reads images of `picture_size` pixels at the size at which it gives `grid` tokens. Raises CheckpointError
     for a folder of another model.
     """
-    _check_kind(folder, ("qwen2_5_vl",), "a Qwen2.5-VL")
+    kind = _check_kind(folder, ("qwen2_5_vl", "qwen3_vl"), "a Qwen2.5-VL or Qwen3-VL")
+    family = Qwen3VLConfig if kind == "qwen3_vl" else Qwen2_5_VLConfig
     with quiet():
-        found = Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
-    text: Any = found.text_config  # transformers' annotations do not pass strict checks
-    vision: Any = found.vision_config
+        found: Any = family.from_pretrained(folder, local_files_only=True)  # its annotations do not pass strict checks
+    text, vision = found.text_config, found.vision_config
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if not isinstance(tokenizer, QwenTokenizer):
         raise CheckpointError(
@@ -87,9 +88,12 @@ def language_config(folder: Path, grid: tuple[int, int], picture_size: int) -> L
         image_size=2 * vision.patch_size * grid[0],
         rope_theta=float(rope["rope_theta"]),
         ties_embeddings=bool(found.tie_word_embeddings),
-        vision_window=vision.window_size,
-        vision_whole=tuple(vision.fullatt_block_indexes),
-        pixels=_pixels(folder, picture_size, CLIP_COLOURS),
+        vision_window=getattr(vision, "window_size", 0),
+        vision_whole=tuple(getattr(vision, "fullatt_block_indexes", ())),
+        vision_deepstack=tuple(getattr(vision, "deepstack_visual_indexes", ())),
+        pixels=_pixels(folder, picture_size, HALF_COLOURS if kind == "qwen3_vl" else CLIP_COLOURS),
+        head_dim=text.head_dim if kind == "qwen3_vl" else 0,
+        stream=f"starflow2.models.qwen:{'Qwen3Stream' if kind == 'qwen3_vl' else 'QwenStream'}",
     )
 
 

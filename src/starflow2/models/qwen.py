@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from starflow2.errors import ConfigError
 from starflow2.models.config import LanguageConfig
 from starflow2.models.huggingface import FUSED, Backbone
 from starflow2.models.vision import to_tower
@@ -84,6 +85,7 @@ class QwenStream(Backbone):
     """Qwen2.5-VL as embed -> states -> logits, and its vision tower (`see`)."""
 
     kinds = ("qwen2_5_vl",)
+    system = "You are a helpful assistant."
     unseen = (
         "text_config.num_attention_heads",
         "text_config.rms_norm_eps",
@@ -168,26 +170,89 @@ class QwenStream(Backbone):
         return at_least_fp32(rearrange(tokens, "(b n) e -> b n e", b=len(images)))
 
 
-class Qwen3Stream(Backbone):
-    """Qwen3-VL's language model as a `LanguageStream`, which shows that another family fits.
+# -- Qwen3-VL ---------------------------------------------------------------------------------------
 
-    Its config is transformers' own. Its vision tower, which feeds three inner layers too, is not supported.
+
+def qwen3_config(cfg: LanguageConfig) -> Qwen3VLConfig:
+    """The config of transformers with these sizes."""
+    from transformers.models.qwen3_vl import Qwen3VLConfig  # imported here: most models do not need it
+
+    rope = {
+        "rope_type": "default",
+        "rope_theta": cfg.rope_theta,
+        "mrope_section": list(cfg.mrope_section),
+        "mrope_interleaved": True,
+    }
+    text: dict[str, object] = {
+        "vocab_size": cfg.vocab,
+        "hidden_size": cfg.width,
+        "num_hidden_layers": cfg.depth,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.kv_heads,
+        "head_dim": cfg.head_width,
+        "intermediate_size": cfg.mlp_width,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": rope,
+        "tie_word_embeddings": cfg.ties_embeddings,
+    }
+    vision: dict[str, object] = {
+        "depth": cfg.vision_depth,
+        "hidden_size": cfg.vision_width,
+        "intermediate_size": cfg.vision_mlp_width,
+        "num_heads": cfg.vision_heads,
+        "patch_size": cfg.vision_patch,
+        "out_hidden_size": cfg.width,
+        "deepstack_visual_indexes": list(cfg.vision_deepstack),
+    }
+    return Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=cfg.special.image_pad,
+        vision_start_token_id=cfg.special.vision_start,
+        vision_end_token_id=cfg.special.vision_end,
+        tie_word_embeddings=cfg.ties_embeddings,
+    )
+
+
+class Qwen3Stream(Backbone):
+    """Qwen3-VL's language model as a `LanguageStream`: another family, `stream` of a LanguageConfig names it.
+
+    Its vision tower, which feeds three inner layers too, is loaded and not used: images come through the adapter alone.
     """
 
     kinds = ("qwen3_vl",)
+    has_tower = False
+    unseen = (
+        "text_config.num_attention_heads",
+        "text_config.rms_norm_eps",
+        "text_config.hidden_act",
+        "text_config.rope_parameters.rope_theta",
+        "text_config.rope_parameters.mrope_section",
+    )
 
-    def __init__(self, cfg: Qwen3VLConfig) -> None:
-        from transformers.models.qwen3_vl import Qwen3VLForConditionalGeneration  # imported here: nothing else needs it
+    def __init__(self, cfg: LanguageConfig) -> None:
+        from transformers.models.qwen3_vl import Qwen3VLForConditionalGeneration  # imported here, as above
 
         super().__init__()
         self.cfg = cfg
-        self.text: Any = cfg.text_config
-        self.model = Qwen3VLForConditionalGeneration(cfg)
+        self.model = Qwen3VLForConditionalGeneration(qwen3_config(cfg))
         self.model.set_attn_implementation(FUSED["attn_implementation"])  # `states` passes a boolean mask
 
     @property
     def width(self) -> int:
-        return int(self.text.hidden_size)
+        return self.cfg.width
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Transformer layers of the language model, without those of the tower."""
+        return list(self.model.model.language_model.layers)
+
+    def see(self, images: Tensor) -> Tensor:
+        """Raises ConfigError: the tower is not supported."""
+        raise ConfigError(
+            "the vision tower of a Qwen3-VL feeds inner layers and is not supported; images are read through the "
+            "adapter: set distill to 0, and ask the joint model."
+        )
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, E)."""
@@ -216,7 +281,7 @@ class Qwen3Stream(Backbone):
 
     def new_cache(self) -> Cache:
         """An empty cache for `states`."""
-        return Cache(int(self.text.num_hidden_layers))
+        return Cache(self.cfg.depth)
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., E) -> (..., V)."""

@@ -65,7 +65,7 @@ def describe(cfg: ModelConfig) -> ModelSummary:
     total = sum(counts.values())
     language, deep = cfg.vlm, cfg.flow.deep.stack
     cached = {
-        "language": 2 * language.depth * language.kv_heads * (language.width // language.heads),
+        "language": 2 * language.depth * language.kv_heads * language.head_width,
         "flow": 2 * deep.depth * deep.width,
     }
     return ModelSummary(

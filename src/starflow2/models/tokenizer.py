@@ -107,7 +107,7 @@ class ChatTokenizer:
 
 
 class QwenTokenizer(ChatTokenizer):
-    """The tokenizer of a Qwen2.5-VL folder, with turns in Qwen's chat template.
+    """The tokenizer of a Qwen2.5-VL or Qwen3-VL folder, with turns in Qwen's chat template.
 
     `special.user` and `special.assistant` are both <|im_start|>, which opens any turn and which the model never writes.
     """
@@ -121,13 +121,15 @@ class QwenTokenizer(ChatTokenizer):
         "<|vision_end|>",
         "<|image_pad|>",
     )
-    system = "You are a helpful assistant."
+    system = "You are a helpful assistant."  # "": none, as in Qwen3-VL's template
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def opens_user(self, *, is_first: bool = True) -> list[int]:
+        if is_first and not self.system:
+            return self._opens("user")
         before = [*self._opens("system"), *self.encode(self.system), self.special.end] if is_first else []
         return [*before, *self.encode("\n"), *self._opens("user")]
 

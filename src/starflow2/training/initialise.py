@@ -14,6 +14,8 @@ from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
 from starflow2.world.captions import caption_task
 
+WORDS = 4096  # tokens whose embeddings are measured where there is no tower
+
 __all__ = ["match_tower_scale", "whiten_text_states", "world_captions"]
 
 
@@ -36,7 +38,13 @@ def world_captions(components: Components, seed: int, count: int) -> list[list[i
 def match_tower_scale(components: Components, images: Tensor) -> None:
     """Let the adapter's embeddings start at the root mean square of those of the language model's own vision tower.
 
-    images: (P, 3, s, s), those that are measured. Overwrites the gain of `components.joints.adapter`.
+    images: (P, 3, s, s), those that are measured. Embeddings of words take the place of the tower's where the class of
+    the language model has none. Overwrites the gain of `components.joints.adapter`.
     """
-    tower = components.vlm.see(images.to(components.device))  # (P, N, E)
-    components.joints.adapter.set_scale(float(tower.square().mean().sqrt()))
+    vlm = components.vlm
+    if vlm.has_tower:
+        embeddings = vlm.see(images.to(components.device))  # (P, N, E)
+    else:
+        ids = torch.arange(min(WORDS, components.cfg.vlm.vocab), device=components.device)
+        embeddings = vlm.embed(ids[None])  # (1, WORDS, E)
+    components.joints.adapter.set_scale(float(embeddings.float().square().mean().sqrt()))

@@ -438,6 +438,8 @@ def _narrow(model: ModelConfig) -> ModelConfig:
             vision_heads=2,
             vision_mlp_width=64,
             vision_whole=(1,) if model.vlm.vision_whole else (),
+            vision_deepstack=(0,) if model.vlm.vision_deepstack else (),
+            head_dim=0,
         ),
         vlm_from=None,
         fae=_narrow_fae(model.fae) if isinstance(model.fae, FaeConfig) else model.fae,

@@ -192,6 +192,10 @@ class AdapterTask(_DocumentTask):
     ) -> None:
         super().__init__(components, stage, seed, dataset=dataset, trained=trained)
         tower, latents = components.cfg.vlm.image_grid, components.cfg.flow.deep.grid
+        if stage.distill and not components.vlm.has_tower:
+            raise ConfigError(
+                f"distill is {stage.distill}, but {components.cfg.vlm.stream} has no vision tower; set distill to 0."
+            )
         if stage.distill and tower != latents:
             raise ConfigError(
                 f"distill is {stage.distill}, but the vision tower gives {tower} embeddings of an image and the flow "
