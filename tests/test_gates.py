@@ -17,7 +17,16 @@ from PIL import Image
 from model_cases import STAGES, tiny_components
 from starflow2 import StarFlow2
 from starflow2.core.torch_defaults import inference_defaults, torch_defaults
-from starflow2.errors import ConfigError, DataError, DeviceError, PromptError, ShapeError, StarFlowError, StateError
+from starflow2.errors import (
+    ConfigError,
+    DataError,
+    DeviceError,
+    OutputError,
+    PromptError,
+    ShapeError,
+    StarFlowError,
+    StateError,
+)
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.session import Session
 from starflow2.models.checkpoint import load_components, save_components
@@ -197,6 +206,18 @@ def test_a_device_has_several_names():
 def test_what_is_no_device_of_this_machine_is_refused(name):
     with pytest.raises(DeviceError, match="device is"):
         pick_device(name)
+
+
+@pytest.mark.parametrize("place", [None, True, 3, b"x", (), {}, 1j, "", "a\0b"], ids=str)
+def test_a_model_is_saved_to_the_name_of_a_folder_only(model, place):
+    with pytest.raises(OutputError, match="save_directory is"):
+        model.save_pretrained(place)
+
+
+@pytest.mark.parametrize("kind", [StarFlowError, *StarFlowError.__subclasses__()])
+def test_every_message_is_one_printable_line(kind):
+    error = kind("cannot read a\x1b[2J\ud800.png:\n  no\u202e such file")
+    assert str(error) == r"cannot read a\x1b[2J\ud800.png: no\u202e such file"
 
 
 # -- the caller's settings

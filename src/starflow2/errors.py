@@ -20,6 +20,7 @@ The second bases let callers keep the `except ValueError`, `RuntimeError` and `O
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -35,11 +36,15 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "nearest",
+    "printable_line",
 ]
 
 
 class StarFlowError(Exception):
-    """The root of the tree: everything this package raises for its users."""
+    """The root of the tree: everything this package raises for its users. Its message is one printable line."""
+
+    def __str__(self) -> str:
+        return printable_line(super().__str__())
 
 
 class ShapeError(StarFlowError, ValueError):
@@ -80,6 +85,16 @@ class DataError(StarFlowError):
 
 class TrainingError(StarFlowError):
     """A training run that cannot start, go on or resume."""
+
+
+def printable_line(text: str) -> str:
+    """Text on one line, in which signs that do not print are escaped: names and values come from anywhere.
+
+    >>> printable_line("a\\x1b[2J.png\\nb")
+    'a\\\\x1b[2J.png b'
+    """
+    line = re.sub(r"\s*[\n\r]\s*", " ", text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -5,6 +5,7 @@ Everything it does is a call into generate and checkpoint. Not here: training an
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from starflow2.core.files import replacing
 from starflow2.core.images import PictureSource, PILImage, checked_pixels, read_picture, to_pil
 from starflow2.core.text import shown
 from starflow2.core.torch_defaults import inference_defaults, torch_defaults
-from starflow2.errors import ConfigError, StateError
+from starflow2.errors import ConfigError, OutputError, StateError
 from starflow2.inference.cleanup import denoised
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.conversations import PastTurn, generate_replies, reply_after
@@ -344,6 +345,12 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         push_to_hub: upload it, too, as `repo_id` (by default the folder's name) and with the options in `hub`, those of
         huggingface_hub; returns the url of the commit.
         """
+        if (
+            not isinstance(save_directory, str | os.PathLike)
+            or not str(save_directory).strip()
+            or "\0" in str(save_directory)
+        ):
+            raise OutputError(f"save_directory is {shown(save_directory)}; expected the name of a folder.")
         folder = save_components(self.components, save_directory)
         card = model_card_kwargs or {}
         if not (folder / "README.md").exists():

@@ -18,8 +18,7 @@ import starflow2
 from starflow2.cli.options import PROGRAM, Command, check_text
 from starflow2.cli.parsing import docstring_of, help_text, parse, refuse_repeated
 from starflow2.cli.train import Train
-from starflow2.core.text import escaped
-from starflow2.errors import StarFlowError, UsageError, nearest
+from starflow2.errors import StarFlowError, UsageError, nearest, printable_line
 
 __all__ = ["COMMANDS", "command", "main"]
 
@@ -72,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _ended(message: str, status: int) -> int:
     """Write one printable line to standard error and return the exit status."""
     with contextlib.suppress(OSError):
-        print(f"{PROGRAM}: {escaped(' '.join(message.split()))}", file=sys.stderr, flush=True)
+        print(f"{PROGRAM}: {printable_line(message)}", file=sys.stderr, flush=True)
     return status
 
 

@@ -29,8 +29,8 @@ from starflow2.cli.options import (
 from starflow2.cli.parsing import Option, Positional
 from starflow2.core.files import check_writable
 from starflow2.core.serialize import JsonObject
-from starflow2.core.text import escaped, read_text
-from starflow2.errors import OutputError, PromptError, StateError, UsageError
+from starflow2.core.text import read_text
+from starflow2.errors import OutputError, PromptError, StateError, UsageError, printable_line
 
 if TYPE_CHECKING:
     from starflow2.core.images import PILImage
@@ -142,7 +142,7 @@ class Generate:
             _print_json(rows)
         else:
             for row in rows:
-                print(printable(row.get("text") or escaped(row["file"])))
+                print(printable(row.get("text") or printable_line(row["file"])))
         return 0
 
 

@@ -17,8 +17,7 @@ import starflow2
 from starflow2.cli.parsing import Option, flags
 from starflow2.core.files import check_writable, replacing
 from starflow2.core.serialize import JsonObject
-from starflow2.core.text import escaped
-from starflow2.errors import OutputError, PromptError, StateError, UsageError, nearest
+from starflow2.errors import OutputError, PromptError, StateError, UsageError, nearest, printable_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -174,7 +173,7 @@ def write_json(data: JsonObject, path: Path | None) -> None:
 def say(*lines: object) -> None:
     """Write lines to standard output, without signs that a terminal would obey."""
     for line in lines:
-        print(escaped(str(line)))
+        print(printable_line(str(line)))
 
 
 def printable(text: str) -> str:

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from starflow2.core.fields import Range, whole
 from starflow2.core.files import replacing
-from starflow2.core.text import escaped, shown
-from starflow2.errors import ConfigError, DataError, OutputError, PromptError, ShapeError
+from starflow2.core.text import shown
+from starflow2.errors import ConfigError, DataError, OutputError, PromptError, ShapeError, printable_line
 
 __all__ = [
     "AS_UPLOADED",
@@ -193,7 +193,7 @@ def read_picture(source: PictureSource, size: int, form: ImageForm = AS_UPLOADED
                 f"image is {tuple(source.shape)} floats; expected (3, {size}, {size}), or uint8 of any size."
             )
         return checked_pixels(source)
-    name = escaped(str(source)) if isinstance(source, str | os.PathLike) else "the image"
+    name = printable_line(str(source)) if isinstance(source, str | os.PathLike) else "the image"
     with _undisturbed():
         try:
             with _opened(source, name) as image:
@@ -346,20 +346,15 @@ def _bounded(data: bytes, name: str) -> bytes:
 
 
 def _of_array(pixels: NDArray[Any] | Tensor) -> PILImage:
-    """A PIL image of uint8: an array (height, width[, 1, 3 or 4]) or a tensor (3, height, width). Raises ShapeError."""
-    array = pixels.detach().cpu().permute(1, 2, 0).numpy() if isinstance(pixels, Tensor) and _is_chw(pixels) else pixels
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or not _is_hwc(array) or not array.size:
-        wanted = "(3, height, width) uint8" if isinstance(pixels, Tensor) else "(height, width, 3) uint8"
+    """A PIL image of uint8: an array (height, width, 3) or a tensor (3, height, width). Raises ShapeError."""
+    is_tensor = isinstance(pixels, Tensor)
+    channels = pixels.shape[0 if is_tensor else -1] if pixels.ndim == 3 else 0
+    is_bytes = pixels.dtype in (torch.uint8, np.uint8) and str(getattr(pixels, "device", "cpu")) != "meta"
+    if channels != 3 or not is_bytes or 0 in pixels.shape:
+        wanted = "(3, height, width) uint8" if is_tensor else "(height, width, 3) uint8"
         raise ShapeError(f"image is {tuple(pixels.shape)} {pixels.dtype}; expected {wanted}, 0 black and 255 white.")
-    return Image.fromarray(np.ascontiguousarray(array.squeeze(2) if array.shape[2:] == (1,) else array))
-
-
-def _is_chw(pixels: Tensor) -> bool:
-    return pixels.ndim == 3 and pixels.shape[0] == 3 and pixels.device.type != "meta"
-
-
-def _is_hwc(pixels: NDArray[Any]) -> bool:
-    return pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))
+    array = pixels.detach().cpu().permute(1, 2, 0).numpy() if isinstance(pixels, Tensor) else pixels
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _unreadable(name: str, reason: str, kind: PictureReason) -> PictureError:

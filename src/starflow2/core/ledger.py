@@ -25,7 +25,7 @@ def append_line(path: str | Path, record: Mapping[str, object]) -> None:
 
     Half a line that an earlier process left at the end is removed first. Several processes may append at once.
     """
-    line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
     with write_errors(path):
         target = regular_target(path)
         target.parent.mkdir(parents=True, exist_ok=True)

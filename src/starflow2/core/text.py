@@ -9,9 +9,9 @@ import re
 import unicodedata
 from pathlib import Path
 
-from starflow2.errors import DataError, PromptError
+from starflow2.errors import DataError, PromptError, printable_line
 
-__all__ = ["clean", "escaped", "read_text", "shown"]
+__all__ = ["clean", "read_text", "shown"]
 
 MAX_BYTES = 2**26  # of a text file, 64 MiB
 _WIDTHLESS = "\ufeff\u200b\u2060\u00ad"  # byte order mark, zero-width space, word joiner, soft hyphen
@@ -76,15 +76,6 @@ def read_text(path: str | Path) -> str:
         raise DataError(f"cannot read {name}: {kind}; save it as UTF-8 text.") from error
 
 
-def escaped(text: str) -> str:
-    """Text on one line for messages: signs that do not print are escaped.
-
-    >>> escaped("a\\x1b[2J.png")
-    'a\\\\x1b[2J.png'
-    """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def shown(value: object, most: int = 60) -> str:
     """`repr` for messages: at most `most` characters, those that do not print escaped.
 
@@ -95,5 +86,5 @@ def shown(value: object, most: int = 60) -> str:
         text = repr(value[: most + 1] if isinstance(value, str | bytes) else value)
     except Exception:  # a foreign object's own repr
         text = f"<{type(value).__name__}>"
-    text = escaped(text)
+    text = printable_line(text)
     return text if len(text) <= most else text[: most - 3] + "..."
