@@ -68,6 +68,13 @@ def _shown(image: PictureSource) -> PictureSource:
     return Path(image) if isinstance(image, str) else image
 
 
+def _place(folder: object) -> Path:
+    """The folder of that name. Raises OutputError for what is no name."""
+    if not isinstance(folder, str | os.PathLike) or not str(folder).strip() or "\0" in str(folder):
+        raise OutputError(f"save_directory is {shown(folder)}; expected the name of a folder.")
+    return Path(folder)
+
+
 class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow", "text-to-image"]):
     """A trained model that reads, answers, draws and edits.
 
@@ -345,13 +352,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         push_to_hub: upload it, too, as `repo_id` (by default the folder's name) and with the options in `hub`, those of
         huggingface_hub; returns the url of the commit.
         """
-        if (
-            not isinstance(save_directory, str | os.PathLike)
-            or not str(save_directory).strip()
-            or "\0" in str(save_directory)
-        ):
-            raise OutputError(f"save_directory is {shown(save_directory)}; expected the name of a folder.")
-        folder = save_components(self.components, save_directory)
+        folder = save_components(self.components, _place(save_directory))
         card = model_card_kwargs or {}
         if not (folder / "README.md").exists():
             with replacing(folder / "README.md") as temp:
