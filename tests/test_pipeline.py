@@ -20,9 +20,8 @@ from starflow2 import StarFlow2
 from starflow2.core.images import read_picture, save_png, to_pil
 from starflow2.errors import CheckpointError, ConfigError, DataError, DeviceError, PromptError, ShapeError, StateError
 from starflow2.inference.cleanup import denoised
-from starflow2.inference.config import DrawConfig
+from starflow2.inference.config import DrawConfig, ReplyLimits
 from starflow2.inference.conversations import generate_replies
-from starflow2.inference.decoder import ReplyLimits
 from starflow2.inference.likelihood import score
 from starflow2.inference.session import Session
 from starflow2.models import checkpoint, hub, lora

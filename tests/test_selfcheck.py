@@ -15,13 +15,14 @@ from starflow2 import nn, selfcheck
 from starflow2.errors import DataError, StateError
 from starflow2.flow import Affine, Jacobi
 from starflow2.flow.stepper import Stepper
-from starflow2.inference.decoder import BatchDecoder
+from starflow2.inference.engine import Engine
+from starflow2.inference.lanes import KeyValues
+from starflow2.inference.lean import LeanBackend
 from starflow2.inference.sampler import Sampler
-from starflow2.models.joint_stream import PretzelCache
 from starflow2.models.pretzel import Pretzel
 from starflow2.models.sequence import Batch
 from starflow2.pipeline import StarFlow2
-from starflow2.selfcheck import FLOAT32, FLOAT64, STREAMS64, Check, check_model
+from starflow2.selfcheck import FLOAT32, FLOAT64, SAMPLED, STREAMS64, Check, check_model
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +73,16 @@ def _faint(right: Any) -> Any:
     return lambda self, module, h, kept, target, mask: right(self, module, h, 0.9 * kept, target, mask)
 
 
-def _level_by_rows(right: Any) -> Any:
-    return lambda self, count, level: right(self, count, level * self.rows)
+def _forgetful_lanes(right: Any) -> Any:
+    return lambda self, layer, index, kv: right(self, layer, index, kv * 0.99)
+
+
+def _seen_by_neighbours(right: Any) -> Any:
+    def views(self, first, lanes, visible):
+        found = right(self, first, lanes, visible)
+        return found if lanes < 3 else [(k.roll(1, 0), v.roll(1, 0)) for k, v in found]
+
+    return views
 
 
 def _guided_at_zero(right: Any) -> Any:
@@ -100,7 +109,7 @@ FLOW_FAULTS = {
         selfcheck, "JACOBI", lambda _: Jacobi(max_iterations=2), selfcheck._parallel_sampling, FLOAT64
     ),
     "guidance that acts at zero": Fault(Affine, "guide", _guided_at_zero, selfcheck._no_guidance, FLOAT32),
-    "rows that see each other": Fault(BatchDecoder, "_levels", _level_by_rows, selfcheck._batch_invariance, FLOAT32),
+    "rows that see each other": Fault(KeyValues, "views", _seen_by_neighbours, selfcheck._batch_invariance, SAMPLED),
 }
 
 
@@ -173,13 +182,13 @@ def _elsewhere(right: Any) -> Any:
 
 JOINT_FAULTS = {
     "a cache of both streams that forgets, in float32": Fault(
-        nn.Cache, "append", _forgetful, selfcheck._interleaved_float32, FLOAT32
+        KeyValues, "write", _forgetful_lanes, selfcheck._interleaved_float32, FLOAT32
     ),
     "a cache of both streams that forgets, in float64": Fault(
-        nn.Cache, "append", _forgetful, selfcheck._interleaved_float64, STREAMS64
+        KeyValues, "write", _forgetful_lanes, selfcheck._interleaved_float64, STREAMS64
     ),
     "a skip that does not close": Fault(Pretzel, "logits", _off_by_a_little, selfcheck._closed_skips, 0.0),
-    "rows that hear what others do": Fault(BatchDecoder, "_levels", _level_by_rows, selfcheck._mixed_rows, FLOAT32),
+    "rows that hear what others do": Fault(KeyValues, "views", _seen_by_neighbours, selfcheck._mixed_rows, SAMPLED),
     "an inversion at another level": Fault(selfcheck, "invert", _elsewhere, selfcheck._inversion, FLOAT32),
     "patches that do not add up": Fault(
         Affine, "log_prob", lambda right: lambda self, u: right(self, u) + 0.1, selfcheck._patches, FLOAT32
@@ -203,22 +212,21 @@ def test_rows_that_all_do_the_same_compare_nothing_and_fail(joined, monkeypatch)
 
 
 def test_a_rewind_that_leaves_something_after_it_is_caught(joined, monkeypatch):
-    monkeypatch.setattr(PretzelCache, "truncate", lambda self, length: None)
+    monkeypatch.setattr(LeanBackend, "restore", lambda self, lane, mark: None)
     plan = [row for row in selfcheck.JOINT_PLAN if row[1] is selfcheck._fork_and_rewind]
     (check,) = check_model(joined.model, plan=plan)
     assert not check.ok
 
 
 def test_an_image_that_is_encoded_again_is_counted(joined, monkeypatch):
-    right = BatchDecoder._completed
+    right = Engine._pixels
 
-    def again(self, rows, states):
-        events = right(self, rows, states)
-        for event in events:
-            self.sampler.noisy(event.picture.image[None], torch.tensor([0.1]))
-        return events
+    def again(self, x):
+        image = right(self, x)
+        self.sampler.noisy(image[None], torch.tensor([0.1]))
+        return image
 
-    monkeypatch.setattr(BatchDecoder, "_completed", again)
+    monkeypatch.setattr(Engine, "_pixels", again)
     assert selfcheck._encodings(joined) == 2
     monkeypatch.setattr(Sampler, "noisy", lambda self, images, levels: joined.x[:1].to(self.dtype))
     with pytest.raises(DataError, match="ran the encoder 0 times"):

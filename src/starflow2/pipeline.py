@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from starflow2.core.text import shown
 from starflow2.core.torch_defaults import inference_defaults, torch_defaults
 from starflow2.errors import ConfigError, OutputError, StateError
 from starflow2.inference.cleanup import denoised
-from starflow2.inference.config import DrawConfig
+from starflow2.inference.config import DrawConfig, Precision, ReplyLimits
 from starflow2.inference.conversations import PastTurn, generate_replies, reply_after
-from starflow2.inference.decoder import ReplyLimits
 from starflow2.inference.events import DecodedImage, RowEvent, Stepped
 from starflow2.inference.likelihood import Code, Score, decode_code, invert, score
 from starflow2.inference.sampler import Sampler
@@ -85,6 +84,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
     def __init__(self, components: Components, config: DrawConfig | None = None) -> None:
         """config: settings of every call that gives none of its own; by default the model's."""
         self.components, self.config = components, config
+        self._samplers: dict[Precision, tuple[tuple[tuple[int, int], ...], Sampler]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +104,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
     ) -> list[Drawing]:
         """`n` images of each prompt, prompt by prompt; image j of any prompt has seed + j.
 
-        Equal prompt and seed give equal images (<= 1e-4) whatever else is in the call.
+        Equal prompt and seed give equal images, up to rounding, whatever else is in the call.
         Raises PromptError for an empty, overlong or unknown-word prompt, ConfigError for n < 1.
         """
         prompts = listed_prompts(prompts)
@@ -151,10 +151,26 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
     @inference_defaults()
     def sampler(self, config: DrawConfig | None = None) -> Sampler:
-        """Both streams ready for sampling with the weights of this moment, copied where the precision asks for it."""
+        """Both streams ready for sampling with the weights of this moment, which are copied once they have changed."""
         if config is not None and not isinstance(config, DrawConfig):
             raise ConfigError(f"config is {shown(config)} ({type(config).__name__}); expected a DrawConfig.")
-        return Sampler(self.components, config or self.settings)
+        config = config or self.settings
+        now = self._versions()
+        then, sampler = self._samplers.get(config.precision, (None, None))
+        if sampler is None or then != now or sampler.components is not self.components:
+            sampler = Sampler(self.components, config)
+            self._samplers[config.precision] = now, sampler
+        return sampler.changed(**{f.name: getattr(config, f.name) for f in fields(config)})
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        """Address and version of every weight, which differ after any change in place or of the tensor."""
+        return tuple((x.data_ptr(), x._version) for x in self.components.state_dict(keep_vars=True).values())
+
+    def exact_sampler(self) -> Sampler:
+        """A sampler for likelihoods and codes: in float64 on CPU, where that costs little."""
+        config = self.settings
+        doubles = self.device.type == "cpu" and config.precision == "auto"
+        return self.sampler(replace(config, precision="float64") if doubles else config)
 
     def _drawn(
         self,
@@ -295,12 +311,12 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
                 wanted = "expected a list of words and images"
                 raise ConfigError(f"{name} is {shown(side)} ({type(side).__name__}); {wanted}, such as [{name}].")
         before, after = ([checked_part(self.components, part) for part in side] for side in (prompt, reply))
-        return score(self.sampler(), before, after)
+        return score(self.exact_sampler(), before, after)
 
     @inference_defaults()
     def invert(self, image: PictureSource, prompt: str = "") -> Code:
         """The latent code from which `prompt` draws this image; see `likelihood.invert`. Raises as `score` does."""
-        return invert(self.sampler(), self._picture(image), self._prompt(prompt))
+        return invert(self.exact_sampler(), self._picture(image), self._prompt(prompt))
 
     @inference_defaults()
     def from_code(self, code: Code, prompt: str = "") -> PILImage:
@@ -308,7 +324,7 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
 
         Raises PromptError, and ShapeError for a code of another model's size.
         """
-        return to_pil(decode_code(self.sampler(), code.z, self._prompt(prompt)).image)
+        return to_pil(decode_code(self.exact_sampler(), code.z, self._prompt(prompt)).image)
 
     def _picture(self, image: PictureSource) -> Tensor:
         """An image as the model reads it, (3, s, s) in [-1, 1]."""

@@ -13,21 +13,19 @@ from torch import Tensor
 from model_cases import STAGES, tiny_components
 from starflow2.data.dialogue import Turn
 from starflow2.errors import ConfigError, PromptError
-from starflow2.inference.config import DrawConfig
+from starflow2.inference.config import DrawConfig, ReplyLimits
 from starflow2.inference.conversations import Part, PastTurn, ReplyPart, UserTurns, generate_replies, reply_after
-from starflow2.inference.decoder import ReplyLimits
 from starflow2.inference.events import Completed, DecodedImage, Ended, RowEvent, Stepped
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
 from starflow2.models.joint_stream import read_documents
 from starflow2.models.sequence import pack
-from stream_cases import Bent
 
 SIDE, SIZE = 2, 16
 
 
 def sampler_of(batch: int = 32, guidance: float = 1.0) -> Sampler:
-    config = DrawConfig(guidance=guidance, prior_scale=0.8, batch=batch)
+    config = DrawConfig(guidance=guidance, prior_scale=0.8, batch=batch, precision="float64")
     return Sampler(tiny_components(STAGES, side=SIDE), config)
 
 
@@ -87,7 +85,7 @@ def mixed(sampler: Sampler) -> Sampler:
         logits[:, begin] += torch.where(logits[:, 40] > logits[:, 41], 50.0, -50.0)
         return logits
 
-    twin.pretzel = Bent(sampler.pretzel, change)
+    twin.adjust_logits = change
     return twin
 
 

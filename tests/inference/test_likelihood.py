@@ -12,9 +12,8 @@ from model_cases import STAGES, tiny_components
 from starflow2.data.dialogue import Turn
 from starflow2.errors import ConfigError
 from starflow2.flow.affine import standard_normal_log_prob
-from starflow2.inference.config import DrawConfig
+from starflow2.inference.config import DrawConfig, ReplyLimits
 from starflow2.inference.conversations import generate_replies
-from starflow2.inference.decoder import ReplyLimits
 from starflow2.inference.events import DecodedImage, Token
 from starflow2.inference.likelihood import decode_code, invert, score
 from starflow2.inference.sampler import Sampler
@@ -30,7 +29,7 @@ SIDE, SIZE, DIMS = 2, 16, 16
 
 @pytest.fixture(scope="module")
 def sampler() -> Sampler:
-    return Sampler(tiny_components(STAGES, side=SIDE), DrawConfig(guidance=1.0, prior_scale=0.8))
+    return Sampler(tiny_components(STAGES, side=SIDE), DrawConfig(guidance=1.0, prior_scale=0.8, precision="float64"))
 
 
 def photo(seed: int = 0) -> Tensor:
@@ -189,7 +188,7 @@ def test_a_picture_can_be_inverted_without_words(sampler):
 
 def test_the_code_of_a_drawn_picture_is_what_it_was_drawn_from(sampler):
     """Without guidance a drawing is the flow's inverse; its z comes back from u."""
-    plain = Sampler(sampler.components, DrawConfig(guidance=0.0, prior_scale=0.8))
+    plain = Sampler(sampler.components, DrawConfig(guidance=0.0, prior_scale=0.8, precision="float64"))
     (((picture,),),) = generate_replies(plain, [[["a red circle"]]], [5], ReplyLimits(tokens=0, pictures=1), draws=True)
     assert isinstance(picture, DecodedImage)
     batch = pack([sampler.components.tokenizer.document([Turn(("a red circle",), (photo(),))])], sampler.layout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,8 +14,8 @@ from helpers import wake
 from model_cases import LATENT, STAGES, tiny_components, tiny_tokenizer
 from starflow2.errors import ConfigError
 from starflow2.flow import NoiseConfig
-from starflow2.inference.config import DrawConfig
-from starflow2.inference.decoder import BatchDecoder, ReplyLimits
+from starflow2.inference.config import DrawConfig, ReplyLimits
+from starflow2.inference.engine import Engine
 from starflow2.inference.events import Completed, Token
 from starflow2.inference.sampler import Sampler
 from starflow2.models.components import Components
@@ -154,34 +153,34 @@ def test_documents_packed_in_one_row_equal_each_alone():
 def test_cached_steps_equal_one_full_pass_for_guided_pictures_and_words(precision):
     """Through the rows that sample, unchanged: what they leave in the cache is what the parallel pass makes of it."""
     sampler = Sampler(a_mot(), DrawConfig(guidance=1.5, prior_scale=0.7, precision=precision))
-    stream = sampler.pretzel = Recording(sampler.pretzel)
-    rows = BatchDecoder(sampler, 1)
+    engine = Engine(sampler)
+    row = engine.open()
     x, _ = pictures(1)
-    rows.read([[1, 30, 31]])
-    rows.see([0], x, 0.2)
-    rows.read([[40, 2]])
-    drawn = completed(rows, 5)
-    rows.read([[1, 50, 2]])
-    words = [e.id for e in rows.reply([0], ReplyLimits(tokens=3, pictures=0)) if isinstance(e, Token)]
+    engine.feed(row, [1, 30, 31])
+    engine.see(row, x[0], 0.2)
+    engine.feed(row, [40, 2])
+    drawn = completed(engine, row, 5)
+    engine.feed(row, [1, 50, 2])
+    engine.begin(row, ReplyLimits(tokens=3, pictures=0), 0)
+    words = [e.id for e in engine.run() if isinstance(e, Token)]
+    last = engine.states(row)
     document = (
         Text((1, 30, 31)), Image(), Text((40, 2)), Image(is_target=True), Text((3, 1, 50, 2)), Text((*words, 3)),
     )  # fmt: skip
-    steps = stream.states(rows.conditional.cache)
     both = torch.stack([x[0].to(sampler.dtype), drawn.picture.x])
     levels = torch.tensor([0.2, 0.5], dtype=sampler.dtype)
     full = states_of(sampler.pretzel, pack([document], sampler.layout), both, levels)  # type: ignore[arg-type]
-    h, g = (torch.cat([getattr(s, name)[0] for s in steps]) for name in ("h", "g"))
-    assert h.shape == full.h[0].shape
-    assert (h - full.h[0]).abs().max() <= 1e-4
-    assert (g - full.g[0]).abs().max() <= 1e-4
+    assert engine.length(row) == full.h.shape[1]
+    for mine, theirs in zip(last, (full.h[0, -1], full.g[0, -1]), strict=True):
+        assert (mine - theirs).abs().max() <= 1e-4
     with torch.no_grad():
         log_prob = read_documents(sampler.pretzel, pack([document], sampler.layout), both, levels).affine
     assert float(log_prob.log_prob(drawn.picture.u[None]).sum(1)[1]) == pytest.approx(drawn.picture.log_prob, abs=1e-2)
 
 
-def completed(rows: BatchDecoder, seed: int) -> Completed:
-    events: Sequence[object] = list(rows.reply([seed], ReplyLimits(tokens=0, pictures=1), draws=True))
-    return next(e for e in events if isinstance(e, Completed))
+def completed(engine: Engine, row: int, seed: int) -> Completed:
+    engine.begin(row, ReplyLimits(tokens=0, pictures=1), seed, draws=True)
+    return next(e for e in list(engine.run()) if isinstance(e, Completed))
 
 
 # -- start and size ---------------------------------------------------------------------------------------------

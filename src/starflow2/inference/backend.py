@@ -133,6 +133,10 @@ class Backend(Protocol):
         """Make room for this many positions in all in a lane."""
         ...
 
+    def trim(self) -> None:
+        """Give memory back that no lane needs."""
+        ...
+
     def length(self, lane: int) -> int:
         """Positions that a lane holds."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from starflow2.core.fields import Config, Count, Positive, Weight
+from starflow2.core.fields import Config, Count, Natural, Positive, Weight
 from starflow2.errors import ConfigError, nearest
 from starflow2.flow.affine import Guidance, Schedule
 from starflow2.flow.solver import SEQUENTIAL, Solver
@@ -15,11 +15,27 @@ from starflow2.models.joint_stream import Skip
 __all__ = [
     "Cleanup",
     "DrawConfig",
+    "Precision",
+    "ReplyLimits",
 ]
 
 
 Cleanup = Literal["none", "tweedie"]
 Precision = Literal["auto", "float32", "float64"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyLimits(Config):
+    """Limits of a reply: tokens and images. `pictures` 0: words only; temperature 0: the likeliest token."""
+
+    tokens: Natural = 64
+    pictures: Natural = 1
+    temperature: Weight = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tokens + self.pictures:
+            raise ConfigError(f"{self}: expected room for a token or a picture.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +50,8 @@ class DrawConfig(Config):
     # none: the pixel decoder takes latents at their sampling noise; tweedie: one self-denoising step
     cleanup: Cleanup = "none"
     batch: Count = 32  # images at once
-    # of the flow while sampling; "auto" is float64 on CPU, because a trained flow can magnify float32 rounding, which
-    # depends on the batch, by a factor of 10^6 (docs/choices.md#sampling-in-float64), and float32 elsewhere
+    # of both streams while sampling; "auto" is that of the weights, "float64" a check of it that takes longer
+    # (docs/choices.md#sampling-in-float64)
     precision: Precision = "auto"
     shallow_solver: Solver = SEQUENTIAL
     # open skips between the streams: () closes both (paper table 4); None: both after stage joint, none before it

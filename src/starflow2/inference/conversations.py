@@ -1,20 +1,23 @@
-"""Many conversations in one batch, turn by turn, for suites and servers with a queue.
+"""Many conversations on one engine, each at its own pace, for suites and everything that has a queue.
 
-Row i depends on its own words, images and seed alone. Not here: one conversation that goes on (session).
+Conversation i depends on its own words, images and seed alone. As soon as one is over, the next takes its place. Not
+here: one conversation that goes on (session).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from starflow2.core.torch_defaults import inference_defaults
+from starflow2.core.torch_defaults import inference_defaults
 from starflow2.errors import ConfigError, PromptError
-from starflow2.inference.decoder import BatchDecoder, ReplyLimits
-from starflow2.inference.events import Completed, DecodedImage, RowEvent, Token
+from starflow2.inference.config import ReplyLimits
+from starflow2.inference.engine import Engine
+from starflow2.inference.events import Completed, DecodedImage, Ended, Failed, RowEvent, Token
 from starflow2.inference.sampler import Sampler
 
 __all__ = ["Part", "PastTurn", "ReplyPart", "UserTurns", "generate_replies", "reply_after"]
@@ -27,6 +30,7 @@ Watch = Callable[[RowEvent], None]
 
 
 @inference_defaults()
+@inference_defaults()
 def generate_replies(
     sampler: Sampler,
     conversations: Sequence[UserTurns],
@@ -38,18 +42,17 @@ def generate_replies(
 ) -> list[list[list[ReplyPart]]]:
     """Parts of the model's replies, by conversation, user turn and order within the reply.
 
-    draws: every reply is an image; else the model decides, within `limits`. `watch` is called with every event.
-    Raises ConfigError unless there is one seed per conversation, PromptError for one that is too long.
+    draws: every reply is an image; else the model decides, within `limits`. `watch` is called with every event, whose
+    row is the number of the conversation. Raises ConfigError unless there is one seed per conversation, PromptError
+    for one that is too long, DataError for an image that is not finite.
     """
     if len(conversations) != len(seeds):
         raise ConfigError(f"{len(conversations)} conversations and {len(seeds)} seeds; expected equally many.")
-    replies: list[list[list[ReplyPart]]] = []
-    for first in range(0, len(conversations), sampler.config.batch):
-        chunk = slice(first, first + sampler.config.batch)
-        replies += _chunk(sampler, conversations[chunk], seeds[chunk], _ReplyMode(limits, draws, watch))
-    return replies
+    talks = [_Talk(i, turns, seed) for i, (turns, seed) in enumerate(zip(conversations, seeds, strict=True))]
+    return _converse(sampler, talks, _ReplyMode(limits, draws, watch))
 
 
+@inference_defaults()
 @inference_defaults()
 def reply_after(
     sampler: Sampler, pasts: Sequence[Sequence[PastTurn]], questions: Sequence[Sequence[Part]], limits: ReplyLimits
@@ -60,26 +63,9 @@ def reply_after(
     """
     if len(pasts) != len(questions):
         raise ConfigError(f"{len(pasts)} pasts and {len(questions)} questions; expected equally many.")
-    replies: list[list[ReplyPart]] = []
-    for first in range(0, len(questions), sampler.config.batch):
-        decoder = _after(sampler, pasts[first : first + sampler.config.batch])
-        rows = list(range(decoder.rows))
-        _ask(decoder, {i: questions[first + i] for i in rows})
-        by_row = _reply(decoder, rows, [0] * len(rows), _ReplyMode(limits, draws=False, watch=None))
-        replies += [by_row[i] for i in rows]
-    return replies
-
-
-def _after(sampler: Sampler, pasts: Sequence[Sequence[PastTurn]]) -> BatchDecoder:
-    """A decoder whose rows have read these past turns."""
-    decoder = BatchDecoder(sampler, len(pasts))
-    end = [sampler.components.cfg.vlm.special.end]
-    for turn in range(max(map(len, pasts))):
-        turns = {i: past[turn] for i, past in enumerate(pasts) if turn < len(past)}
-        _ask(decoder, {i: user for i, (user, _) in turns.items()})
-        _append(decoder, {i: assistant for i, (_, assistant) in turns.items()})
-        _read(decoder, dict.fromkeys(turns, end))
-    return decoder
+    talks = [_Talk(i, [q], 0, past) for i, (past, q) in enumerate(zip(pasts, questions, strict=True))]
+    replies = _converse(sampler, talks, _ReplyMode(limits, draws=False, watch=None))
+    return [turn for (turn,) in replies]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,46 +77,114 @@ class _ReplyMode:
     watch: Watch | None
 
 
-def _chunk(
-    sampler: Sampler, conversations: Sequence[UserTurns], seeds: Sequence[int], mode: _ReplyMode
-) -> list[list[list[ReplyPart]]]:
-    decoder = BatchDecoder(sampler, len(conversations))
-    replies: list[list[list[ReplyPart]]] = [[] for _ in conversations]
-    for turn in range(max((len(turns) for turns in conversations), default=0)):
-        rows = [i for i, turns in enumerate(conversations) if turn < len(turns)]
-        _ask(decoder, {i: conversations[i][turn] for i in rows})
-        for i, parts in _reply(decoder, rows, [seeds[i] + turn for i in rows], mode).items():
-            replies[i].append(parts)
-    return replies
+@dataclass(slots=True)
+class _Talk:
+    """A conversation that is being held: user turns to come, and the parts of each reply so far."""
+
+    number: int
+    turns: UserTurns
+    seed: int
+    past: Sequence[PastTurn] = ()
+    replies: list[list[list[int] | DecodedImage]] = field(default_factory=list)
+
+    @property
+    def is_over(self) -> bool:
+        return len(self.replies) == len(self.turns)
 
 
-def _ask(decoder: BatchDecoder, turns: dict[int, Sequence[Part]]) -> None:
-    """Let rows read a user turn each, part by part, and open the model's turn."""
-    tokenizer = decoder.sampler.components.tokenizer
-    _read(decoder, {i: tokenizer.opens_user(is_first=not decoder.conditional.cursors[i].step) for i in turns})
-    _append(decoder, turns)
-    _read(decoder, {i: tokenizer.opens_reply() for i in turns})
+def _converse(sampler: Sampler, talks: Sequence[_Talk], mode: _ReplyMode) -> list[list[list[ReplyPart]]]:
+    """Hold all conversations, as many at a time as the sampler's batch says."""
+    engine, waiting = Engine(sampler), iter([talk for talk in talks if not talk.is_over])
+    live: dict[int, _Talk] = {}
+    _fill(engine, live, waiting, mode)
+    while live:
+        for event in engine.step():
+            talk = live[event.row]
+            if mode.watch is not None:
+                mode.watch(replace(event, row=talk.number))
+            if _note(talk, event):
+                _go_on(engine, live, event.row, mode)
+        _fill(engine, live, waiting, mode)
+    return [[_parts(sampler, reply) for reply in talk.replies] for talk in talks]
 
 
-def _append(decoder: BatchDecoder, turns: dict[int, Sequence[Part]]) -> None:
-    """Let rows read words and images in order. Raises PromptError before a row is longer than the model reads."""
-    encoded = {i: [_ids(decoder.sampler, p) if isinstance(p, str) else p for p in turn] for i, turn in turns.items()}
-    for row, parts in encoded.items():
-        _check_room(decoder, row, parts)
-    for number in range(max(map(len, encoded.values()), default=0)):
-        now = {i: parts[number] for i, parts in encoded.items() if number < len(parts)}
-        _read(decoder, {i: part for i, part in now.items() if isinstance(part, list)})
-        _see(decoder, {i: part for i, part in now.items() if isinstance(part, Tensor)})
+def _fill(engine: Engine, live: dict[int, _Talk], waiting: Iterator[_Talk], mode: _ReplyMode) -> None:
+    """Begin conversations that wait while there is room."""
+    while len(live) < engine.sampler.config.batch and (talk := next(waiting, None)) is not None:
+        row = engine.open()
+        live[row] = talk
+        _read_past(engine, row, talk)
+        _ask(engine, row, talk, mode)
 
 
-def _check_room(decoder: BatchDecoder, row: int, parts: Sequence[list[int] | Tensor]) -> None:
-    sampler, per_image = decoder.sampler, decoder.sampler.layout.num_latents + 2
-    length, most = int(decoder.conditional.is_real[row].sum()), sampler.components.cfg.max_positions
+def _go_on(engine: Engine, live: dict[int, _Talk], row: int, mode: _ReplyMode) -> None:
+    """The next turn of a conversation, or its end."""
+    if live[row].is_over:
+        engine.release(row)
+        del live[row]
+    else:
+        _ask(engine, row, live[row], mode)
+
+
+def _note(talk: _Talk, event: RowEvent) -> bool:
+    """Add what an event tells to the current reply; True if the reply is over."""
+    if isinstance(event, Failed):
+        raise event.error
+    if isinstance(event, Token):
+        last = talk.replies[-1][-1] if talk.replies[-1] else None
+        if not isinstance(last, list):
+            last = []
+            talk.replies[-1].append(last)
+        last.append(event.id)
+    elif isinstance(event, Completed):
+        talk.replies[-1].append(event.picture)
+    return isinstance(event, Ended)
+
+
+# -- reading
+
+
+def _ask(engine: Engine, row: int, talk: _Talk, mode: _ReplyMode) -> None:
+    """Let a row read its next user turn and begin to reply."""
+    turn, tokenizer = len(talk.replies), engine.sampler.components.tokenizer
+    engine.feed(row, tokenizer.opens_user(is_first=not engine.length(row)))
+    _append(engine, row, talk, talk.turns[turn])
+    engine.feed(row, tokenizer.opens_reply())
+    engine.begin(row, mode.limits, talk.seed + turn, draws=mode.draws)
+    talk.replies.append([])
+
+
+def _read_past(engine: Engine, row: int, talk: _Talk) -> None:
+    """Let a row read turns that are over."""
+    tokenizer, end = engine.sampler.components.tokenizer, engine.sampler.components.cfg.vlm.special.end
+    for user, assistant in talk.past:
+        engine.feed(row, tokenizer.opens_user(is_first=not engine.length(row)))
+        _append(engine, row, talk, user)
+        engine.feed(row, tokenizer.opens_reply())
+        _append(engine, row, talk, assistant)
+        engine.feed(row, [end])
+
+
+def _append(engine: Engine, row: int, talk: _Talk, parts: Sequence[Part]) -> None:
+    """Let a row read words and images in order. Raises PromptError before it is longer than the model reads."""
+    encoded = [_ids(engine.sampler, part) if isinstance(part, str) else part for part in parts]
+    _check_room(engine, row, talk.number, encoded)
+    for part in encoded:
+        if isinstance(part, list):
+            engine.feed(row, part)
+        else:
+            level = engine.sampler.upload_level
+            engine.see(row, engine.sampler.noisy(part[None], torch.tensor([level]))[0], level)
+
+
+def _check_room(engine: Engine, row: int, number: int, parts: Sequence[list[int] | Tensor]) -> None:
+    sampler, per_image = engine.sampler, engine.sampler.layout.num_latents + 2
+    length, most = engine.length(row), sampler.components.cfg.max_positions
     wanted = sum(len(part) if isinstance(part, list) else per_image for part in parts)
     if length + wanted + per_image > most:  # a reply needs room, too
         raise PromptError(
-            f"conversation {row} has {length} positions, this needs {wanted} more and a reply up to {per_image}; this "
-            f"model reads up to {most}: say less."
+            f"conversation {number} has {length} positions, this needs {wanted} more and a reply up to {per_image}; "
+            f"this model reads up to {most}: say less."
         )
 
 
@@ -138,36 +192,12 @@ def _ids(sampler: Sampler, text: str) -> list[int]:
     return sampler.components.tokenizer.encode(text) if text else []
 
 
-def _read(decoder: BatchDecoder, ids: dict[int, list[int]]) -> None:
-    decoder.read([ids.get(i, []) for i in range(decoder.rows)])
+def _parts(sampler: Sampler, reply: Sequence[list[int] | DecodedImage]) -> list[ReplyPart]:
+    """Parts of a reply, runs of tokens as text."""
+    parts = [part if isinstance(part, DecodedImage) else _text(sampler, part) for part in reply]
+    return [part for part in parts if isinstance(part, DecodedImage) or part]
 
 
-def _see(decoder: BatchDecoder, images: dict[int, Tensor]) -> None:
-    if not images:
-        return
-    sampler = decoder.sampler
-    levels = torch.full((len(images),), sampler.upload_level)
-    decoder.see(list(images), sampler.noisy(torch.stack(list(images.values())), levels), sampler.upload_level)
-
-
-def _reply(decoder: BatchDecoder, rows: list[int], seeds: list[int], mode: _ReplyMode) -> dict[int, list[ReplyPart]]:
-    """Let rows reply; returns their parts, runs of tokens as text, and images."""
-    parts: dict[int, list[list[int] | DecodedImage]] = {i: [] for i in rows}
-    for event in decoder.reply(seeds, mode.limits, rows, draws=mode.draws):
-        if mode.watch is not None:
-            mode.watch(event)
-        if isinstance(event, Token):
-            last = parts[event.row][-1] if parts[event.row] else None
-            if not isinstance(last, list):
-                last = []
-                parts[event.row].append(last)
-            last.append(event.id)
-        elif isinstance(event, Completed):
-            parts[event.row].append(event.picture)
-    texts = {i: [p if isinstance(p, DecodedImage) else _text(decoder.sampler, p) for p in r] for i, r in parts.items()}
-    return {i: [part for part in row if part != ""] for i, row in texts.items()}
-
-
-def _text(sampler: Sampler, ids: list[int]) -> str:
+def _text(sampler: Sampler, ids: Sequence[int]) -> str:
     """Tokens as text, without characters at the end that were never finished, as in a session."""
     return sampler.components.tokenizer.decode(ids).rstrip("\ufffd \n")

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from starflow2.core.images import PILImage
+from starflow2.errors import StarFlowError
 
 __all__ = [
     "Begun",
@@ -16,6 +17,7 @@ __all__ = [
     "Drew",
     "Ended",
     "Event",
+    "Failed",
     "Finished",
     "Made",
     "RowEvent",
@@ -83,7 +85,15 @@ class Ended:
     reason: Literal["end", "limit"]
 
 
-RowEvent = Token | Begun | Stepped | Completed | Ended
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The reply cannot go on and was taken back; the row is as it was before, and others go on."""
+
+    row: int
+    error: StarFlowError
+
+
+RowEvent = Token | Begun | Stepped | Completed | Ended | Failed
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,15 +155,12 @@ class Lanes:
     def close(self, lane: int) -> None:
         self.truncate(lane, 0)
         del self.slot_of[lane], self._reserved[lane]
-        self.trim()
 
     def reserve(self, lane: int, positions: int) -> None:
         """Make room for this many positions in all."""
         self._reserved[lane] = positions
         if positions > self.capacity:
             self._resize(self.slots, _rounded(max(self._reserved.values())))
-        else:
-            self.trim()
 
     def trim(self) -> None:
         """Give memory back that no lane needs."""

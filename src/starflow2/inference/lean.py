@@ -119,6 +119,9 @@ class LeanBackend:
     def reserve(self, lane: int, positions: int) -> None:
         self.lanes.reserve(lane, positions)
 
+    def trim(self) -> None:
+        self.lanes.trim()
+
     def length(self, lane: int) -> int:
         return self.lanes.lengths[self.lanes.slot_of[lane]]
 
@@ -346,18 +349,22 @@ class LeanBackend:
 
     def state(self, lane: int) -> dict[str, Tensor]:
         slot, length = self.lanes.slot_of[lane], self.length(lane)
-        caches = {"language": self.lanes.language.buffer, "flow": self.lanes.flow.buffer}
-        kept = {name: cache[:, :, slot, :, :length] for name, cache in caches.items()}
-        return kept | {"h": self.lanes.h[slot], "g": self.lanes.g[slot]}
+        tensors = {"h": self.lanes.h[slot], "g": self.lanes.g[slot]}
+        if not length:
+            return tensors
+        for name, cache in (("vlm", self.lanes.language.buffer), ("flow", self.lanes.flow.buffer)):
+            for layer in range(len(cache)):
+                kept = cache[layer, :, slot, None, :, :length]  # (2, 1, heads, T, K)
+                tensors |= {f"{name}.{layer}.k": kept[0], f"{name}.{layer}.v": kept[1]}
+        return tensors
 
     def load(self, state: Mapping[str, Tensor]) -> int:
-        lane, length = self.open(), state["language"].shape[3]
+        lane = self.open()
+        length = state["flow.0.k"].shape[2] if "flow.0.k" in state else 0
         self.reserve(lane, length)
-        slot = self.lanes.slot_of[lane]
-        self.lanes.set_length(slot, length)
+        self.lanes.set_length(self.lanes.slot_of[lane], length)
         for name, target in self.state(lane).items():
             if target.shape != state[name].shape:
-                self.close(lane)
                 raise ShapeError(f"{name} has shape {tuple(state[name].shape)}; expected {tuple(target.shape)}.")
             target.copy_(state[name])
         return lane

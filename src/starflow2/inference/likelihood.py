@@ -16,8 +16,8 @@ from starflow2.core.fields import number
 from starflow2.core.torch_defaults import inference_defaults
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow.affine import standard_normal_log_prob
+from starflow2.inference.config import ReplyLimits
 from starflow2.inference.conversations import Part, generate_replies
-from starflow2.inference.decoder import ReplyLimits
 from starflow2.inference.events import DecodedImage
 from starflow2.inference.sampler import Sampler
 from starflow2.models.joint_stream import Output, read_documents

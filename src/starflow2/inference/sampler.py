@@ -1,9 +1,9 @@
-"""A model made ready for sampling: its settings, its precision, and where images start and enter."""
+"""A model made ready for sampling: its settings, its precision, the code that runs it, and where images start."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
@@ -14,7 +14,11 @@ from torch import Tensor
 
 from starflow2.core.torch_defaults import inference_defaults
 from starflow2.errors import ConfigError, StateError
+from starflow2.inference.backend import Backend
 from starflow2.inference.config import DrawConfig
+from starflow2.inference.lean import LeanBackend
+from starflow2.inference.packed import PackedWeights, pack, unpackable
+from starflow2.inference.streams import StreamBackend
 from starflow2.models.components import Components
 from starflow2.models.joint_stream import JointStream, Trace
 from starflow2.models.pretzel import ALL_SKIPS
@@ -25,9 +29,9 @@ __all__ = ["Sampler"]
 
 
 class Sampler:
-    """A model made ready for sampling: on CPU a float64 twin of both streams (docs/choices.md#sampling-in-float64).
+    """A model made ready for sampling (docs/choices.md#sampling-in-float64).
 
-    The twin is a copy: weights that change later do not reach it. Raises ConfigError for settings that this model
+    Its weights are copied at the first use and stay as they were. Raises ConfigError for settings that this model
     cannot take.
     """
 
@@ -41,18 +45,27 @@ class Sampler:
                 f"cleanup is {self.config.cleanup!r}; it works for models before stage joint, "
                 f"and {components.cfg.name} has finished joint. Leave it out."
             )
-        asked = self.config.precision
-        doubles = components.device.type == "cpu" if asked == "auto" else asked == "float64"
+        doubles = self.config.precision == "float64"
         self.dtype = torch.float64 if doubles else components.flow.deep.head.weight.dtype
         stream = components.pretzel.in_float64() if doubles else components.pretzel
         self.pretzel = self._with_skips(stream)
         self.start: Tensor | None = None  # (N, D) that every image starts from, None: drawn from the prior
+        self.adjust_logits: Callable[[Tensor], Tensor] | None = None  # of next tokens (n, V), before one is chosen
+        self._weights: dict[JointStream, PackedWeights] = {}
 
-    def prior(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Where an image starts: `start`, or z of `shape` (N, D) at the prior scale that is set."""
+    def prior(self, shape: Sequence[int], generator: torch.Generator, config: DrawConfig | None = None) -> Tensor:
+        """Where an image starts: `start`, or z of `shape` (N, D) at the prior scale of `config`."""
         if self.start is not None:
             return self.start
-        return self.config.prior_scale * torch.randn(tuple(shape), generator=generator)
+        return (config or self.config).prior_scale * torch.randn(tuple(shape), generator=generator)
+
+    def backend(self) -> Backend:
+        """The fastest code that runs this stream, without lanes yet."""
+        if unpackable(self.pretzel) is not None:
+            return StreamBackend(self.pretzel, self.dtype)
+        if self.pretzel not in self._weights:
+            self._weights[self.pretzel] = pack(self.pretzel)
+        return LeanBackend(self._weights[self.pretzel])
 
     def noisy(self, images: Tensor, levels: Tensor) -> Tensor:
         """Latents (P, N, D) of images from outside (P, 3, s, s) at their levels (P,).
@@ -107,7 +120,8 @@ class Sampler:
     @cached_property
     def fingerprint(self) -> str:
         """Tells models apart, and precisions: saved sessions fit only their own."""
-        found = blake2b(str(self.dtype).encode(), digest_size=16)
+        layout = "packed" if unpackable(self.pretzel) is None else "streams"  # of what a lane holds
+        found = blake2b(f"{self.dtype} {layout}".encode(), digest_size=16)
         for module in (self.components.vlm, self.components.flow, self.components.joints):
             for value in module.state_dict().values():
                 found.update(raw_bytes(value))

@@ -22,8 +22,9 @@ from starflow2.core.fields import SEEDS, whole
 from starflow2.core.images import PictureSource, read_picture, to_pil
 from starflow2.core.torch_defaults import inference_defaults
 from starflow2.errors import PromptError, StateError
-from starflow2.inference.decoder import BatchDecoder, ReplyLimits
+from starflow2.inference.config import ReplyLimits
 from starflow2.inference.doors import InUse, exclusive, exclusive_events
+from starflow2.inference.engine import Engine, RowMark, RowState
 from starflow2.inference.events import (
     Begun,
     Completed,
@@ -31,6 +32,7 @@ from starflow2.inference.events import (
     Drew,
     Ended,
     Event,
+    Failed,
     Finished,
     Made,
     RowEvent,
@@ -49,11 +51,9 @@ from starflow2.inference.session_file import (
     save_session,
 )
 from starflow2.models.components import Components
-from starflow2.models.joint_stream import PretzelCache
 from starflow2.models.prompts import check_words, normalized
 from starflow2.models.sequence import Cursor
 from starflow2.models.tokenizer import ChatTokenizer
-from starflow2.nn import Cache
 
 __all__ = [
     "Mark",
@@ -85,10 +85,7 @@ class Mark:
     """A state of a session to rewind to."""
 
     branch: int
-    length: int
-    cursor: Cursor
-    last: tuple[Tensor, Tensor]
-    previous: tuple[Tensor, Tensor]
+    row: RowMark
     pieces: int
     replies: int
     is_open: bool
@@ -112,7 +109,8 @@ class Session:
         self.in_use = InUse()
         self.pieces: list[Piece] = []
         self.encode_calls = 0  # how often an image from outside was encoded
-        self._rows = BatchDecoder(sampler, 1)
+        self._engine = Engine(sampler)
+        self._row = self._engine.open()
         self._is_open = False  # a user's turn
         self._is_replying = False
         self._replies = 0
@@ -142,7 +140,7 @@ class Session:
             self._open()
             for part in ready:
                 if isinstance(part, str):
-                    self._rows.read([self._encoded(part)])
+                    self._engine.feed(self._row, self._encoded(part))
                     self.pieces.append(Piece("user", text=part))
                 else:
                     self._show(part)
@@ -168,7 +166,7 @@ class Session:
 
     def _open(self) -> None:
         if not self._is_open:
-            self._rows.read([self._tokenizer.opens_user(is_first=not self.length)])
+            self._engine.feed(self._row, self._tokenizer.opens_user(is_first=not self.length))
             self._is_open = True
 
     def _show(self, image: Tensor) -> None:
@@ -176,8 +174,8 @@ class Session:
         level = self.sampler.upload_level
         self.encode_calls += 1
         x = self.sampler.noisy(image[None], torch.tensor([level]))
-        u = self._rows.see([0], x, level)
-        picture = DecodedImage(x[0], u[0], level, image)
+        u = self._engine.see(self._row, x[0], level)
+        picture = DecodedImage(x[0], u, level, image)
         self.pieces.append(Piece("user", picture=picture))
 
     # -- output
@@ -210,16 +208,16 @@ class Session:
         pictures = min(config.pictures, (room - min(config.tokens, 1)) // per_picture)
         tokens = min(config.tokens, room - pictures * per_picture)
         start = self.mark()
-        seed = self.seed + self._replies
         self._is_replying = True
         try:
             self._open()
-            self._rows.read([self._tokenizer.opens_reply()])
+            self._engine.feed(self._row, self._tokenizer.opens_reply())
             self._is_open = False
-            yield from self._events(
-                self._rows.reply([seed], replace(config, pictures=pictures, tokens=tokens), draws=draws)
-            )
+            limits = replace(config, pictures=pictures, tokens=tokens)
+            self._engine.begin(self._row, limits, self.seed + self._replies, draws=draws)
+            yield from self._events(self._engine.run())
         except BaseException:  # also of a consumer that leaves: half a reply would confuse all that follows
+            self._engine.cancel(self._row)
             self._is_replying = False
             self.rewind(start)
             raise
@@ -250,6 +248,8 @@ class Session:
                 case Ended():
                     self._keep_text(written)
                     yield Finished(event.reason)
+                case Failed():
+                    raise event.error
 
     def _keep_text(self, text: str) -> None:
         if text:
@@ -259,8 +259,8 @@ class Session:
 
     @property
     def length(self) -> int:
-        """Positions in the cache."""
-        return self._rows.conditional.cache.length
+        """Positions of the conversation."""
+        return self._engine.length(self._row)
 
     @property
     def room(self) -> int:
@@ -282,13 +282,9 @@ class Session:
     def mark(self) -> Mark:
         """The current state, to `rewind` to."""
         self._check_idle()
-        branch, buffers = self._rows.conditional, self._rows.buffers
         return Mark(
             branch=self._branch,
-            length=self.length,
-            cursor=replace(branch.cursors[0]),
-            last=(branch.h.clone(), branch.g.clone()),
-            previous=(buffers.previous.clone(), buffers.has_previous.clone()),
+            row=self._engine.mark(self._row),
             pieces=len(self.pieces),
             replies=self._replies,
             is_open=self._is_open,
@@ -301,18 +297,12 @@ class Session:
         Raises StateError for a mark of another session, or of something that was taken back since.
         """
         self._check_idle()
-        if mark.length > self._valid.get(mark.branch, -1):
+        if mark.row.length > self._valid.get(mark.branch, -1):
             raise StateError("rewind got a mark of another session, or of something that was taken back since.")
-        branch, buffers = self._rows.conditional, self._rows.buffers
-        branch.cache.truncate(mark.length)
-        branch.is_real = branch.is_real[:, : mark.length]
-        branch.cursors = [replace(mark.cursor)]
-        branch.h, branch.g = (t.clone() for t in mark.last)
-        buffers.previous, buffers.has_previous = (t.clone() for t in mark.previous)
-        self._rows.unconditional = None
+        self._engine.rewind(self._row, mark.row)
         del self.pieces[mark.pieces :]
         self._is_open, self._replies = mark.is_open, mark.replies
-        self._start_branch(mark.length)
+        self._start_branch(mark.row.length)
 
     def _start_branch(self, length: int) -> None:
         """Share the past up to `length` only: later marks of it are no longer valid."""
@@ -327,7 +317,8 @@ class Session:
         twin = copy.copy(self)
         twin.in_use = InUse()
         twin.pieces = list(self.pieces)
-        twin._rows = self._rows.fork()
+        twin._engine = Engine(self.sampler)
+        twin._row = twin._engine.load(self._engine.save(self._row))
         for branch in (self, twin):
             branch._start_branch(self.length)
         return twin
@@ -338,31 +329,32 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Write the whole state as one safetensors file. Raises OutputError, and StateError while a reply is made."""
         self._check_idle()
+        row = self._engine.save(self._row)
         saved = SavedSession(
             pieces=tuple(_saved(piece) for piece in self.pieces),
             sampling=SavedSampling.of(self.sampler.config),
-            state=self._state(),
-            tensors=self._tensors(),
+            state=self._state(row),
+            tensors=self._tensors(row),
         )
         save_session(saved, self.sampler.fingerprint, Path(path))
 
-    def _state(self) -> SavedState:
-        cursor = self._rows.conditional.cursors[0]
+    def _state(self, row: RowState) -> SavedState:
         return SavedState(
-            mrope=cursor.mrope,
-            step=cursor.step,
+            mrope=row.cursor.mrope,
+            step=row.cursor.step,
             seed=self.seed,
             replies=self._replies,
             is_open=self._is_open,
             encode_calls=self.encode_calls,
         )
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self, row: RowState) -> dict[str, Tensor]:
         """Every tensor of the session by its name in a file."""
-        branch, buffers = self._rows.conditional, self._rows.buffers
-        tensors = {"h": branch.h, "g": branch.g, "previous": buffers.previous, "has_previous": buffers.has_previous}
-        for name, cache in (("vlm", branch.cache.vlm), ("flow", branch.cache.flow)):
-            tensors |= {f"{name}.{key}": value for key, value in cache.state().items()}
+        deep = self.sampler.components.cfg.flow.deep
+        none = torch.zeros(deep.num_latents + 1, deep.dim, dtype=self.sampler.dtype)
+        tensors = {name: x[None] if name in ("h", "g") else x for name, x in row.lane.items()}
+        tensors["previous"] = (none if row.previous is None else row.previous)[None]
+        tensors["has_previous"] = torch.tensor([row.previous is not None])
         for i, piece in enumerate(self.pieces):
             if piece.picture is not None:
                 p = piece.picture
@@ -377,8 +369,8 @@ class Session:
         Raises CheckpointError for a file that is not whole, was changed, or is of another model or precision.
         """
         probe = cls(sampler)
-        probe._rows.read([probe._tokenizer.opens_user()[:1]])
-        saved = load_session(Path(path), sampler, probe._tensors())
+        probe._engine.feed(probe._row, probe._tokenizer.opens_user()[:1])
+        saved = load_session(Path(path), sampler, probe._tensors(probe._engine.save(probe._row)))
         session = cls(sampler.changed(**saved.sampling.settings()))
         session._restore(saved)
         return session
@@ -386,13 +378,12 @@ class Session:
     def _restore(self, saved: SavedSession) -> None:
         device, state = self.sampler.components.device, saved.state
         tensors = {name: value.to(device) for name, value in saved.tensors.items()}
-        branch, buffers = self._rows.conditional, self._rows.buffers
-        branch.h, branch.g = tensors["h"], tensors["g"]
-        buffers.previous, buffers.has_previous = tensors["previous"], tensors["has_previous"]
-        if "flow.0.k" in tensors:
-            branch.cache = PretzelCache(*(Cache.from_state(_under(name, tensors)) for name in ("vlm", "flow")))
-        branch.is_real = torch.ones(1, branch.cache.length, dtype=torch.bool, device=device)
-        branch.cursors = [Cursor(self.sampler.layout.grid, state.mrope, state.step)]
+        lane = {name: x for name, x in tensors.items() if name.startswith(("vlm.", "flow."))}
+        lane |= {name: tensors[name][0] for name in ("h", "g")}
+        previous = tensors["previous"][0] if bool(tensors["has_previous"]) else None
+        self._engine.release(self._row)
+        row = RowState(lane, previous, Cursor(self.sampler.layout.grid, state.mrope, state.step))
+        self._row = self._engine.load(row)
         self.seed, self._replies, self._is_open = state.seed, state.replies, state.is_open
         self.encode_calls = state.encode_calls
         for i, piece in enumerate(saved.pieces):
@@ -418,8 +409,3 @@ def _saved(piece: Piece) -> SavedPiece:
     p = piece.picture
     level, nats = (None, (None, None)) if p is None else (p.noise_level, (p.log_prob, p.unconditional_log_prob))
     return SavedPiece(who=piece.who, text=piece.text, noise_level=level, nats=nats)
-
-
-def _under(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors whose names begin with `name` and a dot, without that."""
-    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}

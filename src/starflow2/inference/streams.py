@@ -57,8 +57,9 @@ class StreamBackend:
 
     def open(self) -> int:
         number = next(self._numbers)
-        empty = torch.zeros(0, dtype=self.dtype, device=self.device)
-        self._lanes[number] = _Lane(self.stream.new_cache(), empty, empty)
+        widths = self.stream.vlm.width, self.stream.flow.deep.cfg.stack.width
+        h, g = (torch.zeros(width, dtype=self.dtype, device=self.device) for width in widths)
+        self._lanes[number] = _Lane(self.stream.new_cache(), h, g)
         return number
 
     def close(self, lane: int) -> None:
@@ -77,6 +78,9 @@ class StreamBackend:
     def reserve(self, lane: int, positions: int) -> None:
         """Nothing: caches grow."""
 
+    def trim(self) -> None:
+        """Nothing: a closed lane leaves nothing behind."""
+
     def length(self, lane: int) -> int:
         return self._lanes[lane].cache.length
 
@@ -86,7 +90,10 @@ class StreamBackend:
 
     def restore(self, lane: int, mark: LaneMark) -> None:
         kept = self._lanes[lane]
-        kept.cache.truncate(mark.length)
+        if mark.length:
+            kept.cache.truncate(mark.length)
+        else:
+            kept.cache = self.stream.new_cache()
         kept.h, kept.g = mark.h, mark.g
 
     def arrange(self, drawing: Sequence[Pair], writing: Sequence[int]) -> None:
@@ -202,7 +209,8 @@ class StreamBackend:
         number = self.open()
         lane = self._lanes[number]
         lane.h, lane.g = state["h"].clone(), state["g"].clone()
-        lane.cache = PretzelCache(*(Cache.from_state(_under(name, state)) for name in ("vlm", "flow")))
+        if "flow.0.k" in state:
+            lane.cache = PretzelCache(*(Cache.from_state(_under(name, state)) for name in ("vlm", "flow")))
         return number
 
 

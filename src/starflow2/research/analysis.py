@@ -19,7 +19,8 @@ from torch import Tensor
 
 from starflow2.core.images import save_png
 from starflow2.errors import ConfigError
-from starflow2.inference.decoder import BatchDecoder, ReplyLimits
+from starflow2.inference.config import ReplyLimits
+from starflow2.inference.engine import Engine
 from starflow2.inference.events import Completed, DecodedImage, Token
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
@@ -188,23 +189,27 @@ class _Transcript:
 
 def _transcripts(sampler: Sampler, prompts: Sequence[str], seed: int) -> list[_Transcript]:
     """For every prompt, the model's image and the model's description of that image."""
-    tokenizer, rows = sampler.components.tokenizer, BatchDecoder(sampler, len(prompts))
-    seeds, replies = range(seed, seed + len(prompts)), tokenizer.opens_reply()
+    tokenizer, engine = sampler.components.tokenizer, Engine(sampler)
+    rows, seeds = [engine.open() for _ in prompts], range(seed, seed + len(prompts))
+    replies = tokenizer.opens_reply()
     requests = [(*tokenizer.opens_user(), *_ids(sampler, prompt), *replies) for prompt in prompts]
     question = (*tokenizer.opens_user(is_first=False), *_ids(sampler, DESCRIBE), *replies)
-    rows.read(requests)
-    events = list(rows.reply(seeds, ReplyLimits(tokens=0, pictures=1), draws=True))
-    pictures = {event.row: event.picture for event in events if isinstance(event, Completed)}
-    rows.read([question] * len(prompts))
+    for row, ids, own in zip(rows, requests, seeds, strict=True):
+        engine.feed(row, ids)
+        engine.begin(row, ReplyLimits(tokens=0, pictures=1), own, draws=True)
+    pictures = {event.row: event.picture for event in engine.run() if isinstance(event, Completed)}
+    for row, own in zip(rows, seeds, strict=True):
+        engine.feed(row, question)
+        engine.begin(row, ReplyLimits(pictures=0), own)
     words: list[list[int]] = [[] for _ in prompts]
-    for event in rows.reply(seeds, ReplyLimits(pictures=0)):
+    for event in engine.run():
         if isinstance(event, Token):
-            words[event.row].append(event.id)
+            words[rows.index(event.row)].append(event.id)
     ends = tokenizer.special.end
     end = Text((ends,), is_target=True)
     return [
         _Transcript((Text(ids), Image(is_target=True), end, Text(question), Text((*reply, ends), True)), p)
-        for ids, reply, p in zip(requests, words, (pictures[i] for i in range(len(prompts))), strict=True)
+        for ids, reply, p in zip(requests, words, (pictures[row] for row in rows), strict=True)
     ]
 
 
