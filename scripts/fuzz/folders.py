@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from starflow2.inference.decoder import ReplyLimits
 from torch import Tensor
 
 from fuzz.cases import Bench, Case, anything, flipped, shortened, spoiled_number
 from starflow2.core.serialize import from_dict
 from starflow2.data.mixture import BatchConfig
 from starflow2.flow import Jacobi, SampleConfig
-from starflow2.inference.config import DrawConfig
+from starflow2.inference.config import DrawConfig, ReplyLimits
 from starflow2.inference.session import Session
 from starflow2.models.checkpoint import load_components, load_words
 from starflow2.models.config_file import read_config
