@@ -54,9 +54,9 @@ def photo(seed: int = 0) -> Tensor:
 def state(session: Session) -> dict[str, Tensor]:
     """Every number that what comes next depends on."""
     row = session._engine.save(session._row)
-    numbers = [session.length, session._replies, session._is_open, row.numbers["mrope"], row.numbers["step"]]
-    counts = torch.tensor([*numbers, row.numbers["unread"], *row.numbers["pending"]])  # type: ignore[misc]
-    return row.tensors | {"counts": counts}
+    counts = [session.length, session._replies, session._is_open, row.cursor.mrope, row.cursor.step]
+    previous = {} if row.previous is None else {"previous": row.previous}
+    return row.lane | previous | {"counts": torch.tensor(counts)}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from starflow2.core.torch_defaults import inference_defaults
-from starflow2.core.torch_defaults import inference_defaults
 from starflow2.errors import ConfigError, PromptError
 from starflow2.inference.config import ReplyLimits
 from starflow2.inference.engine import Engine
