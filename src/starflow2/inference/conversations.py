@@ -26,6 +26,7 @@ UserTurns = Sequence[Sequence[Part]]  # parts of each user turn of one conversat
 PastTurn = tuple[Sequence[Part], Sequence[Part]]  # a turn that is over: the user's parts and the reply's
 ReplyPart = str | DecodedImage  # words or an image of the model's
 Watch = Callable[[RowEvent], None]
+AtEnd = Callable[[Engine, int, int], None]  # engine, row, number of the conversation
 
 
 @inference_defaults()
@@ -38,17 +39,19 @@ def generate_replies(
     *,
     draws: bool = False,
     watch: Watch | None = None,
+    ended: AtEnd | None = None,
 ) -> list[list[list[ReplyPart]]]:
     """Parts of the model's replies, by conversation, user turn and order within the reply.
 
     draws: every reply is an image; else the model decides, within `limits`. `watch` is called with every event, whose
-    row is the number of the conversation. Raises ConfigError unless there is one seed per conversation, PromptError
+    row is the number of the conversation; `ended` with every conversation that is over, before its row is given back.
+    Raises ConfigError unless there is one seed per conversation, PromptError
     for one that is too long, DataError for an image that is not finite.
     """
     if len(conversations) != len(seeds):
         raise ConfigError(f"{len(conversations)} conversations and {len(seeds)} seeds; expected equally many.")
     talks = [_Talk(i, turns, seed) for i, (turns, seed) in enumerate(zip(conversations, seeds, strict=True))]
-    return _converse(sampler, talks, _ReplyMode(limits, draws, watch))
+    return _converse(sampler, talks, _ReplyMode(limits, draws, watch, ended))
 
 
 @inference_defaults()
@@ -63,17 +66,18 @@ def reply_after(
     if len(pasts) != len(questions):
         raise ConfigError(f"{len(pasts)} pasts and {len(questions)} questions; expected equally many.")
     talks = [_Talk(i, [q], 0, past) for i, (past, q) in enumerate(zip(pasts, questions, strict=True))]
-    replies = _converse(sampler, talks, _ReplyMode(limits, draws=False, watch=None))
+    replies = _converse(sampler, talks, _ReplyMode(limits, draws=False))
     return [turn for (turn,) in replies]
 
 
 @dataclass(frozen=True, slots=True)
 class _ReplyMode:
-    """Limits of every reply, whether it is an image, and a callback for its events."""
+    """Limits of every reply, whether it is an image, and callbacks for its events and for the end of a conversation."""
 
     limits: ReplyLimits
     draws: bool
-    watch: Watch | None
+    watch: Watch | None = None
+    ended: AtEnd | None = None
 
 
 @dataclass(slots=True)
@@ -119,6 +123,8 @@ def _fill(engine: Engine, live: dict[int, _Talk], waiting: Iterator[_Talk], mode
 def _go_on(engine: Engine, live: dict[int, _Talk], row: int, mode: _ReplyMode) -> None:
     """The next turn of a conversation, or its end."""
     if live[row].is_over:
+        if mode.ended is not None:
+            mode.ended(engine, row, live[row].number)
         engine.release(row)
         del live[row]
     else:

@@ -141,6 +141,16 @@ class Engine:
             lane = self.backend.mark(state.lane)
             return lane.h, lane.g
 
+    @torch.no_grad()
+    def next_logits(self, row: int) -> Tensor:
+        """Next-token logits (V,) after the last position of a row that is not replying."""
+        with self._exclusive():
+            state = self._idle(row)
+            if state.pending:
+                self._flush(row, state)
+            logits = self.backend.logits([state.lane]).float()
+            return (logits if self.sampler.adjust_logits is None else self.sampler.adjust_logits(logits))[0].cpu()
+
     def run(self) -> Iterator[RowEvent]:
         """Step until no row replies."""
         while self.is_busy:

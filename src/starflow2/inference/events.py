@@ -120,11 +120,16 @@ class Drew:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """An image is complete: as a PIL image, and as the model holds it."""
+    """An image is complete: as a PIL image, and as the model holds it.
+
+    confidence: with which the model confirms it, where it was chosen from several tries; seed: that of its try.
+    """
 
     modality: str
     image: PILImage
     picture: DecodedImage
+    confidence: float | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -42,6 +42,7 @@ from starflow2.inference.events import (
     Wrote,
 )
 from starflow2.inference.sampler import Sampler
+from starflow2.inference.self_check import checked_tries, confidence, question_of, seed_of
 from starflow2.inference.session_file import (
     SavedPiece,
     SavedSampling,
@@ -181,12 +182,15 @@ class Session:
     # -- output
 
     @exclusive_events
-    def run(self, *, tokens: int = 64, pictures: int = 1, temperature: float = 0.0) -> Iterator[Event]:
+    def run(
+        self, *, tokens: int = 64, pictures: int = 1, temperature: float = 0.0, tries: int | None = 1
+    ) -> Iterator[Event]:
         """Let the model reply, deciding itself what comes next: words, an image, or both.
 
-        Stopping early, by an error or by leaving the loop, takes the whole reply back.
+        tries: how many replies it makes, to go on with the one whose last image it confirms, as in `draw`; their events
+        come when all are made. Stopping early, by an error or by leaving the loop, takes the whole reply back.
         """
-        yield from self._reply(ReplyLimits(tokens=tokens, pictures=pictures, temperature=temperature))
+        yield from self._reply(ReplyLimits(tokens=tokens, pictures=pictures, temperature=temperature), tries=tries)
 
     @exclusive
     def write(self, *, tokens: int = 64, temperature: float = 0.0) -> str:
@@ -195,34 +199,76 @@ class Session:
         return "".join(e.text for e in events if isinstance(e, Wrote)).strip()
 
     @exclusive
-    def draw(self) -> Made:
-        """Let the model reply with an image and nothing else, and return it."""
-        events = list(self._reply(ReplyLimits(tokens=0, pictures=1), draws=True))
+    def draw(self, *, tries: int | None = None) -> Made:
+        """Let the model reply with an image and nothing else, and return it.
+
+        tries: how many images it draws, to keep the one that it confirms (`self_check`); None: the model's own number.
+        Raises ConfigError, and StateError for a model that has not learnt to check itself.
+        """
+        events = list(self._reply(ReplyLimits(tokens=0, pictures=1), draws=True, tries=tries))
         return next(event for event in events if isinstance(event, Made))
 
-    def _reply(self, config: ReplyLimits, *, draws: bool = False) -> Iterator[Event]:
+    def _reply(self, limits: ReplyLimits, *, draws: bool = False, tries: int | None = 1) -> Iterator[Event]:
         self._check_idle()
+        count = checked_tries(self.sampler.components.cfg, tries)
         per_picture = self.sampler.layout.num_latents + 2
-        self._check_room(self._overhead + (per_picture if draws or not config.tokens else 1))
+        self._check_room(self._overhead + (per_picture if draws or not limits.tokens else 1))
         room = self.room - self._overhead
-        pictures = min(config.pictures, (room - min(config.tokens, 1)) // per_picture)
-        tokens = min(config.tokens, room - pictures * per_picture)
-        start = self.mark()
+        pictures = min(limits.pictures, (room - min(limits.tokens, 1)) // per_picture)
+        limits = replace(limits, pictures=pictures, tokens=min(limits.tokens, room - pictures * per_picture))
+        start, question = self.mark(), self._question() if count > 1 else ""
+        rows = [self._row]
         self._is_replying = True
         try:
             self._open()
             self._engine.feed(self._row, self._tokenizer.opens_reply())
             self._is_open = False
-            limits = replace(config, pictures=pictures, tokens=tokens)
-            self._engine.begin(self._row, limits, self.seed + self._replies, draws=draws)
-            yield from self._events(self._engine.run())
+            if count > 1:
+                past = self._engine.save(self._row)
+                rows += [self._engine.load(past) for _ in range(count - 1)]
+            for number, row in enumerate(rows):
+                self._engine.begin(row, limits, seed_of(self.seed + self._replies, number), draws=draws)
+            yield from self._events(self._engine.run()) if count == 1 else self._best(rows, question)
         except BaseException:  # also of a consumer that leaves: half a reply would confuse all that follows
+            self._keep_row(rows, rows[0])
             self._engine.cancel(self._row)
             self._is_replying = False
             self.rewind(start)
             raise
         self._is_replying = False
         self._replies += 1
+
+    def _question(self) -> str:
+        """What the model asks itself about an image that replies to the user's open turn."""
+        turn = itertools.takewhile(lambda piece: piece.who == "user", reversed(self.pieces))
+        words = " ".join(reversed([piece.text for piece in turn if piece.text]))
+        follows = any(piece.picture is not None for piece in self.pieces)
+        return question_of(self.sampler.components.cfg, words, follows=follows)
+
+    def _best(self, rows: Sequence[int], question: str) -> Iterator[Event]:
+        """Replies of all rows; the conversation goes on with the one whose image the model confirms most."""
+        made: dict[int, list[RowEvent]] = {row: [] for row in rows}
+        done = 0
+        for event in self._engine.run():
+            if isinstance(event, Stepped):
+                done += 1
+                yield Drew(done, len(rows) * event.total)
+            else:
+                made[event.row].append(event)
+        whole = [row for row in rows if not any(isinstance(event, Failed) for event in made[row])]
+        sure = {row: confidence(self._engine, row, question) for row in whole if _has_image(made[row])}
+        chosen = max(sure, key=lambda row: sure[row]) if sure else (whole or rows)[0]
+        self._keep_row(rows, chosen)
+        seed = seed_of(self.seed + self._replies, rows.index(chosen))
+        for event in self._events(iter(made[chosen])):
+            yield replace(event, confidence=sure[chosen], seed=seed) if isinstance(event, Made) else event
+
+    def _keep_row(self, rows: Sequence[int], kept: int) -> None:
+        """Go on with one of the rows, which have the same past, and give the others back."""
+        for row in rows:
+            if row != kept:
+                self._engine.release(row)
+        self._row = kept
 
     def _events(self, events: Iterator[RowEvent]) -> Iterator[Event]:
         """Translate events of the row to those of a conversation; text is yielded once its characters are whole."""
@@ -392,6 +438,10 @@ class Session:
                 x, u, image = (tensors[f"picture.{i}.{name}"] for name in ("x", "u", "image"))
                 picture = DecodedImage(x, u, piece.noise_level, image, *piece.nats)
             self.pieces.append(Piece(piece.who, piece.text, picture))
+
+
+def _has_image(events: Sequence[RowEvent]) -> bool:
+    return any(isinstance(event, Completed) for event in events)
 
 
 def checked_part(components: Components, part: Said) -> str | Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from starflow2.core.fields import Config, Depth, Natural, Positive, Size, Weight
+from starflow2.core.fields import Config, Count, Depth, Natural, Positive, Size, Weight
 from starflow2.errors import ConfigError
 from starflow2.flow import FlowConfig
 from starflow2.flow.affine import Schedule
@@ -29,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "PatchConfig",
     "PixelConfig",
+    "SelfCheckConfig",
     "SiglipConfig",
     "SpecialIds",
 ]
@@ -146,6 +147,7 @@ class ModelConfig(Config):
     prior_scale: Positive = 0.65  # 1 = exact sampling
     max_prompt_tokens: Size = 256
     max_positions: Size = 4096  # of one conversation
+    self_check: SelfCheckConfig | None = None  # how the model checks its own images; None: it has not learnt to
     features_from: Pretrained | None = None  # pretrained source of the extractor; None: its weights are in the folder
     vlm_from: Pretrained | None = None  # pretrained source of the language model and its tower; None: likewise
 
@@ -191,6 +193,22 @@ class ModelConfig(Config):
         """Pretrained components whose weights are outside the model folder, by their names in `Components`."""
         refs = {"features": self.features_from, "vlm": self.vlm_from}
         return {name: ref for name, ref in refs.items() if ref is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfCheckConfig(Config):
+    """Yes-or-no questions by which a model checks an image of its own; {} stands for the user's words."""
+
+    shows: str  # does an image show what the words ask for?
+    done: str  # of an image that follows another: was it done, and nothing else changed?
+    tries: Count = 4  # images of one request, of which the model keeps the one that it confirms
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("shows", "done"):
+            if getattr(self, name).count("{}") != 1:
+                value = getattr(self, name)
+                raise ConfigError(f"{name} is {value!r}; expected a question with one {{}} for the words.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from starflow2.models.config import JointsConfig, ModelConfig
 
 __all__ = ["FORMAT", "FolderConfig", "is_model_config", "read_config"]
 
-FORMAT = 7
+FORMAT = 8
 KEYS = {"format", "stages", "model", "fingerprints", "digests"}  # of a config.json
 Json = JsonObject  # an object as config.json holds it, of any format
 
@@ -150,4 +150,9 @@ def _as_format_7(config: Json) -> Json:
     return {**config, "format": 7, "model": {**model, "vlm": {**new, **model["vlm"]}}}
 
 
-_MIGRATIONS = (_as_format_2, _as_format_3, _as_format_4, _as_format_5, _as_format_6, _as_format_7)
+def _as_format_8(config: Json) -> Json:
+    """Format 7 had no questions by which a model checks its own images. It asks none."""
+    return {**config, "format": 8, "model": {**config["model"], "self_check": None}}
+
+
+_MIGRATIONS = (_as_format_2, _as_format_3, _as_format_4, _as_format_5, _as_format_6, _as_format_7, _as_format_8)

@@ -1,0 +1,131 @@
+"""Self-check: of several images of one request, the one that the model's own answer confirms.
+
+Each image is asked about in the cache in which it was drawn, so nothing is encoded, and the question is taken back
+afterwards. The flow's own density cannot choose: it holds an image with the wrong second object as likely as the right
+one (docs/choices.md#self-check). Our addition, not in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from starflow2.core.fields import SEEDS, Range, whole
+from starflow2.errors import StateError
+from starflow2.inference.config import ReplyLimits
+from starflow2.inference.conversations import Part, generate_replies
+from starflow2.inference.engine import Engine
+from starflow2.inference.events import DecodedImage, RowEvent
+from starflow2.inference.sampler import Sampler
+from starflow2.models.config import ModelConfig
+
+__all__ = ["CONFIRMED", "MAX_TRIES", "Attempt", "Request", "attempts", "best", "checked_tries", "confidence", "seed_of"]
+
+CONFIRMED = 0.5  # confidence above which the model says yes
+MAX_TRIES = 1024  # images of one request
+_STRIDE = 2**32  # between the seeds of tries, so that images with consecutive seeds never share one
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What an image is asked for: the parts of the user's turn, and the words that the image has to fulfil."""
+
+    parts: Sequence[Part]
+    words: str
+
+    def question(self, cfg: ModelConfig) -> str:
+        """The yes-or-no question by which the model checks an image of this request."""
+        has_image = any(isinstance(part, Tensor) for part in self.parts)
+        return question_of(cfg, self.words, follows=has_image)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One image of a request, the seed that draws it again, and the confidence with which the model confirms it."""
+
+    picture: DecodedImage
+    seed: int
+    confidence: float  # probability of yes, of yes and no
+
+    @property
+    def is_confirmed(self) -> bool:
+        return self.confidence > CONFIRMED
+
+
+def question_of(cfg: ModelConfig, words: str, *, follows: bool) -> str:
+    """The question whether an image shows what words say or, if it follows another, whether they were done to it.
+
+    Raises StateError for a model that has not learnt to check itself.
+    """
+    if cfg.self_check is None:
+        raise StateError(f"{cfg.name} has not learnt to check its images; use tries=1, or a model that has.")
+    form = cfg.self_check.done if follows else cfg.self_check.shows
+    return form.format(words.rstrip(" .?!"))
+
+
+def checked_tries(cfg: ModelConfig, tries: int | None) -> int:
+    """The number of tries, by default the model's own. Raises ConfigError, StateError."""
+    if tries is None:
+        return 1 if cfg.self_check is None else cfg.self_check.tries
+    count = whole(tries, "tries", Range(least=1, most=MAX_TRIES))
+    if count > 1:
+        question_of(cfg, "", follows=False)
+    return count
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The seed of try `number`; that of the first is the seed itself. Raises ConfigError where there is none."""
+    return whole(seed + number * _STRIDE, "the seed of the last try", SEEDS)
+
+
+def best(tried: Sequence[Attempt]) -> Attempt:
+    """The attempt with the highest confidence, the first of equal ones."""
+    return max(tried, key=lambda attempt: attempt.confidence)
+
+
+def attempts(
+    sampler: Sampler,
+    requests: Sequence[Request],
+    seeds: Sequence[int],
+    tries: int,
+    watch: Callable[[RowEvent], None] | None = None,
+) -> list[list[Attempt]]:
+    """`tries` images of each request, checked; attempt j of a request has `seed_of` its seed and j.
+
+    Raises as `generate_replies` does, and StateError for a model that has not learnt to check itself.
+    """
+    questions = [request.question(sampler.components.cfg) for request in requests]
+    talks = [[request.parts] for request in requests for _ in range(tries)]
+    numbered = [seed_of(seed, number) for seed in seeds for number in range(tries)]
+    sure: dict[int, float] = {}
+
+    def ask(engine: Engine, row: int, number: int) -> None:
+        sure[number] = confidence(engine, row, questions[number // tries])
+
+    limits = ReplyLimits(tokens=0, pictures=1)
+    replies = generate_replies(sampler, talks, numbered, limits, draws=True, watch=watch, ended=ask)
+    pictures = [part for ((part,),) in replies if isinstance(part, DecodedImage)]
+    tried = [Attempt(p, s, sure[i]) for i, (p, s) in enumerate(zip(pictures, numbered, strict=True))]
+    return [tried[first : first + tries] for first in range(0, len(tried), tries)]
+
+
+def confidence(engine: Engine, row: int, question: str) -> float:
+    """Probability that the answer of a row to a question is yes, of yes and no; the row is as before afterwards."""
+    tokenizer = engine.sampler.components.tokenizer
+    mark = engine.mark(row)
+    try:
+        opening = tokenizer.opens_user(is_first=not engine.length(row))
+        engine.feed(row, [*opening, *tokenizer.encode(question), *tokenizer.opens_reply()])
+        logits = engine.next_logits(row).double()
+    finally:
+        engine.rewind(row, mark)
+    yes, no = (logits[_first_tokens(engine.sampler, word)].logsumexp(0) for word in ("yes", "no"))
+    return float((yes - no).sigmoid())
+
+
+def _first_tokens(sampler: Sampler, word: str) -> list[int]:
+    """Tokens with which an answer begins that is this word, in lower case or with a capital."""
+    encode = sampler.components.tokenizer.encode
+    return sorted({encode(word)[0], *(ids[0] for ids in [encode(word.capitalize())] if len(ids) == 1)})
