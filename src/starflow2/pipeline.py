@@ -5,6 +5,7 @@ Everything it does is a call into generate and checkpoint. Not here: training an
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -27,6 +28,7 @@ from starflow2.inference.conversations import PastTurn, generate_replies, reply_
 from starflow2.inference.events import DecodedImage, RowEvent, Stepped
 from starflow2.inference.likelihood import Code, Score, decode_code, invert, score
 from starflow2.inference.sampler import Sampler
+from starflow2.inference.self_check import CONFIRMED, Attempt, Request, attempts, best, checked_tries
 from starflow2.inference.session import Said, Session, checked_part
 from starflow2.inference.vlm_answer import answer
 from starflow2.models.checkpoint import load_components, save_components
@@ -41,13 +43,19 @@ MAX_IMAGES = 2**16  # of a prompt in one call
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """An image that the model drew, its prompt, and the seed that draws it again."""
+    """An image that the model drew, its prompt, and the seed that draws it again with one try."""
 
     image: PILImage
     prompt: str
     seed: int
     settings: dict[str, Any]
     gain: float | None = None  # nats by which the prompt makes the picture likelier than no prompt, if it was measured
+    confidence: float | None = None  # with which the model confirms it, where it was chosen from several tries
+
+    @property
+    def is_confirmed(self) -> bool:
+        """False if the model itself does not hold any of several tries for what was asked for."""
+        return self.confidence is None or self.confidence > CONFIRMED
 
 
 def _gain(picture: DecodedImage) -> float | None:
@@ -55,6 +63,17 @@ def _gain(picture: DecodedImage) -> float | None:
     if picture.log_prob is None or picture.unconditional_log_prob is None:
         return None
     return picture.log_prob - picture.unconditional_log_prob
+
+
+def _counting(progress: Callable[[int, int], None] | None, total: int) -> Callable[[RowEvent], None]:
+    """A callback for events that reports how many of all latents are drawn."""
+    done = itertools.count(1)
+
+    def watch(event: RowEvent) -> None:
+        if progress is not None and isinstance(event, Stepped):
+            progress(next(done), total)
+
+    return watch
 
 
 def _words(blocks: Sequence[str | DecodedImage]) -> str:
@@ -99,13 +118,16 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         *,
         n: int = 1,
         seed: int = 0,
+        tries: int | None = None,
         config: DrawConfig | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Drawing]:
         """`n` images of each prompt, prompt by prompt; image j of any prompt has seed + j.
 
-        Equal prompt and seed give equal images, up to rounding, whatever else is in the call.
-        Raises PromptError for an empty, overlong or unknown-word prompt, ConfigError for n < 1.
+        tries: how many are drawn of each, to keep the one that the model's own answer confirms (`self_check`); None:
+        the model's own number; 1: the plain sample. Equal prompt, seed and tries give equal images, up to rounding,
+        whatever else is in the call. Raises PromptError for an empty, overlong or unknown-word prompt, ConfigError for
+        n or tries below 1, StateError for more tries than one of a model that has not learnt to check itself.
         """
         prompts = listed_prompts(prompts)
         n, seed = whole(n, "n", Range(least=1, most=MAX_IMAGES)), whole(seed, "seed", SEEDS)
@@ -120,12 +142,41 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             "cleanup": config.cleanup,
             "model": self.components.cfg.name,
         }
-        seeds = [s for _, s in pairs]
-        drawn = [(p.image, _gain(p)) for p in self._drawn([p for p, _ in pairs], seeds, config, progress)]
+        count = self._tries(tries, config)
+        if count > 1:
+            return [
+                Drawing(to_pil(a.picture.image), prompt, a.seed, settings, _gain(a.picture), a.confidence)
+                for a, (prompt, _) in zip(self._checked(pairs, count, config, progress), pairs, strict=True)
+            ]
+        drawn = self._drawn([p for p, _ in pairs], [s for _, s in pairs], config, progress)
         return [
-            Drawing(to_pil(image), prompt, s, settings, gain)
-            for (image, gain), (prompt, s) in zip(drawn, pairs, strict=True)
+            Drawing(to_pil(picture.image), prompt, s, settings, _gain(picture))
+            for picture, (prompt, s) in zip(drawn, pairs, strict=True)
         ]
+
+    def _tries(self, tries: int | None, config: DrawConfig) -> int:
+        """How many images of each request are drawn; by default the model's own number, if it can check them."""
+        cfg = self.components.cfg
+        if tries is None and (not self.is_joint or config.cleanup != "none"):
+            return 1
+        count = checked_tries(cfg, tries)
+        if count > 1:
+            self._check_stage("joint", f"tries={count}")
+        return count
+
+    def _checked(
+        self,
+        pairs: Sequence[tuple[str, int]],
+        tries: int,
+        config: DrawConfig,
+        progress: Callable[[int, int], None] | None,
+    ) -> list[Attempt]:
+        """The confirmed image of each (prompt, seed)."""
+        sampler = self.sampler(config)
+        read = [normalized(self.components, prompt) for prompt, _ in pairs]
+        requests = [Request([text], text) for text in read]
+        watch = _counting(progress, len(pairs) * tries * sampler.layout.num_latents)
+        return [best(tried) for tried in attempts(sampler, requests, [seed for _, seed in pairs], tries, watch)]
 
     @inference_defaults()
     def draw(
@@ -186,15 +237,8 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
                 f"{len(prompts)} prompts and {len(seeds)} seeds; expected equally many, and at least one of each."
             )
         seeds = [whole(seed, "seed", SEEDS) for seed in seeds]
-        sampler, done = self.sampler(config), 0
-        total = len(prompts) * sampler.layout.num_latents
-
-        def watch(event: RowEvent) -> None:
-            nonlocal done
-            done += isinstance(event, Stepped)
-            if progress is not None and isinstance(event, Stepped):
-                progress(done, total)
-
+        sampler = self.sampler(config)
+        watch = _counting(progress, len(prompts) * sampler.layout.num_latents)
         prompts = [normalized(self.components, p) for p in prompts]
         limits = ReplyLimits(tokens=0, pictures=1)
         replies = generate_replies(sampler, [[[p]] for p in prompts], seeds, limits, draws=True, watch=watch)
@@ -235,18 +279,23 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         instruction: str,
         *,
         seed: int = 0,
+        tries: int | None = None,
         config: DrawConfig | None = None,
     ) -> Drawing:
-        """The image, changed by an instruction; image as in `ask`. Raises PromptError, DataError, ShapeError."""
+        """The image, changed by an instruction; image as in `ask`, tries as in `generate`.
+
+        Raises PromptError, DataError, ShapeError, ConfigError, StateError.
+        """
         session = self.session(seed=seed, config=config)
-        made = session.add(_shown(image), instruction).draw()
+        made = session.add(_shown(image), instruction).draw(tries=tries)
         used = session.sampler.config
         settings = {
             "guidance": used.strength(follows=True),
             "prior_scale": used.prior_scale,
             "model": self.components.cfg.name,
         }
-        return Drawing(made.image, instruction, seed, settings, _gain(made.picture))
+        drawn_with = seed if made.seed is None else made.seed
+        return Drawing(made.image, instruction, drawn_with, settings, _gain(made.picture), made.confidence)
 
     # -- many at once, for suites
 

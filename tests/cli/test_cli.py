@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args, get_type_hints
@@ -32,10 +33,12 @@ from starflow2.core.images import read_metadata, read_picture, to_pil
 from starflow2.evals.geneval import PARTS
 from starflow2.evals.statistics import Score, Scores
 from starflow2.evals.suite import Report
+from starflow2.inference import self_check, session
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
 from starflow2.models.checkpoint import save_components
+from starflow2.models.config import SelfCheckConfig
 from starflow2.pipeline import StarFlow2
 from stream_cases import Bent
 
@@ -159,7 +162,7 @@ def test_the_package_can_be_run_as_a_module():
         (["edit", "x.png", "make it red", "-O", "x.png"], "no option -O"),
         (["invert"], "IMAGE"),
         (["chat", "--sav-dir", "x"], 'Did you mean "--save-dir"?'),
-        (["generate", "x", "--keep", "most"], "expected all or best, got 'most'"),
+        (["generate", "x", "--mode", "most"], "expected image or interleaved, got 'most'"),
         (["generate", "\udcff"], "'\\udcff' is not UTF-8 text"),
     ],
 )
@@ -576,25 +579,50 @@ def test_an_option_given_twice_is_refused_instead_of_dropping_the_first(capsys):
 # -- generate: the best of several, and replies -----------------------------------------------------------------------
 
 
-def test_keep_best_writes_the_picture_that_its_prompt_explains_best(joint, capsys):
-    prompts = ["two red hearts", "a blue star"]
-    argv = ["generate", *prompts, "-n", "3", "--keep", "best", "--guidance", "1.5", "-o", "new/", "--json"]
+@pytest.fixture
+def checking(joint, monkeypatch):
+    """The joint model with questions by which it checks its images."""
+    questions = SelfCheckConfig(shows="is there {}?", done="is {} there now?", tries=2)
+    monkeypatch.setattr(joint.components, "cfg", replace(joint.components.cfg, self_check=questions))
+    return joint
+
+
+def test_tries_keep_the_image_that_the_model_confirms(checking, capsys):
+    argv = ["generate", "two red hearts", "a blue star", "--tries", "3", "-o", "new/", "--json"]
     assert main(argv) == 0
     rows = json.loads(capsys.readouterr().out)
-    drawn = joint.generate(prompts, n=3, config=DrawConfig.for_model(joint.components, guidance=1.5))
-    for row, mine in zip(rows, (drawn[:3], drawn[3:]), strict=True):
-        best = max(mine, key=lambda picture: picture.gain)
-        assert (row["prompt"], row["seed"]) == (best.prompt, best.seed)
-        assert row["gain"] == pytest.approx(best.gain) and row["gain"] > min(picture.gain for picture in mine)
-        assert np.array_equal(np.asarray(Image.open(row["file"])), np.asarray(best.image))
-    assert [row["file"] for row in rows] == ["new/two-red-hearts-best.png", "new/a-blue-star-best.png"]
+    mine = checking.generate(["two red hearts", "a blue star"], tries=3)
+    for row, drawing in zip(rows, mine, strict=True):
+        assert (row["prompt"], row["seed"]) == (drawing.prompt, drawing.seed)
+        assert row["confidence"] == pytest.approx(drawing.confidence, abs=1e-4)
+        (again,) = checking.generate(drawing.prompt, seed=drawing.seed, tries=1)
+        assert np.abs(np.asarray(again.image, int) - np.asarray(drawing.image, int)).max() <= 1
+    assert [row["file"] for row in rows] == ["new/two-red-hearts-0.png", "new/a-blue-star-0.png"]
+
+
+def test_the_models_own_number_of_tries_is_the_default(checking):
+    assert checking.generate("a blue star")[0].confidence is not None
+    assert checking.generate("a blue star", tries=1)[0].confidence is None
+
+
+def test_tries_that_the_model_confirms_none_of_are_told(checking, photo, monkeypatch, capsys):
+    for sure, says in ((0.25, "it confirms none; the likeliest was kept (25%)"), (0.75, "")):
+        monkeypatch.setattr(session, "confidence", lambda engine, row, question, sure=sure: sure)
+        monkeypatch.setattr(self_check, "confidence", lambda engine, row, question, sure=sure: sure)
+        assert main(["generate", "a blue star", "--tries", "2"]) == 0
+        assert says in capsys.readouterr().err
+        assert main(["edit", photo, "make it red", "--tries", "2"]) == 0
+        assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--keep", "best"], "-n is 1, expected 2 or more"),
-        (["--keep", "best", "-n", "2", "--guidance", "0"], "--guidance is 0"),
+        (["--tries", "0"], "--tries is 0; expected at least 1"),
+        (["--tries", "two"], "--tries"),
+        (["--tries", "9999"], "tries is 9999; expected at least 1 and at most 1,024"),
+        (["--tries", "2"], "has not learnt to check its images; use tries=1"),
+        (["--tries", "2", "--mode", "interleaved"], "--tries belongs to --mode image"),
         (["--mode", "interleaved", "-n", "2"], "replies once to one prompt"),
         (["--mode", "interleaved", "--batch", "2"], "--batch belongs to --mode image"),
         (["a blue star", "--mode", "interleaved"], "starflow2 chat takes several turns"),
@@ -606,12 +634,6 @@ def test_keep_best_writes_the_picture_that_its_prompt_explains_best(joint, capsy
 def test_what_cannot_be_chosen_from_or_replied_is_refused(argv, says, joint, capsys):
     Path("folder-2.png").mkdir()
     assert says in refused(capsys, "generate", "two red hearts", *argv)
-
-
-def test_keep_best_needs_a_model_that_measures_gain(model, capsys):
-    assert "this one has finished features, fae, vlm, t2i." in refused(
-        capsys, "generate", "a star", "-n", "2", "--keep", "best"
-    )
 
 
 def test_an_interleaved_reply_is_printed_in_order_and_its_images_are_numbered(joint, capsys):

@@ -16,11 +16,14 @@ from starflow2.cli.options import (
     PngFile,
     PriorScale,
     Seed,
+    Tries,
     check_json,
     check_png,
     check_seed,
+    check_tries,
     console,
     load_joint,
+    note_confidence,
     png_text,
     refuse,
     say,
@@ -41,6 +44,7 @@ class Edit:
     instruction: Positional[Annotated[str, Option("what to change, in quotes", metavar="INSTRUCTION")]]
     output: PngFile = Path("out.png")
     seed: Seed = 0
+    tries: Tries = None
     guidance: Guidance = None
     prior_scale: PriorScale = None
     json: JsonFile = None
@@ -50,6 +54,7 @@ class Edit:
     def run(self, unknown: Sequence[str]) -> int:
         refuse(unknown, type(self))
         check_seed(self.seed)
+        check_tries(self.tries)
         check_png(self.output)
         check_json(self.json)
         from starflow2.core.images import save_png
@@ -58,10 +63,14 @@ class Edit:
         model = load_joint(self.model, self.device, self.verb)
         config = DrawConfig.for_model(model.components, guidance=self.guidance, prior_scale=self.prior_scale)
         with console(stderr=True).status("drawing"):
-            made = model.edit(self.image, self.instruction, seed=self.seed, config=config)
+            made = model.edit(self.image, self.instruction, seed=self.seed, tries=self.tries, config=config)
         about = png_text(self.instruction, self.seed, made.settings)
         save_png(made.image, self.output, about | {"source": str(self.image)})
         say(self.output)
+        note_confidence(made)
         facts = {"file": str(self.output), "image": str(self.image), "instruction": self.instruction}
-        write_json(facts | {"seed": self.seed, "settings": made.settings, "gain": made.gain}, self.json)
+        write_json(
+            facts | {"seed": made.seed, "settings": made.settings, "gain": made.gain, "confidence": made.confidence},
+            self.json,
+        )
         return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 import time
@@ -18,8 +17,11 @@ from starflow2.cli.options import (
     Guidance,
     Model,
     PriorScale,
+    Tries,
     check_seed,
+    check_tries,
     load_joint,
+    note_confidence,
     png_text,
     printable,
     progress,
@@ -30,7 +32,7 @@ from starflow2.cli.parsing import Option, Positional
 from starflow2.core.files import check_writable
 from starflow2.core.serialize import JsonObject
 from starflow2.core.text import read_text
-from starflow2.errors import OutputError, PromptError, StateError, UsageError, printable_line
+from starflow2.errors import OutputError, PromptError, UsageError, printable_line
 
 if TYPE_CHECKING:
     from starflow2.core.images import PILImage
@@ -58,9 +60,7 @@ class Generate:
     prompt: Positional[Annotated[tuple[str, ...], Option("what to draw, in quotes", metavar="PROMPT")]] = ()
     mode: Annotated[Literal["image", "interleaved"], Option("draw images, or let the model reply")] = "image"
     n: Annotated[int, Option("images per prompt, with consecutive seeds", short="-n")] = 1
-    keep: Annotated[Literal["all", "best"], Option("best: per prompt, the image that the prompt makes most likely")] = (
-        "all"
-    )
+    tries: Tries = None
     seed: Annotated[int, Option("seed of the first image of each prompt")] = 0
     guidance: Guidance = None
     prior_scale: PriorScale = None
@@ -81,22 +81,20 @@ class Generate:
             raise PromptError('there is nothing to draw: give a prompt, such as "two pink hearts".')
         if not 1 <= self.n <= MAX_IMAGES:
             raise UsageError(f"-n is {self.n}; expected at least 1 image per prompt, and at most {MAX_IMAGES}.")
-        if self.keep == "best" and self.n < 2:
-            raise UsageError(f"--keep best chooses among the images of a prompt; -n is {self.n}, expected 2 or more.")
+        check_tries(self.tries)
         check_seed(self.seed, self.n)
         if self.mode == "interleaved":
             return self._reply(prompts)
-        seeds = ["best"] if self.keep == "best" else range(self.seed, self.seed + self.n)
-        files = _plan(self.output, prompts, seeds)
+        files = _plan(self.output, prompts, range(self.seed, self.seed + self.n))
         drawings, seconds = self._draw(prompts)
         pace = seconds / len(drawings)
-        if self.keep == "best":
-            drawings = [_best(drawings[i : i + self.n]) for i in range(0, len(drawings), self.n)]
         _save(drawings, files)
         if self.json:
             _print_json([_row(drawing, path, pace) for drawing, path in zip(drawings, files.each, strict=True)])
         else:
             say(*files.all)
+        for drawing in drawings:
+            note_confidence(drawing)
         return 0
 
     def _config(self, model: StarFlow2) -> DrawConfig:
@@ -116,10 +114,8 @@ class Generate:
         with progress("drawing", "latents") as step:
             model = StarFlow2.from_pretrained(self.model, device=self.device)
             config = self._config(model)
-            if self.keep == "best":
-                _check_gain(model, config)
             started = time.perf_counter()
-            drawings = model.generate(prompts, n=self.n, seed=self.seed, config=config, progress=step)
+            drawings = model.generate(prompts, n=self.n, seed=self.seed, tries=self.tries, config=config, progress=step)
             return drawings, time.perf_counter() - started
 
     def _reply(self, prompts: list[str]) -> int:
@@ -129,6 +125,8 @@ class Generate:
                 f"--mode interleaved replies once to one prompt, got {len(prompts)} with -n {self.n}; "
                 f"{PROGRAM} chat takes several turns."
             )
+        if self.tries is not None:
+            raise UsageError("--tries belongs to --mode image; in --mode interleaved the model replies once.")
         if self.batch is not None:
             raise UsageError("--batch belongs to --mode image; --mode interleaved draws one image after the other.")
         (prompt,) = prompts
@@ -144,23 +142,6 @@ class Generate:
             for row in rows:
                 print(printable(row.get("text") or printable_line(row["file"])))
         return 0
-
-
-def _check_gain(model: StarFlow2, config: DrawConfig) -> None:
-    """Raise StateError or UsageError if drawing does not measure how much a prompt adds to the likelihood."""
-    if not model.is_joint:
-        done = ", ".join(model.components.finished_stages)
-        raise StateError(f"--keep best needs a model that has finished stage joint; this one has finished {done}.")
-    if not config.guidance:
-        raise UsageError(
-            "--keep best compares the likelihood with and without the prompt, which only guidance computes; "
-            "--guidance is 0, expected more."
-        )
-
-
-def _best(drawings: Sequence[Drawing]) -> Drawing:
-    """The image whose likelihood the prompt raises most."""
-    return max(drawings, key=lambda drawing: -math.inf if drawing.gain is None else drawing.gain)
 
 
 def _replied(session: Session) -> list[str | PILImage]:
@@ -275,7 +256,8 @@ def _save(drawings: Sequence[Drawing], files: _Files) -> None:
 def _row(drawing: Drawing, path: Path, seconds: float) -> JsonObject:
     made_of = {"prompt": drawing.prompt, "seed": drawing.seed, "settings": drawing.settings}
     gain = {} if drawing.gain is None else {"gain": drawing.gain}
-    return {"file": str(path), **made_of, **gain, "seconds": round(seconds, 4)}
+    sure = {} if drawing.confidence is None else {"confidence": drawing.confidence}
+    return {"file": str(path), **made_of, **gain, **sure, "seconds": round(seconds, 4)}
 
 
 def _lines(path: Path | None) -> list[str]:

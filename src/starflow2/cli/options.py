@@ -22,7 +22,7 @@ from starflow2.errors import OutputError, PromptError, StateError, UsageError, n
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from starflow2.pipeline import StarFlow2
+    from starflow2.pipeline import Drawing, StarFlow2
     from starflow2.training.config import RunConfig, StageConfig
     from starflow2.training.metrics import StepReport
 
@@ -37,13 +37,16 @@ __all__ = [
     "PngFile",
     "PriorScale",
     "Seed",
+    "Tries",
     "check_json",
     "check_png",
     "check_seed",
     "check_text",
+    "check_tries",
     "console",
     "find_recipe",
     "load_joint",
+    "note_confidence",
     "png_text",
     "printable",
     "progress",
@@ -62,6 +65,7 @@ Device = Annotated[str, Option("where to compute", metavar="{auto,cpu,cuda,mps}"
 JsonFile = Annotated[Path | None, Option("also write the outcome to this file as JSON", metavar="FILE")]
 Guidance = Annotated[float | None, Option("how closely to follow the words, in edits too; 0 = off", default=OWN)]
 PriorScale = Annotated[float | None, Option("spread of the prior; 1 = exact sampling", default=OWN)]
+Tries = Annotated[int | None, Option("images drawn to keep the one that the model confirms", default=OWN)]
 Seed = Annotated[int, Option("the same seed draws the same image")]
 ImageFile = Annotated[Path, Option("an image file; its middle square is read", metavar="IMAGE")]
 PngFile = Annotated[Path, Option("a .png file", metavar="FILE", short="-o")]
@@ -114,6 +118,12 @@ def check_seed(seed: int, count: int = 1) -> None:
     """Raise UsageError unless all of the seeds [seed, seed + count) are 0 to 2^63 - 1."""
     if not 0 <= seed <= MAX_SEED - count:
         raise UsageError(f"--seed is {seed}; expected 0 to 2^63 - 1.")
+
+
+def check_tries(tries: int | None) -> None:
+    """Raise UsageError for a number of tries below 1."""
+    if tries is not None and tries < 1:
+        raise UsageError(f"--tries is {tries}; expected at least 1.")
 
 
 def check_png(path: Path, option: str = "--output") -> None:
@@ -174,6 +184,16 @@ def say(*lines: object) -> None:
     """Write lines to standard output, without signs that a terminal would obey."""
     for line in lines:
         print(printable_line(str(line)))
+
+
+def note_confidence(drawing: Drawing) -> None:
+    """Say on standard error that the model itself confirms none of the images that it tried."""
+    if not drawing.is_confirmed:
+        print(
+            f"{PROGRAM}: note: of the tries at {printable_line(drawing.prompt)!r} it confirms none; the likeliest "
+            f"was kept ({drawing.confidence:.0%}). More --tries may help.",
+            file=sys.stderr,
+        )
 
 
 def printable(text: str) -> str:

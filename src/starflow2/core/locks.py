@@ -48,6 +48,7 @@ def folder_lock(folder: Path, error: type[StarFlowError], doing: str) -> Iterato
     process, or another thread of this one, holds it; OutputError where no lock can be written.
     """
     path = folder / LOCK
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     with write_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _hold(path)
@@ -60,6 +61,9 @@ def folder_lock(folder: Path, error: type[StarFlowError], doing: str) -> Iterato
         with contextlib.suppress(OSError):  # Windows does not remove a file that is open
             path.unlink()
         os.close(descriptor)
+        with contextlib.suppress(OSError):  # what was made for the lock alone goes with it
+            for place in made:
+                place.rmdir()
 
 
 def wait_for_lock(descriptor: int) -> None:

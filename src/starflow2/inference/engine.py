@@ -144,7 +144,7 @@ class Engine:
     @torch.no_grad()
     def next_logits(self, row: int) -> Tensor:
         """Next-token logits (V,) after the last position of a row that is not replying."""
-        with self._exclusive():
+        with self.in_use.claimed():
             state = self._idle(row)
             if state.pending:
                 self._flush(row, state)

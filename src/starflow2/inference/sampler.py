@@ -40,11 +40,7 @@ class Sampler:
         _check_precision(components)
         self.components = components
         self.config = config or DrawConfig.for_model(components)
-        if self.config.cleanup != "none" and "joint" in components.finished_stages:
-            raise ConfigError(
-                f"cleanup is {self.config.cleanup!r}; it works for models before stage joint, "
-                f"and {components.cfg.name} has finished joint. Leave it out."
-            )
+        self._check_cleanup()
         doubles = self.config.precision == "float64"
         self.dtype = torch.float64 if doubles else components.flow.deep.head.weight.dtype
         stream = components.pretzel.in_float64() if doubles else components.pretzel
@@ -91,8 +87,17 @@ class Sampler:
                 f"guidance is {twin.config.guidance} and edit_guidance {twin.config.edit_guidance}; a sampler with a "
                 "code draws without guidance, or it would not undo the inversion. Use 0."
             )
+        twin._check_cleanup()
         twin.pretzel = twin._with_skips(self.pretzel)
         return twin
+
+    def _check_cleanup(self) -> None:
+        """Raise ConfigError for a clean-up that a conversation's cache would not see."""
+        if self.config.cleanup != "none" and "joint" in self.components.finished_stages:
+            raise ConfigError(
+                f"cleanup is {self.config.cleanup!r}; it works for models before stage joint, "
+                f"and {self.components.cfg.name} has finished joint. Leave it out."
+            )
 
     def _with_skips(self, stream: JointStream) -> JointStream:
         """The stream with the skips that the settings open; before stage joint they are untrained, so closed."""

@@ -21,7 +21,18 @@ from starflow2.inference.events import DecodedImage, RowEvent
 from starflow2.inference.sampler import Sampler
 from starflow2.models.config import ModelConfig
 
-__all__ = ["CONFIRMED", "MAX_TRIES", "Attempt", "Request", "attempts", "best", "checked_tries", "confidence", "seed_of"]
+__all__ = [
+    "CONFIRMED",
+    "MAX_TRIES",
+    "Attempt",
+    "Request",
+    "attempts",
+    "best",
+    "checked_tries",
+    "confidence",
+    "question_of",
+    "seed_of",
+]
 
 CONFIRMED = 0.5  # confidence above which the model says yes
 MAX_TRIES = 1024  # images of one request

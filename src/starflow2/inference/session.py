@@ -260,8 +260,8 @@ class Session:
         chosen = max(sure, key=lambda row: sure[row]) if sure else (whole or rows)[0]
         self._keep_row(rows, chosen)
         seed = seed_of(self.seed + self._replies, rows.index(chosen))
-        for event in self._events(iter(made[chosen])):
-            yield replace(event, confidence=sure[chosen], seed=seed) if isinstance(event, Made) else event
+        for part in self._events(iter(made[chosen])):
+            yield replace(part, confidence=sure[chosen], seed=seed) if isinstance(part, Made) else part
 
     def _keep_row(self, rows: Sequence[int], kept: int) -> None:
         """Go on with one of the rows, which have the same past, and give the others back."""
