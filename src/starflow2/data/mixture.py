@@ -7,6 +7,7 @@ Letters: B rows, T positions, P images.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ from starflow2.core.ledger import append_line
 from starflow2.core.serialize import JsonObject, from_dict, read_json, to_dict
 from starflow2.data.corpora import find_schema, to_dialogue
 from starflow2.data.dialogue import Dialogue, Turn, replace_pictures, turned_round, without_words
+from starflow2.data.progress import MixtureProgress
 from starflow2.data.records import Broken, Photo, decode
 from starflow2.data.shards import Format, Sample, Samples, WorkerShard, needs
 from starflow2.errors import ConfigError, DataError
@@ -105,12 +107,15 @@ class BatchConfig:
     width: int  # positions of a row; a longer document is counted as broken
     seed: int = 0
     block: int = 256  # samples of a source that are shuffled together; 1: files in their order
+    documents: int = 0  # of a batch, at most; 0: as many as fit
     caption_drop: float = 0.1  # share of documents with a drawn image whose words are dropped
     broken: str = ""  # file that lists broken samples, one JSON line each; "": they are only counted
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.width < 1:
             raise ConfigError(f"rows and width are {self.rows} and {self.width}; expected at least 1 of each.")
+        if self.documents < 0:
+            raise ConfigError(f"documents is {self.documents}; expected at least 1, or 0 for as many as fit.")
 
 
 def read_mixture(path: str | Path) -> tuple[Source, ...]:
@@ -222,6 +227,8 @@ class _Repeated:
                 self.read += 1
                 return sample
             self._rest = None
+            if not self.samples.whole_passes:  # others had read the rest of this pass
+                continue
             if not self.read:
                 raise DataError(f"{self._name} has no sample for this process; use fewer processes or workers.")
             if not self.used:
@@ -243,6 +250,7 @@ class _Documents:
 
     def __init__(self, batches: Batches, worker: tuple[int, int]) -> None:
         self.batches, self.reader = batches, [batches.shard.rank, worker[0]]
+        self.generation = [batches.progress.generation] if batches.progress.generation else []
         self.drawn, self.lists_broken = 0, True
         each = zip(batches.sources, batches.samples, strict=True)
         self.streams = [_Repeated(source, copy(samples)) for source, samples in each]
@@ -257,7 +265,7 @@ class _Documents:
 
     def next(self) -> Item:
         """The next document. Raises DataError where a source cannot be used, or all have made their passes."""
-        rng = np.random.default_rng([self.batches.config.seed, *self.reader, self.drawn])
+        rng = np.random.default_rng([self.batches.config.seed, *self.reader, self.drawn, *self.generation])
         while True:
             stream = self._choose(rng)
             item = self._first_usable(stream, rng)
@@ -323,7 +331,7 @@ class Batches(IterableDataset[tuple[Tensor, Batch]]):
         if not sources:
             raise ConfigError("sources is empty; a mixture needs at least one source.")
         self.sources, self.spelling, self.config = tuple(sources), spelling, config
-        self.shard = shard or WorkerShard()
+        self.shard, self.progress = shard or WorkerShard(), MixtureProgress()
         if config.broken:
             check_writable(config.broken)
         self.samples = tuple(  # files are looked for once
@@ -331,8 +339,22 @@ class Batches(IterableDataset[tuple[Tensor, Batch]]):
             for source in sources
         )
 
+    def continue_after(self, progress: MixtureProgress) -> None:
+        """Begin with what other readers have left of the sources; call it before the first batch."""
+        self.progress = progress
+        for source, samples in zip(self.sources, self.samples, strict=True):
+            samples.continue_after(progress.of(source.corpus, source.url))
+
     def __iter__(self) -> BatchIterator:
         return BatchIterator(self)
+
+    @property
+    def identity(self) -> JsonObject:
+        """What must be the same, beside the readers, for a position to mean the same place in the same stream."""
+        config = self.config
+        packing = [config.rows, config.width, config.seed, config.block, config.caption_drop]
+        sources, files = [to_dict(source) for source in self.sources], [samples.names for samples in self.samples]
+        return {"packing": packing, "documents": config.documents, "sources": sources, "files": files}
 
 
 def conversations(batches: Batches) -> Iterator[Dialogue[Tensor]]:
@@ -357,15 +379,11 @@ class BatchIterator:
     def __init__(self, batches: Batches) -> None:
         info = get_worker_info()
         worker = (0, 1) if info is None else (info.id, info.num_workers)
-        shard, config = batches.shard, batches.config
+        reader = [batches.shard.rank, batches.shard.world, *worker]
         self._batches, self._documents = batches, _Documents(batches, worker)
         self._waiting: list[_Read] = []
-        self._same: JsonObject = {  # must be the same when a state is loaded
-            "reader": [shard.rank, shard.world, *worker],
-            "packing": [config.rows, config.width, config.seed, config.block, config.caption_drop],
-            "sources": [to_dict(source) for source in batches.sources],
-            "files": [samples.fingerprint for samples in batches.samples],
-        }
+        files = [samples.fingerprint for samples in batches.samples]
+        self._same: JsonObject = {"reader": reader, **batches.identity, "files": files}  # when a state is loaded
 
     def __iter__(self) -> BatchIterator:
         return self
@@ -399,10 +417,11 @@ class BatchIterator:
 
     def _choose(self, config: BatchConfig) -> list[Item]:
         """Documents of one batch: first those that were waiting, then new ones until WAITING of them do not fit."""
+        most = config.documents or sys.maxsize
         chosen: list[Item] = []
         lengths: list[int] = []
         waited, self._waiting = self._waiting, []
-        while len(self._waiting) < WAITING:
+        while len(self._waiting) < WAITING and len(chosen) < most:
             document = waited.pop(0) if waited else self._read()
             if fits([*lengths, document.item.length], config.rows, config.width):
                 chosen.append(document.item)

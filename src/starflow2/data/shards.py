@@ -1,8 +1,8 @@
 """Raw samples of a real corpus as one stream: WebDataset tars, parquet, JSONL and plain folders, local or remote.
 
-Hugging Face `datasets` finds and opens the files and divides them among workers; nothing is decoded here, so that one
-damaged sample costs one sample. `datasets`' own tar and JSON readers decode as they go and stop at the first bad line.
-Not here: the fields of a corpus (corpora), mixtures (mixture).
+Hugging Face `datasets` finds and opens the files; nothing is decoded here, so that one damaged sample costs one sample.
+`datasets`' own tar and JSON readers decode as they go and stop at the first bad line.
+Not here: the fields of a corpus (corpora), mixtures (mixture), how other readers go on (progress).
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import errno
 import glob
 import gzip
 import importlib
-import json
 import posixpath
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from starflow2.core.json_reader import JsonObject, parse_record
+from starflow2.data.progress import PassProgress, Place, Unit, pass_units
 from starflow2.errors import ConfigError, DataError, StarFlowError
 
 __all__ = ["PICTURES", "Format", "Sample", "Samples", "WorkerShard", "inside", "needs", "read_file"]
@@ -103,13 +103,32 @@ class Samples:
             raise ConfigError(f"block is {block}; expected at least 1 sample.")
         self.url, self.shard, self.seed, self.block = url, shard or WorkerShard(), seed, block
         self.format, self.files = _find(url, format)
+        self.progress = PassProgress()  # what others had read of the pass in which this reader began
         self._epoch, self._done = 0, 0  # number of the pass, samples of the block that have been yielded
-        self._start: JsonObject | None = None  # where the block starts, a state of `datasets`
+        self._start: Place = (0, 0)  # where the block starts
+
+    def continue_after(self, progress: PassProgress) -> None:
+        """Begin with what other readers have left of a pass."""
+        self.progress, self._epoch, self._done, self._start = progress, progress.epoch, 0, (0, 0)
+
+    @property
+    def names(self) -> list[str]:
+        """The files without the folder that they have in common."""
+        folders = [file.split("/")[:-1] for file in self.files]
+        common = 0
+        while all(len(f) > common and f[common] == folders[0][common] for f in folders):
+            common += 1
+        return ["/".join(file.split("/")[common:]) for file in self.files]
 
     @property
     def fingerprint(self) -> int:
         """A number that changes with the names of the files, but not with their folder."""
-        return zlib.crc32("\n".join(posixpath.basename(file) for file in self.files).encode())
+        return zlib.crc32("\n".join(self.names).encode())
+
+    @property
+    def whole_passes(self) -> int:
+        """Passes that have ended, without a first one of which others had read a part."""
+        return self._epoch - self.progress.epoch - bool(self.progress.files)
 
     @property
     def epoch(self) -> int:
@@ -118,77 +137,70 @@ class Samples:
 
     def state_dict(self) -> JsonObject:
         """The position in the stream, in JSON."""
-        return {"epoch": self._epoch, "at": self._done, "place": self._start}
+        return {"epoch": self._epoch, "at": self._done, "place": list(self._start)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a position; files, seed, block and shard must be the same."""
-        self._epoch, self._done, self._start = state["epoch"], state["at"], state["place"]
+        """Continue from a position; files, seed, block, shard and progress must be the same."""
+        unit, sample = state["place"]
+        self._epoch, self._done, self._start = state["epoch"], state["at"], (unit, sample)
 
     def __iter__(self) -> Iterator[Sample]:
         """The rest of this pass. Afterwards the object is at the start of the next one."""
-        stream = self._stream()
-        if self._start is not None:
-            stream.load_state_dict(self._start)
+        stream = _Stream(self, self._epoch, self._start)
         samples = iter(stream)
-        while block := [row["sample"] for row in islice(samples, self.block)]:
-            after = _plain(stream.state_dict())
+        while block := list(islice(samples, self.block)):
+            after = stream.place
             for i in self._order(len(block))[self._done :]:
                 self._done += 1
                 yield block[i]
             self._done, self._start = 0, after
-        self._epoch, self._done, self._start = self._epoch + 1, 0, None
+        self._epoch, self._done, self._start = self._epoch + 1, 0, (0, 0)
 
     def _order(self, count: int) -> list[int]:
         """The order of the samples in the block that starts here."""
-        start = (0, 0)
-        if self._start is not None:
-            inner = self._start["examples_iterable"]
-            start = inner["shard_idx"], inner["shard_example_idx"]
-        return np.random.default_rng([self.seed, self._epoch, *start]).permutation(count).tolist()
+        return np.random.default_rng([self.seed, self._epoch, *self._start]).permutation(count).tolist()
 
-    def _stream(self) -> Any:
-        """A stream of `datasets` over this pass: the files of this rank in the order of this epoch."""
-        datasets = needs("datasets")
-        units = self._units()
-        if self.block > 1:
-            order = np.random.default_rng([self.seed, self._epoch]).permutation(len(units))
-            units = [units[i] for i in order]
-        mine = units[self.shard.rank :: self.shard.world]
-        return datasets.IterableDataset.from_generator(_generate, gen_kwargs={"units": mine})
-
-    def _units(self) -> list[tuple[str, str, int, int]]:
-        """(format, file, part, parts) of all that can be read separately, at least one for each worker of each rank."""
-        readers = self.shard.world * _workers()
-        parts = -(-readers // len(self.files))
-        return [(self.format, file, part, parts) for file in self.files for part in range(parts)]
+    def units(self, epoch: int) -> list[Unit]:
+        """What this process, or this torch worker of it, reads in a pass, in order."""
+        files = list(zip(self.files, self.names, strict=True))
+        reader, seed = (self.shard.rank, self.shard.world, *_worker()), self.seed if self.block > 1 else None
+        return pass_units(files, reader, epoch, seed, self.progress)
 
 
-def _workers() -> int:
+class _Stream:
+    """The samples of a pass from a place on; `place` is that of the next sample."""
+
+    def __init__(self, samples: Samples, epoch: int, place: Place) -> None:
+        self.samples, self.units, self.place = samples, samples.units(epoch), place
+        self.progress = samples.progress if epoch == samples.progress.epoch else PassProgress()
+
+    def __iter__(self) -> Iterator[Sample]:
+        first_unit, first = self.place
+        for number, unit in enumerate(self.units[first_unit:], first_unit):
+            for i, sample in enumerate(_read(self.samples.format, unit)):
+                if (number, i) < (first_unit, first) or self.progress.has_read(unit.name, unit.part + i * unit.parts):
+                    continue
+                self.place = (number, i + 1)
+                yield sample
+            self.place = (number + 1, 0)
+
+
+def _worker() -> tuple[int, int]:
+    """Number of this torch worker, and how many there are."""
     from torch.utils.data import get_worker_info
 
     info = get_worker_info()
-    return 1 if info is None else info.num_workers
+    return (0, 1) if info is None else (info.id, info.num_workers)
 
 
-def _plain(state: Mapping[str, Any]) -> JsonObject:
-    """A copy that later steps of the stream do not change."""
-    return parse_record(json.dumps(state))
-
-
-def _generate(units: Iterable[tuple[str, str, int, int]]) -> Iterator[dict[str, Sample]]:
-    for format, file, part, parts in units:
-        for sample in _read(format, file, part, parts):
-            yield {"sample": sample}
-
-
-def _read(format: str, file: str, part: int, parts: int) -> Iterator[Sample]:
-    """The samples part, part + parts, ... of a file; where reading fails, a last sample says why."""
+def _read(format: str, unit: Unit) -> Iterator[Sample]:
+    """The samples of a unit; where reading fails, a last sample says why."""
     try:
-        yield from islice(_READERS[format](file), part, None, parts)
+        yield from islice(_READERS[format](unit.file), unit.part, None, unit.parts)
     except StarFlowError:
         raise
     except Exception as error:  # file systems and formats raise anything; it is counted where samples are used
-        yield Sample(file, "", {}, f"{type(error).__name__}: {error}")
+        yield Sample(unit.file, "", {}, f"{type(error).__name__}: {error}")
 
 
 # -- finding ----------------------------------------------------------------------------------------------------------
