@@ -18,9 +18,11 @@ from starflow2.training.config import OptimConfig, StageConfig
 from starflow2.training.dry_run import dry_run
 from starflow2.training.loop import fit
 from starflow2.training.losses import ngp_loss
-from starflow2.training.planner import SCHEMES, Hardware, Sizes, plan, state_bytes
+from starflow2.training.memory import state_bytes
+from starflow2.training.planner import Hardware, plan
 from starflow2.training.recipes import nano, nano_end_to_end, smoke
 from starflow2.training.tasks import T2iTask
+from starflow2.training.work import Sizes
 
 STAGE = StageConfig(name="t2i", steps=1, batch=4, codec_weight=4.0)
 
@@ -159,6 +161,6 @@ def test_the_plan_counts_what_trains():
     run = nano_end_to_end()
     components = Sizes.of(run.model).components
     both = sum(p.numel() for module in (components.fae, components.flow) for p in module.parameters())
-    assert state_bytes(Sizes.of(run.model), run.stage("t2i"), SCHEMES[0])["parameters"] == 4 * both
+    assert state_bytes(Sizes.of(run.model), run.stage("t2i"))["parameters"] == 4 * both
     rows = {r["stage"]: r["tflops_by_part"] for r in plan(run, Hardware(gpus=1))["stages"]}
     assert rows["t2i"]["fae"] == rows["fae"]["fae"]

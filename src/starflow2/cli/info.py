@@ -19,7 +19,7 @@ __all__ = ["Info"]
 class Info:
     """Count parameters, bytes and cache of a recipe or a model folder; with --gpus, plan its training.
 
-    The plan (memory by component, FLOPs, days) is calculated at an assumed share of peak, not measured.
+    The plan (memory by component, FLOPs, days; the least time of drawing) is calculated, not measured.
     """
 
     verb: ClassVar[str] = "info"
@@ -30,6 +30,7 @@ class Info:
     gpus: Annotated[int | None, Option("plan the recipe's training on this many GPUs", default="no plan")] = None
     gpu_memory: Annotated[float, Option("GiB of each GPU")] = 80.0
     gpu_tflops: Annotated[float, Option("dense bfloat16 peak of each GPU; 989 is an H100")] = 989.0
+    gpu_bandwidth: Annotated[float, Option("TB/s of each GPU's memory; 3.35 is an H100")] = 3.35
     json: JsonFile = None
 
     def run(self, unknown: Sequence[str]) -> int:
@@ -50,11 +51,20 @@ class Info:
         return 0
 
     def _plan(self, gpus: int) -> tuple[JsonObject, Any]:
-        """The plan as JSON and as a table."""
-        from starflow2.training.planner import Hardware, plan, table
+        """The plan of training and the least time of drawing, as JSON and as tables."""
+        from rich.console import Group
 
+        from starflow2.training import roofline
+        from starflow2.training.planner import Hardware, plan, table
+        from starflow2.training.work import Sizes
+
+        if self.gpu_bandwidth <= 0:
+            raise UsageError(f"--gpu-bandwidth is {self.gpu_bandwidth:g}; expected more than 0.")
         if Path(self.name).is_dir():
             raise UsageError(f"--gpus plans the stages of a recipe, but {self.name} is a model folder; name a recipe.")
         hardware = Hardware(gpus=gpus, gpu_memory=self.gpu_memory, peak=1e12 * self.gpu_tflops)
-        planned = plan(find_recipe(self.name), hardware)
-        return planned, table(planned)
+        run = find_recipe(self.name)
+        sizes = Sizes.of(run.model)
+        planned = plan(run, hardware, sizes)
+        drawn = roofline.drawing(sizes, roofline.GpuSpeed(bandwidth=1e12 * self.gpu_bandwidth, peak=hardware.peak))
+        return {**planned, "drawing": drawn}, Group(table(planned), roofline.table(drawn))

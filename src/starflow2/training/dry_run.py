@@ -5,10 +5,8 @@ On the meta device it only counts; on a real one it takes a step. Weights are ra
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +16,10 @@ from starflow2.core.serialize import JsonObject
 from starflow2.models.components import Components, build
 from starflow2.models.sequence import Image, Layout, Segment, Text, pack
 from starflow2.nn import num_parameters
-from starflow2.training.config import RunConfig
+from starflow2.training.config import RunConfig, StageConfig
 from starflow2.training.loop import try_step
+from starflow2.training.memory import microbatch_documents, reads_corpora
+from starflow2.training.metrics import peak_memory
 from starflow2.training.parallel import Distributed
 from starflow2.training.task import Task
 from starflow2.training.tasks import TASKS
@@ -79,6 +79,7 @@ def dry_run(run: RunConfig, stage_name: str, device: str = "meta") -> JsonObject
     """
     stage, is_real = run.stage(stage_name), device != "meta"
     group = Distributed.from_environment(device, stage.shard) if is_real else Distributed()
+    stage = _with_random_documents(run, stage, group.world)
     torch.manual_seed(run.seed)
     components = build(run.model, device)
     with torch.device(device):
@@ -87,15 +88,29 @@ def dry_run(run: RunConfig, stage_name: str, device: str = "meta") -> JsonObject
     if not is_real:
         return facts
     components.requires_grad_(False)
+    for name, reference in run.model.references.items():
+        getattr(components, name).to(getattr(torch, reference.precision))  # as its files have it
     started = time.perf_counter()
     metrics = try_step(task, run, group, device)
     return facts | {
         "device": device,
+        "documents": stage.batch,
         "loss": metrics["loss"],
         "grad_norm": metrics["grad_norm"],
         "seconds": round(time.perf_counter() - started, 3),
-        "peak_bytes": _peak_bytes(device),
+        "peak_bytes": peak_memory(device),
     }
+
+
+def _with_random_documents(run: RunConfig, stage: StageConfig, world: int) -> StageConfig:
+    """The stage without its mixture, in microbatches of as many documents as a packed one holds on average."""
+    if not reads_corpora(run, stage):
+        return stage
+    documents = max(1, int(microbatch_documents(run, stage, world)))
+    number = max(1, round(stage.batch / (documents * world)))
+    corpus = replace(stage.corpus, mixture="", held_out="")
+    batch = documents * number * world
+    return replace(stage, corpus=corpus, held_out_batches=0, batch=batch, accumulate=number)
 
 
 def _sizes(task: Task, group: Distributed) -> JsonObject:
@@ -136,10 +151,3 @@ def _batch_size(data: Any, num_latents: int) -> tuple[int, int]:
 
 def _random_images(count: int, size: int, generator: torch.Generator) -> Tensor:
     return 2 * torch.rand(count, 3, size, size, generator=generator) - 1
-
-
-def _peak_bytes(device: str) -> int:
-    if device == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else 1024 * used
