@@ -24,6 +24,7 @@ from starflow2.training.losses import (
     FeatureDiscriminator,
     JointTerms,
     adversarial_losses,
+    count_texts,
     joint_loss,
     last_edits,
     masked_image_loss,
@@ -103,14 +104,16 @@ def surprises(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
     return [-row.log_softmax(-1)[label].item() for row, label in zip(logits, targets, strict=True)]
 
 
-def test_ntp_loss_is_the_mean_over_replies_of_their_mean_surprise():
+def test_ntp_loss_is_the_mean_over_replies_of_their_mean_surprise_or_the_mean_over_tokens():
     labels = labelled("..abcdef", "a..bc...")
     logits = torch.randn(9, 11)
     nats = surprises(logits, labels)
     replies = [nats[:6], nats[6:7], nats[7:]]
     expected = sum(sum(r) / len(r) for r in replies) / 3
     assert ntp_loss(as_is, (logits,), labels).item() == pytest.approx(expected, abs=1e-6)
-    assert expected != pytest.approx(sum(nats) / 9, abs=1e-3), "a mean over tokens is something else"
+    assert expected != pytest.approx(sum(nats) / 9, abs=1e-3)
+    assert ntp_loss(as_is, (logits,), labels, "token").item() == pytest.approx(sum(nats) / 9, abs=1e-6)
+    assert (count_texts(labels), count_texts(labels, "token")) == (3, 9)
 
 
 def test_a_long_reply_pulls_no_harder_than_a_short_one():

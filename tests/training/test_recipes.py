@@ -7,13 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from model_cases import tiny_tokenizer
+from run_cases import with_stage
 from starflow2.core.serialize import from_dict, to_dict
-from starflow2.errors import ConfigError
+from starflow2.errors import ConfigError, TrainingError
 from starflow2.flow.noise import NoiseEmbedding
-from starflow2.models.components import build
+from starflow2.models.checkpoint import save_components
+from starflow2.models.components import Components, build
 from starflow2.models.fae import Fae
 from starflow2.models.summary import describe
-from starflow2.training.config import RunConfig
+from starflow2.training.config import CorpusConfig, RunConfig
 from starflow2.training.loop import fit
 from starflow2.training.losses import latent_penalty
 from starflow2.training.recipes import RECIPES, find, mini, nano, paper, paper_siglip, smoke
@@ -53,8 +56,26 @@ def test_the_stages_of_paper_see_as_many_documents_as_the_paper_says():
     run = paper()
     documents = {s.name: s.steps * s.batch for s in run.stages}
     assert documents["t2i"] == 800_000_000
-    assert abs(documents["adapter"] - 200e6) < 1024 and abs(documents["joint"] - 160e6) < 1024
+    assert abs(documents["adapter"] - 200e6) < 1024 and documents["joint"] == 80_000_000
     assert all(s.batch == 1024 for s in run.stages if s.name != "fae")
+
+
+def test_paper_trains_as_the_paper_says_where_it_says_it():
+    run = paper()
+    for stage in run.stages:
+        optim = stage.optim
+        assert (optim.matrix_lr, optim.weight_decay, optim.decay, optim.min_lr) == (0.0, 1e-4, "cosine", 1e-6)
+        assert optim.lr * optim.rate(stage.steps, stage.steps) == pytest.approx(1e-6)
+        assert stage.distill == 0
+    assert {s.text_mean for s in run.stages if s.name in ("adapter", "joint")} == {"token"}
+    assert {s.text_mean for s in nano().stages} == {"reply"}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_recipe_over_pretrained_weights_names_prepare_before_anything_is_built(name, tmp_path):
+    with pytest.raises(TrainingError, match="starflow2 prepare"):
+        fit(with_stage("fae", find(name), corpus=CorpusConfig(mixture="mix.json")), "fae", tmp_path)
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -81,6 +102,7 @@ def test_a_large_recipe_in_miniature_goes_through_its_stages(name, count, tmp_pa
     run = smoke(find(name))
     short = tuple(replace(s, steps=1, batch=2, save_every=1, whitening_captions=64) for s in run.stages[:count])
     run, losses = replace(run, stages=short, precision="float32"), []
+    save_components(Components(run.model, tiny_tokenizer()), tmp_path / "model")
     for stage in run.stages:
         fit(run, stage.name, tmp_path, report=lambda line: losses.append(line.metrics["loss"]))
     assert len(losses) == count and all(torch.tensor(losses).isfinite())

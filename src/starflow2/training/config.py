@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -19,33 +20,44 @@ __all__ = [
     "ShardConfig",
     "StageConfig",
     "StageName",
+    "TextMean",
     "WarmupMixConfig",
 ]
 
 
 StageName = Literal["features", "fae", "vlm", "t2i", "adapter", "joint"]
 Precision = Literal["auto", "float32", "bfloat16"]
+TextMean = Literal["reply", "token"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Muon on hidden matrices, AdamW elsewhere; linear warm-up, constant, linear decay to zero."""
+    """Muon on hidden matrices, AdamW elsewhere; linear warm-up, constant, then a decay to `min_lr`."""
 
     lr: float = 2e-3  # learning rate of AdamW
     matrix_lr: float = 4e-3  # learning rate of Muon, with AdamW's update size; 0: AdamW everywhere
     weight_decay: float = 0.01
     warmup_steps: int = 60
     decay_share: float = 0.6  # share of all steps, at the end, over which the rate falls
+    decay: Literal["linear", "cosine"] = "linear"  # how it falls
+    min_lr: float = 0.0  # learning rate of AdamW that the decay ends at; Muon's ends at the same fraction of its own
     clip: float = 1.0  # largest global gradient norm
     ema: float = 0.995  # decay of the averaged weights, which are saved; 0: no average
     # type of AdamW's moments; 8bit needs torchao, 8bit-bnb needs bitsandbytes
     optimizer_state_dtype: Literal["float32", "8bit", "8bit-bnb"] = "float32"
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_lr <= self.lr:
+            raise ConfigError(f"optim.min_lr is {self.min_lr}; expected 0 to optim.lr, which is {self.lr}.")
+
     def rate(self, step: int, steps: int) -> float:
         """Factor on both learning rates at `step` of `steps`."""
         up = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        left = (steps - step) / max(1.0, self.decay_share * steps)
-        return up * min(1.0, left)
+        left = min(1.0, (steps - step) / max(1.0, self.decay_share * steps))
+        if self.decay == "cosine":
+            left = 0.5 * (1 - math.cos(math.pi * left))
+        floor = self.min_lr / self.lr if self.lr else 0.0
+        return up * (floor + (1 - floor) * left)
 
 
 class _Shares:
@@ -101,23 +113,38 @@ class ShardConfig:
     frozen: Literal["replicated", "sharded"] = "replicated"  # layers of a language model that does not train
     # whether a layer's gathered weights are freed after its forward pass and gathered again for the backward pass
     reshards: bool = True
+    timeout_minutes: float = 10.0  # that processes wait for each other within a step before the run ends
 
     def __post_init__(self) -> None:
         if self.processes < 0 or (self.processes and self.mode != "hsdp"):
             raise ConfigError(
                 f"shard.processes is {self.processes} under mode {self.mode}; expected 0, or more under hsdp."
             )
+        if self.timeout_minutes <= 0:
+            raise ConfigError(f"shard.timeout_minutes is {self.timeout_minutes}; expected more than 0.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """Real corpora instead of the drawn world; rows x width positions are one microbatch of one process."""
+    """Real corpora instead of the drawn world; rows x width positions are one microbatch of one process.
+
+    A step takes as many microbatches as its size needs.
+    """
 
     mixture: str = ""  # file that lists weighted sources (`data.mixture`); "": the drawn world
+    held_out: str = ""  # the same of data that the stage does not train on, for held-out losses
+    batch_positions: int = 0  # tokens and latents per step of all processes; 0: `batch` documents per step
     rows: int = 8  # rows of a microbatch
     width: int = 1024  # positions of a row; longer documents are counted as broken
     workers: int = 0  # processes that read ahead
     broken: str = ""  # file that lists broken samples; "": they are only counted
+
+    def __post_init__(self) -> None:
+        if self.batch_positions < 0 or (self.batch_positions and self.batch_positions < self.rows * self.width):
+            raise ConfigError(
+                f"corpus.batch_positions is {self.batch_positions}; expected at least rows x width, {self.rows} x "
+                f"{self.width}, which is one microbatch, or 0 for steps of `batch` documents."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,16 +153,23 @@ class StageConfig:
 
     name: StageName
     steps: int
-    batch: int  # documents per step; of real corpora, as many as fit
+    batch: int  # documents per step, over all processes
     optim: OptimConfig = field(default_factory=OptimConfig)
     save_every: int = 200  # steps between checkpoints
+    keep_last: int = 1  # checkpoints that stay, the newest ones
+    keep_every: int = 0  # steps between checkpoints that stay for good; 0: none do
     log_every: int = 10  # steps between metric lines
+    evaluate_every: int = 0  # steps between evaluations; 0: at every checkpoint
+    held_out_batches: int = 0  # microbatches of each process whose held-out loss an evaluation measures; 0: none
+    max_skipped: int = 50  # steps in a row whose loss or gradient is not finite, after which the run ends
     caption_drop: float = 0.1  # share of drawings whose words are dropped (t2i, joint)
     hidden_share: float = 0.4  # largest share of hidden patches (features)
     perceptual: float = 0.0  # weight of the distance in the extractor's own features (fae)
     lpips: float = 0.0  # weight of LPIPS, which needs the package lpips with its weights (fae)
     adversarial: float = 0.0  # weight of the loss against a discriminator of features (fae)
     text_weight: float = 0.25  # weight of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
+    # what the next-token loss is a mean of: replies, each a mean over its tokens, or tokens (vlm, adapter, joint)
+    text_mean: TextMean = "reply"
     hidden_latents_share: float = 0.0  # share of last edits that are predicted without sight of their latents (joint)
     kl_to_t2i: float = 0.0  # weight of the KL to the flow after stage t2i, for drawings from words alone (joint)
     distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
@@ -144,7 +178,7 @@ class StageConfig:
     whitening_captions: int = 2048  # captions by whose text states a fresh flow's input is whitened (t2i)
     mix: MixConfig = field(default_factory=MixConfig)  # kinds of documents (joint)
     warmup_mix: WarmupMixConfig = field(default_factory=WarmupMixConfig)  # of the first steps (joint)
-    accumulate: int = 1  # microbatches of a step in every process
+    accumulate: int = 1  # microbatches of a step in every process; of a mixture, as many as its size needs
     # layers whose activations are recomputed in the backward pass: of what trains, or of the language model as well
     checkpoint_activations: Literal["none", "trained", "all"] = "none"
     shard: ShardConfig = field(default_factory=ShardConfig)
@@ -160,6 +194,16 @@ class StageConfig:
             raise ConfigError(
                 f"kl_to_t2i is {self.kl_to_t2i} in stage {self.name} under shard.mode {self.shard.mode}; expected 0, "
                 "or more in stage joint under shard.mode none."
+            )
+        if self.corpus.mixture and bool(self.corpus.held_out) != bool(self.held_out_batches):
+            raise ConfigError(
+                f"held_out_batches is {self.held_out_batches} and corpus.held_out is {self.corpus.held_out!r}; "
+                "expected both or neither: how much held-out loss to measure, and on which mixture."
+            )
+        if self.corpus.mixture and self.accumulate != 1:
+            raise ConfigError(
+                f"accumulate is {self.accumulate}, but with a mixture it follows from batch and corpus.rows x "
+                "corpus.width; leave it out and change these."
             )
 
 

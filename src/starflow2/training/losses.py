@@ -19,13 +19,14 @@ from starflow2.models.joint_stream import JointStream, Output, read_documents
 from starflow2.models.sequence import IGNORE, Batch
 from starflow2.models.token_loss import Head, token_nats
 from starflow2.nn import at_least_fp32
+from starflow2.training.config import TextMean
 
 __all__ = [
     "FeatureDiscriminator",
     "JointTerms",
     "adversarial_losses",
     "after_images",
-    "count_replies",
+    "count_texts",
     "joint_loss",
     "last_edits",
     "latent_penalty",
@@ -60,26 +61,28 @@ def latent_penalty(flow: Flow, u: Tensor) -> Tensor:
     return weight * at_least_fp32(u).square().mean() if weight and len(u) else u.new_zeros(())
 
 
-def ntp_loss(head: Head, states: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Next-token loss in nats: the mean over replies of each reply's mean over its tokens.
+def ntp_loss(head: Head, states: tuple[Tensor, ...], labels: Tensor, mean: TextMean = "reply") -> Tensor:
+    """Next-token loss in nats: a mean over tokens, or over replies of each reply's mean over its tokens.
 
-    head, states: as in `token_nats`, of the M positions with a label; labels: (B, T), IGNORE where there is none. A
-    mean over all tokens would let long lists drown one-word answers (our choice: docs/choices.md#reply-weights). 0 if
-    there is no label.
+    head, states: as in `token_nats`, of the M positions with a label; labels: (B, T), IGNORE where there is none. The
+    paper's eq. 3.6 sums over tokens; a mean over all tokens lets long lists drown one-word answers, so nano counts
+    replies (docs/choices.md#reply-weights). 0 if there is no label.
     """
     has_label = labels != IGNORE
     nats = token_nats(head, states, labels[has_label])
     if not len(nats):
         return nats.sum()
+    if mean == "token":
+        return nats.mean()
     starts = _reply_starts(labels)
     reply = starts.flatten().cumsum(0).view_as(labels)[has_label] - 1  # (M,) number of the reply of each label
     count = torch.bincount(reply)
     return (nats / count[reply]).sum() / len(count)
 
 
-def count_replies(labels: Tensor) -> int:
-    """The number of replies that `ntp_loss` is the mean of; labels: (B, T)."""
-    return int(_reply_starts(labels).sum())
+def count_texts(labels: Tensor, mean: TextMean = "reply") -> int:
+    """The number of replies or tokens that `ntp_loss` is the mean of; labels: (B, T)."""
+    return int(((labels != IGNORE) if mean == "token" else _reply_starts(labels)).sum())
 
 
 def _reply_starts(labels: Tensor) -> Tensor:
@@ -125,10 +128,12 @@ def joint_loss(
     pictures: tuple[Tensor, Tensor],
     noise: NoiseConfig,
     blind: Tensor | None = None,
+    text_mean: TextMean = "reply",
 ) -> JointTerms:
     """All losses of packed documents; a term without anything to predict is 0.
 
     pictures: noisy latents (P, N, D) and their levels (P,). Only images that are targets count in the flow's loss.
+    text_mean: as in `ntp_loss`.
     blind: (P,) bool, targets that are predicted without sight of their own latents (our choice:
     docs/choices.md#what-an-edit-changes). Their loss is no exact likelihood, so it is a term of its own, and labels
     after them do not count.
@@ -141,17 +146,17 @@ def joint_loss(
         exact = exact & ~blind
     nats = -out.log_prob / math.prod(noisy.shape[1:]) - 0.5 * math.log(2 * math.pi)
     flow = (weight * nats)[exact].sum() / targets if bool(exact.any()) else out.log_prob.sum() * 0
-    text = _text_loss(pretzel, batch, out, blind)
+    text = _text_loss(pretzel, batch, out, blind, text_mean)
     hidden = nats.new_zeros(()) if blind is None else (weight * _gaussian_nats(out))[blind].sum() / targets
     return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, hidden, out)
 
 
-def _text_loss(pretzel: JointStream, batch: Batch, out: Output, blind: Tensor | None) -> Tensor:
+def _text_loss(pretzel: JointStream, batch: Batch, out: Output, blind: Tensor | None, mean: TextMean) -> Tensor:
     """The next-token loss; replies after a hidden image could only be guessed and add nothing to the mean."""
     labels = batch.labels if blind is None else batch.labels.masked_fill(after_images(batch, blind), IGNORE)
     counted = (labels != IGNORE)[batch.labels != IGNORE]  # (M,)
-    loss = ntp_loss(pretzel.logits, (out.h[counted], out.g[counted]), labels)
-    return loss * (count_replies(labels) / max(1, count_replies(batch.labels)))
+    loss = ntp_loss(pretzel.logits, (out.h[counted], out.g[counted]), labels, mean)
+    return loss * (count_texts(labels, mean) / max(1, count_texts(batch.labels, mean)))
 
 
 def after_images(batch: Batch, chosen: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from starflow2.world.edits import edit_task
 from starflow2.world.stories import story_dialogue, story_task
 from starflow2.world.story_text import story_words
 
-__all__ = ["start_stage"]
+__all__ = ["check_start", "start_stage"]
 
 CONVERSING = ("vlm", "adapter", "joint")  # stages that train on conversations, whose words are more than captions have
 TOKENIZER_ITEMS = 250  # of each kind of the drawn world, that a new tokenizer is trained on; 2000 make no shorter texts
@@ -31,23 +31,42 @@ MIXTURE_ITEMS = 20_000  # of a mixture, likewise
 SAMPLING = ("guidance", "guidance_schedule", "edit_guidance", "prior_scale")  # may differ between recipe and model
 
 
+def check_start(run: RunConfig, stage: str, folder: Path) -> None:
+    """Raise TrainingError, before anything is built or written, where `stage` has no model in `folder` to start from.
+
+    An earlier stage has not been trained, or pretrained weights have not been prepared.
+    """
+    if _has_model(folder):
+        return
+    if run.model.references:
+        sources = ", ".join(reference.source for reference in run.model.references.values())
+        raise TrainingError(
+            f"{run.model.name} is trained over pretrained weights ({sources}), and there is no {folder}/model that "
+            "refers to them; run `starflow2 prepare` with this recipe and --output first."
+        )
+    if stage != run.stages[0].name:
+        raise TrainingError(
+            f"stage {stage} starts from the stage before it, but there is no {folder}/model; "
+            f"run --stage {run.stages[0].name} first."
+        )
+
+
 def start_stage(
     run: RunConfig, stage: str, folder: Path, device: str, left_in_files: tuple[str, ...] = ()
 ) -> Components:
     """Load the model in folder/model, or make a fresh one if `stage` is the recipe's first.
 
-    left_in_files: components whose layers stay in their files; see `load_components`. Raises TrainingError where an
-    earlier stage has not been trained or the model has other sizes than the recipe.
+    left_in_files: components whose layers stay in their files; see `load_components`. Raises TrainingError as
+    `check_start` does, and where the model has other sizes than the recipe.
     """
-    names: list[str] = [s.name for s in run.stages]
-    if (whole(folder / "model") / "config.json").is_file():
+    check_start(run, stage, folder)
+    if _has_model(folder):
         return _load(run, stage, folder, device, left_in_files)
-    if stage != names[0]:
-        raise TrainingError(
-            f"stage {stage} starts from the stage before it, but there is no {folder}/model; "
-            f"run --stage {names[0]} first."
-        )
     return _fresh(run, run.stage(stage).corpus.mixture, device)
+
+
+def _has_model(folder: Path) -> bool:
+    return (whole(folder / "model") / "config.json").is_file()
 
 
 def _load(run: RunConfig, stage: str, folder: Path, device: str, left_in_files: tuple[str, ...]) -> Components:

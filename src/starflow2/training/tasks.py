@@ -29,7 +29,7 @@ from starflow2.training.config import StageConfig
 from starflow2.training.datasets import Captions, Documents, corpus_batches, joint_dialogue
 from starflow2.training.initialise import match_tower_scale, whiten_text_states, world_captions
 from starflow2.training.losses import (
-    count_replies,
+    count_texts,
     joint_loss,
     last_edits,
     lone_drawings,
@@ -78,13 +78,13 @@ class VlmTask(_DocumentTask):
         return nn.ModuleDict({"vlm": self.components.vlm})
 
     def counts(self, data: DocumentBatch) -> dict[str, int]:
-        return {"text": count_replies(data[1].labels)}
+        return {"text": count_texts(data[1].labels, self.stage.text_mean)}
 
     def loss(
         self, data: DocumentBatch, generator: torch.Generator, weights: LossWeights = WHOLE_BATCH
     ) -> LossAndMetrics:
         images, batch = self._to_device(data)
-        loss = _reply_loss(self.components, self.components.vlm.see(images), batch)
+        loss = _reply_loss(self, self.components.vlm.see(images), batch)
         return weights.apply("text", loss), {}
 
 
@@ -213,7 +213,7 @@ class AdapterTask(_DocumentTask):
         match_tower_scale(self.components, self.first_images(TOWER_IMAGES))
 
     def counts(self, data: DocumentBatch) -> dict[str, int]:
-        return {"text": count_replies(data[1].labels), "distance": len(data[0])}
+        return {"text": count_texts(data[1].labels, self.stage.text_mean), "distance": len(data[0])}
 
     def loss(
         self, data: DocumentBatch, generator: torch.Generator, weights: LossWeights = WHOLE_BATCH
@@ -224,7 +224,7 @@ class AdapterTask(_DocumentTask):
             latents = self.components.codec.encode(images).float()
             u, _ = self.components.flow.shallow(add_noise(latents, level, generator), level)
         adapted = self.components.pretzel.adapted(u, level)
-        loss = weights.apply("text", _reply_loss(self.components, adapted, batch))
+        loss = weights.apply("text", _reply_loss(self, adapted, batch))
         if not self.stage.distill:
             return loss, {}
         # over microbatches a mean of ratios, by images, rather than the ratio of means
@@ -271,7 +271,10 @@ class JointTask(_DocumentTask):
         return nn.ModuleDict(modules)
 
     def counts(self, data: DocumentBatch) -> dict[str, int]:
-        return {"text": count_replies(data[1].labels), "flow": int(data[1].pictures.is_target.sum())}
+        return {
+            "text": count_texts(data[1].labels, self.stage.text_mean),
+            "flow": int(data[1].pictures.is_target.sum()),
+        }
 
     def loss(
         self, data: DocumentBatch, generator: torch.Generator, weights: LossWeights = WHOLE_BATCH
@@ -282,7 +285,8 @@ class JointTask(_DocumentTask):
             latents = self.components.codec.encode(images).float()
         level = self.noise_levels(batch, generator)
         blind = self._blind_targets(batch, generator)
-        terms = joint_loss(self.pretzel, batch, (add_noise(latents, level, generator), level), noise, blind)
+        noisy = add_noise(latents, level, generator)
+        terms = joint_loss(self.pretzel, batch, (noisy, level), noise, blind, self.stage.text_mean)
         metrics = {"flow": weights.apply("flow", terms.flow), "text": weights.apply("text", terms.text)}
         loss = metrics["flow"] + self.stage.text_weight * metrics["text"]
         if blind is not None:
@@ -343,11 +347,11 @@ class FrozenReferenceFlow:
         return deep.predict(F.pad(u, (0, 0, 0, 1)), (0, u.shape[1]), run)
 
 
-def _reply_loss(components: Components, embeddings: Tensor, batch: Batch) -> Tensor:
+def _reply_loss(task: Task, embeddings: Tensor, batch: Batch) -> Tensor:
     """Next-token loss of the language model alone, which reads images as `embeddings` (P, N, E)."""
-    embeds = with_pictures(components.vlm.embed(batch.ids), embeddings, batch)
-    h = components.vlm.states(embeds, batch.mrope, attend=batch.attend)
-    return ntp_loss(components.vlm.logits, (h[batch.labels != IGNORE],), batch.labels)
+    vlm = task.components.vlm
+    h = vlm.states(with_pictures(vlm.embed(batch.ids), embeddings, batch), batch.mrope, attend=batch.attend)
+    return ntp_loss(vlm.logits, (h[batch.labels != IGNORE],), batch.labels, task.stage.text_mean)
 
 
 def _source_levels(components: Components, count: int, generator: torch.Generator) -> Tensor:
