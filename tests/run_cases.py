@@ -27,6 +27,12 @@ def curve(folder: Path) -> list[tuple[float, ...]]:
     return [tuple(line[k] for k in ("step", "loss", "nats_per_dim", "grad_norm", "rate")) for line in lines(folder)]
 
 
+def untimed(line: dict[str, float]) -> dict[str, float]:
+    """A line of metrics without what another run on this machine would measure otherwise."""
+    measured = ("time", "seconds", "data_wait_s", "memory_gb")
+    return {k: v for k, v in line.items() if k not in measured and not k.endswith("_per_s")}
+
+
 def weights(folder: Path) -> dict[str, bytes]:
     files = sorted((folder / "model").rglob("*.safetensors"))
     return {str(f.relative_to(folder)): f.read_bytes() for f in files}

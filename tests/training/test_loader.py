@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +19,12 @@ from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
 from starflow2.models.sequence import Image, Text, pack
 from starflow2.training.config import CorpusConfig, StageConfig
+from starflow2.training.counts import ReadCounts
 from starflow2.training.datasets import to_images
+from starflow2.training.loader import Feed, feed_for
 from starflow2.training.loop import fit
 from starflow2.training.metrics import StepReport
+from starflow2.training.parallel import Distributed
 from starflow2.training.tasks import TOWER_IMAGES, AdapterTask, T2iTask
 from starflow2.world.captions import caption_task
 
@@ -83,18 +88,84 @@ def test_a_model_that_saw_real_text_refuses_no_word_and_broken_pictures_are_list
     assert {line["key"].split("/")[-1].split(".")[0] for line in listed} == {"07"}
 
 
-def test_a_stream_goes_on_in_as_many_processes_only(tmp_path, mixture):
-    from starflow2.training.loader import feed_for
-    from starflow2.training.parallel import Distributed
+class Pretended(Distributed):
+    """One of several processes that all read as much; there are no others."""
 
-    components = tiny_components(STAGES[:3])
-    stage = on(mixture, StageConfig(name="t2i", steps=2, batch=4), 2)
-    feed = feed_for(T2iTask(components, stage, 0), stage, Distributed(), step=0)
+    def sum(self, values: Sequence[int]) -> list[int]:
+        return [self.world * value for value in values]
+
+    def all_gather(self, value: object) -> list[object]:
+        return [value] * self.world
+
+
+def feed_of(mixture: Path, group: Distributed, saved: dict[str, str] | None = None, **changes: Any) -> Feed:
+    stage = on(mixture, StageConfig(name="t2i", steps=50, batch=4), 50)
+    stage = replace(stage, corpus=replace(stage.corpus, **changes))
+    return feed_for(T2iTask(tiny_components(STAGES[:3]), stage, 0), stage, group, step=0, saved=saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({}, "processes"), ({"rows": 1}, "packing"), ({"more": True}, "sources")]
+)
+def test_another_number_of_processes_another_packing_or_mixture_goes_on_and_is_said_in_one_line(
+    mixture, tmp_path, caplog, change, named
+):
+    feed, other, change = feed_of(mixture, Distributed()), mixture, dict(change)
     with feed as batches:
         next(batches)
-        saved = feed.position()["feed"]
-    with pytest.raises(TrainingError, match="1 processes"):
-        feed_for(T2iTask(components, stage, 0), stage, Distributed(0, 2), step=1, saved=saved)
+        saved = feed.position()
+    if change.pop("more", False):
+        other = tmp_path / "heavier.json"
+        other.write_text(mixture.read_text().replace("1.0", "2.0"))
+    group = Pretended(0, 3) if named == "processes" else Distributed()
+    feed = feed_of(other, group, saved, **change)
+    with feed as batches:
+        assert len(next(batches)[0][0]) > 0
+    assert f"other {named}:" in caplog.text and caplog.text.count("\n") == 1
+    before = json.loads(saved["read"])["documents"]
+    assert feed.read.documents > before > 0, "counts go on from the checkpoint's"
+
+
+def test_the_same_mixture_in_another_file_is_the_same_mixture(mixture, tmp_path, caplog):
+    feed = feed_of(mixture, Distributed())
+    with feed as batches:
+        next(batches)
+        saved = feed.position()
+        after = next(batches)
+    moved = tmp_path / "moved.json"
+    moved.write_text(mixture.read_text())
+    with feed_of(moved, Distributed(), saved) as batches:
+        again = next(batches)
+    assert not caplog.text
+    assert [rows for _, rows in again] == [rows for _, rows in after]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("unit", ["documents", "positions"])
+def test_the_batch_is_what_the_stage_says_whatever_the_number_of_processes(mixture, world, unit):
+    """The mean over steps is exact: what one has too many of, the next ones have too few of."""
+    changes = {"batch_positions": 200 * 2 * world + 100} if unit == "positions" else {}
+    wanted, feed = changes.get("batch_positions", 4), feed_of(mixture, Pretended(0, world), **changes)
+    steps, largest = 8, 0
+    with feed as batches:
+        for _ in range(steps):
+            before = getattr(feed.read, unit)
+            microbatches = next(batches)
+            largest = max(largest, (getattr(feed.read, unit) - before) / len(microbatches))
+    assert abs(getattr(feed.read, unit) - steps * wanted) <= largest / 2
+
+
+def test_what_a_feed_says_it_read_is_what_an_independent_count_finds(mixture):
+    components, feed = tiny_components(STAGES[:3]), feed_of(mixture, Distributed())
+    images, rows = 0, list[list[int]]()
+    with feed as batches:
+        for _ in range(5):
+            for pictures, words in next(batches):
+                images, rows = images + len(pictures), rows + words
+    layout = components.layout
+    alone = [pack([[Text(tuple(row[:-1])), Image(is_target=True), Text((3,))]], layout) for row in rows]
+    slots = sum(int((batch.document >= 0).sum()) for batch in alone)
+    assert feed.read == ReadCounts(len(rows), images, slots - 64 * images, 64 * images)
 
 
 def test_a_fresh_flow_is_whitened_by_the_captions_of_the_mixture(mixture):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +21,7 @@ from model_cases import (
     tiny_folder,
 )
 from run_cases import EVERY, RUN, STEPS, TRAINED, lines, modules_of, same, with_optim, with_stage
+from starflow2.errors import ConfigError, TrainingError
 from starflow2.flow import Flow
 from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
@@ -101,6 +105,13 @@ def test_an_image_that_is_not_finite_does_not_spoil_the_running_statistics_of_th
     assert [line.get("skipped") for line in lines(folder, "fae") if "loss" in line] == [None, 1, 1]
 
 
+def test_a_run_whose_loss_stays_not_finite_ends_and_says_where_to_go_back_to(folder, monkeypatch):
+    monkeypatch.setitem(TASKS, "t2i", type("", (Spoilt,), {"steps": (2, 4, 5, 6)}))
+    with pytest.raises(TrainingError, match=r"last 3 steps, up to step 6; .*--resume weights:STEP --optim\.lr"):
+        fit(with_stage(steps=9, max_skipped=3, save_every=2), "t2i", folder)
+    assert lines(folder)[-1]["step"] == 6 and (folder / "state-t2i.safetensors").is_file()
+
+
 def test_the_count_of_skipped_steps_survives_a_resume(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(TASKS, "t2i", type("", (Spoilt,), {"steps": (1, 2)}))
@@ -144,6 +155,15 @@ def test_the_rate_warms_up_stays_and_falls_to_zero_in_a_line():
     assert rates[60:] == pytest.approx([(100 - i) / 40 for i in range(60, 101)])
     assert rates[100] == 0
     assert OptimConfig(warmup_steps=0).rate(0, 100) == 1
+
+
+def test_a_cosine_falls_from_the_peak_to_the_floor():
+    optim = OptimConfig(lr=1e-3, min_lr=1e-5, decay="cosine", decay_share=1.0, warmup_steps=0)
+    rates = [optim.rate(step, 100) for step in range(101)]
+    cosine = [1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * i / 100)) / 2 for i in range(101)]
+    assert [1e-3 * rate for rate in rates] == pytest.approx(cosine, rel=1e-9)
+    with pytest.raises(ConfigError, match=r"min_lr is 0\.1; expected 0 to optim\.lr"):
+        OptimConfig(min_lr=0.1)
 
 
 def test_a_run_follows_the_schedule(whole):
@@ -217,7 +237,7 @@ def test_a_fresh_flow_starts_from_whitened_text_states_and_one_that_was_trained_
     with torch.no_grad():
         enter.weight.mul_(2)
     save_components(components, folder / "model")
-    fit(still, "t2i", folder, resume=False)
+    fit(still, "t2i", folder, resume="none")
     assert torch.equal(load_components(folder / "model").flow.deep.context_in.weight, enter.weight)
 
 
@@ -229,6 +249,35 @@ def test_bfloat16_training_stays_close_to_float32_and_keeps_float32_weights(fold
     assert {t.dtype for t in load_file(folder / "model" / "model.safetensors").values() if t.is_floating_point()} == {
         torch.float32
     }
+
+
+def test_counts_and_speeds_are_those_of_the_batches_and_the_time_on_the_wall(folder, monkeypatch):
+    """Counted and timed here, from the first batch that is made to the last step; listeners get what the file gets."""
+    seen, times, listened = Counter[str](), list[float](), list[tuple[int, dict[str, float]]]()
+
+    class Timed(T2iTask):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.make_captions, self.make_batch = self.make_batch, self.make_timed
+
+        def make_timed(self, indices: range) -> Any:
+            times.append(time.time())
+            return self.make_captions(indices)
+
+        def loss(self, data: Any, *args: Any) -> LossAndMetrics:
+            seen.update(images=len(data[0]), words=sum(map(len, data[1])))
+            time.sleep(0.02)
+            return super().loss(data, *args)
+
+    monkeypatch.setitem(TASKS, "t2i", Timed)
+    fit(with_stage(steps=30, save_every=30), "t2i", folder, log=lambda step, line: listened.append((step, line)))
+    last = lines(folder)[-1]
+    assert seen["images"] == last["images"] == last["documents"] == 120 and last["latents"] == 120 * 64
+    assert seen["words"] == last["text_tokens"]
+    assert last["images_per_s"] == pytest.approx(120 / (last["time"] - times[0]), rel=0.02)
+    assert last["latents_per_s"] == pytest.approx(64 * last["images_per_s"], rel=1e-9)
+    assert {"lr", "matrix_lr", "memory_gb", "data_wait_s", "positions_per_s"} <= last.keys()
+    assert listened[-1] == (30, {f"t2i/{k}": v for k, v in last.items() if k not in ("step", "time")})
 
 
 def test_reports_count_steps_and_say_how_long_it_will_take(folder):
@@ -262,5 +311,5 @@ def test_a_resumed_stage_measures_no_starting_values_again(folder, monkeypatch):
     tiny_folder(folder)  # as if the run had been killed at its checkpoint
     fit(with_stage(steps=3), "t2i", folder)
     assert calls == [1]
-    fit(with_stage(steps=3), "t2i", folder, resume=False)
+    fit(with_stage(steps=3), "t2i", folder, resume="none")
     assert calls == [1], "a stage that was finished before starts from the weights that it has"

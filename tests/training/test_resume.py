@@ -22,7 +22,7 @@ from model_cases import (
     tiny_folder,
     tiny_model,
 )
-from run_cases import EVERY, RUN, STEPS, assert_same_run, lines, weights, with_optim, with_stage
+from run_cases import EVERY, RUN, STEPS, assert_same_run, lines, untimed, weights, with_optim, with_stage
 from starflow2.errors import CheckpointError, ConfigError, OutputError, TrainingError
 from starflow2.models import tensor_file
 from starflow2.models.checkpoint import load_components
@@ -61,8 +61,14 @@ def while_writing_a_checkpoint(folder):
 def at_any_moment(folder):
     fit(run, "t2i", folder, report=lambda _: time.sleep(0.05))
 
+def later(stage):
+    def moment(folder):
+        fit(run, stage, folder, evaluate=lambda parts, step: die() if step == 4 else {})
+    return moment
+
 run = tiny_run(STEPS, EVERY)
-for folder, moment in zip(folders, (after_a_checkpoint, while_writing_a_checkpoint, at_any_moment)):
+moments = (after_a_checkpoint, while_writing_a_checkpoint, at_any_moment, later("adapter"), later("joint"))
+for folder, moment in zip(folders, moments, strict=True):
     child = os.fork()
     if not child:
         moment(folder)
@@ -80,11 +86,12 @@ for folder, moment in zip(folders, (after_a_checkpoint, while_writing_a_checkpoi
 
 @pytest.fixture(scope="module")
 def killed(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Run folders of three runs that ended in SIGKILL."""
+    """Run folders of runs that ended in SIGKILL: three of stage t2i, one of adapter and one of joint."""
     base = tmp_path_factory.mktemp("killed")
     folders = {name: base / name.replace(" ", "-") for name in ("after a checkpoint", "while writing one", "any time")}
     for folder in folders.values():
         shutil.copytree(ready, folder)
+    folders |= {stage: tiny_folder(base / stage, STAGES[: STAGES.index(stage)]) for stage in ("adapter", "joint")}
     script = KILLED.replace("STEPS, EVERY", f"{STEPS}, {EVERY}")
     arguments = [Path(__file__).parents[1], torch.get_num_threads(), *folders.values()]
     subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True)
@@ -143,7 +150,7 @@ def test_a_finished_stage_is_not_trained_again_and_keeps_its_curve(whole, tmp_pa
 def test_without_resume_a_stage_starts_anew(folder):
     fit(with_stage(steps=2), "t2i", folder)
     steps: list[int] = []
-    fit(with_stage(steps=3), "t2i", folder, resume=False, report=lambda line: steps.append(line.step))
+    fit(with_stage(steps=3), "t2i", folder, resume="none", report=lambda line: steps.append(line.step))
     assert steps == [1, 2, 3] and [line["step"] for line in lines(folder)] == [1, 2, 3]
 
 
@@ -264,49 +271,15 @@ def test_a_disk_that_fills_up_at_a_checkpoint_leaves_the_one_before_and_the_run_
     assert_same_run(folder, whole)
 
 
-KILLED_LATER = """
-import os, signal, sys
-tests, threads, *folders = sys.argv[1:]
-sys.path.insert(0, tests)
-import torch
-torch.set_num_threads(int(threads))
-from model_cases import tiny_run
-from starflow2.training.loop import fit
-
-run = tiny_run(STEPS, EVERY)
-for stage, folder in zip(("adapter", "joint"), folders):
-    child = os.fork()
-    if not child:
-        fit(run, stage, folder, evaluate=lambda parts, step: os.kill(os.getpid(), signal.SIGKILL) if step == 4 else {})
-        os._exit(1)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (stage, status)
-"""
-
-
-@pytest.fixture(scope="module")
-def killed_later(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Run folders of stages 2 and 3 that ended in SIGKILL after their second checkpoint."""
-    base = tmp_path_factory.mktemp("killed-later")
-    folders = {stage: tiny_folder(base / stage, STAGES[: STAGES.index(stage)]) for stage in ("adapter", "joint")}
-    script = KILLED_LATER.replace("STEPS, EVERY", f"{STEPS}, {EVERY}")
-    arguments = [Path(__file__).parents[1], torch.get_num_threads(), *folders.values()]
-    subprocess.run([sys.executable, "-c", script, *map(str, arguments)], check=True)
-    return folders
-
-
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", ["adapter", "joint"])
-def test_stages_two_and_three_killed_and_resumed_repeat_the_uninterrupted_run_bit_for_bit(
-    killed_later, tmp_path, stage
-):
-    folder = killed_later[stage]
+def test_stages_two_and_three_killed_and_resumed_repeat_the_uninterrupted_run_bit_for_bit(killed, tmp_path, stage):
+    folder = killed[stage]
     assert stage not in load_components(folder / "model").finished_stages and len(lines(folder, stage)) == 4
     fit(RUN, stage, folder)
     whole = tiny_folder(tmp_path, STAGES[: STAGES.index(stage)])
     fit(RUN, stage, whole)
-    timed = ("time", "seconds", "images_per_s")
-    one, other = ([{k: v for k, v in x.items() if k not in timed} for x in lines(f, stage)] for f in (folder, whole))
+    one, other = ([untimed(line) for line in lines(f, stage)] for f in (folder, whole))
     assert one == other and len(one) == STEPS
     assert weights(folder) == weights(whole)
     old, new = (load_file(f / f"state-{stage}.safetensors") for f in (whole, folder))

@@ -180,7 +180,7 @@ def test_an_adapter_that_was_trained_before_keeps_its_scale_when_its_stage_start
     folder = tiny_folder(tmp_path, STAGES[:5])
     gain = load_components(folder / "model").joints.adapter.gain
     still = replace(RUN.stage("adapter").optim, lr=0.0, matrix_lr=0.0)
-    fit(with_stage("adapter", steps=1, optim=still), "adapter", folder, resume=False)
+    fit(with_stage("adapter", steps=1, optim=still), "adapter", folder, resume="none")
     assert torch.equal(load_components(folder / "model").joints.adapter.gain, gain)
 
 

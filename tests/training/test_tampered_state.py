@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from run_cases import RUN
 from starflow2.errors import CheckpointError, StarFlowError, TrainingError
 from starflow2.models.tensor_file import load_signed, save_tensors
-from starflow2.training.checkpoint import FileStore
+from starflow2.training.checkpoint import FileStore, Resume
 from starflow2.training.config import OptimConfig
 from starflow2.training.parallel import Distributed
 from starflow2.training.shard_index import IndexReader
@@ -43,17 +43,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             optimizer.zero_grad()
         state.step += 1
         state.update_average(STAGE.optim.ema)
-    path = tmp_path_factory.mktemp("saved") / "state-t2i.safetensors"
-    settings = state.settings(STAGE, {"precision": "float32", "seed": "0"})
-    FileStore(path, Distributed()).save(state, settings)
-    return path
+    store = FileStore(tmp_path_factory.mktemp("saved"), STAGE, Distributed())
+    store.save(state, state.settings(STAGE, {"precision": "float32", "seed": "0"}))
+    return store.file
 
 
 def resume(path: Path) -> TrainState:
-    store, state = FileStore(path, Distributed()), fresh()
-    settings = store.settings(RUN, STAGE)
-    assert settings is not None
-    store.load(state, settings)
+    store, state = FileStore(path.parent, STAGE, Distributed()), fresh()
+    found = store.find(Resume(), RUN)
+    assert found is not None and found.path == path
+    store.load(state, found)
     return state
 
 
@@ -142,21 +141,21 @@ SETTINGS: dict[str, dict[str, str]] = {
 
 @pytest.mark.parametrize("case", TENSORS)
 def test_a_state_with_a_tensor_that_is_not_the_runs_is_refused(saved, tmp_path, case):
-    refusal(saved, tmp_path / "state", TENSORS[case])
+    refusal(saved, tmp_path / "state-t2i.safetensors", TENSORS[case])
 
 
 @pytest.mark.parametrize("case", SETTINGS)
 def test_a_state_with_a_setting_that_cannot_be_is_refused(saved, tmp_path, case):
-    refusal(saved, tmp_path / "state", lambda _, settings: settings.update(SETTINGS[case]))
+    refusal(saved, tmp_path / "state-t2i.safetensors", lambda _, settings: settings.update(SETTINGS[case]))
 
 
 @pytest.mark.parametrize("place", range(6))
 def test_a_flipped_bit_is_noticed(saved, tmp_path, place):
     data = bytearray(saved.read_bytes())
     data[int((place + 0.5) / 6 * len(data))] ^= 1
-    (tmp_path / "state").write_bytes(data)
+    (tmp_path / "state-t2i.safetensors").write_bytes(data)
     with pytest.raises(StarFlowError, match="state"):
-        resume(tmp_path / "state")
+        resume(tmp_path / "state-t2i.safetensors")
 
 
 # -- the index of a sharded checkpoint

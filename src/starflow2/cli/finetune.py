@@ -62,6 +62,6 @@ class Finetune:
         model = read_config(NANO if self.model == "nano" else Path(self.model)).model
         album = read_album(self.folder, model.fae.image_size)
         device = pick_device(self.device).type
-        with training_bar(config.stage(), model.flow.deep.num_latents) as report:
+        with training_bar(config.stage()) as report:
             say(finetune(album, self.model, self.output, config, device=device, report=report))
         return 0

@@ -237,10 +237,10 @@ def progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextlib.contextmanager
-def training_bar(stage: StageConfig, latents: int) -> Iterator[Callable[[StepReport], None]]:
+def training_bar(stage: StageConfig) -> Iterator[Callable[[StepReport], None]]:
     """A progress bar for one stage and the function that takes its reports.
 
-    latents: per image. Where standard error is no terminal, every report becomes a line instead, for log files.
+    Where standard error is no terminal, every report becomes a line instead, for log files.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -250,7 +250,7 @@ def training_bar(stage: StageConfig, latents: int) -> Iterator[Callable[[StepRep
         task = bar.add_task(stage.name, total=stage.steps, state="starting")
 
         def report(step: StepReport) -> None:
-            state = _training_state(step, latents)
+            state = _training_state(step)
             bar.update(task, completed=step.step, state=state)
             if not screen.is_terminal:
                 screen.print(f"{step.stage} {step.step}/{step.steps} {state}", soft_wrap=True, highlight=False)
@@ -258,9 +258,9 @@ def training_bar(stage: StageConfig, latents: int) -> Iterator[Callable[[StepRep
         yield report
 
 
-def _training_state(step: StepReport, latents: int) -> str:
+def _training_state(step: StepReport) -> str:
     """For instance: loss 0.123 · 71 images/s · 4,569 latents/s · 12 min left"""
     minutes = step.eta_s / 60
     left = f"{minutes:.0f} min" if minutes >= 2 else f"{step.eta_s:.0f} s"
-    rate = step.images_per_s
-    return f"loss {step.metrics['loss']:.4f} · {rate:,.0f} images/s · {rate * latents:,.0f} latents/s · {left} left"
+    rates = f"{step.images_per_s:,.0f} images/s · {step.latents_per_s:,.0f} latents/s"
+    return f"loss {step.metrics['loss']:.4f} · {rates} · {left} left"

@@ -7,21 +7,26 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from starflow2.cli.options import PROGRAM, Device, find_recipe, refuse, say, training_bar
 from starflow2.cli.parsing import Option, Positional, flags, help_text, parse
 from starflow2.core.files import check_writable
+from starflow2.core.imports import find_object
 from starflow2.core.serialize import JsonObject
 from starflow2.errors import UsageError
 
 if TYPE_CHECKING:
+    from starflow2.models.components import Components
     from starflow2.training.config import RunConfig, StageConfig
+    from starflow2.training.evaluation import Evaluate
 
 __all__ = ["Train"]
 
 FIXED = ("name",)  # of a stage: --stage chooses it
+DRAWS = ("t2i", "joint")  # stages whose models draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,14 @@ class Train:
 
     recipe: Positional[Annotated[str, Option("nano, or your own module:function", metavar="RECIPE")]]
     stage: Annotated[str, Option("a stage of the recipe, or all", metavar="STAGE")] = "all"
-    resume: Annotated[Literal["auto", "none"], Option("auto continues from the last checkpoint, if any")] = "auto"
+    resume: Annotated[
+        str,
+        Option(
+            "auto: from the last checkpoint, if any; STEP: from that one; weights or weights:STEP: with other settings "
+            "and the data from their start; none: from the first step",
+            metavar="{auto,STEP,weights,weights:STEP,none}",
+        ),
+    ] = "auto"
     device: Device = "auto"
     output: Annotated[Path | None, Option("the run's folder", metavar="FOLDER", short="-o", default="runs/RECIPE")] = (
         None
@@ -44,6 +56,21 @@ class Train:
     dry_run: Annotated[
         bool, Option("print settings and sizes as JSON; with --device, also run one training step on random data")
     ] = False
+    evaluate: Annotated[
+        str | None,
+        Option("at every evaluation, numbers by name from this function of (model, step)", metavar="MODULE:FUNCTION"),
+    ] = None
+    sample_prompts: Annotated[
+        Path | None,
+        Option("at every evaluation, draw the prompts of this file, one a line, into samples-STAGE", metavar="FILE"),
+    ] = None
+    log: Annotated[
+        str | None,
+        Option(
+            "send metrics to what this function of (folder, stage settings) returns, a function of (step, metrics)",
+            metavar="MODULE:FUNCTION",
+        ),
+    ] = None
     smoke: Annotated[bool, Option("run a few tiny steps on the same code path")] = False
     keep_size: Annotated[bool, Option("with --smoke: keep image size and latent grid, shrink widths only")] = False
 
@@ -53,6 +80,8 @@ class Train:
             self._print_plan(run, stages, folder)
             return 0
         self._check_sources(run, stages)
+        if self.sample_prompts is not None and not set(stages) & set(DRAWS):
+            raise UsageError(f"--sample-prompts draws in stages {' and '.join(DRAWS)}; {self.stage} does not draw.")
         check_writable(folder / "config.json")
         for name in stages:
             model = self._fit(run, name, folder)
@@ -105,7 +134,7 @@ class Train:
         """`stage` with the settings that `arguments` change."""
         changed, unknown = parse(type(stage), arguments, self._program, stage, FIXED)
         refuse(unknown, type(self), known=flags(type(stage), stage, FIXED))
-        for name in ("steps", "batch", "save_every", "log_every", "accumulate"):
+        for name in ("steps", "batch", "save_every", "keep_last", "log_every", "accumulate", "max_skipped"):
             if getattr(changed, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {getattr(changed, name)}; expected at least 1.")
         return changed
@@ -131,7 +160,40 @@ class Train:
         from starflow2.models.hub import pick_device
         from starflow2.training.loop import fit
 
-        latents = run.model.flow.deep.num_latents
-        device = pick_device(self.device).type
-        with training_bar(run.stage(stage), latents) as report:
-            return fit(run, stage, folder, resume=self.resume == "auto", device=device, report=report)
+        device, evaluate, log = pick_device(self.device).type, self._evaluate(stage, folder), None
+        if self.log is not None and os.environ.get("RANK", "0") == "0":
+            log = find_object(self.log, "a listener for metrics")(folder, run.stage(stage))
+        with training_bar(run.stage(stage)) as report:
+            return fit(run, stage, folder, resume=self.resume, device=device, report=report, evaluate=evaluate, log=log)
+
+    def _evaluate(self, stage: str, folder: Path) -> Evaluate | None:
+        """What an evaluation of a stage measures and draws."""
+        found: list[Evaluate] = []
+        if self.evaluate is not None:
+            found.append(find_object(self.evaluate, "a function of (model, step)"))
+        if self.sample_prompts is not None and stage in DRAWS:
+            found.append(partial(_draw_samples, _prompts(self.sample_prompts), folder / f"samples-{stage}"))
+        if not found:
+            return None
+        return lambda model, step: {name: value for one in found for name, value in one(model, step).items()}
+
+
+def _prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty. Raises UsageError where there are none."""
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--sample-prompts: cannot read {path}: {error}.") from error
+    if not prompts:
+        raise UsageError(f"--sample-prompts is {path}, which has no line; expected a prompt on each.")
+    return prompts
+
+
+def _draw_samples(prompts: Sequence[str], folder: Path, model: Components, step: int) -> dict[str, float]:
+    """Draw the prompts, always from the same seeds, and write them as one sheet, folder/STEP.png."""
+    from starflow2.core.images import contact_sheet, save_png, to_pil
+    from starflow2.pipeline import StarFlow2
+
+    images = [to_pil(image) for image in StarFlow2(model).draw(prompts, range(len(prompts)))]
+    save_png(contact_sheet(images, prompts, scale=1 if images[0].width >= 128 else 3), folder / f"{step}.png")
+    return {}

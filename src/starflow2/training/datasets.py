@@ -70,8 +70,14 @@ def corpus_batches(
     corpus = stage.corpus
     layout = components.tower_layout if stage.name == "vlm" else components.layout
     spelling = Spelling(components.tokenizer, layout, components.cfg.fae.image_size)
-    broken = corpus.broken if lists_broken else ""
-    config = BatchConfig(rows=corpus.rows, width=corpus.width, caption_drop=stage.caption_drop, broken=broken)
+    shard = shard or WorkerShard()
+    config = BatchConfig(
+        rows=corpus.rows,
+        width=corpus.width,
+        documents=0 if corpus.batch_positions else max(1, stage.batch // shard.world),  # no more than a step has
+        caption_drop=stage.caption_drop,
+        broken=corpus.broken if lists_broken else "",
+    )
     return Batches(read_mixture(corpus.mixture), spelling, config, shard)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,22 +19,23 @@ from starflow2.core.torch_defaults import torch_defaults
 from starflow2.errors import TrainingError
 from starflow2.models.checkpoint import save_components
 from starflow2.models.components import Components
-from starflow2.training.checkpoint import CheckpointStore, store_for
+from starflow2.training.checkpoint import CheckpointStore, Resume, Saved, store_for
 from starflow2.training.config import Precision, RunConfig, StageConfig
 from starflow2.training.datasets import check_source
+from starflow2.training.evaluation import Evaluate, Evaluator
 from starflow2.training.loader import Feed, feed_for
-from starflow2.training.metrics import MetricsWriter, StepReport
+from starflow2.training.metrics import Log, MetricsWriter, SpeedMeter, StepReport, peak_flops
 from starflow2.training.parallel import Distributed, check_batch_divides
 from starflow2.training.run_lock import run_lock
-from starflow2.training.start import start_stage
+from starflow2.training.start import check_start, start_stage
 from starflow2.training.task import Task
 from starflow2.training.tasks import TASKS
 from starflow2.training.trainer import StopSignal, Trainer
+from starflow2.training.work import measured_flops
 
-__all__ = ["Evaluate", "Report", "fit", "fit_task", "try_step"]
+__all__ = ["Evaluate", "Log", "Report", "fit", "fit_task", "try_step"]
 
 Report = Callable[[StepReport], None]
-Evaluate = Callable[[Components, int], dict[str, float]]  # the model with averaged weights and the step, to metrics
 
 
 @torch_defaults()
@@ -43,37 +44,36 @@ def fit(
     stage_name: str,
     folder: str | Path,
     *,
-    resume: bool = True,
+    resume: str = "auto",
     device: str = "cpu",
     report: Report | None = None,
     evaluate: Evaluate | None = None,
-    workers: int = 0,
+    log: Log | None = None,
 ) -> Path:
     """Train one stage in `folder` and return the model folder it wrote, folder/model.
 
-    Earlier stages must be in folder/model. With `resume`, continues from the last checkpoint there. `workers` processes
-    make the batches (0: a thread does), which changes nothing but the speed. `report` is called at every metric line,
-    `evaluate` whenever a checkpoint is written. Raises TrainingError, also while another run trains in the folder,
-    ConfigError, DataError, OutputError.
+    Earlier stages must be in folder/model. resume: as in `Resume.parse`. `report` is called at every metric line,
+    `evaluate` in the first process at every evaluation (under shards with a whole copy of the model), `log` with every
+    line of metrics. Raises TrainingError, also while another run trains in the folder, ConfigError, DataError,
+    OutputError.
     """
-    stage, folder = run.stage(stage_name), Path(folder)
+    stage, folder, wanted = run.stage(stage_name), Path(folder), Resume.parse(resume)
     check_source(run.model, stage)
+    check_start(run, stage_name, folder)
     group = Distributed.from_environment(device, stage.shard)
-    check_batch_divides(stage, group, evaluates=evaluate is not None)
+    check_batch_divides(stage, group)
     with run_lock(folder, group, f"training stage {stage_name}"):
         store = store_for(folder, stage, group)
         components = start_stage(run, stage_name, folder, device, group.sharded_components(stage))
-        checkpoint = store.settings(run, stage) if resume else None
-        task = _stage_task(components, run, stage, is_resumed=checkpoint is not None)
-        precision = checkpoint["precision"] if checkpoint else _pick_precision(run.precision, device)
-        precision = group.broadcast_choice(precision)
-        trainer = Trainer.prepare(task, group, device=device, precision=precision)
-        if checkpoint is not None:
-            trainer.resume(store, checkpoint)
-        position = checkpoint.get("feed", "") if checkpoint is not None else ""
-        feed = feed_for(task, stage, group, step=trainer.state.step, saved=position, workers=workers)
-        writer = MetricsWriter(folder, stage, trainer.state.step) if group.is_first else None
-        _train(trainer, feed, store, writer, report, evaluate)
+        saved = store.find(wanted, run)
+        task = _stage_task(components, run, stage, is_resumed=saved is not None)
+        trainer = Trainer.prepare(task, group, device=device, precision=_precision(run, saved, wanted, group, device))
+        if saved is not None:
+            store.load(trainer.state, saved)
+        before, workers = _read_before(saved, wanted), stage.corpus.workers
+        feed = feed_for(task, stage, group, step=trainer.state.step, saved=before, workers=workers)
+        writer = _writer(trainer, feed, folder, log) if group.is_first else None
+        _Run(trainer, feed, store, writer, Evaluator(trainer, evaluate), report).take_steps()
         with trainer.state.averaged_weights(), group.unsharded(components):
             if group.is_first:
                 save_components(components, folder / "model")
@@ -96,14 +96,14 @@ def fit_task(
     """
     stage, group = task.stage, Distributed()
     trainer = Trainer.prepare(task, group, device=device, precision=_pick_precision("auto", device))
-    metrics: dict[str, float] = {}
-    started = time.perf_counter()
-    with StopSignal() as stop, feed_for(task, stage, group, step=0, workers=workers) as batches:
+    feed = feed_for(task, stage, group, step=0, workers=workers)
+    metrics, speed = dict[str, float](), SpeedMeter(stage, 0, feed.read)
+    with StopSignal() as stop, feed as batches:
         for microbatches in batches:
             metrics, stopping = trainer.train_step(microbatches, stop)
             step = trainer.state.step
             if report is not None and (step % stage.log_every == 0 or trainer.is_done):
-                report(StepReport.of(stage, step, metrics, time.perf_counter() - started))
+                report(speed.report(step, metrics, feed.read))
             if stopping:
                 raise TrainingError(f"stopped by a signal at step {step} of {stage.steps}.")
     task.trained.load_state_dict(trainer.state.ema or task.trained.state_dict())
@@ -133,35 +133,89 @@ def _stage_task(components: Components, run: RunConfig, stage: StageConfig, *, i
     return task
 
 
-def _train(
-    trainer: Trainer,
-    feed: Feed,
-    store: CheckpointStore,
-    writer: MetricsWriter | None,
-    report: Report | None,
-    evaluate: Evaluate | None,
-) -> None:
-    """Take the steps that are left, with metrics and checkpoints. Raises TrainingError where a signal ends the run."""
-    stage, state = trainer.stage, trainer.state
-    with StopSignal() as stop, writer or contextlib.nullcontext(), feed as batches:
-        for microbatches in batches:
+def _precision(run: RunConfig, saved: Saved | None, wanted: Resume, group: Distributed, device: str) -> str:
+    """That of the checkpoint that a run goes on from, unless it goes on with settings of its own."""
+    if saved is not None and (wanted.mode == "auto" or run.precision == "auto"):
+        return group.broadcast_choice(saved.settings["precision"])
+    return group.broadcast_choice(_pick_precision(run.precision, device))
+
+
+def _read_before(saved: Saved | None, wanted: Resume) -> dict[str, str]:
+    """What a checkpoint says about the data: how much was read, and where, unless they start anew."""
+    kept = ("read", "feed") if wanted.mode == "auto" else ("read",)
+    return {name: saved.settings[name] for name in kept if name in saved.settings} if saved is not None else {}
+
+
+def _writer(trainer: Trainer, feed: Feed, folder: Path, log: Log | None) -> MetricsWriter:
+    stage, device = trainer.stage, trainer.device
+    flops = measured_flops(trainer.task.components, stage)
+    speed, peak = SpeedMeter(stage, trainer.state.step, feed.read), trainer.group.world * peak_flops(device)
+    return MetricsWriter(folder, speed, log=log, flops=flops, peak=peak, device=device)
+
+
+@dataclass(slots=True)
+class _Run:
+    """The steps of a stage that are left, with metrics, checkpoints and evaluations."""
+
+    trainer: Trainer
+    feed: Feed
+    store: CheckpointStore
+    writer: MetricsWriter | None
+    evaluator: Evaluator
+    report: Report | None
+
+    def take_steps(self) -> None:
+        """Raises TrainingError where a signal, or a loss that is not finite for good, ends the run."""
+        stage, state = self.trainer.stage, self.trainer.state
+        with StopSignal() as stop, self.writer or contextlib.nullcontext(), self.feed as batches:
             started = time.perf_counter()
-            metrics, stopping = trainer.train_step(microbatches, stop)
-            if writer is not None and (state.step % stage.log_every == 0 or trainer.is_done):
-                line = writer.write_step(state.step, metrics, time.perf_counter() - started)
-                if report is not None:
-                    report(line)
-            if state.step % stage.save_every == 0 or trainer.is_done or stopping:
-                trainer.save(store, feed.position())
-                if writer is not None and evaluate is not None:
-                    with state.averaged_weights():
-                        writer.write(state.step, evaluate(trainer.task.components, state.step))
-            if stopping and not trainer.is_done:
-                store.close()
-                raise TrainingError(
-                    f"stopped by a signal at step {state.step}; its checkpoint is written, continue with --resume auto."
-                )
-    store.close()
+            for microbatches in batches:
+                waited = time.perf_counter() - started
+                metrics, stopping = self.trainer.train_step(microbatches, stop)
+                times = {"seconds": time.perf_counter() - started, "data_wait_s": waited}
+                is_last = self.trainer.is_done or stopping
+                if state.step % stage.log_every == 0 or self.trainer.is_done:
+                    self._write(metrics | times)
+                self._check_finite()
+                if is_saved := (state.step % stage.save_every == 0 or is_last):
+                    self.trainer.save(self.store, self.feed.position())
+                if stopping and not self.trainer.is_done:
+                    self._stop()
+                if self.evaluator.is_due(is_saved=is_saved):
+                    self._evaluate()
+                started = time.perf_counter()
+        self.store.close()
+
+    def _write(self, metrics: dict[str, float]) -> None:
+        if self.writer is None:
+            return
+        line = self.writer.write_step(self.trainer.state.step, metrics, self.feed.read)
+        if self.report is not None:
+            self.report(line)
+
+    def _evaluate(self) -> None:
+        metrics = self.evaluator()
+        if self.writer is not None:
+            self.writer.write(self.trainer.state.step, metrics)
+
+    def _stop(self) -> None:
+        self.store.close()
+        raise TrainingError(
+            f"stopped by a signal at step {self.trainer.state.step}; its checkpoint is written, continue with "
+            "--resume auto."
+        )
+
+    def _check_finite(self) -> None:
+        """End a run that cannot recover: its weights do not change any more, so every step would be skipped."""
+        stage, trainer = self.trainer.stage, self.trainer
+        if trainer.skipped_in_row < stage.max_skipped:
+            return
+        self.store.close()
+        raise TrainingError(
+            f"the loss or its gradient was not finite in the last {trainer.skipped_in_row} steps, up to step "
+            f"{trainer.state.step}; look for the first such step in metrics-{stage.name}.jsonl and go back before it "
+            "with a lower learning rate: --resume weights:STEP --optim.lr LR."
+        )
 
 
 def _pick_precision(wanted: Precision, device: str) -> str:

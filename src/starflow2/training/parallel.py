@@ -1,7 +1,7 @@
 """The processes of a run: whole copies (DDP) or one model in shards (FSDP2), behind one interface.
 
-A step's batch is cut into equal microbatches, `accumulate` for each process; microbatch number s has the same documents
-and the same noise whichever process it falls to. With data and checkpoints, the home of torch.distributed.
+A step's batch is cut into microbatches, as many for each process; microbatch number s has the same noise, and of the
+drawn world the same documents, whichever process it falls to. With checkpoints, the home of torch.distributed.
 Not here: the loop, optimiser settings, files.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from inspect import signature
 from typing import Any, cast
@@ -29,7 +30,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from starflow2.errors import ConfigError, TrainingError
-from starflow2.models.qwen import QwenStream
+from starflow2.models.components import Components, build
+from starflow2.models.huggingface import Backbone
 from starflow2.nn import CausalStack, at_least_fp32
 from starflow2.training.config import ShardConfig, StageConfig
 from starflow2.training.task import LossAndMetrics, LossWeights, Task
@@ -47,30 +49,31 @@ __all__ = [
     "unsharded_parameters",
 ]
 
+PATIENCE = timedelta(hours=6)  # that processes wait for one that writes a model or draws
+
 
 class Distributed:
     """The processes of a run, one or those that torchrun started; each holds all weights and a part of each batch."""
 
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
-        self.rank, self.world = rank, world
+    def __init__(self, rank: int = 0, world: int = 1, control: dist.ProcessGroup | None = None) -> None:
+        """control: the processes on CPU, for what is exchanged beside gradients and may take long."""
+        self.rank, self.world, self.control = rank, world, control
 
     @staticmethod
     def from_environment(device: str, shard: ShardConfig | None = None) -> Distributed:
         """The processes that torchrun describes, or this one alone. Raises ConfigError if shards do not divide them."""
-        world, is_sharded = int(os.environ.get("WORLD_SIZE", "1")), shard is not None and shard.mode != "none"
+        shard = shard or ShardConfig()
+        world, is_sharded = int(os.environ.get("WORLD_SIZE", "1")), shard.mode != "none"
         if world == 1 and not is_sharded:
             return Distributed()
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if not dist.is_initialized():
-            backend = "gloo" if device == "cpu" else f"cpu:gloo,{device}:nccl"
-            if world == 1:
-                dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
-            else:
-                dist.init_process_group(backend)
-        if shard is None or not is_sharded:
-            return Distributed(dist.get_rank(), world)
-        return FullyShardedDistributed(dist.get_rank(), world, shard, device)
+            _initialize(device, world, timedelta(minutes=shard.timeout_minutes))
+        control = dist.new_group(backend="gloo", timeout=PATIENCE) if world > 1 else None
+        if not is_sharded:
+            return Distributed(dist.get_rank(), world, control)
+        return FullyShardedDistributed(dist.get_rank(), world, control, shard=shard, device=device)
 
     @property
     def is_first(self) -> bool:
@@ -82,14 +85,23 @@ class Distributed:
         return 1
 
     def barrier(self) -> None:
+        """Wait for all processes, for hours if need be: one of them may be writing a model, or drawing."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(self.control)
+
+    def sum(self, values: Sequence[int]) -> list[int]:
+        """The sums of integers over all processes; the accelerator takes no part."""
+        if self.world == 1:
+            return list(values)
+        total = torch.tensor(values)
+        dist.all_reduce(total, group=self.control)
+        return total.tolist()
 
     def broadcast_choice(self, choice: str) -> str:
         """The first process's choice, where each process measures for itself."""
         choices = [choice]
         if self.world > 1:
-            dist.broadcast_object_list(choices, 0)
+            dist.broadcast_object_list(choices, 0, self.control)
         return choices[0]
 
     def all_gather(self, value: object) -> list[object]:
@@ -97,7 +109,7 @@ class Distributed:
         values: list[object] = [value]
         if self.world > 1:
             values *= self.world
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, self.control)
         return values
 
     def sharded_components(self, stage: StageConfig) -> tuple[str, ...]:
@@ -122,7 +134,11 @@ class Distributed:
         """Inside, the first process holds all of `module`'s weights, to be saved; all processes must enter."""
         yield
 
-    def loss_weights(self, task: Task, microbatches: Sequence[Any], device: str) -> list[LossWeights]:
+    def whole_model(self, components: Components) -> Components | None:
+        """The model for the first process to draw or score with, None in the others; all processes must call it."""
+        return components if self.is_first else None
+
+    def loss_weights(self, task: Task, microbatches: Sequence[Any]) -> list[LossWeights]:
         """The weights of the loss terms of each microbatch of this process, by counts of all processes.
 
         A term is a mean over the values that a microbatch has of it, such as replies; means over unequally many values
@@ -133,11 +149,8 @@ class Distributed:
         number = self.world * len(microbatches)
         if not names or number == 1:
             return [LossWeights() for _ in counts]
-        total = torch.tensor([[float(c[name]) for name in names] for c in counts], device=device).sum(0)
-        if self.world > 1:
-            dist.all_reduce(total)
-        totals = dict(zip(names, total.tolist(), strict=True))
-        return [LossWeights({k: n * number / max(totals[k], 1.0) for k, n in c.items()}) for c in counts]
+        totals = dict(zip(names, self.sum([sum(c[name] for c in counts) for name in names]), strict=True))
+        return [LossWeights({k: n * number / max(totals[k], 1) for k, n in c.items()}) for c in counts]
 
 
 class Replica:
@@ -154,16 +167,21 @@ class Replica:
         """Context for forward and backward of a microbatch: gradients are exchanged with the last one of a step."""
         return nullcontext()
 
-    def reduce(self, stop: bool, metrics: dict[str, Tensor]) -> tuple[bool, dict[str, Tensor]]:
-        """After the last backward pass: whether any process was asked to stop, and the metrics' mean over processes.
+    def reduce(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """After the last backward pass: the metrics' mean over processes.
 
-        The loss is among the metrics because all processes must agree whether it is finite: all take a step, or none.
+        The loss is among them because all processes must agree whether it is finite: all take a step, or none.
         """
-        return stop, metrics
+        return metrics
 
     def clip(self, max_norm: float) -> Tensor:
         """Clip the gradients' global norm and return it as it was before."""
         return nn.utils.clip_grad_norm_(self.task.trained.parameters(), max_norm)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the task's modules can be called without a backward pass, by all processes alike."""
+        yield
 
 
 # whether DDP gives all processes the running statistics of the first; the older name is deprecated
@@ -191,9 +209,9 @@ class DataParallelReplica(Replica):
     def exchange(self, is_last: bool) -> AbstractContextManager[None]:
         return nullcontext() if is_last else self.module.no_sync()
 
-    def reduce(self, stop: bool, metrics: dict[str, Tensor]) -> tuple[bool, dict[str, Tensor]]:
+    def reduce(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         statistics = [b for b in self.task.trained.buffers() if b.is_floating_point()]
-        return _average(statistics, stop, metrics, self.world)
+        return _average(statistics, metrics, self.world)
 
 
 class _TaskLoss(nn.Module):
@@ -209,18 +227,15 @@ class _TaskLoss(nn.Module):
 
 
 @torch.no_grad()
-def _average(
-    values: Sequence[Tensor], stop: bool, metrics: dict[str, Tensor], world: int
-) -> tuple[bool, dict[str, Tensor]]:
-    """Average `values` in place over all processes; returns whether any has `stop` set, and the mean metrics."""
-    like = next(iter(metrics.values()))
-    scalars = at_least_fp32(torch.stack([torch.full_like(like, float(stop)), *metrics.values()]))
+def _average(values: Sequence[Tensor], metrics: dict[str, Tensor], world: int) -> dict[str, Tensor]:
+    """Average `values` in place over all processes; returns the mean metrics."""
+    scalars = at_least_fp32(torch.stack([*metrics.values()]))
     flat = torch.cat([v.flatten() for v in values] + [scalars]) / world
     dist.all_reduce(flat)
     *means, scalars = flat.split([v.numel() for v in values] + [len(scalars)])
     for value, mean in zip(values, means, strict=True):
         value.copy_(mean.view_as(value))
-    return bool(scalars[0] > 0), dict(zip(metrics, scalars[1:].unbind(), strict=True))
+    return dict(zip(metrics, scalars.unbind(), strict=True))
 
 
 # -- shards ---------------------------------------------------------------------------------------------
@@ -235,8 +250,10 @@ class FullyShardedDistributed(Distributed):
     in the format of their files. While layers are being sharded, one at a time is whole.
     """
 
-    def __init__(self, rank: int, world: int, shard: ShardConfig, device: str) -> None:
-        super().__init__(rank, world)
+    def __init__(
+        self, rank: int, world: int, control: dist.ProcessGroup | None, *, shard: ShardConfig, device: str
+    ) -> None:
+        super().__init__(rank, world, control)
         self.shard, self.mesh = shard, _mesh(shard, world, device)
 
     @property
@@ -265,7 +282,7 @@ class FullyShardedDistributed(Distributed):
         self._equalize(task.trained.buffers(), device)
         root = _ShardedTaskLoss(task, layers, frozen)
         fully_shard(root, mesh=self.mesh, mp_policy=unchanged)
-        return ShardedReplica(root, self.world)
+        return ShardedReplica(root, self)
 
     def _shard(self, layer: nn.Module, policy: MixedPrecisionPolicy) -> None:
         fully_shard(layer, mesh=self.mesh, mp_policy=policy, reshard_after_forward=self.shard.reshards)
@@ -291,13 +308,17 @@ class FullyShardedDistributed(Distributed):
         with unsharded_parameters(module, keep=self.is_first):
             yield
 
+    def whole_model(self, components: Components) -> Components | None:
+        with self.unsharded(components):
+            return _whole_copy(components) if self.is_first else None
+
 
 class ShardedReplica(Replica):
     """This process's shards of a model, and what a step does with them."""
 
-    def __init__(self, root: _ShardedTaskLoss, world: int) -> None:
+    def __init__(self, root: _ShardedTaskLoss, group: Distributed) -> None:
         super().__init__(root.task)
-        self.root, self.world = root, world
+        self.root, self.group = root, group
 
     def loss(self, data: Any, generator: torch.Generator, weights: LossWeights) -> LossAndMetrics:
         return cast(LossAndMetrics, self.root(data, generator, weights))
@@ -307,12 +328,25 @@ class ShardedReplica(Replica):
         return nullcontext()
 
     @torch.no_grad()
-    def reduce(self, stop: bool, metrics: dict[str, Tensor]) -> tuple[bool, dict[str, Tensor]]:
-        uses = torch.tensor(self.root.uses, device=next(iter(metrics.values())).device)
-        if self.world > 1:
-            dist.all_reduce(uses)
-        self.root.forget_unused(uses.tolist())
-        return _average([], stop, metrics, self.world) if self.world > 1 else (stop, metrics)
+    def reduce(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.root.forget_unused(self.group.sum(self.root.uses))
+        return _average([], metrics, self.group.world) if self.group.world > 1 else metrics
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Weights outside of layers are gathered; a layer is gathered when it is called.
+
+        All processes must call the same layers in the same order.
+        """
+        uses = list(self.root.uses)
+        units = [module for module in self.root.modules() if isinstance(module, FSDPModule)]
+        cast(FSDPModule, self.root).unshard()
+        try:
+            yield
+        finally:
+            for unit in units:  # a forward pass without a backward pass leaves weights gathered
+                unit.reshard()
+            self.root.uses = uses
 
     def clip(self, max_norm: float) -> Tensor:
         norm = super().clip(max_norm)
@@ -332,7 +366,7 @@ class _ShardedTaskLoss(_TaskLoss):
         rest = [m for m in self.trained.modules() if id(m) not in inside]
         self._own = [(m, name) for m in rest for name, p in m._parameters.items() if p is not None and p.requires_grad]
         self._zero: Tensor | None = None
-        self.uses = [0.0] * len(self._own)  # in how many microbatches of this step the loss depended on each
+        self.uses = [0] * len(self._own)  # in how many microbatches of this step the loss depended on each
         if frozen:
             frozen[0].register_forward_pre_hook(self._anchor, with_kwargs=True)
 
@@ -346,12 +380,12 @@ class _ShardedTaskLoss(_TaskLoss):
         self.uses = [n + (getattr(m, name) in used) for n, (m, name) in zip(self.uses, self._own, strict=True)]
         return loss + zero, metrics
 
-    def forget_unused(self, uses: list[float]) -> None:
+    def forget_unused(self, uses: list[int]) -> None:
         """Remove the gradient of weights that no process used: a gradient of 0 would let them decay."""
         for count, (module, name) in zip(uses, self._own, strict=True):
             if not count:
                 getattr(module, name).grad = None
-        self.uses = [0.0] * len(self._own)
+        self.uses = [0] * len(self._own)
 
     def _anchor(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         """Frozen layers are gathered again in the backward pass, so it must reach them even in documents of words."""
@@ -382,9 +416,23 @@ def transformer_layers(module: nn.Module) -> list[nn.Module]:
     """The transformer layers in a module, which are gathered and recomputed one by one."""
     found = list[nn.Module]()
     for part in module.modules():
-        if isinstance(part, CausalStack | QwenStream):
-            found += list(part.layers)
+        if isinstance(part, CausalStack) or (isinstance(part, Backbone) and hasattr(part, "layers")):
+            found += cast(Iterable[nn.Module], part.layers)
     return found
+
+
+def _initialize(device: str, world: int, timeout: timedelta) -> None:
+    """Join the processes that torchrun has started; on GPUs each uses the one of its local rank."""
+    if world == 1:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(_backend(device), rank=0, world_size=1, store=store, timeout=timeout)
+        return
+    own = torch.device(device, torch.cuda.current_device()) if device == "cuda" else None
+    dist.init_process_group(_backend(device), timeout=timeout, device_id=own)
+
+
+def _backend(device: str) -> str:
+    return "gloo" if device == "cpu" else f"cpu:gloo,{device}:nccl"
 
 
 def _mesh(shard: ShardConfig, world: int, device: str) -> DeviceMesh:
@@ -418,6 +466,18 @@ def unsharded_parameters(module: nn.Module, keep: bool) -> Iterator[None]:
             part._parameters[name] = p
 
 
+def _whole_copy(components: Components) -> Components:
+    """A model of plain modules with the weights of one whose shards are gathered now; it shares what was never cut."""
+    twin, device = build(components.cfg, "meta"), components.device
+    twin.load_state_dict({k: v.to(device) for k, v in components.state_dict().items()}, assign=True)
+    for name, buffer in components.named_buffers():  # also those that no state dict holds
+        owner, _, leaf = name.replace("_checkpoint_wrapped_module.", "").rpartition(".")
+        twin.get_submodule(owner)._buffers[leaf] = buffer
+    twin._tokenizer, twin.vocabulary = components._tokenizer, components.vocabulary
+    twin.finished_stages, twin.fingerprints = components.finished_stages, components.fingerprints
+    return twin.eval().requires_grad_(False)
+
+
 def checkpoint_activations(task: Task) -> None:
     """Recompute the activations of the layers that the stage names in the backward pass instead of keeping them.
 
@@ -435,10 +495,19 @@ def checkpoint_activations(task: Task) -> None:
         )
 
 
-def check_batch_divides(stage: StageConfig, group: Distributed, *, evaluates: bool = False) -> None:
-    """Raise TrainingError unless a step's batch divides into equal microbatches and the settings go with shards."""
-    number = group.world * stage.accumulate
-    if stage.accumulate < 1 or stage.batch % number:
+def check_batch_divides(stage: StageConfig, group: Distributed) -> None:
+    """Raise TrainingError unless a step can be divided among the processes and the settings go with shards."""
+    corpus, number = stage.corpus, group.world * stage.accumulate
+    if corpus.batch_positions and group.world * corpus.rows * corpus.width > corpus.batch_positions:
+        raise TrainingError(
+            f"corpus.batch_positions is {corpus.batch_positions}, but {group.world} processes read corpus.rows x "
+            f"corpus.width = {corpus.rows * corpus.width} positions each at a time; give fewer rows or a larger batch."
+        )
+    if corpus.mixture and stage.batch < group.world:
+        raise TrainingError(
+            f"batch is {stage.batch}; expected at least a document for each of {group.world} processes."
+        )
+    if not corpus.mixture and (stage.accumulate < 1 or stage.batch % number):
         raise TrainingError(
             f"batch {stage.batch} cannot be divided equally among {group.world} processes of {stage.accumulate} "
             "microbatches; expected a multiple of their product."
@@ -448,11 +517,6 @@ def check_batch_divides(stage: StageConfig, group: Distributed, *, evaluates: bo
         raise TrainingError(
             f"optim.optimizer_state_dtype is {states}, which works with shard.mode none only; use float32, whose "
             "states are divided among the processes."
-        )
-    if evaluates and isinstance(group, FullyShardedDistributed):
-        raise TrainingError(
-            "evaluate works with shard.mode none only, since no process holds all weights; score the model folder "
-            "after the stage."
         )
 
 

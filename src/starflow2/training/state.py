@@ -57,11 +57,12 @@ class TrainState:
         if not self.ema:
             return
         decay = min(decay, (1 + self.step) / (10 + self.step))
-        for name, value in self.trained.state_dict().items():
-            if value.is_floating_point():
-                self.ema[name].lerp_(value, 1 - decay)
-            else:
-                self.ema[name].copy_(value)
+        current = self.trained.state_dict()
+        floats = [name for name, value in current.items() if value.is_floating_point()]
+        averages, values = ([own_part(tensors[name]) for name in floats] for tensors in (self.ema, current))
+        torch._foreach_lerp_(averages, values, 1 - decay)
+        for name in current.keys() - set(floats):
+            self.ema[name].copy_(current[name])
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -79,13 +80,17 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name; of an optimiser: optim/NUMBER/PARAMETER/NAME."""
-        tensors = {f"weights/{k}": v for k, v in self.trained.state_dict().items()}
-        tensors |= {f"ema/{k}": v for k, v in self.ema.items()}
+        tensors = self.model_tensors()
         for i, optimizer in enumerate(self.optimizers):
             for j, values in optimizer.state_dict()["state"].items():
                 for k, v in values.items():
                     tensors |= _unpacked(f"optim/{i}/{j}/{k}", v)
         return tensors
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Weights and averages by name."""
+        weights = {f"weights/{k}": v for k, v in self.trained.state_dict().items()}
+        return weights | {f"ema/{k}": v for k, v in self.ema.items()}
 
     def load_tensors(self, tensors: dict[str, Tensor], settings: dict[str, str], path: Path) -> None:
         """Take over the `tensors` of a checkpoint, all of them or none.

@@ -6,6 +6,7 @@ Every random choice of a step is a pure function of (seed, stage, microbatch, st
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import zlib
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from starflow2.nn import at_least_fp32
 from starflow2.training.checkpoint import CheckpointStore
 from starflow2.training.config import StageConfig
 from starflow2.training.parallel import Distributed, Replica, checkpoint_activations
 from starflow2.training.state import TrainState
-from starflow2.training.task import Task
+from starflow2.training.task import LossAndMetrics, LossWeights, Task
 
 __all__ = ["StopSignal", "Trainer"]
 
@@ -53,6 +55,7 @@ class Trainer:
     group: Distributed
     replica: Replica
     state: TrainState
+    skipped_in_row: int = 0  # steps until now
 
     @classmethod
     def prepare(cls, task: Task, group: Distributed, *, device: str, precision: str) -> Trainer:
@@ -75,53 +78,65 @@ class Trainer:
         """Take one optimiser step on this process's microbatches; returns metrics, and if any process shall stop.
 
         A step whose loss or gradient is not finite in any process changes no weight, average or running statistic, and
-        is counted.
+        is counted. The accelerator is waited for once, when it has computed the gradients.
         """
-        rate = self.stage.optim.rate(self.state.step, self.stage.steps)
+        optim = self.stage.optim
+        rate = optim.rate(self.state.step, self.stage.steps)
         buffers = {k: v.clone() for k, v in self.task.trained.named_buffers()}
-        means = self.forward_backward(microbatches)
-        stopping, means = self.replica.reduce(stop is not None and stop.requested, means)
-        norm = self.replica.clip(self.stage.optim.clip)
-        is_finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(means["loss"]))
+        means = self.replica.reduce(self.forward_backward(microbatches))
+        (stopping,) = self.group.sum([int(stop is not None and stop.requested)])
+        means["grad_norm"] = self.replica.clip(optim.clip)
+        metrics = _to_host(means)
+        is_finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
         self._update_weights(rate, is_finite)
         if is_finite:
-            self.state.update_average(self.stage.optim.ema)
+            self.state.update_average(optim.ema)
+            self.skipped_in_row = 0
         else:
             _restore_buffers(self.task.trained, buffers)
             self.state.skipped += 1
+            self.skipped_in_row += 1
         self.state.step += 1
-        skipped = {"skipped": float(self.state.skipped)} if self.state.skipped else {}
-        metrics = {k: float(v) for k, v in means.items()}
-        return {**metrics, "grad_norm": float(norm), "rate": rate, **skipped}, stopping
+        metrics |= {"rate": rate, "lr": rate * optim.lr} | (
+            {"matrix_lr": rate * optim.matrix_lr} if optim.matrix_lr else {}
+        )
+        return metrics | ({"skipped": float(self.state.skipped)} if self.state.skipped else {}), stopping > 0
 
     def forward_backward(self, microbatches: Sequence[Any]) -> dict[str, Tensor]:
         """Run forward and backward on this process's microbatches; returns the mean loss and metrics."""
         means: dict[str, Tensor] = {}
         number = len(microbatches)
-        weights = self.group.loss_weights(self.task, microbatches, self.device)
+        weights = self.group.loss_weights(self.task, microbatches)
         for i, data in enumerate(microbatches):
-            # noise belongs to a microbatch, whichever process it falls to
-            generator = torch.Generator().manual_seed(self._noise_seed(self.group.rank * number + i))
             with self.replica.exchange(is_last=i == number - 1):
-                with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
-                    loss, metrics = self.replica.loss(data, generator, weights[i])
+                # noise belongs to a microbatch, whichever process it falls to
+                loss, metrics = self._loss(data, f"{self.group.rank * number + i}/{self.state.step}", weights[i])
                 (loss / number).backward()
-            for name, value in {"loss": loss, **metrics}.items():
-                part = value.detach() / number
-                means[name] = means[name] + part if name in means else part
+            _add(means, {"loss": loss, **metrics}, number)
         return means
+
+    @torch.no_grad()
+    def held_out_metrics(self, microbatches: Sequence[Any]) -> dict[str, float]:
+        """Mean loss and metrics over microbatches of all processes, by averaged weights and always the same noise."""
+        means: dict[str, Tensor] = {}
+        number = len(microbatches)
+        weights = self.group.loss_weights(self.task, microbatches)
+        with self.state.averaged_weights(), self.replica.evaluating():
+            for i, data in enumerate(microbatches):
+                loss, metrics = self._loss(data, f"held out/{self.group.rank * number + i}", weights[i])
+                _add(means, {"loss": loss, **metrics}, number)
+        return {f"held_out_{name}": value for name, value in _to_host(self.replica.reduce(means)).items()}
+
+    def _loss(self, data: Any, name: str, weights: LossWeights) -> LossAndMetrics:
+        """The loss of a microbatch, whose noise is a function of the run's seed, the stage and `name`."""
+        seed = zlib.crc32(f"{self.task.seed}/{self.stage.name}/{name}".encode())
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.replica.loss(data, torch.Generator().manual_seed(seed), weights)
 
     def save(self, store: CheckpointStore, position: dict[str, str]) -> None:
         """Write a checkpoint; `position`: where the data stands."""
         run = {"precision": self.precision, "seed": str(self.task.seed), **position}
         store.save(self.state, self.state.settings(self.stage, run))
-
-    def resume(self, store: CheckpointStore, settings: dict[str, str]) -> None:
-        """Continue from the last checkpoint, whose `settings` the store has returned."""
-        store.load(self.state, settings)
-
-    def _noise_seed(self, microbatch: int) -> int:
-        return zlib.crc32(f"{self.task.seed}/{self.stage.name}/{microbatch}/{self.state.step}".encode())
 
     def _update_weights(self, rate: float, is_finite: bool) -> None:
         optim = self.stage.optim
@@ -131,6 +146,19 @@ class Trainer:
             if is_finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+
+def _add(means: dict[str, Tensor], values: dict[str, Tensor], number: int) -> None:
+    """Add a microbatch's values to the means over `number` of them."""
+    for name, value in values.items():
+        part = value.detach() / number
+        means[name] = means[name] + part if name in means else part
+
+
+def _to_host(values: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars as numbers, in one transfer."""
+    stacked = torch.stack([at_least_fp32(value) for value in values.values()])
+    return dict(zip(values, stacked.tolist(), strict=True))
 
 
 def _set_learning_rate(group: dict[str, Any], lr: float) -> None:
