@@ -35,7 +35,7 @@ from starflow2.inference.config import DrawConfig
 from starflow2.inference.sampler import Sampler
 from starflow2.pipeline import StarFlow2
 from starflow2.research.ablations import CompareConfig, compare_and_keep
-from starflow2.training.config import RunConfig
+from starflow2.training.config import CorpusConfig, RunConfig
 from starflow2.training.loop import fit
 from starflow2.training.metrics import StepReport
 from starflow2.training.recipes import nano
@@ -48,8 +48,9 @@ PIECE = 15 * 2**20  # bytes of one file
 def recipe(scale: int) -> RunConfig:
     """The recipe nano with batches `scale` times as large and fewer checkpoints."""
     run = nano()
-    stages = tuple(replace(s, batch=scale * s.batch, save_every=1000, log_every=50) for s in run.stages)
-    return replace(run, stages=stages)
+    corpus = CorpusConfig(workers=max(1, (os.cpu_count() or 2) - 2))
+    stages = (replace(s, batch=scale * s.batch, save_every=1000, log_every=50, corpus=corpus) for s in run.stages)
+    return replace(run, stages=tuple(stages))
 
 
 def train(limit: float, scale: int, device: str) -> None:
@@ -66,7 +67,7 @@ def train(limit: float, scale: int, device: str) -> None:
             shutil.copytree(RUN / "model", BEFORE_JOINT)
         print(f"{stage.name}: {stage.steps} steps of {stage.batch}", flush=True)
         try:
-            fit(run, stage.name, RUN, device=device, report=_print_step, workers=max(1, (os.cpu_count() or 2) - 2))
+            fit(run, stage.name, RUN, device=device, report=_print_step)
         except TrainingError as error:
             sys.exit(f"{stage.name}: {error}")
         done.touch()
