@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import own_size_cases
 from starflow2.cli.app import main
 from starflow2.models.config_file import read_config
+from starflow2.pipeline import StarFlow2
 from starflow2.training import recipes
 
 pytest.importorskip("torchdata", reason="real corpora need the extra train")
@@ -42,6 +44,8 @@ def test_a_large_recipe_goes_from_published_weights_to_a_picture_an_answer_and_a
     own_size_cases.write_mixtures(tmp_path)
 
     command("prepare", recipe, "-o", run)
+    frozen = StarFlow2.from_pretrained(run / "model", device="cpu").tower_answers(torch.zeros(1, 3, 256, 256), ["cats"])
+    assert len(frozen) == 1, "the language model answers by itself before anything is trained"
     command("train", recipe, "-o", run, "--device", "cpu")
     model = run / "model"
     made = read_config(model)

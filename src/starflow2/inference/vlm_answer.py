@@ -33,7 +33,7 @@ def answer(components: Components, images: Tensor, questions: Sequence[str], *, 
         raise ConfigError(f"{len(images)} images and {len(questions)} questions; expected equally many.")
     if max_tokens < 1:
         raise ConfigError(f"max_tokens is {max_tokens}; expected at least 1.")
-    if "vlm" not in components.finished_stages:
+    if "vlm" not in (*components.finished_stages, *components.cfg.references):
         raise StateError(f"this model has finished stages {list(components.finished_stages)}; answering needs vlm.")
     tokenizer = components.tokenizer
     rows = [tokenizer.encode(question) for question in questions]

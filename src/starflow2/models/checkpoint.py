@@ -30,10 +30,11 @@ from starflow2.core.torch_defaults import torch_defaults
 from starflow2.errors import CheckpointError, ConfigError, nearest
 from starflow2.flow import AffineBlock, Flow
 from starflow2.models.components import Components
-from starflow2.models.config import FaeConfig, ModelConfig
+from starflow2.models.config import CodecConfig, FaeConfig, ModelConfig
 from starflow2.models.config_file import FORMAT, is_model_config, read_config
 from starflow2.models.fae import Fae
 from starflow2.models.huggingface import Backbone, stream_class
+from starflow2.models.own_codec import build_codec
 from starflow2.models.pretrained import Pretrained, fingerprint, inventory, locate
 from starflow2.models.pretzel import Joints
 from starflow2.models.tensor_file import load_tensors
@@ -48,7 +49,7 @@ __all__ = [
     "weights_digest",
 ]
 
-OWN = ("fae.", "flow.", "joints.")  # what model.safetensors holds
+OWN = ("fae.", "flow.", "joints.", "own_codec.")  # what model.safetensors holds
 BACKBONES = ("vlm", "features")  # what stands beside it, or is referred to
 FEW_LAYERS = 256  # as many are built in a moment, and compared with the file by name
 READINGS = 20  # of a folder that is being saved to, before the last result counts
@@ -162,6 +163,8 @@ def _load_once(folder: Path, device: str | torch.device, waiting: tuple[str, ...
     _check_depths(source, cfg, tensors)
     with torch.device("meta"):
         components = Components(cfg, tokenizer)
+    if isinstance(cfg.fae, CodecConfig):
+        components.own_codec = build_codec(cfg.fae)  # of a user's class, which may need real memory
     if not any(name.startswith("joints.") for name in tensors) and "adapter" not in config.finished_stages:
         tensors |= _fresh_joints(cfg)
     _fill(components, tensors, source / "model.safetensors", waiting)
@@ -252,6 +255,8 @@ def start_components(cfg: ModelConfig, device: str | torch.device = "cpu") -> Co
     fresh: dict[str, nn.Module] = {"flow": Flow(cfg.flow), "joints": _new_joints(cfg)}
     if isinstance(cfg.fae, FaeConfig):
         fresh["fae"] = Fae(cfg.fae)
+    if isinstance(cfg.fae, CodecConfig):
+        fresh["own_codec"] = build_codec(cfg.fae)
     for name, module in fresh.items():
         setattr(components, name, module)
     for name in _backbones(cfg):

@@ -15,10 +15,11 @@ from typing_extensions import TypeVar
 
 from starflow2.errors import ConfigError
 from starflow2.flow import Flow
-from starflow2.models.config import FaeConfig, ModelConfig
+from starflow2.models.config import CodecConfig, FaeConfig, ModelConfig
 from starflow2.models.fae import Fae, FaeCodec
 from starflow2.models.huggingface import stream_class
 from starflow2.models.joint_stream import JointStream
+from starflow2.models.own_codec import build_codec
 from starflow2.models.patches import PatchCodec
 from starflow2.models.pretzel import Joints, Pretzel
 from starflow2.models.protocols import Codec, LanguageStream
@@ -43,6 +44,7 @@ class Components(nn.Module, Generic[Language, Joining]):
     features: DinoFeatures | SiglipFeatures  # only with `fae`
     fae: Fae  # either this codec
     patches: PatchCodec  # or this one
+    own_codec: nn.Module  # or one of a user
     vlm: Language
     flow: Flow
     joints: Joining
@@ -75,6 +77,8 @@ class Components(nn.Module, Generic[Language, Joining]):
     @property
     def codec(self) -> Codec:
         """Images to latents and back; an FAE gets no gradients through it."""
+        if isinstance(self.cfg.fae, CodecConfig):
+            return cast(Codec, self.own_codec)
         return FaeCodec(self.fae, self.features) if isinstance(self.cfg.fae, FaeConfig) else self.patches
 
     @property
@@ -106,6 +110,8 @@ def fresh_modules(cfg: ModelConfig) -> dict[str, nn.Module]:
     modules["vlm"] = stream_class(cfg.vlm)(cfg.vlm)
     if isinstance(cfg.fae, FaeConfig):
         modules["fae"] = Fae(cfg.fae)
+    elif isinstance(cfg.fae, CodecConfig):
+        modules["own_codec"] = build_codec(cfg.fae)
     else:
         modules["patches"] = PatchCodec(cfg.fae)
     modules["flow"] = Flow(cfg.flow)

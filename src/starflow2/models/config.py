@@ -6,7 +6,7 @@ that reading a recipe is quick.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 from starflow2.core.fields import Config, Count, Depth, Natural, Positive, Size, Weight
@@ -21,6 +21,7 @@ __all__ = [
     "CLIP_COLOURS",
     "HALF_COLOURS",
     "IMAGENET_COLOURS",
+    "CodecConfig",
     "Colours",
     "DinoConfig",
     "FaeConfig",
@@ -138,7 +139,7 @@ class ModelConfig(Config):
     name: str
     features: DinoConfig | SiglipConfig | None  # feature extractor that the FAE reads; None without an FAE
     vlm: LanguageConfig
-    fae: FaeConfig | PatchConfig  # the codec: an FAE, or pixel patches instead
+    fae: FaeConfig | PatchConfig | CodecConfig  # the codec: an FAE, pixel patches, or one of your own
     flow: FlowConfig
     joints: JointsConfig
     guidance: Weight = 2.0  # 0 = off
@@ -164,8 +165,10 @@ class ModelConfig(Config):
                 "features is None but fae is a FaeConfig, which needs a feature extractor. "
                 "Set features, or use a PatchConfig."
             )
-        if self.features is not None and isinstance(codec, PatchConfig):
-            raise ConfigError("features are given but fae is a PatchConfig, which reads pixels. Set features to None.")
+        if self.features is not None and not isinstance(codec, FaeConfig):
+            raise ConfigError(
+                f"features are given but fae is a {type(codec).__name__}, which reads pixels. Set features to None."
+            )
         if deep.num_latents + 2 > self.max_positions:  # with begin and end; more would also fill the memory
             raise ConfigError(
                 f"max_positions is {self.max_positions}; expected room for an image, {deep.num_latents + 2} positions."
@@ -275,6 +278,17 @@ class PatchConfig(Config):
     @property
     def grid(self) -> tuple[int, int]:
         return (self.image_size // self.patch_size,) * 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecConfig(Config):
+    """A codec of your own, named by its class, with the sizes that the flow is built for."""
+
+    codec: str  # module:Class, an nn.Module with the members of `protocols.Codec`; its weights stay as they are
+    latent_dim: Size
+    grid: tuple[Size, Size]
+    image_size: Size  # pixels, square
+    settings: dict[str, bool | int | float | str] = field(default_factory=dict)  # arguments of the class
 
 
 @dataclass(frozen=True, kw_only=True)

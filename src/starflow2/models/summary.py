@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from starflow2.models.components import Components, build
-from starflow2.models.config import FaeConfig, ModelConfig
+from starflow2.models.config import CodecConfig, FaeConfig, ModelConfig
 from starflow2.nn import num_parameters
 
 __all__ = ["LatentShape", "ModelSummary", "ParameterCounts", "describe", "table"]
@@ -86,12 +86,16 @@ def _parameters(components: Components) -> dict[str, int]:
         "features": num_parameters(components.features) if has_fae else 0,
         "vlm.vision": vision,
         "vlm.language": num_parameters(components.vlm) - vision,
-        "fae": num_parameters(components.fae) if has_fae else 0,
+        "fae": num_parameters(components.fae) if has_fae else _own_codec_parameters(components),
         "flow.deep": num_parameters(components.flow.deep),
         "flow.shallow": num_parameters(components.flow.shallow),
         "adapter": adapter,
         "skips": num_parameters(components.joints) - adapter,
     }
+
+
+def _own_codec_parameters(components: Components) -> int:
+    return num_parameters(components.own_codec) if isinstance(components.cfg.fae, CodecConfig) else 0
 
 
 def _bytes(numbers: int) -> dict[str, int]:

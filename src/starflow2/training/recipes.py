@@ -17,6 +17,7 @@ from starflow2.flow import BlockConfig, FlowConfig, NoiseConfig
 from starflow2.models.config import (
     CLIP_COLOURS,
     IMAGENET_COLOURS,
+    CodecConfig,
     DinoConfig,
     FaeConfig,
     JointsConfig,
@@ -504,6 +505,8 @@ def _narrow_fae(cfg: FaeConfig) -> FaeConfig:
 def _at_world_size(model: ModelConfig) -> ModelConfig:
     """The model with the drawn world's images, 64 pixels a side, in 4x4 latents."""
     codec: FaeConfig | PatchConfig
+    if isinstance(model.fae, CodecConfig):
+        return model  # its class decides
     if isinstance(model.fae, PatchConfig):
         codec = replace(model.fae, image_size=MINI_SIZE, patch_size=MINI_SIZE // MINI_GRID[0])
     else:
