@@ -60,7 +60,7 @@ def prompts(rng: random.Random, bench: Bench) -> Case:
         doors["generate"] = lambda: bench.model.generate([text])
         doors["ask"] = lambda: bench.model.ask(bench.image, text)
         doors["edit"] = lambda: bench.model.edit(bench.image, text)
-        if text and kind != "empty":  # an inversion takes no words as well
+        if kind != "empty" and (not isinstance(text, str) or text):  # an inversion takes no words as well
             doors["invert"] = lambda: bench.model.invert(bench.image, text)
     door = rng.choice(list(doors))
     label = f"alien {type(text).__name__}" if kind == "alien" else kind
@@ -176,7 +176,7 @@ def _may_be(name: str, value: object) -> bool:
         return True
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return name in ("device", "generate n") and int(value) > 0
-    return (name in ("skips", "device") and value is None) or (name == "skips" and value in ([], ""))
+    return (name in ("skips", "device") and value is None) or (name == "skips" and str(value) in ("[]", ""))
 
 
 # -- command lines ------------------------------------------------------------------------------------------------

@@ -47,8 +47,7 @@ def folder_lock(folder: Path, error: type[StarFlowError], doing: str) -> Iterato
     doing: what the holder does, in words for whoever comes second. Raises `error`, naming the holder, if another
     process, or another thread of this one, holds it; OutputError where no lock can be written.
     """
-    path = folder / LOCK
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    path, missing = folder / LOCK, [place for place in (folder, *folder.parents) if not place.exists()]
     with write_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _hold(path)
@@ -61,8 +60,8 @@ def folder_lock(folder: Path, error: type[StarFlowError], doing: str) -> Iterato
         with contextlib.suppress(OSError):  # Windows does not remove a file that is open
             path.unlink()
         os.close(descriptor)
-        with contextlib.suppress(OSError):  # what was made for the lock alone goes with it
-            for place in made:
+        with contextlib.suppress(OSError):  # a run that is refused leaves no empty folder
+            for place in missing:
                 place.rmdir()
 
 

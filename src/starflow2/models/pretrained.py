@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from starflow2.core.fields import Config
 from starflow2.core.json_reader import JsonObject, parse_record
 from starflow2.core.serialize import read_json
+from starflow2.core.text import shown
 from starflow2.errors import CheckpointError, ConfigError
 
 __all__ = ["Entry", "Pretrained", "fingerprint", "inventory", "locate"]
@@ -40,6 +42,11 @@ class Pretrained(Config):
     revision: str = ""  # on the Hub: commit, tag or branch; "" = main
     sha256: str = ""  # required fingerprint; "" = any, recorded when it is first loaded
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"([0-9a-f]{64})?", self.sha256):
+            raise ConfigError(f"sha256 is {shown(self.sha256)}; expected 64 hexadecimal digits, or nothing.")
 
 
 @dataclass(frozen=True, slots=True)
