@@ -93,13 +93,13 @@ def our_embeds(components: Components, images: Tensor, ids: Tensor) -> Tensor:
     return embeds
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("sha256", ["x", "F" * 64, "f" * 63, "\n"])
 def test_a_fingerprint_that_is_none_is_refused(sha256):
     with pytest.raises(ConfigError, match=r"sha256 is .*; expected 64 hexadecimal digits"):
         Pretrained(source="x", sha256=sha256)
 
 
+@torch.no_grad()
 def test_states_of_words_and_an_image_equal_those_of_the_folder_loaded_by_transformers(upstream, components):
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(upstream[0] / "vlm", dtype=torch.float32).eval()
     images, ids, positions = a_document(components)
