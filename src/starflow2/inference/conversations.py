@@ -30,7 +30,6 @@ AtEnd = Callable[[Engine, int, int], None]  # engine, row, number of the convers
 
 
 @inference_defaults()
-@inference_defaults()
 def generate_replies(
     sampler: Sampler,
     conversations: Sequence[UserTurns],
@@ -54,7 +53,6 @@ def generate_replies(
     return _converse(sampler, talks, _ReplyMode(limits, draws, watch, ended))
 
 
-@inference_defaults()
 @inference_defaults()
 def reply_after(
     sampler: Sampler, pasts: Sequence[Sequence[PastTurn]], questions: Sequence[Sequence[Part]], limits: ReplyLimits
