@@ -1,0 +1,282 @@
+"""The compiled form of sampling: the arithmetic of `lean.LeanBackend` in C++, for the models that it takes.
+
+Weights are copied; lanes are shared with the lean form and written in place. Every lane has the same bits alone, in any
+batch and on any number of threads, whatever the order in which lanes come and go.
+Letters: P images, N latents, D latent dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from starflow2.errors import ShapeError
+from starflow2.flow.solver import SEQUENTIAL, Solver
+from starflow2.inference.lanes import Lanes
+from starflow2.inference.lean import LeanBackend, Pictures, Rows
+from starflow2.inference.native.build import Unavailable, library
+from starflow2.inference.packed import BlockWeights, FlowLayer, LanguageLayer, PackedWeights
+from starflow2.nn import StackConfig
+
+__all__ = ["NativeBackend", "native_backend"]
+
+HEAD_DIMS = (16, 32, 48, 64, 96, 128)  # `attend_for` in layers.h compiles attention for these
+MULTIPLE = 16  # of every width: registers hold up to as many floats
+
+_Fact = tuple[str, object, object]  # a setting's name, its value, the value that the C++ computes with
+
+
+def native_backend(weights: PackedWeights) -> tuple[NativeBackend | None, str]:
+    """The compiled form for a model and where it is; or None, and why there is none."""
+    try:
+        return NativeBackend(weights), library()._name
+    except Unavailable as error:
+        return None, str(error)
+
+
+# -- which models it takes --------------------------------------------------------------------------------------------
+
+
+def _check_config(weights: PackedWeights) -> None:
+    """Raise Unavailable, with the first setting's name, for a model that the C++ does not compute."""
+    for name, value, expected in _facts(weights):
+        if value != expected:
+            raise Unavailable(f"{name} is {value}; the compiled form takes {expected}")
+
+
+def _facts(weights: PackedWeights) -> Iterator[_Fact]:
+    language = weights.language_cfg
+    yield "device of the weights", weights.embed.device.type, "cpu"
+    yield "dtype of the weights", weights.dtype, torch.float32
+    yield "dtype of the language model", weights.embed.dtype, torch.float32
+    yield from _width_facts("vlm", language.width, language.width // language.heads)
+    yield _whole("vlm.mlp_width", language.mlp_width)
+    yield _whole("joints.adapter_width", weights.cfg.adapter_width)
+    yield from _block_facts("flow.deep", weights.deep)
+    for i, block in enumerate(weights.shallow):
+        yield f"flow.shallow[{i}].clip", block.cfg.clip, weights.deep.cfg.clip
+        yield f"flow.shallow[{i}].stencil", block.cfg.stencil, weights.shallow[0].cfg.stencil
+        yield from _block_facts(f"flow.shallow[{i}]", block)
+
+
+def _block_facts(name: str, block: BlockWeights) -> Iterator[_Fact]:
+    yield f"{name}.scale", block.cfg.scale, "exp"
+    yield f"{name}.clips_mean", block.cfg.clips_mean, False
+    yield f"{name}.stack.activation", block.cfg.stack.activation, "relu2"
+    yield from _width_facts(f"{name}.stack", block.cfg.stack.width, block.cfg.stack.head_dim)
+
+
+def _width_facts(name: str, width: int, head_dim: int) -> Iterator[_Fact]:
+    yield _whole(f"{name}.width", width)
+    known = ", ".join(map(str, HEAD_DIMS))
+    yield f"head dim of {name}", head_dim, head_dim if head_dim in HEAD_DIMS else f"one of {known}"
+
+
+def _whole(name: str, width: int) -> _Fact:
+    return name, width, width if width % MULTIPLE == 0 else f"a multiple of {MULTIPLE}"
+
+
+# -- what the C++ reads -----------------------------------------------------------------------------------------------
+
+
+def _sizes(weights: PackedWeights) -> list[int]:
+    """Integers as `starflow_create` in streams.cpp names them."""
+    language, deep = weights.language_cfg, weights.deep
+    inputs = [block.proj_in.shape[1] for block in (deep, *weights.shallow)]
+    adapter = [weights.adapter_in.shape[1], weights.adapter_in.shape[0]]
+    sizes = [deep.cfg.num_latents, deep.cfg.dim, len(weights.embed), inputs[0], inputs[-1], *adapter]
+    sizes += [weights.context_in.shape[1], language.width, language.depth, language.heads, language.kv_heads]
+    sizes += [language.width // language.heads, language.mlp_width]
+    return sizes + [n for block in (deep, *weights.shallow) for n in _stack_sizes(block.cfg.stack)]
+
+
+def _stack_sizes(cfg: StackConfig) -> tuple[int, ...]:
+    return cfg.width, cfg.depth, cfg.heads, cfg.heads, cfg.head_dim, cfg.mlp_ratio * cfg.width
+
+
+def _tensors(weights: PackedWeights) -> Iterator[Tensor]:
+    """Weights in the order in which streams.cpp takes them."""
+    for layer in weights.language:
+        yield from _of_layer(layer)
+    yield weights.language_norm
+    for block in (weights.deep, *weights.shallow):
+        yield from (block.proj_in, block.head, block.head_bias)
+        for flow_layer in block.layers:
+            yield from _of_layer(flow_layer)
+        yield block.final_norm
+    yield from (weights.context_in, weights.context_in_bias, weights.adapter_in, weights.adapter_in_bias)
+    yield from (weights.adapter_out, weights.adapter_out_bias)
+    language, flow = weights.language_cfg.width, weights.deep.cfg.stack.width
+    yield torch.zeros(flow, language) if weights.visual_skip is None else weights.visual_skip
+    yield torch.zeros(language, flow) if weights.text_skip is None else weights.text_skip
+    yield weights.lm_head
+
+
+def _of_layer(layer: LanguageLayer | FlowLayer) -> list[Tensor]:
+    return [getattr(layer, field.name) for field in fields(layer)]
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = [("values", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("layer", "side", "lane", "head"))]
+
+
+def _pointers(names: Iterable[str]) -> list[tuple[str, Any]]:
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+_OF_LANES = ("length", "drawn", "h", "g", "u", "z", "raw", "added", "language_rotation", "flow_rotation", "strength")
+_OF_ROWS = ("x", "base", "is_latent", "language_rotation", "flow_rotation")
+
+
+class _Lanes(ctypes.Structure):
+    _fields_ = [("language", _Cache), ("flow", _Cache), *_pointers(_OF_LANES)]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [*_pointers(_OF_ROWS), *((name, ctypes.c_int32) for name in ("first", "lanes", "each"))]
+
+
+class _Drawing(ctypes.Structure):
+    _fields_ = [*_pointers(("main", "blank", "is_extrapolated")), ("images", ctypes.c_int32)]
+
+
+def _struct(lanes: Lanes) -> _Lanes:
+    caches = (_Cache(cache.buffer.data_ptr(), *cache.buffer.stride()[:4]) for cache in (lanes.language, lanes.flow))
+    return _Lanes(*caches, *(getattr(lanes, name).data_ptr() for name in _OF_LANES))
+
+
+# -- the operations ---------------------------------------------------------------------------------------------------
+
+
+class _Model:
+    """A model's weights as the C++ holds them."""
+
+    def __init__(self, weights: PackedWeights) -> None:
+        _check_config(weights)
+        self.library = _declared(library())
+        tensors = [tensor.contiguous() for tensor in _tensors(weights)]
+        reverse = [int(block.cfg.direction == "r2l") for block in weights.shallow]
+        self.pointer = self.library.starflow_create(
+            _array(ctypes.c_int32, _sizes(weights)),
+            len(reverse),
+            _array(ctypes.c_int32, reverse),
+            _array(ctypes.c_int32, weights.near.flatten().tolist()),
+            weights.deep.cfg.clip,
+            _array(ctypes.c_void_p, [tensor.data_ptr() for tensor in tensors]),
+        )
+
+    def __del__(self) -> None:
+        if hasattr(self, "pointer"):
+            self.library.starflow_free(self.pointer)
+
+
+_MODELS: WeakKeyDictionary[PackedWeights, _Model] = WeakKeyDictionary()  # shared by the backends of the same weights
+
+
+class NativeBackend(LeanBackend):
+    """The lean form with its arithmetic in C++: passes over both streams, the loop over latents, the shallow inverse.
+
+    threads: how many share the images of a call, by default torch's number. Raises Unavailable where nothing can be
+    compiled, and for models that the C++ does not compute.
+    """
+
+    name = "native"
+
+    def __init__(self, weights: PackedWeights, threads: int | None = None) -> None:
+        if weights not in _MODELS:
+            _MODELS[weights] = _Model(weights)
+        self._compiled = _MODELS[weights]
+        self._library, self._model = self._compiled.library, self._compiled.pointer
+        super().__init__(weights)
+        self._threads = threads
+
+    def _read(self, rows: Rows) -> None:
+        lanes, slots = self.lanes, slice(rows.first, rows.first + rows.lanes)
+        each = len(rows.x) // rows.lanes
+        self._check_room(slots, each)
+        kept = [None if x is None else x.contiguous() for x in (getattr(rows, name) for name in _OF_ROWS)]
+        pointers = (None if x is None else x.data_ptr() for x in kept)
+        self._library.starflow_read(self._model, _struct(lanes), _Rows(*pointers, rows.first, rows.lanes, each))
+        lanes.lengths[slots] = [length + each for length in lanes.lengths[slots]]
+
+    def _draw_latents(self, pictures: Pictures, count: int) -> None:
+        lanes, all_of_it, slots = self.lanes, self.weights.deep.cfg.num_latents, slice(0, len(pictures.slots))
+        read = [min(done + count, all_of_it - 1) - done for done in lanes.counts[slots]]  # the last is only sampled
+        self._check_room(slots, max(read))
+        norm, struct, images = self.weights.at(pictures.level), _struct(lanes), len(pictures.main)
+        rule = None if pictures.is_tarflow is None else pictures.is_tarflow.data_ptr()
+        main, blank = pictures.main.data_ptr(), pictures.blank.data_ptr()
+
+        def run(first: int, last: int) -> None:
+            at = first * pictures.main.element_size()
+            drawing = _Drawing(main + at, blank + at, None if rule is None else rule + first, last - first)
+            vectors = norm.adapter_norm.data_ptr(), norm.adapter_norm_bias.data_ptr()
+            self._library.starflow_draw(self._model, struct, drawing, count, *vectors)
+
+        self._share(run, images)
+        lanes.counts[slots] = [done + count for done in lanes.counts[slots]]
+        lanes.lengths[slots] = [length + more for length, more in zip(lanes.lengths[slots], read, strict=True)]
+
+    def _check_room(self, slots: slice, more: int) -> None:
+        """Raise ShapeError where a lane has no room: the C++ would write beyond its memory."""
+        longest = max(self.lanes.lengths[slots]) + more
+        if longest > self.lanes.capacity:
+            raise ShapeError(
+                f"a lane would hold {longest} positions; expected at most {self.lanes.capacity}: reserve more."
+            )
+
+    def unshallow(self, u: Tensor, level: float, solver: Solver = SEQUENTIAL) -> Tensor:
+        if solver != SEQUENTIAL:
+            return super().unshallow(u, level, solver)
+        x = u.to(self.lanes.u).contiguous().clone()
+        added = _array(ctypes.c_void_p, [slots.data_ptr() for slots in self.weights.at(level).shallow_slots])
+        turns = [self.weights.shallow_rotation(i) for i in range(len(self.weights.shallow))]
+        rotations = _array(ctypes.c_void_p, [turn.data_ptr() for turn in turns])
+
+        def run(first: int, last: int) -> None:
+            self._library.starflow_unshallow(self._model, added, rotations, x[first].data_ptr(), last - first)
+
+        self._share(run, len(x))
+        return x
+
+    def logits(self, lanes: Sequence[int]) -> Tensor:
+        out = torch.empty(len(lanes), len(self.weights.embed))
+        slots = _array(ctypes.c_int64, [self.lanes.slot_of[lane] for lane in lanes])
+        self._library.starflow_logits(self._model, _struct(self.lanes), slots, len(lanes), out.data_ptr())
+        return out
+
+    def _share(self, run: Callable[[int, int], None], images: int) -> None:
+        """Call `run` with ranges of the images, one for each thread."""
+        workers = min(self._threads or torch.get_num_threads(), images)
+        if workers < 2:
+            run(0, images)
+            return
+        bounds = [images * i // workers for i in range(workers + 1)]
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(run, bounds[:-1], bounds[1:]))
+
+
+def _array(kind: Any, values: Sequence[int]) -> Any:
+    return (kind * len(values))(*values)
+
+
+def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions."""
+    pointer, integer, lanes = ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Lanes)
+    lib.starflow_create.restype = pointer
+    lib.starflow_create.argtypes = [pointer, integer, pointer, pointer, ctypes.c_float, pointer]
+    lib.starflow_free.argtypes = [pointer]
+    lib.starflow_read.argtypes = [pointer, lanes, ctypes.POINTER(_Rows)]
+    lib.starflow_draw.argtypes = [pointer, lanes, ctypes.POINTER(_Drawing), integer, pointer, pointer]
+    lib.starflow_unshallow.argtypes = [pointer, pointer, pointer, pointer, integer]
+    lib.starflow_logits.argtypes = [pointer, lanes, pointer, integer, pointer]
+    for name in ("free", "read", "draw", "unshallow", "logits"):
+        getattr(lib, f"starflow_{name}").restype = None
+    return lib
