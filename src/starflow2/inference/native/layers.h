@@ -1,7 +1,7 @@
 // Layers of both streams in float32: linear, norms, rotary positions, attention over a cache, and a stack of them.
 //
-// Each output of a linear layer is one sum over the inputs in their order, and each softmax one sum over the keys in
-// theirs, however many rows are computed together: a row has the same bits alone and in any batch.
+// Each output of a linear layer is a sum over the inputs in one order, and each softmax a sum over the keys in one
+// order, however many rows are computed together: a row has the same bits alone and in any batch.
 // Letters: M new positions, C width, H heads, K head dim.
 #pragma once
 
@@ -33,6 +33,7 @@ struct Tensors {
 
 constexpr int BLOCK = FLOATS * VECTORS;  // outputs that one pass over the inputs computes
 constexpr int ROWS = 6;                 // rows that share such a pass: their sums fit into the registers
+constexpr int PART = 64;                // inputs of one sum
 
 // y = W x + b. Weights lie in blocks of BLOCK outputs, input after input, so that they are read once and in order.
 struct Linear {
@@ -51,21 +52,28 @@ struct Linear {
   }
 };
 
-// One block of outputs of R rows. x: (R, inputs), y: (R, outputs).
+// One block of outputs of R rows, in parts of PART inputs that are summed apart: that rounds less than one long sum.
+// x: (R, inputs), y: (R, outputs).
 template <int R>
 void linear_block(const Linear& layer, int block, const float* x, float* y) {
-  Vec sums[R][VECTORS];
+  Vec totals[R][VECTORS];
   const float* w = floats(layer.weight) + size_t(block) * layer.inputs * BLOCK;
   const float* b = floats(layer.bias) + block * BLOCK;
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < VECTORS; v++) sums[r][v] = load(b + v * FLOATS);
-  for (int i = 0; i < layer.inputs; i++, w += BLOCK)
-    for (int v = 0; v < VECTORS; v++) {
-      const Vec column = load(w + v * FLOATS);
-      for (int r = 0; r < R; r++) sums[r][v] = multiply_add(all(x[r * layer.inputs + i]), column, sums[r][v]);
-    }
+    for (int v = 0; v < VECTORS; v++) totals[r][v] = load(b + v * FLOATS);
+  for (int first = 0; first < layer.inputs; first += PART) {
+    Vec sums[R][VECTORS] = {};
+    const int end = std::min(first + PART, layer.inputs);
+    for (int i = first; i < end; i++, w += BLOCK)
+      for (int v = 0; v < VECTORS; v++) {
+        const Vec column = load(w + v * FLOATS);
+        for (int r = 0; r < R; r++) sums[r][v] = multiply_add(all(x[r * layer.inputs + i]), column, sums[r][v]);
+      }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < VECTORS; v++) totals[r][v] += sums[r][v];
+  }
   const int count = std::min(BLOCK, layer.outputs - block * BLOCK);
-  for (int r = 0; r < R; r++) std::memcpy(y + r * layer.outputs + block * BLOCK, sums[r], count * sizeof(float));
+  for (int r = 0; r < R; r++) std::memcpy(y + r * layer.outputs + block * BLOCK, totals[r], count * sizeof(float));
 }
 
 // x: (rows, inputs) -> y: (rows, outputs)
