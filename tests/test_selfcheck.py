@@ -42,6 +42,7 @@ def test_a_sound_flow_passes_every_check_and_an_untrained_codec_fails_its_own(mo
     assert [check.name for check in checks if not check.ok] == ["codec: PSNR of drawn scenes (dB)"]
     report = selfcheck.report(checks, model)
     assert report["ok"] is False and len(report["checks"]) == len(checks) >= 10
+    assert report["sampling"]["path"] == "lean" and report["sampling"]["note"].startswith("vlm.width is ")
     assert all(set(row) == {"name", "value", "bound", "ok"} for row in report["checks"])
     assert selfcheck.table(checks).row_count == len(checks)
 

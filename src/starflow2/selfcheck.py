@@ -130,11 +130,13 @@ def _measured(planned: Check, measure: _Measure, material: _Material, progress: 
 
 
 def report(checks: Iterable[Check], model: StarFlow2) -> JsonObject:
-    """The outcome as JSON: checks, and the versions they were made with."""
+    """The outcome as JSON: checks, the code that samples, and the versions they were made with."""
     rows = [check.to_json() for check in checks]
+    path, note = model.sampler().path()
     return {
         "model": model.components.cfg.name,
         "device": str(model.device),
+        "sampling": {"path": path, "note": note},
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
         "ok": all(row["ok"] for row in rows),
         "checks": rows,

@@ -556,7 +556,9 @@ def test_check_writes_its_checks_and_says_by_its_status_whether_all_hold(is_well
     assert main(["check", "--json", "check.json"]) == (0 if is_well else 1)
     rows = json.loads(Path("check.json").read_text())["checks"]
     assert [set(row) for row in rows] == [{"name", "value", "bound", "ok"}] * 2
-    assert rows[1]["ok"] is is_well and ("FAILS" in capsys.readouterr().out) is not is_well
+    out = capsys.readouterr().out
+    assert rows[1]["ok"] is is_well and ("FAILS" in out) is not is_well
+    assert out.splitlines()[-1].startswith("sampling runs: lean (")
 
 
 def test_demo_says_where_its_page_is(monkeypatch, model, capsys):

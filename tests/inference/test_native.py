@@ -16,17 +16,24 @@ import torch
 from torch import Tensor
 
 from model_cases import tiny_components
+from starflow2.core.images import to_bytes
 from starflow2.errors import ShapeError
 from starflow2.flow.affine import strengths
 from starflow2.flow.solver import SEQUENTIAL, Jacobi
 from starflow2.inference.backend import Backend, Begin, Chunk, Drawn, NewImage, Pair, Span
+from starflow2.inference.config import DrawConfig, ReplyLimits
+from starflow2.inference.conversations import ReplyPart, generate_replies
+from starflow2.inference.events import DecodedImage
 from starflow2.inference.lean import LeanBackend
 from starflow2.inference.native import NativeBackend, Unavailable, build, native_backend
 from starflow2.inference.packed import pack
+from starflow2.inference.sampler import Sampler
 from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
 from starflow2.models.hub import NANO
 from starflow2.models.sequence import Cursor
+from starflow2.world.captions import caption_task
+from starflow2.world.detector import detect
 
 SOURCE = Path(build.__file__).parent
 LEVEL = 0.5
@@ -207,6 +214,65 @@ def test_another_solver_of_the_shallow_blocks_is_the_lean_form_s(native, nano):
     u = torch.randn(1, 64, 16)
     mine = native.unshallow(u, LEVEL, Jacobi(tolerance=0.0))
     assert (mine - native.unshallow(u, LEVEL, SEQUENTIAL)).abs().max() <= 1e-4
+
+
+# -- conversations through the engine ---------------------------------------------------------------------------------
+
+TURNS = (
+    [["two red hearts"], ["make the hearts blue"]],
+    [["a blue circle"], ["what color is the circle?"], ["draw a green star"]],
+    [["a small yellow star above a red square"]],
+)
+LIMITS = ReplyLimits(tokens=12, pictures=1)
+
+
+def sampler(nano: Components, **settings: str) -> Sampler:
+    return Sampler(nano, DrawConfig.for_model(nano, **settings))
+
+
+def replies(using: Sampler, talks: Sequence[Sequence[Sequence[str]]], seeds: Sequence[int]) -> list[list[ReplyPart]]:
+    """All parts of the model's turns of each conversation, in order."""
+    found = generate_replies(using, talks, list(seeds), LIMITS)
+    return [[part for turn in talk for part in turn] for talk in found]
+
+
+def same_bits(one: Sequence[ReplyPart], other: Sequence[ReplyPart]) -> bool:
+    def is_same(a: ReplyPart, b: ReplyPart) -> bool:
+        if isinstance(a, str) or isinstance(b, str):
+            return a == b
+        same = all(torch.equal(x, y) for x, y in ((a.u, b.u), (a.x, b.x), (a.image, b.image)))
+        return same and a.log_prob == b.log_prob and a.unconditional_log_prob == b.unconditional_log_prob
+
+    return len(one) == len(other) and all(map(is_same, one, other))
+
+
+def test_whole_conversations_have_the_same_bits_alone_and_among_others(nano, native):
+    using = sampler(nano)
+    assert using.path()[0] == "native"
+    together = replies(using, TURNS * 2, range(6))
+    for i in (0, 1, 4):
+        alone = replies(using, [(TURNS * 2)[i]], [i])[0]
+        assert same_bits(alone, together[i])
+    assert {type(part) for talk in together for part in talk} == {str, DecodedImage}
+
+
+@pytest.mark.slow
+def test_64_prompts_and_16_conversations_equal_those_of_the_float64_reference_and_are_judged_alike(nano, native):
+    talks = [[[caption_task(1, i).prompt]] for i in range(64)]
+    talks += [[[turn] for turn in (caption_task(2, i).prompt, "make it blue")] for i in range(16)]
+    mine, theirs = (replies(sampler(nano, precision=p), talks, range(80)) for p in ("float32", "float64"))
+    pictures = 0
+    for a, b in ((a, b) for talk, other in zip(mine, theirs, strict=True) for a, b in zip(talk, other, strict=True)):
+        if isinstance(a, str) or isinstance(b, str):
+            assert a == b
+            continue
+        pictures += 1
+        assert (a.u - b.u).abs().max() <= CLOSE and (a.image - b.image).abs().max() <= CLOSE_PIXELS
+        one, other = detect(to_bytes(torch.stack([a.image.float(), b.image.float()])))
+        assert [(d.shape, d.color, d.size) for d in one.detections] == [
+            (d.shape, d.color, d.size) for d in other.detections
+        ]
+    assert pictures >= 80
 
 
 # -- models that it does not take -------------------------------------------------------------------------------------

@@ -43,5 +43,6 @@ class Check:
             checks = check_model(model, status.update)
         console().print(table(checks))
         found = report(checks, model)
+        console().print("sampling runs: {path} ({note})".format(**found["sampling"]), soft_wrap=True, highlight=False)
         write_json(found, self.json)
         return 0 if found["ok"] else 1

@@ -17,6 +17,7 @@ from starflow2.errors import ConfigError, StateError
 from starflow2.inference.backend import Backend
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.lean import LeanBackend
+from starflow2.inference.native import native_backend
 from starflow2.inference.packed import PackedWeights, pack, unpackable
 from starflow2.inference.streams import StreamBackend
 from starflow2.models.components import Components
@@ -57,11 +58,22 @@ class Sampler:
 
     def backend(self) -> Backend:
         """The fastest code that runs this stream, without lanes yet."""
-        if unpackable(self.pretzel) is not None:
-            return StreamBackend(self.pretzel, self.dtype)
+        return self._backend()[0]
+
+    def path(self) -> tuple[str, str]:
+        """The name of that code, and where it is or why no faster one runs."""
+        backend, note = self._backend()
+        return backend.name, note
+
+    def _backend(self) -> tuple[Backend, str]:
+        reason = unpackable(self.pretzel)
+        if reason is not None:
+            return StreamBackend(self.pretzel, self.dtype), reason
         if self.pretzel not in self._weights:
             self._weights[self.pretzel] = pack(self.pretzel)
-        return LeanBackend(self._weights[self.pretzel])
+        weights = self._weights[self.pretzel]
+        native, note = native_backend(weights)
+        return native or LeanBackend(weights), note
 
     def noisy(self, images: Tensor, levels: Tensor) -> Tensor:
         """Latents (P, N, D) of images from outside (P, 3, s, s) at their levels (P,).
