@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from starflow2.core.files import TEMPORARY, flush_folder, replacing
+from starflow2.core.files import flush_folder, replacing
 from starflow2.core.json_reader import parse_json
 from starflow2.core.serialize import flatten, read_json, to_dict
 from starflow2.errors import ConfigError, OutputError, TrainingError
@@ -242,7 +242,7 @@ class ShardStore(CheckpointStore):
 
     def save(self, state: TrainState, settings: dict[str, str]) -> None:
         self.close()
-        new, done = self.shards / f"{TEMPORARY}{state.step}.tmp", self._free_name(state.step)
+        new, done = self.shards / f".{state.step}.new", self._free_name(state.step)
         if self.group.is_first:
             _make_empty(new)
         dist.barrier(self.processes)
@@ -276,7 +276,7 @@ class ShardStore(CheckpointStore):
         with replacing(new / SETTINGS) as temp:
             text = json.dumps({**settings, "index": index_digest(new)}, indent=1) + "\n"
             temp.write_text(text, encoding="utf-8")
-        left = [path for path in self.shards.glob(f"{TEMPORARY}*.tmp") if path != new]
+        left = [path for path in self.shards.glob(".[0-9]*.new") if path != new]
         new.rename(done)
         flush_folder(self.shards)
         for path in left:
