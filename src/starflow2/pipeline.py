@@ -415,8 +415,11 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         """Write the model folder, whole or not at all, and a model card where there is none.
 
         push_to_hub: upload it, too, as `repo_id` (by default the folder's name) and with the options in `hub`, those of
-        huggingface_hub; returns the url of the commit.
+        huggingface_hub; returns the url of the commit. Raises ConfigError for such options without an upload.
         """
+        unused = [name for name, value in hub.items() if value is not None and not push_to_hub]
+        if unused:
+            raise ConfigError(f"{unused[0]} is an option of push_to_hub, which is False; leave it out, or upload.")
         folder = save_components(self.components, _place(save_directory))
         card = model_card_kwargs or {}
         if not (folder / "README.md").exists():

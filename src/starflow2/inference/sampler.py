@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from starflow2.core.torch_defaults import inference_defaults
-from starflow2.errors import ConfigError, StateError
+from starflow2.errors import ConfigError, DataError, StateError
 from starflow2.inference.backend import Backend
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.lean import LeanBackend
@@ -120,10 +120,12 @@ class Sampler:
     def with_code(self, z: Tensor) -> Self:
         """A sampler whose images all start from z (N, D), whatever the seed, without guidance: exact inversion.
 
-        Raises ShapeError for any other shape.
+        Raises ShapeError for any other shape, and DataError for whole numbers, NaN and infinity.
         """
         deep = self.components.cfg.flow.deep
         check(z, "N D", "code", N=deep.num_latents, D=deep.dim)
+        if not z.is_floating_point() or not bool(z.isfinite().all()):
+            raise DataError(f"code holds {z.dtype} with NaN or infinity, or whole numbers; expected finite floats.")
         twin = self.changed(guidance=0.0, edit_guidance=None)
         twin.start = z
         return twin
