@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,10 @@ from starflow2.models.checkpoint import load_components, load_words, save_compon
 from starflow2.models.components import Components
 from starflow2.pipeline import StarFlow2
 
+MAY_DIFFER = {
+    *("guidance", "edit_guidance", "prior_scale", "max_prompt_tokens", "max_positions", "latent_penalty", "clip"),
+    *("noise_min", "noise_max", "max_share", "kl_weight", "feature_weight", "edge_weight", "rope_theta"),
+}  # numbers of a config that no tensor shows
 FILES = ("model.safetensors", "vlm/model.safetensors", "features/model.safetensors")
 
 
@@ -201,6 +207,38 @@ def test_keys_of_a_config_that_are_of_another_kind_are_refused(folder, key, valu
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     assert key in refusal(folder)
+
+
+def numbers(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths to all numbers in a config."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        if type(value) in (int, float):
+            yield (*path, key)
+        yield from numbers(value, (*path, key))
+
+
+@pytest.mark.parametrize("value", [-1, 0, 10**11, 3], ids=str)
+def test_a_config_with_a_number_that_cannot_be_is_refused_before_anything_is_built(folder, value):
+    """What is taken is what shows in no tensor and may be so: settings of sampling and of losses."""
+    path = folder / "config.json"
+    whole_config = json.loads(path.read_text())
+    taken = set()
+    for place in numbers(whole_config["model"]):
+        config = json.loads(json.dumps(whole_config))
+        parent = config["model"]
+        for step in place[:-1]:
+            parent = parent[step]
+        if parent[place[-1]] == value:
+            continue
+        parent[place[-1]] = value
+        path.write_text(json.dumps(config))
+        try:
+            load_components(folder)
+            taken.add(place[-1])
+        except (CheckpointError, ConfigError) as error:
+            assert str(error).isprintable(), place
+    assert taken <= MAY_DIFFER, taken - MAY_DIFFER
 
 
 def test_a_config_of_an_older_format_that_does_not_fit_it_is_refused(folder):

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from starflow2.core.fields import Config, Natural, Seed
 from starflow2.core.json_reader import parse_json
 from starflow2.core.serialize import from_dict, to_dict
 from starflow2.errors import CheckpointError, ConfigError
@@ -32,7 +33,6 @@ from starflow2.models.tensor_file import Expected, check_tensors, load_signed, r
 __all__ = ["SavedPiece", "SavedSampling", "SavedSession", "SavedState", "load_session", "save_session"]
 
 KEYS = {"model", "pieces", "sampling", "state"}  # of the metadata
-SEEDS = (-(2**63), 2**64)  # what a torch.Generator takes
 ROUNDING = 1e-3  # by which pixels of an image may be outside [-1, 1]
 T = TypeVar("T")
 
@@ -54,21 +54,15 @@ class SavedPiece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SavedState:
+class SavedState(Config):
     """Numbers of a session: positions of its next slot, seed, and what it has counted."""
 
-    mrope: int
-    step: int
-    seed: int
-    replies: int
+    mrope: Natural
+    step: Natural
+    seed: Seed
+    replies: Natural
     is_open: bool
-    encode_calls: int
-
-    def __post_init__(self) -> None:
-        if min(self.mrope, self.step, self.replies, self.encode_calls) < 0:
-            raise ConfigError(f"{self}: expected no number below 0 but the seed.")
-        if not SEEDS[0] <= self.seed < SEEDS[1]:
-            raise ConfigError(f"seed is {self.seed}; expected at least {SEEDS[0]} and less than {SEEDS[1]}.")
+    encode_calls: Natural
 
 
 @dataclass(frozen=True, kw_only=True)
