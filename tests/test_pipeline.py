@@ -391,7 +391,7 @@ def test_likelihoods_take_what_sessions_take_and_refuse_what_they_refuse(joint, 
         joint.from_code(replace(joint.invert(shown), z=torch.zeros(1, 4)))
     code = joint.invert(shown)
     for z in (code.z.int(), torch.full_like(code.z, torch.nan), torch.full_like(code.z, torch.inf)):
-        with pytest.raises(DataError, match="expected finite floats"):
+        with pytest.raises(DataError, match="code has NaN or infinite numbers, or whole ones"):
             joint.from_code(replace(code, z=z))
     with pytest.raises(ConfigError, match="noise_level is 0; expected one that was trained"):
         score(joint.sampler(), [], [shown], noise_level=0)

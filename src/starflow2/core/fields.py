@@ -23,6 +23,7 @@ __all__ = [
     "Config",
     "Count",
     "Depth",
+    "Extent",
     "Natural",
     "Positive",
     "Range",
@@ -58,6 +59,7 @@ class Range:
 Natural = Annotated[int, Range(least=0)]
 Count = Annotated[int, Range(least=1)]
 Size = Annotated[int, Range(least=1, most=2**20)]  # of an axis: width, vocabulary, pixels, positions
+Extent = Annotated[int, Range(least=0, most=2**20)]  # a size that may be left out
 Depth = Annotated[int, Range(least=0, most=4096)]  # layers; bounded, because lists of this length are built
 Share = Annotated[float, Range(least=0, most=1)]
 Weight = Annotated[float, Range(least=0)]

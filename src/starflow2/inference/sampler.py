@@ -125,7 +125,7 @@ class Sampler:
         deep = self.components.cfg.flow.deep
         check(z, "N D", "code", N=deep.num_latents, D=deep.dim)
         if not z.is_floating_point() or not bool(z.isfinite().all()):
-            raise DataError(f"code holds {z.dtype} with NaN or infinity, or whole numbers; expected finite floats.")
+            raise DataError("code has NaN or infinite numbers, or whole ones; expected one that invert returned.")
         twin = self.changed(guidance=0.0, edit_guidance=None)
         twin.start = z
         return twin

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from starflow2.core.folders import is_ours, replacing_content, stamp, whole
 from starflow2.core.serialize import to_dict
 from starflow2.core.torch_defaults import torch_defaults
-from starflow2.errors import CheckpointError, ConfigError, nearest
+from starflow2.errors import CheckpointError, ConfigError, StarFlowError, nearest
 from starflow2.flow import AffineBlock, Flow
 from starflow2.models.components import Components
 from starflow2.models.config import CodecConfig, FaeConfig, ModelConfig
@@ -161,8 +161,7 @@ def _load_once(folder: Path, device: str | torch.device, waiting: tuple[str, ...
     tokenizer = _tokenizer(source / "tokenizer.json", cfg)
     tensors = load_tensors(source / "model.safetensors")
     _check_depths(source, cfg, tensors)
-    with torch.device("meta"):
-        components = Components(cfg, tokenizer)
+    components = _without_weights(cfg, tokenizer, source)
     if isinstance(cfg.fae, CodecConfig):
         components.own_codec = build_codec(cfg.fae)  # of a user's class, which may need real memory
     if not any(name.startswith("joints.") for name in tensors) and "adapter" not in config.finished_stages:
@@ -186,6 +185,17 @@ def _load_once(folder: Path, device: str | torch.device, waiting: tuple[str, ...
         if not _waits(name, waiting):
             module._apply(lambda value: value.to(device), recurse=False)
     return components.eval()
+
+
+def _without_weights(cfg: ModelConfig, tokenizer: ChatTokenizer, folder: Path) -> Components:
+    """Components that hold no weights yet. Raises CheckpointError for sizes that torch or transformers refuse."""
+    try:
+        with torch.device("meta"):
+            return Components(cfg, tokenizer)
+    except StarFlowError:
+        raise
+    except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder}/config.json: its sizes make no model: {_first_line(error)}") from error
 
 
 def _check_files(folder: Path, names: list[str]) -> None:

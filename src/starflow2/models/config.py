@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import cast
 
-from starflow2.core.fields import Config, Count, Depth, Natural, Positive, Size, Weight
+from starflow2.core.fields import Config, Count, Depth, Extent, Natural, Positive, Size, Weight
 from starflow2.errors import ConfigError
 from starflow2.flow import FlowConfig
 from starflow2.flow.affine import Schedule
@@ -44,6 +44,11 @@ IMAGENET_COLOURS: Colours = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of
 HALF_COLOURS: Colours = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # of SigLIP
 
 
+def _check_multiple(name: str, value: int, of: str, divisor: int) -> None:
+    if value % divisor:
+        raise ConfigError(f"{name} is {value}; expected a multiple of {of} {divisor}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PixelConfig(Config):
     """Resizing and normalisation that turn images in [-1, 1] into the input of a pretrained vision tower."""
@@ -63,8 +68,12 @@ class DinoConfig(Config):
     depth: Depth
     heads: Size
     swiglu: bool = False
-    table_size: Natural = 0  # pixels that the position embeddings cover, interpolated to image_size; 0 = image_size
+    table_size: Extent = 0  # pixels that the position embeddings cover, interpolated to image_size; 0 = image_size
     pixels: PixelConfig | None = None  # None: reads images of image_size in [-1, 1] unchanged
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_multiple("width", self.width, "heads", self.heads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +87,10 @@ class SiglipConfig(Config):
     heads: Size
     mlp_width: Size
     pixels: PixelConfig | None = None  # None: reads images of image_size in [-1, 1] unchanged
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_multiple("width", self.width, "heads", self.heads)
 
 
 @dataclass(frozen=True)
@@ -113,7 +126,7 @@ class LanguageConfig(Config):
     image_size: Size  # pixels, square, of images that the tower reads
     rope_theta: Positive = 1e6
     ties_embeddings: bool = True
-    vision_window: Natural = 0  # pixels, side of the window of the tower's windowed layers; 0 = the image
+    vision_window: Extent = 0  # pixels, side of the window of the tower's windowed layers; 0 = the image
     vision_whole: tuple[Natural, ...] = ()  # layers of the tower that attend to the whole image; () = all
     vision_deepstack: tuple[Natural, ...] = ()  # layers of the tower that feed inner layers of the language model, too
     pixels: PixelConfig | None = None  # None: reads images of image_size in [-1, 1] unchanged
@@ -124,6 +137,19 @@ class LanguageConfig(Config):
     def head_width(self) -> int:
         """Channels of an attention head of the language model."""
         return self.head_dim or self.width // self.heads
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_multiple("width", self.width, "heads", self.heads)
+        _check_multiple("heads", self.heads, "kv_heads", self.kv_heads)
+        _check_multiple("vision_width", self.vision_width, "vision_heads", self.vision_heads)
+        _check_multiple("image_size", self.image_size, "two patches,", 2 * self.vision_patch)
+        _check_multiple("vision_window", self.vision_window, "two patches,", 2 * self.vision_patch)
+        if 2 * sum(self.mrope_section) != self.width // self.heads:
+            raise ConfigError(
+                f"mrope_section is {self.mrope_section}; expected three numbers whose sum is half of "
+                f"{self.width // self.heads}, the width of a head."
+            )
 
     @property
     def image_grid(self) -> tuple[int, int]:
@@ -247,6 +273,7 @@ class FaeConfig(Config):
                 f"image_size is {self.image_size}; expected a multiple of {rows} rows of latents times "
                 f"2^{len(self.pixel_channels)} of the upsamplings in pixel_channels."
             )
+        _check_multiple("encoder_width", self.encoder_width, "encoder_heads", self.encoder_heads)
 
     @property
     def pixels_per_step(self) -> int:
