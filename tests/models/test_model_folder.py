@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -241,6 +242,18 @@ def test_a_config_with_a_number_that_cannot_be_is_refused_before_anything_is_bui
         except Exception as error:
             other.append((place, error))
     assert not other and taken <= MAY_DIFFER, (other, taken - MAY_DIFFER)
+
+
+def test_a_folder_does_not_decide_what_is_imported(folder, tmp_path, monkeypatch):
+    (tmp_path / "theirs.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    for stream in ("theirs:Stream", "antigravity:Stream", "subprocess:Popen", "starflow2.models.qwen:qwen_config", "x"):
+        config["model"]["vlm"]["stream"] = stream
+        path.write_text(json.dumps(config))
+        assert stream in refusal(folder)
+    assert "theirs" not in sys.modules and "antigravity" not in sys.modules
 
 
 def test_a_config_of_an_older_format_that_does_not_fit_it_is_refused(folder):

@@ -130,7 +130,7 @@ class LanguageConfig(Config):
     vision_whole: tuple[Natural, ...] = ()  # layers of the tower that attend to the whole image; () = all
     vision_deepstack: tuple[Natural, ...] = ()  # layers of the tower that feed inner layers of the language model, too
     pixels: PixelConfig | None = None  # None: reads images of image_size in [-1, 1] unchanged
-    head_dim: Natural = 0  # channels of a head; 0 = width / heads
+    head_dim: Extent = 0  # channels of a head; 0 = width / heads
     stream: str = "starflow2.models.qwen:QwenStream"  # module:Class, a `huggingface.Backbone` and `LanguageStream`
 
     @property
@@ -140,15 +140,16 @@ class LanguageConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_multiple("width", self.width, "heads", self.heads)
+        if not self.head_dim:
+            _check_multiple("width", self.width, "heads", self.heads)
         _check_multiple("heads", self.heads, "kv_heads", self.kv_heads)
         _check_multiple("vision_width", self.vision_width, "vision_heads", self.vision_heads)
         _check_multiple("image_size", self.image_size, "two patches,", 2 * self.vision_patch)
         _check_multiple("vision_window", self.vision_window, "two patches,", 2 * self.vision_patch)
-        if 2 * sum(self.mrope_section) != self.width // self.heads:
+        if 2 * sum(self.mrope_section) != self.head_width:
             raise ConfigError(
                 f"mrope_section is {self.mrope_section}; expected three numbers whose sum is half of "
-                f"{self.width // self.heads}, the width of a head."
+                f"{self.head_width}, the channels of a head."
             )
 
     @property

@@ -6,6 +6,7 @@ model (`checkpoint`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from starflow2.core.json_reader import JsonObject
 from starflow2.core.serialize import from_dict, read_json, to_dict
 from starflow2.errors import CheckpointError, ConfigError
-from starflow2.models.config import JointsConfig, ModelConfig
+from starflow2.models.config import CodecConfig, JointsConfig, ModelConfig
 
 __all__ = ["FORMAT", "FolderConfig", "is_model_config", "read_config"]
 
@@ -40,12 +41,29 @@ def read_config(folder: Path) -> FolderConfig:
     """
     path = folder / "config.json"
     config = _migrated(path)
+    model = from_dict(ModelConfig, config["model"])
+    _check_class(path, "language model", model.vlm.stream)
+    if isinstance(model.fae, CodecConfig):
+        _check_class(path, "codec", model.fae.codec)
     return FolderConfig(
-        model=from_dict(ModelConfig, config["model"]),
+        model=model,
         finished_stages=tuple(config["stages"]),
         fingerprints=_texts(path, config, "fingerprints"),
         digests=_texts(path, config, "digests"),
     )
+
+
+def _check_class(path: Path, what: str, name: str) -> None:
+    """Raise CheckpointError for a class of a module that is not ours and that nobody has imported.
+
+    A folder that comes from elsewhere must not decide which code runs.
+    """
+    module = name.partition(":")[0]
+    if module.partition(".")[0] != "starflow2" and module not in sys.modules:
+        raise CheckpointError(
+            f"{path} names the {what} {name!a}, which is not part of starflow2; if you trust the folder and "
+            "have that module, import it first."
+        )
 
 
 def is_model_config(path: Path) -> bool:

@@ -10,10 +10,12 @@ import torch
 from starflow2.core.folders import whole
 from starflow2.core.serialize import to_dict
 from starflow2.data.mixture import read_mixture, words
+from starflow2.core.imports import find_object
 from starflow2.errors import ConfigError, TrainingError
 from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
-from starflow2.models.config import ModelConfig
+from starflow2.models.config import CodecConfig, ModelConfig
+from starflow2.models.huggingface import stream_class
 from starflow2.models.tokenizer import train_tokenizer
 from starflow2.training.config import RunConfig
 from starflow2.world.captions import caption_task
@@ -70,6 +72,9 @@ def _has_model(folder: Path) -> bool:
 
 
 def _load(run: RunConfig, stage: str, folder: Path, device: str, left_in_files: tuple[str, ...]) -> Components:
+    stream_class(run.model.vlm)  # imports the modules that the recipe names; a folder alone may not
+    if isinstance(run.model.fae, CodecConfig):
+        find_object(run.model.fae.codec, "fae.codec")
     components = load_components(folder / "model", device, left_in_files)
     _check_same_sizes(components.cfg, run.model)
     names: list[str] = [s.name for s in run.stages]
