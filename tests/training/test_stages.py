@@ -307,8 +307,8 @@ def test_documents_of_stage_three_are_mixed_as_the_config_says():
     assert not parts["understand"] & (parts["draw"] | parts["edit"] | parts["story"])
     assert not (parts["edit"] | parts["chain"]) & parts["story"] and not parts["edit"] & parts["chain"]
     assert kinds(draw=0.5, story=0.5) == parts["draw"] | parts["story"]
-    for shares in ({"draw": -1.0}, {}):
-        with pytest.raises(ConfigError, match="MixConfig is"):
+    for shares, message in (({"draw": -1.0}, "draw is -1.0; expected at least 0"), ({}, "MixConfig is")):
+        with pytest.raises(ConfigError, match=message):
             kinds(**shares)
 
 
@@ -323,9 +323,10 @@ def test_captions_of_drawings_are_about_what_the_config_says_in_both_stages_that
         components.tokenizer.drawing_prompt(caption_task(0, i, weights={"counting": 1.0}).prompt) for i in range(8)
     ]
     assert asdict(CaptionConfig()) == dict(T2I_MIX)
-    for shares in ({"counting": -1.0}, dict.fromkeys(T2I_MIX, 0.0)):
-        with pytest.raises(ConfigError, match="CaptionConfig is"):
-            CaptionConfig(**shares)
+    with pytest.raises(ConfigError, match=r"counting is -1\.0; expected at least 0"):
+        CaptionConfig(counting=-1.0)
+    with pytest.raises(ConfigError, match="CaptionConfig is"):
+        CaptionConfig(**dict.fromkeys(T2I_MIX, 0.0))
 
 
 def test_the_first_steps_have_a_mix_of_their_own():

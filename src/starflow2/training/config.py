@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from starflow2.core.fields import Config, Count, Natural, Range, Seed, Share, Weight
 from starflow2.errors import ConfigError, nearest
 from starflow2.models.config import ModelConfig
 from starflow2.world.captions import T2I_MIX
@@ -27,26 +28,28 @@ __all__ = [
 
 StageName = Literal["features", "fae", "vlm", "t2i", "adapter", "joint"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Decay = Annotated[float, Range(least=0, below=1)]
 TextMean = Literal["reply", "token"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Config):
     """Muon on hidden matrices, AdamW elsewhere; linear warm-up, constant, then a decay to `min_lr`."""
 
-    lr: float = 2e-3  # learning rate of AdamW
-    matrix_lr: float = 4e-3  # learning rate of Muon, with AdamW's update size; 0: AdamW everywhere
-    weight_decay: float = 0.01
-    warmup_steps: int = 60
-    decay_share: float = 0.6  # share of all steps, at the end, over which the rate falls
+    lr: Weight = 2e-3  # learning rate of AdamW
+    matrix_lr: Weight = 4e-3  # learning rate of Muon, with AdamW's update size; 0: AdamW everywhere
+    weight_decay: Weight = 0.01
+    warmup_steps: Natural = 60
+    decay_share: Share = 0.6  # share of all steps, at the end, over which the rate falls
     decay: Literal["linear", "cosine"] = "linear"  # how it falls
-    min_lr: float = 0.0  # learning rate of AdamW that the decay ends at; Muon's ends at the same fraction of its own
-    clip: float = 1.0  # largest global gradient norm
-    ema: float = 0.995  # decay of the averaged weights, which are saved; 0: no average
+    min_lr: Weight = 0.0  # learning rate of AdamW that the decay ends at; Muon's ends at the same fraction of its own
+    clip: Weight = 1.0  # largest global gradient norm
+    ema: Decay = 0.995  # decay of the averaged weights, which are saved; 0: no average
     # type of AdamW's moments; 8bit needs torchao, 8bit-bnb needs bitsandbytes
     optimizer_state_dtype: Literal["float32", "8bit", "8bit-bnb"] = "float32"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.min_lr <= self.lr:
             raise ConfigError(f"optim.min_lr is {self.min_lr}; expected 0 to optim.lr, which is {self.lr}.")
 
@@ -60,10 +63,11 @@ class OptimConfig:
         return up * (floor + (1 - floor) * left)
 
 
-class _Shares:
+class _Shares(Config):
     """Fields that are shares of a whole; they need not add up to 1."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         shares = asdict(self)  # type: ignore[call-overload]
         if min(shares.values()) < 0 or sum(shares.values()) <= 0:
             raise ConfigError(f"{type(self).__name__} is {shares}; expected shares of at least 0, one of them above 0.")
@@ -73,13 +77,13 @@ class _Shares:
 class CaptionConfig(_Shares):
     """Shares of the kinds of captions: GenEval's six families, and dense ones that describe the whole scene."""
 
-    single_object: float = T2I_MIX["single_object"]
-    two_object: float = T2I_MIX["two_object"]
-    counting: float = T2I_MIX["counting"]
-    colors: float = T2I_MIX["colors"]
-    position: float = T2I_MIX["position"]
-    color_attr: float = T2I_MIX["color_attr"]
-    dense: float = T2I_MIX["dense"]
+    single_object: Weight = T2I_MIX["single_object"]
+    two_object: Weight = T2I_MIX["two_object"]
+    counting: Weight = T2I_MIX["counting"]
+    colors: Weight = T2I_MIX["colors"]
+    position: Weight = T2I_MIX["position"]
+    color_attr: Weight = T2I_MIX["color_attr"]
+    dense: Weight = T2I_MIX["dense"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,35 +91,36 @@ class MixConfig(_Shares):
     """Shares of the kinds of documents in stage 3: questions about images, drawings from words, edits, chains of
     edits, first images of stories, whole stories."""
 
-    understand: float = 0.25
-    draw: float = 0.35
-    edit: float = 0.15
-    chain: float = 0.15
-    beginning: float = 0.0
-    story: float = 0.1
+    understand: Weight = 0.25
+    draw: Weight = 0.35
+    edit: Weight = 0.15
+    chain: Weight = 0.15
+    beginning: Weight = 0.0
+    story: Weight = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupMixConfig:
+class WarmupMixConfig(Config):
     """Another mix of documents for a stage's first steps: a hard kind is learnt sooner from little else."""
 
-    steps: int = 0
+    steps: Natural = 0
     mix: MixConfig = field(default_factory=MixConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardConfig:
+class ShardConfig(Config):
     """How the processes of a run divide a model among themselves; see `parallel`."""
 
     # none: a copy in every process; fsdp: one model in shards; hsdp: shards within each node, copies across nodes
     mode: Literal["none", "fsdp", "hsdp"] = "none"
-    processes: int = 0  # processes that hold one copy together under hsdp; 0: those of a node
+    processes: Natural = 0  # processes that hold one copy together under hsdp; 0: those of a node
     frozen: Literal["replicated", "sharded"] = "replicated"  # layers of a language model that does not train
     # whether a layer's gathered weights are freed after its forward pass and gathered again for the backward pass
     reshards: bool = True
-    timeout_minutes: float = 10.0  # that processes wait for each other within a step before the run ends
+    timeout_minutes: Annotated[float, Range(above=0)] = 10.0  # that processes wait for each other within a step before the run ends
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.processes < 0 or (self.processes and self.mode != "hsdp"):
             raise ConfigError(
                 f"shard.processes is {self.processes} under mode {self.mode}; expected 0, or more under hsdp."
@@ -125,7 +130,7 @@ class ShardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
+class CorpusConfig(Config):
     """Real corpora instead of the drawn world; rows x width positions are one microbatch of one process.
 
     A step takes as many microbatches as its size needs.
@@ -133,13 +138,14 @@ class CorpusConfig:
 
     mixture: str = ""  # file that lists weighted sources (`data.mixture`); "": the drawn world
     held_out: str = ""  # the same of data that the stage does not train on, for held-out losses
-    batch_positions: int = 0  # tokens and latents per step of all processes; 0: `batch` documents per step
-    rows: int = 8  # rows of a microbatch
-    width: int = 1024  # positions of a row; longer documents are counted as broken
-    workers: int = 0  # processes that read ahead
+    batch_positions: Natural = 0  # tokens and latents per step of all processes; 0: `batch` documents per step
+    rows: Count = 8  # rows of a microbatch
+    width: Count = 1024  # positions of a row; longer documents are counted as broken
+    workers: Natural = 0  # processes that read ahead
     broken: str = ""  # file that lists broken samples; "": they are only counted
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.batch_positions < 0 or (self.batch_positions and self.batch_positions < self.rows * self.width):
             raise ConfigError(
                 f"corpus.batch_positions is {self.batch_positions}; expected at least rows x width, {self.rows} x "
@@ -148,43 +154,44 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageConfig:
+class StageConfig(Config):
     """One stage: its length, data, losses and optimiser. Settings of certain stages name these in brackets."""
 
     name: StageName
-    steps: int
-    batch: int  # documents per step, over all processes
+    steps: Natural
+    batch: Count  # documents per step, over all processes
     optim: OptimConfig = field(default_factory=OptimConfig)
-    save_every: int = 200  # steps between checkpoints
-    keep_last: int = 1  # checkpoints that stay, the newest ones
-    keep_every: int = 0  # steps between checkpoints that stay for good; 0: none do
-    log_every: int = 10  # steps between metric lines
-    evaluate_every: int = 0  # steps between evaluations; 0: at every checkpoint
-    held_out_batches: int = 0  # microbatches of each process whose held-out loss an evaluation measures; 0: none
-    max_skipped: int = 50  # steps in a row whose loss or gradient is not finite, after which the run ends
-    caption_drop: float = 0.1  # share of drawings whose words are dropped (t2i, joint)
-    hidden_share: float = 0.4  # largest share of hidden patches (features)
-    perceptual: float = 0.0  # weight of the distance in the extractor's own features (fae)
-    lpips: float = 0.0  # weight of LPIPS, which needs the package lpips with its weights (fae)
-    adversarial: float = 0.0  # weight of the loss against a discriminator of features (fae)
-    text_weight: float = 0.25  # weight of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
+    save_every: Count = 200  # steps between checkpoints
+    keep_last: Count = 1  # checkpoints that stay, the newest ones
+    keep_every: Natural = 0  # steps between checkpoints that stay for good; 0: none do
+    log_every: Count = 10  # steps between metric lines
+    evaluate_every: Natural = 0  # steps between evaluations; 0: at every checkpoint
+    held_out_batches: Natural = 0  # microbatches of each process whose held-out loss an evaluation measures; 0: none
+    max_skipped: Count = 50  # steps in a row whose loss or gradient is not finite, after which the run ends
+    caption_drop: Share = 0.1  # share of drawings whose words are dropped (t2i, joint)
+    hidden_share: Share = 0.4  # largest share of hidden patches (features)
+    perceptual: Weight = 0.0  # weight of the distance in the extractor's own features (fae)
+    lpips: Weight = 0.0  # weight of LPIPS, which needs the package lpips with its weights (fae)
+    adversarial: Weight = 0.0  # weight of the loss against a discriminator of features (fae)
+    text_weight: Weight = 0.25  # weight of the next-token loss beside the flow's, lambda of eq. 3.7 (joint)
     # what the next-token loss is a mean of: replies, each a mean over its tokens, or tokens (vlm, adapter, joint)
     text_mean: TextMean = "reply"
-    hidden_latents_share: float = 0.0  # share of last edits that are predicted without sight of their latents (joint)
-    kl_to_t2i: float = 0.0  # weight of the KL to the flow after stage t2i, for drawings from words alone (joint)
-    distill: float = 0.0  # weight of the distance to the language model's own vision tower (adapter)
-    codec_weight: float = 0.0  # weight of the FAE's losses; 0: frozen, more: FAE and flow train end to end (t2i)
+    hidden_latents_share: Share = 0.0  # share of last edits that are predicted without sight of their latents (joint)
+    kl_to_t2i: Weight = 0.0  # weight of the KL to the flow after stage t2i, for drawings from words alone (joint)
+    distill: Weight = 0.0  # weight of the distance to the language model's own vision tower (adapter)
+    codec_weight: Weight = 0.0  # weight of the FAE's losses; 0: frozen, more: FAE and flow train end to end (t2i)
     captions: CaptionConfig = field(default_factory=CaptionConfig)  # kinds of captions of drawings (t2i, joint)
-    whitening_captions: int = 2048  # captions by whose text states a fresh flow's input is whitened (t2i)
+    whitening_captions: Natural = 2048  # captions by whose text states a fresh flow's input is whitened (t2i)
     mix: MixConfig = field(default_factory=MixConfig)  # kinds of documents (joint)
     warmup_mix: WarmupMixConfig = field(default_factory=WarmupMixConfig)  # of the first steps (joint)
-    accumulate: int = 1  # microbatches of a step in every process; of a mixture, as many as its size needs
+    accumulate: Count = 1  # microbatches of a step in every process; of a mixture, as many as its size needs
     # layers whose activations are recomputed in the backward pass: of what trains, or of the language model as well
     checkpoint_activations: Literal["none", "trained", "all"] = "none"
     shard: ShardConfig = field(default_factory=ShardConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.codec_weight < 0 or (self.codec_weight and self.name != "t2i"):
             raise ConfigError(
                 f"codec_weight is {self.codec_weight} in stage {self.name}; expected 0, or more in stage t2i, the only "
@@ -208,12 +215,12 @@ class StageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Config):
     """A recipe: the model, its stages in order, and the seed of all random choices."""
 
     model: ModelConfig
     stages: tuple[StageConfig, ...]
-    seed: int = 0
+    seed: Seed = 0
     precision: Precision = "auto"  # of autocast; "auto" times both on this machine
 
     def stage(self, name: str) -> StageConfig:
