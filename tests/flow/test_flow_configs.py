@@ -112,6 +112,12 @@ def test_blocks_that_do_not_fit_together_are_refused(shallow: Any, message: str)
         FlowConfig(deep=block_config(), shallow=(shallow,))
 
 
+@pytest.mark.parametrize("changes", [{"shallow": 5}, {"shallow": [block_config()]}, {"noise": {}}, {"noise": 0.5}])
+def test_parts_of_another_type_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected a tuple of BlockConfigs, and a NoiseConfig or None"):
+        FlowConfig(deep=block_config(), **changes)
+
+
 @pytest.mark.parametrize("grid", [6, (6,), [1, 6], (1, 6)])
 def test_rows_of_vectors_have_one_axis(grid: Any) -> None:
     assert BlockConfig(dim=1, grid=grid, stack=STACK).grid == (1, 6)

@@ -53,9 +53,12 @@ class Affine:
     def from_raw(cls, raw: Tensor, scale: Scale = "exp") -> Affine:
         """Gaussians of head outputs (B, N, 2D), scale first, then mean, already clipped, in any precision."""
         raw_scale, mu = at_least_fp32(raw).chunk(2, dim=-1)
-        if scale == "exp":
-            return cls(mu, raw_scale)
-        return cls(mu, F.softplus(raw_scale + SOFTPLUS_SHIFT).log())
+        return cls.from_halves(raw_scale, mu, scale)
+
+    @classmethod
+    def from_halves(cls, raw_scale: Tensor, mu: Tensor, scale: Scale = "exp") -> Affine:
+        """`from_raw` of both halves of head outputs, each (B, N, D) in float32 or better."""
+        return cls(mu, raw_scale if scale == "exp" else F.softplus(raw_scale + SOFTPLUS_SHIFT).log())
 
     @property
     def scale(self) -> Tensor:

@@ -360,13 +360,12 @@ class AffineBlock(nn.Module):
 
     def affine(self, h: Tensor) -> Affine:
         """Body outputs (B, n, C) -> Gaussians, in float32 or better under any autocast."""
-        with torch.autocast(h.device.type, enabled=False):
-            raw = self.head(at_least_fp32(h).to(self.head.weight.dtype))
-            if self.cfg.clips_mean:
-                return Affine.from_raw(soft_clip(raw, self.cfg.clip), self.cfg.scale)
-            raw_scale, mu = raw.chunk(2, dim=-1)
-            raw = torch.cat([soft_clip(raw_scale, self.cfg.clip), mu], dim=-1)
-            return Affine.from_raw(raw, self.cfg.scale)
+        if torch.is_autocast_enabled(h.device.type):
+            with torch.autocast(h.device.type, enabled=False):
+                return self.affine(h)
+        raw_scale, mu = at_least_fp32(self.head(at_least_fp32(h).to(self.head.weight.dtype))).chunk(2, dim=-1)
+        mu = soft_clip(mu, self.cfg.clip) if self.cfg.clips_mean else mu
+        return Affine.from_halves(soft_clip(raw_scale, self.cfg.clip), mu, self.cfg.scale)
 
     # -- initialisation ---------------------------------------------------------------------------
 

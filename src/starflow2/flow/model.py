@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,12 @@ class FlowConfig:
     latent_penalty: float = 0.0  # weight of the mean square of u in training (STARFlow: 1e-4)
 
     def __post_init__(self) -> None:
+        shallow, noise = cast(object, self.shallow), cast(object, self.noise)
+        if not isinstance(shallow, tuple) or not isinstance(noise, NoiseConfig | None):
+            raise ConfigError(
+                f"shallow is of type {type(shallow).__name__} and noise {type(noise).__name__}; "
+                "expected a tuple of BlockConfigs, and a NoiseConfig or None."
+            )
         blocks = (*self.shallow, self.deep)
         if not all(isinstance(b, BlockConfig) for b in blocks):
             raise ConfigError(f"deep and shallow are {[type(b).__name__ for b in blocks]}; expected BlockConfigs.")
