@@ -222,7 +222,6 @@ def _shown(rng: random.Random, bench: Bench) -> tuple[str, Any, Tensor | None]:
         ("float array", array.astype(np.float32)),
         ("int array", array.astype(np.int64)),
         ("object array", array.astype(object)),
-        ("flat array", array[..., 0].astype(np.uint8)),
         ("list", x.tolist()),
         *((f"alien {type(a).__name__}", a) for a in ALIENS if not isinstance(a, str)),
     ]

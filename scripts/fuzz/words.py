@@ -60,7 +60,9 @@ def prompts(rng: random.Random, bench: Bench) -> Case:
         doors["generate"] = lambda: bench.model.generate([text])
         doors["ask"] = lambda: bench.model.ask(bench.image, text)
         doors["edit"] = lambda: bench.model.edit(bench.image, text)
-        if kind != "empty" and (not isinstance(text, str) or text):  # an inversion takes no words as well
+        if kind != "empty" and not (
+            isinstance(text, str | list | tuple | dict) and not text
+        ):  # an inversion takes no words as well
             doors["invert"] = lambda: bench.model.invert(bench.image, text)
     door = rng.choice(list(doors))
     label = f"alien {type(text).__name__}" if kind == "alien" else kind
@@ -172,11 +174,11 @@ def _is_device(value: object) -> bool:
 
 def _may_be(name: str, value: object) -> bool:
     """True for values of which the documentation does not say that they are wrong."""
-    if name == "write tokens" and value == 0:
-        return True
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
-        return name in ("device", "generate n") and int(value) > 0
-    return (name in ("skips", "device") and value is None) or (name == "skips" and str(value) in ("[]", ""))
+    if type(value) is int or isinstance(value, np.integer):
+        return (name in ("device", "generate n") and int(value) > 0) or (name == "write tokens" and int(value) == 0)
+    if name == "skips":
+        return value is None or (isinstance(value, str | list | tuple) and not value)
+    return name == "device" and value is None
 
 
 # -- command lines ------------------------------------------------------------------------------------------------

@@ -11,7 +11,16 @@ from fuzz.harness import MAKERS, SHARES, Ended, case_of, ended, plan, summary
 
 from starflow2.errors import ConfigError
 
-QUICK = ("flows",)
+QUICK = {
+    "flows": 60,
+    "pictures": 60,
+    "configs": 80,
+    "records": 40,
+    "mixtures": 30,
+    "results": 20,
+    "commands": 20,
+    "prompts": 20,
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +81,8 @@ def test_the_last_line_counts_all_outcomes() -> None:
     assert summary(found)[-1] == "fuzz: 4 inputs, 2 clear, 1 taken rightly, 0 other, 1 silent, 0 hang, 0 memory"
 
 
-@pytest.mark.parametrize("category", QUICK)
-def test_a_few_hundred_inputs_are_refused_clearly_or_taken_rightly(category: str, bench: Bench) -> None:
-    for number in range(200):
+@pytest.mark.parametrize(("category", "count"), QUICK.items())
+def test_a_few_hundred_inputs_are_refused_clearly_or_taken_rightly(category: str, count: int, bench: Bench) -> None:
+    for number in range(count):
         case = case_of(category, number, 0, bench)
         assert ended(case)[0] in ("clear", "taken"), f"python -m fuzz --only {category}:{number}"
