@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
-from starflow2.core.fields import Config, Count, Natural, Range, Seed, Share, Weight
+from starflow2.core.fields import Config, Count, Natural, Positive, Range, Seed, Share, Weight
 from starflow2.errors import ConfigError, nearest
 from starflow2.models.config import ModelConfig
 from starflow2.world.captions import T2I_MIX
@@ -117,7 +117,7 @@ class ShardConfig(Config):
     frozen: Literal["replicated", "sharded"] = "replicated"  # layers of a language model that does not train
     # whether a layer's gathered weights are freed after its forward pass and gathered again for the backward pass
     reshards: bool = True
-    timeout_minutes: Annotated[float, Range(above=0)] = 10.0  # that processes wait for each other within a step before the run ends
+    timeout_minutes: Positive = 10.0  # that processes wait for each other within a step before the run ends
 
     def __post_init__(self) -> None:
         super().__post_init__()

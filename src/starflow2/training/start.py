@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from starflow2.core.folders import whole
+from starflow2.core.imports import find_object
 from starflow2.core.serialize import to_dict
 from starflow2.data.mixture import read_mixture, words
-from starflow2.core.imports import find_object
 from starflow2.errors import ConfigError, TrainingError
 from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
