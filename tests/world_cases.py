@@ -77,7 +77,7 @@ def text_leaks(text: str) -> list[str]:
         if before and before[-1] in COLORS and RULES["pair"](shape, COLORS.index(before[-1])):
             found.append(f"{before[-1]} {token}")
         if token in _SINGULAR:
-            numbers = [n for n in before if n in NUMBERS[2:]]
+            numbers = [n for n in before if n in NUMBERS[2:]][-1:]
             found += [f"{n} {token}" for n in numbers if RULES["count"](shape, NUMBERS.index(n))]
     for a, relation, b in _FACT.findall(text):
         if RULES[relation](SHAPES.index(a), SHAPES.index(b)):

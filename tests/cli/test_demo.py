@@ -21,8 +21,9 @@ from starflow2.evals.gqa import GqaSuite
 from starflow2.evals.mme import MmeSuite
 from starflow2.evals.story import StorySuite
 from starflow2.pipeline import StarFlow2
-from starflow2.world.captions import FAMILIES, suite_drawings
+from starflow2.world.captions import suite_drawings
 from starflow2.world.edit_operations import OPERATIONS
+from starflow2.world.grammar import FAMILIES
 from starflow2.world.scene import render
 
 

@@ -63,6 +63,21 @@ def test_the_true_target_succeeds_and_the_source_is_preserved_but_not_changed(pa
     assert all(grade.preserved and grade.psnr == 100 for grade in copies)
 
 
+def test_plain_requests_are_graded_by_all_that_changes_and_by_what_is_left_open():
+    edits = edits_of("dev", "plain", 8)
+    truth = graded(edits, [edit.target for edit in edits])
+    assert all(grade.success for grade in truth), [
+        e.instruction for e, g in zip(edits, truth, strict=True) if not g.success
+    ]
+    assert not any(grade.success for grade in graded(edits, [edit.source for edit in edits]))
+    several = [edit for edit in edits if len(edit.step.changed) > 1 and edit.operation == "recolor"]
+    part = [with_thing(e.target, e.step.changed[-1], color=e.source.objects[e.step.changed[-1]].color) for e in several]
+    assert several and not any(grade.applied for grade in graded(several, part)), "one of them kept its colour"
+    free = [edit for edit in edits if edit.step.is_free and edit.step.beside is None]
+    moved = [with_thing(e.target, e.after, x=e.target.objects[e.after].x + 2) for e in free]
+    assert free and all(grade.applied for grade in graded(free, moved))
+
+
 def test_a_wrong_color_is_not_applied():
     edits = dev_edits("recolor")
     wrong = [with_thing(e.target, e.after, color=(e.target.objects[e.after].color + 1) % 8) for e in edits]

@@ -15,7 +15,8 @@ from starflow2.evals.report import write_json
 from starflow2.evals.statistics import Score
 from starflow2.evals.suite import Report, ceiling, check_lock, evaluate, lock_text, verify_lock
 from starflow2.evals.tables import ledger_record, table
-from starflow2.world.captions import FAMILIES
+from starflow2.world.captions import SCENE_FAMILIES
+from starflow2.world.grammar import FAMILIES
 from starflow2.world.scene import render
 
 
@@ -145,3 +146,25 @@ def test_reports_survive_json_and_only_full_test_runs_enter_the_ledger(report, t
     lines = (tmp_path / "results" / "ledger.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [record, record]
     assert {"date", "commit", "id", "cg", "model"} <= record.keys()
+
+
+def test_the_truth_fulfils_new_prompts_and_busy_scenes_and_their_order_in_the_prompt_does_not_matter():
+    suite = GenevalSuite(samples=1, parts=("new", "scenes"))
+    parts = ceiling(suite, "dev", lambda images: images, quick=True)
+    for part in ("new", "scenes"):
+        assert parts[part].value("lenient") == parts[part].value("strict") == 1 and parts[part].value("twins") == 0
+    assert set(parts["scenes"].by_kind) == set(SCENE_FAMILIES)
+
+
+def test_who_ignores_the_second_shape_draws_twins_and_fails_what_has_two():
+    def alike(prompts, seeds):
+        by_prompt = {job.task.prompt: job.task for job in items}
+        tasks = [by_prompt[prompt] for prompt in prompts]
+        firsts = [task.content.groups[0].shape for task in tasks]
+        objects = [[replace(t, shape=s) for t in task.scene.objects] for task, s in zip(tasks, firsts, strict=True)]
+        return np.stack([render(replace(t.scene, objects=tuple(row))) for t, row in zip(tasks, objects, strict=True)])
+
+    suite = GenevalSuite(samples=1, parts=("scenes",))
+    items = suite.items("dev")["scenes"]
+    scores = evaluate(suite, alike, "dev", quick=True).parts["scenes"]
+    assert scores.by_kind["sized"].value("lenient") == 0 and scores.value("twins") > 70

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import pytest
@@ -21,18 +21,22 @@ from run_cases import RUN, TRAINED, modules_of, same, with_stage
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError
 from starflow2.flow import Context
-from starflow2.models.checkpoint import load_components
+from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
 from starflow2.models.sequence import IGNORE
-from starflow2.training.config import CaptionConfig, ShardConfig, WarmupMixConfig
-from starflow2.training.datasets import drop_words, joint_dialogue
+from starflow2.training.config import CaptionConfig, ShardConfig, TalkConfig, WarmupMixConfig, WarmupTalkConfig
+from starflow2.training.datasets import Documents, drop_words, joint_dialogue, talk_dialogue
 from starflow2.training.loop import fit
 from starflow2.training.losses import ngp_loss
+from starflow2.training.recipes import nano
+from starflow2.training.start import unfinished_stages
 from starflow2.training.tasks import TASKS, TOWER_IMAGES, JointTask, T2iTask
 from starflow2.world.captions import T2I_MIX, caption_task
+from starflow2.world.checks import check_dialogue
 from starflow2.world.conversations import understanding_dialogue
 from starflow2.world.scene import Scene, render, stream
+from starflow2.world.splits import WITHHELD
 from starflow2.world.stories import story_dialogue, story_task
 
 
@@ -385,3 +389,44 @@ def test_a_scene_is_shown_and_drawn_as_it_is_rendered():
     turns = [len(joint_dialogue(stage, 0, i).turns) for i in range(1, 4)]
     assert max(turns) > 1, "of edits in chains, too"
     assert batch.pictures.is_target.tolist() == [flag for n in turns for flag in (False, *n * (True,))]
+
+
+def test_the_final_stage_alone_shows_what_dev_and_test_hold_out():
+    stage = replace(nano().stage("final"), mix=mix_of(draw=0.5, edit=0.5), caption_drop=0.0)
+    scenes = [scene for i in range(150) for scene in joint_dialogue(stage, 0, i).pictures]
+    assert set().union(*(WITHHELD["train"].rows_of(scene) for scene in scenes)) >= {"pair", "fact", "shapes"}
+    guarded = replace(nano().stage("joint"), mix=stage.mix, warmup_mix=WarmupMixConfig(), caption_drop=0.0)
+    scenes = [scene for i in range(60) for scene in joint_dialogue(guarded, 0, i).pictures]
+    assert not any(WITHHELD["train"].rows_of(scene) for scene in scenes)
+    with pytest.raises(ConfigError, match="expected stage final"):
+        replace(guarded, everything=True)
+
+
+def test_conversations_about_images_begin_with_the_easy_kinds():
+    early = WarmupTalkConfig(steps=2, mix=talk_of(places=1.0))
+    stage = replace(RUN.stage("vlm"), talk=talk_of(sides=1.0), warmup_talk=early)
+    assert {talk_dialogue(stage, 0, i).kind for i in range(2 * stage.batch)} == {"places"}
+    assert {talk_dialogue(stage, 0, 2 * stage.batch + i).kind for i in range(8)} == {"sides"}
+
+
+def talk_of(**shares: float) -> TalkConfig:
+    return TalkConfig(**{f.name: 0.0 for f in fields(TalkConfig)} | shares)
+
+
+def test_a_drawing_that_is_only_read_is_neither_target_nor_label():
+    components = tiny_components(STAGES)
+    checks = (check_dialogue(3, i) for i in range(40))
+    dialogue = next(d for d in checks if not d.turns[0].learns and d.kind == "check")
+    _, batch = Documents.of(components, lambda index: dialogue)(range(1))
+    assert not batch.pictures.is_target.any() and (batch.labels != IGNORE).sum() < 4 * len(dialogue.turns)
+    assert drop_words(dialogue, stream(0), 1.0) == dialogue, "its words stay"
+
+
+def test_a_model_is_kept_under_the_name_of_its_stage_and_a_run_goes_on_where_it_stopped(tmp_path):
+    components = tiny_components(STAGES[:2])
+    save_components(components.named("held"), tmp_path / "held")
+    assert load_components(tmp_path / "held").cfg.name == "held" and components.cfg.name != "held"
+    save_components(components, tmp_path / "model")
+    names = [stage.name for stage in nano().stages]
+    assert unfinished_stages(nano(), tmp_path) == [name for name in names if name not in STAGES[:2]]
+    assert unfinished_stages(nano(), tmp_path / "elsewhere") == names

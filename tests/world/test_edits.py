@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from starflow2.errors import ConfigError, DataError
-from starflow2.world.edit_operations import EDIT_WORDINGS, OPERATIONS, edit_words
+from starflow2.world.edit_operations import OPERATIONS
+from starflow2.world.edit_requests import EDIT_WORDINGS, edit_words, instruction
 from starflow2.world.edits import (
     Edit,
     chain_steps,
@@ -19,7 +20,7 @@ from starflow2.world.edits import (
     suite_edits,
     suite_sessions,
 )
-from starflow2.world.scene import BACKGROUND_NAMES, COLORS, SHAPES, SIZES, fits, sample_scene, stream
+from starflow2.world.scene import BACKGROUND_NAMES, COLORS, SHAPES, SIZES, fits, relations, sample_scene, stream
 from starflow2.world.splits import bucket, held_out, scene_key
 from world_cases import leaks, text_leaks, words
 
@@ -31,6 +32,17 @@ STEPS = {"test": 3, "dev": 5}
 @pytest.fixture(scope="module")
 def trained() -> list[Edit]:
     return [edit_task(21, index) for index in range(2000)]
+
+
+@pytest.fixture(scope="module")
+def plain() -> list[Edit]:
+    """Edits of one object at named places, in the plain forms of suites."""
+    edits = []
+    for index in range(900):
+        rng = stream(23, index)
+        (step,) = chain_steps(rng, "train", [OPERATIONS[index % len(OPERATIONS)]])
+        edits.append(Edit(step=step, instruction=instruction(step, rng, "train")))
+    return edits
 
 
 def color_step(edit: Edit) -> int | None:
@@ -51,7 +63,7 @@ def test_no_training_edit_shows_says_or_does_anything_held_out(trained):
 
 
 def test_only_what_is_asked_changes_and_nothing_comes_to_overlap(trained):
-    for edit in trained:
+    for edit in (edit for edit in trained if not edit.step.also):
         source, target = list(edit.source.objects), list(edit.target.objects)
         old = None if edit.before is None else source.pop(edit.before)
         new = None if edit.after is None else target.pop(edit.after)
@@ -65,8 +77,52 @@ def test_only_what_is_asked_changes_and_nothing_comes_to_overlap(trained):
             assert replace(new, x=old.x, y=old.y) == old and abs(new.x - old.x) + abs(new.y - old.y) >= 12
 
 
-def test_words_single_out_the_object_and_say_what_becomes_of_it(trained):
+def test_several_objects_change_alike_and_all_others_stay(trained):
+    several = [edit for edit in trained if edit.step.also]
+    assert {edit.operation for edit in several} == {"recolor", "reshape", "resize", "remove"} and len(several) > 200
+    for edit in several:
+        changed = edit.step.changed
+        stay = [obj for i, obj in enumerate(edit.source.objects) if i not in changed]
+        assert all(obj in edit.target.objects for obj in stay) and fits(edit.target)
+        if edit.operation == "remove":
+            assert list(edit.target.objects) == stay
+            continue
+        name = ATTRIBUTE[edit.operation]
+        for i in changed:
+            old, new = edit.source.objects[i], edit.target.objects[i]
+            assert getattr(new, name) == edit.step.value != getattr(old, name)
+            assert replace(new, **{name: getattr(old, name)}) == old
+        if edit.operation == "recolor":
+            assert not {(edit.step.value - edit.source.objects[i].color) % 8 for i in changed} & set(STEPS.values())
+        assert len(changed) == len(edit.source.objects) or len({edit.source.objects[i].shape for i in changed}) == 1
+
+
+def test_requests_of_the_grammar_name_the_object_or_call_a_lone_one_it(trained):
+    called_it = 0
     for edit in trained:
+        if edit.before is None or edit.step.also:
+            continue
+        if "it" in words(edit.instruction):
+            called_it += 1
+            assert len(edit.source.objects) == 1
+        else:
+            shape = SHAPES[edit.source.objects[edit.before].shape]
+            assert shape in words(edit.instruction), edit.instruction
+    assert called_it > 40
+
+
+def test_additions_leave_the_place_open_or_name_a_side_that_is_true(trained):
+    added = [edit for edit in trained if edit.operation == "add"]
+    sides = [edit for edit in added if edit.step.beside]
+    assert len(sides) > 15 and sum(edit.step.is_free for edit in added) > 60
+    for edit in sides:
+        relation, index = edit.step.beside
+        assert relation in relations(edit.target.objects[-1], edit.source.objects[index])
+        assert SHAPES[edit.source.objects[index].shape] in words(edit.instruction)
+
+
+def test_words_single_out_the_object_and_say_what_becomes_of_it(plain):
+    for edit in plain:
         named = NOUN.findall(edit.instruction)
         assert len(named) == (edit.before is not None), edit.instruction
         if named:
@@ -85,9 +141,9 @@ def test_words_single_out_the_object_and_say_what_becomes_of_it(trained):
             assert BACKGROUND_NAMES[edit.target.background] in rest
 
 
-def test_a_place_is_the_third_that_the_words_name_and_a_direction_goes_a_third_that_way(trained):
+def test_a_place_is_the_third_that_the_words_name_and_a_direction_goes_a_third_that_way(plain):
     places: Counter[str] = Counter()
-    for edit in trained:
+    for edit in plain:
         if edit.operation not in ("move", "add"):
             continue
         tokens, new = set(words(edit.instruction)), edit.target.objects[edit.after]

@@ -30,8 +30,9 @@ from starflow2.evals.statistics import Scores
 from starflow2.evals.suite import Progress, Report
 from starflow2.models.hub import NANO
 from starflow2.pipeline import StarFlow2
-from starflow2.world.captions import FAMILIES, suite_drawings
+from starflow2.world.captions import suite_drawings
 from starflow2.world.detector import detect
+from starflow2.world.grammar import FAMILIES
 
 __all__ = ["Demo", "Shown", "check_folder", "make_demo"]
 

@@ -29,6 +29,11 @@ __all__ = [
     "Eval",
 ]
 
+PARTS = {  # of suites that run a choice of them
+    "geneval": ("id", "cg", "paraphrase", "new", "scenes"),
+    "edit": ("id", "cg", "paraphrase", "plain"),
+    "story": ("id", "cg", "paraphrase", "plain"),
+}
 DRAWN = ("geneval", "dpg")  # suites that need no more than stage 1
 
 
@@ -51,8 +56,11 @@ class Eval:
     split: Annotated[Literal["dev", "test"], Option("dev for every choice, test to report")] = "dev"
     quick: Annotated[bool, Option("one item in eight; noisy")] = False
     part: Annotated[
-        tuple[Literal["id", "cg", "paraphrase"], ...],
-        Option("parts of geneval: seen combinations, new ones, other wording"),
+        tuple[Literal["id", "cg", "paraphrase", "new", "scenes", "plain"], ...],
+        Option(
+            "seen combinations, new ones, other wording; of geneval new prompts, busy scenes; of edit and story "
+            "plain words"
+        ),
     ] = ("id", "cg")
     samples: Annotated[int, Option("images per prompt of geneval, 1 to 4")] = 4
     images: Annotated[
@@ -100,14 +108,23 @@ class Eval:
             self._check_codec()
         if not self.part:
             raise UsageError("--part is empty; expected one or more of id, cg, paraphrase.")
-        if self.suite != "geneval" and (self.part != ("id", "cg") or self.samples != 4):
-            raise UsageError(f"--part and --samples belong to --suite geneval; {self.suite} takes neither.")
+        self._check_parts()
+        if self.suite != "geneval" and self.samples != 4:
+            raise UsageError(f"--samples belongs to --suite geneval; {self.suite} does not take it.")
         if self.ledger is not None:
             if not self._is_final:
                 raise UsageError("--ledger records full test runs of eval world; give --split test and no --quick.")
             check_writable(self.ledger)
         if self.benchmark == "world" and self.images is not None:
             raise UsageError("--images belongs to eval fae; eval world draws its own images.")
+
+    def _check_parts(self) -> None:
+        """Raise UsageError for parts that the suite does not have."""
+        known = PARTS.get(self.suite, ("id", "cg"))
+        unknown = [part for part in self.part if part not in known]
+        if unknown or (self.suite not in PARTS and self.part != ("id", "cg")):
+            named = ", ".join(unknown or self.part)
+            raise UsageError(f"--part {named} is not a choice of --suite {self.suite}; it has {', '.join(known)}.")
 
     def _check_codec(self) -> None:
         """Raise UsageError for options that `eval fae` would not look at."""
@@ -157,5 +174,5 @@ class Eval:
         from starflow2.evals.runner import score_suite
 
         if self.suite != "geneval":
-            return score_suite(model, self.suite, self.split, quick=self.quick, progress=step)
+            return score_suite(model, self.suite, self.split, quick=self.quick, parts=self.part, progress=step)
         return score_geneval(model, self.split, quick=self.quick, samples=self.samples, parts=self.part, progress=step)

@@ -31,7 +31,7 @@ DRAWS = ("t2i", "joint")  # stages whose models draw
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train one stage of a recipe, or all of them in order.
+    """Train one stage of a recipe, or all of them in order that the model in the run's folder has not finished.
 
     With --stage, every setting of that stage is an option as well (--steps 100, --optim.lr 3e-4);
     `starflow2 train RECIPE --stage STAGE --help` lists them. Metrics go to metrics-STAGE.jsonl in the run's folder.
@@ -75,6 +75,8 @@ class Train:
     keep_size: Annotated[bool, Option("with --smoke: keep image size and latent grid, shrink widths only")] = False
 
     def run(self, unknown: Sequence[str]) -> int:
+        from starflow2.training.start import unfinished_stages
+
         run, stages, folder = self._resolved(unknown)
         if self.dry_run:
             self._print_plan(run, stages, folder)
@@ -83,9 +85,9 @@ class Train:
         if self.sample_prompts is not None and not set(stages) & set(DRAWS):
             raise UsageError(f"--sample-prompts draws in stages {' and '.join(DRAWS)}; {self.stage} does not draw.")
         check_writable(folder / "config.json")
-        for name in stages:
-            model = self._fit(run, name, folder)
-        say(model)
+        for name in unfinished_stages(run, folder) if self.stage == "all" and self.resume == "auto" else stages:
+            self._fit(run, name, folder)
+        say(folder / "model")
         return 0
 
     def _check_sources(self, run: RunConfig, stages: Sequence[str]) -> None:

@@ -23,10 +23,14 @@ def pictures(parts: Iterable[str | P]) -> tuple[P, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Turn(Generic[P]):
-    """Words and images of the user, and words and images of the model's reply, each in order."""
+    """Words and images of the user, and words and images of the model's reply, each in order.
+
+    learns: False for a reply that is only there to be read, such as a drawing that may be wrong and is asked about.
+    """
 
     user: tuple[str | P, ...]
     assistant: tuple[str | P, ...]
+    learns: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class Dialogue(Generic[P]):
     @property
     def draws(self) -> bool:
         """True if an image is drawn in it, and not only shown."""
-        return any(pictures(turn.assistant) for turn in self.turns)
+        return any(pictures(turn.assistant) for turn in self.turns if turn.learns)
 
 
 def replace_pictures(dialogue: Dialogue[P], images: Iterable[Q]) -> Dialogue[Q]:
@@ -54,7 +58,7 @@ def replace_pictures(dialogue: Dialogue[P], images: Iterable[Q]) -> Dialogue[Q]:
     def replaced(parts: Iterable[str | P]) -> tuple[str | Q, ...]:
         return tuple(part if isinstance(part, str) else next(rest) for part in parts)
 
-    turns = tuple(Turn(replaced(turn.user), replaced(turn.assistant)) for turn in dialogue.turns)
+    turns = tuple(Turn(replaced(turn.user), replaced(turn.assistant), turn.learns) for turn in dialogue.turns)
     return Dialogue(turns, dialogue.kind)
 
 

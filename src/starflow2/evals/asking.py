@@ -13,8 +13,9 @@ import numpy as np
 
 from starflow2.evals.suite import Images, Section, checked_texts, digest
 from starflow2.world.questions import Question
-from starflow2.world.scene import COLORS, SHAPES, Scene, Split, render, sample_scene
-from starflow2.world.splits import HELD_OUT, bucket, held_out, scene_key
+from starflow2.world.sampling import sample_count, with_repeats
+from starflow2.world.scene import SHAPES, Scene, Split, chance, pick, render, sample_scene
+from starflow2.world.splits import HELD_OUT, WITHHELD, bucket, colors_of, held_out, scene_key
 
 __all__ = [
     "ASK_CHUNK",
@@ -30,8 +31,6 @@ __all__ = [
 
 Part = Literal["id", "cg"]
 PARTS: tuple[Part, ...] = get_args(Part)
-OBJECTS: Final = (0.15, 0.3, 0.3, 0.25)  # shares of scenes with one to four objects, as in training
-REPEATS: Final = 0.35  # share of scenes of several objects in which some have the same shape, as in training
 ASK_CHUNK: Final = 128  # questions asked at a time
 _SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
 _NUMBERS: Final = {"mme": 4, "gqa": 5}  # second number of a suite's streams
@@ -93,13 +92,9 @@ def new_scene(
 def _shapes(rng: np.random.Generator) -> list[int]:
     """Shapes of one to four objects that may meet in training."""
     while True:
-        count = int(rng.choice(len(OBJECTS), p=OBJECTS)) + 1
-        shapes: list[int] = rng.permutation(len(SHAPES))[:count].tolist()
-        if count > 1 and rng.random() < REPEATS:
-            same = int(rng.integers(2, count + 1))
-            shapes = [shapes[0]] * same + shapes[same:]
-        counts = {(shape, shapes.count(shape)) for shape in shapes}
-        if not any(counts & t.counts or any(pair.issubset(shapes) for pair in t.shapes) for t in HELD_OUT.values()):
+        count = sample_count(rng)
+        shapes = with_repeats(rng, rng.permutation(len(SHAPES))[:count].tolist())
+        if not WITHHELD["train"].rows_of_shapes(shapes):
             return shapes
 
 
@@ -108,11 +103,7 @@ def _colors(rng: np.random.Generator, shapes: Sequence[int], novel: Split | None
 
     With `novel`, the first shape and half of the others get a colour that this split holds out instead.
     """
-    colors = []
-    for index, shape in enumerate(shapes):
-        unseen = {name: {color for s, color in table.pairs if s == shape} for name, table in HELD_OUT.items()}
-        options = [color for color in range(len(COLORS)) if not any(color in pairs for pairs in unseen.values())]
-        if novel is not None and (index == 0 or rng.random() < 0.5):
-            options = sorted(unseen[novel])
-        colors.append(options[int(rng.integers(len(options)))])
-    return colors
+    return [
+        pick(rng, colors_of(shape, novel if novel is not None and (index == 0 or chance(rng, 0.5)) else None))
+        for index, shape in enumerate(shapes)
+    ]

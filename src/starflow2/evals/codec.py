@@ -22,7 +22,8 @@ from starflow2.core.images import PICTURE_ENDINGS, picture_files, read_files, re
 from starflow2.core.torch_defaults import inference_defaults
 from starflow2.errors import ConfigError, DataError
 from starflow2.models.protocols import Codec, FeatureExtractor
-from starflow2.world.captions import FAMILIES, suite_drawings
+from starflow2.world.captions import suite_drawings
+from starflow2.world.grammar import FAMILIES
 from starflow2.world.scene import IMAGE_SIZE, Split, render
 
 __all__ = ["CodecReport", "CodecRow", "codec_pictures", "codec_table", "evaluate_codec", "frechet_distance"]

@@ -42,11 +42,12 @@ from starflow2.evals.suite import (
     jobs,
     roundtrip_scenes,
 )
-from starflow2.world.captions import Brief, caption
+from starflow2.world.briefs import Brief
+from starflow2.world.captions import caption
 from starflow2.world.detector import Detection, Scan, detect
 from starflow2.world.edit_operations import OPERATIONS, Operation
-from starflow2.world.edits import Edit, suite_edits, suite_sessions
-from starflow2.world.scene import BACKGROUNDS, Scene, SceneObject, Split, coverage, render, stream
+from starflow2.world.edits import Edit, suite_edits, suite_plain_edits, suite_sessions
+from starflow2.world.scene import BACKGROUNDS, Scene, SceneObject, Split, coverage, relations, render, stream
 from starflow2.world.splits import scene_key
 
 __all__ = [
@@ -62,7 +63,7 @@ __all__ = [
     "is_same_image",
 ]
 
-PER_OPERATION: Final[tuple[tuple[Part, int], ...]] = (("id", 48), ("cg", 24), ("paraphrase", 48))
+PER_OPERATION: Final[tuple[tuple[Part, int], ...]] = (("id", 48), ("cg", 24), ("paraphrase", 48), ("plain", 32))
 SESSIONS: Final = 64  # of suite sessions, which shares this one's section of the lock
 SEED_BASE: Final = 3_000_000  # item i of a part starts from seed SEED_BASE + i
 
@@ -147,13 +148,13 @@ def grade_edits(edits: Sequence[Edit], images: Images, references: Images) -> li
 
 
 def _grade(edit: Edit, scan: Scan, image: Images, reference: Images) -> EditGrade:
-    others = [obj for i, obj in enumerate(edit.source.objects) if i != edit.before]
+    others = [obj for i, obj in enumerate(edit.source.objects) if i not in edit.step.changed]
     matches = [_match(obj, scan.detections) for obj in others]
     matched = {id(detection) for detection in matches if detection is not None}
     free = [detection for detection in scan.detections if id(detection) not in matched]
     stayed = [detection is not None for detection in matches]
     if edit.operation in _UNCHANGED:
-        stayed.append(_is_rest_unchanged(edit, free))
+        stayed += [_is_rest_unchanged(edit, old, free) for old, _ in _changed(edit)]
     if edit.operation != "background":
         stayed.append(_has_background(scan, edit.target))
     extra = max(len(free) + scan.unknown - _allowed(edit, free), 0)
@@ -162,7 +163,7 @@ def _grade(edit: Edit, scan: Scan, image: Images, reference: Images) -> EditGrad
     return EditGrade(
         applied=_is_applied(edit, scan, free),
         share=sum(stayed) / (len(stayed) + extra),
-        psnr=_psnr(image, reference, ~_touched(edit)),
+        psnr=_psnr(image, reference, ~_touched(edit, free)),
         template_iou=sum(scores) / max(len(scores), 1),
         l1=float(np.abs(difference).mean()),
         l2=float(np.square(difference).mean()),
@@ -184,10 +185,10 @@ def _distance(detection: Detection, obj: SceneObject) -> float:
 
 
 def _allowed(edit: Edit, free: Sequence[Detection]) -> int:
-    """How many blobs there may be besides the other objects: the changed object, right or wrong, but once."""
+    """How many blobs there may be besides the other objects: the changed objects, right or wrong, but once."""
     if edit.operation == "remove":
-        return int(_match(_changed(edit)[0], free) is not None)
-    return int(edit.operation != "background")
+        return sum(_match(old, free) is not None for old, _ in _changed(edit))
+    return len(_changed(edit))
 
 
 def _has_background(scan: Scan, scene: Scene) -> bool:
@@ -195,49 +196,66 @@ def _has_background(scan: Scan, scene: Scene) -> bool:
     return sqrt(sum((a - b) ** 2 for a, b in zip(scan.background, tint, strict=True))) < TINT
 
 
-def _changed(edit: Edit) -> tuple[SceneObject, SceneObject]:
-    """The changed object before and after; the same object twice if it is added or removed."""
-    versions = [
-        scene.objects[index]
-        for scene, index in ((edit.source, edit.before), (edit.target, edit.after))
-        if index is not None
-    ]
-    return versions[0], versions[-1]
+def _changed(edit: Edit) -> list[tuple[SceneObject, SceneObject]]:
+    """The changed objects before and after; an object that is added or removed twice."""
+    source, target = edit.source.objects, edit.target.objects
+    if edit.operation == "add":
+        return [(target[-1], target[-1])]
+    if edit.operation == "remove":
+        return [(source[i], source[i]) for i in edit.step.changed]
+    return [(source[i], target[i]) for i in edit.step.changed]
 
 
 def _is_applied(edit: Edit, scan: Scan, free: Sequence[Detection]) -> bool:
-    """True if the changed object is as requested; it is found by its place, or by the shape and colour it keeps.
+    """True if every changed object is as requested; it is found by its place, or by the shape and colour it keeps.
 
     free: detections that are no other object of the source.
     """
     if edit.operation == "background":
         return _has_background(scan, edit.target)
-    old, new = _changed(edit)
-    if edit.operation == "remove":
+    if edit.step.is_free:
+        return bool(_added(edit, free))
+    return all(_is_done(edit.operation, old, new, free) for old, new in _changed(edit))
+
+
+def _is_done(operation: Operation, old: SceneObject, new: SceneObject, free: Sequence[Detection]) -> bool:
+    if operation == "remove":
         return not any(_distance(d, old) <= PLACE or _same(d, old, ("shape", "color")) for d in free)
-    requested = _REQUESTED[edit.operation]
+    requested = _REQUESTED[operation]
     fit = [d for d in free if _same(d, new, requested)]
     by_looks = [name for name in ("shape", "color") if name not in requested]
     return any(_distance(d, new) <= PLACE or (bool(by_looks) and _same(d, old, by_looks)) for d in fit)
 
 
-def _is_rest_unchanged(edit: Edit, free: Sequence[Detection]) -> bool:
-    """True if the changed object still has the attributes that the edit does not change."""
-    old, _ = _changed(edit)
+def _added(edit: Edit, free: Sequence[Detection]) -> list[Detection]:
+    """Detections that are the object which was to be added anywhere, or on a side of another one."""
+    step, new = edit.step, edit.target.objects[-1]
+    found = [d for d in free if _same(d, new, ("shape", "color", *["size"] * step.names_size))]
+    if step.beside is None:
+        return found
+    side, index = step.beside
+    return [d for d in found if side in relations(d.as_object, edit.source.objects[index])]
+
+
+def _is_rest_unchanged(edit: Edit, old: SceneObject, free: Sequence[Detection]) -> bool:
+    """True if a changed object still has the attributes that the edit does not change."""
     attributes = _UNCHANGED[edit.operation]
     return any(_same(d, old, attributes) and (edit.operation == "move" or _distance(d, old) <= DRIFT) for d in free)
 
 
-def _touched(edit: Edit) -> Bools:
+def _touched(edit: Edit, free: Sequence[Detection]) -> Bools:
     """(64, 64): pixels that the edit may change.
 
-    The changed object where it was and where it should be, and two pixels around; for a background, everything but the
-    objects.
+    The changed objects where they were and where they should be, or stand where that is open, and two pixels around;
+    for a background, everything but the objects.
     """
     if edit.operation == "background":
         touched = np.max([coverage(obj) for obj in edit.source.objects], axis=0) < 255
     else:
-        touched = np.max([coverage(obj) for obj in _changed(edit)], axis=0) > 0
+        objects = [version for pair in _changed(edit) for version in pair]
+        if edit.step.is_free:
+            objects = [found.as_object for found in _added(edit, free)] or objects
+        touched = np.max([coverage(obj) for obj in objects], axis=0) > 0
     grown = nnf.max_pool2d(torch.from_numpy(touched)[None].float(), 2 * DILATION + 1, stride=1, padding=DILATION)
     return np.asarray(grown[0].numpy() > 0)
 
@@ -272,6 +290,9 @@ _Items = Sequence[Job[Edit]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditSuite:
     """Seven operations. Scores an `EditImages`. Columns are COLUMNS, means over operations.
+
+    In part "plain" requests are in the words of training's grammar: they change several objects at once, call a lone
+    one "it", and add objects where any place is right, or any on one side of another object.
 
     per_operation: edits of each operation, by part. codec: without one, the source and the target themselves are the
     reference and the ceiling. draw: draws the control "regenerate", which is left out without it.
@@ -331,8 +352,10 @@ class EditSuite:
 
 @cache
 def edits_of(split: Split, part: Part, per_operation: int) -> tuple[Edit, ...]:
-    """The edits of a part, operation by operation."""
-    return tuple(suite_edits(split, part, per_operation))
+    """The edits of a part, operation by operation. Raises ConfigError for one that edits do not have."""
+    if part == "plain":
+        return suite_plain_edits(split, per_operation)
+    return tuple(suite_edits(split, part, per_operation))  # type: ignore[arg-type]  # refuses others itself
 
 
 def _locked(edit: Edit) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import count
+from itertools import combinations, count
 from math import hypot
 from typing import Any, ClassVar, Final, Protocol, TypeVar, get_args
 
@@ -40,10 +40,19 @@ from starflow2.evals.suite import (
     jobs,
     roundtrip_scenes,
 )
-from starflow2.world.captions import FAMILIES, CaptionedScene, paraphrase_drawings, suite_drawings
+from starflow2.world.captions import (
+    SCENE_FAMILIES,
+    CaptionedScene,
+    new_drawings,
+    paraphrase_drawings,
+    scene_drawings,
+    suite_drawings,
+)
+from starflow2.world.content import shows
 from starflow2.world.dense_prompts import DensePrompt
 from starflow2.world.detector import Scan, detect
-from starflow2.world.scene import COLORS, SHAPES, Split, render
+from starflow2.world.grammar import FAMILIES
+from starflow2.world.scene import COLORS, SHAPES, Scene, Split, render
 from starflow2.world.splits import scene_key
 
 __all__ = [
@@ -67,7 +76,7 @@ __all__ = [
     "true_scans",
 ]
 
-PARTS: Final[tuple[Part, ...]] = get_args(Part)
+PARTS: Final[tuple[Part, ...]] = ("id", "cg", "paraphrase", "new", "scenes")
 PER_CATEGORY: Final = 64  # prompts
 SAMPLES: Final = 4  # images of each prompt, GenEval's number
 SEED_BASE: Final = 1_000_000  # image j of prompt i starts from seed SEED_BASE + 4 i + j
@@ -245,7 +254,9 @@ class GenevalSuite:
     """Prompts of six families. Scores a `Generate`. samples: images of each prompt.
 
     Columns of a report are the shares of correct images by RULES, means over categories; of a part also template_iou,
-    the mean over all blobs, unknown_share, of blobs without a name, and empty_share, of images without a blob.
+    the mean over all blobs, unknown_share, of blobs without a name, empty_share, of images without a blob, and twins,
+    of 100 images of prompts with several shapes those that repeat one asked shape where another is missing.
+    Busy scenes ("scenes") are correct if a choice of their objects, strictly if all of them, show what is asked for.
     """
 
     samples: int = SAMPLES
@@ -269,8 +280,11 @@ class GenevalSuite:
         """Scores by GenEval's rules. Floor: true images of other prompts."""
         rng = np.random.default_rng(0)
         scored = {part: _grade(pairs, rng) for part, pairs in runs.items()}
-        floor = {part: _floor(one_per_prompt(job for job, _ in pairs)) for part, pairs in runs.items()}
-        return graded(scored, {"floor": floor}, {"samples": self.samples, "seed_base": SEED_BASE})
+        prompts = {part: one_per_prompt(job for job, _ in pairs) for part, pairs in runs.items()}
+        floor = {part: _floor(jobs) for part, jobs in prompts.items()}
+        twins = {part: _second_shape_ignored(jobs) for part, jobs in prompts.items()}
+        settings = {"samples": self.samples, "seed_base": SEED_BASE}
+        return graded(scored, {"floor": floor, "second_shape_ignored": twins}, settings)
 
     def lock(self) -> Section:
         sets = {f"{split}/{part}": captioned_scenes(split, part) for split in get_args(Split) for part in PARTS}
@@ -306,24 +320,59 @@ def score_geneval(
     return report
 
 
+_OTHER_PARTS: Final[Mapping[Part, Callable[[Split, int], Sequence[CaptionedScene]]]] = {
+    "paraphrase": paraphrase_drawings,
+    "new": new_drawings,
+    "scenes": scene_drawings,
+}
+
+
 @cache
 def captioned_scenes(split: Split, part: Part) -> tuple[CaptionedScene, ...]:
     """The prompts of a part with their scenes, family by family. Raises ConfigError for an unknown part."""
     check_choice("part", part, PARTS)
-    if part == "paraphrase":
-        return tuple(paraphrase_drawings(split, PER_CATEGORY))
-    return tuple(suite_drawings("geneval", split, part, per_category=PER_CATEGORY))
+    if part in _OTHER_PARTS:
+        return tuple(_OTHER_PARTS[part](split, PER_CATEGORY))
+    return tuple(suite_drawings("geneval", split, "cg" if part == "cg" else "id", per_category=PER_CATEGORY))
 
 
-def _row(job: Job[CaptionedScene], detections: Iterable[Found]) -> Row:
-    verdict = grade(job.task.metadata, detections)
-    return Row(job.task.family, job.task.prompt, (verdict.correct, verdict.strict_correct))
+def _row(job: Job[CaptionedScene], scan: Scan) -> Row:
+    task = job.task
+    if task.family in SCENE_FAMILIES:
+        return Row(task.family, task.prompt, _shows(task, scan))
+    verdict = grade(task.metadata, name_scan(scan))
+    return Row(task.family, task.prompt, (verdict.correct, verdict.strict_correct))
+
+
+def _shows(task: CaptionedScene, scan: Scan) -> tuple[bool, bool]:
+    """Whether some of the objects, and whether all of them, are exactly what the prompt names; backgrounds are free."""
+    content = replace(task.content, background=None)
+    found = [detection.as_object for detection in scan.detections]
+    chosen = combinations(found, len(content.slots))
+    is_there = any(shows(Scene(objects=objects, background=0), content) for objects in chosen)
+    return is_there, is_there and len(found) == len(content.slots) and not scan.unknown
+
+
+def _asked_shapes(task: CaptionedScene) -> dict[str, int]:
+    """How many of each shape a prompt asks for."""
+    asked = defaultdict[str, int](int)
+    for group in task.content.groups:
+        asked[SHAPES[group.shape]] += group.count
+    return asked
+
+
+def _is_twin(task: CaptionedScene, scan: Scan) -> bool:
+    """True if one asked shape is there too often while another is missing."""
+    asked, found = _asked_shapes(task), [SHAPES[d.shape] for d in scan.detections]
+    too_often = any(found.count(name) > number for name, number in asked.items())
+    return too_often and any(found.count(name) < number for name, number in asked.items())
 
 
 def _grade(pairs: _Pairs, rng: np.random.Generator) -> Scored:
     """Scores of a part."""
-    scored = score_rows([_row(job, name_scan(scan)) for job, scan in pairs], RULES, rng, "averaged")
+    scored = score_rows([_row(job, scan) for job, scan in pairs], RULES, rng, "averaged")
     scans = [scan for _, scan in pairs]
+    twins = [_is_twin(job.task, scan) for job, scan in pairs if len(_asked_shapes(job.task)) > 1]
     named = [d.score for scan in scans for d in scan.detections]
     unknown = [score for scan in scans for score in scan.unknown_scores]
     blobs = max(len(named) + len(unknown), 1)
@@ -331,14 +380,28 @@ def _grade(pairs: _Pairs, rng: np.random.Generator) -> Scored:
         template_iou=sum(named + unknown) / blobs,
         unknown_share=len(unknown) / blobs,
         empty_share=sum(not scan.detections and not scan.unknown for scan in scans) / len(scans),
+        twins=100 * sum(twins) / max(len(twins), 1),
     )
     return replace(scored, scores=scores)
 
 
 def _floor(items: _Items) -> Scores:
     """Score every prompt with true images of other prompts of the part; one job per prompt."""
-    found = [name_scan(scan) for scan in detect(np.stack([render(job.task.scene) for job in items]))]
+    found = detect(np.stack([render(job.task.scene) for job in items]))
     total = len(items)
     shifts = np.unique(np.linspace(1, total - 1, FLOOR_SHIFTS).astype(int)) if total > 1 else np.array([0])
     rows = [_row(job, found[(i + s) % total]) for i, job in enumerate(items) for s in shifts]
     return score_rows(rows, RULES, np.random.default_rng(0), "averaged").scores
+
+
+def _second_shape_ignored(items: _Items) -> Scores:
+    """Score every prompt with its true image, but with every shape after the first one drawn like the first."""
+    scans = detect(np.stack([render(_alike(job.task)) for job in items]))
+    rows = [_row(job, scan) for job, scan in zip(items, scans, strict=True)]
+    return score_rows(rows, RULES, np.random.default_rng(0), "averaged").scores
+
+
+def _alike(task: CaptionedScene) -> Scene:
+    """The scene with all objects in the shape that the prompt names first."""
+    first = task.content.groups[0].shape
+    return replace(task.scene, objects=tuple(replace(obj, shape=first) for obj in task.scene.objects))

@@ -23,7 +23,7 @@ from starflow2.evals.mcq import McqSuite
 from starflow2.evals.mme import MmeSuite
 from starflow2.evals.sessions import SessionsSuite
 from starflow2.evals.story import Replies, StorySuite
-from starflow2.evals.suite import Images, Progress, Report, Suite, ceiling, evaluate
+from starflow2.evals.suite import Images, Part, Progress, Report, Suite, ceiling, evaluate
 from starflow2.world.scene import Split
 from starflow2.world.stories import Story
 
@@ -155,13 +155,14 @@ class EditedImage:
 class Scorer:
     """One model, scored suite by suite; each method returns a report with floors and ceilings.
 
-    quick, progress: as in `evaluate`. suite: options other than the published ones.
+    quick, progress: as in `evaluate`. parts: of W-Edit and W-Story. suite: options other than the published ones.
     """
 
     model: Talker
     split: Split
     quick: bool = False
     progress: Progress | None = None
+    parts: tuple[Part, ...] = ("id", "cg")
 
     def geneval(self) -> Report:
         return score_geneval(self.model, self.split, quick=self.quick, progress=self.progress)
@@ -184,7 +185,7 @@ class Scorer:
     def edit(self, suite: EditSuite | None = None) -> Report:
         """A quick run leaves out the costly control that draws every target anew."""
         model, codec = ByteModel(self.model), roundtrips(self.model)["clean"]
-        suite = replace(suite or EditSuite(), codec=codec, draw=None if self.quick else model.draw)
+        suite = replace(suite or EditSuite(parts=self.parts), codec=codec, draw=None if self.quick else model.draw)
         return self._run(suite, model.edit)
 
     def sessions(self) -> Report:
@@ -192,7 +193,7 @@ class Scorer:
 
     def story(self, suite: StorySuite | None = None) -> Report:
         model, codec = ByteModel(self.model), roundtrips(self.model)["noise"]
-        suite = suite or StorySuite()
+        suite = suite or StorySuite(parts=self.parts)
         report = self._run(replace(suite, ask=model.answer_story), model.reply)
         return report.with_bound("ceiling", ceiling(replace(suite, parts=("id",)), self.split, codec, quick=self.quick))
 
@@ -219,12 +220,18 @@ _SCORES: Mapping[str, Callable[[Scorer], Report]] = {
 
 
 def score_suite(
-    model: Talker, suite: str, split: Split, *, quick: bool = False, progress: Progress | None = None
+    model: Talker,
+    suite: str,
+    split: Split,
+    *,
+    quick: bool = False,
+    parts: Sequence[Part] = ("id", "cg"),
+    progress: Progress | None = None,
 ) -> Report:
     """The report on one suite, by the name that `starflow2 eval --suite` takes.
 
-    Options as in `evaluate`. Raises ConfigError for an unknown suite or split.
+    Options as in `evaluate`; parts: of W-Edit and W-Story. Raises ConfigError for an unknown suite, split or part.
     """
     if suite not in _SCORES:
         raise ConfigError(f"suite is {suite!r}; expected one of {', '.join(_SCORES)}.{nearest(suite, _SCORES)}")
-    return _SCORES[suite](Scorer(model, split, quick, progress))
+    return _SCORES[suite](Scorer(model, split, quick, progress, tuple(parts)))

@@ -18,6 +18,7 @@ from functools import cache
 from typing import ClassVar, Final, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from starflow2.errors import DataError
 from starflow2.evals.statistics import (
@@ -39,6 +40,7 @@ from starflow2.evals.suite import (
     Part,
     Runs,
     Section,
+    check_choice,
     checked_texts,
     digest,
     graded,
@@ -48,7 +50,7 @@ from starflow2.evals.suite import (
 from starflow2.world.detector import Scan, detect
 from starflow2.world.scene import IMAGE_SIZE, SceneObject, Split, relations
 from starflow2.world.splits import scene_key
-from starflow2.world.stories import CG_ROWS, REQUEST_KINDS, STEPS, Story, story_task, suite_stories
+from starflow2.world.stories import CG_ROWS, PARTS, REQUEST_KINDS, STEPS, Step, Story, story_task, suite_stories
 from starflow2.world.story_text import Change, Look, agrees, answer_question, parse_sentence
 
 __all__ = [
@@ -142,7 +144,7 @@ class StorySuite:
         items = {
             f"{split}/{part}": _digest(stories_of(split, part, self.stories))
             for split in get_args(Split)
-            for part in get_args(Part)
+            for part in PARTS
         }
         settings = {"stories": self.stories, "steps": STEPS, "cg_rows": list(CG_ROWS), "seed_base": SEED_BASE}
         return {"story": {**settings, "quick_share": QUICK_SHARE, "items": items}}
@@ -150,8 +152,9 @@ class StorySuite:
 
 @cache
 def stories_of(split: Split, part: Part, count: int) -> tuple[Story, ...]:
-    """The first stories of a part."""
-    return tuple(suite_stories(split, part, count))
+    """The first stories of a part. Raises ConfigError for one that stories do not have."""
+    check_choice("part", part, PARTS)
+    return tuple(suite_stories(split, part, count))  # type: ignore[arg-type]  # checked above
 
 
 def _digest(stories: Sequence[Story]) -> Section:
@@ -218,17 +221,7 @@ def _first_image(blocks: Sequence[Block]) -> Images | None:
 
 
 def _read(scan: Scan) -> _ImageReading:
-    objects = tuple(
-        SceneObject(
-            shape=found.shape,
-            color=-1 if found.color is None else found.color,
-            size=found.size,
-            x=found.center[0],
-            y=found.center[1],
-            angle=0.0,
-        )
-        for found in scan.detections
-    )
+    objects = tuple(found.as_object for found in scan.detections)
     return _ImageReading(objects, scan.unknown)
 
 
@@ -349,13 +342,26 @@ def _grade(pairs: _Pairs, prior_stories: int, rng: np.random.Generator) -> Score
         for i, (story, reading) in enumerate(pairs)
     ]
     scored = score_rows(rows, COLUMNS, rng, "plain")
-    by_step = {
+    by_step = _open_additions(pairs, steps) | {
         f"step {number}": Scores(len(rows), len(rows), dict(zip(RUNGS, map(Score, means.tolist()), strict=True)))
         for number, means in enumerate(steps.mean(0), 1)
     }
     answers, by_question = _grade_answers(pairs, prior_stories, rng)
     scores = replace(scored.scores.with_columns(**answers), by_kind=by_step | by_question)
     return replace(scored, scores=scores)
+
+
+def _open_additions(pairs: _Pairs, steps: NDArray[np.float64]) -> dict[str, Scores]:
+    """RUNGS of the steps (M, S, K) that add an object without a place, if there are any, under "open addition"."""
+    rows = [steps[i, j] for i, (story, _) in enumerate(pairs) for j, step in enumerate(story.steps) if _is_open(step)]
+    if not rows:
+        return {}
+    means = dict(zip(RUNGS, map(Score, np.mean(rows, axis=0).tolist()), strict=True))
+    return {"open addition": Scores(len(rows), len(rows), means)}
+
+
+def _is_open(step: Step) -> bool:
+    return step.change.op == "add" and step.change.relation is None
 
 
 def _is_right(story: Story, reading: StoryReading) -> bool:

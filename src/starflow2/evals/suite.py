@@ -50,7 +50,8 @@ __all__ = [
     "verify_lock",
 ]
 
-Part = Literal["id", "cg", "paraphrase"]  # seen combinations, held-out ones, held-out wording
+# seen combinations, held-out ones, held-out wording; new prompts of seen combinations, busy scenes; plain words
+Part = Literal["id", "cg", "paraphrase", "new", "scenes", "plain"]
 Images = NDArray[np.uint8]  # (n, 64, 64, 3)
 Codec = Callable[[Images], Images]  # images after a round trip
 Progress = Callable[[int, int], None]  # items done, items in all

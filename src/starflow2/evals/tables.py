@@ -21,6 +21,7 @@ __all__ = ["ledger_record", "lines", "notes", "table"]
 
 HEADINGS = ("measure", "ID", "CG", "gap", "floor", "ceiling")
 GENEVAL_HEADINGS = ("category", "ID", "CG", "gap", "floor", "ceiling", "ID strict", "CG strict")
+OTHER_PARTS = ("paraphrase", "new", "scenes", "plain")  # beside ID and CG, where they were run
 ABSENT = "–"
 Line = tuple[str, ...]
 Record = dict[str, object]
@@ -30,7 +31,7 @@ def table(report: Report) -> Table:
     """The report for the terminal, the headline in bold and notes underneath."""
     is_geneval = report.suite == "geneval"
     grid = Table(title=_title(report), caption="\n".join(notes(report)), caption_justify="left")
-    headings = GENEVAL_HEADINGS + ("paraphrase",) * ("paraphrase" in report.parts) if is_geneval else HEADINGS
+    headings = GENEVAL_HEADINGS + _others(report) if is_geneval else HEADINGS
     for heading in headings:
         grid.add_column(heading, justify="left" if heading in ("measure", "category") else "right")
     for i, row in enumerate(lines(report)):
@@ -70,8 +71,14 @@ def _geneval_scores(report: Report) -> Record:
     return {"samples": report.settings["samples"]} | {
         name: {rule: round(scores.value(rule), 4) for rule in ("lenient", "strict")}
         | {"by_category": {kind: round(row.value("lenient"), 4) for kind, row in scores.by_kind.items()}}
+        | {"twins_per_100": round(scores.value("twins"), 1)}
         for name, scores in (report.parts | ceilings).items()
     }
+
+
+def _others(report: Report) -> tuple[str, ...]:
+    """The parts of a report beside ID and CG."""
+    return tuple(part for part in OTHER_PARTS if part in report.parts)
 
 
 def _title(report: Report) -> str:
@@ -135,7 +142,7 @@ def _geneval(report: Report) -> Iterator[Line]:
         row = [kind.replace("_", " ") or "overall", *map(_number, (*pair, gap))]
         row += [_both(_pair(floor, "lenient", kind)), " / ".join(map(_number, ceilings))]
         row += map(_number, _pair(parts, "strict", kind))
-        yield (*row, *(_number(_pick(parts[p], "lenient", kind)) for p in ("paraphrase",) if p in parts))
+        yield (*row, *(_number(_pick(parts[part], "lenient", kind)) for part in _others(report)))
 
 
 def _mme(report: Report) -> Iterator[Line]:
@@ -178,6 +185,9 @@ def _edit(report: Report) -> Iterator[Line]:
         yield _line(name, _pair(parts, name), _both(_pair(copy, name)), _both(_pair(ceiling, name)))
     for kind in parts["id"].by_kind:
         yield _line(f"{kind}: success", _pair(parts, "success", kind))
+    for part in _others(report):
+        for name in ("success", "applied", "preserved"):
+            yield _line(f"{part}: {name}", (_pick(parts[part], name), None))
 
 
 def _sessions(report: Report) -> Iterator[Line]:
@@ -202,6 +212,10 @@ def _story(report: Report) -> Iterator[Line]:
     for name in ("true_pictures", "no_pictures"):
         title = f"the same, after the story with {name.replace('_', ' ')}"
         yield _line(title, _pair(report.bounds.get("asked", {}), name))
+    for part in _others(report):
+        yield _line(f"{part}: prefix", (_pick(parts[part], "prefix"), None))
+        if "open addition" in parts[part].by_kind:
+            yield _line(f"{part}: additions without a place", (_pick(parts[part], "image", "open addition"), None))
 
 
 def _geneval_notes(report: Report) -> Iterator[str]:
@@ -214,8 +228,12 @@ def _geneval_notes(report: Report) -> Iterator[str]:
         yield (
             f"{part}: {_cell(scores['lenient'])}, 95 % bootstrap over {scores.units} distinct prompts, {scores.n} "
             f"images; mean template IoU {scores.value('template_iou'):.3f}, unrecognised blobs "
-            f"{scores.value('unknown_share'):.1%}, empty images {scores.value('empty_share'):.1%}."
+            f"{scores.value('unknown_share'):.1%}, empty images {scores.value('empty_share'):.1%}, twins "
+            f"{scores.value('twins'):.1f} in 100 images of several shapes."
         )
+    ignored = report.bounds.get("second_shape_ignored", {})
+    if ignored:
+        yield f"Who draws every shape like the first one scores {_both(_pair(ignored, 'lenient'))} (ID / CG)."
     yield (
         "Floor: true images of other prompts (ID / CG). Ceiling: true images of the ID prompts after the "
         "codec (clean / at the sampling noise). Gap: ID − CG over the categories that both have. "

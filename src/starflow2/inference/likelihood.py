@@ -69,6 +69,7 @@ class Score:
 class _Turn:
     user: Sequence[Part]
     assistant: Sequence[Part]
+    learns: bool = True
 
 
 @inference_defaults()

@@ -5,9 +5,10 @@ Each component is defined in a module of its own; files are read and written in 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Generic, cast
+from typing import Generic, Self, cast
 
 import torch
 from torch import nn
@@ -68,6 +69,12 @@ class Components(nn.Module, Generic[Language, Joining]):
         if self._tokenizer is None:
             raise ConfigError(f"model {self.cfg.name} was built without a tokenizer; pass one to Components.")
         return self._tokenizer
+
+    def named(self, name: str) -> Self:
+        """The same modules under another name, which is saved with them."""
+        other = copy.copy(self)
+        other.cfg = replace(self.cfg, name=name)
+        return other
 
     @property
     def pretzel(self) -> JointStream:

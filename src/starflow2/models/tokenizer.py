@@ -44,6 +44,11 @@ class Turn(Protocol):
     @property
     def assistant(self) -> Sequence[object]: ...
 
+    @property
+    def learns(self) -> bool:
+        """Whether the reply is a prediction target."""
+        ...
+
 
 class ChatTokenizer:
     """Byte-level BPE with the turns of a conversation as special tokens."""
@@ -87,13 +92,13 @@ class ChatTokenizer:
         return text.strip()
 
     def document(self, turns: Iterable[Turn]) -> list[Segment]:
-        """Segments of a conversation; words and images of replies are prediction targets."""
+        """Segments of a conversation; words and images of replies that it learns are targets."""
         segments = list[Segment]()
         for i, turn in enumerate(turns):
             opening = Text(tuple(self.opens_user(is_first=not i)))
             segments += [opening, *self._segments(turn.user, is_target=False)]
-            segments += [Text(tuple(self.opens_reply())), *self._segments(turn.assistant, is_target=True)]
-            segments += [Text((self.special.end,), is_target=True)]
+            segments += [Text(tuple(self.opens_reply())), *self._segments(turn.assistant, is_target=turn.learns)]
+            segments += [Text((self.special.end,), is_target=turn.learns)]
         return segments
 
     def _segments(self, parts: Iterable[object], *, is_target: bool) -> list[Segment]:

@@ -28,7 +28,8 @@ from starflow2.models.joint_stream import Trace, read_documents
 from starflow2.models.prompts import normalized
 from starflow2.models.sequence import Document, Image, Text, pack
 from starflow2.research.plots import Panel, histogram_outline, plot_panels
-from starflow2.world.captions import FAMILIES, suite_drawings
+from starflow2.world.captions import suite_drawings
+from starflow2.world.grammar import FAMILIES
 from starflow2.world.questions import DESCRIBE
 
 __all__ = [

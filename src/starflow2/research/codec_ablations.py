@@ -39,7 +39,8 @@ from starflow2.training.config import OptimConfig, StageConfig
 from starflow2.training.loop import fit_task
 from starflow2.training.recipes import with_patches
 from starflow2.training.tasks import T2iTask
-from starflow2.world.captions import FAMILIES, suite_drawings
+from starflow2.world.captions import suite_drawings
+from starflow2.world.grammar import FAMILIES
 from starflow2.world.scene import render
 
 __all__ = [

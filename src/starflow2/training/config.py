@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from starflow2.core.fields import Config, Count, Natural, Positive, Range, Seed, Share, Weight
 from starflow2.errors import ConfigError, nearest
 from starflow2.models.config import ModelConfig
 from starflow2.world.captions import T2I_MIX
+from starflow2.world.conversations import MIX
 
 __all__ = [
+    "JOINT",
     "CaptionConfig",
     "CorpusConfig",
     "MixConfig",
@@ -21,12 +23,15 @@ __all__ = [
     "ShardConfig",
     "StageConfig",
     "StageName",
+    "TalkConfig",
     "TextMean",
     "WarmupMixConfig",
+    "WarmupTalkConfig",
 ]
 
 
-StageName = Literal["features", "fae", "vlm", "t2i", "adapter", "joint"]
+StageName = Literal["features", "fae", "vlm", "t2i", "adapter", "joint", "final"]
+JOINT: Final = ("joint", "final")  # stages that train on all kinds of documents
 Precision = Literal["auto", "float32", "bfloat16"]
 Decay = Annotated[float, Range(least=0, below=1)]
 TextMean = Literal["reply", "token"]
@@ -75,7 +80,8 @@ class _Shares(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionConfig(_Shares):
-    """Shares of the kinds of captions: GenEval's six families, and dense ones that describe the whole scene."""
+    """Shares of the kinds of captions: GenEval's six families, dense ones that describe the whole scene, two kinds with
+    counts, three or four objects, places in the picture, sizes in a relation."""
 
     single_object: Weight = T2I_MIX["single_object"]
     two_object: Weight = T2I_MIX["two_object"]
@@ -84,14 +90,42 @@ class CaptionConfig(_Shares):
     position: Weight = T2I_MIX["position"]
     color_attr: Weight = T2I_MIX["color_attr"]
     dense: Weight = T2I_MIX["dense"]
+    mixed: Weight = T2I_MIX["mixed"]
+    many: Weight = T2I_MIX["many"]
+    placed: Weight = T2I_MIX["placed"]
+    sized: Weight = T2I_MIX["sized"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TalkConfig(_Shares):
+    """Shares of the kinds of conversations about images: see `world.conversations.MIX`."""
+
+    picture: Weight = MIX["picture"]
+    places: Weight = MIX["places"]
+    sides: Weight = MIX["sides"]
+    details: Weight = MIX["details"]
+    pictures: Weight = MIX["pictures"]
+    choice: Weight = MIX["choice"]
+    reading: Weight = MIX["reading"]
+    game: Weight = MIX["game"]
+    check: Weight = MIX["check"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupTalkConfig(Config):
+    """Another mix of conversations for a stage's first steps: what is easy first."""
+
+    steps: Natural = 0
+    mix: TalkConfig = field(default_factory=TalkConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixConfig(_Shares):
-    """Shares of the kinds of documents in stage 3: questions about images, drawings from words, edits, chains of
-    edits, first images of stories, whole stories."""
+    """Shares of the kinds of documents in stage 3: questions about images, checks of what an image shows or what was
+    changed, drawings from words, edits, chains of edits, first images of stories, whole stories."""
 
     understand: Weight = 0.25
+    check: Weight = 0.0
     draw: Weight = 0.35
     edit: Weight = 0.15
     chain: Weight = 0.15
@@ -182,8 +216,12 @@ class StageConfig(Config):
     codec_weight: Weight = 0.0  # weight of the FAE's losses; 0: frozen, more: FAE and flow train end to end (t2i)
     captions: CaptionConfig = field(default_factory=CaptionConfig)  # kinds of captions of drawings (t2i, joint)
     whitening_captions: Natural = 2048  # captions by whose text states a fresh flow's input is whitened (t2i)
+    talk: TalkConfig = field(default_factory=TalkConfig)  # kinds of conversations about images (vlm, adapter, joint)
+    warmup_talk: WarmupTalkConfig = field(default_factory=WarmupTalkConfig)  # of the first steps (vlm)
     mix: MixConfig = field(default_factory=MixConfig)  # kinds of documents (joint)
     warmup_mix: WarmupMixConfig = field(default_factory=WarmupMixConfig)  # of the first steps (joint)
+    everything: bool = False  # train on what dev and test hold out as well (final)
+    keep_as: str = ""  # name under which the model is kept in the run's folder after this stage; "": it is not
     accumulate: Count = 1  # microbatches of a step in every process; of a mixture, as many as its size needs
     # layers whose activations are recomputed in the backward pass: of what trains, or of the language model as well
     checkpoint_activations: Literal["none", "trained", "all"] = "none"
@@ -196,6 +234,11 @@ class StageConfig(Config):
             raise ConfigError(
                 f"codec_weight is {self.codec_weight} in stage {self.name}; expected 0, or more in stage t2i, the only "
                 "one in which FAE and flow can train together."
+            )
+        if self.everything and self.name != "final":
+            raise ConfigError(
+                f"everything is set in stage {self.name}; expected stage final: a model that has seen what dev and "
+                "test hold out cannot be scored on it, so only a last stage may."
             )
         if self.kl_to_t2i < 0 or (self.kl_to_t2i and (self.name != "joint" or self.shard.mode != "none")):
             raise ConfigError(

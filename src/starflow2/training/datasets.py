@@ -7,6 +7,7 @@ models of another take a mixture. Letters: B documents, P images.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
@@ -26,9 +27,11 @@ from starflow2.models.sequence import Batch, Layout, pack
 from starflow2.models.tokenizer import ChatTokenizer
 from starflow2.training.config import CaptionConfig, StageConfig
 from starflow2.world.captions import caption_task
+from starflow2.world.checks import check_dialogue
 from starflow2.world.conversations import understanding_dialogue
 from starflow2.world.edits import edit_chain_dialogue, edit_dialogue, edit_task
 from starflow2.world.scene import IMAGE_SIZE, Scene, SceneDialogue, render_batch, stream
+from starflow2.world.splits import everything_trains
 from starflow2.world.stories import story_beginning, story_dialogue, story_task
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "drop_words",
     "joint_dialogue",
     "not_by_index",
+    "talk_dialogue",
     "to_images",
 ]
 
@@ -147,13 +151,24 @@ class Documents:
         return images, pack([self.tokenizer.document(d.turns) for d in dialogues], self.layout)
 
 
+def talk_dialogue(stage: StageConfig, seed: int, index: int) -> SceneDialogue:
+    """Conversation number `index` about images, of the kinds of `talk`, at first of those of `warmup_talk`."""
+    is_early = index < stage.warmup_talk.steps * stage.batch
+    return understanding_dialogue(seed, index, weights=asdict(stage.warmup_talk.mix if is_early else stage.talk))
+
+
 def joint_dialogue(stage: StageConfig, seed: int, index: int) -> SceneDialogue:
     """Document number `index` of stage 3; a share of the drawings without words (`caption_drop`)."""
+    with everything_trains() if stage.everything else nullcontext():
+        return _joint_dialogue(stage, seed + stage.everything, index)  # other documents than those of the stage before
+
+
+def _joint_dialogue(stage: StageConfig, seed: int, index: int) -> SceneDialogue:
     rng = stream(seed, index, _JOINT_STREAM)
     mix = stage.warmup_mix.mix if index < stage.warmup_mix.steps * stage.batch else stage.mix
     shares = np.array([getattr(mix, f.name) for f in fields(mix)])
     name = fields(mix)[int(rng.choice(len(shares), p=shares / shares.sum()))].name
-    return drop_words(_makers(stage.captions)[name](seed, index), rng, stage.caption_drop)
+    return drop_words(_makers(stage)[name](seed, index), rng, stage.caption_drop)
 
 
 def _drawing(shares: CaptionConfig, seed: int, index: int) -> SceneDialogue:
@@ -164,11 +179,12 @@ def _drawing(shares: CaptionConfig, seed: int, index: int) -> SceneDialogue:
 _JOINT_STREAM = 21
 
 
-def _makers(captions: CaptionConfig) -> dict[str, Callable[[int, int], SceneDialogue]]:
+def _makers(stage: StageConfig) -> dict[str, Callable[[int, int], SceneDialogue]]:
     """Functions from (seed, index) to a document of stage 3, by the names of `MixConfig`."""
     return {
-        "understand": understanding_dialogue,
-        "draw": partial(_drawing, captions),
+        "understand": partial(talk_dialogue, stage),
+        "check": check_dialogue,
+        "draw": partial(_drawing, stage.captions),
         "edit": lambda seed, index: edit_dialogue(edit_task(seed, index)),
         "chain": edit_chain_dialogue,
         "beginning": story_beginning,

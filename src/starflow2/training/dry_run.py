@@ -16,7 +16,7 @@ from starflow2.core.serialize import JsonObject
 from starflow2.models.components import Components, build
 from starflow2.models.sequence import Image, Layout, Segment, Text, pack
 from starflow2.nn import num_parameters
-from starflow2.training.config import RunConfig, StageConfig
+from starflow2.training.config import JOINT, RunConfig, StageConfig
 from starflow2.training.loop import try_step
 from starflow2.training.memory import microbatch_documents, reads_corpora
 from starflow2.training.metrics import peak_memory
@@ -58,10 +58,10 @@ class RandomDocuments:
         return self.components.tower_layout if self.stage == "vlm" else self.components.layout
 
     def _document(self, generator: torch.Generator) -> list[Segment]:
-        """An image and words of the user, words of the reply, and in stage joint an image of the reply."""
+        """An image and words of the user, words of the reply, and in stages joint and final an image of the reply."""
         prompt, reply = self._ids(self._prompt_tokens, generator), self._ids(REPLY_TOKENS, generator)
         document: list[Segment] = [Image(), Text(tuple(prompt)), Text(tuple(reply), is_target=True)]
-        return [*document, Image(is_target=True)] if self.stage == "joint" else document
+        return [*document, Image(is_target=True)] if self.stage in JOINT else document
 
     def _ids(self, count: int, generator: torch.Generator) -> list[int]:
         cfg = self.components.cfg.vlm

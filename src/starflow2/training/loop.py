@@ -77,6 +77,8 @@ def fit(
         with trainer.state.averaged_weights(), group.unsharded(components):
             if group.is_first:
                 save_components(components, folder / "model")
+                if stage.keep_as:
+                    save_components(components.named(stage.keep_as), folder / stage.keep_as)
         group.barrier()
     return folder / "model"
 

@@ -33,7 +33,7 @@ from starflow2.errors import ConfigError, TrainingError
 from starflow2.models.components import Components, build
 from starflow2.models.huggingface import Backbone
 from starflow2.nn import CausalStack, at_least_fp32
-from starflow2.training.config import ShardConfig, StageConfig
+from starflow2.training.config import JOINT, ShardConfig, StageConfig
 from starflow2.training.task import LossAndMetrics, LossWeights, Task
 
 __all__ = [
@@ -261,9 +261,9 @@ class FullyShardedDistributed(Distributed):
         return self.mesh.size(self.mesh.ndim - 1)
 
     def sharded_components(self, stage: StageConfig) -> tuple[str, ...]:
-        trained = ("flow",) if stage.name in ("t2i", "joint") else ()
+        trained = ("flow",) if stage.name in ("t2i", *JOINT) else ()
         # a fresh stage t2i measures states of the language model before anything is sharded
-        frozen = ("vlm",) if self.shard.frozen == "sharded" and stage.name in ("adapter", "joint") else ()
+        frozen = ("vlm",) if self.shard.frozen == "sharded" and stage.name in ("adapter", *JOINT) else ()
         return trained + frozen
 
     def prepare(self, task: Task, precision: str, device: str) -> Replica:

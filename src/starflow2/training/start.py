@@ -15,19 +15,18 @@ from starflow2.errors import ConfigError, TrainingError
 from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
 from starflow2.models.config import CodecConfig, ModelConfig
+from starflow2.models.config_file import read_config
 from starflow2.models.huggingface import stream_class
 from starflow2.models.tokenizer import train_tokenizer
-from starflow2.training.config import RunConfig
+from starflow2.training.config import JOINT, RunConfig
 from starflow2.world.captions import caption_task
 from starflow2.world.conversations import understanding_dialogue, understanding_words
-from starflow2.world.edit_operations import edit_words
 from starflow2.world.edits import edit_task
 from starflow2.world.stories import story_dialogue, story_task
-from starflow2.world.story_text import story_words
 
-__all__ = ["check_start", "start_stage"]
+__all__ = ["check_start", "start_stage", "unfinished_stages"]
 
-CONVERSING = ("vlm", "adapter", "joint")  # stages that train on conversations, whose words are more than captions have
+CONVERSING = ("vlm", "adapter", *JOINT)  # stages that train on conversations, whose words are more than captions have
 TOKENIZER_ITEMS = 250  # of each kind of the drawn world, that a new tokenizer is trained on; 2000 make no shorter texts
 MIXTURE_ITEMS = 20_000  # of a mixture, likewise
 SAMPLING = ("guidance", "guidance_schedule", "edit_guidance", "prior_scale")  # may differ between recipe and model
@@ -51,6 +50,15 @@ def check_start(run: RunConfig, stage: str, folder: Path) -> None:
             f"stage {stage} starts from the stage before it, but there is no {folder}/model; "
             f"run --stage {run.stages[0].name} first."
         )
+
+
+def unfinished_stages(run: RunConfig, folder: Path) -> list[str]:
+    """The stages of a recipe, in order, that the model in folder/model has not finished; all without a model there."""
+    names: list[str] = [stage.name for stage in run.stages]
+    if not (folder / "model" / "config.json").is_file():
+        return names
+    finished = read_config(folder / "model").finished_stages
+    return [name for name in names if name not in finished]
 
 
 def start_stage(
@@ -107,7 +115,7 @@ def _fresh(run: RunConfig, mixture: str, device: str) -> Components:
 
 def _world_words() -> frozenset[str]:
     """Every word of the conversations of the drawn world."""
-    return understanding_words() | edit_words() | story_words()
+    return understanding_words()
 
 
 def _world_texts(seed: int) -> Iterator[str]:

@@ -26,7 +26,7 @@ from starflow2.models.pretzel import ALL_SKIPS
 from starflow2.models.sequence import IGNORE, Batch, length_groups, with_pictures
 from starflow2.training.codec_tasks import FaeTask, FeaturesTask
 from starflow2.training.config import StageConfig
-from starflow2.training.datasets import Captions, Documents, corpus_batches, joint_dialogue
+from starflow2.training.datasets import Captions, Documents, corpus_batches, joint_dialogue, talk_dialogue
 from starflow2.training.initialise import match_tower_scale, whiten_text_states, world_captions
 from starflow2.training.losses import (
     count_texts,
@@ -37,7 +37,6 @@ from starflow2.training.losses import (
     ntp_loss,
 )
 from starflow2.training.task import WHOLE_BATCH, Dataset, LossAndMetrics, LossWeights, Task
-from starflow2.world.conversations import understanding_dialogue
 
 __all__ = [
     "TASKS",
@@ -71,7 +70,7 @@ class VlmTask(_DocumentTask):
     """Conversations about drawn images, which the model's own vision tower reads, and about words."""
 
     def default_dataset(self) -> Dataset:
-        dialogue = partial(understanding_dialogue, self.seed)
+        dialogue = partial(talk_dialogue, self.stage, self.seed)
         return Documents.of(self.components, dialogue, self.components.tower_layout)
 
     def default_trained(self) -> nn.ModuleDict:
@@ -203,7 +202,7 @@ class AdapterTask(_DocumentTask):
             )
 
     def default_dataset(self) -> Dataset:
-        return Documents.of(self.components, partial(understanding_dialogue, self.seed))
+        return Documents.of(self.components, partial(talk_dialogue, self.stage, self.seed))
 
     def default_trained(self) -> nn.ModuleDict:
         return nn.ModuleDict({"adapter": self.components.joints.adapter})
@@ -384,4 +383,5 @@ TASKS: dict[str, MakeTask] = {
     "t2i": T2iTask,
     "adapter": AdapterTask,
     "joint": JointTask,
+    "final": JointTask,
 }

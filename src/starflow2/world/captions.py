@@ -1,30 +1,28 @@
-"""Captions of the drawn world: briefs drawn by family, their wordings, GenEval metadata, and the frozen prompt suites.
+"""Captions of the drawn world: training items, plain wordings, GenEval metadata, and the frozen prompt suites.
 
-A `Brief` is a scene plus what its caption says about it; what the caption leaves out is random, and every object of the
-scene is mentioned. Training items are pure functions of seed and index, and combine nothing that `splits.WITHHELD`
-reserves; nor do they use the sentence forms that `WORDINGS` reserves for dev and test.
+Training items are pure functions of seed and index, worded by `grammar`, and combine nothing that `splits` withholds;
+nor do they use the sentence forms that `WORDINGS` reserves for dev and test, nor say what `prompt_part` reserves.
+Suites are worded by the plain forms. Scenes and what is said of them come from `briefs`.
 The six families and the metadata format are GenEval's (Ghosh et al. 2023). Our choice: docs/choices.md#world.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal, NotRequired, TypedDict
 
 import numpy as np
 
 from starflow2.errors import ConfigError
-from starflow2.world.sampling import sample_crowd
+from starflow2.world.briefs import BRIEFS, SCENES, Brief, content_of, menu_of, scene_content
+from starflow2.world.content import Content, Group, prompt_part, scene_of
+from starflow2.world.grammar import FAMILIES, WORDINGS, say
 from starflow2.world.scene import (
     BACKGROUND_NAMES,
     COLORS,
-    MAX_OBJECTS,
-    OPPOSITES,
-    RELATIONS,
     SHAPES,
     SIZES,
     Bucket,
@@ -35,48 +33,54 @@ from starflow2.world.scene import (
     chance,
     pick,
     relations,
-    sample_scene,
     stream,
 )
-from starflow2.world.splits import HELD_OUT, WITHHELD, bucket, colors_of, held_out, is_trainable
-from starflow2.world.words import NUMBERS, PLURALS, Wording, article, place_of
+from starflow2.world.splits import bucket, held_out, is_trainable
+from starflow2.world.words import NUMBERS, PLURALS, article, place_of
 
 __all__ = [
     "BACKGROUND_WORDS",
     "DENSE_BACKGROUND",
     "DENSE_COUNT",
     "DENSE_RELATION",
-    "FAMILIES",
     "RELATION_WORDS",
+    "SCENE_FAMILIES",
     "T2I_MIX",
     "TOGETHER",
-    "WORDINGS",
-    "Brief",
     "CaptionedScene",
     "GenEvalMetadata",
     "GenEvalObject",
     "caption",
     "caption_task",
     "metadata",
+    "new_drawings",
     "noun",
     "paraphrase_drawings",
+    "random_caption",
+    "scene_drawings",
+    "scene_metadata",
     "suite_drawings",
 ]
 
-FAMILIES: Final = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+SCENE_FAMILIES: Final = tuple(SCENES)
 T2I_MIX: Final[Mapping[str, float]] = MappingProxyType(
     {
-        "single_object": 0.06,
-        "two_object": 0.28,
-        "counting": 0.14,
-        "colors": 0.10,  # short captions that say most about the image teach the words fastest
-        "position": 0.18,  # which word belongs to what is learnt last
-        "color_attr": 0.22,
+        "single_object": 0.05,
+        "two_object": 0.20,
+        "counting": 0.12,
+        "colors": 0.08,  # short captions that say most about the image teach the words fastest
+        "position": 0.15,  # which word belongs to what is learnt last
+        "color_attr": 0.17,
         "dense": 0.02,
+        "mixed": 0.07,
+        "many": 0.05,
+        "placed": 0.06,
+        "sized": 0.03,
     }
 )
+_BARE: Final = 0.1  # share of captions of several coloured groups that leave one colour unsaid
 _CAPTION: Final = 1  # third number of a stream, so that no other task repeats these draws for the same seed and index
-_SUITE: Final = 3  # second number of a suite's stream
+_SUITE, _SCENES = 3, 4  # second numbers of the streams of suites
 _SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
 
 GenEvalObject = TypedDict(  # one row of "include" or "exclude"
@@ -95,181 +99,16 @@ class GenEvalMetadata(TypedDict):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Brief:
-    """A scene and what its caption has to say; objects are mentioned in the order of `scene.objects`."""
-
-    scene: Scene
-    family: str
-    mentions: frozenset[str]  # of "color", "size", "background"
-    relation: Relation | None = None  # what the first object is with respect to the second
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class CaptionedScene:
-    """One text-to-image item: the prompt, a scene that satisfies it, and GenEval's metadata line."""
+    """One text-to-image item: the prompt, a scene that satisfies it, GenEval's metadata line, and what is said."""
 
     prompt: str
     scene: Scene
     family: str
     metadata: GenEvalMetadata
+    content: Content
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Menu:
-    """Combinations that a brief may be drawn from: those of training, one row replaced for a held-out suite."""
-
-    colors: tuple[tuple[int, ...], ...]  # by shape
-    second_colors: tuple[tuple[int, ...], ...]  # likewise, for the second object
-    shapes: tuple[tuple[int, int], ...]  # two different shapes that may meet
-    relations: tuple[tuple[int, Relation, int], ...]  # (shape, relation, shape)
-    counts: tuple[tuple[int, int], ...]  # (shape, how many)
-
-
-@functools.cache
-def _menu(split: Split | None = None, row: str = "") -> _Menu:
-    """The training menu, or that menu with one row ("pair", "pairs", "fact", "shapes", "count") held out by `split`."""
-    k, guard = range(len(SHAPES)), WITHHELD["train"]
-    meets = tuple(pair for pair in itertools.combinations(k, 2) if guard.allows_together(pair))
-    stands = [(a, r, b) for a, b in itertools.permutations(k, 2) for r in RELATIONS if tuple(sorted((a, b))) in meets]
-    stands = [(a, r, b) for a, r, b in stands if guard.allows_fact(a, r, b)]
-    counts = [(s, n) for s in k for n in range(2, MAX_OBJECTS + 1) if guard.allows_count(s, n)]
-    colors = second = tuple(colors_of(shape) for shape in k)
-    if split is not None:
-        table = HELD_OUT[split]
-        if row in ("pair", "pairs"):
-            colors = tuple(colors_of(shape, split) for shape in k)
-            second = colors if row == "pairs" else second
-        elif row == "fact":
-            ways = sorted(table.facts) + sorted((b, OPPOSITES[r], a) for a, r, b in table.facts)
-            stands = [(a, r, b) for a, r, b in ways]
-        elif row == "shapes":
-            first_two = sorted(tuple(sorted(pair)) for pair in table.shapes)
-            meets = tuple((pair[0], pair[1]) for pair in first_two)
-        elif row == "count":
-            counts = sorted(table.counts)
-    return _Menu(colors=colors, second_colors=second, shapes=meets, relations=tuple(stands), counts=tuple(counts))
-
-
-def _pick_mentions(rng: np.random.Generator, **chances: float) -> frozenset[str]:
-    return frozenset(name for name, probability in chances.items() if chance(rng, probability))
-
-
-def _brief_one(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
-    shape = int(rng.integers(len(SHAPES)))
-    scene = sample_scene(rng, shapes=[shape], colors=[pick(rng, menu.colors[shape])])
-    mentions = _pick_mentions(rng, color=float(family == "colors"), size=0.3, background=0.25)
-    return Brief(scene=scene, family=family, mentions=mentions)
-
-
-def _brief_two(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
-    a, b = pick(rng, menu.shapes)
-    if chance(rng, 0.5):
-        a, b = b, a
-    options = (menu.colors, menu.second_colors) if chance(rng, 0.5) else (menu.second_colors, menu.colors)
-    colors = [pick(rng, options[0][a]), pick(rng, options[1][b])]
-    while family == "color_attr" and colors[0] == colors[1]:
-        colors = [pick(rng, options[0][a]), pick(rng, options[1][b])]
-    scene = sample_scene(rng, shapes=[a, b], colors=colors)
-    mentions = _pick_mentions(rng, color=float(family == "color_attr"), size=0.2, background=0.2)
-    return Brief(scene=scene, family=family, mentions=mentions)
-
-
-def _brief_counting(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
-    shape, count = pick(rng, menu.counts)
-    one_color, one_size = chance(rng, 0.5), chance(rng, 0.5)
-    colors = [pick(rng, menu.colors[shape]) for _ in range(count)]
-    sizes = rng.integers(len(SIZES), size=count).tolist()
-    scene = sample_scene(
-        rng,
-        shapes=[shape] * count,
-        colors=colors[:1] * count if one_color else colors,
-        sizes=sizes[:1] * count if one_size else sizes,
-    )
-    mentions = _pick_mentions(rng, color=0.6 * one_color, size=0.5 * one_size, background=0.2)
-    return Brief(scene=scene, family=family, mentions=mentions)
-
-
-def _brief_position(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
-    a, relation, b = pick(rng, menu.relations)
-    colors = [pick(rng, menu.colors[a]), pick(rng, menu.colors[b])]
-    scene = sample_scene(rng, shapes=[a, b], colors=colors, relation=relation)
-    mentions = _pick_mentions(rng, color=0.35, size=0.15, background=0.15)
-    return Brief(scene=scene, family=family, mentions=mentions, relation=relation)
-
-
-def _brief_dense(rng: np.random.Generator, menu: _Menu, family: str) -> Brief:
-    scene = sample_crowd(rng, int(rng.integers(3, 5)))
-    return Brief(scene=scene, family=family, mentions=frozenset({"color", "size", "background"}))
-
-
-_BRIEFS: Final[Mapping[str, Callable[[np.random.Generator, _Menu, str], Brief]]] = MappingProxyType(
-    {
-        "single_object": _brief_one,
-        "two_object": _brief_two,
-        "counting": _brief_counting,
-        "colors": _brief_one,
-        "position": _brief_position,
-        "color_attr": _brief_two,
-        "dense": _brief_dense,
-    }
-)
-
-
-_PHRASE: Final = Wording(  # {c} is the content, {is} is "is" or "are"
-    train=(
-        "{c}",
-        "a photo of {c}",
-        "a picture of {c}",
-        "an image of {c}",
-        "a drawing of {c}",
-        "draw {c}",
-        "paint {c}",
-        "show {c}",
-        "please draw {c}",
-        "make a picture of {c}",
-        "there {is} {c}",
-        "in the picture there {is} {c}",
-        "an image that shows {c}",
-    ),
-    dev=("please make a drawing of {c}", "the image shows {c}"),
-    test=("please paint an image that shows {c}", "show a drawing with {c} in it", "in the photo there {is} {c}"),
-)
-_POSITION: Final = Wording(  # {a} and {b} with article, {kind_a} and {kind_b} without
-    train=(
-        "{a} {rel} {b}",
-        "a photo of {a} {rel} {b}",
-        "a picture of {a} {rel} {b}",
-        "an image of {a} {rel} {b}",
-        "draw {a} {rel} {b}",
-        "show {a} {rel} {b}",
-        "{a} is {rel} {b}",
-        "there is {a} {rel} {b}",
-        "{rel} {b} there is {a}",
-        "{rel} {b} is {a}",
-        "{b} with {a} {rel} it",
-        "{a} and {b}, the {kind_a} is {rel} the {kind_b}",
-        "{b} and {a}, the {kind_a} is {rel} the {kind_b}",
-    ),
-    dev=("show {a} that is {rel} {b}", "in the image {a} is {rel} {b}"),
-    test=(
-        "please paint {a} that is {rel} {b}",
-        "there is {b} and {rel} it is {a}",
-        "a drawing that shows {b}, and {a} is {rel} it",
-    ),
-)
-_DENSE: Final = Wording(  # one sentence per object
-    train=(
-        "there is {a} {place}.",
-        "{a} is {place}.",
-        "{place} there is {a}.",
-        "{place} is {a}.",
-    ),
-    dev=("draw {a} {place}.", "{place} show {a}."),
-    test=("the picture shows {a} {place}.", "paint {a} {place}.", "please draw {a} {place}."),
-)
-WORDINGS: Final[Mapping[str, Wording]] = MappingProxyType(
-    {family: _PHRASE for family in FAMILIES} | {"position": _POSITION, "dense": _DENSE}
-)
 TOGETHER: Final = ("{a} and {b}", "{a} and {b}", "{a} with {b}", "both {a} and {b}")
 BACKGROUND_WORDS: Final = ("{c} on a {tint} background", "{c} with a {tint} background", "{c}, {tint} background")
 RELATION_WORDS: Final[Mapping[Relation, tuple[str, ...]]] = MappingProxyType(
@@ -400,14 +239,36 @@ def _entry(brief: Brief, obj: SceneObject, count: int = 1) -> GenEvalObject:
     return entry
 
 
+def scene_metadata(content: Content, family: str, prompt: str) -> GenEvalMetadata:
+    """What a caption of one of SCENE_FAMILIES asks for in the format of GenEval, which has no sizes and places.
+
+    As there, the reference object of a relation comes first.
+    """
+    rows = [_group_entry(group) for group in content.groups]
+    if content.relation is not None:
+        rows[0]["position"] = [content.relation, 0]
+        rows[:2] = rows[1::-1]
+    return {"tag": family, "include": rows, "prompt": prompt}
+
+
+def _group_entry(group: Group) -> GenEvalObject:
+    entry: GenEvalObject = {"class": SHAPES[group.shape], "count": group.count}
+    if group.color is not None:
+        entry["color"] = COLORS[group.color]
+    return entry
+
+
 def _drawing(brief: Brief, prompt: str) -> CaptionedScene:
-    return CaptionedScene(prompt=prompt, scene=brief.scene, family=brief.family, metadata=metadata(brief, prompt))
+    content = content_of(brief)
+    row = metadata(brief, prompt)
+    return CaptionedScene(prompt=prompt, scene=brief.scene, family=brief.family, metadata=row, content=content)
 
 
 def _family(rng: np.random.Generator, weights: Mapping[str, float]) -> str:
-    unknown = sorted(set(weights) - set(_BRIEFS))
+    known = (*BRIEFS, *SCENES)
+    unknown = sorted(set(weights) - set(known))
     if unknown or not weights or min(weights.values()) < 0 or sum(weights.values()) <= 0:
-        raise ConfigError(f"weights={dict(weights)}: expected non-negative shares of {', '.join(_BRIEFS)}")
+        raise ConfigError(f"weights={dict(weights)}: expected non-negative shares of {', '.join(known)}")
     place = rng.random() * sum(weights.values())
     for family, weight in weights.items():
         place -= weight
@@ -423,11 +284,36 @@ def caption_task(seed: int, index: int, *, weights: Mapping[str, float] = T2I_MI
     True
     """
     rng = stream(seed, index, _CAPTION)
-    family = _family(rng, weights)
+    return random_caption(rng, _family(rng, weights))
+
+
+def random_caption(rng: np.random.Generator, family: str) -> CaptionedScene:
+    """A training item of a family."""
     while True:
-        brief = _BRIEFS[family](rng, _menu(), family)
-        if is_trainable(brief.scene):
-            return _drawing(brief, caption(brief, rng))
+        if family in SCENES:
+            content, scene = scene_content(rng, family)
+            if prompt_part(content) == "train":
+                prompt = say(content, rng)
+                row = scene_metadata(content, family, prompt)
+                return CaptionedScene(prompt=prompt, scene=scene, family=family, metadata=row, content=content)
+            continue
+        brief = BRIEFS[family](rng, menu_of(), family)
+        content = _loosened(content_of(brief), rng)
+        if is_trainable(brief.scene) and prompt_part(content) == "train":
+            is_plain = family == "dense" and chance(rng, 0.5)
+            prompt = caption(brief, rng) if is_plain else say(content, rng)
+            row = scene_metadata(content, family, prompt) if content != content_of(brief) else metadata(brief, prompt)
+            return CaptionedScene(prompt=prompt, scene=brief.scene, family=family, metadata=row, content=content)
+
+
+def _loosened(content: Content, rng: np.random.Generator) -> Content:
+    """The content, or by chance without the colour of one of its groups."""
+    if len(content.groups) < 2 or content.groups[0].color is None or not chance(rng, _BARE):
+        return content
+    groups = list(content.groups)
+    index = int(rng.integers(len(groups)))
+    groups[index] = replace(groups[index], color=None)
+    return replace(content, groups=tuple(groups))
 
 
 _ROWS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(  # held out per family; single_object combines nothing
@@ -441,9 +327,9 @@ _ROWS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(  # held out per 
 )
 
 
-def _suite_stream(split: Split, part: Literal["id", "cg", "paraphrase"], family: str) -> tuple[int, ...]:
+def _suite_stream(split: Split, part: Literal["id", "cg", "paraphrase", "new"], family: str) -> tuple[int, ...]:
     """The first numbers of all streams of one part and family of a suite."""
-    parts = ("id", "cg", "paraphrase")
+    parts = ("id", "cg", "paraphrase", "new")
     return (_SUITE_SEED, _SUITE, ("dev", "test").index(split), parts.index(part), FAMILIES.index(family))
 
 
@@ -459,10 +345,10 @@ def _suite_briefs(split: Split, part: Literal["id", "cg"], family: str, count: i
         rng = stream(*_suite_stream(split, part, family), item)
         row = _ROWS[family][item % len(_ROWS[family])] if part == "cg" else ""
         wanted = {row.rstrip("s") if family == "color_attr" else row} if row else set()
-        menu = _menu(split, row) if row else _menu()
+        menu = menu_of(split, row) if row else menu_of()
         tries = 0
         while True:
-            brief = _BRIEFS[family](rng, menu, family)
+            brief = BRIEFS[family](rng, menu, family)
             if bucket(brief.scene) != split or held_out(brief.scene, split) != wanted or held_out(brief.scene, other):
                 continue
             plain = caption(brief, stream(0))  # one form for all, so that only the content is compared
@@ -517,3 +403,39 @@ def paraphrase_drawings(split: Split, per_category: int = 64) -> list[CaptionedS
             _suite_briefs(split, "id", family, per_category), split, _suite_stream(split, "paraphrase", family)
         )
     ]
+
+
+def new_drawings(split: Split, per_category: int = 64) -> list[CaptionedScene]:
+    """Prompts of the six families whose content no training prompt has, though all that they combine was seen.
+
+    Plain wording; `content.prompt_part` reserves the contents.
+    """
+    drawings = []
+    for family in FAMILIES:
+        for item in range(per_category):
+            rng = stream(*_suite_stream(split, "new", family), item)
+            drawings.append(_new_drawing(split, family, rng))
+    return drawings
+
+
+def _new_drawing(split: Split, family: str, rng: np.random.Generator) -> CaptionedScene:
+    while True:
+        brief = BRIEFS[family](rng, menu_of(), family)
+        content = content_of(brief)
+        scene = scene_of(content, rng, split) if prompt_part(content) == split else None
+        if scene is not None:
+            brief = replace(brief, scene=scene)
+            return _drawing(brief, caption(brief, rng))
+
+
+def scene_drawings(split: Split, per_category: int = 64) -> list[CaptionedScene]:
+    """Prompts of SCENE_FAMILIES about unseen scenes with nothing held out, in the words of training's grammar."""
+    drawings = []
+    for index, family in enumerate(SCENE_FAMILIES):
+        for item in range(per_category):
+            rng = stream(_SUITE_SEED, _SCENES, ("dev", "test").index(split), index, item)
+            content, scene = scene_content(rng, family, split)
+            prompt = say(content, rng)
+            row = scene_metadata(content, family, prompt)
+            drawings.append(CaptionedScene(prompt=prompt, scene=scene, family=family, metadata=row, content=content))
+    return drawings

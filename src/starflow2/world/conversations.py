@@ -1,7 +1,8 @@
 """Training conversations for the language model and its adapter: about images, or about words alone.
 
-`understanding_dialogue` mixes five kinds by `MIX`: one image with several turns, several images, lettered options, a
-caption that has to be read for its answers, and a rule game in words. Everything is a pure function of seed and index
+`understanding_dialogue` mixes kinds by `MIX`: one image with several turns, lessons about places, sides and details,
+several images, lettered options, a caption that has to be read for its answers, a rule game in words, and checks of
+pictures. Everything is a pure function of seed and index
 and combines nothing that `splits.WITHHELD` reserves. No answer is an image: drawing is not trained here.
 Our choice: docs/choices.md#world.
 """
@@ -9,17 +10,21 @@ Our choice: docs/choices.md#world.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError
-from starflow2.world.captions import GenEvalMetadata, caption_task
+from starflow2.world.captions import caption_task
+from starflow2.world.checks import check_dialogue, check_words
+from starflow2.world.content import Content, Group
+from starflow2.world.edit_requests import edit_words
+from starflow2.world.lessons import LESSONS, lesson, lesson_words
 from starflow2.world.multiple_choice import DIMENSIONS, choice_about, choice_words
 from starflow2.world.questions import LIST, known_words, understanding_task
 from starflow2.world.riddles import game, riddle, riddle_words
@@ -30,81 +35,56 @@ from starflow2.world.scene import (
     OPPOSITES,
     SHAPES,
     SIZES,
-    Relation,
     Scene,
     SceneDialogue,
+    chance,
     pick,
     stream,
 )
 from starflow2.world.several_images import several_images_dialogue, several_images_words
-from starflow2.world.splits import WITHHELD
-from starflow2.world.words import NUMBERS, PLURALS, POINTS, article, yes_or_no
+from starflow2.world.splits import withheld
+from starflow2.world.story_text import story_words
+from starflow2.world.words import PLACES, PLURALS, POINTS, article, yes_or_no
 
-__all__ = ["MIX", "READ_MIX", "Mention", "mentions", "understanding_dialogue", "understanding_words"]
+__all__ = ["MIX", "READ_MIX", "understanding_dialogue", "understanding_words"]
 
 MIX: Final[Mapping[str, float]] = MappingProxyType(
     {
-        "picture": 0.62,  # descriptions and short answers, the form of most questions
-        "pictures": 0.14,
-        "choice": 0.10,  # letters are soon learnt; the questions themselves are those of "picture"
-        "reading": 0.09,  # colours, counts and places bound to objects by words: what a drawer must read
-        "game": 0.05,
+        "picture": 0.38,  # descriptions and short answers, the form of most questions
+        "places": 0.07,
+        "sides": 0.13,
+        "details": 0.07,
+        "pictures": 0.08,
+        "choice": 0.08,  # letters are soon learnt; the questions themselves are those of "picture"
+        "reading": 0.05,  # colours, counts and places bound to objects by words: what a drawer must read
+        "game": 0.02,
+        "check": 0.12,  # whether a picture shows a caption, or a request was done
     }
 )
 READ_MIX: Final[Mapping[str, float]] = MappingProxyType(  # families of captions to be read
-    {"two_object": 0.1, "counting": 0.15, "colors": 0.05, "position": 0.25, "color_attr": 0.3, "dense": 0.15}
+    {
+        "two_object": 0.1,
+        "counting": 0.12,
+        "colors": 0.05,
+        "position": 0.2,
+        "color_attr": 0.23,
+        "dense": 0.1,
+        "mixed": 0.07,
+        "many": 0.05,
+        "placed": 0.05,
+        "sized": 0.03,
+    }
 )
 RIDDLE_SHARE: Final = 0.25  # of "choice": a rule to be applied to the image
 WHOLE_SHARE: Final = 0.4  # of "picture", each for the description and the list: they teach seeing, the rest reasoning
 SIMPLE_SHARE: Final = 0.6  # of "picture": mostly whether an object is there; without these no yes or no is learnt
 
+_OPTIONS: Final = (0.35, 0.15, 0.5)  # shares of two, three and four options: two are where letters are learnt
+
 _MIX_STREAM: Final = 11  # third number of a stream, so that no other task repeats its draws
 
 
 # ------------------------------------------------------------------------------------------ reading
-
-
-@dataclass(frozen=True, slots=True)
-class Mention:
-    """Objects that a caption introduces at one place: how many of which shape, with the colour and size it names."""
-
-    shape: int
-    count: int = 1
-    color: int | None = None
-    size: int | None = None
-
-    @property
-    def words(self) -> str:
-        """The mention as an item of a list: "a small red circle", "two blue stars"."""
-        names = [SIZES[self.size]] if self.size is not None else []
-        names += [COLORS[self.color]] if self.color is not None else []
-        if self.count > 1:
-            return " ".join([NUMBERS[self.count], *names, PLURALS[self.shape]])
-        return article(" ".join([*names, SHAPES[self.shape]]))
-
-
-def _any(words: Sequence[str]) -> str:
-    return "|".join(words)
-
-
-_MENTION: Final = re.compile(
-    rf"\b(an?|{_any(NUMBERS[2:])}) (?:({_any(SIZES)}) )?(?:({_any(COLORS)}) )?({_any((*SHAPES, *PLURALS))})\b"
-)
-_TINT: Final = re.compile(rf"\b({_any(BACKGROUND_NAMES)}) background|background is ({_any(BACKGROUND_NAMES)})\b")
-
-
-def mentions(caption: str) -> list[Mention]:
-    """The objects that a caption introduces ("a ...", "two ..."), in order; "the ..." only refers back.
-
-    >>> [mention.words for mention in mentions("a red circle left of two small stars")]
-    ['a red circle', 'two small stars']
-    """
-    found = []
-    for number, size, color, noun in _MENTION.findall(caption):
-        shape = PLURALS.index(noun) if noun in PLURALS else SHAPES.index(noun)
-        count = NUMBERS.index(number) if number in NUMBERS else 1
-        found.append(Mention(shape, count, COLORS.index(color) if color else None, SIZES.index(size) if size else None))
-    return found
 
 
 class _Colored(NamedTuple):
@@ -118,15 +98,14 @@ class _Colored(NamedTuple):
 class _Reader:
     """Asks about a caption: only about what follows from its words, whatever else the image would show."""
 
-    caption: str
-    metadata: GenEvalMetadata
+    content: Content
     rng: np.random.Generator
 
     @property
-    def found(self) -> list[Mention]:
-        return mentions(self.caption)
+    def found(self) -> Sequence[Group]:
+        return self.content.groups
 
-    def _lone(self) -> list[Mention]:
+    def _lone(self) -> list[Group]:
         """Single objects that their shape tells apart."""
         shapes = [m.shape for m in self.found]
         return [m for m in self.found if m.count == 1 and shapes.count(m.shape) == 1]
@@ -152,7 +131,7 @@ class _Reader:
         one = pick(self.rng, known)
         if self.rng.random() < 0.5:
             return f"is the {SHAPES[one.shape]} {COLORS[one.color]}?", "yes"
-        may_pair = WITHHELD["train"].allows_pair
+        may_pair = withheld().allows_pair
         named = [m.color for m in self.found if m.color is not None and m.color != one.color]
         near = [color for color in named if may_pair(one.shape, color)]
         others = [color for color in range(len(COLORS)) if color != one.color and may_pair(one.shape, color)]
@@ -195,18 +174,27 @@ class _Reader:
 
     def beside(self) -> tuple[str, str] | None:
         """A question about the one relation of a caption, from either side of it."""
-        reference, *others = self.metadata["include"]
-        subject = next((row for row in others if "position" in row), None)
-        if subject is None:
+        relation = self.content.relation
+        if relation is None:
             return None
-        relation = cast("Relation", subject["position"][0])
-        if self.rng.random() < 0.5:
-            return f"what is {OPPOSITES[relation]} the {subject['class']}?", reference["class"]
-        return f"what is {relation} the {reference['class']}?", subject["class"]
+        a, b = (SHAPES[group.shape] for group in self.found[:2])
+        return (
+            (f"what is {OPPOSITES[relation]} the {a}?", b)
+            if chance(self.rng, 0.5)
+            else (f"what is {relation} the {b}?", a)
+        )
+
+    def place(self) -> tuple[str, str] | None:
+        """Where a single object is said to be."""
+        known = [(m.shape, m.cell) for m in self._lone() if m.cell is not None]
+        if not known:
+            return None
+        shape, (row, column) = pick(self.rng, known)
+        return f"where is the {SHAPES[shape]}?", PLACES[row][column]
 
     def tint(self) -> tuple[str, str] | None:
-        match = _TINT.search(self.caption)
-        return ("what color is the background?", match[1] or match[2]) if match else None
+        tint = self.content.background
+        return None if tint is None else ("what color is the background?", BACKGROUND_NAMES[tint])
 
 
 _READ: Final[tuple[Callable[[_Reader], tuple[str, str] | None], ...]] = (
@@ -218,6 +206,7 @@ _READ: Final[tuple[Callable[[_Reader], tuple[str, str] | None], ...]] = (
     _Reader.there,
     _Reader.count,
     _Reader.beside,
+    _Reader.place,
     _Reader.tint,
 )
 
@@ -237,7 +226,7 @@ def _simple(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     by, is_yes = ("shape", "shape", "color", "both")[int(rng.integers(4))], rng.random() < 0.5
     here = {(obj.shape, obj.color) for obj in scene.objects}
     if by == "both":
-        may_pair = WITHHELD["train"].allows_pair
+        may_pair = withheld().allows_pair
         all_pairs = [(s, c) for s in range(len(SHAPES)) for c in range(len(COLORS)) if may_pair(s, c)]
         options = sorted(here) if is_yes else [pair for pair in all_pairs if pair not in here]
         shape, color = options[int(rng.integers(len(options)))]
@@ -273,7 +262,7 @@ def _choice(seed: int, index: int, rng: np.random.Generator) -> SceneDialogue:
         return Dialogue(turns=(Turn((*asked.scenes, asked.text), (asked.reply,)),), kind="choice")
     scene = sample_split_scene(rng)
     kinds = [DIMENSIONS[int(i)] for i in rng.permutation(len(DIMENSIONS))]
-    sizes = rng.choice((2, 3, 4), size=len(kinds), p=(0.15, 0.15, 0.7)).tolist()
+    sizes = rng.choice((2, 3, 4), size=len(kinds), p=_OPTIONS).tolist()
     made = (choice_about(scene, rng, kind, num_options=size) for kind, size in zip(kinds, sizes, strict=True))
     first, *more = [(choice.text, choice.reply) for choice in made if choice is not None][:3]
     return Dialogue(turns=(Turn((scene, first[0]), (first[1],)), *_words_only(more, "").turns), kind="choice")
@@ -281,10 +270,10 @@ def _choice(seed: int, index: int, rng: np.random.Generator) -> SceneDialogue:
 
 def _reading(seed: int, index: int, rng: np.random.Generator) -> SceneDialogue:
     item = caption_task(seed, index, weights=READ_MIX)
-    reader = _Reader(item.prompt, item.metadata, rng)
+    reader = _Reader(item.content, rng)
     made = [_READ[int(i)](reader) for i in rng.permutation(len(_READ))]
     (question, answer), *more = [asked for asked in made if asked is not None][: int(rng.integers(3, 6))]
-    caption = item.prompt if item.prompt.endswith(".") else f"{item.prompt}."
+    caption = item.prompt if item.prompt[-1] in ".?" else f"{item.prompt}."
     return _words_only([(f"{caption} {question}", answer), *more], "reading")
 
 
@@ -292,8 +281,24 @@ def _game(seed: int, index: int, rng: np.random.Generator) -> SceneDialogue:
     return _words_only(game(rng), "game")
 
 
+def _lesson(seed: int, index: int, rng: np.random.Generator, topic: str) -> SceneDialogue:
+    return lesson(rng, topic)
+
+
+def _check(seed: int, index: int, rng: np.random.Generator) -> SceneDialogue:
+    return check_dialogue(seed, index)
+
+
 _KINDS: Final[Mapping[str, Callable[[int, int, np.random.Generator], SceneDialogue]]] = MappingProxyType(
-    {"picture": _picture, "pictures": _pictures, "choice": _choice, "reading": _reading, "game": _game}
+    {
+        "picture": _picture,
+        **{topic: partial(_lesson, topic=topic) for topic in LESSONS},
+        "pictures": _pictures,
+        "choice": _choice,
+        "reading": _reading,
+        "game": _game,
+        "check": _check,
+    }
 )
 
 
@@ -319,4 +324,5 @@ def understanding_words() -> frozenset[str]:
     >>> {"beats", "third", "letter", "circle"} <= understanding_words()
     True
     """
-    return known_words() | choice_words() | riddle_words() | several_images_words()
+    own = known_words() | choice_words() | riddle_words() | several_images_words() | lesson_words() | check_words()
+    return own | edit_words() | story_words()

@@ -21,6 +21,7 @@ from starflow2.world.sampling import sample_split_scene
 from starflow2.world.scene import (
     BACKGROUND_NAMES,
     COLORS,
+    EDGE,
     SHAPES,
     SIZES,
     Relation,
@@ -32,7 +33,7 @@ from starflow2.world.scene import (
     stream,
 )
 from starflow2.world.splits import scene_key
-from starflow2.world.words import EDGE, NUMBERS, kind_of, place_of
+from starflow2.world.words import NUMBERS, kind_of, place_of
 
 __all__ = ["CATEGORIES", "PROMPTS", "DensePrompt", "Node", "suite_dense"]
 

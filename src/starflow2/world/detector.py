@@ -51,6 +51,12 @@ class Detection:
     radius: float
     size: int  # index into RADII
 
+    @property
+    def as_object(self) -> SceneObject:
+        """The object of a scene that this is; a colour of -1 is no colour of the palette."""
+        color, (x, y) = -1 if self.color is None else self.color, self.center
+        return SceneObject(shape=self.shape, color=color, size=self.size, x=x, y=y, angle=0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Scan:

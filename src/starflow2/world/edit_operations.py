@@ -1,6 +1,8 @@
-"""The seven operations of edits: how each changes a scene, and how a request words it.
+"""The seven operations of edits: how each changes a scene. `edit_requests` puts them into words.
 
-Whatever an operation does not name keeps its exact place, size, angle and colour. A place is one of nine: the centre of
+Whatever an operation does not name keeps its exact place, size, angle and colour. Training
+also changes several objects at once ("the hearts"), or adds an object without a place or beside another one, whose
+exact place is then open. A place is one of nine: the centre of
 that third of the image across and down, moved inwards as far as the object needs to stay clear of the border. Moving
 "left by a third" and the like is by a third of the image, 21.3 pixels.
 Which edits are made for training and for suites is decided in `edits`. Our choice: docs/choices.md#world.
@@ -8,7 +10,7 @@ Which edits are made for training and for suites is decided in `edits`. Our choi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal
@@ -25,22 +27,27 @@ from starflow2.world.scene import (
     SHAPES,
     SIZES,
     Bucket,
+    Relation,
     Scene,
     SceneObject,
     fits,
     half_box,
     pick,
+    relations,
+    shuffled,
 )
 from starflow2.world.splits import bucket, recolor_step
-from starflow2.world.words import Wording, article, names_of, words_in
+from starflow2.world.words import names_of
 
 __all__ = [
-    "EDIT_WORDINGS",
+    "NUM_GOALS",
+    "NUM_PLACES",
     "OPERATIONS",
+    "SEVERAL",
     "EditStep",
     "Operation",
-    "edit_words",
-    "instruction",
+    "names_in",
+    "propose_plain_steps",
     "propose_steps",
     "with_object",
 ]
@@ -51,111 +58,15 @@ OPERATIONS: Final[tuple[Operation, ...]] = ("recolor", "reshape", "resize", "mov
 CLEAR: Final = 12.0  # pixels that a move covers at least
 THIRD: Final = IMAGE_SIZE / 3  # pixels
 PROPOSALS: Final = 64  # edits of one scene that are tried
+NUM_PLACES: Final = 9  # of the 3 x 3 grid, row by row
+NUM_GOALS: Final = NUM_PLACES + 4  # of a move: those, then left, right, up and down by a third
 _FEW: Final = 6  # likewise, for operations that have few different edits of one scene
-
-# -------------------------------------------------------------------------------------------- words
-
-EDIT_WORDINGS: Final[Mapping[Operation, Wording]] = MappingProxyType(  # {a} the object, {v} its new value
-    {
-        "recolor": Wording(
-            train=(
-                "make {a} {v}",
-                "turn {a} {v}",
-                "paint {a} {v}",
-                "change {a} to {v}",
-                "change the color of {a} to {v}",
-                "please make {a} {v}",
-            ),
-            dev=("let {a} be {v}", "give {a} a {v} color"),
-            test=("{a} should be {v}", "please paint {a} in {v}", "draw {a} again in {v}"),
-        ),
-        "reshape": Wording(
-            train=(
-                "turn {a} into {v}",
-                "change {a} into {v}",
-                "make {a} into {v}",
-                "make {a} {v}",
-                "change the shape of {a} to {v}",
-                "please turn {a} into {v}",
-            ),
-            dev=("let {a} become {v}", "give {a} the shape of {v}"),
-            test=("{a} should be {v}", "please change {a} to {v}", "draw {a} again as {v}"),
-        ),
-        "resize": Wording(  # {more} is "larger" or "smaller"
-            train=(
-                "make {a} {v}",
-                "make {a} {more}",
-                "change {a} to {v}",
-                "change the size of {a} to {v}",
-                "please make {a} {v}",
-            ),
-            dev=("let {a} be {v}", "give {a} a {v} size"),
-            test=("{a} should be {v}", "please paint {a} {v}", "draw {a} again but {v}"),
-        ),
-        "move": Wording(
-            train=("move {a} {v}", "shift {a} {v}", "bring {a} {v}", "take {a} {v}", "please move {a} {v}"),
-            dev=("let {a} go {v}", "change the place of {a}, move it {v}"),
-            test=("{a} should move {v}", "please shift {a} {v}", "take {a} and move it {v}"),
-        ),
-        "add": Wording(  # {v} the new object, {at} its place
-            train=("add {v} {at}", "put {v} {at}", "place {v} {at}", "{at} add {v}", "please add {v} {at}"),
-            dev=("let there be {v} {at}", "{at} draw {v} too"),
-            test=("there should be {v} {at}", "please put {v} {at}", "{at} there should be {v}"),
-        ),
-        "remove": Wording(
-            train=(
-                "remove {a}",
-                "delete {a}",
-                "erase {a}",
-                "take away {a}",
-                "remove {a} from the picture",
-                "please remove {a}",
-            ),
-            dev=("let {a} go away", "make the picture without {a}"),
-            test=("{a} should go", "please take {a} away", "take {a} out of the picture"),
-        ),
-        "background": Wording(
-            train=(
-                "change the background to {v}",
-                "make the background {v}",
-                "turn the background {v}",
-                "paint the background {v}",
-                "use a {v} background",
-                "please make the background {v}",
-            ),
-            dev=("let the background be {v}", "give the picture a {v} background"),
-            test=("the background should be {v}", "please use {v} for the background", "draw the background in {v}"),
-        ),
-    }
-)
-_GOALS: Final = (  # the nine places, row by row, then the four directions
-    "to the upper left", "to the top", "to the upper right",
-    "to the left side", "to the middle", "to the right side",
-    "to the lower left", "to the bottom", "to the lower right",
-    "left by a third", "right by a third", "up by a third", "down by a third",
-)  # fmt: skip
-_PLACES: Final = (
-    "in the upper left", "at the top", "in the upper right",
-    "on the left side", "in the middle", "on the right side",
-    "in the lower left", "at the bottom", "in the lower right",
-)  # fmt: skip
 _DIRECTIONS: Final = ((-1, 0), (1, 0), (0, -1), (0, 1))
-_COMPARED: Final = ("smaller", "larger")
 _NAMINGS: Final = (("shape",), ("color", "shape"), ("size", "shape"), ("size", "color", "shape"))
 
 
-def edit_words() -> frozenset[str]:
-    """Every word that any instruction can contain.
-
-    >>> {"erase", "should", "mint", "third"} <= edit_words()
-    True
-    """
-    forms = [form for w in EDIT_WORDINGS.values() for form in (*w.train, *w.dev, *w.test)]
-    return words_in((*forms, *_GOALS, *_PLACES, *_COMPARED, *SIZES, *COLORS, *SHAPES, *BACKGROUND_NAMES, "the a"))
-
-
-def _names(scene: Scene, index: int) -> list[str]:
-    """Every name that fits this object alone."""
+def names_in(scene: Scene, index: int) -> list[str]:
+    """Every name that fits the object at `index` alone, such as "the red star"."""
     return [name.words for name in names_of(scene, scene.objects[index], _NAMINGS)]
 
 
@@ -168,6 +79,9 @@ class EditStep:
 
     before, after: indices of the changed object in `source` and `target`; None where there is no such object.
     value: index of the requested colour, shape, size, place, goal or background; of the object to be removed.
+    also: indices in `source` of further objects that change likewise. is_free: the place of an added object is open,
+    or only its relation to the object of `beside` (an index in `source`) is asked for. names_size: whether the size of
+    an added object is asked for.
     """
 
     source: Scene
@@ -176,6 +90,10 @@ class EditStep:
     before: int | None
     after: int | None
     value: int
+    also: tuple[int, ...] = ()
+    is_free: bool = False
+    beside: tuple[Relation, int] | None = None
+    names_size: bool = True
 
     @property
     def color_step(self) -> int:
@@ -184,6 +102,17 @@ class EditStep:
             return 0
         return recolor_step(self.source.objects[self.before].color, self.value)
 
+    @property
+    def color_steps(self) -> frozenset[int]:
+        """Those of all recoloured objects; none for other edits."""
+        is_recoloring = self.operation == "recolor"
+        return frozenset(recolor_step(self.source.objects[i].color, self.value) for i in self.changed if is_recoloring)
+
+    @property
+    def changed(self) -> tuple[int, ...]:
+        """Indices in `source` of all objects that change."""
+        return () if self.before is None else (self.before, *self.also)
+
 
 def _other(rng: np.random.Generator, count: int, value: int) -> int:
     """One of range(count), but not `value`."""
@@ -191,9 +120,9 @@ def _other(rng: np.random.Generator, count: int, value: int) -> int:
 
 
 def _goal(obj: SceneObject, value: int) -> tuple[float, float]:
-    """Centre of an object after a move, in pixels; `value` indexes _GOALS."""
-    if value >= len(_PLACES):
-        right, down = _DIRECTIONS[value - len(_PLACES)]
+    """Centre of an object after a move, in pixels; `value` is below NUM_GOALS."""
+    if value >= NUM_PLACES:
+        right, down = _DIRECTIONS[value - NUM_PLACES]
         return obj.x + right * THIRD, obj.y + down * THIRD
     row, column = divmod(value, 3)
     low_x, low_y = (half + MARGIN for half in half_box(obj))
@@ -231,8 +160,8 @@ def _resize(rng: np.random.Generator, scene: Scene) -> EditStep:
 
 def _move(rng: np.random.Generator, scene: Scene) -> EditStep | None:
     index = int(rng.integers(len(scene.objects)))
-    obj, places = scene.objects[index], len(_PLACES)
-    value = int(rng.integers(places) if rng.random() < 0.5 else rng.integers(places, len(_GOALS)))
+    obj = scene.objects[index]
+    value = int(rng.integers(NUM_PLACES) if rng.random() < 0.5 else rng.integers(NUM_PLACES, NUM_GOALS))
     x, y = _goal(obj, value)
     if np.hypot(x - obj.x, y - obj.y) < CLEAR or not (0 <= x < IMAGE_SIZE and 0 <= y < IMAGE_SIZE):
         return None
@@ -242,7 +171,7 @@ def _move(rng: np.random.Generator, scene: Scene) -> EditStep | None:
 def _add(rng: np.random.Generator, scene: Scene) -> EditStep | None:
     if len(scene.objects) == MAX_OBJECTS:
         return None
-    value, shape = int(rng.integers(len(_PLACES))), int(rng.integers(len(SHAPES)))
+    value, shape = int(rng.integers(NUM_PLACES)), int(rng.integers(len(SHAPES)))
     color, size = int(rng.integers(len(COLORS))), int(rng.integers(len(SIZES)))
     obj = SceneObject(shape=shape, color=color, size=size, x=0, y=0, angle=float(rng.uniform(-MAX_ANGLE, MAX_ANGLE)))
     x, y = _goal(obj, value)
@@ -278,6 +207,85 @@ _MAKE: Final[Mapping[Operation, Callable[[np.random.Generator, Scene], EditStep 
 )
 
 
+# --------------------------------------------------------------------------------- several, and free places
+
+
+def _alike(rng: np.random.Generator, scene: Scene) -> list[int]:
+    """Indices of all objects of a shape that is there more than once; now and then of all objects."""
+    shapes = [obj.shape for obj in scene.objects]
+    many = sorted({shape for shape in shapes if shapes.count(shape) > 1})
+    if len(shapes) > 1 and (not many or rng.random() < 0.2):
+        return list(range(len(shapes)))
+    shape = pick(rng, many) if many else -1
+    return [i for i, own in enumerate(shapes) if own == shape]
+
+
+def _several(rng: np.random.Generator, scene: Scene, operation: Operation) -> EditStep | None:
+    """All objects of a shape changed at once; None if no such change was drawn."""
+    indices = _alike(rng, scene)
+    objects = [scene.objects[i] for i in indices]
+    if len(indices) < 2 or (operation == "remove" and len(indices) == len(scene.objects)):
+        return None
+    value, attribute = _common_value(rng, objects, operation)
+    if attribute and any(getattr(obj, attribute) == value for obj in objects):
+        return None  # one of them would stay as it is
+    changed = {} if operation == "remove" else {i: replace(scene.objects[i], **{attribute: value}) for i in indices}
+    kept = [changed.get(i, obj) for i, obj in enumerate(scene.objects) if i in changed or i not in indices]
+    target = replace(scene, objects=tuple(kept))
+    first, *also = indices
+    after = None if operation == "remove" else first
+    return EditStep(
+        source=scene, target=target, operation=operation, before=first, after=after, value=value, also=tuple(also)
+    )
+
+
+def _common_value(rng: np.random.Generator, objects: Sequence[SceneObject], operation: Operation) -> tuple[int, str]:
+    """A new value for all objects, and its attribute; "" for a removal."""
+    if operation == "resize":
+        return 1 - objects[0].size, "size"
+    if operation == "recolor":
+        return int(rng.integers(len(COLORS))), "color"
+    if operation == "reshape":
+        return int(rng.integers(len(SHAPES))), "shape"
+    return 0, ""
+
+
+def _add_freely(rng: np.random.Generator, scene: Scene) -> EditStep | None:
+    """An object added wherever there is room; half of the time in a relation to an object that is there."""
+    step = _add(rng, scene)
+    if step is None:
+        return None
+    new = step.target.objects[-1]
+    low_x, low_y = (half + MARGIN for half in half_box(new))
+    x, y = rng.uniform(low_x, IMAGE_SIZE - low_x), rng.uniform(low_y, IMAGE_SIZE - low_y)
+    new = replace(new, x=float(x), y=float(y))
+    target = replace(scene, objects=(*scene.objects, new))
+    beside = _beside(rng, scene, new) if rng.random() < 0.5 else None
+    return replace(step, target=target, is_free=True, beside=beside, names_size=bool(rng.random() < 0.4))
+
+
+def _beside(rng: np.random.Generator, scene: Scene, new: SceneObject) -> tuple[Relation, int] | None:
+    """A relation of a new object to one that can be named."""
+    for index in shuffled(rng, range(len(scene.objects))):
+        sides = sorted(relations(new, scene.objects[index]))
+        if len(sides) == 1 and names_in(scene, index):
+            return sides[0], index
+    return None
+
+
+SEVERAL: Final[tuple[Operation, ...]] = ("recolor", "reshape", "resize", "remove")  # of several objects
+
+
+def propose_plain_steps(
+    rng: np.random.Generator, scene: Scene, operation: Operation, target_bucket: Bucket
+) -> Iterator[EditStep]:
+    """Edits as `propose_steps` gives them, but of several objects, or additions whose place is open."""
+    for _ in range(PROPOSALS):
+        step = _add_freely(rng, scene) if operation == "add" else _several(rng, scene, operation)
+        if step is not None and bucket(step.target) == target_bucket and fits(step.target):
+            yield step
+
+
 def propose_steps(
     rng: np.random.Generator, scene: Scene, operation: Operation, target_bucket: Bucket
 ) -> Iterator[EditStep]:
@@ -286,28 +294,5 @@ def propose_steps(
         step = _MAKE[operation](rng, scene)
         if step is None or bucket(step.target) != target_bucket:
             continue
-        if fits(step.target) and (step.before is None or _names(scene, step.before)):
+        if fits(step.target) and (step.before is None or names_in(scene, step.before)):
             yield step
-
-
-def instruction(step: EditStep, rng: np.random.Generator, wording: Bucket) -> str:
-    """The request for an edit, by one of the sentence forms of that split."""
-    form = pick(rng, EDIT_WORDINGS[step.operation].forms(wording))
-    name = {} if step.before is None else {"a": pick(rng, _names(step.source, step.before))}
-    return form.format(**name, **_fields(step))
-
-
-def _fields(step: EditStep) -> dict[str, str]:
-    """Fields of a sentence form, without the name of the object."""
-    value = step.value
-    if step.operation == "add":
-        return {"v": f"a {step.target.objects[-1]}", "at": _PLACES[value]}
-    if step.operation == "resize":
-        return {"v": SIZES[value], "more": _COMPARED[value]}
-    words = {
-        "recolor": COLORS,
-        "reshape": tuple(article(shape) for shape in SHAPES),
-        "move": _GOALS,
-        "background": BACKGROUND_NAMES,
-    }.get(step.operation)
-    return {"v": words[value]} if words else {}

@@ -18,7 +18,16 @@ import numpy as np
 
 from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError, DataError
-from starflow2.world.edit_operations import OPERATIONS, EditStep, Operation, instruction, propose_steps, with_object
+from starflow2.world.edit_operations import (
+    OPERATIONS,
+    SEVERAL,
+    EditStep,
+    Operation,
+    propose_plain_steps,
+    propose_steps,
+    with_object,
+)
+from starflow2.world.edit_requests import instruction, plain_request
 from starflow2.world.sampling import COUNT_SHARES, with_repeats
 from starflow2.world.scene import (
     MAX_OBJECTS,
@@ -32,7 +41,7 @@ from starflow2.world.scene import (
     sample_scene,
     stream,
 )
-from starflow2.world.splits import HELD_OUT, RECOLOR_HELD_OUT, Row, bucket, colors_of, held_out, scene_key
+from starflow2.world.splits import HELD_OUT, RECOLOR_HELD_OUT, Row, bucket, colors_of, held_out, reserved, scene_key
 
 __all__ = [
     "Edit",
@@ -42,7 +51,10 @@ __all__ = [
     "edit_chain_dialogue",
     "edit_dialogue",
     "edit_task",
+    "may_train",
+    "random_edit",
     "suite_edits",
+    "suite_plain_edits",
     "suite_sessions",
 ]
 
@@ -50,25 +62,52 @@ Part = Literal["id", "cg", "paraphrase"]
 
 _HARD: Final[tuple[Operation, ...]] = ("recolor", "reshape", "move")  # learnt last: one object among several
 _TRAINED: Final = (*OPERATIONS, *_HARD, *_HARD, "resize", "add")  # shares of training; suites have equal ones
+_PLAIN: Final[Mapping[Operation, float]] = MappingProxyType(  # shares that change several objects, or leave places open
+    {operation: 0.25 for operation in SEVERAL} | {"add": 0.5}
+)
+_IT: Final = 0.5  # share of edits of a lone object, or of the object of the last edit, that call it "it"
 _EDIT, _CHAIN = 21, 22  # third number of a stream, so that no other task repeats its draws
-_SUITE_SEED, _SUITE, _SESSIONS = 2026, 20, 21  # frozen: another seed or order of draws makes another benchmark
+_SUITE_SEED, _SUITE, _SESSIONS, _PLAIN_SUITE = (
+    2026,
+    20,
+    21,
+    22,
+)  # frozen: another seed or order of draws makes another benchmark
 _RECOLORINGS: Final = 64  # colourings of a layout that are tried before another is drawn
 _SOURCES: Final = 2_000  # scenes to start from; a handful is enough for anything possible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edit:
-    """Two images and the instruction that leads from one to the other.
+    """An edit in words: two images and the instruction that leads from one to the other."""
 
-    before, after: indices of the changed object in `source` and `target`; None where there is no such object.
-    """
-
-    source: Scene
-    target: Scene
-    operation: Operation
+    step: EditStep
     instruction: str
-    before: int | None
-    after: int | None
+
+    @property
+    def source(self) -> Scene:
+        """The image before."""
+        return self.step.source
+
+    @property
+    def target(self) -> Scene:
+        """The image after; one of many where the place of an added object is open."""
+        return self.step.target
+
+    @property
+    def operation(self) -> Operation:
+        """What is done."""
+        return self.step.operation
+
+    @property
+    def before(self) -> int | None:
+        """Index of the changed object in `source`, of the first of several; None where there is none."""
+        return self.step.before
+
+    @property
+    def after(self) -> int | None:
+        """Index of the changed object in `target`; None where there is none."""
+        return self.step.after
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,14 +142,7 @@ class EditSession:
 
 
 def _worded(step: EditStep, rng: np.random.Generator, wording: Bucket) -> Edit:
-    return Edit(
-        source=step.source,
-        target=step.target,
-        operation=step.operation,
-        instruction=instruction(step, rng, wording),
-        before=step.before,
-        after=step.after,
-    )
+    return Edit(step=step, instruction=instruction(step, rng, wording))
 
 
 # ----------------------------------------------------------------------------------------- sources
@@ -120,17 +152,18 @@ _Reserved = frozenset[tuple[Split, Row]]  # kinds of held-out combination, with 
 
 def _reserved_in(scene: Scene) -> _Reserved:
     """Every kind of held-out combination that a scene shows."""
-    return frozenset((split, row) for split in HELD_OUT for row in held_out(scene, split))
+    return frozenset((split, row) for split in reserved() for row in held_out(scene, split))
 
 
 def _reserved_in_shapes(shapes: Sequence[int]) -> _Reserved:
     """Those of them that shapes show, wherever they are and whatever their colours."""
-    return frozenset((split, row) for split, table in HELD_OUT.items() for row in table.rows_of_shapes(shapes))
+    return frozenset((split, row) for split, table in reserved().items() for row in table.rows_of_shapes(shapes))
 
 
-def _is_trainable(step: EditStep) -> bool:
+def may_train(step: EditStep) -> bool:
     """True if neither the change of colour nor anything in the result is held out."""
-    return step.color_step not in RECOLOR_HELD_OUT.values() and not _reserved_in(step.target)
+    is_seen_step = not reserved() or step.color_steps.isdisjoint(RECOLOR_HELD_OUT.values())
+    return is_seen_step and not _reserved_in(step.target)
 
 
 def _colors(rng: np.random.Generator, shapes: Sequence[int], novel: Split | None) -> list[int]:
@@ -192,10 +225,31 @@ def edit_task(seed: int, index: int) -> Edit:
     >>> edit_task(0, 5) == edit_task(0, 5)
     True
     """
-    rng = stream(seed, index, _EDIT)
-    operation = pick(rng, _TRAINED)
-    (step,) = chain_steps(rng, "train", [operation])
-    return _worded(step, rng, "train")
+    return random_edit(stream(seed, index, _EDIT))
+
+
+def random_edit(rng: np.random.Generator, scene_bucket: Bucket = "train", operation: Operation | None = None) -> Edit:
+    """An edit that training may show, in the words of training's grammar, with both images in a bucket.
+
+    Some change several objects at once, or add one without saying where; a lone object is called "it" by chance.
+    """
+    chosen: Operation = pick(rng, _TRAINED) if operation is None else operation
+    if chosen in _PLAIN and rng.random() < _PLAIN[chosen]:
+        step = _plain_step(rng, scene_bucket, chosen)
+    else:
+        (step,) = chain_steps(rng, scene_bucket, [chosen])
+    is_it = len(step.source.objects) == 1 and bool(rng.random() < _IT)
+    return Edit(step=step, instruction=plain_request(step, rng, is_it=is_it))
+
+
+def _plain_step(rng: np.random.Generator, scene_bucket: Bucket, operation: Operation) -> EditStep:
+    """An edit of several objects, or an addition whose place is open."""
+    rules = _SourceRules(bucket=scene_bucket, least=1 if operation == "add" else 2, most=MAX_OBJECTS)
+    while True:
+        source = _source(rng, rules)
+        for step in itertools.islice(propose_plain_steps(rng, source, operation, scene_bucket), 4):
+            if may_train(step):
+                return step
 
 
 def chain_steps(
@@ -228,7 +282,7 @@ def _rest_of_chain(
         return []
     start = scenes[-1 if undo_to is None or len(operations) > 1 else undo_to]
     for step in propose_steps(rng, start, operations[0], scene_bucket):
-        if _is_trainable(step) and step.target not in scenes:
+        if may_train(step) and step.target not in scenes:
             rest = _rest_of_chain(rng, scene_bucket, operations[1:], [*scenes, step.target], undo_to)
             if rest is not None:
                 return [step, *rest]
@@ -257,8 +311,18 @@ def edit_chain_dialogue(seed: int, index: int) -> SceneDialogue:
     operations = [pick(rng, OPERATIONS) for _ in range(int(rng.integers(2, 4)))]
     while operations.count("remove") > 2:  # four objects, and room for others, leave nothing for a third
         operations = [pick(rng, OPERATIONS) for _ in operations]
-    steps = chain_steps(rng, "train", operations)
-    return _dialogue([_worded(step, rng, "train") for step in steps], "edit chain")
+    return _dialogue(_in_a_row(chain_steps(rng, "train", operations), rng), "edit chain")
+
+
+def _in_a_row(steps: Sequence[EditStep], rng: np.random.Generator) -> list[Edit]:
+    """Steps in the words of training's grammar; the object of the last one may be called "it"."""
+    edits = list[Edit]()
+    for last, step in zip((None, *steps), steps, strict=False):
+        named = None if last is None or last.after is None else last.target.objects[last.after]
+        may_be_it = named is not None and step.before is not None and step.source.objects[step.before] == named
+        is_it = may_be_it and bool(rng.random() < _IT)
+        edits.append(Edit(step=step, instruction=plain_request(step, rng, is_it=is_it)))
+    return edits
 
 
 # ------------------------------------------------------------------------------------------- suites
@@ -296,6 +360,22 @@ def suite_edits(split: Split, part: Part, per_operation: int) -> list[Edit]:
             words_rng = stream(*numbers, item, 1)  # apart from that of the scenes, which wording must not change
             edits.append(_worded(step, words_rng, wording))
     return edits
+
+
+@functools.cache
+def suite_plain_edits(split: Split, per_operation: int) -> tuple[Edit, ...]:
+    """Frozen edits in plain words, operation by operation: unseen images, seen combinations, training's grammar.
+
+    Raises ConfigError for an unknown split.
+    """
+    if split not in HELD_OUT:
+        raise ConfigError(f"split={split!r}: expected one of {', '.join(HELD_OUT)}")
+    numbers = (_SUITE_SEED, _PLAIN_SUITE, ("dev", "test").index(split))
+    return tuple(
+        random_edit(stream(*numbers, row, item), split, operation)
+        for row, operation in enumerate(OPERATIONS)
+        for item in range(per_operation)
+    )
 
 
 def _suite_stream(split: Split, part: Part, operation: Operation) -> tuple[int, ...]:

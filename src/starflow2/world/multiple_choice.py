@@ -21,6 +21,7 @@ from starflow2.errors import ConfigError
 from starflow2.world.scene import (
     BACKGROUND_NAMES,
     COLORS,
+    EDGE,
     OPPOSITES,
     RELATIONS,
     SHAPES,
@@ -33,9 +34,8 @@ from starflow2.world.scene import (
     relations,
     shuffled,
 )
-from starflow2.world.splits import WITHHELD
+from starflow2.world.splits import withheld
 from starflow2.world.words import (
-    EDGE,
     NUMBERS,
     PLACES,
     PLURALS,
@@ -107,7 +107,7 @@ class _ChoiceMaker:
 
     def __init__(self, scene: Scene, rng: np.random.Generator, split: Bucket, num_options: int) -> None:
         self.scene, self.rng, self.num_options = scene, rng, num_options
-        self.guard = WITHHELD[split]
+        self.guard = withheld(split)
         self.namer = Namer(scene, rng, NAMINGS)
 
     def _choice(self, kind: str, question: str, right: str, wrong: Sequence[str]) -> Choice | None:

@@ -24,9 +24,9 @@ from starflow2.world.captions import (
     DENSE_RELATION,
     RELATION_WORDS,
     TOGETHER,
-    WORDINGS,
     noun,
 )
+from starflow2.world.grammar import grammar_words
 from starflow2.world.sampling import sample_count, sample_crowd
 from starflow2.world.scene import (
     BACKGROUND_NAMES,
@@ -47,7 +47,7 @@ from starflow2.world.scene import (
     shuffled,
     stream,
 )
-from starflow2.world.splits import WITHHELD, is_trainable
+from starflow2.world.splits import is_trainable, withheld
 from starflow2.world.words import (
     ATTRIBUTES,
     NUMBERS,
@@ -139,7 +139,7 @@ class _QuestionMaker:
     """
 
     def __init__(self, scene: Scene, rng: np.random.Generator, split: Bucket) -> None:
-        self.objects, self.rng, self.guard = scene.objects, rng, WITHHELD[split]
+        self.objects, self.rng, self.guard = scene.objects, rng, withheld(split)
         self.namer = Namer(scene, rng, _NAMINGS)
         self.sides = {(id(a), id(b)): relations(a, b) for a, b in itertools.permutations(scene.objects, 2)}
 
@@ -557,9 +557,7 @@ def known_words() -> frozenset[str]:
     >>> {"two", "hearts", "left"} <= known_words() and "tree" not in known_words()
     True
     """
-    forms = [form for w in WORDINGS.values() for form in (*w.train, *w.dev, *w.test)]
     tables: tuple[Sequence[str], ...] = (
-        forms,
         TOGETHER,
         BACKGROUND_WORDS,
         DENSE_BACKGROUND,
@@ -577,4 +575,4 @@ def known_words() -> frozenset[str]:
         RELATIONS,
         (DESCRIBE, LIST, YES_NO, "an are and is"),
     )
-    return words_in(itertools.chain.from_iterable(tables))
+    return words_in(itertools.chain.from_iterable(tables)) | grammar_words()

@@ -20,7 +20,7 @@ from starflow2.errors import ConfigError
 from starflow2.world.multiple_choice import Choice
 from starflow2.world.sampling import sample_split_scene
 from starflow2.world.scene import COLORS, MAX_OBJECTS, SHAPES, SIZES, Bucket, Scene, chance, pick, shuffled
-from starflow2.world.splits import WITHHELD
+from starflow2.world.splits import withheld
 from starflow2.world.words import NUMBERS, ORDINALS, POINTS, article, joined, value_of, words_in
 
 __all__ = ["OPEN_RIDDLES", "RIDDLES", "game", "riddle", "riddle_words"]
@@ -41,7 +41,7 @@ _STEMS: Final[Mapping[str, str]] = MappingProxyType(
 
 
 def _may_meet(shapes: Sequence[int]) -> bool:
-    return WITHHELD["train"].allows_together(shapes)
+    return withheld().allows_together(shapes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from starflow2.errors import ConfigError
 from starflow2.world.scene import MAX_OBJECTS, SHAPES, Bucket, Scene, Split, chance, pick, sample_scene
-from starflow2.world.splits import HELD_OUT, WITHHELD, Row, bucket, colors_of, held_out
+from starflow2.world.splits import Row, bucket, colors_of, held_out, reserved, withheld
 
 __all__ = ["COUNT_SHARES", "REPEATS", "sample_count", "sample_crowd", "sample_split_scene", "with_repeats"]
 
@@ -50,7 +50,7 @@ def _together(rng: np.random.Generator, count: int, first: int | None = None) ->
         if first is not None:
             shapes = [first, *[shape for shape in shapes if shape != first]]
         shapes = with_repeats(rng, shapes[:count])
-        if not WITHHELD["train"].rows_of_shapes(shapes):
+        if not withheld().rows_of_shapes(shapes):
             return shapes
 
 
@@ -74,7 +74,7 @@ def sample_split_scene(
     while True:
         shapes = _together(rng, count, shape)
         scene = sample_scene(rng, shapes=shapes, colors=_colors(rng, shapes, pairs_of))
-        if any(held_out(scene, s) != (wanted if s == split else frozenset()) for s in HELD_OUT):
+        if any(held_out(scene, s) != (wanted if s == split else frozenset()) for s in reserved()):
             continue
         for _ in range(_RECOLORINGS):  # placing objects is slow, and one layout in twenty is of a test bucket
             if bucket(scene) == split:

@@ -25,6 +25,7 @@ __all__ = [
     "BACKGROUNDS",
     "BACKGROUND_NAMES",
     "COLORS",
+    "EDGE",
     "IMAGE_SIZE",
     "MARGIN",
     "MAX_ANGLE",
@@ -36,12 +37,14 @@ __all__ = [
     "SHAPES",
     "SIZES",
     "Bucket",
+    "Cell",
     "Relation",
     "Scene",
     "SceneDialogue",
     "SceneObject",
     "SceneTurn",
     "Split",
+    "central_scene",
     "chance",
     "coverage",
     "fits",
@@ -51,6 +54,7 @@ __all__ = [
     "render",
     "render_batch",
     "sample_scene",
+    "scene_in_cells",
     "shuffled",
     "stream",
 ]
@@ -61,6 +65,7 @@ Floats = npt.NDArray[np.float64]
 Split = Literal["dev", "test"]
 Bucket = Literal["train", "dev", "test"]
 Relation = Literal["left of", "right of", "above", "below"]
+Cell = tuple[int, int]  # row and column of the 3 x 3 grid over an image, from the upper left
 
 SHAPES: Final = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond")
 COLORS: Final = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
@@ -77,6 +82,7 @@ MAX_OBJECTS: Final = 4
 MAX_ANGLE: Final = 0.22  # radians, either way
 GAP: Final = 3.0  # pixels between any two outlines, so that connected components separate
 MARGIN: Final = 1.0  # pixels between an outline and the border
+EDGE: Final = 1.5  # pixels from a line of the 3 x 3 grid within which the place of an object is debatable
 
 
 def _table(rows: Sequence[tuple[int, int, int]]) -> Pixels:
@@ -102,6 +108,8 @@ BACKGROUNDS: Final[Pixels] = _table(
 )
 
 _SUPERSAMPLE: Final = 4
+_CENTRAL_TRIES: Final = 12  # layouts among which the one with an object nearest to the middle is chosen
+_CELL_TRIES: Final = 8  # batches of layouts tried for objects in given cells
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,27 +315,91 @@ def _stands(places: Floats, radii: Floats, relation: Relation) -> npt.NDArray[np
     return np.asarray(sign * offset[:, axis] > threshold)
 
 
-def _place(rng: np.random.Generator, shapes: Sequence[int], sizes: Sequence[int], relation: Relation | None) -> Floats:
-    """Centres (objects, 2), uniform over all layouts that fit, by rejection of many candidates at a time."""
-    radii = np.array([RADII[size] for size in sizes])
-    reach = radii * [_REACH[shape] for shape in shapes]
-    extent = radii[:, None] * [_EXTENT[shape] for shape in shapes]  # (objects, 2)
-    first, second = _pairs(len(shapes))
-    apart = reach[first] + reach[second] + GAP  # between circles around the two
-    beside = extent[first] + extent[second] + GAP  # between boxes around the two, on either axis
-    low = extent + MARGIN
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """What objects of these shapes and sizes need: radii (objects,), half boxes (objects, 2), distances of pairs."""
+
+    radii: Floats
+    extent: Floats
+    apart: Floats  # (pairs,), between circles around the two
+    beside: Floats  # (pairs, 2), between boxes around the two, on either axis
+
+    @classmethod
+    def of(cls, shapes: Sequence[int], sizes: Sequence[int]) -> _Room:
+        radii = np.array([RADII[size] for size in sizes])
+        reach = radii * [_REACH[shape] for shape in shapes]
+        extent = radii[:, None] * [_EXTENT[shape] for shape in shapes]
+        first, second = _pairs(len(shapes))
+        return cls(radii, extent, reach[first] + reach[second] + GAP, extent[first] + extent[second] + GAP)
+
+    @property
+    def batch(self) -> int:
+        """How many layouts to try at once."""
+        return (1, 8, 32, 128)[len(self.radii) - 1]
+
+    def fits(self, places: Floats) -> npt.NDArray[np.bool_]:
+        """Mask (n,) of layouts (n, objects, 2) in which no two objects touch."""
+        first, second = _pairs(len(self.radii))
+        offset = np.abs(places[:, first] - places[:, second])  # (n, pairs, 2)
+        clear = (offset >= self.beside).any(axis=-1) | (np.hypot(offset[..., 0], offset[..., 1]) >= self.apart)
+        return np.asarray(clear.all(axis=-1))
+
+
+def _place(
+    rng: np.random.Generator,
+    shapes: Sequence[int],
+    sizes: Sequence[int],
+    relation: Relation | None = None,
+    cells: Sequence[Cell | None] | None = None,
+) -> Floats | None:
+    """Centres (objects, 2), uniform over all layouts that fit, by rejection of many candidates at a time.
+
+    With cells, which may leave too little room, None after some candidates; without, a layout is always found.
+    """
+    room = _Room.of(shapes, sizes)
+    low = room.extent + MARGIN
     span = IMAGE_SIZE - 2 * low
-    batch = (1, 8, 32, 128)[len(shapes) - 1]
-    while True:
-        places = rng.random((batch, len(shapes), 2)) * span + low
-        offset = np.abs(places[:, first] - places[:, second])  # (batch, pairs, 2)
-        clear = (offset >= beside).any(axis=-1) | (np.hypot(offset[..., 0], offset[..., 1]) >= apart)
-        fits = clear.all(axis=-1)
+    if cells is not None:
+        low, span = _within_cells(low, cells)
+    for _ in itertools.count() if cells is None else range(_CELL_TRIES):
+        places = rng.random((room.batch, len(shapes), 2)) * span + low
+        fits = room.fits(places)
         if relation is not None:
-            fits &= _stands(places, radii, relation)
+            fits &= _stands(places, room.radii, relation)
         winner = int(fits.argmax())
         if fits[winner]:
             return np.asarray(places[winner])
+    return None
+
+
+def central_scene(rng: np.random.Generator, shapes: Sequence[int], sizes: Sequence[int], centre: float) -> Scene:
+    """A random scene whose first object is near (centre, centre), pixels: of some layouts the one that comes nearest.
+
+    The objects are otherwise in the order of their shapes.
+    """
+    room = _Room.of(shapes, sizes)
+    low = room.extent + MARGIN
+    found: list[Floats] = []
+    while sum(map(len, found)) < _CENTRAL_TRIES:
+        places = rng.random((2 * room.batch, len(shapes), 2)) * (IMAGE_SIZE - 2 * low) + low
+        found.append(places[room.fits(places)])
+    layouts = np.concatenate(found)[:_CENTRAL_TRIES]  # (n, objects, 2)
+    layout, first = np.unravel_index(int(np.abs(layouts - centre).max(axis=-1).argmin()), layouts.shape[:2])
+    order = [int(first), *(i for i in range(len(shapes)) if i != first)]
+    looks = [shapes[i] for i in order], rng.integers(len(COLORS), size=len(shapes)).tolist(), [sizes[i] for i in order]
+    return _placed(rng, looks, layouts[layout][order], int(rng.integers(len(BACKGROUND_NAMES))))
+
+
+def _within_cells(low: Floats, cells: Sequence[Cell | None]) -> tuple[Floats, Floats]:
+    """Lowest centres and spans (objects, 2), of those that stay clear of the border, inside each object's cell."""
+    high, third = IMAGE_SIZE - low, IMAGE_SIZE / 3
+    low = low.copy()
+    for index, cell in enumerate(cells):
+        if cell is not None:
+            corner = third * np.array(cell[::-1])  # x, y
+            low[index] = np.maximum(low[index], corner + EDGE)
+            high[index] = np.minimum(high[index], corner + third - EDGE)
+    return low, high - low
 
 
 def half_box(obj: SceneObject) -> tuple[float, float]:
@@ -378,8 +450,36 @@ def sample_scene(
     colors = rng.integers(len(COLORS), size=count).tolist() if colors is None else colors
     sizes = rng.integers(len(SIZES), size=count).tolist() if sizes is None else sizes
     background = int(rng.integers(len(BACKGROUND_NAMES))) if background is None else background
-    places = _place(rng, shapes, sizes, relation).tolist()
-    angles = rng.uniform(-MAX_ANGLE, MAX_ANGLE, size=count).tolist()
-    rows = zip(shapes, colors, sizes, places, angles, strict=True)
+    places = _place(rng, shapes, sizes, relation)
+    assert places is not None  # without cells there is room
+    return _placed(rng, (shapes, colors, sizes), places, background)
+
+
+def scene_in_cells(
+    rng: np.random.Generator,
+    *,
+    shapes: Sequence[int],
+    colors: Sequence[int],
+    sizes: Sequence[int],
+    background: int,
+    cells: Sequence[Cell | None],
+) -> Scene | None:
+    """A random scene with objects in given cells of the 3 x 3 grid, None for anywhere; None if they do not fit there.
+
+    >>> cells = [(0, 0), None]
+    >>> scene = scene_in_cells(stream(0), shapes=[3, 5], colors=[0, 0], sizes=[0, 0], background=0, cells=cells)
+    >>> max(scene.objects[0].x, scene.objects[0].y) < IMAGE_SIZE / 3
+    True
+    """
+    places = _place(rng, shapes, sizes, cells=cells)
+    return None if places is None else _placed(rng, (shapes, colors, sizes), places, background)
+
+
+def _placed(
+    rng: np.random.Generator, looks: tuple[Sequence[int], Sequence[int], Sequence[int]], places: Floats, background: int
+) -> Scene:
+    """The scene with objects of these shapes, colours and sizes at these centres (objects, 2), slightly turned."""
+    angles = rng.uniform(-MAX_ANGLE, MAX_ANGLE, size=len(places)).tolist()
+    rows = zip(*looks, places.tolist(), angles, strict=True)
     objects = tuple(SceneObject(shape=s, color=c, size=z, x=x, y=y, angle=w) for s, c, z, (x, y), w in rows)
     return Scene(objects=objects, background=background)

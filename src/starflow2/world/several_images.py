@@ -28,7 +28,7 @@ from starflow2.world.scene import (
     pick,
     shuffled,
 )
-from starflow2.world.splits import WITHHELD, is_trainable, may_recolor
+from starflow2.world.splits import is_trainable, may_recolor, withheld
 from starflow2.world.words import (
     NUMBERS,
     ORDINALS,
@@ -83,7 +83,7 @@ def _changed(rng: np.random.Generator) -> tuple[Scene, Scene, str]:
             color = int(rng.integers(len(COLORS)))
             objects = [replace(other, color=color) if other is obj else other for other in scene.objects]
             change = f"the {kind_of(obj)} is {COLORS[color]} now."
-            is_allowed = may_recolor(obj.color, color) and WITHHELD["train"].allows_pair(obj.shape, color)
+            is_allowed = may_recolor(obj.color, color) and withheld().allows_pair(obj.shape, color)
         else:
             objects, is_allowed = [other for other in scene.objects if other is not obj], True
             change = f"the {kind_of(obj)} is gone." if operation == "remove" else f"there is a new {kind_of(obj)}."

@@ -2,7 +2,8 @@
 
 `HELD_OUT[split]` lists the combinations that are reserved for "dev" or "test". `WITHHELD[bucket]` is the guard for
 everything made for one part of the world: training combines nothing that either split holds out, in an image or in
-words; dev and test may combine anything. No other module decides what is held out.
+words; dev and test may combine anything. No other module decides what is held out. `everything_trains` opens the guard
+for a last stage of training, after which nothing can be said of combinations that a model has not seen.
 Nothing here is from the paper; our choice: docs/choices.md#world.
 """
 
@@ -11,7 +12,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
@@ -39,12 +42,15 @@ __all__ = [
     "as_fact",
     "bucket",
     "colors_of",
+    "everything_trains",
     "facts",
     "held_out",
     "is_trainable",
     "may_recolor",
     "recolor_step",
+    "reserved",
     "scene_key",
+    "withheld",
 ]
 
 Row = Literal["pair", "fact", "shapes", "count"]  # the kinds of combination in a table of held-out ones
@@ -150,18 +156,52 @@ WITHHELD: Final[Mapping[Bucket, HeldOut]] = MappingProxyType(
 )
 RECOLOR_HELD_OUT: Final[Mapping[Split, int]] = MappingProxyType({"test": 3, "dev": 5})  # see `recolor_step`
 
+_OPEN: Final[ContextVar[bool]] = ContextVar("open_guard", default=False)
+
+
+@contextmanager
+def everything_trains() -> Iterator[None]:
+    """Inside it, in this thread, nothing is held out from training but the scenes of the dev and test buckets.
+
+    For the data of a last stage; suites must be made outside.
+
+    >>> with everything_trains():
+    ...     len(colors_of(0)), withheld("train").allows_pair(0, 0)
+    (8, True)
+    """
+    token = _OPEN.set(True)
+    try:
+        yield
+    finally:
+        _OPEN.reset(token)
+
+
+def reserved() -> Mapping[Split, HeldOut]:
+    """`HELD_OUT`, or no table at all inside `everything_trains`."""
+    return {} if _OPEN.get() else HELD_OUT
+
+
+def withheld(part: Bucket = "train") -> HeldOut:
+    """`WITHHELD` of a part of the world; inside `everything_trains` the guard of training is open, too."""
+    return WITHHELD["dev" if _OPEN.get() else part]
+
 
 # ---------------------------------------------------------------------------------------------- questions to them
 
 
 def held_out(scene: Scene, split: Split) -> frozenset[Row]:
     """Kinds of combination that `split` holds out and this scene shows."""
-    return HELD_OUT[split].rows_of(scene)
+    tables = reserved()
+    return tables[split].rows_of(scene) if split in tables else frozenset()
+
+
+def colors_of(shape: int, split: Split | None = None) -> tuple[int, ...]:
+    """Colours in which training may show a shape, or those that `split` holds out for it, in rising order."""
+    return tuple(range(len(COLORS))) if split is None and _OPEN.get() else _colors_of(shape, split)
 
 
 @functools.cache
-def colors_of(shape: int, split: Split | None = None) -> tuple[int, ...]:
-    """Colours in which training may show a shape, or those that `split` holds out for it, in rising order."""
+def _colors_of(shape: int, split: Split | None) -> tuple[int, ...]:
     table = WITHHELD["train"] if split is None else HELD_OUT[split]
     return tuple(color for color in range(len(COLORS)) if table.allows_pair(shape, color) == (split is None))
 
@@ -173,7 +213,7 @@ def recolor_step(old: int, new: int) -> int:
 
 def may_recolor(old: int, new: int) -> bool:
     """True if training may turn colour `old` into `new`: they differ, and the step between them is not held out."""
-    return recolor_step(old, new) not in (0, *RECOLOR_HELD_OUT.values())
+    return old != new and (_OPEN.get() or recolor_step(old, new) not in RECOLOR_HELD_OUT.values())
 
 
 def scene_key(scene: Scene) -> tuple[int, ...]:
@@ -195,4 +235,4 @@ def bucket(scene: Scene) -> Bucket:
 
 def is_trainable(scene: Scene) -> bool:
     """True if the scene lies in the train bucket and shows nothing that dev or test holds out."""
-    return bucket(scene) == "train" and not WITHHELD["train"].rows_of(scene)
+    return bucket(scene) == "train" and (_OPEN.get() or not WITHHELD["train"].rows_of(scene))

@@ -29,6 +29,7 @@ from starflow2.world.scene import (
     SceneDialogue,
     SceneObject,
     Split,
+    central_scene,
     pick,
     relations,
     sample_scene,
@@ -38,13 +39,14 @@ from starflow2.world.scene import (
 from starflow2.world.splits import (
     HELD_OUT,
     RECOLOR_HELD_OUT,
-    WITHHELD,
     bucket,
     colors_of,
     held_out,
     is_trainable,
     may_recolor,
     recolor_step,
+    reserved,
+    withheld,
 )
 from starflow2.world.story_text import (
     HOW_MANY,
@@ -54,6 +56,7 @@ from starflow2.world.story_text import (
     Op,
     answer_question,
     definite,
+    free_request,
     request,
     sentence,
 )
@@ -62,18 +65,21 @@ from starflow2.world.words import article
 __all__ = [
     "CG_ROWS",
     "KINDS",
+    "PARTS",
     "REQUEST_KINDS",
     "STEPS",
     "Part",
     "Step",
     "Story",
+    "random_story",
     "story_beginning",
     "story_dialogue",
     "story_task",
     "suite_stories",
 ]
 
-Part = Literal["id", "cg", "paraphrase"]
+Part = Literal["id", "cg", "paraphrase", "plain"]
+PARTS: Final[tuple[Part, ...]] = get_args(Part)
 
 STEPS: Final = 4
 KINDS: Final[Mapping[str, float]] = MappingProxyType(  # kinds of question and their shares
@@ -93,10 +99,10 @@ CG_ROWS: Final = ("pair", "fact", "shapes", "count", "edit")  # what "cg" items 
 _RELATED: Final = frozenset({"position", "left_right", "above_below"})  # about two objects that no request related
 _STORY: Final = 40  # third number of a training stream, second of a suite's, so that no other task repeats its draws
 _BEGINNING: Final = 41  # third number of a stream
+_OPEN: Final = 0.25  # share of additions whose place no request names, in training
 _TWO: Final = 0.6  # share of beginnings that stop at the second image
 _SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
 _REPEATS: Final = 0.3  # share of stories in which two objects have the same shape
-_CASTS: Final = 12  # layouts tried for a training story, for one with an object near the middle
 _MIDDLE: Final = IMAGE_SIZE / 2 + 1  # pixels, x and y; guidance draws what is near it a pixel or two above and left
 _SCRIPTS: Final = 16  # scripts tried for one cast: placing a cast costs more than all that follows
 
@@ -139,6 +145,7 @@ class _Rules:
 
     split: Bucket
     row: str = ""
+    words: Literal["plain", "free"] = "plain"  # of requests: plain forms, or training's grammar and open places
 
     def row_of(self, split: Split) -> str:
         """Row of `split`'s held-out combinations that the story must show; or ""."""
@@ -244,7 +251,7 @@ def _required_shapes(rng: np.random.Generator, rules: _Rules) -> list[int]:
             return [a, b]
         shape, count = pick(rng, sorted(table.counts))
         return [shape] * count
-    twice = [shape for shape in range(len(SHAPES)) if WITHHELD["train"].allows_count(shape, 2)]
+    twice = [shape for shape in range(len(SHAPES)) if withheld().allows_count(shape, 2)]
     return [pick(rng, twice)] * 2 if rng.random() < _REPEATS else []
 
 
@@ -252,29 +259,21 @@ def _cast(rng: np.random.Generator, plan: _Plan, rules: _Rules) -> Scene | None:
     """Every object that a story will ever show, placed together so that none overlap; their colours are not used."""
     others = [int(shape) for shape in rng.permutation(len(SHAPES)) if shape not in plan.required]
     shapes = shuffled(rng, [*plan.required, *others[: plan.num_cast - len(plan.required)]])
-    if not all(HELD_OUT[s].rows_of_shapes(shapes) <= {rules.row_of(s)} for s in HELD_OUT):
+    if not all(table.rows_of_shapes(shapes) <= {rules.row_of(s)} for s, table in reserved().items()):
         return None
     is_training, large = rules.split == "train", plan.sizes(rules).large
     cast = _roomy_cast(rng, shapes, large) if is_training else sample_scene(rng, shapes=shapes)
-    return cast if all(held_out(cast, s) <= {"pair", rules.row_of(s)} for s in HELD_OUT) else None
+    return cast if all(held_out(cast, s) <= {"pair", rules.row_of(s)} for s in reserved()) else None
 
 
 def _roomy_cast(rng: np.random.Generator, shapes: Sequence[int], large: float) -> Scene:
-    """A cast whose first object is near the middle, the best of a few layouts.
+    """A cast whose first object is near the middle.
 
     A model that draws the first object alone cannot know on which side of it the next one will be asked for, and must
     leave room on all sides (docs/choices.md#room-in-a-story).
     """
     sizes = (rng.random(len(shapes)) < large).astype(int).tolist()
-    casts = [sample_scene(rng, shapes=shapes, sizes=sizes) for _ in range(_CASTS)]
-    cast, middle = min(((cast, i) for cast in casts for i in range(len(shapes))), key=lambda c: _off_centre(*c))
-    objects = list(cast.objects)
-    return replace(cast, objects=(objects.pop(middle), *objects))
-
-
-def _off_centre(scene: Scene, number: int) -> float:
-    obj = scene.objects[number]
-    return max(abs(obj.x - _MIDDLE), abs(obj.y - _MIDDLE))
+    return central_scene(rng, shapes, sizes, _MIDDLE)
 
 
 def _color(rng: np.random.Generator, shape: int, old: int | None, rules: _Rules) -> int | None:
@@ -342,8 +341,9 @@ def _is_allowed(scenes: Sequence[Scene], rules: _Rules) -> bool:
 class _Narrator:
     """Turns acts into changes: which words describe each object, and what they leave to the image."""
 
-    def __init__(self, rng: np.random.Generator, names_size: Sequence[bool]) -> None:
-        self.rng, self.names_size = rng, names_size  # by number in the cast
+    def __init__(self, rng: np.random.Generator, names_size: Sequence[bool], *, leaves_open: float = 0.0) -> None:
+        """leaves_open: share of additions without a place."""
+        self.rng, self.names_size, self.leaves_open = rng, names_size, leaves_open  # sizes by number in the cast
         self.related: set[frozenset[int]] = set()  # pairs of objects whose relation a request names
         self.only_named = -1  # the only object that the last request named, which "it" may mean; -1 if there is none
 
@@ -361,13 +361,14 @@ class _Narrator:
             before=self.look(act.number, before) if act.number in before else None,
             after=self.look(act.number, after) if act.number in after else None,
         )
-        if act.op == "add":
+        is_open = act.op == "add" and self.leaves_open > 0 and bool(self.rng.random() < self.leaves_open)
+        if act.op == "add" and not is_open:
             found = self._relate(act.number, after)
             if found is None:
                 return None
             referent, relation = found
             change = replace(change, relation=relation, reference=self.look(referent, after))
-        uses_pronoun = referent == antecedent and self.rng.random() < 0.7
+        uses_pronoun = not is_open and referent == antecedent and self.rng.random() < 0.7
         return _Move(change, uses_pronoun, tuple(self.look(number, after) for number in after), scene)
 
     def _relate(self, new: int, present: _Present) -> tuple[int, Relation] | None:
@@ -436,7 +437,7 @@ class _EndQuestions:
     def _may_say(self, a: int, sides: Iterable[Relation], b: int) -> bool:
         """True if "a is SIDE b" names nothing held out for any of the sides; two objects of one shape never do."""
         first, second = self.present[a].shape, self.present[b].shape
-        return first == second or all(WITHHELD["train"].allows_fact(first, side, second) for side in sides)
+        return first == second or all(withheld().allows_fact(first, side, second) for side in sides)
 
     def _position(self) -> str | None:
         is_yes = self.rng.random() < 0.5
@@ -469,7 +470,8 @@ def _draft(rng: np.random.Generator, plan: _Plan, rules: _Rules) -> _Draft | Non
         if acts and _is_allowed(scenes, rules):
             objects = cast.objects[: 1 + max(act.number for act in acts)]
             named = plan.sizes(rules).named
-            narrator = _Narrator(rng, [bool(rng.random() < named[obj.size]) for obj in objects])
+            names_size = [bool(rng.random() < named[obj.size]) for obj in objects]
+            narrator = _Narrator(rng, names_size, leaves_open=_OPEN if rules.words == "free" else 0.0)
             return _narrated(narrator, acts, images, scenes, plan.kind)
     return None
 
@@ -499,11 +501,15 @@ def _draft_until_done(rng: np.random.Generator, rules: _Rules) -> _Draft:
             return draft
 
 
-def _worded(draft: _Draft, wording: Bucket, rng: np.random.Generator) -> Story:
+def _worded(draft: _Draft, wording: Bucket | None, rng: np.random.Generator) -> Story:
+    """The draft in the plain forms of a split, or with None in the words of training's grammar."""
     steps: list[Step] = []
     looks: tuple[Look, ...] = ()
     for move in draft.moves:
-        instruction = request(move.change, looks, wording, rng, uses_pronoun=move.uses_pronoun)
+        if wording is None:
+            instruction = free_request(move.change, looks, rng, uses_pronoun=move.uses_pronoun)
+        else:
+            instruction = request(move.change, looks, wording, rng, uses_pronoun=move.uses_pronoun)
         text = sentence(move.looks, move.change)
         steps.append(Step(instruction=instruction, sentence=text, scene=move.scene, change=move.change))
         looks = move.looks
@@ -516,8 +522,12 @@ def story_task(seed: int, index: int) -> Story:
     >>> len(story_task(0, 3).steps), story_task(0, 3) == story_task(0, 3)
     (4, True)
     """
-    rng = stream(seed, index, _STORY)
-    return _worded(_draft_until_done(rng, _Rules("train")), "train", rng)
+    return random_story(stream(seed, index, _STORY))
+
+
+def random_story(rng: np.random.Generator) -> Story:
+    """A story that training may tell, in the words of training's grammar."""
+    return _worded(_draft_until_done(rng, _Rules("train", words="free")), None, rng)
 
 
 def suite_stories(split: Split, part: Part = "id", count: int = 64) -> list[Story]:
@@ -525,17 +535,21 @@ def suite_stories(split: Split, part: Part = "id", count: int = 64) -> list[Stor
 
     "id": seen combinations, training wording. "cg": each story shows, in one image or more, one of CG_ROWS that
     `split` holds out and nothing else held out ("edit": it asks for a held-out change of colour). "paraphrase": the
-    stories of "id", with requests worded as training never words them. Raises ConfigError for another split or part.
+    stories of "id", with requests worded as training never words them. "plain": other stories like those of "id", in
+    the words of training's grammar, some adding objects without a place. Raises ConfigError for another split or part.
     """
     for name, value, known in (("split", split, get_args(Split)), ("part", part, get_args(Part))):
         if value not in known:
             raise ConfigError(f"{name}={value!r}: expected one of {', '.join(known)}")
     stories = []
     for item in range(count):
-        rules = _Rules(split, CG_ROWS[item % len(CG_ROWS)] if part == "cg" else "")
-        numbers = (_SUITE_SEED, _STORY, get_args(Split).index(split), int(part == "cg"), item + 1)
+        rules = _Rules(
+            split, CG_ROWS[item % len(CG_ROWS)] if part == "cg" else "", "free" if part == "plain" else "plain"
+        )
+        kind = {"cg": 1, "plain": 2}.get(part, 0)
+        numbers = (_SUITE_SEED, _STORY, get_args(Split).index(split), kind, item + 1)
         draft = _draft_until_done(stream(*numbers), rules)
-        wording: Bucket = split if part == "paraphrase" else "train"
+        wording: Bucket | None = {"paraphrase": split, "plain": None}.get(part, "train")
         words_rng = stream(*numbers, 1)  # apart from that of the scenes, which wording must not change
         stories.append(_worded(draft, wording, words_rng))
     return stories

@@ -19,6 +19,7 @@ from typing import Final, Literal
 import numpy as np
 
 from starflow2.errors import ConfigError
+from starflow2.world.grammar import SIDE_WORDS, Requests, request_words, with_synonyms
 from starflow2.world.scene import (
     COLORS,
     MAX_OBJECTS,
@@ -44,6 +45,7 @@ __all__ = [
     "agrees",
     "answer_question",
     "definite",
+    "free_request",
     "parse_sentence",
     "request",
     "sentence",
@@ -145,6 +147,58 @@ _BESIDE_IT: Final[Mapping[Relation, tuple[str, ...]]] = MappingProxyType(
         "below": ("below it", "under it"),
     }
 )
+_REQUESTS: Final[Mapping[Op, Requests]] = MappingProxyType(  # of training, besides the plain forms above
+    {
+        "start": Requests.of(
+            STORY_WORDINGS["start"],
+            (
+                "[first] (draw|paint|make|put|show) {a}",
+                "(start|begin) with {a}",
+                "(draw|paint|make|show) me {a} [first]",
+            ),
+            ("{a}", "{a}", "first {a}", "i want {a}", "let us (start|begin) with {a}", "there is {a}"),
+        ),
+        "add": Requests.of(
+            STORY_WORDINGS["add"],
+            ("(add|put|draw|paint|place|insert) {a} {rel}", "add {a}, {rel}"),
+            (
+                "{rel} (put|add|draw|place) {a}",
+                "i want {a} {rel}",
+                "{a} {rel}",
+                "and {a} {rel}",
+                "there is {a} {rel}",
+                "{rel} there is {a}",
+            ),
+        ),
+        "remove": Requests.of(
+            STORY_WORDINGS["remove"],
+            (
+                "(remove|delete|erase|drop) {b}",
+                "take {b} (away|out)",
+                "take away {b}",
+                "get rid of {b}",
+                "leave out {b}",
+            ),
+            ("i do not want {b}", "{b} has to go", "without {b}"),
+        ),
+        "recolor": Requests.of(
+            STORY_WORDINGS["recolor"],
+            (
+                "(make|turn|paint|color|recolor) {b} {color}",
+                "(change|set) {b} to {color}",
+                "change the color of {b} to {color}",
+                "give {b} the color {color}",
+            ),
+            ("i want {b} in {color}", "i would like {b} to be {color}", "{b} in {color}", "{b} becomes {color}"),
+        ),
+    }
+)
+_OPEN_ADD: Final = Requests(
+    (),
+    ("add {a}", "now add {a}", "please add {a}"),
+    ("(add|draw|paint|put in|insert) {a} [too]", "put {a} in the picture", "draw {a} as well", "add {a} somewhere"),
+    ("and {a}", "i (want|would like) {a} too", "i also want {a}", "{a} as well", "there should also be {a}"),
+)
 HOW_MANY: Final = ("how many objects are left?", "how many objects are there now?")
 SIDES: Final[Mapping[str, tuple[Relation, Relation]]] = MappingProxyType(
     {"left or right of": ("left of", "right of"), "above or below": ("above", "below")}
@@ -188,6 +242,25 @@ def request(
     if change.after is not None:
         fields |= {"a": article(str(change.after)), "color": COLORS[change.after.color]}
     return pick(rng, STORY_WORDINGS[change.op].forms(wording)).format(**fields)
+
+
+def free_request(change: Change, looks: Sequence[Look], rng: np.random.Generator, *, uses_pronoun: bool) -> str:
+    """A request for the change in a random wording of training's grammar; arguments as in `request`.
+
+    An addition in relation to nothing leaves the place open.
+    """
+    fields = dict[str, str]()
+    if change.relation is not None and change.reference is not None:
+        name = definite(change.reference, looks)
+        beside_it = pick(rng, _BESIDE_IT[change.relation]) if uses_pronoun else ""
+        fields["rel"] = beside_it or f"{pick(rng, SIDE_WORDS[change.relation])} {name}"
+    if change.before is not None:
+        fields["b"] = "it" if uses_pronoun else definite(change.before, looks)
+    if change.after is not None:
+        fields |= {"a": article(str(change.after)), "color": COLORS[change.after.color]}
+    is_open = change.op == "add" and change.relation is None
+    text = with_synonyms((_OPEN_ADD if is_open else _REQUESTS[change.op]).say(rng, fields), rng)
+    return text if text.endswith("?") or rng.random() < 0.3 else f"{text}."
 
 
 # ---------------------------------------------------------------------------- reading back
@@ -329,5 +402,7 @@ def story_words() -> frozenset[str]:
     forms = [form for w in STORY_WORDINGS.values() for form in (*w.train, *w.dev, *w.test)]
     sides = [words for table in (_BESIDE, _BESIDE_IT) for row in table.values() for words in row]
     grammar = "there is are a an and the what color size yes no left right above below"
+    forms += [form for requests in (*_REQUESTS.values(), _OPEN_ADD) for form in requests.forms]
+    sides += [words for row in SIDE_WORDS.values() for words in row]
     tables = (forms, sides, HOW_MANY, tuple(SIDES), SHAPES, COLORS, SIZES, RELATIONS, NUMBERS, (grammar,))
-    return words_in(itertools.chain.from_iterable(tables))
+    return words_in(itertools.chain.from_iterable(tables)) | request_words()

@@ -14,11 +14,10 @@ from typing import Final
 
 import numpy as np
 
-from starflow2.world.scene import COLORS, IMAGE_SIZE, SHAPES, SIZES, Bucket, Scene, SceneObject, pick, shuffled
+from starflow2.world.scene import COLORS, IMAGE_SIZE, SHAPES, SIZES, Bucket, Cell, Scene, SceneObject, pick, shuffled
 
 __all__ = [
     "ATTRIBUTES",
-    "EDGE",
     "NUMBERS",
     "ORDINALS",
     "PLACES",
@@ -28,6 +27,7 @@ __all__ = [
     "Namer",
     "Wording",
     "article",
+    "cell_of",
     "joined",
     "kind_of",
     "names_of",
@@ -46,7 +46,6 @@ PLACES: Final = (  # rows of the 3 x 3 grid, top first
     ("on the left", "in the middle", "on the right"),
     ("in the lower left", "at the bottom", "in the lower right"),
 )
-EDGE: Final = 1.5  # pixels from a line of that grid within which the place of an object is debatable
 ATTRIBUTES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({"color": COLORS, "shape": SHAPES, "size": SIZES})
 
 
@@ -55,8 +54,8 @@ class Wording:
     """Sentence forms with {fields}: those used in training, and those reserved for testing other wording."""
 
     train: tuple[str, ...]
-    dev: tuple[str, str]
-    test: tuple[str, str, str]
+    dev: tuple[str, ...]
+    test: tuple[str, ...]
 
     def forms(self, split: Bucket) -> tuple[str, ...]:
         """The forms of one split."""
@@ -101,14 +100,20 @@ def kind_of(obj: SceneObject) -> str:
 
 
 def place_of(obj: SceneObject, *, edge: float = 0.0) -> str | None:
-    """Cell of the 3 x 3 grid that holds the object's centre, such as "at the top".
+    """Words for the cell that holds the object's centre, such as "at the top"; None where `cell_of` gives none."""
+    cell = cell_of(obj, edge=edge)
+    return None if cell is None else PLACES[cell[0]][cell[1]]
 
-    None if the centre lies within `edge` pixels of a line of the grid, where the words would be debatable.
+
+def cell_of(obj: SceneObject, *, edge: float = 0.0) -> Cell | None:
+    """Cell of the 3 x 3 grid that holds the object's centre.
+
+    None if the centre lies within `edge` pixels of a line of the grid, where a place would be debatable.
     """
     if any(abs(v - line * IMAGE_SIZE / 3) < edge for v in (obj.x, obj.y) for line in (1, 2)):
         return None
     row, column = (min(max(int(3 * v / IMAGE_SIZE), 0), 2) for v in (obj.y, obj.x))
-    return PLACES[row][column]
+    return row, column
 
 
 @dataclass(frozen=True, slots=True)
