@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from starflow2.core.torch_defaults import inference_defaults
-from starflow2.errors import ConfigError, PromptError
+from starflow2.errors import ConfigError, DataError, PromptError
 from starflow2.inference.config import ReplyLimits
 from starflow2.inference.engine import Engine
 from starflow2.inference.events import Completed, DecodedImage, Ended, Failed, RowEvent, Token
@@ -97,15 +97,20 @@ def _converse(sampler: Sampler, talks: Sequence[_Talk], mode: _ReplyMode) -> lis
     """Hold all conversations, as many at a time as the sampler's batch says."""
     engine, waiting = Engine(sampler), iter([talk for talk in talks if not talk.is_over])
     live: dict[int, _Talk] = {}
+    failed: list[int] = []
     _fill(engine, live, waiting, mode)
     while live:
         for event in engine.step():
             talk = live[event.row]
             if mode.watch is not None:
                 mode.watch(replace(event, row=talk.number))
-            if _note(talk, event):
+            if isinstance(event, Failed):
+                failed.append(_failure(engine, live, event))
+            elif _note(talk, event):
                 _go_on(engine, live, event.row, mode)
         _fill(engine, live, waiting, mode)
+    if failed:
+        raise DataError(f"latents of seeds {sorted(failed)} are not finite; try a lower guidance.")
     return [[_parts(sampler, reply) for reply in talk.replies] for talk in talks]
 
 
@@ -129,10 +134,17 @@ def _go_on(engine: Engine, live: dict[int, _Talk], row: int, mode: _ReplyMode) -
         _ask(engine, row, live[row], mode)
 
 
+def _failure(engine: Engine, live: dict[int, _Talk], event: Failed) -> int:
+    """End a conversation whose image is not finite; returns its seed. Raises any other error."""
+    if not isinstance(event.error, DataError):
+        raise event.error
+    talk = live.pop(event.row)
+    engine.release(event.row)
+    return talk.seed + len(talk.replies) - 1
+
+
 def _note(talk: _Talk, event: RowEvent) -> bool:
     """Add what an event tells to the current reply; True if the reply is over."""
-    if isinstance(event, Failed):
-        raise event.error
     if isinstance(event, Token):
         last = talk.replies[-1][-1] if talk.replies[-1] else None
         if not isinstance(last, list):

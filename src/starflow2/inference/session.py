@@ -313,6 +313,12 @@ class Session:
         """Free positions: how many more the model can read."""
         return self.sampler.components.cfg.max_positions - self.length
 
+    @exclusive
+    def read(self) -> None:
+        """Read now what was added; a reply would do it first."""
+        self._check_idle()
+        self._engine.states(self._row)
+
     def _check_idle(self) -> None:
         if self._is_replying:
             raise StateError("a reply is still being made; take its events to the end, or close the loop over them.")

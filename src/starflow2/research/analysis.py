@@ -294,11 +294,12 @@ def _timed_turns(sampler: Sampler, prompts: Sequence[str], seed: int) -> Iterato
         before = session.length
         transcript.append(prompt)
         start = clock()
-        session.add(prompt)
+        session.add(prompt).read()
         after_reading = clock()
         image = session.draw().picture.image
         after_drawing = clock()
         fresh = Session(sampler, seed).add(*transcript)
+        fresh.read()
         after_reading_again = clock()
         fresh.draw()
         end = clock()
