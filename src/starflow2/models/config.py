@@ -144,8 +144,11 @@ class LanguageConfig(Config):
             _check_multiple("width", self.width, "heads", self.heads)
         _check_multiple("heads", self.heads, "kv_heads", self.kv_heads)
         _check_multiple("vision_width", self.vision_width, "vision_heads", self.vision_heads)
-        _check_multiple("image_size", self.image_size, "two patches,", 2 * self.vision_patch)
-        _check_multiple("vision_window", self.vision_window, "two patches,", 2 * self.vision_patch)
+        if min(self.image_size, self.vision_window or self.image_size) < 2 * self.vision_patch:
+            raise ConfigError(
+                f"image_size is {self.image_size} and vision_window {self.vision_window}; expected two patches of "
+                f"{self.vision_patch} at least, or no window."
+            )
         if 2 * sum(self.mrope_section) != self.head_width:
             raise ConfigError(
                 f"mrope_section is {self.mrope_section}; expected three numbers whose sum is half of "
