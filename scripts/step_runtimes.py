@@ -297,7 +297,7 @@ def main() -> None:
         rows.append({"variant": name, "cpu_ms": median(times), "ratio_to_native": ratio})
         print(f"{name:24s} {median(times):7.3f} ms, {ratio:5.2f} x inference/native", flush=True)
     if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1))
+        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def _flags() -> tuple[str, ...]:
 def _processor() -> str:
     """What tells processors with other instructions apart: a folder of caches may be shared between machines."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     wanted = ("model name", "flags", "Features", "CPU part")
