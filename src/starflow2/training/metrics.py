@@ -52,21 +52,27 @@ class StepReport:
 class SpeedMeter:
     """Speed since the start of a run, from what was read and the time on the wall."""
 
-    def __init__(self, stage: StageConfig, step: int, read: ReadCounts) -> None:
-        """step, read: what the stage had behind it at the start of the run."""
+    def __init__(
+        self, stage: StageConfig, step: int, read: ReadCounts, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """step, read: what the stage had behind it at the start of the run. clock: seconds."""
         self.stage, self.first_step, self.first_read = stage, step, read
-        self.started = time.perf_counter()
+        self.clock, self.started = clock, clock()
+
+    @property
+    def seconds(self) -> float:
+        """Since the start of the run."""
+        return self.clock() - self.started
 
     def rates(self, read: ReadCounts) -> dict[str, float]:
         """Amounts per second, as documents_per_s and so on; read: since the start of the stage."""
-        seconds = time.perf_counter() - self.started
-        first = asdict(self.first_read)
+        seconds, first = self.seconds, asdict(self.first_read)
         return {f"{name}_per_s": (count - first[name]) / seconds for name, count in asdict(read).items()}
 
     def report(self, step: int, metrics: dict[str, float], read: ReadCounts) -> StepReport:
         """The report of `step`, after which `read` had been read."""
         rates, steps = self.rates(read), self.stage.steps
-        left = (time.perf_counter() - self.started) / max(1, step - self.first_step) * (steps - step)
+        left = self.seconds / max(1, step - self.first_step) * (steps - step)
         name, images, latents = self.stage.name, rates["images_per_s"], rates["latents_per_s"]
         return StepReport(name, step, steps, metrics, images, left, latents)
 
@@ -111,7 +117,7 @@ class MetricsWriter:
         rates["positions_per_s"] = rates["text_tokens_per_s"] + rates["latents_per_s"]
         if self.flops is not None and self.peak:
             done = self.flops(read) - self.flops(self.speed.first_read)
-            rates["mfu"] = done / (time.perf_counter() - self.speed.started) / self.peak
+            rates["mfu"] = done / self.speed.seconds / self.peak
         self.write(step, {**metrics, **amounts, **rates, "memory_gb": peak_memory(self.device) / 1e9})
         return report
 
