@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
-
-from torch import Tensor
 
 from starflow2.models.joint_stream import PretzelCache, Slots, States
 
@@ -34,17 +31,6 @@ class Recording(_Wrapped):
     def states(self, cache: PretzelCache | None) -> list[States]:
         """States of all calls with this cache, in order."""
         return [states for _, used, states in self.calls if used is cache]
-
-
-class Bent(_Wrapped):
-    """Hands logits on after a change."""
-
-    def __init__(self, stream: Any, change: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(stream)
-        self.change = change
-
-    def logits(self, h: Tensor, g: Tensor) -> Tensor:
-        return self.change(self.stream.logits(h, g))
 
 
 class Failing(_Wrapped):

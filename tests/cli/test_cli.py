@@ -40,7 +40,6 @@ from starflow2.inference.session import Session
 from starflow2.models.checkpoint import save_components
 from starflow2.models.config import SelfCheckConfig
 from starflow2.pipeline import StarFlow2
-from stream_cases import Bent
 
 ROOT = Path(__file__).resolve().parents[2]
 JOINT = ("features", "fae", "vlm", "t2i", "adapter", "joint")
@@ -61,7 +60,7 @@ class Scripted(StarFlow2):
     def sampler(self, config: DrawConfig | None = None) -> Sampler:
         sampler = super().sampler(config)
         if self.script:
-            sampler.pretzel = Bent(sampler.pretzel, self._scripted())
+            sampler.adjust_logits = self._scripted()
         return sampler
 
     def _scripted(self) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -21,7 +21,6 @@ from starflow2.core.images import read_metadata
 from starflow2.errors import OutputError, PromptError
 from starflow2.inference.session import Session
 from starflow2.pipeline import StarFlow2
-from stream_cases import Bent
 
 ESCAPE = "\x1b"
 SETTINGS = {"guidance": 1.0, "prior_scale": 0.65, "model": "tiny"}
@@ -67,8 +66,7 @@ def script(chat: Chat, *blocks: str | None) -> Chat:
     def scripted(logits: torch.Tensor) -> torch.Tensor:
         return one_hot(torch.tensor([next(tokens)] * len(logits)), logits.shape[-1]).double()
 
-    stream = getattr(sampler.pretzel, "stream", sampler.pretzel)
-    sampler.pretzel = Bent(stream, scripted)
+    sampler.adjust_logits = scripted
     return chat
 
 
