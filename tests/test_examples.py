@@ -16,9 +16,10 @@ from starflow2.world.examples import EXAMPLES, Example, shown
 from starflow2.world.scene import BACKGROUND_NAMES, BACKGROUNDS
 
 ROOT = Path(__file__).resolve().parent.parent
+OTHER = ("LOG.md", "choices.md", "own-pictures.md")  # records, and a page about a model of another world
 PAGES = [
     ROOT / "README.md",
-    *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in ("LOG.md", "choices.md")),
+    *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in OTHER),
 ]
 SAID = re.compile(
     r'(?:generate\(?|\.add\(|\.draw\(|(?:edit|ask|score|invert) [^\s"]+|score|--swap|/draw)\s*"?([a-z][a-z ,.?]+)"'

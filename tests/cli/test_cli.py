@@ -30,6 +30,7 @@ from starflow2.cli.options import printable
 from starflow2.cli.parsing import flags
 from starflow2.core.heatmap import heat_map
 from starflow2.core.images import read_metadata, read_picture, to_pil
+from starflow2.evals.edit import PER_OPERATION
 from starflow2.evals.geneval import PARTS
 from starflow2.evals.statistics import Score, Scores
 from starflow2.evals.suite import Report
@@ -171,7 +172,7 @@ def test_a_word_that_nothing_takes_is_refused_with_the_nearest_one(argv, says, c
 
 def test_choices_on_the_command_line_are_those_of_the_library():
     parts, *_ = get_args(get_type_hints(evaluate.Eval)["part"])
-    assert set(get_args(parts)) == set(PARTS)
+    assert set(get_args(parts)) == {*PARTS, *dict(PER_OPERATION)}
     assert get_type_hints(generate.Generate)["cleanup"] == get_type_hints(DrawConfig)["cleanup"]
 
 
@@ -368,7 +369,7 @@ def test_settings_of_a_stage_are_typed_options(capsys):
 def test_all_stages_are_the_default(capsys):
     assert main(["train", "nano", "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert [stage["name"] for stage in plan["stages"]] == list(JOINT)
+    assert [stage["name"] for stage in plan["stages"]] == [*JOINT, "final"]
     assert plan["output"] == "runs/nano"
 
 
@@ -441,7 +442,7 @@ def half_right(split: str, quick: bool, samples: int, parts: Sequence[str]) -> R
     """A report of W-GenEval with every score one half."""
     half = {rule: Score(0.5, 0.4, 0.6) for rule in ("lenient", "strict")}
     part = Scores(2, 2, half, {"colors": Scores(2, 2, half)})
-    part = part.with_columns(template_iou=0.9, unknown_share=0.0, empty_share=0.0)
+    part = part.with_columns(template_iou=0.9, unknown_share=0.0, empty_share=0.0, twins=0.0)
     scores = dict.fromkeys(parts, part)
     return Report(
         suite="geneval",
@@ -495,7 +496,7 @@ def test_info_writes_what_it_prints(capsys):
 def test_info_plans_the_training_of_every_stage_on_so_many_gpus(capsys):
     assert main(["info", "nano", "--gpus", "2", "--gpu-memory", "24", "--json", "plan.json"]) == 0
     planned = json.loads(Path("plan.json").read_text())["plan"]
-    assert planned["hardware"]["gpus"] == 2 and [row["stage"] for row in planned["stages"]] == list(JOINT)
+    assert planned["hardware"]["gpus"] == 2 and [row["stage"] for row in planned["stages"]] == [*JOINT, "final"]
     shown = capsys.readouterr().out
     assert "2 GPUs of 24 GiB" in shown and "calculated" in shown
 
