@@ -44,7 +44,7 @@ demo: setup ## images, edits, answers and a story by the shipped weights, into o
 	$(BIN)/starflow2 demo
 
 test: check ## lint, types and the quick tests, which need no accelerator
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not gpu"
 
 check: setup ## lint, format and types only
 	$(BIN)/ruff check .
@@ -52,13 +52,13 @@ check: setup ## lint, format and types only
 	$(BIN)/mypy
 
 exact: setup ## the tests of exactness without vector instructions, a minute
-	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not gpu" $(EXACT)
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not gpu" $(EXACT)
 
 portable: setup ## the suite under other threads and instruction sets, half an hour; one line each
 	$(BIN)/python scripts/portable.py --jobs $(JOBS)
 
 slow: setup ## the slow tests
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "slow and not gpu"
 
 fuzz: setup ## feed 10,000 malformed inputs to every door, under ten minutes; SEED=1 for others
 	PYTHONPATH=$(CURDIR)/scripts:$(CURDIR)/tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --jobs $(JOBS) --seed $(SEED)
@@ -70,7 +70,7 @@ newest: ## the quick tests under the newest releases that pyproject.toml allows;
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python -m pip install -q --upgrade uv
 	$(WHEELS) .venv-newest/bin/uv pip install --python .venv-newest/bin/python -q --upgrade $(BACKEND) -e '.[dev]' tensorboard
-	.venv-newest/bin/python -m pytest -q -n $(JOBS) -m "not slow and not gpu" -W error::FutureWarning
+	.venv-newest/bin/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not gpu" -W error::FutureWarning
 
 pins: setup ## write hashes.txt after constraints.txt has changed
 	$(BIN)/python scripts/pin_hashes.py $(BIN)/uv

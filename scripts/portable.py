@@ -64,7 +64,7 @@ def run(name: str, jobs: int, folder: Path, arguments: Sequence[str]) -> Outcome
     """Run pytest under one setting, in a process of its own."""
     report, log = folder / f"{name}.xml", folder / f"{name}.log"
     report.unlink(missing_ok=True)
-    workers = ["-n", str(jobs)] if jobs > 1 else []
+    workers = ["-n", str(jobs), "--dist", "loadfile"] if jobs > 1 else []
     command = [sys.executable, "-m", "pytest", "-q", *workers, "-m", "not slow and not gpu", f"--junitxml={report}"]
     started = time.perf_counter()
     with log.open("w", encoding="utf-8") as output:
