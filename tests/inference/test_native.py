@@ -184,6 +184,14 @@ def test_a_picture_has_the_same_bits_in_steps_beside_edits_and_on_any_number_of_
     assert equal(alone, draw([Picture(nano, threaded, seed, 2.0) for seed in range(5)])[1])
 
 
+def test_an_image_that_is_not_finite_stays_so_and_leaves_its_neighbour_alone(nano, native):
+    bad, good = Picture(nano, native, 0, 2.0), Picture(nano, native, 1, 2.0)
+    native.lanes.z[native.lanes.slot_of[bad.lane], 5, 3] = torch.nan
+    (spoilt, _), drawn = draw([bad, good])
+    assert bool(spoilt.u[:5].isfinite().all()) and not bool(spoilt.u[5:].isfinite().all(1).any())
+    assert equal(drawn, draw([Picture(nano, native, 1, 2.0)])[0])
+
+
 def test_words_have_the_same_bits_whatever_is_read_beside_them_and_in_what_pieces(nano, native):
     ids = list(range(9, 49))
     chunk = Chunk(ids, *Cursor((8, 8)).text(40))

@@ -114,8 +114,8 @@ def _tensors(weights: PackedWeights) -> Iterator[Tensor]:
     yield from (weights.context_in, weights.context_in_bias, weights.adapter_in, weights.adapter_in_bias)
     yield from (weights.adapter_out, weights.adapter_out_bias)
     language, flow = weights.language_cfg.width, weights.deep.cfg.stack.width
-    yield torch.zeros(flow, language) if weights.visual_skip is None else weights.visual_skip
-    yield torch.zeros(language, flow) if weights.text_skip is None else weights.text_skip
+    yield weights.embed.new_zeros(flow, language) if weights.visual_skip is None else weights.visual_skip
+    yield weights.embed.new_zeros(language, flow) if weights.text_skip is None else weights.text_skip
     yield weights.lm_head
 
 
@@ -247,7 +247,7 @@ class NativeBackend(LeanBackend):
         return x
 
     def logits(self, lanes: Sequence[int]) -> Tensor:
-        out = torch.empty(len(lanes), len(self.weights.embed))
+        out = self.lanes.h.new_empty(len(lanes), len(self.weights.embed))
         slots = _array(ctypes.c_int64, [self.lanes.slot_of[lane] for lane in lanes])
         self._library.starflow_logits(self._model, _struct(self.lanes), slots, len(lanes), out.data_ptr())
         return out

@@ -131,7 +131,7 @@ inline void apply(const Norm& norm, const float* x, float* y, int rows) {
 inline Vec silu(Vec x) { return x / (all(1.0f) + exponential(-x)); }
 
 inline void squared_relu(float* x, size_t count) {
-  for (size_t i = 0; i < count; i++) x[i] = x[i] > 0 ? x[i] * x[i] : 0;
+  for (size_t i = 0; i < count; i++) x[i] = x[i] < 0 ? 0 : x[i] * x[i];
 }
 
 // silu(gate) * up. x: (rows, 2 * width), gates first -> y: (rows, width)
@@ -159,7 +159,7 @@ void attend(const float* query, const float* keys, const float* values, int coun
   Vec q[PARTS];
   for (int i = 0; i < PARTS; i++) q[i] = load(query + i * FLOATS) * scale;
   for (int j = 0; j < count; j++) {
-    for (int i = 0; i < PARTS; i++) {
+    for (int i = 0; i < PARTS; i++) {  // rows of a large batch come from far: keys ahead, and values for the next loop
       __builtin_prefetch(keys + (j + 8) * K + i * FLOATS);
       __builtin_prefetch(values + j * K + i * FLOATS);
     }
@@ -189,7 +189,7 @@ void attend(const float* query, const float* keys, const float* values, int coun
 
 using Attend = decltype(&attend<64>);
 
-// The attention for a head dim, null for one that is not compiled (`weights.HEAD_DIMS` lists them).
+// The attention for a head dim, null for one that is not compiled (`backend.HEAD_DIMS` lists them).
 inline Attend attend_for(int head_dim) {
   switch (head_dim) {
     case 16: return attend<16>;

@@ -37,6 +37,7 @@ inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
 inline Vec all(float x) { return x - Vec{}; }
 
+// The larger and the smaller of two, b where one of them is NaN.
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
@@ -74,9 +75,9 @@ inline float largest(Vec v) {
   return most;
 }
 
-// e^x to about one unit in the last place; x beyond the range of float counts as its end.
+// e^x to about one unit in the last place; x beyond the range of float counts as its end, and NaN stays.
 inline Vec exponential(Vec x) {
-  x = smaller(larger(x, all(-87.0f)), all(88.0f));
+  x = smaller(all(88.0f), larger(all(-87.0f), x));
   const Vec rounder = all(12582912.0f);  // 1.5 * 2^23: a sum with it keeps the nearest whole number in its last bits
   const Vec shifted = multiply_add(x, all(1.44269504f), rounder), whole = shifted - rounder;
   Vec r = multiply_add(whole, all(-0.693359375f), x);  // ln 2 in two parts, the first exact in few bits
@@ -85,6 +86,6 @@ inline Vec exponential(Vec x) {
   for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
     p = multiply_add(p, r, all(c));
   p = multiply_add(p, r * r, r) + all(1.0f);
-  const IntVec exponent = ((IntVec)shifted - (IntVec)rounder) << 23;
-  return (Vec)((IntVec)p + exponent);
+  const IntVec exponent = (IntVec)shifted - (IntVec)rounder + 127;
+  return p * (Vec)(exponent << 23);
 }
