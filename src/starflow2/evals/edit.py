@@ -215,15 +215,19 @@ def _is_applied(edit: Edit, scan: Scan, free: Sequence[Detection]) -> bool:
         return _has_background(scan, edit.target)
     if edit.step.is_free:
         return bool(_added(edit, free))
-    return all(_is_done(edit.operation, old, new, free) for old, new in _changed(edit))
+    pairs = _changed(edit)
+    return all(_is_done(edit.operation, old, new, free, is_one=len(pairs) == 1) for old, new in pairs)
 
 
-def _is_done(operation: Operation, old: SceneObject, new: SceneObject, free: Sequence[Detection]) -> bool:
+def _is_done(
+    operation: Operation, old: SceneObject, new: SceneObject, free: Sequence[Detection], *, is_one: bool
+) -> bool:
+    """True if one object changed as requested. is_one: no other does, so its looks tell it as well as its place."""
     if operation == "remove":
         return not any(_distance(d, old) <= PLACE or _same(d, old, ("shape", "color")) for d in free)
     requested = _REQUESTED[operation]
     fit = [d for d in free if _same(d, new, requested)]
-    by_looks = [name for name in ("shape", "color") if name not in requested]
+    by_looks = [name for name in ("shape", "color") if name not in requested and is_one]
     return any(_distance(d, new) <= PLACE or (bool(by_looks) and _same(d, old, by_looks)) for d in fit)
 
 
