@@ -49,7 +49,7 @@ FLOW_MAY = {
     "numpy",
     "starflow2.flow",
     "starflow2.nn",
-    "starflow2.core.ranges",
+    "starflow2.core.fields",
     "starflow2.core.serialize",
     "starflow2.errors",
 }

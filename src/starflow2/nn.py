@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from starflow2.core.ranges import check_choice, check_flag, check_whole
+from starflow2.core.fields import Config, Count, Depth, Size
 from starflow2.errors import ConfigError, ShapeError
 
 __all__ = [
-    "MOST_CHANNELS",
-    "MOST_LAYERS",
     "Activation",
     "Cache",
     "CausalStack",
@@ -40,7 +38,6 @@ __all__ = [
 ]
 
 Activation = Literal["gelu", "relu2"]
-MOST_CHANNELS, MOST_LAYERS = 2**17, 4096  # far above any model; a config from elsewhere is refused before it is built
 TEXT_PAIRS = 8  # rotation pairs of the third (text or time) axis, STARFlow's split
 ROPE_BASE = 10000.0
 
@@ -275,24 +272,20 @@ class Cache:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StackConfig:
+class StackConfig(Config):
     """Sizes of a pre-norm transformer: heads of `head_dim`, an MLP of `mlp_ratio` x width."""
 
-    width: int
-    depth: int
-    head_dim: int = 64
-    mlp_ratio: int = 4
+    width: Size
+    depth: Depth
+    head_dim: Size = 64
+    mlp_ratio: Count = 4
     activation: Activation = "gelu"
     rope: bool = True  # three-axis rotary positions on queries and keys
     final_norm: bool = True  # RMS norm after the last layer
     causal: bool = True  # False: every position attends to every other (the FAE's decoders)
 
     def __post_init__(self) -> None:
-        check_whole(1, MOST_CHANNELS, width=self.width, head_dim=self.head_dim)
-        check_whole(0, MOST_LAYERS, depth=self.depth)
-        check_whole(1, 64, mlp_ratio=self.mlp_ratio)
-        check_choice(get_args(Activation), activation=self.activation)
-        check_flag(rope=self.rope, final_norm=self.final_norm, causal=self.causal)
+        super().__post_init__()
         if self.width % self.head_dim:
             raise ConfigError(f"width is {self.width}; expected a multiple of head_dim {self.head_dim}.")
         if self.rope:

@@ -30,23 +30,23 @@ STACK = StackConfig(width=40, depth=1, head_dim=20)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"direction": "rtl"}, "direction is 'rtl'; expected 'l2r' or 'r2l'"),
+        ({"direction": "rtl"}, "direction is 'rtl'; expected one of l2r, r2l"),
         ({"start": "never"}, "start is 'never'"),
         ({"scale": "sigmoid"}, "scale is 'sigmoid'"),
-        ({"dim": 0}, "dim is 0; expected a whole number from 1"),
+        ({"dim": 0}, "dim is 0; expected at least 1"),
         ({"dim": 2.0}, "dim is 2.0"),
-        ({"grid": (2, -1)}, r"grid is \(2, -1\): columns is -1"),
+        ({"grid": (2, -1)}, r"an axis of grid \(2, -1\) is -1; expected at least 1"),
         ({"grid": ()}, r"grid is \(\)"),
         ({"grid": (1, 2, 3)}, r"grid is \(1, 2, 3\)"),
-        ({"grid": "23"}, "grid is '23'"),
+        ({"grid": "23"}, "an axis of grid '23' is"),
         ({"grid": (2**19, 2**19)}, "latents"),
         ({"clip": math.nan}, "clip is nan"),
         ({"clip": -1}, "clip is -1"),
         ({"context_dim": -1}, "context_dim is -1"),
-        ({"noise": 1}, "noise is 1; expected True or False"),
+        ({"noise": 1}, "noise is 1"),
         ({"noise": True, "noise_waves": 7}, "noise_waves is 7; expected an even number"),
-        ({"stack": {"width": 40}}, "stack is of type dict"),
-        ({"stack": replace(STACK, causal=False)}, "stack.causal is False"),
+        ({"stack": {"width": 40}}, "stack is .*expected StackConfig"),
+        ({"stack": replace(STACK, causal=False)}, r"stack\.causal is False"),
     ],
 )
 def test_block_configs_that_mean_nothing_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -104,7 +104,7 @@ def test_unknown_rules_and_schedules_are_refused_before_anything_is_sampled() ->
         (block_config(direction="r2l", dim=2), "grid and dim of the blocks"),
         (block_config(direction="r2l", grid=(3, 2)), "grid and dim of the blocks"),
         (block_config(direction="r2l", context_dim=3), "only the deep block takes a context"),
-        ("r2l", "expected BlockConfigs"),
+        ("r2l", "shallow"),
     ],
 )
 def test_blocks_that_do_not_fit_together_are_refused(shallow: Any, message: str) -> None:
@@ -114,7 +114,7 @@ def test_blocks_that_do_not_fit_together_are_refused(shallow: Any, message: str)
 
 @pytest.mark.parametrize("changes", [{"shallow": 5}, {"shallow": [block_config()]}, {"noise": {}}, {"noise": 0.5}])
 def test_parts_of_another_type_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="expected a tuple of BlockConfigs, and a NoiseConfig or None"):
+    with pytest.raises(ConfigError, match=r"shallow|noise"):
         FlowConfig(deep=block_config(), **changes)
 
 

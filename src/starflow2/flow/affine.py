@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from starflow2.core.ranges import check_choice, check_real
+from starflow2.core.fields import Weight, conform
 from starflow2.nn import at_least_fp32
 
 __all__ = ["Affine", "Guidance", "Scale", "Schedule", "soft_clip", "standard_normal_log_prob", "strengths"]
@@ -94,9 +94,9 @@ class Affine:
         "starflow": p_c^(1+g) / p_u^g with the variance ratio clipped to at most 1, so that
         guidance never widens (STARFlow prop. 2). "tarflow": both parameters extrapolated.
         """
-        check_choice(get_args(Guidance), rule=rule)
+        conform(Guidance, rule, "rule")
         if not isinstance(guidance, Tensor):
-            check_real(0, guidance=guidance)
+            conform(Weight, guidance, "guidance")
             if guidance == 0:
                 return self
         if rule == "tarflow":

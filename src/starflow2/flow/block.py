@@ -9,13 +9,13 @@ Letters: B batch, N latents, D latent dim, C width, T context positions, P prefi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from starflow2.core.ranges import check_choice, check_flag, check_real, check_whole
+from starflow2.core.fields import Config, Range, Size, Weight, whole
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.flow.affine import Affine, Scale, soft_clip, strengths
 from starflow2.flow.context import Context, Guide
@@ -23,7 +23,6 @@ from starflow2.flow.noise import NoiseEmbedding
 from starflow2.flow.solver import SEQUENTIAL, Predict, Progress, Solver, differentiable, solve
 from starflow2.flow.stepper import Stepper
 from starflow2.nn import (
-    MOST_CHANNELS,
     Cache,
     CausalStack,
     StackConfig,
@@ -39,14 +38,15 @@ __all__ = ["AffineBlock", "BlockConfig", "Direction", "Prefix", "Reading", "Run"
 Direction = Literal["l2r", "r2l"]
 Start = Literal["auto", "always", "none"]
 Reading = Literal["chunks", "steps", "whole"]
-MOST_LATENTS = 2**20
+Width = Annotated[int, Range(least=0, most=2**20)]  # 0: none
+LATENTS = Range(least=1, most=2**20)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockConfig:
+class BlockConfig(Config):
     """Sizes and conventions of one block; the defaults are ours, other settings are those of published flows."""
 
-    dim: int  # D, channels of a latent
+    dim: Size  # D, channels of a latent
     grid: tuple[int, int]  # rows and columns; N = rows * columns in raster order. N or (N,): one row of N latents
     stack: StackConfig
     direction: Direction = "l2r"
@@ -55,26 +55,17 @@ class BlockConfig:
     # passes unchanged (TARFlow)
     start: Start = "auto"
     scale: Scale = "exp"
-    clip: float = 4.0  # soft bound of the raw scale, 0 = none
+    clip: Weight = 4.0  # soft bound of the raw scale, 0 = none
     clips_mean: bool = False  # squash the mean by the same bound (STARFlow)
-    context_dim: int = 0  # width of context states, 0 = takes none
+    context_dim: Width = 0  # width of context states, 0 = takes none
     learned_positions: bool = False  # add a learned table over the N latents
     stencil: bool = False  # feed the three latents above the target too (our choice)
     noise: bool = False  # add an embedding of the noise level to every slot
-    noise_waves: int = 0  # sines and cosines in that embedding, 0 = as many as the stream is wide
+    noise_waves: Width = 0  # sines and cosines in that embedding, 0 = as many as the stream is wide
 
     def __post_init__(self) -> None:
-        check_whole(1, MOST_CHANNELS, dim=self.dim)
         object.__setattr__(self, "grid", _checked_grid(self.grid))
-        if not isinstance(self.stack, StackConfig):
-            raise ConfigError(f"stack is of type {type(self.stack).__name__}; expected a StackConfig.")
-        check_choice(get_args(Direction), direction=self.direction)
-        check_choice(get_args(Start), start=self.start)
-        check_choice(get_args(Scale), scale=self.scale)
-        check_real(0, clip=self.clip)
-        check_whole(0, MOST_CHANNELS, context_dim=self.context_dim, noise_waves=self.noise_waves)
-        check_flag(clips_mean=self.clips_mean, learned_positions=self.learned_positions)
-        check_flag(stencil=self.stencil, noise=self.noise)
+        super().__post_init__()
         waves = self.noise_waves or self.stack.width
         if self.noise and waves % 2:
             raise ConfigError(f"noise_waves is {waves}; expected an even number: half are sines, half cosines.")
@@ -91,14 +82,10 @@ def _checked_grid(grid: object) -> tuple[int, int]:
     axes = tuple(grid) if isinstance(grid, tuple | list) else (grid,)
     if len(axes) not in (1, 2):
         raise ConfigError(f"grid is {grid!r}; expected rows and columns, or one number of latents in a row.")
-    try:
-        check_whole(1, MOST_LATENTS, rows=axes[0] if len(axes) == 2 else 1, columns=axes[-1])
-    except ConfigError as error:
-        raise ConfigError(f"grid is {grid!r}: {error}") from None
-    rows, columns = (1, *axes)[-2:]
-    if int(rows) * int(columns) > MOST_LATENTS:
-        raise ConfigError(f"grid is {grid!r}; expected at most {MOST_LATENTS} latents.")
-    return int(rows), int(columns)
+    rows, columns = (whole(axis, f"an axis of grid {grid!r}", LATENTS) for axis in (1, *axes)[-2:])
+    if rows * columns not in LATENTS:
+        raise ConfigError(f"grid is {grid!r}; expected at most {LATENTS.most:,} latents.")
+    return rows, columns
 
 
 def scan(x: Tensor, direction: Direction) -> Tensor:

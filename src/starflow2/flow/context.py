@@ -6,12 +6,11 @@ Letters: B batch, T context positions, E width of context states.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from starflow2.core.ranges import check_choice, check_real
+from starflow2.core.fields import Weight, conform
 from starflow2.errors import ShapeError
 from starflow2.flow.affine import Guidance, Schedule
 from starflow2.nn import check, check_floating, is_readable
@@ -102,6 +101,5 @@ class Guide:
     schedule: Schedule = "constant"
 
     def __post_init__(self) -> None:
-        check_real(0, guidance=self.guidance)
-        check_choice(get_args(Guidance), rule=self.rule)
-        check_choice(get_args(Schedule), schedule=self.schedule)
+        for name, kind in (("guidance", Weight), ("rule", Guidance), ("schedule", Schedule)):
+            conform(kind, getattr(self, name), name)

@@ -12,12 +12,13 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from starflow2.core.ranges import check_real, check_whole
+from starflow2.core.fields import SEEDS, Config, Count, Range, Seed, Weight, number, whole
 from starflow2.errors import ConfigError, DataError, ShapeError, TrainingError
 from starflow2.flow.block import BlockConfig
 from starflow2.flow.context import Context
@@ -27,26 +28,23 @@ from starflow2.nn import StackConfig
 
 __all__ = ["Density", "FitConfig", "Fitted", "density"]
 
+AXIS = Range(least=1, most=2**20)
 HEAD = 16  # channels of an attention head
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitConfig:
+class FitConfig(Config):
     """Settings of `Density.fit`: AdamW, one cycle of the learning rate, the best weights on held-out rows."""
 
-    steps: int = 1000
-    batch: int = 128  # rows of a step
-    lr: float = 2e-3  # at its highest
-    weight_decay: float = 0.05
-    held_out: float = 0.1  # share of the rows that is only measured; 0: the last weights are kept
-    checks: int = 25  # how often the held-out rows are measured
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_whole(1, 2**31, steps=self.steps, batch=self.batch, checks=self.checks)
-        check_whole(-(2**63), 2**63 - 1, seed=self.seed)
-        check_real(0, lr=self.lr, weight_decay=self.weight_decay)
-        check_real(0, 0.9, held_out=self.held_out)
+    steps: Count = 1000
+    batch: Count = 128  # rows of a step
+    lr: Weight = 2e-3  # at its highest
+    weight_decay: Weight = 0.05
+    held_out: Annotated[float, Range(least=0, most=0.9)] = (
+        0.1  # share of the rows that is only measured; 0: the last weights are kept
+    )
+    checks: Count = 25  # how often the held-out rows are measured
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ class Density(nn.Module):
         self, count: int, context: Tensor | int | None = None, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """`sample` with gradients by the weights and the context."""
-        check_whole(1, 2**31, count=count)
+        count = whole(count, "count", Range(least=1))
         latents = self.flow.rsample(count, self._context(context, count), generator=generator)
         return self.standard.inverse(self._from_latents(latents))
 
@@ -195,12 +193,10 @@ def density(
     (torch.Size([3]), torch.Size([4, 2]))
     """
     axes = (shape,) if isinstance(shape, int) else tuple(shape)
-    for axis in axes:
-        check_whole(1, 2**20, shape=axis)
-    check_whole(1, 256, blocks=blocks)
-    check_whole(-(2**63), 2**63 - 1, seed=seed)
+    axes = tuple(whole(axis, "shape", AXIS) for axis in axes)
+    blocks, seed = whole(blocks, "blocks", Range(least=1, most=256)), whole(seed, "seed", SEEDS)
     if spacing is not None:
-        check_real(0, spacing=spacing)
+        spacing = number(spacing, "spacing", Range(least=0))
     if width % HEAD:
         raise ConfigError(f"width is {width}; expected a multiple of {HEAD}.")
     grid, dim = _layout(axes, patch)
@@ -219,7 +215,7 @@ def _layout(shape: tuple[int, ...], patch: int | None) -> tuple[tuple[int, int],
         if len(shape) not in (1, 2):
             raise ConfigError(f"shape is {shape}; expected (D,) or (N, D), or a picture with patch=.")
         return (1, shape[0]), shape[1] if len(shape) == 2 else 1
-    check_whole(1, 2**20, patch=patch)
+    patch = whole(patch, "patch", AXIS)
     if len(shape) not in (2, 3) or shape[-2] % patch or shape[-1] % patch:
         raise ConfigError(
             f"shape is {shape} and patch {patch}; expected a picture (height, width) or (channels, height, width) "

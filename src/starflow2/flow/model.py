@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from starflow2.core.ranges import check_choice, check_real, check_whole
+from starflow2.core.fields import Config, Range, Weight, whole
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.flow.affine import Guidance, Schedule, standard_normal_log_prob
 from starflow2.flow.block import AffineBlock, BlockConfig
@@ -27,25 +26,17 @@ __all__ = ["Flow", "FlowConfig", "SampleConfig", "ShallowFlow"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowConfig:
+class FlowConfig(Config):
     """Shallow blocks in data order, then the deep block, which alone takes a context; directions must alternate."""
 
     deep: BlockConfig
     shallow: tuple[BlockConfig, ...] = ()
     noise: NoiseConfig | None = None  # levels of multi-noise training; None = no level input
-    latent_penalty: float = 0.0  # weight of the mean square of u in training (STARFlow: 1e-4)
+    latent_penalty: Weight = 0.0  # weight of the mean square of u in training (STARFlow: 1e-4)
 
     def __post_init__(self) -> None:
-        shallow, noise = cast(object, self.shallow), cast(object, self.noise)
-        if not isinstance(shallow, tuple) or not isinstance(noise, NoiseConfig | None):
-            raise ConfigError(
-                f"shallow is of type {type(shallow).__name__} and noise {type(noise).__name__}; "
-                "expected a tuple of BlockConfigs, and a NoiseConfig or None."
-            )
+        super().__post_init__()
         blocks = (*self.shallow, self.deep)
-        if not all(isinstance(b, BlockConfig) for b in blocks):
-            raise ConfigError(f"deep and shallow are {[type(b).__name__ for b in blocks]}; expected BlockConfigs.")
-        check_real(0, latent_penalty=self.latent_penalty)
         if len({(b.grid, b.dim) for b in blocks}) > 1:
             raise ConfigError(
                 f"grid and dim of the blocks are {[(b.grid, b.dim) for b in blocks]}; expected one size for all."
@@ -68,20 +59,15 @@ class FlowConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class SampleConfig(Config):
     """Settings of sampling. guidance 0 = off; prior_scale 1 = exact sampling."""
 
-    guidance: float = 0.0
+    guidance: Weight = 0.0
     rule: Guidance = "starflow"
     schedule: Schedule = "constant"
-    prior_scale: float = 1.0
+    prior_scale: Weight = 1.0
     deep_solver: Solver = SEQUENTIAL
     shallow_solver: Solver = SEQUENTIAL
-
-    def __post_init__(self) -> None:
-        check_real(0, guidance=self.guidance, prior_scale=self.prior_scale)
-        check_choice(get_args(Guidance), rule=self.rule)
-        check_choice(get_args(Schedule), schedule=self.schedule)
 
 
 class ShallowFlow(nn.Module):
@@ -230,8 +216,8 @@ class Flow(nn.Module):
             if generator is not None:
                 raise ConfigError("generator is given beside z; expected a number of samples with a generator.")
             return z
-        check_whole(1, 2**31, z=z)
+        count = whole(z, "z", Range(least=1))
         weight = self.deep.head.weight
-        shape = (int(z), self.cfg.deep.num_latents, self.cfg.deep.dim)
+        shape = (count, self.cfg.deep.num_latents, self.cfg.deep.dim)
         device = weight.device if generator is None else generator.device
         return torch.randn(shape, generator=generator, dtype=weight.dtype, device=device).to(weight.device)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from starflow2.core.ranges import check_choice, check_real
+from starflow2.core.fields import Config, Share
 from starflow2.errors import ConfigError
 
 __all__ = ["NoiseConfig", "NoiseEmbedding", "NoiseWeight", "add_noise"]
@@ -22,7 +22,7 @@ NoiseWeight = Literal["level", "one"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoiseConfig:
+class NoiseConfig(Config):
     """Noise levels of training: uniform on [noise_min, noise_max], some of them exactly noise_max.
 
     Images are sampled at noise_max, so a small model gains from training on that level more often
@@ -31,13 +31,11 @@ class NoiseConfig:
 
     noise_min: float = 0.01
     noise_max: float = 0.5
-    max_share: float = 0.0  # probability of drawing exactly noise_max
+    max_share: Share = 0.0  # probability of drawing exactly noise_max
     weight: NoiseWeight = "level"  # loss weight: the level itself, or 1
 
     def __post_init__(self) -> None:
-        check_real(-math.inf, noise_min=self.noise_min, noise_max=self.noise_max)
-        check_real(0, 1, max_share=self.max_share)
-        check_choice(get_args(NoiseWeight), weight=self.weight)
+        super().__post_init__()
         if not 0 < self.noise_min <= self.noise_max:
             raise ConfigError(
                 f"noise_min {self.noise_min} and noise_max {self.noise_max}: expected 0 < noise_min <= noise_max."

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from starflow2.core.ranges import check_real, check_whole
+from starflow2.core.fields import Config, Natural, Weight
 from starflow2.flow.affine import Affine
 
 __all__ = [
@@ -37,20 +37,16 @@ Progress = Callable[[int, int], None]  # called with (latents done, N)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockJacobi:
+class BlockJacobi(Config):
     """Chunks of `chunk` latents (0 = all), each iterated until no value moves by `tolerance`.
 
     The stopping rule is on the largest absolute change, because a mean over the chunk hides
     single bad latents. After as many iterations as the chunk has latents a chunk is exact.
     """
 
-    chunk: int = 16
-    tolerance: float = 1e-5
-    max_iterations: int = 0  # 0 = up to the chunk length
-
-    def __post_init__(self) -> None:
-        check_whole(0, 2**31, chunk=self.chunk, max_iterations=self.max_iterations)
-        check_real(0, tolerance=self.tolerance)
+    chunk: Natural = 16
+    tolerance: Weight = 1e-5
+    max_iterations: Natural = 0  # 0 = up to the chunk length
 
 
 def Sequential() -> BlockJacobi:
