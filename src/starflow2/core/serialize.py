@@ -158,12 +158,21 @@ def _read_config(cls: Any, value: object, path: str) -> Any:
 
 def _read_scalar(kind: Any, value: object, path: str) -> Any:
     if kind is float and type(value) is int:  # JSON written by hand says 1 and means 1.0
-        return float(value)
+        return _as_float(value, path)
     if type(value) is not _SCALARS[kind]:  # `is`, because True is an instance of int
         raise ConfigError(f"{path}: got {_show(value)}, expected {_name(kind)}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path}: got {value}, expected a finite float.")
     return value
+
+
+def _as_float(value: int, path: str) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ConfigError(
+            f"{path}: got a whole number of {value.bit_length()} bits, expected a finite float."
+        ) from error
 
 
 def _read_literal(options: tuple[Any, ...], value: object, path: str) -> Any:

@@ -236,7 +236,10 @@ def _check_digests(folder: Path, names: list[str], digests: Mapping[str, str]) -
 def _lexicon(path: Path) -> frozenset[str]:
     """The words that prompts may use, none for any. Raises CheckpointError for a file that is no text or is missing."""
     try:
-        return frozenset(path.read_text(encoding="utf-8").split())
+        text = path.read_text(encoding="utf-8")
+        if not text:  # a model that takes any word has an empty line
+            raise CheckpointError(f"{path} is empty; expected a word on each line: copy the model again.")
+        return frozenset(text.split())
     except FileNotFoundError:
         return frozenset()
     except (OSError, UnicodeDecodeError) as error:
