@@ -305,5 +305,5 @@ def _rows(rng: random.Random, bench: Bench) -> Case:
 
 def _ledger(rng: random.Random, bench: Bench) -> Case:
     record: Any = rng.choice([{"a": float("nan")}, {"a": "\ud800"}, {"a": "\x1b[2J"}, {"a": "x" * 10**6}])
-    path = bench.home / rng.choice(["ledger.jsonl", "no\x00name", "image.png/ledger"])
+    path = rng.choice([bench.home / "ledger.jsonl", bench.home / "no\x00name", bench.image_file / "ledger"])
     return Case("ledger", lambda: append_line(path, record), None if path.name != "ledger.jsonl" else anything)

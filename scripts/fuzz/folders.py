@@ -71,10 +71,11 @@ def configs(rng: random.Random, bench: Bench) -> Case:
     value = getattr(config, field.name)
     bad = _bad_for(value, rng)
     what = f"{type(config).__name__}.{field.name}: {type(bad).__name__}"
+    is_text = isinstance(value, str) and isinstance(bad, str)
+    judge = anything if is_text or (field.name == "seed" and isinstance(bad, int)) else None
     if rng.random() < 0.25:
         tree = {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)} | {field.name: bad}
-        return Case(f"dict {what}", lambda: from_dict(type(config), tree))
-    judge = anything if isinstance(value, str) and isinstance(bad, str) else None
+        return Case(f"dict {what}", lambda: from_dict(type(config), tree), judge)
     return Case(what, lambda: dataclasses.replace(config, **{field.name: bad}), judge)
 
 
