@@ -35,7 +35,7 @@ OBJECTS = {
     "session": "starflow2.inference.session.Session",
 }
 # What pages name of other packages: everything of some, and single names.
-FOREIGN = {"json", "torch", "torchao", "transformers"}
+FOREIGN = {"json", "sklearn", "torch", "torchao", "transformers"}
 FOREIGN_NAMES = {"Any", "Path", "nn.Module", "Task2.Caption"}
 FOREIGN_NAMES |= {"datasets/download_images.py", "models/MiniGPT-5/dataloader.py", "map_openimage_url_to_local.py"}
 SUFFIXES = (".bin", ".html", ".json", ".jsonl", ".jpg", ".lock", ".md", ".npz", ".png", ".pth", ".safetensors", ".tar")
