@@ -182,18 +182,21 @@ def _scenes(components: Components, count: int) -> Tensor:
     return F.interpolate(images, size=components.cfg.fae.image_size, mode="area")
 
 
-def _rows(context: Context, rows: slice) -> Context:
+def _fields(context: Context) -> tuple[Tensor, Tensor, Tensor]:
+    """States, positions and visibility of a context that has them all."""
     assert context.positions is not None and context.attend is not None
-    return Context(context.states[rows], context.positions[rows], context.attend[rows])
+    return context.states, context.positions, context.attend
+
+
+def _rows(context: Context, rows: slice) -> Context:
+    return Context(*(field[rows] for field in _fields(context)))
 
 
 def _repeated(context: Context | None, copies: int) -> Context | None:
     """A context of one row as `copies` equal ones."""
     if context is None:
         return None
-    assert context.positions is not None and context.attend is not None
-    fields = (context.states, context.positions, context.attend)
-    return Context(*(t.expand(copies, *t.shape[1:]) for t in fields))
+    return Context(*(t.expand(copies, *t.shape[1:]) for t in _fields(context)))
 
 
 def _double(material: _Material) -> tuple[Flow, Tensor, Context, Tensor]:
@@ -206,8 +209,8 @@ def _sampler(m: _Material) -> tuple[Flow, tuple[Context, Context], Tensor]:
     """Flow, both contexts and levels in float64 on the CPU."""
 
     def double(context: Context) -> Context:
-        assert context.positions is not None and context.attend is not None
-        return Context(context.states.cpu().double(), context.positions.cpu().double(), context.attend.cpu())
+        states, positions, attend = _fields(context)
+        return Context(states.cpu().double(), positions.cpu().double(), attend.cpu())
 
     flow = copy.deepcopy(m.flow).cpu().double()
     return flow, (double(m.context), double(m.unconditional)), m.level.cpu().double()

@@ -169,7 +169,7 @@ class Train:
             return fit(run, stage, folder, resume=self.resume, device=device, report=report, evaluate=evaluate, log=log)
 
     def _evaluate(self, stage: str, folder: Path) -> Evaluate | None:
-        """What an evaluation of a stage measures and draws."""
+        """Settings of evaluations: measurements and drawings of a stage."""
         found: list[Evaluate] = []
         if self.evaluate is not None:
             found.append(find_object(self.evaluate, "a function of (model, step)"))

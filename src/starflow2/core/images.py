@@ -251,7 +251,7 @@ def picture_files(folder: str | Path) -> list[Path]:
 
 
 def read_files(read: Callable[[Path], T], files: Sequence[Path]) -> list[T]:
-    """What `read` makes of every file. Raises one DataError for all that it refuses, the first three by name."""
+    """Results of `read` for every file. Raises one DataError for all that it refuses, the first three by name."""
     found, refused = list[T](), list[str]()
     for file in files:
         try:

@@ -350,7 +350,7 @@ class Batches(IterableDataset[tuple[Tensor, Batch]]):
 
     @property
     def identity(self) -> JsonObject:
-        """What must be the same, beside the readers, for a position to mean the same place in the same stream."""
+        """Settings that must be equal, beside the readers, for a position to mean the same place in the same stream."""
         config = self.config
         packing = [config.rows, config.width, config.seed, config.block, config.caption_drop]
         sources, files = [to_dict(source) for source in self.sources], [samples.names for samples in self.samples]

@@ -26,7 +26,7 @@ Counts = list[int]  # samples read of each of the interleaved parts that a file 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What one reader reads alone: the samples part, part + parts, ... of a file. name: the file without its folder."""
+    """Share of one reader: the samples part, part + parts, ... of a file. name: the file without its folder."""
 
     file: str
     name: str
@@ -36,7 +36,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class PassProgress:
-    """What was read of a source in pass number `epoch`, by file.
+    """Samples read of a source in pass number `epoch`, by file.
 
     files: one list of counts for every set of readers that the pass has had so far; a file that is not named was not
     begun. A sample was read if any of its file's lists counts it.
@@ -69,7 +69,7 @@ def _counts(counts: Counts, number: int) -> bool:
 def pass_units(
     files: Sequence[tuple[str, str]], reader: Reader, epoch: int, shuffle_seed: int | None, progress: PassProgress
 ) -> list[Unit]:
-    """What a reader reads in a pass, in order.
+    """Units that a reader reads in a pass, in order.
 
     files: with their names. shuffle_seed: of the order of the files, None for the order they are given in. progress:
     files of its pass that are done are left out.
@@ -86,13 +86,13 @@ def pass_units(
 
 @dataclass(frozen=True, slots=True)
 class MixtureProgress:
-    """What has been read of the sources of a mixture, by corpus and place, and how often its readers changed."""
+    """Samples read of the sources of a mixture, by corpus and place, and how often its readers changed."""
 
     sources: Mapping[str, PassProgress] = field(default_factory=dict)
     generation: int = 0
 
     def of(self, corpus: str, url: str) -> PassProgress:
-        """What has been read of a source: nothing of one that is new."""
+        """Progress of a source: none of one that is new."""
         return self.sources.get(f"{corpus} {url}", PassProgress())
 
     def to_json(self) -> JsonObject:
@@ -103,7 +103,7 @@ class MixtureProgress:
         return cls({k: PassProgress.from_json(v) for k, v in saved["sources"].items()}, saved["generation"])
 
     def after(self, identity: Mapping[str, Any], workers: int, ranks: Sequence[object]) -> MixtureProgress:
-        """What has been read when the readers that began with this progress had the states `ranks`.
+        """Progress when the readers that began with this progress had the states `ranks`.
 
         identity: `Batches.identity` then. workers: of each process. ranks: the state of every process's loader.
         """
@@ -126,7 +126,7 @@ class MixtureProgress:
 
 
 def _merged(before: PassProgress, epoch: int, positions: Sequence[tuple[int, Place, Sequence[Unit]]]) -> PassProgress:
-    """What all readers of a source together have read of pass `epoch`, the earliest that one of them is in.
+    """Samples that all readers of a source together have read of pass `epoch`, the earliest that one of them is in.
 
     before: what had been read when they began. positions: of each reader its pass, its place in it and its units.
     """

@@ -161,7 +161,7 @@ class Samples:
         return np.random.default_rng([self.seed, self._epoch, *self._start]).permutation(count).tolist()
 
     def units(self, epoch: int) -> list[Unit]:
-        """What this process, or this torch worker of it, reads in a pass, in order."""
+        """Units that this process, or this torch worker of it, reads in a pass, in order."""
         files = list(zip(self.files, self.names, strict=True))
         reader, seed = (self.shard.rank, self.shard.world, *_worker()), self.seed if self.block > 1 else None
         return pass_units(files, reader, epoch, seed, self.progress)

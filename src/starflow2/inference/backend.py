@@ -1,4 +1,4 @@
-"""What the engine asks of the code that runs both streams: lanes, one conversation each, and operations on them.
+"""Interface of the code that runs both streams for the engine: lanes, one conversation each, and operations on them.
 
 A lane holds the keys, values and last states of one sequence and, while an image is drawn, its latents. An image drawn
 with guidance has a second lane, which reads no words (its blank lane). Two implementations: `lean` on packed weights,

@@ -1,4 +1,4 @@
-"""What every public method of a session does first: claim it for its thread, and set torch's own defaults."""
+"""Decorators of a session's public methods: claim it for one thread, and set torch's own defaults."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ class Engine:
         state.pending, state.unread = [], None
 
     def _pending(self, state: _Row, *, begins: bool = False) -> Chunk:
-        """What is pending, as new positions; the cursor advances over them."""
+        """Pending tokens and latents as new positions; the cursor advances over them."""
         ids = [*state.pending, *([self.sampler.layout.begin] if begins else [])]
         parts, count = [], len(ids)
         if state.unread is not None:

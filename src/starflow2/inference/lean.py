@@ -190,7 +190,7 @@ class LeanBackend:
         return F.layer_norm(out, out.shape[-1:], constants.adapter_norm, constants.adapter_norm_bias)
 
     def _added(self, level: float, reference: Tensor | None) -> Tensor:
-        """What the flow's input has at the slot of each latent beside its projection, (N, C)."""
+        """Terms of the flow's input at the slot of each latent beside its projection, (N, C)."""
         deep = self.weights.deep
         table = deep.table + (deep.proj_in_bias + self.weights.at(level).deep_noise)
         return table + self._reference(reference, slice(1, None))

@@ -73,7 +73,7 @@ class BlockWeights:
 
 @dataclass(frozen=True, slots=True)
 class LevelWeights:
-    """What depends on the noise level alone."""
+    """Weights and sums that depend on the noise level alone."""
 
     adapter_norm: Tensor  # (E,) gain and FiLM of the adapter as the weight of its norm
     adapter_norm_bias: Tensor  # (E,)

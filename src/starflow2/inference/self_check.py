@@ -41,7 +41,7 @@ _STRIDE = 2**32  # between the seeds of tries, so that images with consecutive s
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What an image is asked for: the parts of the user's turn, and the words that the image has to fulfil."""
+    """One request for an image: the parts of the user's turn, and the words that the image has to fulfil."""
 
     parts: Sequence[Part]
     words: str

@@ -239,7 +239,7 @@ class Session:
         self._replies += 1
 
     def _question(self) -> str:
-        """What the model asks itself about an image that replies to the user's open turn."""
+        """Question that the model asks itself about an image that replies to the user's open turn."""
         turn = itertools.takewhile(lambda piece: piece.who == "user", reversed(self.pieces))
         words = " ".join(reversed([piece.text for piece in turn if piece.text]))
         follows = any(piece.picture is not None for piece in self.pieces)

@@ -71,7 +71,7 @@ class Components(nn.Module, Generic[Language, Joining]):
         return self._tokenizer
 
     def named(self, name: str) -> Self:
-        """The same modules under another name, which is saved with them."""
+        """A copy under another name with the same modules, which is saved with them."""
         other = copy.copy(self)
         other.cfg = replace(self.cfg, name=name)
         return other

@@ -30,7 +30,7 @@ DIGEST = "digest"  # key of the metadata that holds the digest of everything els
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What a tensor of a file has to be: its shape, number format, and bounds of its values, which are finite."""
+    """Requirements on a tensor of a file: its shape, number format, and bounds of its values, which are finite."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

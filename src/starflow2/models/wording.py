@@ -61,13 +61,13 @@ def respelled(text: str, vocabulary: Collection[str]) -> str:
     'draw two large gray hearts.'
     """
     pieces = re.findall(r"[^\s.,;:!?]+|[.,;:!?]", text.lower().translate(_MARKS))
-    said: list[str] = []
+    words: list[str] = []
     for piece in pieces:
         if re.fullmatch(r"[.,;:!?]", piece):
-            said[-1:] = [said[-1] + piece] if said else []
+            words[-1:] = [words[-1] + piece] if words else []
         else:
-            said += _known(piece, vocabulary)
-    return " ".join(said)
+            words += _known(piece, vocabulary)
+    return " ".join(words)
 
 
 def _known(word: str, vocabulary: Collection[str]) -> list[str]:

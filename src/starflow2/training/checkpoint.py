@@ -308,7 +308,7 @@ def _remove(path: Path) -> None:
 
 
 def _settings_of(path: Path) -> dict[str, str]:
-    """What is stored beside the tensors of a checkpoint. Raises TrainingError, CheckpointError for a damaged one."""
+    """Settings stored beside the tensors of a checkpoint. Raises TrainingError, CheckpointError for a damaged one."""
     if not path.is_dir():
         return read_metadata(path)
     try:

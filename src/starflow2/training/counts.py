@@ -1,4 +1,4 @@
-"""What a run has read, counted from the batches themselves: documents, images, text tokens and latents."""
+"""Counts of all that a run has read, taken from the batches themselves: documents, images, text tokens and latents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured while a stage trains: the loss on held-out data, and whatever a caller wants to know.
+"""Measurements while a stage trains: the loss on held-out data, and whatever a caller wants to know.
 
 Held-out data are drawn scenes of a seed that no stage uses, or the mixture `corpus.held_out`; a stage measures the same
 few microbatches with the same noise every time, by its averaged weights, in all processes.

@@ -241,7 +241,7 @@ def finetune_task(components: Components, album: Album, config: FinetuneConfig) 
 
 
 def _replay(components: Components, stage: StageConfig, config: FinetuneConfig, *, is_joint: bool) -> Replay:
-    """What is replayed. Raises ConfigError for a model that was not trained on the drawn world and has no mixture."""
+    """Documents that are replayed. Raises ConfigError for a model that was not trained on the drawn world and has no mixture."""
     if config.mixture:
         corpus = CorpusConfig(mixture=config.mixture, rows=1, width=components.cfg.max_positions)
         return MixtureReplay(conversations(corpus_batches(components, replace(stage, corpus=corpus))), is_joint)

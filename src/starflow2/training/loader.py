@@ -188,7 +188,7 @@ class CorpusFeed:
         return changed
 
     def _changes(self, saved: JsonObject) -> list[str]:
-        """What is not as it was when the checkpoint was written; documents of a microbatch follow the processes."""
+        """Settings that differ from those of the checkpoint; documents of a microbatch follow the processes."""
         now = {**self.identity, "workers": self.stage.corpus.workers, "processes": self.group.world}
         before = {**saved["identity"], "workers": saved["workers"], "processes": len(saved["ranks"])}
         names = ("processes", "workers", "sources", "files", "packing")

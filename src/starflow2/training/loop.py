@@ -143,7 +143,7 @@ def _precision(run: RunConfig, saved: Saved | None, wanted: Resume, group: Distr
 
 
 def _read_before(saved: Saved | None, wanted: Resume) -> dict[str, str]:
-    """What a checkpoint says about the data: how much was read, and where, unless they start anew."""
+    """Progress through the data in a checkpoint: how much was read, and where, unless they start anew."""
     kept = ("read", "feed") if wanted.mode == "auto" else ("read",)
     return {name: saved.settings[name] for name in kept if name in saved.settings} if saved is not None else {}
 

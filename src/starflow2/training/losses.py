@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +45,7 @@ def ngp_loss(flow: Flow, latents: Tensor, context: Context, generator: torch.Gen
     latents: (B, N, D) clean. Returns the weighted loss, nats per dim without the constant, and the
     plain mean of nats per dim with it, whose floor on held-out data is 1.419 + E[ln level].
     """
-    assert flow.cfg.noise is not None
-    level = flow.cfg.noise.sample_levels(len(latents), generator).to(latents.device)
+    level = cast(NoiseConfig, flow.cfg.noise).sample_levels(len(latents), generator).to(latents.device)
     noisy = add_noise(latents, level, generator)
     u, shallow_logdet = flow.shallow(noisy, level)
     z, deep_logdet = flow.deep(u, context, level)

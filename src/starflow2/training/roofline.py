@@ -1,4 +1,4 @@
-"""What drawing with a model takes at least: weights, cache and time of one GPU, by batch and number format.
+"""Least cost of drawing with a model: weights, cache and time of one GPU, by batch and number format.
 
 A roofline: a step takes as long as reading its weights and cache from memory, or as its multiplications, whichever is
 longer. Nothing is measured, and a real program is slower. Both streams read every latent, with and without the words

@@ -30,9 +30,9 @@ def run_lock(folder: Path, group: Distributed, doing: str) -> Iterator[None]:
                 held.enter_context(folder_lock(folder, TrainingError, doing))
             except (TrainingError, OutputError) as error:
                 refusal = error
-        told = group.broadcast_choice("" if refusal is None else str(refusal))
+        message = group.broadcast_choice("" if refusal is None else str(refusal))
         if refusal is not None:
             raise refusal
-        if told:
-            raise TrainingError(told)
+        if message:
+            raise TrainingError(message)
         yield

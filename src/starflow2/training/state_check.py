@@ -1,4 +1,4 @@
-"""What the tensors of a training state have to be: those of the state that they are loaded into.
+"""Checks of the tensors of a training state, which have to be like those of the state that they are loaded into.
 
 The optimisers' kernels do not look at shapes: a moment that is shorter than its weight is read and written past its
 end. Not here: files (`checkpoint`), what a state is (`state`).

@@ -236,7 +236,7 @@ def scene_content(rng: np.random.Generator, family: str, part: Bucket = "train")
 
 
 def content_of(brief: Brief) -> Content:
-    """What the caption of a brief says."""
+    """Content of the caption of a brief."""
     named = brief.mentions
 
     def group(obj: SceneObject, count: int = 1) -> Group:

@@ -240,7 +240,7 @@ def _entry(brief: Brief, obj: SceneObject, count: int = 1) -> GenEvalObject:
 
 
 def scene_metadata(content: Content, family: str, prompt: str) -> GenEvalMetadata:
-    """What a caption of one of SCENE_FAMILIES asks for in the format of GenEval, which has no sizes and places.
+    """Request of a caption of one of SCENE_FAMILIES in the format of GenEval, which has no sizes and places.
 
     As there, the reference object of a relation comes first.
     """

@@ -1,4 +1,4 @@
-"""What a caption says, as data: groups of like objects, a relation, places, a background; and when a scene shows it.
+"""Contents of captions as data: groups of like objects, a relation, places, a background; and when a scene shows it.
 
 A `Content` says everything about the objects of its scene that a caption names, and a scene shows it only if nothing
 else is there. `grammar` puts it into words, `scene_of` draws a scene for it, and `wrong_content` changes it in one
@@ -71,7 +71,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a caption says: all objects in groups, the relation of the first to the second, the background."""
+    """Content of a caption: all objects in groups, the relation of the first to the second, the background."""
 
     groups: tuple[Group, ...]
     relation: Relation | None = None
@@ -153,7 +153,7 @@ def prompt_part(content: Content) -> Bucket:
 
 
 def _key(content: Content) -> tuple[object, ...]:
-    """What is said, however it is ordered: "a left of b" and "b right of a" are one."""
+    """A content in one order, however it was written: "a left of b" and "b right of a" are one."""
     groups, relation = list(content.groups), content.relation
     if relation in ("right of", "below"):
         groups[:2], relation = groups[1::-1], OPPOSITES[relation]
@@ -250,8 +250,8 @@ def _wrong_place(content: Content, rng: np.random.Generator) -> Content | None:
     index = _some_group(content, rng, "cell")
     if index is None:
         return None
-    taken = {group.cell for group in content.groups}
-    return _with_group(content, index, cell=pick(rng, [cell for cell in CELLS if cell not in taken]))
+    full = {group.cell for group in content.groups}
+    return _with_group(content, index, cell=pick(rng, [cell for cell in CELLS if cell not in full]))
 
 
 def _wrong_background(content: Content, rng: np.random.Generator) -> Content | None:

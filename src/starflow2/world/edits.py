@@ -96,7 +96,7 @@ class Edit:
 
     @property
     def operation(self) -> Operation:
-        """What is done."""
+        """The operation of the edit."""
         return self.step.operation
 
     @property

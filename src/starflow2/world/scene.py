@@ -317,7 +317,7 @@ def _stands(places: Floats, radii: Floats, relation: Relation) -> npt.NDArray[np
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """What objects of these shapes and sizes need: radii (objects,), half boxes (objects, 2), distances of pairs."""
+    """Room that objects of these shapes and sizes need: radii (objects,), half boxes (objects, 2), distances of pairs."""
 
     radii: Floats
     extent: Floats

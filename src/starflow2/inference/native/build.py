@@ -103,7 +103,7 @@ def _flags() -> tuple[str, ...]:
 
 
 def _processor() -> str:
-    """What tells processors with other instructions apart: a folder of caches may be shared between machines."""
+    """Text that tells processors with other instructions apart: a folder of caches may be shared between machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
@@ -120,8 +120,8 @@ def _compile(compiler: str, path: Path) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
         if done.returncode:
-            said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-            raise Unavailable(f"{compiler} failed with exit status {done.returncode}: {said}")
+            problem = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+            raise Unavailable(f"{compiler} failed with exit status {done.returncode}: {problem}")
         os.replace(name, path)
     except subprocess.TimeoutExpired as error:
         raise Unavailable(f"{compiler} took more than {PATIENCE_S} s and was ended") from error
