@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from starflow2.core.dialogue import Turn
 from starflow2.core.images import to_tensor
-from starflow2.data.dialogue import Turn
 from starflow2.data.records import Photo
 from starflow2.models.sequence import Image as Picture
 from starflow2.models.sequence import Layout, Segment, Text

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from model_cases import tiny_run
-from starflow2.data.dialogue import Dialogue, Turn
+from starflow2.core.dialogue import Dialogue, Turn
 from starflow2.models.components import Components
 from starflow2.training.checkpoint import ShardStore
 from starflow2.training.config import OptimConfig, RunConfig, ShardConfig, StageConfig

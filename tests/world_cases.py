@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from starflow2.data.dialogue import Dialogue
+from starflow2.core.dialogue import Dialogue
 from starflow2.world.scene import COLORS, SHAPES, Scene, SceneObject, sample_scene, stream
 
 NUMBERS = ("zero", "one", "two", "three", "four")

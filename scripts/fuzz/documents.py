@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from fuzz.cases import ALIENS, Bench, Case, anything, flipped, shortened
+from starflow2.core.dialogue import Dialogue
 from starflow2.core.ledger import append_line
 from starflow2.data.corpora import to_dialogue
-from starflow2.data.dialogue import Dialogue
 from starflow2.data.mixture import read_mixture
 from starflow2.data.shards import Format, Sample, Samples
 from starflow2.evals.report import KeptRows

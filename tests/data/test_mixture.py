@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from corpora_cases import LAYOUT, PUBLISHED, SIDE, Letters, captioned, encoded, image_of, write_lines, write_tar
+from starflow2.core.dialogue import Dialogue, Turn
 from starflow2.data import shards
-from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.data.mixture import (
     WAITING,
     BatchConfig,

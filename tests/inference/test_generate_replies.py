@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model_cases import STAGES, tiny_components
-from starflow2.data.dialogue import Turn
+from starflow2.core.dialogue import Turn
 from starflow2.errors import ConfigError, PromptError
 from starflow2.inference.config import DrawConfig, ReplyLimits
 from starflow2.inference.conversations import Part, PastTurn, ReplyPart, UserTurns, generate_replies, reply_after

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model_cases import STAGES, tiny_components
-from starflow2.data.dialogue import Turn
+from starflow2.core.dialogue import Turn
 from starflow2.errors import ConfigError
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.inference.config import DrawConfig, ReplyLimits

@@ -8,7 +8,7 @@ import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from model_cases import tiny_components, tiny_run
-from starflow2.data.dialogue import Turn
+from starflow2.core.dialogue import Turn
 from starflow2.errors import ConfigError, ShapeError, StateError
 from starflow2.inference.vlm_answer import answer
 from starflow2.models.sequence import IGNORE, pack

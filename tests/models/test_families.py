@@ -14,7 +14,7 @@ from helpers import wake
 from model_cases import STAGES, tiny_components, tiny_model, tiny_tokenizer
 from pretrained_cases import SPECIAL, qwen_tokenizer
 from starflow2.cli.app import main
-from starflow2.data.dialogue import Turn
+from starflow2.core.dialogue import Turn
 from starflow2.errors import CheckpointError, ConfigError
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.sampler import Sampler

@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from helpers import wake
 from pretrained_cases import SIZE, SPECIAL, write_upstream
-from starflow2.data.dialogue import Turn
+from starflow2.core.dialogue import Turn
 from starflow2.errors import CheckpointError, ConfigError
 from starflow2.models.checkpoint import load_components, save_components, start_components
 from starflow2.models.components import Components

@@ -13,7 +13,7 @@ from torch.autograd.functional import jacobian
 
 from helpers import wake
 from model_cases import LATENT, STAGES, tiny_components, tiny_model, tiny_tokenizer
-from starflow2.data.dialogue import Turn
+from starflow2.core.dialogue import Turn
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.models.components import Components

@@ -18,7 +18,7 @@ from model_cases import (
     tiny_tokenizer,
 )
 from run_cases import RUN, TRAINED, modules_of, same, with_stage
-from starflow2.data.dialogue import Dialogue, Turn
+from starflow2.core.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError
 from starflow2.flow import Context
 from starflow2.models.checkpoint import load_components, save_components

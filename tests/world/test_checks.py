@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from starflow2.data.dialogue import Dialogue
+from starflow2.core.dialogue import Dialogue
 from starflow2.world.checks import check_dialogue, done_question, is_done, shows_question
 from starflow2.world.content import FAULTS, Content, Group, scene_of, shows, wrong_content
 from starflow2.world.edits import random_edit

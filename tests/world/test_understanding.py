@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from starflow2.data.dialogue import Dialogue
+from starflow2.core.dialogue import Dialogue
 from starflow2.errors import ConfigError
 from starflow2.world.captions import caption_task
 from starflow2.world.conversations import MIX, READ_MIX, understanding_dialogue, understanding_words

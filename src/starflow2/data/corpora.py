@@ -13,9 +13,9 @@ import zlib
 from collections.abc import Callable, Mapping
 from functools import cache
 
+from starflow2.core.dialogue import Dialogue
 from starflow2.core.imports import find_object
 from starflow2.core.serialize import JsonObject
-from starflow2.data.dialogue import Dialogue
 from starflow2.data.messages import TurnParts, conversation, read_dialogue
 from starflow2.data.records import Broken, Part, Photo, Record, typed
 from starflow2.data.shards import PICTURES, Sample

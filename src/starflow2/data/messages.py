@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from starflow2.core.dialogue import Dialogue, Turn
 from starflow2.core.serialize import JsonObject
-from starflow2.data.dialogue import Dialogue, Turn
 from starflow2.data.records import Broken, Part, Photo, Record, typed
 
 __all__ = ["TurnParts", "conversation", "read_dialogue"]

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from starflow2.core.dialogue import Dialogue, Turn, replace_pictures, turned_round, without_words
 from starflow2.core.files import check_writable
 from starflow2.core.images import AS_UPLOADED, Fit, ImageForm
 from starflow2.core.ledger import append_line
 from starflow2.core.serialize import JsonObject, from_dict, read_json, to_dict
 from starflow2.data.corpora import find_schema, to_dialogue
-from starflow2.data.dialogue import Dialogue, Turn, replace_pictures, turned_round, without_words
 from starflow2.data.progress import MixtureProgress
 from starflow2.data.records import Broken, Photo, decode
 from starflow2.data.shards import Format, Sample, Samples, WorkerShard, needs

@@ -254,7 +254,8 @@ class _Fit:
         config, model = self.config, self.model
         optimizer = torch.optim.AdamW(model.flow.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.lr, total_steps=config.steps + 1)
-        every, losses, best, kept = max(1, config.steps // config.checks), list[float](), None, None
+        every, losses = max(1, config.steps // config.checks), list[float]()
+        best, kept = Fitted(math.nan, math.inf, 0), model.flow.state_dict()
         for step in range(1, config.steps + 1):
             losses.append(self._update(optimizer))
             rates.step()
@@ -263,9 +264,8 @@ class _Fit:
             if step % every and step < config.steps:
                 continue
             seen = Fitted(sum(losses[-every:]) / len(losses[-every:]), self._held_out_nats(), step)
-            if best is None or not len(self.held_out) or seen.held_out < best.held_out:
+            if not len(self.held_out) or seen.held_out < best.held_out:
                 best, kept = seen, copy.deepcopy(model.flow.state_dict())
-        assert best is not None and kept is not None  # the last step is always measured
         model.flow.load_state_dict(kept)
         return best
 

@@ -67,7 +67,7 @@ class Stepper:
             kept[:, :, :, : prefix.length] = torch.stack([state[f"{i}.k"], state[f"{i}.v"]], dim=1)
 
     def _added(self, batch: int) -> Tensor:
-        """Sum of all that is added to the slot of each target from 1 on, learned position and noise level: (N - 1, B or 1, C)."""
+        """Learned position and noise level, added to the slot of each target from 1 on: (N - 1, B or 1, C)."""
         block, shift = self.block, self.run.prefix.shift
         count = block.cfg.num_latents
         added = block.head.weight.new_zeros(count - 1, 1, block.cfg.stack.width)

@@ -152,7 +152,7 @@ def _parsed(cls: type[T], text: str, name: str) -> T:
 
 
 def _expected(saved: SavedSession, sampler: Sampler, one_position: Mapping[str, Tensor]) -> dict[str, Expected]:
-    """Shape and format that every tensor of the file has to have; caches may have any length up to the model's, the same for all."""
+    """Shape and format of every tensor of the file; caches may have any length up to the model's, the same for all."""
     length = next((t.shape[2] for k, t in saved.tensors.items() if _is_cached(k) and t.ndim == 4), 0)
     expected: dict[str, Expected] = {}
     for name, like in one_position.items():

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from starflow2.core.dialogue import Dialogue, Turn, without_words
 from starflow2.core.images import to_floats
-from starflow2.data.dialogue import Dialogue, Turn, without_words
 from starflow2.data.mixture import BatchConfig, Batches, Spelling, read_mixture
 from starflow2.data.shards import WorkerShard
 from starflow2.errors import ConfigError, TrainingError

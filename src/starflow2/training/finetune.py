@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from starflow2.core.dialogue import Dialogue, Turn, is_lone_drawing, replace_pictures
 from starflow2.core.fields import Config, Count, Positive, Range, Seed
 from starflow2.core.files import check_writable
 from starflow2.core.images import PICTURE_ENDINGS, checked_pixels, picture_files, read_files, read_picture
 from starflow2.core.text import clean, read_text
-from starflow2.data.dialogue import Dialogue, Turn, is_lone_drawing, replace_pictures
 from starflow2.data.mixture import conversations
 from starflow2.errors import ConfigError, DataError, StateError
 from starflow2.models import lora
@@ -241,7 +241,7 @@ def finetune_task(components: Components, album: Album, config: FinetuneConfig) 
 
 
 def _replay(components: Components, stage: StageConfig, config: FinetuneConfig, *, is_joint: bool) -> Replay:
-    """Documents that are replayed. Raises ConfigError for a model that was not trained on the drawn world and has no mixture."""
+    """Replayed documents. Raises ConfigError for a model that was not trained on the drawn world and has no mixture."""
     if config.mixture:
         corpus = CorpusConfig(mixture=config.mixture, rows=1, width=components.cfg.max_positions)
         return MixtureReplay(conversations(corpus_batches(components, replace(stage, corpus=corpus))), is_joint)

@@ -45,12 +45,13 @@ def ngp_loss(flow: Flow, latents: Tensor, context: Context, generator: torch.Gen
     latents: (B, N, D) clean. Returns the weighted loss, nats per dim without the constant, and the
     plain mean of nats per dim with it, whose floor on held-out data is 1.419 + E[ln level].
     """
-    level = cast(NoiseConfig, flow.cfg.noise).sample_levels(len(latents), generator).to(latents.device)
+    noise = cast(NoiseConfig, flow.cfg.noise)
+    level = noise.sample_levels(len(latents), generator).to(latents.device)
     noisy = add_noise(latents, level, generator)
     u, shallow_logdet = flow.shallow(noisy, level)
     z, deep_logdet = flow.deep(u, context, level)
     nats = -(standard_normal_log_prob(z) + (shallow_logdet + deep_logdet)) / math.prod(z.shape[1:])  # (B,)
-    weight = flow.cfg.noise.loss_weight(level)
+    weight = noise.loss_weight(level)
     loss = (weight * (nats - 0.5 * math.log(2 * math.pi))).mean()
     return loss + latent_penalty(flow, u), nats.detach().mean()
 

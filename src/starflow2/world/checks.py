@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from starflow2.data.dialogue import Dialogue, Turn
+from starflow2.core.dialogue import Dialogue, Turn
 from starflow2.world.captions import random_caption
 from starflow2.world.content import Content, scene_of, shows, wrong_content
 from starflow2.world.edit_operations import OPERATIONS, EditStep, Operation, propose_steps

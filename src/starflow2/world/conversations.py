@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from starflow2.data.dialogue import Dialogue, Turn
+from starflow2.core.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError
 from starflow2.world.captions import caption_task
 from starflow2.world.checks import check_dialogue, check_words

@@ -16,7 +16,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from starflow2.data.dialogue import Dialogue, Turn
+from starflow2.core.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError, DataError
 from starflow2.world.edit_operations import (
     OPERATIONS,

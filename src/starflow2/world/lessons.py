@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from starflow2.data.dialogue import Dialogue, Turn
+from starflow2.core.dialogue import Dialogue, Turn
 from starflow2.world.content import CELLS
 from starflow2.world.multiple_choice import NAMINGS
 from starflow2.world.questions import YES_NO

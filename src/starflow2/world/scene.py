@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from starflow2.data.dialogue import Dialogue, Turn
+from starflow2.core.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError
 
 __all__ = [
@@ -317,7 +317,7 @@ def _stands(places: Floats, radii: Floats, relation: Relation) -> npt.NDArray[np
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """Room that objects of these shapes and sizes need: radii (objects,), half boxes (objects, 2), distances of pairs."""
+    """Room for objects of these shapes and sizes: radii (objects,), half boxes (objects, 2), distances of pairs."""
 
     radii: Floats
     extent: Floats

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from starflow2.data.dialogue import Dialogue, Turn
+from starflow2.core.dialogue import Dialogue, Turn
 from starflow2.world.multiple_choice import NAMINGS
 from starflow2.world.riddles import riddle
 from starflow2.world.sampling import sample_split_scene
