@@ -34,7 +34,7 @@ from starflow2.training.tasks import TASKS
 from starflow2.world.captions import caption_task
 from starflow2.world.questions import known_words
 
-PATCHES = PatchConfig(image_size=64, patch_size=8, mean=(0.74, 0.76, 0.71), std=(0.31, 0.34, 0.37))
+PATCHES = PatchConfig(image_size=64, patch_size=8, mean=(0.73, 0.75, 0.70), std=(0.32, 0.35, 0.39))
 DONE = ("vlm", "t2i", "adapter", "joint")
 
 

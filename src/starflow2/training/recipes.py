@@ -62,7 +62,7 @@ NANO_SPECIAL = SpecialIds(pad=0, user=1, assistant=2, end=3, vision_start=4, vis
 QWEN_SPECIAL = SpecialIds(
     pad=151643, user=151644, assistant=151644, end=151645, vision_start=151652, vision_end=151653, image_pad=151655
 )
-WORLD_MEAN, WORLD_STD = (0.74, 0.76, 0.71), (0.31, 0.34, 0.37)  # of the drawn world's colours in [-1, 1]
+WORLD_MEAN, WORLD_STD = (0.73, 0.75, 0.70), (0.32, 0.35, 0.39)  # of the drawn world's colours in [-1, 1]
 PICTURE = 256  # pixels of a side of paper's images
 CLIP = PixelConfig(picture_size=PICTURE, mean=CLIP_COLOURS[0], std=CLIP_COLOURS[1])  # of Qwen's tower
 VIT = StackConfig(width=1024, depth=24, rope=False, causal=False)  # paper's pixel decoder
