@@ -132,8 +132,11 @@ def split(ids: list[int], end: int) -> list[list[int]]:
 
 
 def falls(stage: str, components: Components, rate: float, steps: int = 8) -> list[float]:
-    """Losses of a few steps of plain gradient descent on one batch with the same noise every time."""
-    task = TASKS[stage](components, RUN.stage(stage), 0)
+    """Losses of a few steps of plain gradient descent on one batch with the same noise every time.
+
+    Conversations are about an image each: those about words alone teach an adapter nothing.
+    """
+    task = TASKS[stage](components, replace(RUN.stage(stage), talk=talk_of(picture=1.0)), 0)
     data, losses = task.make_batch(range(4)), list[float]()
     optimizer = torch.optim.AdamW(task.trained.parameters(), lr=rate)
     for _ in range(steps):

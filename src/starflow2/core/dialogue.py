@@ -80,7 +80,7 @@ def turned_round(dialogue: Dialogue[P], question: str) -> Dialogue[P]:
     Raises ValueError for a dialogue that is not one turn of words followed by one drawn image.
 
     >>> turned_round(Dialogue((Turn(("a kite",), (7,)),), "draw"), "What is it?").turns
-    (Turn(user=(7, 'What is it?'), assistant=('a kite',)),)
+    (Turn(user=(7, 'What is it?'), assistant=('a kite',), learns=True),)
     """
     if not is_lone_drawing(dialogue) or not dialogue.turns[0].user:
         raise ValueError("only words followed by one drawn image can be turned round")

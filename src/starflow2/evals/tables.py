@@ -71,7 +71,7 @@ def _geneval_scores(report: Report) -> Record:
     return {"samples": report.settings["samples"]} | {
         name: {rule: round(scores.value(rule), 4) for rule in ("lenient", "strict")}
         | {"by_category": {kind: round(row.value("lenient"), 4) for kind, row in scores.by_kind.items()}}
-        | {"twins_per_100": round(scores.value("twins"), 1)}
+        | ({"twins_per_100": round(scores.value("twins"), 1)} if "twins" in scores.columns else {})
         for name, scores in (report.parts | ceilings).items()
     }
 
@@ -228,9 +228,10 @@ def _geneval_notes(report: Report) -> Iterator[str]:
         yield (
             f"{part}: {_cell(scores['lenient'])}, 95 % bootstrap over {scores.units} distinct prompts, {scores.n} "
             f"images; mean template IoU {scores.value('template_iou'):.3f}, unrecognised blobs "
-            f"{scores.value('unknown_share'):.1%}, empty images {scores.value('empty_share'):.1%}, twins "
-            f"{scores.value('twins'):.1f} in 100 images of several shapes."
+            f"{scores.value('unknown_share'):.1%}, empty images {scores.value('empty_share'):.1%}."
         )
+        if "twins" in scores.columns:
+            yield f"{part}: twins in {scores.value('twins'):.1f} of 100 images of several shapes."
     ignored = report.bounds.get("second_shape_ignored", {})
     if ignored:
         yield f"Who draws every shape like the first one scores {_both(_pair(ignored, 'lenient'))} (ID / CG)."

@@ -184,6 +184,7 @@ def _relation_phrases(scene: Scene) -> list[tuple[str, Relation, str]]:
 def caption(brief: Brief, rng: np.random.Generator, wording: Bucket = "train") -> str:
     """The brief in words, by one of the family's sentence forms of that split.
 
+    >>> from starflow2.world.scene import sample_scene
     >>> scene = sample_scene(stream(0), shapes=[3], colors=[0])
     >>> "red star" in caption(Brief(scene=scene, family="colors", mentions=frozenset({"color"})), stream(1))
     True

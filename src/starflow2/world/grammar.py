@@ -356,7 +356,7 @@ def say(content: Content, rng: np.random.Generator) -> str:
     """A caption of the content in a random wording that training may use.
 
     >>> say(Content((Group(3, color=0),)), np.random.default_rng(1))
-    'an image that shows a red star'
+    'a photo of a red star'
     """
     text, form, is_whole = _clause(content, rng)
     tint = None if content.background is None else BACKGROUND_NAMES[content.background]
