@@ -25,6 +25,7 @@ from starflow2.models.config import (
     ModelConfig,
     PatchConfig,
     PixelConfig,
+    SelfCheckConfig,
     SiglipConfig,
     SpecialIds,
 )
@@ -152,33 +153,35 @@ def nano() -> RunConfig:
     """The default recipe, from a fresh tokenizer to two models: `nano-heldout`, which has seen nothing that dev and
     test hold out, after stage joint, and `nano`, which has seen everything, after stage final.
 
-    Stages features to t2i take about two and a half hours on two CPU cores, adapter to final as long again. Every stage
-    starts from the weights in the run's folder, so a run may stop between any two.
+    Steps are such that features to t2i take about two and a half hours on two CPU cores (5, 13, 68 and 68 minutes), and
+    adapter to final as long again (9, 126 and 18), at the speeds of 23 November; this run has not been made yet. Every
+    stage starts from the weights in the run's folder, so a run may stop between any two.
     """
+    asked = SelfCheckConfig(shows="does the picture show {}?", done="was {} done, and nothing else changed?")
     return RunConfig(
-        model=nano_model(),
+        model=replace(nano_model(), self_check=asked),
         stages=(
             StageConfig(name="features", steps=400, batch=64),
             StageConfig(name="fae", steps=1000, batch=64),
             StageConfig(
                 name="vlm",
-                steps=4500,
+                steps=2600,
                 batch=48,
                 optim=OptimConfig(decay_share=0.25),
-                warmup_talk=WarmupTalkConfig(steps=1800, mix=NANO_TALK_EARLY),
+                warmup_talk=WarmupTalkConfig(steps=1000, mix=NANO_TALK_EARLY),
                 talk=NANO_TALK,
             ),
-            StageConfig(name="t2i", steps=5500, batch=64, optim=OptimConfig(lr=3e-3)),
-            StageConfig(name="adapter", steps=900, batch=48, distill=0.1, talk=NANO_TALK),
+            StageConfig(name="t2i", steps=3400, batch=64, optim=OptimConfig(lr=3e-3)),
+            StageConfig(name="adapter", steps=500, batch=48, distill=0.1, talk=NANO_TALK),
             StageConfig(
                 name="joint",
-                steps=5500,
+                steps=4200,
                 batch=32,
                 optim=OptimConfig(matrix_lr=3e-3, decay_share=0.45),
                 hidden_latents_share=0.6,
                 kl_to_t2i=24.0,
                 warmup_mix=WarmupMixConfig(
-                    steps=1500, mix=MixConfig(understand=0.05, draw=0.15, edit=0.8, chain=0.0, story=0.0)
+                    steps=1200, mix=MixConfig(understand=0.05, draw=0.15, edit=0.8, chain=0.0, story=0.0)
                 ),
                 mix=MixConfig(
                     understand=0.03, check=0.05, draw=0.40, edit=0.24, chain=0.03, beginning=0.17, story=0.08
@@ -189,7 +192,7 @@ def nano() -> RunConfig:
             ),
             StageConfig(
                 name="final",
-                steps=800,
+                steps=600,
                 batch=32,
                 optim=OptimConfig(lr=6e-4, matrix_lr=9e-4, decay_share=1.0),
                 mix=MixConfig(understand=0.03, check=0.05, draw=0.56, edit=0.2, chain=0.02, beginning=0.09, story=0.05),

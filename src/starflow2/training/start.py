@@ -29,7 +29,8 @@ __all__ = ["check_start", "start_stage", "unfinished_stages"]
 CONVERSING = ("vlm", "adapter", *JOINT)  # stages that train on conversations, whose words are more than captions have
 TOKENIZER_ITEMS = 250  # of each kind of the drawn world, that a new tokenizer is trained on; 2000 make no shorter texts
 MIXTURE_ITEMS = 20_000  # of a mixture, likewise
-SAMPLING = ("guidance", "guidance_schedule", "edit_guidance", "prior_scale")  # may differ between recipe and model
+# may differ between recipe and model
+SAMPLING = ("guidance", "guidance_schedule", "edit_guidance", "prior_scale", "self_check")
 
 
 def check_start(run: RunConfig, stage: str, folder: Path) -> None:
