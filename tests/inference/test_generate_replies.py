@@ -219,9 +219,21 @@ def likeliest(sampler: Sampler, past: list[PastTurn], question: list[Part]) -> s
         )
         logits = out.head(out.h, out.g)[-1 - len(tokenizer.encode(word))]
     s = sampler.components.cfg.vlm.special
-    logits[[s.pad, s.user, s.assistant, s.vision_end, s.image_pad, sampler.layout.begin]] = -torch.inf
+    logits[[s.pad, s.user, s.assistant, s.end, s.vision_end, s.image_pad, sampler.layout.begin]] = -torch.inf
     logits[tokenizer.vocab :] = -torch.inf
     return tokenizer.decode([int(logits.argmax())]).rstrip("\ufffd \n")
+
+
+def speaking(sampler: Sampler) -> Sampler:
+    """A sampler whose replies do not end by themselves, so that every one has a word to compare."""
+    twin, end = copy.copy(sampler), sampler.components.cfg.vlm.special.end
+
+    def change(logits: Tensor) -> Tensor:
+        logits[:, end] = -torch.inf
+        return logits
+
+    twin.adjust_logits = change
+    return twin
 
 
 def test_a_reply_after_a_past_is_what_one_pass_over_it_all_finds_likeliest(sampler):
@@ -233,10 +245,11 @@ def test_a_reply_after_a_past_is_what_one_pass_over_it_all_finds_likeliest(sampl
     ]
     asked: list[list[Part]] = [["a blue star"], ["a red circle", photo(3)], ["two red hearts"], ["a green ring"]]
     replying = ReplyLimits(tokens=1, pictures=0)
-    told = ["".join(map(str, blocks)) for blocks in reply_after(sampler, pasts, asked, replying)]
+    told = ["".join(map(str, blocks)) for blocks in reply_after(speaking(sampler), pasts, asked, replying)]
     assert told == [likeliest(sampler, past, question) for past, question in zip(pasts, asked, strict=True)]
     assert len(set(told)) > 1 and "" not in told
-    chunks = reply_after(Sampler(sampler.components, replace(sampler.config, batch=2)), pasts, asked, replying)
+    two = speaking(Sampler(sampler.components, replace(sampler.config, batch=2)))
+    chunks = reply_after(two, pasts, asked, replying)
     assert ["".join(map(str, blocks)) for blocks in chunks] == told
 
 
