@@ -39,6 +39,7 @@ COMMANDS = {
     "data": "starflow2.cli.data:Data",
     "info": "starflow2.cli.info:Info",
     "check": "starflow2.cli.check:Check",
+    "bench": "starflow2.cli.bench:Bench",
 }
 
 
