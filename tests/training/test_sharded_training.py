@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 from model_cases import STAGES, tiny_folder, tiny_run
 from shard_program import often_words
-from starflow2.core.files import TEMPORARY
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 STEPS = 20
@@ -155,7 +154,7 @@ def test_a_run_one_of_whose_processes_was_killed_repeats_the_uninterrupted_one_b
 
 def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before_and_the_run_goes_on_from_there(base):
     left = {path.name for path in (base / "as it died" / "state-joint").iterdir()}
-    new = f"{TEMPORARY}8.tmp"
+    new = ".8.new"
     assert left == {"4", new} and (base / "as it died" / "state-joint" / new / ".metadata").is_file()
     assert curve(base / "saving") == curve(base / "two")[:10]
     assert [path.name for path in (base / "saving" / "state-joint").iterdir()] == ["10"]
