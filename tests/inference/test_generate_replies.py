@@ -221,15 +221,22 @@ def likeliest(sampler: Sampler, past: list[PastTurn], question: list[Part]) -> s
     s = sampler.components.cfg.vlm.special
     logits[[s.pad, s.user, s.assistant, s.end, s.vision_end, s.image_pad, sampler.layout.begin]] = -torch.inf
     logits[tokenizer.vocab :] = -torch.inf
+    logits[unsayable(sampler)] = -torch.inf
     return tokenizer.decode([int(logits.argmax())]).rstrip("\ufffd \n")
+
+
+def unsayable(sampler: Sampler) -> list[int]:
+    """Tokens that are no text on their own: parts of characters and blanks."""
+    tokenizer = sampler.components.tokenizer
+    return [i for i in range(tokenizer.vocab) if not tokenizer.decode([i]).rstrip("\ufffd \n")]
 
 
 def speaking(sampler: Sampler) -> Sampler:
     """A sampler whose replies do not end by themselves, so that every one has a word to compare."""
-    twin, end = copy.copy(sampler), sampler.components.cfg.vlm.special.end
+    twin, silent = copy.copy(sampler), [sampler.components.cfg.vlm.special.end, *unsayable(sampler)]
 
     def change(logits: Tensor) -> Tensor:
-        logits[:, end] = -torch.inf
+        logits[:, silent] = -torch.inf
         return logits
 
     twin.adjust_logits = change

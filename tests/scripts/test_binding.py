@@ -48,6 +48,6 @@ def test_what_is_predicted_does_not_depend_on_the_target(binding):
     components, edits = tiny_components(STAGES), naming(binding)[:2]
     with torch.no_grad():
         source, found = binding.predicted(components, edits)
-        _, other = binding.predicted(components, [replace(e, target=e.source) for e in edits])
-        _, moved = binding.predicted(components, [replace(e, source=e.target) for e in edits])
+        _, other = binding.predicted(components, [replace(e, step=replace(e.step, target=e.source)) for e in edits])
+        _, moved = binding.predicted(components, [replace(e, step=replace(e.step, source=e.target)) for e in edits])
     assert source.shape == found.shape and torch.equal(found, other) and not torch.equal(found, moved)

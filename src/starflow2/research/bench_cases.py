@@ -1,4 +1,4 @@
-"""What `starflow2 bench` measures: a latent, whole images, many rows, shallow blocks, turns, words, and starting up.
+"""Benchmarks of `starflow2 bench`: a latent, whole images, many rows, shallow blocks, turns, words, and starting up.
 
 Each function yields groups of variants; the first of a group is the reference that the others are compared with. Models
 are nano, or one of another shape with random weights.
