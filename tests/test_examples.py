@@ -115,6 +115,12 @@ def test_the_conversation_on_its_page_draws_what_it_says(tmp_path, monkeypatch, 
     assert not seen("step.png", shown("a purple star"))
 
 
+def test_an_edit_that_changes_nothing_says_so(model, pictures):
+    star = pictures["a red star", 0]
+    assert model.edit(star, "make the star red").is_unchanged
+    assert not any(model.edit(pictures[e.about, e.seed], e.text, seed=e.seed).is_unchanged for e in named("edit"))
+
+
 def side(image: torch.Tensor) -> float:
     """Longer side in pixels of the only object of a picture."""
     ((found,),) = [scan.detections for scan in detect(to_bytes(image[None]))]

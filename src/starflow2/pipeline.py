@@ -18,7 +18,7 @@ from torch import Tensor
 
 from starflow2.core.fields import SEEDS, Range, number, whole
 from starflow2.core.files import replacing
-from starflow2.core.images import PictureSource, PILImage, checked_pixels, read_picture, to_pil
+from starflow2.core.images import PictureSource, PILImage, checked_pixels, is_same_image, read_picture, to_pil
 from starflow2.core.text import shown
 from starflow2.core.torch_defaults import inference_defaults, torch_defaults
 from starflow2.errors import ConfigError, OutputError, StateError
@@ -51,6 +51,7 @@ class Drawing:
     settings: dict[str, Any]
     gain: float | None = None  # nats by which the prompt makes the picture likelier than no prompt, if it was measured
     confidence: float | None = None  # with which the model confirms it, where it was chosen from several tries
+    is_unchanged: bool = False  # an edit after which the image is what it was
 
     @property
     def is_confirmed(self) -> bool:
@@ -295,7 +296,9 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             "model": self.components.cfg.name,
         }
         drawn_with = seed if made.seed is None else made.seed
-        return Drawing(made.image, instruction, drawn_with, settings, _gain(made.picture), made.confidence)
+        before = next(piece.picture for piece in session.pieces if piece.picture is not None)
+        same = is_same_image(before.image, made.picture.image)
+        return Drawing(made.image, instruction, drawn_with, settings, _gain(made.picture), made.confidence, same)
 
     # -- many at once, for suites
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
 from starflow2.cli.options import (
+    PROGRAM,
     Device,
     Guidance,
     ImageFile,
@@ -68,9 +70,10 @@ class Edit:
         save_png(made.image, self.output, about | {"source": str(self.image)})
         say(self.output)
         note_confidence(made)
+        if made.is_unchanged:
+            print(f"{PROGRAM}: note: the image is what it was before; other words may help.", file=sys.stderr)
         facts = {"file": str(self.output), "image": str(self.image), "instruction": self.instruction}
-        write_json(
-            facts | {"seed": made.seed, "settings": made.settings, "gain": made.gain, "confidence": made.confidence},
-            self.json,
-        )
+        facts_of_image = {"seed": made.seed, "settings": made.settings, "gain": made.gain}
+        checks = {"confidence": made.confidence, "is_unchanged": made.is_unchanged}
+        write_json(facts | facts_of_image | checks, self.json)
         return 0
