@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What pytest did under one setting. status: its exit status, 0 if every test passed."""
+    """Outcome of pytest under one setting. status: its exit status, 0 if every test passed."""
 
     name: str
     status: int

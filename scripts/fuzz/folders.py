@@ -115,7 +115,7 @@ def saved_configs(rng: random.Random, bench: Bench) -> Case:
 
 
 def _config_text(whole: bytes, rng: random.Random) -> tuple[str, bytes, bool]:
-    """What was done, the text of the file, and whether it must be refused."""
+    """A change, the text of the file after it, and True if it must be refused."""
     kind = rng.choice(["leaf", "leaf", "leaf", "leaf", "missing", "extra", "format", "bytes"])
     tree = json.loads(whole)
     places = [(holder, key, path) for holder, key, path in _leaves(tree) if not path.startswith("weights")]

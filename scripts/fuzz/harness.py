@@ -81,7 +81,7 @@ OUTCOMES = ("clear", "taken", "other", "silent", "hang", "memory")
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What became of a case: one of OUTCOMES, and of a failure what was seen."""
+    """Outcome of a case: one of OUTCOMES, and of a failure what was seen."""
 
     category: str
     number: int
@@ -100,7 +100,7 @@ def plan(count: int, seed: int, categories: Iterable[str] = ()) -> list[tuple[st
 
 
 def case_of(category: str, number: int, seed: int, bench: Bench) -> Case:
-    """The same case for the same numbers, in any process."""
+    """A case that is equal for equal numbers, in any process."""
     return MAKERS[category](random.Random(f"{seed}/{category}/{number}"), bench)
 
 
@@ -227,7 +227,7 @@ class _Worker:
             return 0
 
     def failure(self) -> tuple[str, str] | None:
-        """What is wrong with the case that is running, if anything is."""
+        """Fault of the case that is running, if it has one."""
         if self.begun and time.monotonic() - self.begun > SECONDS:
             return "hang", f"more than {SECONDS:.0f} seconds"
         grown = self.resident() - self.base if self.base else 0
@@ -245,7 +245,7 @@ class _Worker:
 
 
 def watch(cases: Sequence[tuple[str, int]], jobs: int, arguments: Sequence[str]) -> Iterator[Ended]:
-    """What becomes of the cases, as it becomes known, in `jobs` processes."""
+    """Outcomes of the cases, as they become known, in `jobs` processes."""
     shares = [cases[i::jobs] for i in range(jobs)]
     workers = [_Worker(share, [*arguments, "--share", str(i)]) for i, share in enumerate(shares) if share]
     with selectors.DefaultSelector() as ready:

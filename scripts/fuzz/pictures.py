@@ -185,7 +185,7 @@ def tensors(rng: random.Random, bench: Bench) -> Case:
 
 
 def _shown(rng: random.Random, bench: Bench) -> tuple[str, Any, Tensor | None]:
-    """What is shown, and the image that it is if it may be taken."""
+    """A source, and the image that it is if it may be taken."""
     x, size = bench.image, bench.size
     unit = (x + 1) / 2
     whole = (unit * 255).round()

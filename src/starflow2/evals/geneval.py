@@ -345,7 +345,7 @@ def _row(job: Job[CaptionedScene], scan: Scan) -> Row:
 
 
 def _shows(task: CaptionedScene, scan: Scan) -> tuple[bool, bool]:
-    """Whether some of the objects, and whether all of them, are exactly what the prompt names; backgrounds are free."""
+    """Two verdicts: some, and all, of the objects are exactly what the prompt names; backgrounds are free."""
     content = replace(task.content, background=None)
     found = [detection.as_object for detection in scan.detections]
     chosen = combinations(found, len(content.slots))

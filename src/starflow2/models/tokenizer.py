@@ -46,7 +46,7 @@ class Turn(Protocol):
 
     @property
     def learns(self) -> bool:
-        """Whether the reply is a prediction target."""
+        """True if the reply is a prediction target."""
         ...
 
 

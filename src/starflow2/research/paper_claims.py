@@ -103,7 +103,7 @@ def _scores(results: Results, arm: str, measure: str) -> list[float]:
 
 
 def _compared(results: Results, better: str, worse: str, measure: str, floor: float) -> Finding:
-    """Whether one arm has more of a measure than another; not testable if neither is above `floor`."""
+    """Finding on whether one arm has more of a measure than another; not testable if neither is above `floor`."""
     a, b = (_scores(results, arm, measure) for arm in (better, worse))
     if not a or not b:
         return Finding("not measured", f"compare.json has no seeds of {better if not a else worse}")

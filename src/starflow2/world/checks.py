@@ -52,7 +52,7 @@ _TRIES: Final = 12  # wrong pictures tried for one right one
 
 
 def shows_question(prompt: str) -> str:
-    """Whether a picture shows what a prompt asks for.
+    """Question whether a picture shows what a prompt asks for.
 
     >>> shows_question("Draw a red star.".lower())
     'does the picture show draw a red star?'
@@ -61,7 +61,7 @@ def shows_question(prompt: str) -> str:
 
 
 def done_question(request: str) -> str:
-    """Whether a picture is the last one with a request done and nothing else changed.
+    """Question whether a picture is the last one with a request done and nothing else changed.
 
     >>> done_question("make it blue.")
     'was make it blue done, and nothing else changed?'

@@ -102,7 +102,7 @@ class _Teacher:
         return found and (self._say("where", a=found[1]), PLACES[found[2][0]][found[2][1]])
 
     def is_at(self) -> Asked | None:
-        """Whether an object is in a cell; a wrong cell is mostly one that shares neither row nor column."""
+        """Question whether an object is in a cell; a wrong cell is mostly one that shares neither row nor column."""
         found = self._somewhere()
         if found is None:
             return None
@@ -201,7 +201,7 @@ class _Teacher:
         return self._say("how many", objects=kind[1]), NUMBERS[kind[2]]
 
     def are_there(self) -> Asked | None:
-        """Whether there are exactly so many; a wrong number is one more or less."""
+        """Question whether there are exactly so many; a wrong number is one more or less."""
         kind = self._kind(is_there=True)
         if kind is None:
             return None

@@ -77,7 +77,7 @@ def built(folder: Path, compiler: str) -> ctypes.CDLL:
 
 
 def _is_loadable(path: Path) -> bool:
-    """Whether a library is there and whole; a disk that was full may have cut it."""
+    """True if a library is there and whole; a disk that was full may have cut it."""
     try:
         ctypes.CDLL(str(path))
     except OSError:
