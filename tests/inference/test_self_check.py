@@ -147,6 +147,17 @@ def test_leaving_in_the_middle_takes_every_try_back(sampler):
     assert isinstance(session.draw(tries=2), Made)
 
 
+def test_leaving_after_the_choice_takes_the_chosen_try_back_as_well(sampler):
+    twin, _ = answering(sampler)
+    session = Session(twin).add("a star")
+    length = session.length
+    for event in session._reply(DRAW, draws=True, tries=3):
+        if isinstance(event, Made):
+            break
+    assert session.length == length and len(session.pieces) == 1 and len(session._engine._rows) == 1
+    assert isinstance(session.draw(tries=1), Made)
+
+
 @pytest.mark.parametrize("tries", [0, -1, 1.5, "two", 2**20, True])
 def test_a_number_of_tries_that_is_none_is_refused(sampler, tries):
     with pytest.raises(ConfigError, match="tries"):

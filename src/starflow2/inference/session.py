@@ -245,8 +245,11 @@ class Session:
         follows = any(piece.picture is not None for piece in self.pieces)
         return question_of(self.sampler.components.cfg, words, follows=follows)
 
-    def _best(self, rows: Sequence[int], question: str) -> Iterator[Event]:
-        """Replies of all rows; the conversation goes on with the one whose image the model confirms most."""
+    def _best(self, rows: list[int], question: str) -> Iterator[Event]:
+        """Replies of all rows; the conversation goes on with the one whose image the model confirms most.
+
+        Only that one is left in `rows`.
+        """
         made: dict[int, list[RowEvent]] = {row: [] for row in rows}
         done = 0
         for event in self._engine.run():
@@ -258,8 +261,9 @@ class Session:
         whole = [row for row in rows if not any(isinstance(event, Failed) for event in made[row])]
         sure = {row: confidence(self._engine, row, question) for row in whole if _has_image(made[row])}
         chosen = max(sure, key=lambda row: sure[row]) if sure else (whole or rows)[0]
-        self._keep_row(rows, chosen)
         seed = seed_of(self.seed + self._replies, rows.index(chosen))
+        self._keep_row(rows, chosen)
+        rows[:] = [chosen]
         for part in self._events(iter(made[chosen])):
             yield replace(part, confidence=sure[chosen], seed=seed) if isinstance(part, Made) else part
 
