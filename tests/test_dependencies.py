@@ -1,4 +1,4 @@
-"""What pyproject.toml asks for: everything that is imported, each with a floor, each met by the pinned versions."""
+"""Dependencies of pyproject.toml: everything that is imported, each with a floor, each met by the pinned versions."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def pictures(model):
 
 
 def faults(example: Example, image: torch.Tensor) -> str:
-    """What the judge finds wrong with a picture; '' if nothing."""
+    """Faults that the judge finds in a picture; '' if nothing."""
     (scan,) = detect(to_bytes(image[None]))
     verdict = grade({"include": list(example.shows)}, name_scan(scan))
     wrong = [] if verdict.strict_correct else [verdict.reason or "there is something else in the picture"]

@@ -284,7 +284,7 @@ def test_control_c_ends_with_130_and_no_traceback(capsys):
 
 
 def shell(line: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """What becomes of a shell line in which `starflow2` is this program."""
+    """Outcome of a shell line in which `starflow2` is this program."""
     program = f'starflow2() {{ "{sys.executable}" -m starflow2 "$@"; }}; set -o pipefail; {line}'
     return subprocess.run(["bash", "-c", program], capture_output=True, text=True, env={**os.environ, **environ})
 

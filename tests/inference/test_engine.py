@@ -167,7 +167,7 @@ def test_images_start_from_the_prior_times_the_scale_of_their_row(sampler, scale
 
 @dataclass(frozen=True)
 class Asked:
-    """What a row is asked, and how it is to reply."""
+    """A request to a row: tokens to read, and limits of the reply."""
 
     ids: tuple[int, ...]
     seed: int
@@ -216,7 +216,7 @@ def assert_same(mine: Sequence[object], theirs: Sequence[object]) -> None:
 
 @pytest.fixture(scope="module")
 def alone(sampler) -> list[list[object]]:
-    """What each of eight rows tells in an engine of its own, by the plain backend."""
+    """Events of each of eight rows in an engine of its own, by the plain backend."""
     found, many = [], steered(sampler)
     for number in range(8):
         engine = Engine(many, StreamBackend(sampler.pretzel, sampler.dtype))

@@ -105,7 +105,7 @@ class Picture:
 
 
 def draw(pictures: Sequence[Picture], counts: Sequence[int] = (64,), rule: str = "starflow") -> list[Made]:
-    """What was drawn and its x, by picture, in steps of `counts` latents; the lanes are closed."""
+    """Drawn latents and their x, by picture, in steps of `counts` latents; the lanes are closed."""
     backend, pairs = pictures[0].backend, [p.pair(rule) for p in pictures]
     backend.arrange(pairs, [])
     for count in counts:

@@ -68,7 +68,7 @@ def test_a_question_in_the_own_cache_leaves_the_row_as_it_was(sampler):
 
 
 def test_confidence_is_that_of_yes_among_yes_and_no(sampler):
-    """The same question read as a document of its own, by the stream itself."""
+    """A row that reads the question for good has the logits from which the confidence follows."""
     engine, tokenizer = Engine(sampler), sampler.components.tokenizer
     row, twin = engine.open(), engine.open()
     for one in (row, twin):

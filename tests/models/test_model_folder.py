@@ -221,7 +221,7 @@ def numbers(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("value", [-1, 0, 10**11, 3], ids=str)
 def test_a_config_with_a_number_that_cannot_be_is_refused_before_anything_is_built(folder, value):
-    """What is taken is what shows in no tensor and may be so: settings of sampling and of losses."""
+    """Only changes that show in no tensor and may be so are taken: settings of sampling and of losses."""
     path = folder / "config.json"
     whole_config = json.loads(path.read_text())
     taken, other = set(), []
