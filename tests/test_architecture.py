@@ -30,7 +30,8 @@ MAY: dict[str, tuple[str, ...]] = {
     "training": (*BASE, "data", "world"),  # never inference
     "selfcheck": (*BASE, "inference", "pipeline", "data", "world"),
     "research": (*BASE, "inference", "pipeline", "data", "world", "evals", "training"),
-    "cli": (*BASE, "inference", "pipeline", "data", "world", "evals", "training", "selfcheck", "research"),
+    "serving": (*BASE, "inference", "pipeline"),
+    "cli": (*BASE, "inference", "pipeline", "data", "world", "evals", "training", "selfcheck", "research", "serving"),
     "__main__": ("cli",),
 }
 

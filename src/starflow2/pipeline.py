@@ -24,9 +24,10 @@ from starflow2.core.torch_defaults import inference_defaults, torch_defaults
 from starflow2.errors import ConfigError, OutputError, StateError
 from starflow2.inference.cleanup import denoised
 from starflow2.inference.config import DrawConfig, Precision, ReplyLimits
-from starflow2.inference.conversations import PastTurn, generate_replies, reply_after
+from starflow2.inference.conversations import generate_replies, reply_after
 from starflow2.inference.events import DecodedImage, RowEvent, Stepped
 from starflow2.inference.likelihood import Code, Score, decode_code, invert, score
+from starflow2.inference.reading import PastTurn
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.self_check import CONFIRMED, Attempt, Request, attempts, best, checked_tries
 from starflow2.inference.session import Said, Session, checked_part

@@ -14,8 +14,9 @@ from model_cases import STAGES, tiny_components
 from starflow2.core.dialogue import Turn
 from starflow2.errors import ConfigError, PromptError
 from starflow2.inference.config import DrawConfig, ReplyLimits
-from starflow2.inference.conversations import Part, PastTurn, ReplyPart, UserTurns, generate_replies, reply_after
+from starflow2.inference.conversations import ReplyPart, UserTurns, generate_replies, reply_after
 from starflow2.inference.events import Completed, DecodedImage, Ended, RowEvent, Stepped
+from starflow2.inference.reading import Part, PastTurn
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
 from starflow2.models.joint_stream import read_documents

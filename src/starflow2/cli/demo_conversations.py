@@ -23,7 +23,7 @@ from starflow2.evals.asking import AskedQuestion
 from starflow2.evals.runner import Scorer
 from starflow2.evals.statistics import Scores
 from starflow2.evals.suite import Images, Progress, Report
-from starflow2.inference.conversations import PastTurn
+from starflow2.inference.reading import PastTurn
 from starflow2.inference.session import Session
 from starflow2.models.components import Components
 from starflow2.pipeline import StarFlow2

@@ -47,6 +47,7 @@ __all__ = [
     "FRAME",
     "INK",
     "MARGIN",
+    "MAX_PIXELS",
     "PAPER",
     "PICTURE_ENDINGS",
     "Fit",
@@ -193,14 +194,17 @@ class ImageForm:
 AS_UPLOADED = ImageForm()  # how images are read that no source of a mixture describes
 
 
-def read_picture(source: PictureSource, size: int, form: ImageForm = AS_UPLOADED) -> Tensor:
+def read_picture(
+    source: PictureSource, size: int, form: ImageForm = AS_UPLOADED, *, most_pixels: int = MAX_PIXELS
+) -> Tensor:
     """Image as input of a model: upright, in sRGB, made a square as `form` says, (3, size, size) in [-1, 1].
 
     source: the name of a file, its bytes, an open binary file, a PIL image, an array (height, width, 3) or tensor
     (3, height, width) of uint8, 0 black and 255 white, or a tensor (3, size, size) of floats in [-1, 1], -1 black.
-    Raises DataError, naming the remedy, for a source that could be read only by guessing: no image, a damaged one, one
-    of absurd size, several frames, CMYK, 16 bits, transparency without a colour to flatten it on, a side of less than
-    16 pixels, values outside their range; and ShapeError for tensors and arrays of another shape or dtype.
+    most_pixels: more are refused, before anything is decoded. Raises DataError, naming the remedy, for a source that
+    could be read only by guessing: no image, a damaged one, one of absurd size, several frames, CMYK, 16 bits,
+    transparency without a colour to flatten it on, a side of less than 16 pixels, values outside their range; and
+    ShapeError for tensors and arrays of another shape or dtype.
     """
     size = whole(size, "size", Range(least=1, most=2**14))
     if isinstance(source, Tensor) and source.dtype != torch.uint8:
@@ -212,7 +216,7 @@ def read_picture(source: PictureSource, size: int, form: ImageForm = AS_UPLOADED
     name = printable_line(str(source)) if isinstance(source, str | os.PathLike) else "the image"
     with _undisturbed():
         try:
-            with _opened(source, name) as image:
+            with _opened(source, name, most_pixels) as image:
                 _check_readable(image, name, allows_transparency=bool(form.flatten))
                 upright = _upright(image)
                 _check_single(image, name)  # text may stand after the pixels
@@ -299,7 +303,7 @@ def _lock(process: int) -> threading.RLock:
 
 
 @contextmanager
-def _opened(source: PictureSource, name: str) -> Iterator[PILImage]:
+def _opened(source: PictureSource, name: str, most_pixels: int = MAX_PIXELS) -> Iterator[PILImage]:
     """The image of any source, with its size checked and, in a PNG file, its checksums, but not yet decoded."""
     if isinstance(source, np.ndarray | Tensor):
         yield _of_array(source)
@@ -309,13 +313,13 @@ def _opened(source: PictureSource, name: str) -> Iterator[PILImage]:
             raise PictureError(
                 f"{name} is an undecoded {source.format} file; expected one of {', '.join(FORMATS)}: load it."
             )
-        _check_size(source, name)
+        _check_size(source, name, most_pixels)
         yield source
         return
     data = _bytes_of(source, name)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(image, name)
+            _check_size(image, name, most_pixels)
             if image.format == "PNG":
                 with Image.open(io.BytesIO(data), formats=("PNG",)) as twin:
                     twin.verify()
@@ -378,9 +382,9 @@ def _unreadable(name: str, reason: str, kind: PictureReason) -> PictureError:
     return PictureError(f"cannot read {name} as an image: {' '.join(reason.split()).rstrip('.')}; {remedy}", kind)
 
 
-def _check_size(image: PILImage, name: str) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise _unreadable(name, f"it has {image.width} x {image.height} pixels", "huge picture")
+def _check_size(image: PILImage, name: str, most: int) -> None:
+    if image.width * image.height > most:
+        raise _unreadable(name, f"it has {image.width} x {image.height} pixels, more than {most}", "huge picture")
 
 
 def _check_readable(image: PILImage, name: str, *, allows_transparency: bool) -> None:

@@ -9,21 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
-
 from starflow2.core.torch_defaults import inference_defaults
-from starflow2.errors import ConfigError, DataError, PromptError
+from starflow2.errors import ConfigError, DataError
 from starflow2.inference.config import ReplyLimits
 from starflow2.inference.engine import Engine
 from starflow2.inference.events import Completed, DecodedImage, Ended, Failed, RowEvent, Token
+from starflow2.inference.reading import Part, PastTurn, read_past, read_user_turn
 from starflow2.inference.sampler import Sampler
 
-__all__ = ["Part", "PastTurn", "ReplyPart", "UserTurns", "generate_replies", "reply_after"]
+__all__ = ["ReplyPart", "UserTurns", "generate_replies", "reply_after"]
 
-Part = str | Tensor  # words, or an image (3, s, s) in [-1, 1]
 UserTurns = Sequence[Sequence[Part]]  # parts of each user turn of one conversation
-PastTurn = tuple[Sequence[Part], Sequence[Part]]  # a turn that is over: the user's parts and the reply's
 ReplyPart = str | DecodedImage  # words or an image of the model's
 Watch = Callable[[RowEvent], None]
 AtEnd = Callable[[Engine, int, int], None]  # engine, row, number of the conversation
@@ -89,6 +85,10 @@ class _Talk:
     replies: list[list[list[int] | DecodedImage]] = field(default_factory=list)
 
     @property
+    def name(self) -> str:
+        return f"conversation {self.number}"
+
+    @property
     def is_over(self) -> bool:
         return len(self.replies) == len(self.turns)
 
@@ -119,7 +119,7 @@ def _fill(engine: Engine, live: dict[int, _Talk], waiting: Iterator[_Talk], mode
     while len(live) < engine.sampler.config.batch and (talk := next(waiting, None)) is not None:
         row = engine.open()
         live[row] = talk
-        _read_past(engine, row, talk)
+        read_past(engine, row, talk.past, talk.name)
         _ask(engine, row, talk, mode)
 
 
@@ -161,50 +161,10 @@ def _note(talk: _Talk, event: RowEvent) -> bool:
 
 def _ask(engine: Engine, row: int, talk: _Talk, mode: _ReplyMode) -> None:
     """Let a row read its next user turn and begin to reply."""
-    turn, tokenizer = len(talk.replies), engine.sampler.components.tokenizer
-    engine.feed(row, tokenizer.opens_user(is_first=not engine.length(row)))
-    _append(engine, row, talk, talk.turns[turn])
-    engine.feed(row, tokenizer.opens_reply())
+    turn = len(talk.replies)
+    read_user_turn(engine, row, talk.turns[turn], talk.name)
     engine.begin(row, mode.limits, talk.seed + turn, draws=mode.draws)
     talk.replies.append([])
-
-
-def _read_past(engine: Engine, row: int, talk: _Talk) -> None:
-    """Let a row read turns that are over."""
-    tokenizer, end = engine.sampler.components.tokenizer, engine.sampler.components.cfg.vlm.special.end
-    for user, assistant in talk.past:
-        engine.feed(row, tokenizer.opens_user(is_first=not engine.length(row)))
-        _append(engine, row, talk, user)
-        engine.feed(row, tokenizer.opens_reply())
-        _append(engine, row, talk, assistant)
-        engine.feed(row, [end])
-
-
-def _append(engine: Engine, row: int, talk: _Talk, parts: Sequence[Part]) -> None:
-    """Let a row read words and images in order. Raises PromptError before it is longer than the model reads."""
-    encoded = [_ids(engine.sampler, part) if isinstance(part, str) else part for part in parts]
-    _check_room(engine, row, talk.number, encoded)
-    for part in encoded:
-        if isinstance(part, list):
-            engine.feed(row, part)
-        else:
-            level = engine.sampler.upload_level
-            engine.see(row, engine.sampler.noisy(part[None], torch.tensor([level]))[0], level)
-
-
-def _check_room(engine: Engine, row: int, number: int, parts: Sequence[list[int] | Tensor]) -> None:
-    sampler, per_image = engine.sampler, engine.sampler.layout.num_latents + 2
-    length, most = engine.length(row), sampler.components.cfg.max_positions
-    wanted = sum(len(part) if isinstance(part, list) else per_image for part in parts)
-    if length + wanted + per_image > most:  # a reply needs room, too
-        raise PromptError(
-            f"conversation {number} has {length} positions, this needs {wanted} more and a reply up to {per_image}; "
-            f"this model reads up to {most}: say less."
-        )
-
-
-def _ids(sampler: Sampler, text: str) -> list[int]:
-    return sampler.components.tokenizer.encode(text) if text else []
 
 
 def _parts(sampler: Sampler, reply: Sequence[list[int] | DecodedImage]) -> list[ReplyPart]:

@@ -164,6 +164,11 @@ class Engine:
         previous = self._row(row).previous
         return None if previous is None else previous[:-1]
 
+    def draft(self, row: int) -> Tensor | None:
+        """Latents u (N, D) of the image that a row is drawing, zero where none is sampled yet; None without any."""
+        reply = self._row(row).reply
+        return None if reply is None or reply.pair is None or not reply.drawn else self.backend.drawn(reply.pair).u
+
     @property
     def is_busy(self) -> bool:
         """True while a row replies."""

@@ -17,8 +17,9 @@ from starflow2.core.torch_defaults import inference_defaults
 from starflow2.errors import ConfigError
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.inference.config import ReplyLimits
-from starflow2.inference.conversations import Part, generate_replies
+from starflow2.inference.conversations import generate_replies
 from starflow2.inference.events import DecodedImage
+from starflow2.inference.reading import Part
 from starflow2.inference.sampler import Sampler
 from starflow2.models.joint_stream import Output, read_documents
 from starflow2.models.sequence import pack

@@ -15,9 +15,10 @@ from torch import Tensor
 from starflow2.core.fields import SEEDS, Range, whole
 from starflow2.errors import StateError
 from starflow2.inference.config import ReplyLimits
-from starflow2.inference.conversations import Part, generate_replies
+from starflow2.inference.conversations import generate_replies
 from starflow2.inference.engine import Engine
 from starflow2.inference.events import DecodedImage, RowEvent
+from starflow2.inference.reading import Part
 from starflow2.inference.sampler import Sampler
 from starflow2.models.config import ModelConfig
 
