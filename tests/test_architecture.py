@@ -24,6 +24,7 @@ MAY: dict[str, tuple[str, ...]] = {
     "models": ("errors", "core", "nn", "flow"),
     "inference": BASE,
     "pipeline": (*BASE, "inference"),
+    "hf": (*BASE, "inference", "pipeline"),  # imported by users only
     "data": BASE,
     "world": ("errors", "core", "data"),
     "evals": (*BASE, "data", "world"),
@@ -38,7 +39,7 @@ MAY: dict[str, tuple[str, ...]] = {
 # What only some wings, or single modules of them, may import.
 HOMES = {
     "torch": {*MAY, "world/detector"} - {"errors", "world", "__main__"},
-    "transformers": {"models"},
+    "transformers": {"models", "hf"},
     "PIL": {"core", "data", "world", "research/plots"},
     "torch.distributed": {"training"},
     "torchvision": set(),

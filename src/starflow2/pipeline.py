@@ -37,7 +37,7 @@ from starflow2.models.components import Components
 from starflow2.models.hub import find_model, pick_device
 from starflow2.models.prompts import check_words, listed_prompts, normalized
 
-__all__ = ["Drawing", "StarFlow2"]
+__all__ = ["Drawing", "Images", "StarFlow2"]
 
 MAX_IMAGES = 2**16  # of a prompt in one call
 
@@ -93,6 +93,13 @@ def _place(folder: object) -> Path:
     if not isinstance(folder, str | os.PathLike) or not str(folder).strip() or "\0" in str(folder):
         raise OutputError(f"save_directory is {shown(folder)}; expected the name of a folder.")
     return Path(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """Images of a call in the manner of diffusers' pipelines."""
+
+    images: list[PILImage]
 
 
 class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow", "text-to-image"]):
@@ -155,6 +162,30 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
             Drawing(to_pil(picture.image), prompt, s, settings, _gain(picture))
             for picture, (prompt, s) in zip(drawn, pairs, strict=True)
         ]
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: PictureSource | None = None,
+        *,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Images:
+        """`model("two pink hearts").images[0]`, for hands used to diffusers; with `image`, that image as edited.
+
+        A generator gives the seed, which is 0 without one. Raises as `generate` and `edit` do.
+        """
+        config = self.settings
+        if guidance_scale is not None:
+            config = replace(config, guidance=guidance_scale, edit_guidance=None)
+        seed = 0 if generator is None else int(torch.randint(2**31, (), generator=generator))
+        if image is None:
+            drawn = self.generate(prompt, n=num_images_per_prompt, seed=seed, config=config)
+            return Images([drawing.image for drawing in drawn])
+        count = whole(num_images_per_prompt, "num_images_per_prompt", Range(least=1, most=MAX_IMAGES))
+        wanted = [(text, seed + j) for text in listed_prompts(prompt) for j in range(count)]
+        return Images([self.edit(image, text, seed=s, config=config).image for text, s in wanted])
 
     def _tries(self, tries: int | None, config: DrawConfig) -> int:
         """How many images of each request are drawn; by default the model's own number, if it can check them."""

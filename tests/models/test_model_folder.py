@@ -68,7 +68,7 @@ def test_a_save_killed_at_any_operation_leaves_one_whole_model_under_its_name(sa
     for _ in crashes(lambda: save_components(new, folder), {"os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}):
         seen.append(contents.index(content(whole(folder))))
         if seen[-1] and (not loaded or (folder / WAITING).exists() != loaded[-1][0]):
-            loaded.append(((folder / WAITING).exists(), load_components(folder), load_words(folder)[1]))
+            loaded.append(((folder / WAITING).exists(), load_components(folder), load_words(folder).cfg))
         if seen[-1]:  # the next save begins with the old model again
             shutil.rmtree(folder)
             shutil.copytree(saved, folder)

@@ -99,11 +99,10 @@ def _spelling(name: str) -> Any:
     """Tokenizer, layout and image size of a model, by its name, without reading its weights."""
     from starflow2.data.mixture import Spelling
     from starflow2.models.checkpoint import load_words
-    from starflow2.models.components import build
     from starflow2.models.hub import find_model
 
-    tokenizer, cfg = load_words(find_model(name))
-    return Spelling(tokenizer, build(cfg, "meta").layout, cfg.fae.image_size)
+    words = load_words(find_model(name))
+    return Spelling(words.tokenizer, words.layout, words.cfg.fae.image_size)
 
 
 def _data_table(facts: Mapping[str, Any], model: str) -> Any:

@@ -31,7 +31,7 @@ from starflow2.errors import CheckpointError, ConfigError, StarFlowError, neares
 from starflow2.flow import AffineBlock, Flow
 from starflow2.models.components import Components
 from starflow2.models.config import CodecConfig, FaeConfig, ModelConfig
-from starflow2.models.config_file import FORMAT, is_model_config, read_config
+from starflow2.models.config_file import FORMAT, MODEL_TYPE, is_model_config, read_config
 from starflow2.models.fae import Fae
 from starflow2.models.huggingface import Backbone, stream_class
 from starflow2.models.own_codec import build_codec
@@ -115,7 +115,8 @@ def weights_digest(components: Components) -> str:
 
 def _write_config(components: Components, folder: Path) -> None:
     """Write config.json of a model folder whose weights are there: format number and what `FolderConfig` holds."""
-    config = {"format": FORMAT, "stages": list(components.finished_stages), "model": to_dict(components.cfg)}
+    config: dict[str, object] = {"model_type": MODEL_TYPE, "format": FORMAT}
+    config |= {"stages": list(components.finished_stages), "model": to_dict(components.cfg)}
     config |= {"fingerprints": components.fingerprints} if components.fingerprints else {}
     weights = sorted(folder.rglob("*.safetensors"))
     config["digests"] = {path.relative_to(folder).as_posix(): _file_digest(path) for path in weights}
@@ -321,11 +322,13 @@ def _load_backbone(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.
         raise CheckpointError(f"cannot load {folder}: {_first_line(error)}") from error
 
 
-def load_words(folder: str | Path) -> tuple[ChatTokenizer, ModelConfig]:
-    """Tokenizer and sizes of a model folder, without its weights. Raises CheckpointError."""
+def load_words(folder: str | Path) -> Components:
+    """Tokenizer, vocabulary and sizes of a model folder, without any module. Raises CheckpointError."""
     source = whole(Path(folder))
     cfg = read_config(source).model
-    return _tokenizer(source / "tokenizer.json", cfg), cfg
+    words = Components(cfg, _tokenizer(source / "tokenizer.json", cfg), modules={})
+    words.vocabulary = _lexicon(source / "lexicon.txt")
+    return words
 
 
 def _tokenizer(path: Path, cfg: ModelConfig) -> ChatTokenizer:

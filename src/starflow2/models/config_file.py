@@ -14,13 +14,15 @@ from typing import Any
 
 from starflow2.core.json_reader import JsonObject
 from starflow2.core.serialize import from_dict, read_json, to_dict
+from starflow2.core.text import shown
 from starflow2.errors import CheckpointError, ConfigError
 from starflow2.models.config import CodecConfig, JointsConfig, ModelConfig
 
-__all__ = ["FORMAT", "FolderConfig", "is_model_config", "read_config"]
+__all__ = ["FORMAT", "KEYS", "MODEL_TYPE", "FolderConfig", "is_model_config", "read_config"]
 
 FORMAT = 8
-KEYS = {"format", "stages", "model", "fingerprints", "digests"}  # of a config.json
+MODEL_TYPE = "starflow2"  # by which transformers and the Hub recognise a folder (`starflow2.hf`)
+KEYS = {"model_type", "format", "stages", "model", "fingerprints", "digests"}  # of a config.json
 Json = JsonObject  # an object as config.json holds it, of any format
 
 
@@ -102,6 +104,8 @@ def _check_kind(path: Path, config: Any) -> Json:
     """The JSON of a config.json if it is one of ours. Raises CheckpointError."""
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict) or {"format", "stages"} - set(config):
         raise CheckpointError(f"{path} is not of a starflow2 model (it lacks format, model or stages).")
+    if config.get("model_type", MODEL_TYPE) != MODEL_TYPE:
+        raise CheckpointError(f"{path} has model_type {shown(config['model_type'])}; expected {MODEL_TYPE!r}.")
     if not isinstance(config["stages"], list) or not all(type(s) is str for s in config["stages"]):
         raise CheckpointError(f"{path} is not of a starflow2 model (stages is not a list of names).")
     return config

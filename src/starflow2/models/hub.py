@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 from pathlib import Path
@@ -16,7 +17,15 @@ from starflow2.errors import CheckpointError, ConfigError, DeviceError, nearest
 
 __all__ = ["NANO", "find_model", "pick_device"]
 
-NANO = Path(__file__).parent.parent / "assets" / "nano"
+
+def _nano() -> Path:
+    """The folder of nano: in a checkout part of this package, otherwise the package starflow2-nano beside it."""
+    here = Path(__file__).parent.parent / "assets" / "nano"
+    found = None if here.is_dir() else importlib.util.find_spec("starflow2_nano")
+    return here if found is None or found.origin is None else Path(found.origin).parent / "model"
+
+
+NANO = _nano()
 
 
 def pick_device(name: str | int | torch.device | None = "auto") -> torch.device:
@@ -48,6 +57,13 @@ def pick_device(name: str | int | torch.device | None = "auto") -> torch.device:
         raise DeviceError(f"device is {str(name)!r}: {str(error).splitlines()[0]}") from error
 
 
+def _installed_nano() -> Path:
+    """The folder of nano. Raises CheckpointError where only the code is installed."""
+    if not NANO.is_dir():
+        raise CheckpointError("the weights of nano are a package of their own: pip install starflow2-nano.")
+    return NANO
+
+
 def find_model(name: str | Path, **hub: Any) -> Path:
     """The folder of a model, given its name ("nano"), folder or Hub id.
 
@@ -61,7 +77,7 @@ def find_model(name: str | Path, **hub: Any) -> Path:
     if not isinstance(name, str | os.PathLike):
         raise CheckpointError(f"name is {shown(name)} ({type(name).__name__}); expected nano, a folder or a Hub id.")
     if str(name) == "nano" or (str(name) == "nano/" and not Path(name).exists()):
-        return NANO
+        return _installed_nano()
     try:
         if Path(name).exists():
             return Path(name)

@@ -1,0 +1,152 @@
+"""Our model folders in the habits of transformers and diffusers; nothing else imports this module.
+
+    import starflow2.hf  # registers what is below with AutoConfig, AutoModelForMultimodalLM and AutoProcessor
+    processor, model = AutoProcessor.from_pretrained(folder), AutoModelForMultimodalLM.from_pretrained(folder)
+    inputs = processor.apply_chat_template([{"role": "user", "content": "two pink hearts"}])
+    pixels = model.generate(**inputs, generation_mode="image", seed=0)
+    image = processor.post_process_multimodal_output(pixels, generation_mode="image")[0]
+
+Letters: B prompts, T positions, I images, s pixels a side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils.generic import ModelOutput
+
+from starflow2.core.images import PILImage, to_pil
+from starflow2.core.text import shown
+from starflow2.errors import ConfigError
+from starflow2.inference import token_replies
+from starflow2.inference.config import DrawConfig
+from starflow2.inference.token_replies import GenerationSettings, Mode
+from starflow2.models.checkpoint import load_words
+from starflow2.models.config_file import KEYS, MODEL_TYPE
+from starflow2.models.hub import find_model
+from starflow2.pipeline import StarFlow2
+
+__all__ = ["MultimodalOutput", "StarFlow2Config", "StarFlow2ForMultimodalLM", "StarFlow2Processor"]
+
+
+class StarFlow2Config(PreTrainedConfig):
+    """Contents of a model folder's config.json; a file that it writes is read by `StarFlow2`, too."""
+
+    model_type = MODEL_TYPE
+
+    def to_diff_dict(self) -> dict[str, object]:
+        """Our own keys, without those that transformers adds to every config."""
+        return {key: value for key, value in self.to_dict().items() if key in KEYS}
+
+
+@dataclass
+class MultimodalOutput(ModelOutput):
+    """Replies of words and images: their tokens alone, (B, T), and the images of all of them, (I, 3, s, s)."""
+
+    sequences: Tensor | None = None
+    pixels: Tensor | None = None
+
+
+class StarFlow2ForMultimodalLM(PreTrainedModel):
+    """A model behind transformers' `generate`. Sessions, edits and likelihoods: `model.starflow2`."""
+
+    config_class, base_model_prefix, main_input_name = StarFlow2Config, "components", "input_ids"
+    input_modalities, output_modalities = ["image", "text"], ("image", "text")
+
+    def __init__(self, config: StarFlow2Config, starflow2: StarFlow2) -> None:
+        super().__init__(config)
+        self.starflow2, self.components = starflow2, starflow2.components
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *_: Any, **options: Any) -> StarFlow2ForMultimodalLM:  # type: ignore[override]
+        """A model folder or Hub id. Raises ConfigError for options without a meaning here, and as `StarFlow2` does."""
+        dtype, device = options.pop("dtype", options.pop("torch_dtype", None)), options.pop("device_map", None) or "cpu"
+        if dtype not in (None, "auto", "float32", torch.float32):
+            raise ConfigError(f"dtype is {shown(dtype)}; expected auto or float32, which the weights are in.")
+        added = ("config", "trust_remote_code", "adapter_kwargs")  # by the Auto classes
+        hub = {key: value for key, value in options.items() if value is not None and key not in added}
+        model = StarFlow2.from_pretrained(name, device=device, **hub)
+        return cls(StarFlow2Config.from_pretrained(find_model(name, **hub)), model)
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]
+        """Write a model folder as `StarFlow2.save_pretrained` does, with its options."""
+        ours = ("push_to_hub", "repo_id", "model_card_kwargs")
+        self.starflow2.save_pretrained(save_directory, **{k: v for k, v in options.items() if k in ours})
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor | MultimodalOutput:
+        """Reply to rows of `input_ids` (B, T), whose image slots stand for `pixel_values` (I, 3, s, s) in turn.
+
+        By `generation_mode`: "text" returns the tokens given and made, (B, T + new); "image" pixels (B, 3, s, s) in
+        [-1, 1]; "interleaved" a `MultimodalOutput`. num_return_sequences=n: n rows for each one given. Raises
+        ConfigError for options beside `GenerationSettings`, DataError for slots that do not fit the images.
+        """
+        settings, layout = GenerationSettings.of(options), self.components.layout
+        prompts = token_replies.split_batch(input_ids, attention_mask, pixel_values, layout)
+        config = DrawConfig.for_model(self.components, guidance=settings.guidance_scale)
+        replies = token_replies.replies_to_tokens(self.starflow2.sampler(config), prompts, settings)
+        made, pixels = token_replies.joined(replies, layout)
+        if settings.generation_mode == "image" and pixels is not None:
+            return pixels
+        if settings.generation_mode == "text":
+            return torch.cat([input_ids.cpu().repeat_interleave(settings.num_return_sequences, 0), made], dim=1)
+        return MultimodalOutput(sequences=made, pixels=pixels)
+
+
+class StarFlow2Processor(ProcessorMixin):
+    """Conversations to tokens and pixels, and replies back to words and images."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.words = load_words(folder)  # tokenizer, vocabulary and sizes
+
+    @classmethod
+    def from_pretrained(cls, name: Any, **options: Any) -> StarFlow2Processor:  # type: ignore[override]
+        """That of a model folder or Hub id."""
+        return cls(find_model(name, **{k: v for k, v in options.items() if v is not None and not k.startswith("_")}))
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **_: Any) -> None:
+        """Nothing is written: tokenizer, vocabulary and sizes belong to the model's folder."""
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> BatchFeature:  # type: ignore[override]
+        """Input of `generate` for one conversation or a list of them, in transformers' messages.
+
+        [{"role": "user", "content": "text", or [{"type": "image", "image": a picture}, {"type": "text", "text": ...}]}]
+        Returns input_ids (B, T), padded on the left, attention_mask, and pixel_values (I, 3, s, s) where there are
+        images. Raises PromptError for other messages and unknown words, DataError and ShapeError for pictures.
+        """
+        template = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+        for name in sorted(set(options) - {"generation_mode"}):
+            if options[name] != template.get(name):
+                raise ConfigError(f"{name} is {shown(options[name])}; expected {template.get(name, 'no such option')}.")
+        is_one = isinstance(conversation, list) and bool(conversation) and isinstance(conversation[0], dict)
+        return BatchFeature(token_replies.token_batch(self.words, [conversation] if is_one else conversation))
+
+    def post_process_multimodal_output(  # type: ignore[override]
+        self, outputs: Tensor | MultimodalOutput, generation_mode: Mode = "text", **_: object
+    ) -> list[str] | list[PILImage] | list[list[str | PILImage]]:
+        """Texts, images, or for each reply a list of both in order: what `generate` returned in the same mode."""
+        decode = self.words.tokenizer.decode
+        if isinstance(outputs, MultimodalOutput):
+            assert outputs.sequences is not None
+            replies = token_replies.split_batch(outputs.sequences, None, outputs.pixels, self.words.layout)
+            return [[to_pil(part) if isinstance(part, Tensor) else decode(part) for part in reply] for reply in replies]
+        if generation_mode == "image":
+            return [to_pil(image) for image in outputs]
+        return [decode(row) for row in outputs.tolist()]
+
+
+transformers.AutoConfig.register(MODEL_TYPE, StarFlow2Config, exist_ok=True)
+transformers.AutoModel.register(StarFlow2Config, StarFlow2ForMultimodalLM, exist_ok=True)
+transformers.AutoModelForMultimodalLM.register(StarFlow2Config, StarFlow2ForMultimodalLM, exist_ok=True)
+transformers.AutoProcessor.register(StarFlow2Config, StarFlow2Processor, exist_ok=True)

@@ -1,0 +1,220 @@
+"""Conversations as tokens in which an image has its slots, as other libraries hand them over, and replies to them.
+
+Not here: one conversation that goes on (`session`). Letters: B conversations, T positions, s pixels a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from starflow2.core.fields import Config, Count, Natural, Positive, Weight
+from starflow2.core.text import shown
+from starflow2.core.torch_defaults import inference_defaults
+from starflow2.errors import ConfigError, DataError, PromptError, nearest
+from starflow2.inference.config import ReplyLimits
+from starflow2.inference.engine import Engine
+from starflow2.inference.events import Completed, Failed, RowEvent, Token
+from starflow2.inference.sampler import Sampler
+from starflow2.inference.session import Said, checked_part
+from starflow2.models.components import Components
+from starflow2.models.sequence import Layout
+
+__all__ = [
+    "GenerationSettings",
+    "Mode",
+    "Reply",
+    "joined",
+    "message_tokens",
+    "replies_to_tokens",
+    "split_batch",
+    "token_batch",
+]
+
+Mode = Literal["text", "image", "interleaved"]
+ROOM = {"text": (1, 0), "image": (0, 1), "interleaved": (1, 1)}  # of a reply, for words and for images
+Reply = list[list[int] | Tensor]  # runs of tokens, and images (3, s, s) in [-1, 1], in order
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings(Config):
+    """Options of `generate`, by transformers' names; reply i of the result is drawn with `seed` + i."""
+
+    generation_mode: Mode = "text"
+    max_new_tokens: Count = 64
+    do_sample: bool = False  # words; images are always sampled
+    temperature: Positive = 1.0
+    guidance_scale: Weight | None = None  # None: the model's own
+    num_return_sequences: Count = 1
+    seed: Natural | None = None  # None: from torch's global generator
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> GenerationSettings:
+        """Settings from keyword arguments. Raises ConfigError for a name that is none of these."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r} of generate; expected {known}.{nearest(name, known)}")
+        return cls(**options)
+
+    @property
+    def limits(self) -> ReplyLimits:
+        """Limits of every reply."""
+        words, pictures = ROOM[self.generation_mode]
+        warmth = self.temperature if self.do_sample else 0.0
+        return ReplyLimits(tokens=words * self.max_new_tokens, pictures=pictures, temperature=warmth)
+
+
+def slots_of_image(layout: Layout) -> list[int]:
+    """Tokens that stand for one image."""
+    return [layout.begin, *[layout.latent] * layout.num_latents, layout.end]
+
+
+def message_tokens(words: Components, messages: Sequence[object], pictures: list[Tensor]) -> list[int]:
+    """Tokens of messages {"role", "content"} up to the reply to the last one; their images are added to `pictures`.
+
+    content: words, or a list of {"type": "text", "text": words} and {"type": "image", "image": whatever
+    `core.images.read_picture` takes}. words: a model's tokenizer, vocabulary and sizes; it needs no weights. Raises
+    PromptError for other messages and for words that the model does not know, DataError and ShapeError for pictures.
+    """
+    tokenizer, ids = words.tokenizer, list[int]()
+    for number, message in enumerate(messages):
+        role = ("user", "assistant")[number % 2]
+        if not isinstance(message, Mapping) or message.get("role") != role:
+            raise PromptError(f"message {number} is {shown(message)}; expected one with the role {role!r}.")
+        if role == "user":
+            ids += tokenizer.opens_user(is_first=not number)
+        for part in _content(message, number):
+            ready = checked_part(words, part)
+            ids += tokenizer.encode(ready) if isinstance(ready, str) else slots_of_image(words.layout)
+            pictures += [] if isinstance(ready, str) else [ready]
+        ids += tokenizer.opens_reply() if role == "user" else [words.cfg.vlm.special.end]
+    if len(messages) % 2 == 0:
+        raise PromptError(f"the conversation has {len(messages)} messages; expected the user to have the last word.")
+    return ids
+
+
+def _content(message: Mapping[str, object], number: int) -> list[Said]:
+    """Words and pictures of a message. Raises PromptError for anything else."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [content]
+    parts = list[Said]()
+    listed: list[Any] = content if isinstance(content, list) else [content]
+    for part in listed:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "image") or part.get(kind) is None:
+            wanted = 'words, or a list of {"type": "text", "text": ...} and {"type": "image", "image": ...}'
+            raise PromptError(f"the content of message {number} holds {shown(part)}; expected {wanted}.")
+        source = part[kind]
+        parts.append(Path(source) if kind == "image" and isinstance(source, str) else source)
+    return parts
+
+
+def token_batch(words: Components, conversations: Sequence[Sequence[object]]) -> dict[str, Tensor]:
+    """input_ids (B, T), padded on the left, attention_mask, and pixel_values (I, 3, s, s) where there are images."""
+    pictures = list[Tensor]()
+    rows = [message_tokens(words, talk, pictures) for talk in conversations]
+    longest = max(map(len, rows), default=0)
+    pads = [longest - len(row) for row in rows]
+    batch = {
+        "input_ids": torch.tensor([[words.layout.pad] * n + row for n, row in zip(pads, rows, strict=True)]),
+        "attention_mask": torch.tensor([[0] * n + [1] * (longest - n) for n in pads]),
+    }
+    return batch | ({"pixel_values": torch.stack(pictures)} if pictures else {})
+
+
+def split_batch(ids: Tensor, mask: Tensor | None, pixels: Tensor | None, layout: Layout) -> list[Reply]:
+    """Every row of `ids` (B, T) that `mask` keeps as runs of tokens and images, which `pixels` (I, 3, s, s) holds.
+
+    Raises DataError for slots that do not fit the images.
+    """
+    kept = torch.ones_like(ids) if mask is None else mask
+    pictures = iter(list[Tensor]() if pixels is None else list(pixels.cpu()))
+    rows = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), kept.cpu(), strict=True)]
+    prompts = [split_images(row, layout, pictures) for row in rows]
+    if next(pictures, None) is not None:
+        raise DataError("pixel_values has more images than input_ids has slots for; take both from one processor.")
+    return prompts
+
+
+def split_images(ids: Sequence[int], layout: Layout, pictures: Iterator[Tensor]) -> Reply:
+    """Runs of tokens and, in place of the slots of an image, the next of `pictures`. Raises DataError."""
+    parts, run, at, slots = Reply(), list[int](), 0, slots_of_image(layout)
+    while at < len(ids):
+        if ids[at] != layout.begin:
+            run.append(ids[at])
+            at += 1
+            continue
+        picture = next(pictures, None)
+        if list(ids[at : at + len(slots)]) != slots:
+            raise DataError(
+                f"position {at} begins an image; expected its {len(slots)} slots, as a processor writes them."
+            )
+        if picture is None:
+            raise DataError(f"position {at} begins an image, but there are no more pixel values; give one per image.")
+        parts += [run, picture] if run else [picture]
+        run, at = [], at + len(slots)
+    return [*parts, run] if run else parts
+
+
+def joined(replies: Iterable[Reply], layout: Layout) -> tuple[Tensor, Tensor | None]:
+    """Tokens of all replies, slots for an image, padded on the right (B, T), and all their images (I, 3, s, s)."""
+    replies, slots = list(replies), slots_of_image(layout)
+    rows = [[i for part in reply for i in (slots if isinstance(part, Tensor) else part)] for reply in replies]
+    images = [part for reply in replies for part in reply if isinstance(part, Tensor)]
+    longest = max(map(len, rows), default=0)
+    ids = torch.tensor([row + [layout.pad] * (longest - len(row)) for row in rows], dtype=torch.long)
+    return ids, torch.stack(images) if images else None
+
+
+@inference_defaults()
+def replies_to_tokens(sampler: Sampler, prompts: Sequence[Reply], settings: GenerationSettings) -> list[Reply]:
+    """`num_return_sequences` replies to each prompt, as many side by side as the sampler's batch says.
+
+    Raises PromptError for a prompt that is longer than the model reads, DataError for an image that is not finite.
+    """
+    first = int(torch.randint(2**31, ())) if settings.seed is None else settings.seed
+    waiting, found = [prompt for prompt in prompts for _ in range(settings.num_return_sequences)], list[Reply]()
+    while len(found) < len(waiting):
+        engine = Engine(sampler)
+        replies: dict[int, Reply] = {}
+        for prompt in waiting[len(found) : len(found) + sampler.config.batch]:
+            row = engine.open()
+            _read(engine, row, prompt)
+            draws = settings.generation_mode == "image"
+            engine.begin(row, settings.limits, first + len(found) + len(replies), draws=draws)
+            replies[row] = []
+        for event in engine.run():
+            _note(replies[event.row], event)
+        found += replies.values()
+    return found
+
+
+def _read(engine: Engine, row: int, parts: Reply) -> None:
+    """Let a row read a prompt; images enter at the lowest noise level, as uploads do."""
+    level = engine.sampler.upload_level
+    for part in parts:
+        if isinstance(part, Tensor):
+            engine.see(row, engine.sampler.noisy(part[None], torch.tensor([level]))[0], level)
+        else:
+            engine.feed(row, part)
+
+
+def _note(reply: Reply, event: RowEvent) -> None:
+    """Add what an event tells to its reply. Raises the error of a row that failed."""
+    if isinstance(event, Failed):
+        raise event.error
+    if isinstance(event, Completed):
+        reply.append(event.picture.image.cpu())
+    elif isinstance(event, Token):
+        if not reply or isinstance(reply[-1], Tensor):
+            reply.append([])
+        last = reply[-1]
+        assert isinstance(last, list)
+        last.append(event.id)

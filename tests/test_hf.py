@@ -1,0 +1,175 @@
+"""transformers' Auto classes on a model folder, and diffusers' habits: the same words and pixels as our own calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
+
+import starflow2.hf as hf
+from starflow2 import StarFlow2
+from starflow2.core.images import read_picture, to_pil
+from starflow2.errors import ConfigError, DataError, PromptError
+from starflow2.models.hub import NANO
+
+PROMPT = [{"role": "user", "content": "two pink hearts"}]
+
+
+@pytest.fixture(scope="module")
+def processor() -> hf.StarFlow2Processor:
+    return AutoProcessor.from_pretrained(NANO)
+
+
+@pytest.fixture(scope="module")
+def model() -> hf.StarFlow2ForMultimodalLM:
+    return AutoModelForMultimodalLM.from_pretrained(NANO)
+
+
+@pytest.fixture(scope="module")
+def picture(model: hf.StarFlow2ForMultimodalLM) -> Iterator[torch.Tensor]:
+    yield read_picture(model.starflow2.generate("two pink hearts", seed=3, tries=1)[0].image, 64)
+
+
+def test_auto_classes_find_ours(model, processor) -> None:
+    assert type(AutoConfig.from_pretrained(NANO)) is hf.StarFlow2Config
+    assert type(model) is hf.StarFlow2ForMultimodalLM
+    assert type(processor) is hf.StarFlow2Processor
+
+
+def test_image_mode_draws_what_generate_draws(model, processor) -> None:
+    pixels = model.generate(**processor.apply_chat_template(PROMPT), generation_mode="image", seed=3)
+    (image,) = processor.post_process_multimodal_output(pixels, generation_mode="image")
+    expected = read_picture(model.starflow2.generate("two pink hearts", seed=3, tries=1)[0].image, 64)
+    assert image.size == (64, 64)
+    torch.testing.assert_close(read_picture(image, 64), expected, atol=2.5 / 255, rtol=0)  # a rounding step of PNG
+
+
+def test_replies_of_a_prompt_have_seeds_in_turn(model, processor) -> None:
+    inputs = processor.apply_chat_template(PROMPT)
+    two = model.generate(**inputs, generation_mode="image", seed=3, num_return_sequences=2)
+    second = model.generate(**inputs, generation_mode="image", seed=4)
+    assert two.shape == (2, 3, 64, 64)
+    torch.testing.assert_close(two[1], second[0], atol=1e-4, rtol=0)
+    assert (two[0] - two[1]).abs().max() > 0.1
+
+
+def test_torch_s_own_seed_decides_where_none_is_given(model, processor) -> None:
+    inputs = processor.apply_chat_template(PROMPT)
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(model.generate(**inputs, generation_mode="image"))
+    torch.testing.assert_close(drawn[0], drawn[1], atol=1e-4, rtol=0)
+    assert (drawn[0] - drawn[2]).abs().max() > 0.1
+
+
+def test_text_mode_answers_what_ask_answers_in_a_padded_batch(model, processor, picture) -> None:
+    talks = [
+        [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
+        for question in ("how many hearts are there?", "is there a pink heart?")
+    ]
+    inputs = processor.apply_chat_template(talks)
+    assert inputs["pixel_values"].shape == (2, 3, 64, 64)
+    made = model.generate(**inputs, max_new_tokens=16)
+    answers = processor.post_process_multimodal_output(made[:, inputs["input_ids"].shape[1] :])
+    assert answers == [model.starflow2.ask(to_pil(picture), talk[0]["content"][1]["text"]) for talk in talks]
+    assert all(answers)
+
+
+def test_interleaved_mode_gives_words_and_images_in_order(model, processor) -> None:
+    first = [{"role": "user", "content": "please start with a red cross."}]
+    replied = model.generate(**processor.apply_chat_template(first), generation_mode="interleaved", seed=0)
+    (parts,) = processor.post_process_multimodal_output(replied)
+    assert [isinstance(part, str) for part in parts].count(False) == 1
+    expected = model.starflow2.tell([["please start with a red cross."]], [0])[0][0]
+    assert [p for p in parts if isinstance(p, str)] == [p for p in expected if isinstance(p, str)]
+
+
+def test_a_past_with_images_is_read(model, processor, picture) -> None:
+    talk = [
+        {"role": "user", "content": "two pink hearts"},
+        {"role": "assistant", "content": [{"type": "image", "image": picture}]},
+        {"role": "user", "content": "how many hearts are there?"},
+    ]
+    inputs = processor.apply_chat_template(talk)
+    made = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    past = [(["two pink hearts"], [picture])]
+    assert processor.post_process_multimodal_output(made) == model.starflow2.answers_after(
+        [past], ["how many hearts are there?"]
+    )
+
+
+def test_what_is_saved_loads_and_draws_the_same(model, processor, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "a")
+    AutoConfig.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "a")  # transformers writes config.json anew
+    again = AutoModelForMultimodalLM.from_pretrained(tmp_path / "a")
+    inputs = AutoProcessor.from_pretrained(tmp_path / "a").apply_chat_template(PROMPT)
+    for mode in ("image", "text"):
+        made = [m.generate(**inputs, generation_mode=mode, seed=3) for m in (model, again)]
+        torch.testing.assert_close(*made, atol=0, rtol=0)  # the same weights, the same computation
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    StarFlow2.from_pretrained(tmp_path / "a")
+
+
+def test_weights_are_those_of_our_own_loader(model) -> None:
+    ours = StarFlow2.from_pretrained().components.state_dict()
+    assert {f"components.{name}" for name in ours} == set(model.state_dict())
+    assert model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"generation_mode": "audio"}, ConfigError, "generation_mode"),
+        ({"max_new_token": 3}, ConfigError, "max_new_tokens"),
+        ({"max_new_tokens": 0}, ConfigError, "max_new_tokens"),
+        ({"num_beams": 4}, ConfigError, "num_beams"),
+        ({"temperature": float("nan")}, ConfigError, "temperature"),
+        ({"pixel_values": torch.zeros(1, 3, 64, 64)}, DataError, "slots"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_by_name(model, processor, options, error, words: str) -> None:
+    with pytest.raises(error, match=words):
+        model.generate(**{**processor.apply_chat_template(PROMPT), **options})
+
+
+@pytest.mark.parametrize(
+    ("talk", "words"),
+    [
+        ([{"role": "assistant", "content": "two pink hearts"}], "role 'user'"),
+        ([*PROMPT, {"role": "assistant", "content": "two hearts"}], "last word"),
+        ([{"role": "user", "content": [{"type": "video", "video": "x"}]}], "video"),
+        ([{"role": "user"}], "content"),
+        ([{"role": "user", "content": "a violet dragon"}], "dragon"),
+    ],
+)
+def test_messages_of_another_form_are_refused(processor, talk, words: str) -> None:
+    with pytest.raises(PromptError, match=words):
+        processor.apply_chat_template(talk)
+
+
+def test_slots_without_their_image_are_refused(model, processor, picture) -> None:
+    talk = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}]}]
+    inputs = processor.apply_chat_template(talk)
+    with pytest.raises(DataError, match="pixel values"):
+        model.generate(inputs["input_ids"])
+    with pytest.raises(DataError, match="slots"):
+        model.generate(inputs["input_ids"][:, :20], inputs["pixel_values"])
+
+
+@pytest.mark.parametrize(("name", "value"), [("dtype", torch.float16), ("device_map", "tpu"), ("quantize", True)])
+def test_options_of_loading_are_honoured_or_refused(name: str, value: object) -> None:
+    with pytest.raises(Exception, match=name.partition("_")[0]):
+        AutoModelForMultimodalLM.from_pretrained(NANO, **{name: value})
+
+
+def test_a_call_draws_and_edits_as_diffusers_do(model) -> None:
+    pipe = model.starflow2
+    (image,) = pipe("two pink hearts", generator=torch.Generator().manual_seed(0)).images
+    two = pipe("two pink hearts", num_images_per_prompt=2, guidance_scale=1.0).images
+    assert image.size == (64, 64) and len(two) == 2
+    (edited,) = pipe("change the color of the hearts to green", image=image).images
+    assert edited.tobytes() != image.tobytes()
