@@ -1,0 +1,1 @@
+"""The weights of nano, in the folder `model` beside this file."""
