@@ -25,7 +25,7 @@ PACKAGES := -c constraints.txt -e '.[dev]' tensorboard
 # Tests that compare two routes to one number: they have to pass with any instruction set.
 EXACT := tests/flow tests/inference tests/models/test_pretzel.py tests/models/test_prefix.py tests/models/test_sequence.py
 
-.PHONY: help setup demo test check exact portable slow fuzz soak newest pins docs nano
+.PHONY: help setup demo test check exact portable slow fuzz soak newest pins docs site release nano
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -77,6 +77,14 @@ pins: setup ## write hashes.txt after constraints.txt has changed
 
 docs: setup ## write docs/api.md from the source
 	$(BIN)/python docs/generate.py
+
+site: docs ## the documentation as a site in site/, built and checked without a network
+	$(WHEELS) $(BIN)/uv pip install --python $(BIN)/python -q -c constraints.txt -e '.[docs]'
+	$(BIN)/zensical build --strict --clean
+	$(BIN)/python scripts/check_site.py site
+
+release: setup ## both wheels into dist/, checked, installed elsewhere and drawn with; nothing is uploaded
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python scripts/release.py dist
 
 nano: setup ## train nano from scratch, one process per core; the recipe's docstring says what it costs
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(JOBS) -m starflow2 train nano

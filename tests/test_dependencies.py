@@ -20,8 +20,8 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = ["", *PROJECT["optional-dependencies"]]
-# Used where somebody has installed them: they pull torchvision in, which has to match torch.
-NEVER_REQUIRED = {"lpips", "torch_fidelity"}
+# Used where somebody has installed them: two pull torchvision in, which has to match torch, one is our own weights.
+NEVER_REQUIRED = {"lpips", "torch_fidelity", "starflow2_nano"}
 
 
 @cache

@@ -142,3 +142,14 @@ def test_the_readme_shows_how_it_works_before_how_good_it_is() -> None:
         < readme.index("src/starflow2/\n")
         < readme.index("| W-")
     )
+
+
+def test_the_page_for_users_of_other_libraries_runs(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "coming-from.md").read_text("utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 3 and (tmp_path / "hearts.png").exists()
+    assert "two" in names["answer"] and any(not isinstance(part, str) for part in names["parts"])
+    assert {type(event).__name__ for event in names["made"]} == {"Token", "Completed"}
