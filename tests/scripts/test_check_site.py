@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 from check_site import faults, main
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def page(folder: Path, body: str, name: str = "index.html") -> None:
@@ -38,3 +41,14 @@ def test_every_kind_of_fault_is_found(tmp_path: Path, body: str, fault: str) -> 
 def test_an_empty_folder_is_no_site(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"index\.html"):
         main(str(tmp_path))
+
+
+def test_doctests_become_blocks_without_flags() -> None:
+    pytest.importorskip("griffe", reason="griffe is not installed; it comes with the docs extra")
+    spec = importlib.util.spec_from_file_location("site_doctests", ROOT / "docs" / "site_doctests.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (
+        module.fenced("Sum.\n\n>>> 1 + 1  # doctest: +SKIP\n2\n\nEnd.") == "Sum.\n\n```pycon\n>>> 1 + 1\n2\n```\n\nEnd."
+    )
