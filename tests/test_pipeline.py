@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from model_cases import STAGES, sampled_by_the_flow, tiny_components
 from starflow2 import StarFlow2
@@ -459,9 +460,12 @@ def test_what_is_saved_is_a_model_folder_with_a_card_for_the_hub(saved):
     assert {p.name for p in saved.iterdir()} == {
         "README.md", "config.json", "features", "lexicon.txt", "model.safetensors", "tokenizer.json", "vlm",
     }  # fmt: skip
-    card = (saved / "README.md").read_text()
-    assert "normalizing-flow" in card and "starflow2" in card
-    assert json.loads((saved / "config.json").read_text()).keys() == {"format", "stages", "model", "digests"}
+    card = ModelCard.load(saved / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("starflow2", "any-to-any")
+    assert {"normalizing-flow", "arxiv:2605.08029"} <= set(card.data.tags)
+    assert "Finished stages: features" in card.text and "{{" not in card.text
+    config = json.loads((saved / "config.json").read_text())
+    assert config.keys() == {"model_type", "format", "stages", "model", "digests"}
 
 
 def test_saving_again_keeps_a_card_that_somebody_wrote(model, saved):

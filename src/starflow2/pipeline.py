@@ -102,7 +102,38 @@ class Images:
     images: list[PILImage]
 
 
-class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow", "text-to-image"]):
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+One causal model that reads, answers, draws and edits: a normalizing flow beside a language model, trained with
+[starflow2](https://pypi.org/project/starflow2), after [STARFlow2](https://arxiv.org/abs/2605.08029).
+Finished stages: {{ stages }}. It draws {{ size }} x {{ size }} pixels and has {{ parameters }} parameters.
+
+```python
+from starflow2 import StarFlow2
+
+model = StarFlow2.from_pretrained("this folder or its id on the Hub")
+model.generate("{{ prompt }}")[0].image
+```
+
+In transformers, after `import starflow2.hf`: `AutoModelForMultimodalLM.from_pretrained(...)` and
+`AutoProcessor.from_pretrained(...)`.
+
+What it was trained on, how good it is and under which licence it may be used: please fill in.
+"""
+
+
+class StarFlow2(
+    ModelHubMixin,
+    library_name="starflow2",
+    pipeline_tag="any-to-any",
+    tags=["normalizing-flow", "text-to-image", "image-to-image", "image-text-to-text", "arxiv:2605.08029"],
+    paper_url="https://arxiv.org/abs/2605.08029",
+    model_card_template=MODEL_CARD,
+):
     """A trained model that reads, answers, draws and edits.
 
     >>> model = StarFlow2.from_pretrained("nano")  # doctest: +SKIP
@@ -456,13 +487,25 @@ class StarFlow2(ModelHubMixin, library_name="starflow2", tags=["normalizing-flow
         if unused:
             raise ConfigError(f"{unused[0]} is an option of push_to_hub, which is False; leave it out, or upload.")
         folder = save_components(self.components, _place(save_directory))
-        card = model_card_kwargs or {}
+        card = self._card_facts() | (model_card_kwargs or {})
         if not (folder / "README.md").exists():
             with replacing(folder / "README.md") as temp:
                 self.generate_model_card(**card).save(temp)
         if not push_to_hub:
             return None
         return self.push_to_hub(repo_id=repo_id or folder.name, model_card_kwargs=card, **hub)
+
+    def _card_facts(self) -> dict[str, str]:
+        """Facts of this model for its card."""
+        parameters = sum(p.numel() for p in self.components.parameters())
+        count = f"{parameters / 1e6:,.1f} million" if parameters < 1e9 else f"{parameters / 1e9:,.1f} billion"
+        return {
+            "name": self.components.cfg.name,
+            "stages": ", ".join(self.components.finished_stages) or "none",
+            "size": str(self.components.cfg.fae.image_size),
+            "parameters": count,
+            "prompt": "two pink hearts" if self.components.vocabulary else "a kite over the sea",
+        }
 
     @classmethod
     @torch_defaults()
