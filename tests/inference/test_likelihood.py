@@ -38,7 +38,7 @@ def photo(seed: int = 0) -> Tensor:
 
 def noisy(sampler: Sampler, image: Tensor, level: float) -> Tensor:
     """Latents (1, N, D) of a picture with noise of seed 0."""
-    x = sampler.components.codec.encode(image[None]).double()
+    x = sampler.components.codec_in_float64().encode(image[None].double())
     return x + level * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
 
 

@@ -45,6 +45,7 @@ class Sampler:
         doubles = self.config.precision == "float64"
         self.dtype = torch.float64 if doubles else components.flow.deep.head.weight.dtype
         stream = components.pretzel.in_float64() if doubles else components.pretzel
+        self._codec = components.codec_in_float64() if doubles else components.codec
         self.pretzel = self._with_skips(stream)
         self.start: Tensor | None = None  # (N, D) that every image starts from, None: drawn from the prior
         self.adjust_logits: Callable[[Tensor], Tensor] | None = None  # of next tokens (n, V), before one is chosen
@@ -81,7 +82,7 @@ class Sampler:
         Their noise is that of seed 0 for each, so that no image depends on where it stands or what stands beside it.
         """
         levels = levels.to(self.components.device, self.dtype)
-        x = self.components.codec.encode(images.to(levels.device)).to(self.dtype)
+        x = self._codec.encode(images.to(levels)).to(self.dtype)
         eps = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
         return x + levels[:, None, None] * eps.to(x)
 

@@ -88,6 +88,11 @@ class Components(nn.Module, Generic[Language, Joining]):
             return cast(Codec, self.own_codec)
         return FaeCodec(self.fae, self.features) if isinstance(self.cfg.fae, FaeConfig) else self.patches
 
+    def codec_in_float64(self) -> Codec:
+        """The codec over copies of its weights in double precision."""
+        names = [name for name in ("features", "fae", "patches", "own_codec") if name in self._modules]
+        return Components(self.cfg, None, {n: copy.deepcopy(self.get_submodule(n)).double() for n in names}).codec
+
     @property
     def joint_modules(self) -> dict[str, nn.Module]:
         """Modules that stage 3 trains: flow and joints."""
