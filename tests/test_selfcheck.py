@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,10 @@ def _faint(right: Any) -> Any:
     return lambda self, module, h, kept, target, mask: right(self, module, h, 0.9 * kept, target, mask)
 
 
+def _not_finite(right: Any) -> Any:
+    return lambda self, *given: math.nan * right(self, *given)
+
+
 def _forgetful_lanes(right: Any) -> Any:
     return lambda self, layer, index, kv: right(self, layer, index, kv * 0.99)
 
@@ -103,6 +108,7 @@ FLOW_FAULTS = {
     ),
     "a cache that forgets": Fault(nn.Cache, "append", _forgetful, selfcheck._cached_is_full, FLOAT32),
     "steps that forget": Fault(Stepper, "_attend", _faint, selfcheck._cached_is_full, FLOAT32),
+    "steps that are not finite": Fault(Stepper, "_attend", _not_finite, selfcheck._cached_is_full, FLOAT32),
     "an inverse that stops too soon": Fault(
         selfcheck, "JACOBI", lambda _: Jacobi(max_iterations=2), selfcheck._parallel_inverse, FLOAT32
     ),

@@ -217,7 +217,9 @@ def _sampler(m: _Material) -> tuple[Flow, tuple[Context, Context], Tensor]:
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).detach().abs().max())
+    """Largest distance between two tensors; infinite where one is not finite, since `max` would pass over NaN."""
+    gap = float((a - b).detach().abs().max())
+    return math.inf if math.isnan(gap) else gap
 
 
 # -- the checks -------------------------------------------------------------------------------------------------------
@@ -288,7 +290,7 @@ def _jacobian_diagonal(m: _Material) -> float:
 
 def _leak(m: _Material) -> float:
     """Largest derivative of any latent by a later one; exactly zero in a causal flow."""
-    return max(float(grad[future].abs().max()) for grad, _, future in _diagonals(m))
+    return max(_gap(grad[future], torch.zeros_like(grad[future])) for grad, _, future in _diagonals(m))
 
 
 HOWS: tuple[Reading, ...] = ("steps", "chunks")  # two ways to decode one latent after the other
@@ -437,9 +439,9 @@ def _interleaved(components: Components, precision: Literal["float32", "float64"
     output = read_documents(recorder, pack([document], sampler.layout).to(x.device), x, levels)
     (full,) = recorder.record
     pairs = zip(engine.states(row), (full.h[0], full.g[0]), strict=True)
-    densities = output.affine.log_prob(output.u).sum(1)[1:].tolist()
-    nats = [abs(a - (b.log_prob or 0.0)) / x[0].numel() for a, b in zip(densities, (first, second), strict=True)]
-    return max(*nats, *(_gap(stepped, whole[-1]) / float(whole.abs().max()) for stepped, whole in pairs))
+    stated = torch.tensor([first.log_prob or 0.0, second.log_prob or 0.0]).to(x)
+    nats = _gap(output.affine.log_prob(output.u).sum(1)[1:], stated) / x[0].numel()
+    return max(nats, *(_gap(stepped, whole[-1]) / float(whole.abs().max()) for stepped, whole in pairs))
 
 
 def _interleaved_float32(m: _Material) -> float:
