@@ -100,6 +100,23 @@ def tiny_components(stages: tuple[str, ...] = STAGES[:4], scale: float = 0.05, s
     return components.eval()
 
 
+def compiled_components(side: int = 3) -> Components:
+    """Like `tiny_components` after every stage, in widths that the compiled streams take."""
+    cfg = tiny_model(side)
+    stack = StackConfig(width=64, depth=1, head_dim=32, activation="relu2")
+    deep, *shallow = (replace(block, stack=stack) for block in (cfg.flow.deep, *cfg.flow.shallow))
+    cfg = replace(
+        cfg,
+        vlm=replace(cfg.vlm, width=32, mrope_section=(4, 2, 2)),
+        flow=replace(cfg.flow, deep=replace(deep, context_dim=64), shallow=tuple(shallow)),
+        joints=replace(cfg.joints, adapter_width=32),
+    )
+    torch.manual_seed(3)
+    components = wake(Components(cfg, tiny_tokenizer()), 0.05)
+    components.vocabulary, components.finished_stages = known_words(), STAGES
+    return components.eval()
+
+
 def mix_of(**shares: float) -> MixConfig:
     """Stage 3's mix with these shares, and nothing else in it."""
     return MixConfig(**{f.name: 0.0 for f in fields(MixConfig)} | shares)

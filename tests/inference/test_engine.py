@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import random
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from engine_cases import asked, begun, fed, steered, told
 from model_cases import STAGES, tiny_components
 from starflow2.errors import ConfigError, DataError, PromptError, StateError
 from starflow2.inference.backend import NewImage
 from starflow2.inference.config import DrawConfig, ReplyLimits
 from starflow2.inference.engine import Engine, _Reply
-from starflow2.inference.events import Begun, Completed, DecodedImage, Ended, Failed, RowEvent, Stepped, Token
+from starflow2.inference.events import Begun, Completed, DecodedImage, Ended, Failed, Stepped, Token
 from starflow2.inference.lean import LeanBackend
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.streams import StreamBackend
@@ -37,24 +35,6 @@ def a_sampler(guidance: float = 1.0, precision: str = "float64", prior_scale: fl
 @pytest.fixture(scope="module")
 def sampler() -> Sampler:
     return a_sampler()
-
-
-def steered(sampler: Sampler) -> Sampler:
-    """A sampler with which some rows draw and some write."""
-    begin, twin = sampler.layout.begin, copy.copy(sampler)
-
-    def change(logits: Tensor) -> Tensor:
-        logits[:, begin] += torch.where(logits[:, 40] > logits[:, 41], 50.0, -50.0)
-        return logits
-
-    twin.adjust_logits = change
-    return twin
-
-
-def fed(engine: Engine, ids: Sequence[int]) -> int:
-    row = engine.open()
-    engine.feed(row, ids)
-    return row
 
 
 def drawn(engine: Engine, row: int, seed: int, config: DrawConfig | None = None) -> DecodedImage:
@@ -165,43 +145,6 @@ def test_images_start_from_the_prior_times_the_scale_of_their_row(sampler, scale
 # -- rows beside rows
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A request to a row: tokens to read, and limits of the reply."""
-
-    ids: tuple[int, ...]
-    seed: int
-    limits: ReplyLimits
-    config: DrawConfig
-
-
-def asked(number: int) -> Asked:
-    ids = (1, *range(30, 31 + number % 5), 2)
-    limits = ReplyLimits(tokens=2 + number % 3, pictures=number % 3, temperature=0.7 * (number % 2))
-    guidance, rule = (1.0, 0.0, 2.0, 0.5)[number % 4], ("starflow", "tarflow")[number // 2 % 2]
-    config = DrawConfig(guidance=guidance, rule=rule, prior_scale=0.5 + 0.1 * (number % 3), precision="float64")  # type: ignore[arg-type]
-    return Asked(ids, number, limits, config)
-
-
-def begun(engine: Engine, ask: Asked) -> int:
-    row = fed(engine, ask.ids)
-    engine.begin(row, ask.limits, ask.seed, ask.config)
-    return row
-
-
-def told(events: Sequence[RowEvent], row: int) -> list[object]:
-    """Events of one row in a form that can be compared."""
-    found: list[object] = []
-    for event in events:
-        if event.row == row and isinstance(event, Token):
-            found.append(event.id)
-        elif event.row == row and isinstance(event, Completed):
-            found.append(event.picture)
-        elif event.row == row and not isinstance(event, Stepped):
-            found.append(type(event))
-    return found
-
-
 def assert_same(mine: Sequence[object], theirs: Sequence[object]) -> None:
     assert len(mine) == len(theirs)
     for a, b in zip(mine, theirs, strict=True):
@@ -234,66 +177,6 @@ def test_rows_in_different_modalities_and_settings_equal_the_same_rows_alone(sam
     for row, expected in zip(rows, alone, strict=True):
         assert_same(told(events, row), expected)
     assert {type(event) for event in events} == {Token, Begun, Stepped, Completed, Ended}
-
-
-class Crowd:
-    """Rows that join and leave an engine in an order that a seed draws."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        self.engine = Engine(steered(sampler))
-        self.live: dict[int, int] = {}  # by row, the number of what it was asked
-        self.finished: list[tuple[int, int]] = []
-        self.events: list[RowEvent] = []
-
-    def join(self, number: int) -> None:
-        if len(self.live) < 16:
-            self.live[begun(self.engine, asked(number % 8))] = number % 8
-
-    def step(self, _: int = 0) -> None:
-        new = self.engine.step()
-        self.events += new
-        for event in new:
-            if isinstance(event, Ended):
-                self.finished.append((event.row, self.live.pop(event.row)))
-
-    def cancel(self, number: int) -> None:
-        """Take a reply back and let it begin again, as if nothing had been."""
-        row = self._some(number)
-        if row is not None:
-            again = asked(self.live[row])
-            self.engine.cancel(row)
-            self.events = [event for event in self.events if event.row != row]
-            self.engine.begin(row, again.limits, again.seed, again.config)
-
-    def release(self, number: int) -> None:
-        row = self._some(number)
-        if row is not None:
-            self.engine.release(row)
-            del self.live[row]
-
-    def copy(self, number: int) -> None:
-        """Put a row that is over into another engine row, which then stays idle."""
-        if self.finished:
-            self.engine.load(self.engine.save(self.finished[number % len(self.finished)][0]))
-
-    def _some(self, number: int) -> int | None:
-        return sorted(self.live)[number % len(self.live)] if self.live else None
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_any_order_of_joining_and_leaving_gives_every_row_what_it_is_alone(sampler, alone, seed):
-    crowd, rng = Crowd(sampler), random.Random(seed)
-    actions = (crowd.join, crowd.join, crowd.step, crowd.step, crowd.cancel, crowd.release, crowd.copy)
-    for _ in range(40):
-        rng.choice(actions)(rng.randrange(100))
-    while crowd.live:
-        crowd.step()
-    assert crowd.finished
-    for row, number in crowd.finished:
-        assert_same(told(crowd.events, row), alone[number])
-    backend = crowd.engine.backend
-    assert isinstance(backend, LeanBackend)
-    assert backend.lanes.capacity <= max(backend.lanes.lengths) + 64
 
 
 def test_memory_depends_on_who_is_there_and_not_on_what_was_done(sampler):
