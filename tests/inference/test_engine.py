@@ -249,6 +249,23 @@ def test_a_row_that_does_not_fit_the_budget_is_refused_and_others_are_not(sample
     assert isinstance(list(engine.run())[-1], Ended)
 
 
+def test_a_row_whose_unconditional_branch_no_longer_fits_the_budget_fails_alone(sampler):
+    """Both rows were let in while the branches of neither were open."""
+    engine = Engine(sampler)
+    rows = [fed(engine, [1, 30, 2]) for _ in range(2)]
+    before = engine.mark(rows[1])
+    engine.budget = engine.backend.bytes_for(2, 64)  # for two lanes more than rows; both images need three
+    for row in rows:
+        engine.begin(row, DRAW, 4, draws=True)
+    events = list(engine.run())
+    (failed,) = [event for event in events if isinstance(event, Failed)]
+    assert failed.row == rows[1] and isinstance(failed.error, StateError) and "the budget is" in str(failed.error)
+    assert engine.backend.nbytes <= engine.budget
+    after = engine.mark(rows[1])
+    assert (after.lane.length, after.pending, after.cursor) == (before.lane.length, before.pending, before.cursor)
+    assert_same([event.picture for event in events if isinstance(event, Completed)], [again(sampler)])
+
+
 def test_what_cannot_be_done_is_refused_by_name(sampler):
     engine = Engine(sampler)
     row = engine.open()

@@ -412,7 +412,7 @@ class Engine:
         strength = torch.as_tensor(rising).expand(layout.num_latents)
         mrope, places = replace(state.cursor).latents()
         image = NewImage(z, self.sampler.noise_level, strength, mrope, places, state.previous)
-        self._make_room(row, state, layout.num_latents + 2)
+        self._make_room(row, state, layout.num_latents + 2, lanes=(1 + (self._blank is None)) * (guidance > 0))
         self.backend.start(state.lane, image)
         blank = self._open_blank(image) if guidance else None
         reply.pair = Pair(state.lane, blank, self.sampler.noise_level, config.rule)
