@@ -30,6 +30,7 @@ from starflow2.inference.packed import pack
 from starflow2.inference.sampler import Sampler
 from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
+from starflow2.models.components import build as build_components
 from starflow2.models.hub import NANO
 from starflow2.models.sequence import Cursor
 from starflow2.world.captions import caption_task
@@ -292,6 +293,8 @@ def test_other_models_are_refused_by_the_name_of_the_setting(nano):
     assert (
         native_backend(tiny)[1] == f"vlm.width is {tiny.language_cfg.width}; the compiled form takes a multiple of 16"
     )
+    elsewhere = pack(build_components(nano.cfg, "meta").pretzel)
+    assert native_backend(elsewhere)[1] == "device of the weights is meta; the compiled form takes cpu"
 
 
 @pytest.mark.parametrize(
@@ -357,6 +360,18 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, copying)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(Unavailable, match="cannot be written or loaded"):
         build.built(build.cache_folder(), copying)
+
+
+def test_where_the_cache_cannot_be_written_the_lean_form_samples_and_says_why(tmp_path, monkeypatch, nano, native):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    build._tried.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="cannot be written or loaded"):
+            path, note = sampler(nano).path()
+    finally:
+        build._tried.cache_clear()
+    assert path == "lean" and "cannot be written or loaded" in note
 
 
 def test_processes_that_compile_at_the_same_time_do_not_disturb_each_other(tmp_path, copying):
