@@ -7,7 +7,7 @@ Letters: n lanes, R rows of a pass, P images, N latents, D latent dim, E languag
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -90,6 +90,8 @@ class LeanBackend:
         own, above = w.near[:-1, :adapter], [w.near[:-1, :1]] + ([w.near[1:, 2:]] if deep.stencil else [])
         self._near = torch.cat([own, *above], dim=1)  # (N, adapter + flow), what is read of u at each latent
         self._adapter_width = adapter * deep.dim
+        # of sums that are made once an image; other devices may have no float64
+        self._exact = torch.float64 if w.near.device.type == "cpu" else w.dtype
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,7 +179,7 @@ class LeanBackend:
         part = slice(span.first, span.last)
         near = span.u.to(self.lanes.u)[self._near[part]].flatten(1)
         added = self._added(span.level, span.reference)[part]
-        return self._adapted(near, span.level), self._flow_base(near, added)
+        return self._adapted(near, span.level), self._flow_base(near, added.to(self.weights.dtype))
 
     def _flow_base(self, near: Tensor, added: Tensor) -> Tensor:
         return self._deep.proj_in.onto(added, near[:, self._adapter_width :].to(self.weights.dtype))
@@ -192,17 +194,18 @@ class LeanBackend:
     def _added(self, level: float, reference: Tensor | None) -> Tensor:
         """Terms of the flow's input at the slot of each latent beside its projection, (N, C)."""
         deep = self.weights.deep
-        table = deep.table + (deep.proj_in_bias + self.weights.at(level).deep_noise)
-        return table + self._reference(reference, slice(1, None))
+        constants = (deep.table, deep.proj_in_bias, self.weights.at(level).deep_noise)
+        table, bias, noise = (x.to(self._exact) for x in constants)
+        return table + bias + noise + self._reference(reference, slice(1, None))
 
     def _reference(self, reference: Tensor | None, targets: slice) -> Tensor:
         """The image before, around the targets [0, N] in `targets`, projected: (n, C)."""
         w = self.weights
         count = torch.arange(w.deep.cfg.num_latents + 1, device=w.near.device)[targets]
         if reference is None or w.reference is None:
-            return torch.zeros(len(count), w.deep.cfg.stack.width, dtype=w.dtype, device=count.device)
+            return torch.zeros(len(count), w.deep.cfg.stack.width, dtype=self._exact, device=count.device)
         window = reference.to(self.lanes.u)[w.stream.inputs.window(count[None])[0]]  # (n, side^2, D)
-        return F.linear(window.flatten(1).to(w.dtype), w.reference)
+        return F.linear(window.flatten(1).to(self._exact), w.reference.to(self._exact))
 
     def _read(self, rows: Rows) -> None:
         """Both streams at new positions; they go into the caches, and the states at each lane's last one are kept."""
@@ -264,6 +267,9 @@ class LeanBackend:
     @torch.no_grad()
     def draw(self, pairs: Sequence[Pair], count: int) -> None:
         """The lanes must be those of the last `arrange`."""
+        self._draw_latents(self._pictures(pairs), count)
+
+    def _pictures(self, pairs: Sequence[Pair]) -> Pictures:
         slot, device = self.lanes.slot_of, self.lanes.u.device
         main = [slot[p.lane] for p in pairs]
         blank = [slot[p.lane if p.blank is None else p.blank] for p in pairs]
@@ -274,8 +280,15 @@ class LeanBackend:
             for x in (main, blank, range(len(source)), [source[i] for i in range(len(source))])
         )
         tarflow = torch.tensor(is_tarflow, device=device) if any(is_tarflow) else None
-        is_guided = main != blank
-        self._draw_latents(Pictures(main_at, blank_at, slots, source_at, tarflow, is_guided, pairs[0].level), count)
+        return Pictures(main_at, blank_at, slots, source_at, tarflow, main != blank, pairs[0].level)
+
+    def latent_step(self, pairs: Sequence[Pair]) -> Callable[[], None]:
+        """A function that draws the next latent of every image on the device alone: what a compiler or a graph takes.
+
+        The lanes must be those of the last `arrange`.
+        """
+        pictures = self._pictures(pairs)
+        return torch.no_grad()(lambda: self._draw_latents(pictures, 1))
 
     def _draw_latents(self, pictures: Pictures, count: int) -> None:
         """Sample `count` latents of every image, and read them but for the last of an image."""

@@ -115,8 +115,8 @@ class PackedWeights:
         pairs = self.language_cfg.width // self.language_cfg.heads // 2
         power = torch.arange(0, 2 * pairs, 2).float() / (2 * pairs)
         self._freqs = (1.0 / self.language_cfg.rope_theta**power).to(self.near.device)
-        axes = torch.tensor(self.language_cfg.mrope_section)
-        self._axis = torch.arange(3).repeat_interleave(axes).to(self.near.device)  # of each pair
+        axes = [axis for axis, count in enumerate(self.language_cfg.mrope_section) for _ in range(count)]
+        self._axis = torch.tensor(axes, device=self.near.device)  # of each pair
 
     def _pack_language(self, vlm: QwenStream, dtype: torch.dtype | None) -> None:
         weights = {name: _as(x, dtype) for name, x in vlm.language_weights().items()}
@@ -172,21 +172,27 @@ class PackedWeights:
 
     @torch.no_grad()
     def _level(self, level: float) -> LevelWeights:
+        """Computed in float64 and rounded once: what is wrong here is wrong at every latent."""
+
         def embedded(module: Any) -> Tensor:
-            out: Tensor = copy.deepcopy(module).to(self.dtype)(torch.tensor([level], device=self.near.device))[0]
+            out: Tensor = copy.deepcopy(module).cpu().double()(torch.tensor([level], dtype=torch.float64))[0]
             return out
 
+        def rounded(x: Tensor) -> Tensor:
+            return x.to(self.near.device, self.dtype)
+
         adapter, flow = self.stream.joints.adapter, self.stream.flow
-        to_film = copy.deepcopy(adapter.film.to_film).to(self.dtype)
+        to_film = copy.deepcopy(adapter.film.to_film).cpu().double()
         gamma, beta = to_film(F.silu(embedded(adapter.noise_embedding))).chunk(2, dim=-1)
-        gain = adapter.gain.to(self.dtype)
+        gain = adapter.gain.cpu().double()
         slots = []
         for weights, block in zip(self.shallow, flow.shallow.blocks, strict=True):
             assert weights.start is not None
-            table = torch.cat([weights.start[None], weights.table[1:] + weights.proj_in_bias])
-            slots.append(table + embedded(cast(AffineBlock, block).noise_embedding))
-        noise = embedded(flow.deep.noise_embedding)
-        return LevelWeights(gain * (1 + gamma), gain * beta, noise, tuple(slots))
+            start, table, bias = (x.cpu().double() for x in (weights.start, weights.table, weights.proj_in_bias))
+            noise = embedded(cast(AffineBlock, block).noise_embedding)
+            slots.append(rounded(torch.cat([start[None], table[1:] + bias]) + noise))
+        deep = rounded(embedded(flow.deep.noise_embedding))
+        return LevelWeights(rounded(gain * (1 + gamma)), rounded(gain * beta), deep, tuple(slots))
 
     def language_rotation(self, mrope: Tensor) -> Tensor:
         """cos + i sin of the language model's M-RoPE: positions (3, M) -> (M, K / 2) complex; angles are float32."""
