@@ -1,14 +1,14 @@
 """Layers shared by every model here: norms, rotary positions, causal attention, a transformer stack and its cache.
 
 Not here: anything that knows about latents, tokens or images.
-Letters: B batch, T positions, C width, H heads, K head dim, L layers.
+Letters: B batch, T positions, C width, H heads, K head dim, D documents of at most L positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from starflow2.errors import ConfigError, ShapeError
 
 __all__ = [
     "Activation",
+    "ByDocument",
     "Cache",
     "CausalStack",
     "FiLM",
@@ -157,17 +158,106 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # -- attention and cache ------------------------------------------------------------------------
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None) -> Tensor:
-    """Softmax attention; q, k, v: (B, H, T, K), attend: (B, 1, Tq, Tk) bool, True = may attend, or None.
+def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | ByDocument | None) -> Tensor:
+    """Softmax attention; q, k, v: (B, H, T, K), attend: (B, 1, Tq, Tk) bool, True = may attend, documents, or None.
 
     Written out for bfloat16 on CPU, where the fused kernel trains three times slower (docs/LOG.md, "attention").
     """
+    if isinstance(attend, ByDocument):
+        return attend.attention(q, k, v)
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, Tq, Tk)
     if attend is not None:
         scores = scores.masked_fill(~attend, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1) @ v
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentGroup:
+    """Documents of similar length: where their positions stand in rows, and where as documents (D, L).
+
+    queries, keys: (4, n) int64, row, column, number among these documents and place of each position.
+    """
+
+    count: int  # D
+    length: int  # L, of the longest
+    queries: Tensor
+    keys: Tensor
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Values (n, H, K) of its queries; q: (B, H, Tq, K), k, v: (B, G, Tk, K), G divides H."""
+        q, k, v = (
+            self._documents(x, where).transpose(1, 2)
+            for x, where in ((q, self.queries), (k, self.keys), (v, self.keys))
+        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)[self.queries[2], self.queries[3]]
+
+    def _documents(self, x: Tensor, where: Tensor) -> Tensor:
+        """(B, H, T, K) -> (D, L, H, K), zero where a document has no such position here."""
+        row, column, document, place = where
+        empty = x.new_zeros(self.count, self.length, x.shape[1], x.shape[3])
+        return empty.index_put((document, place), x.transpose(1, 2)[row, column])
+
+
+@dataclass(frozen=True, slots=True)
+class ByDocument:
+    """Causal attention within the documents of packed rows, without a mask over whole rows.
+
+    Documents are taken out of their rows, groups of similar length together, so that a fused kernel needs no mask and
+    its work grows with the documents rather than with the rows. Positions of no document get zeros.
+    """
+
+    groups: tuple[DocumentGroup, ...]
+    document: Tensor  # (B, Tq) int64, the document of each query, -1 for none
+    place: Tensor  # (B, Tq) int64, its place there
+
+    @staticmethod
+    def of(document: Tensor) -> ByDocument:
+        """Rows that hold their documents one after the other; document: (B, T) int64, -1 at padding."""
+        column = torch.arange(document.shape[1], device=document.device).expand_as(document)
+        begins = F.pad(document[:, 1:] != document[:, :-1], (1, 0), value=True)
+        place = column - torch.where(begins, column, 0).cummax(1).values
+        return ByDocument.between((document, place), (document, place))
+
+    @staticmethod
+    def between(queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]) -> ByDocument:
+        """Queries and keys in any order; both: documents (B, T), -1 for none, and places in them (B, T)."""
+        (row, column), ids = _real(keys[0]), keys[0][keys[0] >= 0]
+        numbers, index = ids.unique(return_inverse=True)
+        lengths = torch.zeros_like(numbers).scatter_reduce(0, index, keys[1][row, column] + 1, "amax")
+        size = lengths.clamp(min=2).sub(1).log2().floor().long()  # documents of up to 2, 4, 8, ... positions
+        groups = tuple(
+            DocumentGroup(len(own), int(lengths[size == power].max()), _at(queries, own), _at(keys, own))
+            for power in size.unique().tolist()
+            for own in (numbers[size == power],)
+        )
+        return ByDocument(groups, *queries)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention (B, H, Tq, K); q: (B, H, Tq, K), k, v: (B, G, Tk, K), G divides H."""
+        found = torch.cat([group.attention(q, k, v) for group in self.groups])  # (n, H, K)
+        rows, columns = (torch.cat([group.queries[i] for group in self.groups]) for i in (0, 1))
+        out = found.new_zeros(q.transpose(1, 2).shape)  # (B, Tq, H, K)
+        return out.index_put((rows, columns), found).transpose(1, 2)
+
+    def to(self, device: torch.device | str) -> ByDocument:
+        groups = (replace(g, queries=g.queries.to(device), keys=g.keys.to(device)) for g in self.groups)
+        return ByDocument(tuple(groups), self.document.to(device), self.place.to(device))
+
+
+def _real(document: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of positions in a document."""
+    row, column = (document >= 0).nonzero(as_tuple=True)
+    return row, column
+
+
+def _at(positions: tuple[Tensor, Tensor], own: Tensor) -> Tensor:
+    """(4, n) row, column, number among `own`, which is sorted, and place of the positions of these documents."""
+    document, place = positions
+    row, column = torch.isin(document, own).nonzero(as_tuple=True)
+    return torch.stack([row, column, torch.searchsorted(own, document[row, column]), place[row, column]])
 
 
 class Cache:
@@ -361,7 +451,7 @@ class _Layer(nn.Module):
 @dataclass(slots=True)
 class _StackContext:
     rotation: tuple[Tensor, Tensor] | None
-    attend: Tensor | None
+    attend: Tensor | ByDocument | None
     cache: Cache | None
 
 
@@ -381,13 +471,13 @@ class CausalStack(nn.Module):
         self,
         x: Tensor,
         positions: Tensor | None = None,
-        attend: Tensor | None = None,
+        attend: Tensor | ByDocument | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """x: (B, T, C); positions: (B, T, 3), needed with rope; returns (B, T, C).
 
         attend: (B, Tk) bool, False at padding, beside the causal mask, or (B, Tq, Tk) bool, the
-        whole mask; None: no padding. Tk counts cached positions too.
+        whole mask, or documents; None: no padding. Tk counts cached positions too.
         """
         past = 0 if cache is None else cache.length
         rotation = self._rotation(positions, x)
@@ -409,11 +499,25 @@ class CausalStack(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def attention_mask(x: Tensor, past: int, attend: Tensor | None, is_causal: bool = True) -> Tensor | None:
+@overload
+def attention_mask(x: Tensor, past: int, attend: Tensor | None, is_causal: bool = True) -> Tensor | None: ...
+
+
+@overload
+def attention_mask(
+    x: Tensor, past: int, attend: Tensor | ByDocument | None, is_causal: bool = True
+) -> Tensor | ByDocument | None: ...
+
+
+def attention_mask(
+    x: Tensor, past: int, attend: Tensor | ByDocument | None, is_causal: bool = True
+) -> Tensor | ByDocument | None:
     """Boolean mask (B or 1, 1, Tq, Tk) of new positions x (B, Tq, C) after `past` cached ones; None: all attend to all.
 
-    attend: (B, Tk) bool, False at padding, or (B, Tq, Tk) bool, the whole mask.
+    attend: (B, Tk) bool, False at padding, or (B, Tq, Tk) bool, the whole mask. Documents are returned as they are.
     """
+    if isinstance(attend, ByDocument):
+        return attend
     length = x.shape[1]
     if attend is not None and attend.ndim == 3:
         return attend.unsqueeze(1)

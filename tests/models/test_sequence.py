@@ -167,10 +167,10 @@ def test_padding_follows_the_last_document_and_has_no_labels():
 
 def test_a_position_attends_to_the_past_of_its_own_document_and_to_nothing_else():
     batch = pack([WORDS, STORY, WORDS], LAYOUT, 30)
-    assert batch.attend is not None
+    assert batch.mask is not None and batch.attend is batch.mask
     for row, document in enumerate(batch.document.tolist()):
         for q, k in itertools.product(range(len(document)), repeat=2):
-            assert bool(batch.attend[row, q, k]) == (k <= q and document[q] == document[k])
+            assert bool(batch.mask[row, q, k]) == (k <= q and document[q] == document[k])
 
 
 def test_rows_of_one_document_each_need_no_mask_since_a_causal_model_does_not_see_padding():
@@ -182,7 +182,7 @@ def test_the_mask_of_a_batch_is_built_once_and_without_reading_a_value_from_the_
     batch = pack([WORDS, STORY, WORDS], LAYOUT, 30)
     assert batch.attend is batch.attend
     elsewhere = batch.to("meta")  # where to read a value raises
-    assert elsewhere.attend is not None and elsewhere.attend.shape == (1, 29, 29)
+    assert elsewhere.mask is not None and elsewhere.mask.shape == (1, 29, 29)
     assert pack([STORY, WORDS], LAYOUT).to("meta").attend is None
 
 

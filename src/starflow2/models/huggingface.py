@@ -42,6 +42,7 @@ class Backbone(nn.Module):
     kinds: tuple[str, ...]  # values of model_type in config.json that it loads
     hint: str = ""  # what else to say of others
     system: str = ""  # of a language model: the system prompt that its chat template puts first; "": none
+    attends_by_document: bool = False  # of a language model: whether `states` takes `nn.ByDocument`
     has_tower: bool = True  # of a language model: whether `see` gives its own tower's tokens of an image
 
     @property
@@ -49,6 +50,12 @@ class Backbone(nn.Module):
         """Dtype of the weights."""
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
+
+    @property
+    def tower(self) -> tuple[nn.Module, ...]:
+        """The vision tower of a language model, for counts; () where transformers gives it none."""
+        visual = getattr(getattr(self.model, "model", None), "visual", None)
+        return () if visual is None else (visual,)
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors."""

@@ -20,7 +20,7 @@ from starflow2.flow import Affine, Flow
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.models.protocols import LanguageStream
 from starflow2.models.sequence import IGNORE, Batch
-from starflow2.nn import Cache, check
+from starflow2.nn import ByDocument, Cache, check
 
 __all__ = [
     "JointStream",
@@ -58,7 +58,7 @@ class Slots:
     places: Tensor  # (B, T, 3)
     latent: Latent | None = None
     begin: tuple[Tensor, Tensor, Tensor] | None = None  # rows (P,), positions (P,), added at a begin slot (P, C)
-    attend: Tensor | None = None  # (B, Tk) or (B, T, Tk) bool
+    attend: Tensor | ByDocument | None = None  # (B, Tk) or (B, T, Tk) bool, or documents
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,25 +13,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from starflow2.models.protocols import LanguageStream
+from starflow2.nn import ByDocument
 
 __all__ = ["prefix_mask", "two_pass_states"]
 
 
-def prefix_mask(is_latent: Tensor, attend: Tensor | None) -> Tensor:
-    """Mask (B, T) of positions that see no latent. is_latent: (B, T) bool; attend: (B, T, T) bool, None for causal."""
+def prefix_mask(is_latent: Tensor, attend: Tensor | ByDocument | None) -> Tensor:
+    """Mask (B, T) of positions that see no latent; is_latent: (B, T) bool, attend: as in `two_pass_states`."""
+    if isinstance(attend, ByDocument):
+        count = is_latent.cumsum(1)  # up to and including each position
+        begin = torch.arange(count.shape[1], device=count.device) - attend.place
+        return count == (count - is_latent.long()).gather(1, begin)
     if attend is None:
         return is_latent.cumsum(1) == 0
     return ~(attend & is_latent[:, None]).any(-1)
 
 
 def two_pass_states(
-    vlm: LanguageStream, embeds: tuple[Tensor, Tensor], mrope: Tensor, first: Tensor, attend: Tensor | None
+    vlm: LanguageStream,
+    embeds: tuple[Tensor, Tensor],
+    mrope: Tensor,
+    first: Tensor,
+    attend: Tensor | ByDocument | None,
 ) -> Tensor:
     """States (B, T, E) like those of `vlm.states`, computed in two passes: positions of `first`, then all others.
 
     embeds: two (B, T, E) tensors: text embeddings without gradient, valid where `first` is True, and the full
     embeddings. mrope: (3, B, T). first: (B, T) bool; its positions attend to positions of `first` only. attend:
-    (B, T, T) bool or None for causal.
+    (B, T, T) bool, documents, or None for causal.
     """
     words, whole = embeds
     if attend is None:
@@ -39,9 +48,10 @@ def two_pass_states(
         attend = torch.ones(count, count, dtype=torch.bool, device=whole.device).tril().expand(len(whole), -1, -1)
     (early, is_early), (late, is_late) = _positions(first), _positions(~first)
     cache = vlm.new_cache()
-    before = vlm.states(_at_positions(words, early), _mrope(mrope, early), cache, _mask(attend, early, early, is_early))
-    keys, is_key = torch.cat([early, late], 1), torch.cat([is_early, is_late], 1)
-    after = vlm.states(_at_positions(whole, late), _mrope(mrope, late), cache, _mask(attend, late, keys, is_key))
+    firsts, lasts = (early, is_early), (late, is_late)
+    before = vlm.states(_at_positions(words, early), _mrope(mrope, early), cache, _mask(attend, firsts, firsts))
+    keys = torch.cat([early, late], 1), torch.cat([is_early, is_late], 1)
+    after = vlm.states(_at_positions(whole, late), _mrope(mrope, late), cache, _mask(attend, lasts, keys))
     rows = torch.arange(len(whole), device=whole.device)[:, None]
     states = torch.zeros_like(whole, dtype=after.dtype)
     for positions, is_real, h in ((early, is_early, before), (late, is_late, after)):
@@ -69,9 +79,22 @@ def _mrope(mrope: Tensor, positions: Tensor) -> Tensor:
     return mrope.gather(2, positions.expand(len(mrope), -1, -1))
 
 
-def _mask(attend: Tensor, queries: Tensor, keys: Tensor, is_key: Tensor) -> Tensor:
-    """Mask (B, n, m) of the keys (B, m) that queries (B, n) attend to; a query that fills up a row sees itself."""
+def _mask(
+    attend: Tensor | ByDocument, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]
+) -> Tensor | ByDocument:
+    """Which of the keys (B, m) the queries (B, n) attend to, both with those that are real.
+
+    As documents, or as a mask (B, n, m) in which a query that fills up a row sees itself.
+    """
+    if isinstance(attend, ByDocument):
+        return ByDocument.between(_in_documents(attend, *queries), _in_documents(attend, *keys))
+    (queries_at, _), (keys_at, is_key) = queries, keys
     rows = torch.arange(len(attend), device=attend.device)[:, None, None]
-    allowed = attend[rows, queries[:, :, None], keys[:, None]] & is_key[:, None]
-    own = torch.eye(queries.shape[1], dtype=torch.bool, device=attend.device)
-    return allowed | F.pad(own, (keys.shape[1] - queries.shape[1], 0))
+    allowed = attend[rows, queries_at[:, :, None], keys_at[:, None]] & is_key[:, None]
+    own = torch.eye(queries_at.shape[1], dtype=torch.bool, device=attend.device)
+    return allowed | F.pad(own, (keys_at.shape[1] - queries_at.shape[1], 0))
+
+
+def _in_documents(attend: ByDocument, positions: Tensor, is_real: Tensor) -> tuple[Tensor, Tensor]:
+    """Documents, -1 where a position only fills up its row, and places of positions (B, n)."""
+    return attend.document.gather(1, positions).masked_fill(~is_real, -1), attend.place.gather(1, positions)

@@ -7,7 +7,7 @@ Letters: B batch, T positions, N latents or patches, D latent dim, E language wi
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -27,10 +27,11 @@ class LanguageStream(Protocol):
         """(B, T) int64 -> (B, T, E)."""
         ...
 
-    def states(
-        self, embeds: Tensor, positions: Tensor, cache: Cache | None = None, attend: Tensor | None = None
-    ) -> Tensor:
-        """Last hidden states (B, T, E), the input of `logits`. positions: (3, B, T); attend: as in `CausalStack`."""
+    def states(self, embeds: Tensor, positions: Tensor, cache: Cache | None = None, attend: Any = None) -> Tensor:
+        """Last hidden states (B, T, E), the input of `logits`. positions: (3, B, T); attend: as in `CausalStack`.
+
+        Documents (`nn.ByDocument`) are passed to a class whose `attends_by_document` is True, and to no other.
+        """
         ...
 
     def new_cache(self) -> Cache:

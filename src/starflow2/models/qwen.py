@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from starflow2.errors import ConfigError
 from starflow2.models.config import LanguageConfig
 from starflow2.models.huggingface import FUSED, Backbone
 from starflow2.models.vision import to_tower
-from starflow2.nn import Cache, at_least_fp32, attention_mask, check
+from starflow2.nn import ByDocument, Cache, at_least_fp32, attention_mask, check
 
 if TYPE_CHECKING:
     from transformers.models.qwen3_vl import Qwen3VLConfig
@@ -81,10 +83,26 @@ def qwen_config(cfg: LanguageConfig) -> Qwen2_5_VLConfig:
     )
 
 
+BY_DOCUMENT = "starflow2_by_document"
+
+
+def _by_document(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention of transformers' layers: by document where the mask holds documents, else as ever."""
+    if not isinstance(attention_mask, ByDocument):
+        return cast(tuple[Tensor, None], sdpa_attention_forward(module, query, key, value, attention_mask, **options))
+    return attention_mask.attention(query, key, value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(BY_DOCUMENT, _by_document)
+
+
 class QwenStream(Backbone):
     """Qwen2.5-VL as embed -> states -> logits, and its vision tower (`see`)."""
 
     kinds = ("qwen2_5_vl",)
+    attends_by_document = True
     system = "You are a helpful assistant."
     unseen = (
         "text_config.num_attention_heads",
@@ -123,17 +141,19 @@ class QwenStream(Backbone):
         embeds: Tensor,
         positions: Tensor,
         cache: Cache | None = None,
-        attend: Tensor | None = None,
+        attend: Tensor | ByDocument | None = None,
     ) -> Tensor:
         """Last hidden states after the final norm, (B, T, E).
 
         embeds: (B, T, E); positions: (3, B, T) M-RoPE ids. Causal by default. attend: (B, Tk) bool
-        marks usable keys, (B, T, Tk) bool is the whole mask; Tk counts cached positions too. Rows of unequal length
-        that start together may also be padded at the right, which a causal model does not see.
+        marks usable keys, (B, T, Tk) bool is the whole mask; Tk counts cached positions too. Documents need no mask.
+        Rows of unequal length that start together may also be padded at the right, which a causal model does not see.
         """
         check(positions, "A B T", "positions", A=3)
         embeds = embeds.to(self.dtype)
         mask = attention_mask(embeds, 0 if cache is None else cache.length, attend)
+        if isinstance(mask, ByDocument):
+            self.model.model.language_model.config._attn_implementation = BY_DOCUMENT
         out = self.model.model.language_model(
             inputs_embeds=embeds,
             position_ids=positions,

@@ -8,13 +8,14 @@ Letters: B rows, T positions, N latents of one image, P images of a batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from starflow2.errors import DataError
+from starflow2.nn import ByDocument
 
 __all__ = [
     "IGNORE",
@@ -137,9 +138,16 @@ class Batch:
     places: Tensor  # (B, T, 3) float
     pictures: Pictures
     shares_rows: bool  # True if some row holds more than one document
+    sources: tuple[int, ...] = ()  # number of the source of each document in its mixture; () where there is none
+    documents: ByDocument | None = None  # its attention without a mask over whole rows; None: by the mask
 
     @cached_property
-    def attend(self) -> Tensor | None:
+    def attend(self) -> Tensor | ByDocument | None:
+        """Which positions attend to which: `documents`, or `mask`."""
+        return self.mask if self.documents is None else self.documents
+
+    @cached_property
+    def mask(self) -> Tensor | None:
         """(B, T, T) bool, block-diagonal and causal; None where every row holds one document.
 
         Built at the first access, from `shares_rows` and without waiting for the device, and kept.
@@ -148,13 +156,18 @@ class Batch:
             return None
         return (self.document[:, :, None] == self.document[:, None]).tril()
 
+    def by_document(self) -> Batch:
+        """The batch with attention by document, for GPUs; on a CPU its mask is faster."""
+        return replace(self, documents=ByDocument.of(self.document))
+
     def to(self, device: torch.device | str) -> Batch:
         """Copy of the batch on another device."""
         p = self.pictures
         pictures = Pictures(p.row.to(device), p.begin.to(device), p.is_target.to(device), p.previous.to(device))
         ids, labels, document = self.ids.to(device), self.labels.to(device), self.document.to(device)
         mrope, places = self.mrope.to(device), self.places.to(device)
-        return Batch(ids, labels, document, mrope, places, pictures, self.shares_rows)
+        by_document = None if self.documents is None else self.documents.to(device)
+        return Batch(ids, labels, document, mrope, places, pictures, self.shares_rows, self.sources, by_document)
 
 
 @dataclass(slots=True)

@@ -25,7 +25,7 @@ from starflow2.models.components import Components
 from starflow2.models.config import JointsConfig, LanguageConfig
 from starflow2.models.joint_stream import LatentInputs, PretzelCache, Skip, Slots, States, Trace
 from starflow2.models.pretzel import reference_projection
-from starflow2.nn import Cache, StackConfig, at_least_fp32, attention, attention_mask, check, num_parameters
+from starflow2.nn import ByDocument, Cache, StackConfig, at_least_fp32, attention, attention_mask, check, num_parameters
 
 __all__ = [
     "Experts",
@@ -179,14 +179,19 @@ class Experts(nn.Module):
         return self.text.lm_head(h)
 
     def states(
-        self, embeds: Tensor, positions: Tensor, cache: Cache | None = None, attend: Tensor | None = None
+        self, embeds: Tensor, positions: Tensor, cache: Cache | None = None, attend: Tensor | ByDocument | None = None
     ) -> Tensor:
         """Last hidden states (B, T, E) of text; arguments as in `LanguageStream`."""
         is_visual = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         return self.mixed(embeds, positions, is_visual, cache, attend)
 
     def mixed(
-        self, x: Tensor, positions: Tensor, is_visual: Tensor, cache: Cache | None = None, attend: Tensor | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        is_visual: Tensor,
+        cache: Cache | None = None,
+        attend: Tensor | ByDocument | None = None,
     ) -> Tensor:
         """Each slot of x (B, T, E) through the experts of its kind -> (B, T, E); text slots get the model's last norm.
 
