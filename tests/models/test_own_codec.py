@@ -1,4 +1,4 @@
-"""A codec named by its class: it goes through stages, model folder and pipeline without a change of the package."""
+"""A codec and an extractor named by their classes: through stages, model folder and pipeline, the package unchanged."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from model_cases import tiny_model, tiny_run, tiny_tokenizer
 from starflow2.errors import ConfigError
 from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
-from starflow2.models.config import CodecConfig, ModelConfig
+from starflow2.models.config import CodecConfig, ExtractorConfig, ModelConfig
 from starflow2.models.summary import describe
 from starflow2.pipeline import StarFlow2
 from starflow2.training.loop import fit
-from starflow2.training.recipes import with_patches
+from starflow2.training.recipes import smoke, with_patches
+from starflow2.training.work import Sizes
 
 CODEC = '''
 import torch
@@ -56,6 +57,19 @@ class Pooled(nn.Module):
 
 class Useless(nn.Module):
     pass
+
+
+class Projected(nn.Module):
+    """Patches of eight pixels under a fixed random projection, as the features of an FAE."""
+
+    def __init__(self, width=40):
+        super().__init__()
+        self.grid, self.feature_dim = (8, 8), width
+        generator = torch.Generator().manual_seed(0)
+        self.matrix = nn.Parameter(torch.randn(192, width, generator=generator) / 14)
+
+    def features(self, images):
+        return F.unfold(images, 8, stride=8).transpose(1, 2) @ self.matrix
 '''
 
 
@@ -108,3 +122,53 @@ def test_a_codec_of_ones_own_goes_through_every_stage_and_draws(folder):
 def test_what_is_no_codec_of_these_sizes_is_refused(folder, changes, says):
     with pytest.raises(ConfigError, match=says):
         Components(model_over(**changes), tiny_tokenizer())
+
+
+# -- feature extractors -----------------------------------------------------------------------------------------------
+
+
+def model_on(**changes: Any) -> ModelConfig:
+    """The tiny model whose FAE reads features of the class."""
+    usual: dict[str, Any] = {"extractor": "my_codec:Projected", "feature_dim": 40, "grid": (8, 8)}
+    return replace(tiny_model(), features=ExtractorConfig(**{**usual, **changes}))
+
+
+def test_an_extractor_of_ones_own_goes_through_every_stage_and_draws(folder):
+    run = replace(tiny_run(1, 1), model=model_on(settings={"width": 40}))
+    stages = tuple(stage for stage in run.stages if stage.name != "features")
+    run = replace(run, stages=tuple(replace(s, perceptual=0.1, adversarial=0.1) for s in stages))
+    before: torch.Tensor | None = None
+    for stage in run.stages:
+        fit(run, stage.name, folder)
+        matrix = load_file(folder / "model" / "model.safetensors")["features.matrix"]
+        assert before is None or torch.equal(matrix, before), "no stage trains it"
+        before = matrix
+    loaded = load_components(folder / "model")
+    assert isinstance(before, torch.Tensor) and torch.equal(loaded.features.matrix, before)
+    assert not (folder / "model" / "features").exists()
+    (drawing,) = StarFlow2(loaded).generate("two red hearts")
+    assert drawing.image.size == (64, 64)
+    assert describe(run.model).parameters.by_component["features"] == 192 * 40
+    assert Sizes.of(run.model).weights["features"] == 192 * 40 and "features" not in Sizes.of(run.model).trained("fae")
+    assert smoke(run).model.features == run.model.features
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"extractor": "os:system"}, "features.extractor is 'os:system'; expected a class that derives"),
+        ({"extractor": "my_codec:Useless"}, "lacks members of starflow2.models.protocols.FeatureExtractor"),
+        ({"settings": {"depth": 1}}, "features.settings do not fit my_codec:Projected"),
+        ({"settings": {"width": 20}}, r"has \(feature_dim, grid\) \(20, \(8, 8\)\), its config \(40"),
+        ({"grid": (4, 4)}, r"features has \(feature_dim, grid\) \(40, \(4, 4\)\).* expected those of fae"),
+    ],
+)
+def test_what_is_no_extractor_of_these_sizes_is_refused(folder, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        Components(model_on(**changes), tiny_tokenizer())
+
+
+def test_stage_features_trains_no_extractor_of_a_users_class(folder):
+    run = replace(tiny_run(1, 1), model=model_on())
+    with pytest.raises(ConfigError, match="which stays as it is; leave the stage out"):
+        fit(run, "features", folder)

@@ -30,11 +30,11 @@ from starflow2.core.torch_defaults import torch_defaults
 from starflow2.errors import CheckpointError, ConfigError, StarFlowError, nearest
 from starflow2.flow import AffineBlock, Flow
 from starflow2.models.components import Components
-from starflow2.models.config import CodecConfig, FaeConfig, ModelConfig
+from starflow2.models.config import CodecConfig, ExtractorConfig, FaeConfig, ModelConfig
 from starflow2.models.config_file import FORMAT, MODEL_TYPE, is_model_config, read_config
 from starflow2.models.fae import Fae
 from starflow2.models.huggingface import Backbone, stream_class
-from starflow2.models.own_codec import build_codec
+from starflow2.models.own_codec import build_codec, build_extractor
 from starflow2.models.pretrained import Pretrained, fingerprint, inventory, locate
 from starflow2.models.pretzel import Joints
 from starflow2.models.tensor_file import load_tensors
@@ -49,7 +49,7 @@ __all__ = [
     "weights_digest",
 ]
 
-OWN = ("fae.", "flow.", "joints.", "own_codec.")  # what model.safetensors holds
+OWN = ("fae.", "flow.", "joints.", "own_codec.")  # what model.safetensors holds, beside an extractor of a user's class
 BACKBONES = ("vlm", "features")  # what stands beside it, or is referred to
 FEW_LAYERS = 256  # as many are built in a moment, and compared with the file by name
 READINGS = 20  # of a folder that is being saved to, before the last result counts
@@ -97,7 +97,7 @@ def _write_folder(components: Components, folder: Path) -> None:
     for name in _backbones(components.cfg):
         if name not in components.cfg.references:
             getattr(components, name).save(folder / name)
-    own = {k: v for k, v in components.state_dict().items() if k.startswith(OWN)}
+    own = {k: v for k, v in components.state_dict().items() if k.startswith(_own(components.cfg))}
     save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / "model.safetensors")
     components.tokenizer.save(folder / "tokenizer.json")
     (folder / "lexicon.txt").write_text("\n".join(sorted(components.vocabulary)) + "\n", encoding="utf-8")
@@ -108,7 +108,7 @@ def weights_digest(components: Components) -> str:
     """Digest of FAE, flow and joints, with the adapters of a fine-tune, in 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     for name, value in sorted(components.state_dict().items()):
-        if name.startswith(OWN):
+        if name.startswith(_own(components.cfg)):
             digest.update(name.encode() + raw_bytes(value))
     return digest.hexdigest()
 
@@ -165,6 +165,8 @@ def _load_once(folder: Path, device: str | torch.device, waiting: tuple[str, ...
     components = _without_weights(cfg, tokenizer, source)
     if isinstance(cfg.fae, CodecConfig):
         components.own_codec = build_codec(cfg.fae)  # of a user's class, which may need real memory
+    if isinstance(cfg.features, ExtractorConfig):
+        components.add_module("features", build_extractor(cfg.features))
     if not any(name.startswith("joints.") for name in tensors) and "adapter" not in config.finished_stages:
         tensors |= _fresh_joints(cfg)
     _fill(components, tensors, source / "model.safetensors", waiting)
@@ -271,6 +273,8 @@ def start_components(cfg: ModelConfig, device: str | torch.device = "cpu") -> Co
         fresh["fae"] = Fae(cfg.fae)
     if isinstance(cfg.fae, CodecConfig):
         fresh["own_codec"] = build_codec(cfg.fae)
+    if isinstance(cfg.features, ExtractorConfig):
+        fresh["features"] = build_extractor(cfg.features)
     for name, module in fresh.items():
         setattr(components, name, module)
     for name in _backbones(cfg):
@@ -282,8 +286,13 @@ def start_components(cfg: ModelConfig, device: str | torch.device = "cpu") -> Co
 
 
 def _backbones(cfg: ModelConfig) -> tuple[str, ...]:
-    """Names of the backbones that a model has."""
-    return tuple(name for name in BACKBONES if getattr(cfg, name) is not None)
+    """Names of the backbones that a model has in transformers' layout."""
+    return tuple(name for name in BACKBONES if not isinstance(getattr(cfg, name), (type(None), ExtractorConfig)))
+
+
+def _own(cfg: ModelConfig) -> tuple[str, ...]:
+    """Prefixes of the weights in model.safetensors."""
+    return (*OWN, "features.") if isinstance(cfg.features, ExtractorConfig) else OWN
 
 
 def _refer(components: Components, name: str, place: Path | None, known: str, device: str | torch.device) -> None:
@@ -364,7 +373,8 @@ def _fill(components: Components, tensors: dict[str, Tensor], path: Path, waitin
 
     Raises CheckpointError for tensors that are missing, unknown, of another shape or not floating where ours are.
     """
-    state = {k: v for k, v in components.state_dict().items() if k.startswith(OWN)}
+    prefixes = _own(components.cfg)
+    state = {k: v for k, v in components.state_dict().items() if k.startswith(prefixes)}
     missing, extra = sorted(set(state) - set(tensors)), sorted(set(tensors) - set(state))
     if missing or extra:
         hint = nearest(missing[0], extra) if missing else ""
@@ -379,6 +389,6 @@ def _fill(components: Components, tensors: dict[str, Tensor], path: Path, waitin
         if target.is_floating_point() != value.is_floating_point():
             raise CheckpointError(f"{path}: {name} holds {value.dtype}, expected {target.dtype}.")
         state[name] = value.to(target.dtype, copy=not _waits(name, waiting))
-    for prefix in (prefix for prefix in OWN if any(k.startswith(prefix) for k in state)):
+    for prefix in (prefix for prefix in prefixes if any(k.startswith(prefix) for k in state)):
         own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         getattr(components, prefix.removesuffix(".")).load_state_dict(own, assign=True)

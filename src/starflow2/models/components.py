@@ -16,11 +16,11 @@ from typing_extensions import TypeVar
 
 from starflow2.errors import ConfigError
 from starflow2.flow import Flow
-from starflow2.models.config import CodecConfig, FaeConfig, ModelConfig
+from starflow2.models.config import CodecConfig, ExtractorConfig, FaeConfig, ModelConfig
 from starflow2.models.fae import Fae, FaeCodec
 from starflow2.models.huggingface import stream_class
 from starflow2.models.joint_stream import JointStream
-from starflow2.models.own_codec import build_codec
+from starflow2.models.own_codec import build_codec, build_extractor
 from starflow2.models.patches import PatchCodec
 from starflow2.models.pretzel import Joints, Pretzel
 from starflow2.models.protocols import Codec, LanguageStream
@@ -42,7 +42,7 @@ class Components(nn.Module, Generic[Language, Joining]):
     counted; its property `tokenizer` then raises ConfigError.
     """
 
-    features: DinoFeatures | SiglipFeatures  # only with `fae`
+    features: DinoFeatures | SiglipFeatures  # only with `fae`; or one of a user, which does as much
     fae: Fae  # either this codec
     patches: PatchCodec  # or this one
     own_codec: nn.Module  # or one of a user
@@ -117,7 +117,9 @@ class Components(nn.Module, Generic[Language, Joining]):
 def fresh_modules(cfg: ModelConfig) -> dict[str, nn.Module]:
     """Modules of a model with fresh weights, by their names in `Components`."""
     modules: dict[str, nn.Module] = {}
-    if cfg.features is not None:
+    if isinstance(cfg.features, ExtractorConfig):
+        modules["features"] = build_extractor(cfg.features)
+    elif cfg.features is not None:
         modules["features"] = features_of(cfg.features)
     modules["vlm"] = stream_class(cfg.vlm)(cfg.vlm)
     if isinstance(cfg.fae, FaeConfig):

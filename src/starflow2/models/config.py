@@ -24,6 +24,7 @@ __all__ = [
     "CodecConfig",
     "Colours",
     "DinoConfig",
+    "ExtractorConfig",
     "FaeConfig",
     "JointsConfig",
     "LanguageConfig",
@@ -91,6 +92,16 @@ class SiglipConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_multiple("width", self.width, "heads", self.heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorConfig(Config):
+    """A feature extractor of your own, named by its class, with the sizes that the FAE is built for."""
+
+    extractor: str  # module:Class, an nn.Module with the members of `protocols.FeatureExtractor`; its weights stay
+    feature_dim: Size
+    grid: tuple[Size, Size]  # rows and columns of patches
+    settings: dict[str, bool | int | float | str] = field(default_factory=dict)  # arguments of the class
 
 
 @dataclass(frozen=True)
@@ -167,7 +178,8 @@ class ModelConfig(Config):
     """Sizes of all components of a model, and the sampling defaults that it was tuned for."""
 
     name: str
-    features: DinoConfig | SiglipConfig | None  # feature extractor that the FAE reads; None without an FAE
+    # feature extractor that the FAE reads: a known one, one of your own, or None without an FAE
+    features: DinoConfig | SiglipConfig | ExtractorConfig | None
     vlm: LanguageConfig
     fae: FaeConfig | PatchConfig | CodecConfig  # the codec: an FAE, pixel patches, or one of your own
     flow: FlowConfig
@@ -199,12 +211,23 @@ class ModelConfig(Config):
             raise ConfigError(
                 f"features are given but fae is a {type(codec).__name__}, which reads pixels. Set features to None."
             )
+        if isinstance(self.features, ExtractorConfig):
+            self._check_own_extractor(self.features)
         if deep.num_latents + 2 > self.max_positions:  # with begin and end; more would also fill the memory
             raise ConfigError(
                 f"max_positions is {self.max_positions}; expected room for an image, {deep.num_latents + 2} positions."
             )
         if self.flow.noise is None:
             raise ConfigError("flow.noise is None; a model samples at the noise levels it was trained at, so set them.")
+
+    def _check_own_extractor(self, features: ExtractorConfig) -> None:
+        codec = cast(FaeConfig, self.fae)  # see __post_init__
+        given, wanted = (features.feature_dim, features.grid), (codec.feature_dim, codec.grid)
+        if given != wanted or self.features_from is not None:
+            raise ConfigError(
+                f"features has (feature_dim, grid) {given} and features_from is {self.features_from}; expected those "
+                f"of fae, {wanted}, and None: a class of your own brings its weights itself."
+            )
 
     @property
     def noise(self) -> NoiseConfig:

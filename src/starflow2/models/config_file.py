@@ -16,7 +16,7 @@ from starflow2.core.json_reader import JsonObject
 from starflow2.core.serialize import from_dict, read_json, to_dict
 from starflow2.core.text import shown
 from starflow2.errors import CheckpointError, ConfigError
-from starflow2.models.config import CodecConfig, JointsConfig, ModelConfig
+from starflow2.models.config import CodecConfig, ExtractorConfig, JointsConfig, ModelConfig
 
 __all__ = ["FORMAT", "KEYS", "MODEL_TYPE", "FolderConfig", "is_model_config", "read_config"]
 
@@ -47,6 +47,8 @@ def read_config(folder: Path) -> FolderConfig:
     _check_class(path, "language model", model.vlm.stream)
     if isinstance(model.fae, CodecConfig):
         _check_class(path, "codec", model.fae.codec)
+    if isinstance(model.features, ExtractorConfig):
+        _check_class(path, "feature extractor", model.features.extractor)
     return FolderConfig(
         model=model,
         finished_stages=tuple(config["stages"]),

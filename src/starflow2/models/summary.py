@@ -80,7 +80,7 @@ def describe(cfg: ModelConfig) -> ModelSummary:
 
 def _parameters(components: Components) -> dict[str, int]:
     has_fae = isinstance(components.cfg.fae, FaeConfig)
-    vision = num_parameters(components.vlm.model.model.visual)
+    vision = num_parameters(*components.vlm.tower)
     adapter = num_parameters(components.joints.adapter)
     return {
         "features": num_parameters(components.features) if has_fae else 0,

@@ -43,7 +43,7 @@ class FeaturesTask(_ImageTask):
     """Masked-image training of the DINOv2 that nano freezes afterwards."""
 
     def default_trained(self) -> nn.ModuleDict:
-        cfg = _features_config(self.components, "stage features")
+        cfg = _features_config(self.components)
         head = nn.Linear(cfg.width, 3 * cfg.patch_size**2)
         return nn.ModuleDict({"features": self.components.features, "pixel_head": head})
 
@@ -53,7 +53,7 @@ class FeaturesTask(_ImageTask):
         rate = self.stage.hidden_share * torch.rand(len(images), 1, generator=generator)
         hidden = torch.rand(len(images), rows * cols, generator=generator) < rate
         feats = self.components.features.features(images, hidden.to(images.device))
-        patch = _features_config(self.components, "stage features").patch_size
+        patch = _features_config(self.components).patch_size
         loss = masked_image_loss(feats, self.trained["pixel_head"], images, patch)
         return weights.apply("images", loss), {}
 
@@ -74,7 +74,7 @@ class FaeTask(_ImageTask):
         self.lpips = _lpips().to(components.device) if stage.lpips else None
 
     def default_trained(self) -> nn.ModuleDict:
-        _features_config(self.components, "codec_weight" if self.stage.codec_weight else "stage fae")
+        _check_has_fae(self.components, "codec_weight" if self.stage.codec_weight else "stage fae")
         trained = nn.ModuleDict({"fae": self.components.fae})
         if self.stage.adversarial:
             trained["judge"] = FeatureDiscriminator(self.components.features.feature_dim)
@@ -112,14 +112,25 @@ class FaeTask(_ImageTask):
         return metrics
 
 
-def _features_config(components: Components, setting: str) -> DinoConfig | SiglipConfig:
-    """The sizes of the feature extractor that an FAE reads. Raises ConfigError for a model of native patches."""
+def _features_config(components: Components) -> DinoConfig | SiglipConfig:
+    """The sizes of the feature extractor that stage features trains. Raises ConfigError for one of a user's class."""
+    _check_has_fae(components, "stage features")
+    features = components.cfg.features
+    if not isinstance(features, DinoConfig | SiglipConfig):
+        raise ConfigError(
+            f"stage features trains a DINOv2, but {components.cfg.name} has an extractor of its own class, which stays "
+            "as it is; leave the stage out."
+        )
+    return features
+
+
+def _check_has_fae(components: Components, setting: str) -> None:
+    """Raise ConfigError for a model of native patches."""
     if components.cfg.features is None:
         raise ConfigError(
             f"{setting} trains an FAE or its features, but {components.cfg.name} has native patches instead; "
             "leave it out, or use a recipe with a FaeConfig."
         )
-    return components.cfg.features
 
 
 def _lpips() -> nn.Module:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from starflow2.models.config import FaeConfig, ModelConfig
+from starflow2.models.config import DinoConfig, FaeConfig, ModelConfig, SiglipConfig
 from starflow2.models.token_loss import LOGITS_AT_ONCE
 from starflow2.nn import num_parameters
 from starflow2.training.config import RunConfig, StageConfig
@@ -175,8 +175,9 @@ def _stored(cfg: ModelConfig, part: str) -> list[_Layers]:
         "shallow": [(b.stack.depth, b.stack.width, b.stack.mlp_ratio) for b in cfg.flow.shallow],
         "vision": [(v.vision_depth, v.vision_width, 4)],
     }
-    if isinstance(cfg.fae, FaeConfig) and cfg.features is not None:
+    if isinstance(cfg.fae, FaeConfig):
         plain["fae"] = [(s.depth, s.width, s.mlp_ratio) for s in (cfg.fae.feature_decoder, cfg.fae.pixel_decoder)]
+    if isinstance(cfg.features, DinoConfig | SiglipConfig):
         plain["features"] = [(cfg.features.depth, cfg.features.width, 4)]
     # those of the head are its logits, see logit_bytes; those of the adapter are a thousandth of the rest
     return [_Layers(depth, 2 * width, 2 * (8 + 2 * ratio) * width) for depth, width, ratio in plain.get(part, [])]

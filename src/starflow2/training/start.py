@@ -14,7 +14,7 @@ from starflow2.data.mixture import read_mixture, words
 from starflow2.errors import ConfigError, TrainingError
 from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
-from starflow2.models.config import CodecConfig, ModelConfig
+from starflow2.models.config import CodecConfig, ExtractorConfig, ModelConfig
 from starflow2.models.config_file import read_config
 from starflow2.models.huggingface import stream_class
 from starflow2.models.tokenizer import train_tokenizer
@@ -84,6 +84,8 @@ def _load(run: RunConfig, stage: str, folder: Path, device: str, left_in_files: 
     stream_class(run.model.vlm)  # imports the modules that the recipe names; a folder alone may not
     if isinstance(run.model.fae, CodecConfig):
         find_object(run.model.fae.codec, "fae.codec")
+    if isinstance(run.model.features, ExtractorConfig):
+        find_object(run.model.features.extractor, "features.extractor")
     components = load_components(folder / "model", device, left_in_files)
     _check_same_sizes(components.cfg, run.model)
     names: list[str] = [s.name for s in run.stages]

@@ -14,7 +14,7 @@ from typing import Literal
 from torch import nn
 
 from starflow2.models.components import Components, build
-from starflow2.models.config import FaeConfig, ModelConfig
+from starflow2.models.config import ExtractorConfig, FaeConfig, ModelConfig
 from starflow2.nn import StackConfig, num_parameters
 from starflow2.training.config import StageConfig
 from starflow2.training.counts import ReadCounts
@@ -106,7 +106,7 @@ class Sizes:
     def weights(self) -> dict[str, int]:
         p, cfg = self.components, self.cfg
         head = cfg.vlm.vocab * cfg.vlm.width
-        vision = num_parameters(p.vlm.model.model.visual)
+        vision = num_parameters(*p.vlm.tower)
         embeddings = head if cfg.vlm.ties_embeddings else 2 * head
         codec = dict.fromkeys(("features", "fae encoder", "fae decoders"), 0)
         if isinstance(cfg.fae, FaeConfig):
@@ -138,9 +138,10 @@ class Sizes:
             NEAR_T2I: {"flow": p.flow.deep, "joints": p.joints},
         }
         if (cfg := self.cfg.features) is not None:
-            head = nn.Linear(cfg.width, 3 * cfg.patch_size**2, device="meta")
-            table |= {"features": {"features": p.features, "pixel_head": head}, "fae": {"fae": p.fae}}
-            table[END_TO_END] = {"flow": p.flow, "fae": p.fae}
+            table |= {"fae": {"fae": p.fae}, END_TO_END: {"flow": p.flow, "fae": p.fae}}
+            if not isinstance(cfg, ExtractorConfig):
+                head = nn.Linear(cfg.width, 3 * cfg.patch_size**2, device="meta")
+                table["features"] = {"features": p.features, "pixel_head": head}
         return nn.ModuleDict(table[stage])
 
 
