@@ -74,7 +74,8 @@ def _use(model: Path, folder: Path, capsys: Any) -> None:
     assert json.loads((folder / "score.json").read_text())
 
 
-def test_a_recipe_of_another_image_size_asks_for_data_before_anything_is_built(tmp_path, capsys):
+def test_a_recipe_whose_corpora_are_not_there_asks_for_data_before_anything_is_built(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for words in (
         ["train", "paper"],
         ["train", "mini", "--stage", "t2i"],
@@ -82,5 +83,5 @@ def test_a_recipe_of_another_image_size_asks_for_data_before_anything_is_built(t
     ):
         assert main([*words, "-o", str(tmp_path / "run")]) == 2
         said = capsys.readouterr().err
-        assert "256 pixels a side" in said and "--corpus.mixture FILE" in said and said.count("\n") == 1
+        assert "no file to read at corpora/cc12m" in said and "--corpus.mixture FILE" in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -56,6 +56,12 @@ class Train:
     dry_run: Annotated[
         bool, Option("print settings and sizes as JSON; with --device, also run one training step on random data")
     ] = False
+    mixtures: Annotated[
+        Path | None,
+        Option(
+            "train every stage on STAGE.json of this folder, a mixture file", metavar="FOLDER", default="the recipe's"
+        ),
+    ] = None
     evaluate: Annotated[
         str | None,
         Option("at every evaluation, numbers by name from this function of (model, step)", metavar="MODULE:FUNCTION"),
@@ -91,11 +97,14 @@ class Train:
         return 0
 
     def _check_sources(self, run: RunConfig, stages: Sequence[str]) -> None:
-        """Raise ConfigError for a stage without data, before the first of them trains for days."""
+        """Raise ConfigError or DataError for a stage without its data, before the first of them trains for days."""
         from starflow2.training.datasets import check_source
+        from starflow2.training.mixture_check import check_mixture
 
         for name in stages:
             check_source(run.model, run.stage(name))
+        for name in stages:
+            check_mixture(run.stage(name))
 
     def stage_help(self) -> str:
         """The help page of the options that --stage adds."""
@@ -117,9 +126,24 @@ class Train:
         if self.keep_size and not self.smoke:
             raise UsageError("--keep-size says how --smoke shrinks a recipe; give it together with --smoke.")
         run = find_recipe(self.recipe)
-        if not self.smoke:
-            return run
-        return smoke_at_size(run) if self.keep_size else smoke(run)
+        if self.smoke:
+            run = smoke_at_size(run) if self.keep_size else smoke(run)
+        return run if self.mixtures is None else self._on_mixtures(run, self.mixtures)
+
+    def _on_mixtures(self, run: RunConfig, folder: Path) -> RunConfig:
+        """The recipe over the mixture files of a folder."""
+        files: dict[str, Path] = {stage.name: folder / f"{stage.name}.json" for stage in run.stages}
+        wanted = files if self.stage == "all" else {self.stage: files[run.stage(self.stage).name]}
+        if absent := [file.name for file in wanted.values() if not file.is_file()]:
+            raise UsageError(f"--mixtures is {folder}, which lacks {', '.join(absent)}; expected one for every stage.")
+
+        def over(stage: StageConfig) -> StageConfig:
+            if stage.name not in wanted:
+                return stage
+            corpus = dataclasses.replace(stage.corpus, mixture=str(files[stage.name]))
+            return dataclasses.replace(stage, corpus=corpus)
+
+        return dataclasses.replace(run, stages=tuple(map(over, run.stages)))
 
     def _resolved(self, unknown: Sequence[str]) -> tuple[RunConfig, list[str], Path]:
         """The run with the given settings, the stages to train, and the run's folder."""

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -72,6 +72,7 @@ class Source:
     flatten: str = ""  # colour behind transparent images; "": they count as broken
     caption_drop: float | None = None  # share of its drawings whose words are dropped; None: the stage's
     epochs: int = 0  # passes over it, after which the others go on without it; 0: no end
+    note: str = ""  # for whoever reads the file: where it comes from, why this weight
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
@@ -152,6 +153,7 @@ class Item:
     document: Document
     conversation: Dialogue[Tensor]  # its images (3, s, s) in [-1, 1]
     length: int
+    source: int = 0  # number of its source in the mixture
 
     @property
     def images(self) -> tuple[Tensor, ...]:
@@ -272,7 +274,7 @@ class _Documents:
             if item is not None:
                 stream.used += 1
                 self.drawn += 1
-                return item
+                return replace(item, source=self.streams.index(stream))
 
     def _choose(self, rng: np.random.Generator) -> _Repeated:
         """A source by its weight, one that has passes left."""
@@ -353,7 +355,8 @@ class Batches(IterableDataset[tuple[Tensor, Batch]]):
         """Settings that must be equal, beside the readers, for a position to mean the same place in the same stream."""
         config = self.config
         packing = [config.rows, config.width, config.seed, config.block, config.caption_drop]
-        sources, files = [to_dict(source) for source in self.sources], [samples.names for samples in self.samples]
+        sources = [to_dict(replace(source, note="")) for source in self.sources]
+        files = [samples.names for samples in self.samples]
         return {"packing": packing, "documents": config.documents, "sources": sources, "files": files}
 
 
@@ -413,7 +416,8 @@ class BatchIterator:
         images = [image for item in items for image in item.images]
         size = spelling.image_size
         pictures = torch.stack(images) if images else torch.zeros(0, 3, size, size)  # (P, 3, s, s)
-        return pictures, pack([item.document for item in items], spelling.layout, config.width)
+        batch = pack([item.document for item in items], spelling.layout, config.width)
+        return pictures, replace(batch, sources=tuple(item.source for item in items))
 
     def _choose(self, config: BatchConfig) -> list[Item]:
         """Documents of one batch: first those that were waiting, then new ones until WAITING of them do not fit."""

@@ -52,7 +52,7 @@ def check_source(model: ModelConfig, stage: StageConfig) -> None:
     """Raise ConfigError for a stage that would train a model on drawn scenes of another size than the model's images.
 
     >>> from starflow2.training.recipes import paper
-    >>> check_source(paper().model, paper().stage("t2i"))
+    >>> check_source(paper().model, StageConfig(name="t2i", steps=1, batch=1))
     Traceback (most recent call last):
         ...
     starflow2.errors.ConfigError: stage t2i of paper has no data: ... give it yours with --corpus.mixture FILE.

@@ -19,6 +19,7 @@ from starflow2.models.config import (
     IMAGENET_COLOURS,
     CodecConfig,
     DinoConfig,
+    ExtractorConfig,
     FaeConfig,
     JointsConfig,
     LanguageConfig,
@@ -67,6 +68,7 @@ WORLD_MEAN, WORLD_STD = (0.73, 0.75, 0.70), (0.32, 0.35, 0.39)  # of the drawn w
 PICTURE = 256  # pixels of a side of paper's images
 CLIP = PixelConfig(picture_size=PICTURE, mean=CLIP_COLOURS[0], std=CLIP_COLOURS[1])  # of Qwen's tower
 VIT = StackConfig(width=1024, depth=24, rope=False, causal=False)  # paper's pixel decoder
+MIXTURES = Path(__file__).parents[1] / "assets" / "mixtures"  # of recipe paper; their weights are our choice
 IMAGENET = PixelConfig(picture_size=PICTURE, mean=IMAGENET_COLOURS[0], std=IMAGENET_COLOURS[1])  # of DINOv2
 
 
@@ -375,10 +377,8 @@ def paper() -> RunConfig:
 
     About 9,600 H100-hours at 40 % of peak (`starflow2 info paper --gpus 64`). The paper reports GenEval 0.51 after
     stage t2i and 0.82 after joint, DPG 84.94. This recipe has not been trained here. Batch sizes and numbers of
-    documents are the paper's; what is a guess of ours is listed in docs/choices.md#paper-size.
+    documents are the paper's; what is a guess of ours is listed in docs/choices.md#paper-size, the mixtures among it.
     """
-    rows, shard = CorpusConfig(rows=8, width=1024, workers=4), ShardConfig(mode="fsdp")
-    long_rows = replace(rows, rows=2, width=4096)  # for interleaved documents of several images
     stages = (
         StageConfig(
             name="fae",
@@ -387,17 +387,20 @@ def paper() -> RunConfig:
             optim=_adamw(1e-4, 1000),
             perceptual=0.5,
             adversarial=0.1,
-            corpus=rows,
         ),
-        StageConfig(name="t2i", steps=781_250, batch=1024, optim=_adamw(1e-4), corpus=rows),
-        StageConfig(name="adapter", steps=195_312, batch=1024, optim=_adamw(1e-4), text_mean="token", corpus=rows),
-        StageConfig(name="joint", steps=78_125, batch=1024, optim=_adamw(5e-5), text_mean="token", corpus=long_rows),
+        StageConfig(name="t2i", steps=781_250, batch=1024, optim=_adamw(1e-4)),
+        StageConfig(name="adapter", steps=195_312, batch=1024, optim=_adamw(1e-4), text_mean="token"),
+        StageConfig(name="joint", steps=78_125, batch=1024, optim=_adamw(5e-5), text_mean="token"),
     )
-    return RunConfig(
-        model=paper_model(),
-        stages=tuple(replace(s, shard=shard, save_every=2000, keep_last=3, keep_every=20_000) for s in stages),
-        precision="bfloat16",
-    )
+    return RunConfig(model=paper_model(), stages=tuple(map(_paper_run, stages)), precision="bfloat16")
+
+
+def _paper_run(stage: StageConfig) -> StageConfig:
+    """A stage in shards over its corpora, below `corpora/` in the current folder; interleaved ones in longer rows."""
+    rows, width = (2, 4096) if stage.name == "joint" else (8, 1024)
+    corpus = CorpusConfig(mixture=str(MIXTURES / f"paper-{stage.name}.json"), rows=rows, width=width, workers=4)
+    shard = ShardConfig(mode="fsdp")
+    return replace(stage, shard=shard, corpus=corpus, save_every=2000, keep_last=3, keep_every=20_000)
 
 
 def paper_siglip() -> RunConfig:
@@ -452,7 +455,10 @@ def smoke(run: RunConfig) -> RunConfig:
     hold whole copies.
     """
     small = smoke_at_size(run)
-    return small if small.model == run.model else replace(small, model=_at_world_size(small.model))
+    if small.model == run.model:
+        return small
+    drawn = (replace(stage, corpus=replace(stage.corpus, mixture="")) for stage in small.stages)
+    return replace(small, model=_at_world_size(small.model), stages=tuple(drawn))
 
 
 def smoke_at_size(run: RunConfig) -> RunConfig:
@@ -485,7 +491,7 @@ def _narrow(model: ModelConfig) -> ModelConfig:
 
     Fresh components take the place of pretrained ones, and a vocabulary for a tokenizer that is trained here.
     """
-    width = MINI_WIDTH
+    width, has_own = MINI_WIDTH, isinstance(model.features, ExtractorConfig)
 
     def block(cfg: BlockConfig) -> BlockConfig:
         context = width * (2 if model.joints.words else 1) if cfg.context_dim else 0
@@ -495,7 +501,9 @@ def _narrow(model: ModelConfig) -> ModelConfig:
     return replace(
         model,
         name=f"{model.name}-smoke",
-        features=None if model.features is None else _narrow_features(model.features),
+        features=_narrow_features(model.features)
+        if isinstance(model.features, DinoConfig | SiglipConfig)
+        else model.features,
         features_from=None,
         vlm=replace(
             model.vlm,
@@ -516,7 +524,7 @@ def _narrow(model: ModelConfig) -> ModelConfig:
             head_dim=0,
         ),
         vlm_from=None,
-        fae=_narrow_fae(model.fae) if isinstance(model.fae, FaeConfig) else model.fae,
+        fae=_narrow_fae(model.fae, has_own) if isinstance(model.fae, FaeConfig) else model.fae,
         flow=replace(model.flow, deep=block(model.flow.deep), shallow=tuple(map(block, model.flow.shallow))),
         joints=replace(model.joints, adapter_width=width, noise_width=32),
     )
@@ -531,10 +539,11 @@ def _narrow_features(cfg: DinoConfig | SiglipConfig) -> DinoConfig | SiglipConfi
     return replace(narrow, mlp_width=128) if isinstance(narrow, SiglipConfig) else narrow
 
 
-def _narrow_fae(cfg: FaeConfig) -> FaeConfig:
+def _narrow_fae(cfg: FaeConfig, is_own: bool) -> FaeConfig:
+    """is_own: its features are of a user's class, whose width stays."""
     return replace(
         cfg,
-        feature_dim=MINI_WIDTH,
+        feature_dim=cfg.feature_dim if is_own else MINI_WIDTH,
         encoder_width=MINI_WIDTH,
         encoder_heads=2,
         feature_decoder=_narrow_stack(cfg.feature_decoder),
@@ -545,7 +554,7 @@ def _narrow_fae(cfg: FaeConfig) -> FaeConfig:
 def _at_world_size(model: ModelConfig) -> ModelConfig:
     """The model with the drawn world's images, 64 pixels a side, in 4x4 latents."""
     codec: FaeConfig | PatchConfig
-    if isinstance(model.fae, CodecConfig):
+    if isinstance(model.fae, CodecConfig) or isinstance(model.features, ExtractorConfig):
         return model  # its class decides
     if isinstance(model.fae, PatchConfig):
         codec = replace(model.fae, image_size=MINI_SIZE, patch_size=MINI_SIZE // MINI_GRID[0])
