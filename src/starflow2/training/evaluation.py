@@ -1,7 +1,8 @@
 """Measurements while a stage trains: the loss on held-out data, and whatever a caller wants to know.
 
 Held-out data are drawn scenes of a seed that no stage uses, or the mixture `corpus.held_out`; a stage measures the same
-few microbatches with the same noise every time, by its averaged weights, in all processes.
+few microbatches with the same noise before its first step and every time later, by its averaged weights, in all
+processes.
 Not here: scores by drawing (a callable is passed in; `training` never imports `inference`).
 """
 
@@ -40,17 +41,22 @@ class Evaluator:
 
     def __call__(self) -> dict[str, float]:
         """The metrics of the model as it is, those of `evaluate` in the first process alone. All processes call it."""
-        trainer, metrics = self.trainer, dict[str, float]()
-        if trainer.stage.held_out_batches:
-            if self._held_out is None:
-                self._held_out = held_out_batches(trainer.task, trainer.group)
-            metrics |= trainer.held_out_metrics(self._held_out)
+        trainer, metrics = self.trainer, self.held_out()
         if self.evaluate is not None:
             with trainer.state.averaged_weights():
                 model = trainer.group.whole_model(trainer.task.components)
                 metrics |= self.evaluate(model, trainer.state.step) if model is not None else {}
         trainer.group.barrier()
         return metrics
+
+    def held_out(self) -> dict[str, float]:
+        """The loss on held-out data and its terms; nothing where the stage measures none. All processes call it."""
+        trainer = self.trainer
+        if not trainer.stage.held_out_batches:
+            return {}
+        if self._held_out is None:
+            self._held_out = held_out_batches(trainer.task, trainer.group)
+        return trainer.held_out_metrics(self._held_out)
 
 
 def held_out_batches(task: Task, group: Distributed) -> list[Any]:

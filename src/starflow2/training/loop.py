@@ -25,6 +25,7 @@ from starflow2.training.datasets import check_source
 from starflow2.training.evaluation import Evaluate, Evaluator
 from starflow2.training.loader import Feed, feed_for
 from starflow2.training.metrics import Log, MetricsWriter, SpeedMeter, StepReport, peak_flops
+from starflow2.training.mixture_check import check_mixture
 from starflow2.training.parallel import Distributed, check_batch_divides
 from starflow2.training.run_lock import run_lock
 from starflow2.training.start import check_start, start_stage
@@ -60,6 +61,7 @@ def fit(
     stage, folder, wanted = run.stage(stage_name), Path(folder), Resume.parse(resume)
     check_source(run.model, stage)
     check_start(run, stage_name, folder)
+    check_mixture(stage)
     group = Distributed.from_environment(device, stage.shard)
     check_batch_divides(stage, group)
     with run_lock(folder, group, f"training stage {stage_name}"):
@@ -170,6 +172,8 @@ class _Run:
         """Raises TrainingError where a signal, or a loss that is not finite for good, ends the run."""
         stage, state = self.trainer.stage, self.trainer.state
         with StopSignal() as stop, self.writer or contextlib.nullcontext(), self.feed as batches:
+            if not state.step:  # what later held-out losses are compared with
+                self._write_measured(self.evaluator.held_out())
             started = time.perf_counter()
             for microbatches in batches:
                 waited = time.perf_counter() - started
@@ -177,14 +181,14 @@ class _Run:
                 times = {"seconds": time.perf_counter() - started, "data_wait_s": waited}
                 is_last = self.trainer.is_done or stopping
                 if state.step % stage.log_every == 0 or self.trainer.is_done:
-                    self._write(metrics | times)
+                    self._write(metrics | times | self.trainer.task.by_source.take(self.trainer.group))
                 self._check_finite()
                 if is_saved := (state.step % stage.save_every == 0 or is_last):
                     self.trainer.save(self.store, self.feed.position())
                 if stopping and not self.trainer.is_done:
                     self._stop()
                 if self.evaluator.is_due(is_saved=is_saved):
-                    self._evaluate()
+                    self._write_measured(self.evaluator())
                 started = time.perf_counter()
         self.store.close()
 
@@ -195,8 +199,7 @@ class _Run:
         if self.report is not None:
             self.report(line)
 
-    def _evaluate(self) -> None:
-        metrics = self.evaluator()
+    def _write_measured(self, metrics: dict[str, float]) -> None:
         if self.writer is not None:
             self.writer.write(self.trainer.state.step, metrics)
 

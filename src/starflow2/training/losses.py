@@ -6,6 +6,7 @@ Letters: B batch, T positions, M labels, N latents, D latent dim, P images, V vo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,6 +26,7 @@ from starflow2.training.config import TextMean
 __all__ = [
     "FeatureDiscriminator",
     "JointTerms",
+    "Watch",
     "adversarial_losses",
     "after_images",
     "count_texts",
@@ -33,17 +35,23 @@ __all__ = [
     "latent_penalty",
     "lone_drawings",
     "masked_image_loss",
+    "mean_nats",
     "ngp_loss",
     "ntp_loss",
     "perceptual_loss",
 ]
 
+Watch = Callable[[Tensor], None]  # is given the values that a loss is the mean of
 
-def ngp_loss(flow: Flow, latents: Tensor, context: Context, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+
+def ngp_loss(
+    flow: Flow, latents: Tensor, context: Context, generator: torch.Generator, watch: Watch | None = None
+) -> tuple[Tensor, Tensor]:
     """Next-Gaussian prediction: the flow's exact NLL under multi-noise (paper eq. 3.4).
 
     latents: (B, N, D) clean. Returns the weighted loss, nats per dim without the constant, and the
-    plain mean of nats per dim with it, whose floor on held-out data is 1.419 + E[ln level].
+    plain mean of nats per dim with it, whose floor on held-out data is 1.419 + E[ln level]. watch: is given what the
+    loss is the mean of, (B,).
     """
     noise = cast(NoiseConfig, flow.cfg.noise)
     level = noise.sample_levels(len(latents), generator).to(latents.device)
@@ -52,8 +60,10 @@ def ngp_loss(flow: Flow, latents: Tensor, context: Context, generator: torch.Gen
     z, deep_logdet = flow.deep(u, context, level)
     nats = -(standard_normal_log_prob(z) + (shallow_logdet + deep_logdet)) / math.prod(z.shape[1:])  # (B,)
     weight = noise.loss_weight(level)
-    loss = (weight * (nats - 0.5 * math.log(2 * math.pi))).mean()
-    return loss + latent_penalty(flow, u), nats.detach().mean()
+    weighted = weight * (nats - 0.5 * math.log(2 * math.pi))
+    if watch is not None:
+        watch(weighted.detach())
+    return weighted.mean() + latent_penalty(flow, u), nats.detach().mean()
 
 
 def latent_penalty(flow: Flow, u: Tensor) -> Tensor:
@@ -69,8 +79,12 @@ def ntp_loss(head: Head, states: tuple[Tensor, ...], labels: Tensor, mean: TextM
     paper's eq. 3.6 sums over tokens; a mean over all tokens lets long lists drown one-word answers, so nano counts
     replies (docs/choices.md#reply-weights). 0 if there is no label.
     """
+    return mean_nats(token_nats(head, states, labels[labels != IGNORE]), labels, mean)
+
+
+def mean_nats(nats: Tensor, labels: Tensor, mean: TextMean = "reply") -> Tensor:
+    """The mean of `ntp_loss`, of the nats (M,) of all labels (B, T) that are not IGNORE."""
     has_label = labels != IGNORE
-    nats = token_nats(head, states, labels[has_label])
     if not len(nats):
         return nats.sum()
     if mean == "token":
@@ -97,13 +111,17 @@ class JointTerms:
     """Both losses of eq. 3.7: the flow's, in weighted nats per dim without the constant, and the next-token loss.
 
     blind: the part of the first that comes from images whose own latents are hidden while they are predicted. out: the
-    predictions for every image of the batch.
+    predictions for every image of the batch. image_nats: (P,) nats of every image, weighted as in the flow's loss, of
+    which targets count; token_nats: (M,) nats of the labels that count, documents: (M,) theirs. Both without gradient.
     """
 
     flow: Tensor
     text: Tensor
     blind: Tensor
     out: Output
+    image_nats: Tensor
+    token_nats: Tensor
+    documents: Tensor
 
 
 def last_edits(batch: Batch) -> Tensor:
@@ -147,17 +165,24 @@ def joint_loss(
         exact = exact & ~blind
     nats = -out.log_prob / math.prod(noisy.shape[1:]) - 0.5 * math.log(2 * math.pi)
     flow = (weight * nats)[exact].sum() / targets if bool(exact.any()) else out.log_prob.sum() * 0
-    text = _text_loss(pretzel, batch, out, blind, text_mean)
+    text, token_nats, documents = _text_loss(pretzel, batch, out, blind, text_mean)
     hidden = nats.new_zeros(()) if blind is None else (weight * _gaussian_nats(out))[blind].sum() / targets
-    return JointTerms(flow + latent_penalty(pretzel.flow, out.u), text, hidden, out)
+    flow = flow + latent_penalty(pretzel.flow, out.u)
+    return JointTerms(flow, text, hidden, out, (weight * nats).detach(), token_nats.detach(), documents)
 
 
-def _text_loss(pretzel: JointStream, batch: Batch, out: Output, blind: Tensor | None, mean: TextMean) -> Tensor:
-    """The next-token loss; replies after a hidden image could only be guessed and add nothing to the mean."""
+def _text_loss(
+    pretzel: JointStream, batch: Batch, out: Output, blind: Tensor | None, mean: TextMean
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next-token loss, the nats of the tokens that count (M,) and their documents (M,).
+
+    Replies after a hidden image could only be guessed and add nothing to the mean.
+    """
     labels = batch.labels if blind is None else batch.labels.masked_fill(after_images(batch, blind), IGNORE)
     counted = (labels != IGNORE)[batch.labels != IGNORE]  # (M,)
-    loss = ntp_loss(pretzel.logits, (out.h[counted], out.g[counted]), labels, mean)
-    return loss * (count_texts(labels, mean) / max(1, count_texts(batch.labels, mean)))
+    nats = token_nats(pretzel.logits, (out.h[counted], out.g[counted]), labels[labels != IGNORE])
+    share = count_texts(labels, mean) / max(1, count_texts(batch.labels, mean))
+    return mean_nats(nats, labels, mean) * share, nats, out.documents[counted]
 
 
 def after_images(batch: Batch, chosen: Tensor) -> Tensor:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from starflow2.data.mixture import read_mixture
 from starflow2.errors import DataError
 from starflow2.models.components import Components
 from starflow2.models.sequence import Batch
 from starflow2.training.config import StageConfig
 from starflow2.training.datasets import check_source, corpus_batches, not_by_index
+from starflow2.training.source_losses import SourceLosses, source_names
 
 __all__ = ["WHOLE_BATCH", "Dataset", "LossAndMetrics", "LossWeights", "Task"]
 
@@ -60,6 +63,12 @@ class Task(ABC):
         self.components, self.stage, self.seed = components, stage, seed
         self.make_batch = self._own_dataset() if dataset is None else dataset
         self.trained = self.default_trained() if trained is None else trained
+
+    @cached_property
+    def by_source(self) -> SourceLosses:
+        """The terms of the loss by source of the stage's mixture, since they were last taken."""
+        path = self.stage.corpus.mixture
+        return SourceLosses(source_names([source.corpus for source in read_mixture(path)]) if path else ())
 
     def _own_dataset(self) -> Dataset:
         check_source(self.components.cfg, self.stage)

@@ -7,7 +7,7 @@ Letters: B documents, T positions, N latents, P images.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -24,17 +24,20 @@ from starflow2.models.context import drawing_context
 from starflow2.models.joint_stream import Output, Skip
 from starflow2.models.pretzel import ALL_SKIPS
 from starflow2.models.sequence import IGNORE, Batch, length_groups, with_pictures
+from starflow2.models.token_loss import token_nats
 from starflow2.training.codec_tasks import FaeTask, FeaturesTask
 from starflow2.training.config import StageConfig
 from starflow2.training.datasets import Captions, Documents, corpus_batches, joint_dialogue, talk_dialogue
 from starflow2.training.initialise import match_tower_scale, whiten_text_states, world_captions
 from starflow2.training.losses import (
+    JointTerms,
+    Watch,
     count_texts,
     joint_loss,
     last_edits,
     lone_drawings,
+    mean_nats,
     ngp_loss,
-    ntp_loss,
 )
 from starflow2.training.task import WHOLE_BATCH, Dataset, LossAndMetrics, LossWeights, Task
 
@@ -47,13 +50,22 @@ __all__ = [
     "FrozenReferenceFlow",
     "JointTask",
     "MakeTask",
+    "Prompts",
     "T2iTask",
     "VlmTask",
 ]
 
 TOWER_IMAGES = 16  # images on which the scale of the vision tower's embeddings is measured
-CaptionBatch = tuple[Tensor, list[list[int]]]  # images (B, 3, s, s), and their prompts as token ids
+CaptionBatch = tuple[Tensor, list[list[int]]]  # images (B, 3, s, s), and their prompts, of a mixture as `Prompts`
 DocumentBatch = tuple[Tensor, Batch]  # images (P, 3, s, s) in order, and the packed documents that they stand in
+
+
+class Prompts(list[list[int]]):
+    """Prompts as token ids, with the number of the source of each in its mixture."""
+
+    def __init__(self, rows: Iterable[list[int]], sources: tuple[int, ...]) -> None:
+        super().__init__(rows)
+        self.sources = sources
 
 
 class _DocumentTask(Task):
@@ -62,8 +74,28 @@ class _DocumentTask(Task):
     def from_documents(self, images: Tensor, batch: Batch) -> DocumentBatch:
         return images, batch
 
+    def add_by_source(
+        self, term: str, batch: Batch, documents: Tensor, values: Tensor, counts: Tensor | None = None
+    ) -> None:
+        """Add values (n,) of a term of the loss, those that count, to the sources of their documents (n,)."""
+        if batch.sources:
+            sources = torch.tensor(batch.sources, device=documents.device)
+            self.by_source.add(term, sources[documents], values, counts)
+
+    def reply_loss(self, embeddings: Tensor, batch: Batch) -> Tensor:
+        """Next-token loss of the language model alone, which reads images as `embeddings` (P, N, E)."""
+        vlm, has_label = self.components.vlm, batch.labels != IGNORE
+        embeds = with_pictures(vlm.embed(batch.ids), embeddings, batch)
+        h = vlm.states(embeds, batch.mrope, attend=batch.attend)
+        nats = token_nats(vlm.logits, (h[has_label],), batch.labels[has_label])
+        self.add_by_source("text", batch, batch.document[has_label], nats)
+        return mean_nats(nats, batch.labels, self.stage.text_mean)
+
     def _to_device(self, data: DocumentBatch) -> DocumentBatch:
-        return data[0].to(self.components.device), data[1].to(self.components.device)
+        (images, batch), device = data, self.components.device
+        if device.type == "cuda" and getattr(self.components.vlm, "attends_by_document", False):
+            batch = batch.by_document()  # worked out before it is moved, so that nothing waits for the device
+        return images.to(device), batch.to(device)
 
 
 class VlmTask(_DocumentTask):
@@ -83,7 +115,7 @@ class VlmTask(_DocumentTask):
         self, data: DocumentBatch, generator: torch.Generator, weights: LossWeights = WHOLE_BATCH
     ) -> LossAndMetrics:
         images, batch = self._to_device(data)
-        loss = _reply_loss(self, self.components.vlm.see(images), batch)
+        loss = self.reply_loss(self.components.vlm.see(images), batch)
         return weights.apply("text", loss), {}
 
 
@@ -137,7 +169,9 @@ class T2iTask(Task):
         """Every drawn image with the words before it. Raises DataError for documents of another form."""
         if not len(images) or not bool(lone_drawings(batch).all()):
             raise DataError("stage t2i takes words followed by one drawn image; leave other sources to stage joint.")
-        return images, _words_before(batch, range(len(images)))
+        document = batch.document[batch.pictures.row, batch.pictures.begin].tolist()
+        sources = tuple(batch.sources[i] for i in document) if batch.sources else ()
+        return images, Prompts(_words_before(batch, range(len(images))), sources)
 
     def loss(
         self, data: CaptionBatch, generator: torch.Generator, weights: LossWeights = WHOLE_BATCH
@@ -147,10 +181,16 @@ class T2iTask(Task):
         nats = latents.new_zeros(())
         for group in self.caption_groups(rows):
             context = drawing_context(self.components, [rows[i] for i in group])
-            terms = ngp_loss(self.components.flow, latents[group], context, generator)
+            terms = ngp_loss(self.components.flow, latents[group], context, generator, self._watch(rows, group))
             part = len(group) / len(rows)
             loss, nats = loss + part * terms[0], nats + part * terms[1]
         return weights.apply("images", loss), {"nats_per_dim": nats, **metrics}
+
+    def _watch(self, rows: Sequence[Sequence[int]], group: Sequence[int]) -> Watch | None:
+        """Adds the nats of a group of images to those of their sources, where they come from a mixture."""
+        if not isinstance(rows, Prompts) or not rows.sources:
+            return None
+        return partial(self.by_source.add, "flow", torch.tensor([rows.sources[i] for i in group]))
 
     def caption_groups(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
         """Which captions are read together: one or two groups of similar length, to save padding."""
@@ -223,7 +263,7 @@ class AdapterTask(_DocumentTask):
             latents = self.components.codec.encode(images).float()
             u, _ = self.components.flow.shallow(add_noise(latents, level, generator), level)
         adapted = self.components.pretzel.adapted(u, level)
-        loss = weights.apply("text", _reply_loss(self, adapted, batch))
+        loss = weights.apply("text", self.reply_loss(adapted, batch))
         if not self.stage.distill:
             return loss, {}
         # over microbatches a mean of ratios, by images, rather than the ratio of means
@@ -286,6 +326,7 @@ class JointTask(_DocumentTask):
         blind = self._blind_targets(batch, generator)
         noisy = add_noise(latents, level, generator)
         terms = joint_loss(self.pretzel, batch, (noisy, level), noise, blind, self.stage.text_mean)
+        self._add_by_source(batch, terms, blind)
         metrics = {"flow": weights.apply("flow", terms.flow), "text": weights.apply("text", terms.text)}
         loss = metrics["flow"] + self.stage.text_weight * metrics["text"]
         if blind is not None:
@@ -295,6 +336,12 @@ class JointTask(_DocumentTask):
             metrics["kept"] = weights.apply("flow", self.reference.distance(terms.out, batch, level))
             loss = loss + self.stage.kl_to_t2i * metrics["kept"]
         return loss, metrics
+
+    def _add_by_source(self, batch: Batch, terms: JointTerms, blind: Tensor | None) -> None:
+        images = batch.pictures
+        counts = images.is_target if blind is None else images.is_target & ~blind
+        self.add_by_source("flow", batch, batch.document[images.row, images.begin], terms.image_nats, counts)
+        self.add_by_source("text", batch, terms.documents, terms.token_nats)
 
     def noise_levels(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Noise levels (P,) of the images of a batch: as the flow trains for targets, else as images are read."""
@@ -344,13 +391,6 @@ class FrozenReferenceFlow:
         deep = self.deep.to(u.device)
         run = deep.begin(len(u), drawing_context(self.components, rows), level)
         return deep.predict(F.pad(u, (0, 0, 0, 1)), (0, u.shape[1]), run)
-
-
-def _reply_loss(task: Task, embeddings: Tensor, batch: Batch) -> Tensor:
-    """Next-token loss of the language model alone, which reads images as `embeddings` (P, N, E)."""
-    vlm = task.components.vlm
-    h = vlm.states(with_pictures(vlm.embed(batch.ids), embeddings, batch), batch.mrope, attend=batch.attend)
-    return ntp_loss(vlm.logits, (h[batch.labels != IGNORE],), batch.labels, task.stage.text_mean)
 
 
 def _source_levels(components: Components, count: int, generator: torch.Generator) -> Tensor:

@@ -121,7 +121,7 @@ class Trainer:
         means: dict[str, Tensor] = {}
         number = len(microbatches)
         weights = self.group.loss_weights(self.task, microbatches)
-        with self.state.averaged_weights(), self.replica.evaluating():
+        with self.state.averaged_weights(), self.replica.evaluating(), self.task.by_source.paused():
             for i, data in enumerate(microbatches):
                 loss, metrics = self._loss(data, f"held out/{self.group.rank * number + i}", weights[i])
                 _add(means, {"loss": loss, **metrics}, number)
