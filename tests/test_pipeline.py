@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 import pickle
 import shutil
 from dataclasses import replace
@@ -16,16 +17,17 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from model_cases import STAGES, sampled_by_the_flow, tiny_components
+from model_cases import STAGES, sampled_by_the_flow, tiny_components, tiny_model, tiny_tokenizer
 from starflow2 import StarFlow2
 from starflow2.core.images import read_picture, save_png, to_pil
 from starflow2.errors import CheckpointError, ConfigError, DataError, DeviceError, PromptError, ShapeError, StateError
-from starflow2.inference.cleanup import denoised
+from starflow2.inference.cleanup import cleanup_levels, denoised
 from starflow2.inference.config import DrawConfig, ReplyLimits
 from starflow2.inference.conversations import generate_replies
 from starflow2.inference.likelihood import score
 from starflow2.inference.session import Session
 from starflow2.models import checkpoint, hub, lora
+from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
 from starflow2.models.hub import pick_device
 from starflow2.models.lora import LoraConfig
@@ -157,6 +159,26 @@ def test_tweedie_clean_up_moves_latents_by_the_squared_noise_level_times_the_sco
     slope = (far - near) / (2 * step)
     expected = direction.square().sum((1, 2)) / model.sampling_noise**2
     assert slope.tolist() == pytest.approx(expected.tolist(), rel=0.05)
+
+
+def test_iterative_clean_up_of_a_standard_normal_shrinks_by_what_each_level_leaves():
+    """A fresh flow is a standard normal at every level, whose score is known: at t it takes t^2 - s t of x away."""
+    fresh = StarFlow2(Components(tiny_model(), tiny_tokenizer()))
+    fresh.components.finished_stages = STAGES[:4]
+    config = DrawConfig(cleanup="iterative", cleanup_steps=4, guidance=0.0)
+    levels = [0.5 * (0.01 / 0.5) ** (i / 3) for i in range(4)]
+    assert cleanup_levels(config, 0.5, 0.01) == pytest.approx(levels)
+    factor = math.prod(1 - t * t + s * t for t, s in zip(levels, [*levels[1:], 0.0], strict=True))
+    raw = torch.randn(3, 64, 4, generator=torch.Generator().manual_seed(0))
+    assert gap(denoised(fresh.sampler(config), PROMPTS, raw), factor * raw) <= 1e-5
+
+
+def test_an_iterative_clean_up_of_one_step_is_that_of_tweedie_and_of_several_another(model):
+    raw, tweedie = latents(model, PROMPTS, [1, 2, 3], ON), DrawConfig(guidance=1.5, cleanup="tweedie")
+    once, often = (replace(tweedie, cleanup="iterative", cleanup_steps=steps) for steps in (1, 4))
+    found = [denoised(model.sampler(config), PROMPTS, raw) for config in (tweedie, once, often)]
+    assert torch.equal(found[0], found[1]) and gap(found[2], found[0]) > 1e-3
+    assert gap(model.draw(PROMPTS, [1, 2, 3], often), model.components.codec.decode(found[2].float())) <= 1e-4
 
 
 def test_a_roundtrip_without_noise_is_the_codec_and_with_noise_is_named_by_its_seed(model):

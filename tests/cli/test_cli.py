@@ -153,7 +153,10 @@ def test_the_package_can_be_run_as_a_module():
         (["check", "--josn=f"], 'no option --josn. Did you mean "--json"?'),
         (["generate", "x", "--seed", "three"], "--seed: expected a whole number, got 'three'. See starflow2 generate"),
         (["generate", "x", "--guidance", "much"], "--guidance: expected a number, got 'much'."),
-        (["generate", "x", "--cleanup", "twedie"], "expected none or tweedie, got 'twedie'. Did you mean \"tweedie\"?"),
+        (
+            ["generate", "x", "--cleanup", "twedie"],
+            "expected none, tweedie or iterative, got 'twedie'. Did you mean \"tweedie\"?",
+        ),
         (["generate", "x", "-n"], "-n/--n: expected one argument."),
         (["eval"], "the following arguments are required: SUITE. See starflow2 eval --help."),
         (["eval", "wrold"], "SUITE: expected world or fae, got 'wrold'. Did you mean \"world\"?"),

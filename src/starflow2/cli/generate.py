@@ -64,9 +64,9 @@ class Generate:
     seed: Annotated[int, Option("seed of the first image of each prompt")] = 0
     guidance: Guidance = None
     prior_scale: PriorScale = None
-    cleanup: Annotated[Literal["none", "tweedie"], Option("denoise sampled latents (models before stage joint)")] = (
-        "none"
-    )
+    cleanup: Annotated[
+        Literal["none", "tweedie", "iterative"], Option("denoise sampled latents (models before stage joint)")
+    ] = "none"
     batch: Annotated[int | None, Option("images drawn at once", default="32")] = None
     prompts: Annotated[Path | None, Option("a file with more prompts, one per line", metavar="FILE")] = None
     output: Annotated[str, Option("a .png file, or a folder", metavar="PATH", short="-o")] = "out.png"

@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 
-Cleanup = Literal["none", "tweedie"]
+Cleanup = Literal["none", "tweedie", "iterative"]
 Precision = Literal["auto", "float32", "float64"]
 
 
@@ -47,8 +47,9 @@ class DrawConfig(Config):
     prior_scale: Positive = 0.8  # 1 = exact sampling
     rule: Guidance = "starflow"
     schedule: Schedule = "constant"  # linear: guidance rises from 0 at an image's first latent
-    # none: the pixel decoder takes latents at their sampling noise; tweedie: one self-denoising step
+    # none: the pixel decoder takes latents at their sampling noise; tweedie: one self-denoising step; iterative: more
     cleanup: Cleanup = "none"
+    cleanup_steps: Count = 8  # of an iterative clean-up
     batch: Count = 32  # images at once
     # of both streams while sampling; "auto" is that of the weights, "float64" a check of it that takes longer
     # (docs/choices.md#sampling-in-float64)
