@@ -228,15 +228,18 @@ class OneGroup(T2iTask):
 
 
 @pytest.mark.usefixtures("_alone")
-@pytest.mark.parametrize("name", STAGES)
-def test_every_stage_trains_in_shards_as_it_does_in_copies(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "near"), [*((name, 0.0) for name in STAGES), ("joint", 1.0)])
+def test_every_stage_trains_in_shards_as_it_does_in_copies(name, near, tmp_path, monkeypatch):
+    """near: weight of the distance to the flow of stage t2i, for which every process keeps a whole copy of that."""
     monkeypatch.setitem(TASKS, "t2i", OneGroup)
     losses: dict[str, list[float]] = {"none": [], "fsdp": []}
     for mode in losses:
         folder = tiny_folder(tmp_path / mode, STAGES[: STAGES.index(name)])
         run = tiny_run(3, 2)
-        shard = ShardConfig(mode=mode, frozen="sharded" if mode == "fsdp" else "replicated")  # type: ignore[arg-type]
-        run = replace(run, stages=tuple(replace(s, shard=shard, optim=PLAIN) for s in run.stages))
+        frozen = "sharded" if mode == "fsdp" and not near else "replicated"
+        shard = ShardConfig(mode=mode, frozen=frozen)  # type: ignore[arg-type]
+        stages = (replace(s, shard=shard, optim=PLAIN, kl_to_t2i=near * (s.name == "joint")) for s in run.stages)
+        run = replace(run, stages=tuple(stages))
         fit(run, name, folder, report=lambda line, to=losses[mode]: to.append(line.metrics["loss"]))
     assert losses["none"] == pytest.approx(losses["fsdp"], abs=1e-5) and len(losses["none"]) == 3
     one, other = (load_components(tmp_path / mode / "model").state_dict() for mode in ("none", "fsdp"))

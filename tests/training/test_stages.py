@@ -284,7 +284,7 @@ def test_a_stage_that_stays_near_the_flow_of_t2i_has_to_come_right_after_it():
     task = task_near_t2i(components)
     with pytest.raises(ConfigError, match="has finished stage joint"):
         task.loss(task.make_batch(range(4)), torch.Generator().manual_seed(1))
-    for wrong in ({"kl_to_t2i": -1.0}, {"kl_to_t2i": 1.0, "shard": ShardConfig(mode="fsdp")}):
+    for wrong in ({"kl_to_t2i": -1.0}, {"kl_to_t2i": 1.0, "shard": ShardConfig(mode="fsdp", frozen="sharded")}):
         with pytest.raises(ConfigError, match="kl_to_t2i is"):
             replace(RUN.stage("joint"), **wrong)
     with pytest.raises(ConfigError, match="stage t2i"):

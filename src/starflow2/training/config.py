@@ -240,10 +240,11 @@ class StageConfig(Config):
                 f"everything is set in stage {self.name}; expected stage final: a model that has seen what dev and "
                 "test hold out cannot be scored on it, so only a last stage may."
             )
-        if self.kl_to_t2i < 0 or (self.kl_to_t2i and (self.name != "joint" or self.shard.mode != "none")):
+        reads_apart = self.shard.mode != "none" and self.shard.frozen == "sharded"  # the reference, in each process
+        if self.kl_to_t2i < 0 or (self.kl_to_t2i and (self.name != "joint" or reads_apart)):
             raise ConfigError(
-                f"kl_to_t2i is {self.kl_to_t2i} in stage {self.name} under shard.mode {self.shard.mode}; expected 0, "
-                "or more in stage joint under shard.mode none."
+                f"kl_to_t2i is {self.kl_to_t2i} in stage {self.name} under shard.frozen {self.shard.frozen}; expected "
+                "0, or more in stage joint with a language model that is replicated."
             )
         if self.corpus.mixture and bool(self.corpus.held_out) != bool(self.held_out_batches):
             raise ConfigError(
