@@ -131,6 +131,24 @@ def test_sigterm_leaves_a_checkpoint_and_a_clear_error_and_the_run_goes_on_from_
     assert_same_run(folder, whole)
 
 
+def test_sigterm_in_the_middle_of_a_save_lets_it_end_and_the_run_after_the_next_step(folder, whole, monkeypatch):
+    asked: list[Path] = []
+
+    def save(tensors: object, path: Path, **options: object) -> None:
+        if not asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        asked.append(path)
+        save_file(tensors, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_file, "save_file", save)
+        with pytest.raises(TrainingError, match=rf"step {EVERY + 1}; its checkpoint is written.*--resume auto"):
+            fit(RUN, "t2i", folder)
+    assert len(asked) == 2, "the checkpoint that was being written, and that of the end"
+    fit(RUN, "t2i", folder)
+    assert_same_run(folder, whole)
+
+
 def test_a_line_of_metrics_cut_short_by_a_power_failure_does_not_stop_the_run(folder):
     fit(with_stage(steps=4), "t2i", folder)
     with (folder / "metrics-t2i.jsonl").open("a") as file:
