@@ -3,10 +3,13 @@
     npm pack emoji-datasource-google@16.0.0 && tar xzf emoji-datasource-google-16.0.0.tgz
     python scripts/own_pictures.py write package data/emoji
     python scripts/own_pictures.py judge data/emoji out/emoji --json out/emoji/judged.json
+    python scripts/own_pictures.py sheet data/emoji out/emoji out/sheet.png
+    python scripts/own_pictures.py losses runs/emoji
 
 `write` puts the pictures on white, a tenth of the names aside in held/, and writes captions, questions, edits and the
 mixture files that name them. `judge` compares every PNG of a folder that `starflow2 generate` wrote with all training
 pictures: its share counts those whose nearest one, by mean square of the difference, bears the name that was asked for.
+`sheet` puts drawn pictures above the true ones, `losses` prints the held-out loss of every stage at every evaluation.
 """
 
 from __future__ import annotations
@@ -142,6 +145,32 @@ def judge(data: Path, drawn: Path) -> dict[str, Any]:
     return {"pictures": len(rows), "right": right / len(rows), "chance": chance, "rows": rows}
 
 
+def sheet(data: Path, drawn: Path, columns: int = 12, rows: int = 4) -> Image.Image:
+    """Drawn pictures, each above the one that the prompt names; the first ones by file name."""
+    true = {}
+    for line in (data / "train" / "metadata.jsonl").read_text("utf-8").splitlines():
+        record = json.loads(line)
+        true.setdefault(record["text"], data / "train" / record["file_name"])
+    asked = ((file, read_metadata(file).get("prompt", "")) for file in sorted(drawn.rglob("*.png")))
+    pairs = [(file, true[prompt]) for file, prompt in asked if prompt in true][: columns * rows]
+    side, gap = Image.open(pairs[0][0]).width, 4
+    page = Image.new("RGB", (columns * (side + gap) - gap, rows * (2 * side + 3 * gap) - 3 * gap), "white")
+    for i, pair in enumerate(pairs):
+        x, y = i % columns * (side + gap), i // columns * (2 * side + 3 * gap)
+        for j, file in enumerate(pair):
+            page.paste(Image.open(file), (x, y + j * side))
+    return page
+
+
+def losses(run: Path) -> Iterator[str]:
+    """A line for every stage: its held-out loss at every evaluation, from before the first step on."""
+    for file in sorted(run.glob("metrics-*.jsonl"), key=lambda path: path.stat().st_mtime):
+        lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        found = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+        shown = ", ".join(f"{loss:.4f} at {step}" for step, loss in found)
+        yield f"{file.stem.removeprefix('metrics-')}: {shown}"
+
+
 def pixels(file: Path) -> np.ndarray:
     return to_tensor(Image.open(file)).flatten().numpy()
 
@@ -156,10 +185,24 @@ def main() -> None:
     judging.add_argument("folder", type=Path)
     judging.add_argument("drawn", type=Path)
     judging.add_argument("--json", type=Path)
+    showing = verbs.add_parser("sheet", help="put drawn pictures above the true ones")
+    showing.add_argument("folder", type=Path)
+    showing.add_argument("drawn", type=Path)
+    showing.add_argument("file", type=Path)
+    listing = verbs.add_parser("losses", help="print the held-out losses of a run")
+    listing.add_argument("run", type=Path)
     given = parser.parse_args()
     if given.verb == "write":
         write(given.package, given.folder)
-        return
+    elif given.verb == "sheet":
+        sheet(given.folder, given.drawn).save(given.file, optimize=True)
+    elif given.verb == "losses":
+        print(*losses(given.run), sep="\n")
+    else:
+        _judge(given)
+
+
+def _judge(given: argparse.Namespace) -> None:
     found = judge(given.folder, given.drawn)
     print(f"{found['right']:.0%} of {found['pictures']} pictures; by chance {found['chance']:.2%}")
     if given.json:

@@ -9,8 +9,10 @@ out=$run/out model=$run/model
 sf() { echo "+ starflow2 $*"; python -m starflow2 "$@"; }
 train() { # STAGE MIXTURE STEPS DOCUMENTS OPTIONS...
     local steps=$(($3 * percent / 100))
-    sf train nano --stage "$1" --corpus.mixture "$data/train-$2.json" --steps $((steps < 2 ? 2 : steps)) --batch "$4" \
-        --corpus.rows $(($4 / 8)) --corpus.width 768 -o "$run" "${@:5}"
+    ((steps >= 8)) || steps=8
+    sf train nano --stage "$1" --corpus.mixture "$data/train-$2.json" --steps $steps --batch "$4" \
+        --corpus.rows $(($4 / 8)) --corpus.width 768 --corpus.held-out "$data/held-$2.json" --held-out-batches 4 \
+        --evaluate-every $((steps / 8)) -o "$run" "${@:5}"
 }
 mkdir -p "$out"
 sf data check "$data/train-joint.json" --limit 500
@@ -25,6 +27,8 @@ train joint joint 700 32 --kl-to-t2i 0 --hidden-latents-share 0 --optim.matrix-l
 
 sf generate --prompts "$data/prompts.txt" -o "$out/drawn/" --model "$model"
 python scripts/own_pictures.py judge "$data" "$out/drawn" --json "$out/judged.json"
+python scripts/own_pictures.py sheet "$data" "$out/drawn" "$out/sheet.png"
+python scripts/own_pictures.py losses "$run"
 sf ask "$data/train/1f436.png" "What is this?" --model "$model"
 sf edit "$data/train/1f44b.png" "make the skin dark" -o "$out/edited.png" --model "$model"
 sf score "dog face" "$data/train/1f436.png" --model "$model"
