@@ -44,7 +44,7 @@ def watched(run: RunConfig, stage: str, folder: Path) -> tuple[list[JsonObject],
     moments, images, plain = list[Moment](), [0], TASKS[stage]
 
     def made(*given: Any, **options: Any) -> Any:
-        task = plain(*given, **options)
+        task: Any = plain(*given, **options)
         loss = task.loss
 
         def counted(data: Any, *rest: Any) -> Any:

@@ -144,7 +144,7 @@ def test_an_extractor_of_ones_own_goes_through_every_stage_and_draws(folder):
         assert before is None or torch.equal(matrix, before), "no stage trains it"
         before = matrix
     loaded = load_components(folder / "model")
-    assert isinstance(before, torch.Tensor) and torch.equal(loaded.features.matrix, before)
+    assert isinstance(before, torch.Tensor) and torch.equal(loaded.features.state_dict()["matrix"], before)
     assert not (folder / "model" / "features").exists()
     (drawing,) = StarFlow2(loaded).generate("two red hearts")
     assert drawing.image.size == (64, 64)
