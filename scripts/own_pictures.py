@@ -147,7 +147,7 @@ def judge(data: Path, drawn: Path) -> dict[str, Any]:
 
 def sheet(data: Path, drawn: Path, columns: int = 12, rows: int = 4) -> Image.Image:
     """Drawn pictures, each above the one that the prompt names; the first ones by file name."""
-    true = {}
+    true = dict[str, Path]()
     for line in (data / "train" / "metadata.jsonl").read_text("utf-8").splitlines():
         record = json.loads(line)
         true.setdefault(record["text"], data / "train" / record["file_name"])

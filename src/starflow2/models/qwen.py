@@ -91,7 +91,7 @@ def _by_document(
 ) -> tuple[Tensor, None]:
     """Attention of transformers' layers: by document where the mask holds documents, else as ever."""
     if not isinstance(attention_mask, ByDocument):
-        return cast(tuple[Tensor, None], sdpa_attention_forward(module, query, key, value, attention_mask, **options))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return attention_mask.attention(query, key, value).transpose(1, 2).contiguous(), None
 
 
