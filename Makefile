@@ -84,7 +84,7 @@ site: docs ## the documentation as a site in site/, built and checked without a 
 	$(BIN)/python scripts/check_site.py site
 
 release: setup ## both wheels into dist/, checked, installed elsewhere and drawn with; nothing is uploaded
-	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python scripts/release.py dist
+	$(WHEELS) PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python scripts/release.py dist
 
 nano: setup ## train nano from scratch, one process per core; the recipe's docstring says what it costs
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(JOBS) -m starflow2 train nano
