@@ -52,6 +52,7 @@ __all__ = [
     "mini",
     "nano",
     "nano_end_to_end",
+    "nano_grown",
     "nano_patches",
     "paper",
     "paper_siglip",
@@ -205,6 +206,24 @@ def nano() -> RunConfig:
             ),
         ),
     )
+
+
+def nano_grown() -> RunConfig:
+    """`nano` from the weights of version 0 instead of from nothing, in four hours of two cores; docs/training.md#nano.
+
+    `scripts/grow_nano.py` makes the folder to start in: there, features, fae and t2i count as finished. The language
+    model learns on at half its rate; the flow and the joints then follow it in `joint`, which has no reference.
+    """
+    run = nano()
+    half = OptimConfig(lr=1e-3, matrix_lr=2e-3, decay_share=0.4)
+    early = WarmupTalkConfig(steps=300, mix=NANO_TALK_EARLY)
+    changes: dict[str, dict[str, object]] = {
+        "vlm": {"steps": 1600, "optim": half, "warmup_talk": early},
+        "adapter": {"steps": 400},
+        "joint": {"steps": 3000, "kl_to_t2i": 0.0, "warmup_mix": WarmupMixConfig()},
+        "final": {},
+    }
+    return replace(run, stages=tuple(replace(s, **changes.get(s.name, {})) for s in run.stages))  # type: ignore[arg-type]
 
 
 # -- the paper's future work, at nano's size --------------------------------------------------------------
@@ -586,6 +605,7 @@ def _features_at_world_size(cfg: DinoConfig | SiglipConfig) -> DinoConfig | Sigl
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "nano": nano,
     "nano-end-to-end": nano_end_to_end,
+    "nano-grown": nano_grown,
     "nano-patches": nano_patches,
     "mini": mini,
     "paper": paper,
