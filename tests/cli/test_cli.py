@@ -387,7 +387,7 @@ def test_help_of_a_stage_lists_its_settings(capsys):
     [
         (
             ["nanno"],
-            "no recipe 'nanno'; expected nano, nano-end-to-end, nano-patches, mini, paper, paper-siglip or "
+            "no recipe 'nanno'; expected nano, nano-end-to-end, nano-grown, nano-patches, mini, paper, paper-siglip or "
             'module:function. Did you mean "nano"?',
         ),
         (["no_such_module:recipe"], "cannot use 'no_such_module:recipe' as a recipe: No module named"),

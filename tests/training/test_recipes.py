@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from grow_nano import main as grow_nano
 
 from model_cases import tiny_tokenizer
 from run_cases import with_stage
@@ -19,7 +20,8 @@ from starflow2.models.summary import describe
 from starflow2.training.config import CorpusConfig, RunConfig
 from starflow2.training.loop import fit
 from starflow2.training.losses import latent_penalty
-from starflow2.training.recipes import RECIPES, find, mini, nano, paper, paper_siglip, smoke
+from starflow2.training.recipes import RECIPES, find, mini, nano, nano_grown, paper, paper_siglip, smoke
+from starflow2.training.start import start_stage, unfinished_stages
 
 LARGE = ("mini", "paper", "paper-siglip")
 
@@ -138,3 +140,14 @@ def test_siglip_differs_from_paper_in_features_and_their_auto_encoder_alone():
 def test_mini_is_in_between():
     sizes = [describe(run().model).parameters.trainable for run in (nano, mini, paper)]
     assert sizes == sorted(sizes) and 0.4e9 < sizes[1] < 0.6e9
+
+
+def test_nano_is_trained_on_from_the_shipped_weights(tmp_path) -> None:
+    grow_nano(str(tmp_path / "run"))
+    run = nano_grown()
+    assert unfinished_stages(run, tmp_path / "run") == ["vlm", "adapter", "joint", "final"]
+    components = start_stage(run, "vlm", tmp_path / "run", "cpu")
+    assert components.cfg == replace(run.model, name=components.cfg.name) and components.cfg.self_check is not None
+    assert {s.name for s in run.stages} == {s.name for s in nano().stages}
+    with pytest.raises(SystemExit, match="exists"):
+        grow_nano(str(tmp_path / "run"))
