@@ -42,6 +42,7 @@ HOMES = {
     "transformers": {"models", "hf"},
     "PIL": {"core", "data", "world", "research/plots"},
     "torch.distributed": {"training"},
+    "fastapi": {"serving"},
     "torchvision": set(),
 }
 

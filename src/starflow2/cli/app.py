@@ -30,6 +30,7 @@ COMMANDS = {
     "score": "starflow2.cli.score:Score",
     "invert": "starflow2.cli.invert:Invert",
     "words": "starflow2.cli.words:Words",
+    "serve": "starflow2.cli.serve:Serve",
     "demo": "starflow2.cli.demo:Demo",
     "prepare": "starflow2.cli.prepare:Prepare",
     "train": "starflow2.cli.train:Train",

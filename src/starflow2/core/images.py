@@ -58,6 +58,7 @@ __all__ = [
     "PictureSource",
     "checked_pixels",
     "contact_sheet",
+    "encoded",
     "is_same_image",
     "picture_files",
     "psnr",
@@ -492,6 +493,18 @@ def contact_sheet(images: Sequence[PILImage], labels: Sequence[str], columns: in
 
 
 # -- files ------------------------------------------------------------------------------------------------
+
+
+def encoded(image: PILImage, form: Literal["png", "jpeg", "webp"] = "png", quality: int = 95) -> bytes:
+    """The bytes of an image file, the same for the same image; quality: of jpeg, and of webp below 100.
+
+    >>> encoded(Image.new("RGB", (16, 16)))[1:4]
+    b'PNG'
+    """
+    file, quality = io.BytesIO(), whole(quality, "quality", Range(least=0, most=100))
+    options = {"png": {}, "jpeg": {"quality": quality}, "webp": {"quality": quality, "lossless": quality == 100}}[form]
+    image.save(file, format=form.upper(), **options)
+    return file.getvalue()
 
 
 def save_png(image: PILImage, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -20,6 +20,7 @@ from starflow2.inference.reading import Part, PastTurn
 
 __all__ = [
     "LOCAL",
+    "Accepted",
     "Ask",
     "Done",
     "Draft",
@@ -64,6 +65,7 @@ class Ask:
     previous: str | None = None  # the id of the reply that this turn follows
     past: Sequence[PastTurn] = ()  # or, instead, the turns before it
     keep: Keep = "no"  # memory: while there is room; stored: in the service's folder, too
+    id: str | None = None  # under which it is kept, a name of `sessions.new_id`; None: another one
     drafts: int = 0  # images of a half-drawn image that are wanted
     reports: bool = False  # `Progress` is wanted
     timeout_s: float | None = None  # None: the service's
@@ -81,6 +83,11 @@ class ScoreAsk:
 
 
 # -- events
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The request has been read and its reply is being made; nothing in it is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +178,7 @@ class Failed:
     error: Exception
 
 
-Event = TextDelta | ImageBegun | Progress | Draft | ImageDone | Done | Scored | Failed
+Event = Accepted | TextDelta | ImageBegun | Progress | Draft | ImageDone | Done | Scored | Failed
 
 
 def count_images(parts: Sequence[Part]) -> int:

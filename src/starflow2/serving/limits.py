@@ -13,7 +13,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class ServeLimits(Config):
-    """What a service takes upon itself; `docs/serving.md` says how to choose it for a machine."""
+    """Bounds of a service; `docs/serving.md` says how to choose it for a machine."""
 
     # work
     rows: Count = 16  # replies that are computed at once

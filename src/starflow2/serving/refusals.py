@@ -63,7 +63,10 @@ def unknown_session(name: str, param: str) -> Refusal:
 
 
 def refusal_of(error: Exception, *, of_request: bool = True) -> Refusal:
-    """What a client hears of an error; of_request: it was met while the request was read, not while it was computed."""
+    """The refusal by which a client hears of an error.
+
+    of_request: it was met while the request was read, not while it was computed.
+    """
     if isinstance(error, Refusal):
         return error
     if of_request and isinstance(error, CLIENTS_FAULT):

@@ -16,6 +16,7 @@ import math
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -35,7 +36,7 @@ from starflow2.serving.jobs import Ask, Failed, Part, ScoreAsk
 from starflow2.serving.limits import ServeLimits
 from starflow2.serving.refusals import CLIENTS_FAULT, Refusal, busy, cancelled, closing, late, refusal_of
 from starflow2.serving.replies import Reply
-from starflow2.serving.sessions import SessionStore
+from starflow2.serving.sessions import SessionStore, new_id
 from starflow2.serving.stats import Counts, Stats
 from starflow2.serving.waiting import FairQueue
 from starflow2.serving.worker import Job, ScoreJob, Worker
@@ -51,14 +52,17 @@ class Service:
     """A model that serves many at once. A context: it starts on entering, and drains on leaving.
 
     folder: where stored sessions are written, so that they outlive the process; None: in memory only. Raises StateError
-    for a model whose streams were not trained together, OutputError for a folder that cannot be used.
+    for a model whose streams were not trained together, OutputError for a folder that cannot be used. number: of this
+    service among replicas, which stands in the ids that it makes.
     """
 
-    def __init__(self, model: StarFlow2, limits: ServeLimits | None = None, folder: Path | None = None) -> None:
+    def __init__(
+        self, model: StarFlow2, limits: ServeLimits | None = None, folder: Path | None = None, *, number: int = 0
+    ) -> None:
         if not model.is_joint:
             raise StateError("a service needs a model that has finished stage joint; train it further.")
         self.model, self.limits, self.sampler = model, limits or ServeLimits(), model.sampler()
-        self.counts = Counts()
+        self.number, self.counts = number, Counts()
         self._sessions = _store(self.sampler, self.limits, folder)
         self._aside = Aside()
         self._worker = Worker(self.sampler, model.exact_sampler, self._sessions, self._aside, self.counts)
@@ -92,7 +96,9 @@ class Service:
             self._wake.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-            self._aside.close()
+        else:
+            self._end_all()
+        self._aside.close()
 
     # -- requests
 
@@ -112,6 +118,10 @@ class Service:
         if not is_reply:
             check_words(components, part)
         return normalized(components, part)
+
+    def new_id(self) -> str:
+        """An id under which a reply is to be kept (`Ask.id`)."""
+        return new_id(self.number)
 
     def submit(self, ask: Ask | ScoreAsk) -> Reply:
         """Let a request wait for its turn. Raises Refusal: 404 for an unknown id, 429 for a full queue, 503."""
@@ -143,7 +153,7 @@ class Service:
         return True
 
     def stats(self) -> Stats:
-        """What it is doing, and what it did."""
+        """Its counts, and how much it has to do now."""
         with self._wake:
             waiting = len(self._queue)
         return Stats(
@@ -160,7 +170,10 @@ class Service:
     def _job(self, ask: Ask) -> Job:
         if ask.previous is not None and ask.past:
             raise ConfigError("previous and past are both given; a turn follows a kept reply or turns that are sent.")
-        tries = checked_tries(self.model.components.cfg, ask.tries)
+        if ask.id is None and ask.keep != "no":
+            ask = replace(ask, id=self.new_id())  # known before the reply is made
+        own = 1 if ask.mode != "image" else None  # several tries are of an image
+        tries = checked_tries(self.model.components.cfg, own if ask.tries is None else ask.tries)
         job = Job(ask, Reply(self._cancel), self._deadline(ask.timeout_s), min(tries, self.limits.rows))
         if ask.previous is not None:
             job.base = self._sessions.get(ask.previous, ask.owner)
@@ -263,6 +276,8 @@ class Service:
                     return
                 self._queue.pop()
             self._begin(job)
+            if isinstance(job, ScoreJob):
+                return  # it was computed whole; replies in progress come first now
 
     def _fits(self, job: Job | ScoreJob) -> bool:
         return isinstance(job, ScoreJob) or not self._worker.rows or (self._worker.rows + job.width <= self.limits.rows)

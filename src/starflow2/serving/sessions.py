@@ -34,9 +34,9 @@ ENDING = ".session"
 _NAME = re.compile(r"resp_[0-9a-f]{32}")
 
 
-def new_id() -> str:
-    """A name that nobody can guess."""
-    return f"resp_{secrets.token_hex(16)}"
+def new_id(number: int = 0) -> str:
+    """A name that nobody can guess; number: of the replica that keeps it (`routing`), 0 where there is one."""
+    return f"resp_{number:04x}{secrets.token_hex(14)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,9 +233,10 @@ class SessionStore:
 
     def _path(self, name: str, *, is_new: bool = False) -> Path | None:
         """The file of a snapshot; None for names that are not of our making, and where there is none."""
-        if self.folder is None or not _NAME.fullmatch(name) or not (is_new or name in self._files):
+        if self.folder is None or not _NAME.fullmatch(name):
             return None
-        return self.folder / f"{name}{ENDING}"
+        path = self.folder / f"{name}{ENDING}"  # another server may have written it: they may share a folder
+        return path if is_new or name in self._files or path.is_file() else None
 
     def _read(self, path: Path, owner: str) -> Snapshot:
         """Raises CheckpointError for a file that is not whole, was changed, is another owner's or another model's."""

@@ -41,7 +41,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What a service is doing, and what it did."""
+    """A service at one moment, and its counts until then."""
 
     counts: Counts
     waiting: int

@@ -21,6 +21,7 @@ from starflow2.inference.self_check import confidence, question_of, seed_of
 from starflow2.serving.aside import Aside, draft_image
 from starflow2.serving.history import after, words_first
 from starflow2.serving.jobs import (
+    Accepted,
     Ask,
     Done,
     Draft,
@@ -34,7 +35,7 @@ from starflow2.serving.jobs import (
     count_images,
 )
 from starflow2.serving.replies import Reply
-from starflow2.serving.sessions import SessionStore, Snapshot, new_id
+from starflow2.serving.sessions import SessionStore, Snapshot
 from starflow2.serving.stats import Counts
 from starflow2.serving.transcript import Transcript
 
@@ -130,6 +131,7 @@ class Worker:
             job.buffered[each] = []
             self._jobs[each] = job
         self.counts.joined += 1
+        self._put(job, Accepted())
 
     def _count_input(self, job: Job, row: int, cached: int) -> None:
         each = self.sampler.layout.num_latents
@@ -272,7 +274,7 @@ class Worker:
     def _snapshot(self, job: Job, row: int, transcript: Transcript) -> Snapshot:
         """Keep the conversation as it is now."""
         state = self.engine.save(row)
-        snapshot = Snapshot(new_id(), job.owner, state, job.images + transcript.images)
+        snapshot = Snapshot(str(job.ask.id), job.owner, state, job.images + transcript.images)
         self.store.add(snapshot, self._prefixes(job, transcript.parts))
         return snapshot
 
