@@ -378,14 +378,27 @@ class StarFlow2(
     @inference_defaults()
     def answers_after(self, pasts: Sequence[Sequence[PastTurn]], questions: Sequence[str]) -> list[str]:
         """One greedy answer per question, each after past turns (user, assistant) of words and images (3, s, s)."""
+        talks = zip(pasts, questions, strict=True)
+        return self.replies([[*(side for turn in past for side in turn), [question]] for past, question in talks])
 
-        def read(side: Sequence[str | Tensor]) -> list[str | Tensor]:
-            return [normalized(self.components, p) if isinstance(p, str) else self._picture(p) for p in side]
+    @inference_defaults()
+    def replies(self, talks: Sequence[Sequence[Sequence[Said]]], *, tokens: int = 48) -> list[str]:
+        """One greedy reply in words per conversation; its messages are the user's and the model's in turn.
 
-        turns = [[(read(user), read(assistant)) for user, assistant in past] for past in pasts]
-        texts = [[normalized(self.components, question)] for question in questions]
-        replies = reply_after(self.sampler(), turns, texts, ReplyLimits(tokens=48, pictures=0))
-        return [_words(blocks) for blocks in replies]
+        A message is a list of words (str) and images, as `score` takes them; the last message is the user's.
+        Raises ConfigError for an even number of messages, DataError and ShapeError for images it cannot take.
+        """
+        counts = {len(talk) for talk in talks}
+        if any(count % 2 == 0 for count in counts):
+            raise ConfigError(f"talks have {sorted(counts)} messages; expected an odd number: the last is the user's.")
+        read = [[[self._read(part) for part in message] for message in talk] for talk in talks]
+        pasts = [list(zip(talk[:-1:2], talk[1::2], strict=True)) for talk in read]
+        limits = ReplyLimits(tokens=tokens, pictures=0)
+        return [_words(blocks) for blocks in reply_after(self.sampler(), pasts, [talk[-1] for talk in read], limits)]
+
+    def _read(self, part: Said) -> str | Tensor:
+        """Words or an image as the model reads them."""
+        return normalized(self.components, part) if isinstance(part, str) else self._picture(part)
 
     @inference_defaults()
     def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:

@@ -9,13 +9,13 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
 
-import starflow2
 from starflow2.cli.parsing import Option, flags
 from starflow2.core.files import check_writable, replacing
+from starflow2.core.provenance import png_text
 from starflow2.core.serialize import JsonObject
 from starflow2.errors import OutputError, PromptError, StateError, UsageError, nearest, printable_line
 
@@ -165,12 +165,6 @@ def find_recipe(name: str) -> RunConfig:
 
 
 # -- output -----------------------------------------------------------------------------------------------------------
-
-
-def png_text(prompt: str, seed: int, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Text chunks that every PNG file carries; `settings` includes the model's name."""
-    about = {"settings": json.dumps(settings), "model": str(settings["model"]), "version": starflow2.__version__}
-    return {"prompt": prompt, "seed": str(seed), **about}
 
 
 def write_json(data: JsonObject, path: Path | None) -> None:

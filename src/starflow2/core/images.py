@@ -59,12 +59,16 @@ __all__ = [
     "checked_pixels",
     "contact_sheet",
     "encoded",
+    "grid_of",
     "is_same_image",
     "picture_files",
+    "pixel_distances",
     "psnr",
     "read_files",
     "read_metadata",
     "read_picture",
+    "read_pixels",
+    "read_upright",
     "save_png",
     "to_bytes",
     "to_floats",
@@ -226,6 +230,11 @@ def read_picture(
             raise
         except Exception as error:  # PIL's readers raise what they like on bad bytes
             raise _unreadable(name, str(error) or type(error).__name__, "damaged picture") from error
+
+
+def read_upright(image: PILImage) -> Tensor:
+    """An image in its own shape, upright and in RGB: (3, height, width) in [-1, 1]. Transparent pixels become white."""
+    return to_tensor(_rgb(_upright(image)))
 
 
 def _check_single(image: PILImage, name: str) -> None:
@@ -490,6 +499,52 @@ def contact_sheet(images: Sequence[PILImage], labels: Sequence[str], columns: in
         top += drop + MARGIN
     sheet.info[SHEET] = str(len(images))
     return sheet
+
+
+def grid_of(images: Sequence[PILImage], columns: int) -> PILImage:
+    """Images of one size side by side without gaps, row by row. Raises ShapeError unless they fill their rows.
+
+    >>> grid_of([Image.new("RGB", (8, 6))] * 4, columns=2).size
+    (16, 12)
+    """
+    sizes = {image.size for image in images}
+    if len(sizes) != 1 or columns < 1 or len(images) % columns:
+        raise ShapeError(
+            f"grid_of got {len(images)} images of sizes {sorted(sizes)} for {columns} columns; expected "
+            "images of one size that fill their rows."
+        )
+    ((width, height),) = sizes
+    grid = Image.new("RGB", (columns * width, len(images) // columns * height))
+    for i, image in enumerate(images):
+        grid.paste(_rgb(image), (i % columns * width, i // columns * height))
+    return grid
+
+
+def read_pixels(path: str | Path) -> Tensor:
+    """An image file in its own size: (3, height, width) float32 in [0, 1]. Raises DataError for what is no image."""
+    return torch.from_numpy(np.array(_decoded(path))).permute(2, 0, 1).float() / 255  # (3, height, width)
+
+
+def pixel_distances(path: str | Path, target: str | Path) -> tuple[float, float]:
+    """Mean absolute and mean square difference of two image files, of colours from 0 to 1.
+
+    The first image is resized to the second, as MagicBrush's evaluation does. Raises DataError for what is no image.
+    """
+    one, other = _decoded(path), _decoded(target)
+    a, b = (np.asarray(image, np.float64) / 255 for image in (one.resize(other.size), other))
+    return float(np.abs(a - b).mean()), float(np.square(a - b).mean())
+
+
+def _decoded(path: str | Path) -> PILImage:
+    """An image file as RGB in its own size. Raises DataError."""
+    with _undisturbed():
+        try:
+            with _opened(path, str(path)) as image:
+                return _rgb(image)
+        except DataError:
+            raise
+        except Exception as error:  # PIL's readers raise what they like on bad bytes
+            raise _unreadable(str(path), str(error) or type(error).__name__, "damaged picture") from error
 
 
 # -- files ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from starflow2.errors import PromptError
 from starflow2.models.components import Components
 from starflow2.models.wording import hint, respelled, words_of
 
-__all__ = ["check_words", "listed_prompts", "normalized"]
+__all__ = ["check_words", "listed_prompts", "normalized", "unknown_words"]
 
 MAX_CHARACTERS = 100_000  # of a prompt, so that no tokenizer is given a book
 
@@ -39,14 +39,23 @@ def check_words(components: Components, text: str) -> None:
     limit = components.cfg.max_prompt_tokens
     if count > limit:
         raise PromptError(f"the prompt has {count} tokens; this model reads up to {limit}.")
-    unknown = [w for w in words_of(read) if components.vocabulary and w not in components.vocabulary]
+    unknown = unknown_words(components, text)
     if unknown:
-        listed = ", ".join(dict.fromkeys(map(ascii, unknown)))
+        listed = ", ".join(map(ascii, unknown))
         hints = "".join(dict.fromkeys(hint(word, components.vocabulary) for word in unknown))
         raise PromptError(
             f"this model never learnt {listed}.{hints} "
             f"It knows {len(components.vocabulary)} words: shapes, colours, sizes, places, counts."
         )
+
+
+def unknown_words(components: Components, text: str) -> list[str]:
+    """Words of a text that the model never learnt, each once; none for a model without a fixed vocabulary.
+
+    Raises PromptError as `normalized` does.
+    """
+    words = dict.fromkeys(words_of(normalized(components, text)))
+    return [word for word in words if components.vocabulary and word not in components.vocabulary]
 
 
 def normalized(components: Components, text: str) -> str:

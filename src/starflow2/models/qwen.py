@@ -25,7 +25,7 @@ from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLForCondit
 from starflow2.errors import ConfigError
 from starflow2.models.config import LanguageConfig
 from starflow2.models.huggingface import FUSED, Backbone
-from starflow2.models.vision import to_tower
+from starflow2.models.vision import normalised, to_tower
 from starflow2.nn import ByDocument, Cache, at_least_fp32, attention_mask, check
 
 if TYPE_CHECKING:
@@ -182,12 +182,23 @@ class QwenStream(Backbone):
         """Image tokens from the vision tower: images (B, 3, s, s) in [-1, 1] -> (B, rows * columns, E)."""
         if not len(images):  # a microbatch may hold text only, and the tower fails on no image
             return images.new_zeros(0, math.prod(self.cfg.image_grid), self.cfg.width)
-        size, side = self.cfg.image_size, self.cfg.image_size // self.cfg.vision_patch
-        patches = patchify(to_tower(images, size, self.cfg.pixels), self.cfg.vision_patch).to(self.dtype)
-        grid = torch.tensor([[1, side, side]], device=images.device).expand(len(images), -1)
-        out = self.model.model.visual(patches, grid_thw=grid)
+        return self._tokens(to_tower(images, self.cfg.image_size, self.cfg.pixels))
+
+    def see_whole(self, image: Tensor) -> Tensor:
+        """Image tokens of an image of any shape: (3, h, w) in [-1, 1] -> (1, rows * columns, E).
+
+        Both sides are multiples of two patches, see `tower_size`.
+        """
+        return self._tokens(normalised(image[None], self.cfg.pixels))
+
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        """Image tokens of normalised images (B, 3, h, w)."""
+        patch = self.cfg.vision_patch
+        rows, columns = (length // patch for length in pixels.shape[2:])
+        grid = torch.tensor([[1, rows, columns]], device=pixels.device).expand(len(pixels), -1)
+        out = self.model.model.visual(patchify(pixels, patch).to(self.dtype), grid_thw=grid)
         tokens: Tensor = out if isinstance(out, Tensor) else out.pooler_output
-        return at_least_fp32(rearrange(tokens, "(b n) e -> b n e", b=len(images)))
+        return at_least_fp32(rearrange(tokens, "(b n) e -> b n e", b=len(pixels)))
 
 
 # -- Qwen3-VL ---------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ __all__ = [
     "DinoFeatures",
     "SiglipFeatures",
     "features_of",
+    "normalised",
     "to_tower",
 ]
 
@@ -30,6 +31,13 @@ def to_tower(images: Tensor, size: int, cfg: PixelConfig | None) -> Tensor:
         return images
     if given != size:
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    return normalised(images, cfg)
+
+
+def normalised(images: Tensor, cfg: PixelConfig | None) -> Tensor:
+    """Images (B, 3, h, w) in [-1, 1] with the colours that a tower expects. Unchanged if cfg is None."""
+    if cfg is None:
+        return images
     mean, std = (images.new_tensor(values)[:, None, None] for values in (cfg.mean, cfg.std))
     return ((images + 1) / 2 - mean) / std
 
