@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from starflow2.cli.app import COMMANDS, command
+from starflow2.cli.app import COMMANDS, command, split_verb
 from starflow2.cli.parsing import flags, parse
 from starflow2.errors import ConfigError, UsageError
 from starflow2.training.recipes import nano
@@ -39,7 +39,7 @@ FOREIGN = {"json", "sklearn", "torch", "torchao", "transformers"}
 FOREIGN_NAMES = {"Any", "Path", "nn.Module", "Task2.Caption"}
 FOREIGN_NAMES |= {"datasets/download_images.py", "models/MiniGPT-5/dataloader.py", "map_openimage_url_to_local.py"}
 SUFFIXES = (".bin", ".html", ".json", ".jsonl", ".jpg", ".lock", ".md", ".npz", ".png", ".pth", ".safetensors", ".tar")
-SUFFIXES += (".txt", ".toml", ".yml", ".parquet", ".xml", ".ipynb", ".cff")
+SUFFIXES += (".csv", ".txt", ".toml", ".yml", ".parquet", ".xml", ".ipynb", ".cff")
 OTHER_OPTIONS = {"--options", "--nproc-per-node", "--nnodes", "--torch-backend"}  # of other programs
 
 
@@ -207,12 +207,13 @@ def _is_accepted(arguments: list[str]) -> bool:
         return True
     if not _has_known_options(arguments):
         return False
-    words = [word for word in arguments[1:] if word not in ("-h", "--help")]
-    if words != arguments[1:] and arguments[0] != "train":
+    verb, rest = split_verb(arguments)
+    words = [word for word in rest if word not in ("-h", "--help")]
+    if words != rest and verb != "train":
         return True
     try:
-        _, unknown = parse(command(arguments[0]), words, "starflow2")
-        if arguments[0] == "train" and unknown:
+        _, unknown = parse(command(verb), words, "starflow2")
+        if verb == "train" and unknown:
             _, unknown = parse(type(_stage()), unknown, "starflow2", _stage(), ("name",))
     except ConfigError:  # a setting that only the recipe on the page can have
         return True
@@ -222,13 +223,13 @@ def _is_accepted(arguments: list[str]) -> bool:
 
 
 def _has_known_options(arguments: list[str]) -> bool:
-    verb = arguments[0]
+    verb, rest = split_verb(arguments)
     if verb in ("--help", "--version", "COMMAND"):
         return True
     if verb not in COMMANDS:
         return False
     known = {*flags(command(verb)), "--help", *(_stage_options() if verb == "train" else ())}
-    return all(word.split("=")[0].replace("_", "-") in known for word in arguments[1:] if word.startswith("--"))
+    return all(word.split("=")[0].replace("_", "-") in known for word in rest if word.startswith("--"))
 
 
 def _all_options() -> set[str]:

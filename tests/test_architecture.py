@@ -28,11 +28,15 @@ MAY: dict[str, tuple[str, ...]] = {
     "data": BASE,
     "world": ("errors", "core", "data"),
     "evals": (*BASE, "data", "world"),
+    "benchmarks": (*BASE, "inference", "pipeline", "data", "world", "evals"),
     "training": (*BASE, "data", "world"),  # never inference
     "selfcheck": (*BASE, "inference", "pipeline", "data", "world"),
     "research": (*BASE, "inference", "pipeline", "data", "world", "evals", "training"),
     "serving": (*BASE, "inference", "pipeline"),
-    "cli": (*BASE, "inference", "pipeline", "data", "world", "evals", "training", "selfcheck", "research", "serving"),
+    "cli": (
+        *(*BASE, "inference", "pipeline", "data", "world", "evals", "benchmarks", "training", "selfcheck"),
+        *("research", "serving"),
+    ),
     "__main__": ("cli",),
 }
 

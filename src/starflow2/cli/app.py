@@ -20,7 +20,7 @@ from starflow2.cli.parsing import docstring_of, help_text, parse, refuse_repeate
 from starflow2.cli.train import Train
 from starflow2.errors import StarFlowError, UsageError, nearest, printable_line
 
-__all__ = ["COMMANDS", "command", "main"]
+__all__ = ["COMMANDS", "command", "main", "split_verb"]
 
 COMMANDS = {
     "generate": "starflow2.cli.generate:Generate",
@@ -36,6 +36,25 @@ COMMANDS = {
     "train": "starflow2.cli.train:Train",
     "finetune": "starflow2.cli.finetune:Finetune",
     "eval": "starflow2.cli.evaluate:Eval",
+    "eval geneval": "starflow2.cli.eval_drawing:DrawGeneval",
+    "eval geneval score": "starflow2.cli.eval_drawing:ScoreGeneval",
+    "eval geneval detect": "starflow2.cli.eval_drawing:DetectGeneval",
+    "eval dpg": "starflow2.cli.eval_drawing:DrawDpg",
+    "eval dpg score": "starflow2.cli.eval_drawing:ScoreDpg",
+    "eval gedit": "starflow2.cli.eval_editing:DrawGedit",
+    "eval gedit score": "starflow2.cli.eval_editing:ScoreGedit",
+    "eval imgedit": "starflow2.cli.eval_editing:DrawImgedit",
+    "eval imgedit score": "starflow2.cli.eval_editing:ScoreImgedit",
+    "eval magicbrush": "starflow2.cli.eval_editing:DrawMagicbrush",
+    "eval magicbrush score": "starflow2.cli.eval_editing:ScoreMagicbrush",
+    "eval mme": "starflow2.cli.eval_answering:AskMme",
+    "eval gqa": "starflow2.cli.eval_answering:AskGqa",
+    "eval seed": "starflow2.cli.eval_answering:AskSeed",
+    "eval mmbench": "starflow2.cli.eval_answering:AskMmbench",
+    "eval mmmu": "starflow2.cli.eval_answering:AskMmmu",
+    "eval ai2d": "starflow2.cli.eval_answering:AskAi2d",
+    "eval likelihood": "starflow2.cli.eval_density:EvalLikelihood",
+    "eval report": "starflow2.cli.eval_report:EvalReport",
     "analyze": "starflow2.cli.analyze:Analyze",
     "data": "starflow2.cli.data:Data",
     "info": "starflow2.cli.info:Info",
@@ -85,19 +104,30 @@ def _discard_output() -> None:
         os.close(nowhere)
 
 
+def split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The longest verb that a command line begins with, and what follows: "eval geneval score" is one of three words.
+
+    A first word that is no verb is returned as it is.
+    """
+    for count in (3, 2):
+        verb = " ".join(arguments[:count])
+        if verb in COMMANDS:
+            return verb, list(arguments[count:])
+    return arguments[0], list(arguments[1:])
+
+
 def command(verb: str) -> type[Command]:
     """The dataclass of a verb. Raises UsageError with the nearest verb."""
     if verb not in COMMANDS:
-        raise UsageError(
-            f"there is no command {verb!r}; expected one of {', '.join(COMMANDS)}.{nearest(verb, COMMANDS)}"
-        )
+        known = _single_words()
+        raise UsageError(f"there is no command {verb!r}; expected one of {', '.join(known)}.{nearest(verb, known)}")
     module, _, name = COMMANDS[verb].partition(":")
     found: type[Command] = getattr(import_module(module), name)
     return found
 
 
 def _dispatch(arguments: list[str]) -> int:
-    verb, *rest = arguments or ["--help"]
+    verb, rest = split_verb(arguments or ["--help"])
     if verb in ("-h", "--help"):
         print(_overview())
         return 0
@@ -110,7 +140,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _run(kind: type[Command], arguments: list[str]) -> int:
     program = f"{PROGRAM} {kind.verb}"
     if {"-h", "--help"} & set(arguments):
-        print(help_text(kind, program), end="")
+        print(help_text(kind, program), *_below(kind.verb), sep="", end="")
         others = [argument for argument in arguments if argument not in ("-h", "--help")]
         if kind is Train and others:
             print(parse(Train, others, program)[0].stage_help())
@@ -120,11 +150,29 @@ def _run(kind: type[Command], arguments: list[str]) -> int:
     return parsed.run(unknown)
 
 
+def _single_words() -> list[str]:
+    """Verbs that stand on the first help page; those of several words stand on the page of their first."""
+    return [verb for verb in COMMANDS if " " not in verb]
+
+
+def _first_lines(verbs: Sequence[str]) -> list[str]:
+    """Verbs with the first line of their docstring."""
+    width = max(map(len, verbs))
+    firsts = {verb: docstring_of(command(verb)).partition("\n")[0] for verb in verbs}
+    return [f"  {verb:<{width}}  {first}".rstrip() for verb, first in firsts.items()]
+
+
+def _below(verb: str) -> list[str]:
+    """Lines that the help page of a verb ends with: the longer verbs that begin with it."""
+    longer = [other for other in COMMANDS if other.startswith(f"{verb} ")]
+    return (
+        ["\ncommands with options of their own:\n", *(f"{line}\n" for line in _first_lines(longer))] if longer else []
+    )
+
+
 def _overview() -> str:
     """The help page of the program: every verb with the first line of its docstring."""
-    width = max(map(len, COMMANDS))
-    firsts = {verb: docstring_of(command(verb)).partition("\n")[0] for verb in COMMANDS}
-    lines = [f"  {verb:<{width}}  {first}".rstrip() for verb, first in firsts.items()]
+    lines = _first_lines(_single_words())
     return "\n".join(
         [
             f"usage: {PROGRAM} [-h] [--version] COMMAND ...",

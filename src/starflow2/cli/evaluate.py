@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from starflow2.cli.options import (
+    PROGRAM,
     Device,
     JsonFile,
     Model,
@@ -45,8 +46,28 @@ class Eval:
 
     benchmark: Positional[
         Annotated[
-            Literal["world", "fae"],
-            Option("world: the drawn world; fae: images through the codec and back", metavar="SUITE"),
+            Literal[
+                "world",
+                "fae",
+                "geneval",
+                "dpg",
+                "gedit",
+                "imgedit",
+                "magicbrush",
+                "mme",
+                "gqa",
+                "seed",
+                "mmbench",
+                "mmmu",
+                "ai2d",
+                "likelihood",
+                "report",
+            ],
+            Option(
+                "world: the drawn world; fae: images through the codec and back; others are published benchmarks, with "
+                "options of their own",
+                metavar="SUITE",
+            ),
         ]
     ]
     suite: Annotated[
@@ -81,6 +102,10 @@ class Eval:
         from starflow2.evals.tables import ledger_record, table
         from starflow2.models.checkpoint import weights_digest
 
+        if self.benchmark not in ("world", "fae"):
+            raise UsageError(
+                f"{self.benchmark} has options of its own, behind its name: see {PROGRAM} eval {self.benchmark} --help."
+            )
         check_json(self.json)
         self._check()
         if self.benchmark == "fae":

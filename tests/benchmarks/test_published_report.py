@@ -1,0 +1,131 @@
+"""The page that sets results beside the paper's numbers, and the density of images that one of them is about."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmark_cases import tiny_model
+from starflow2.benchmarks.likelihood import gaussian_nats, score_density
+from starflow2.benchmarks.paper import PAPER
+from starflow2.benchmarks.report import markdown, read_results, write_report
+from starflow2.benchmarks.results import Result, read_result
+from starflow2.core.serialize import to_dict
+from starflow2.errors import DataError
+from starflow2.evals.codec import CodecReport, CodecRow
+from starflow2.evals.report import write_json
+from starflow2.evals.statistics import Score
+from starflow2.inference.likelihood import score
+from starflow2.training.datasets import to_images
+from starflow2.world.captions import caption_task
+
+
+def result(benchmark: str = "geneval", model: str = "tiny", judge: str = "geneval") -> Result:
+    return Result(
+        benchmark=benchmark,
+        model=model,
+        judge=judge,
+        columns={"counting": Score(0.25, 0.1, 0.4), "position": Score(None), "overall": Score(0.5, 0.4, 0.6)},
+        more={"a further one": Score(12.5)},
+        counts={"prompts": 3},
+        made={"weights": "0123456789abcdef", "commit": "abc"},
+        notes=("A note.",),
+    )
+
+
+def test_a_result_survives_its_file(tmp_path):
+    write_json(result().to_json(), tmp_path / "r.json")
+    assert read_result(tmp_path / "r.json") == result()
+
+
+def test_a_codecs_report_stands_in_the_page_too(tmp_path):
+    row = CodecRow(noise_level=0.5, psnr=32.5, ssim=0.97, feature_fd=0.1, rfid=None)
+    write_json(to_dict(CodecReport(pictures=64, rows=(row,), model="tiny")), tmp_path / "fae.json")
+    found = read_result(tmp_path / "fae.json")
+    assert found.columns["PSNR at noise 0.5"].score == 32.5 and found.columns["rFID at noise 0.5"].score is None
+    assert "## Codec" in markdown([found])
+
+
+def test_the_papers_rows_stand_first_and_ours_in_the_same_columns():
+    lines = markdown([result()]).splitlines()
+    head, _, paper, stage_1, ours = lines[4:9]
+    assert head.split(" | ")[:4] == ["| row", "judge", "single_object", "two_object"]
+    assert paper == "| paper, STARFlow2 |  | 0.99 | 0.89 | 0.84 | 0.8 | 0.86 | 0.56 | 0.82 |"
+    assert stage_1.endswith("|  | 0.51 |")
+    assert ours == "| tiny | geneval | – | – | 0.250 (0.100–0.400) | – | – | – | 0.500 (0.400–0.600) |"
+    assert "0123456789abcdef" in lines[10] and "A note." in lines and "a further one: 12.50." in lines
+
+
+def test_the_papers_mean_of_six_is_its_overall_and_its_tables_are_quoted():
+    *six, overall = PAPER["geneval"][0].columns.values()
+    assert np.mean(six) == pytest.approx(overall, abs=0.005) and len(six) == 6
+    assert PAPER["dpg"][0].columns["overall"] == 84.94 and PAPER["mme"][1].columns["perception"] == 1677.9
+
+
+def test_a_report_has_a_page_numbers_and_pictures(tmp_path):
+    for name, found in (("a", result("dpg")), ("b", result())):
+        write_json(found.to_json(), tmp_path / f"{name}.json")
+    (tmp_path / "drawn" / "00000").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "drawn" / "00000" / "0000.png")
+    files = write_report([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "out", [tmp_path / "drawn"])
+    assert [path.name for path in files] == ["report.md", "report.json", "drawn.png"] and all(map(Path.is_file, files))
+    page = files[0].read_text()
+    assert page.index("## GenEval") < page.index("## DPG-Bench") and "(drawn.png)" in page
+    data = json.loads(files[1].read_text())["results"]
+    assert data[0]["paper"][0]["columns"]["overall"] == 0.82 and data[0]["columns"]["overall"]["score"] == 0.5
+
+
+def test_what_cannot_be_reported_is_refused(tmp_path):
+    write_json(result().to_json(), tmp_path / "a.json")
+    write_json(result().to_json(), tmp_path / "b.json")
+    with pytest.raises(DataError, match=r"b.json and .*a.json are both of geneval, tiny, geneval"):
+        read_results([tmp_path / "a.json", tmp_path / "b.json"])
+    with pytest.raises(DataError, match="no result to report"):
+        read_results([])
+    for text, says in (("{}", "expected a result"), ('{"format": 1}', "no whole result"), ("[", "is not JSON")):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(DataError, match=says):
+            read_result(tmp_path / "c.json")
+    with pytest.raises(DataError, match="has no images"):
+        write_report([tmp_path / "a.json"], tmp_path / "out", [tmp_path / "none"])
+
+
+# -- density ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return to_images([caption_task(0, i).scene for i in range(3)])
+
+
+def test_nats_are_those_of_score_and_stand_beside_a_fitted_gaussian(images):
+    model = tiny_model()
+    found = score_density(model, images, levels=[0.5])
+    sampler = model.exact_sampler()
+    alone = np.mean([score(sampler, [], [image], noise_level=0.5).pictures[0].nats_per_dim for image in images])
+    nats = found.columns["nats per dimension at noise 0.5"].score
+    assert nats == pytest.approx(alone) and found.columns["bits per dimension at noise 0.5"].score == pytest.approx(
+        alone / math.log(2)
+    )
+    gaussian = found.more["diagonal Gaussian, nats at noise 0.5"].score
+    assert found.more["nats better than the Gaussian at noise 0.5"].score == pytest.approx(gaussian - alone)
+    assert found.more["largest error of latents through the prior and back"].score < 1e-6
+    assert found.counts["dimensions"] == 64 * 4 and found.made["weights"]
+
+
+def test_the_gaussians_entropy_is_that_of_its_density():
+    latents = torch.randn(64, 100, 2, generator=torch.Generator().manual_seed(0)).double() * torch.tensor([1.0, 3.0])
+    flat = latents.flatten(0, 1)
+    density = torch.distributions.Normal(flat.mean(0), flat.std(0)).log_prob(flat).mean()
+    assert gaussian_nats(latents) == pytest.approx(-float(density), abs=1e-3)
+
+
+def test_one_image_has_no_variance(images):
+    with pytest.raises(DataError, match="at least two"):
+        score_density(tiny_model(), images[:1])
