@@ -25,7 +25,7 @@ PACKAGES := -c constraints.txt -e '.[dev]' tensorboard
 # Tests that compare two routes to one number: they have to pass with any instruction set.
 EXACT := tests/flow tests/inference tests/models/test_pretzel.py tests/models/test_prefix.py tests/models/test_sequence.py
 
-.PHONY: help setup demo test check exact portable slow fuzz soak newest pins docs site release nano
+.PHONY: help setup demo test check exact portable slow fuzz soak newest pins docs site release lmms nano
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -85,6 +85,13 @@ site: docs ## the documentation as a site in site/, built and checked without a 
 
 release: setup ## both wheels into dist/, checked, installed elsewhere and drawn with; nothing is uploaded
 	$(WHEELS) PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python scripts/release.py dist
+
+lmms: ## .venv-lmms: lmms-eval, which cannot live beside our pins, with the plug-in; then its tests, some minutes
+	test -x .venv-lmms/bin/python || $(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install -q -c constraints-lmms.txt uv
+	$(WHEELS) .venv-lmms/bin/uv pip install --python .venv-lmms/bin/python -q $(BACKEND) -c constraints-lmms.txt lmms-eval pytest pytest-timeout filelock rich -e .
+	-.venv-lmms/bin/uv pip uninstall --python .venv-lmms/bin/python -q torchvision
+	.venv-lmms/bin/python -m pytest -q -p no:cacheprovider -m "slow or not slow" tests/benchmarks/test_lmms.py
 
 nano: setup ## train nano from scratch, one process per core; the recipe's docstring says what it costs
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(JOBS) -m starflow2 train nano

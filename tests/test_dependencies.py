@@ -20,8 +20,9 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = ["", *PROJECT["optional-dependencies"]]
-# Used where somebody has installed them: two pull torchvision in, which has to match torch, one is our own weights.
-NEVER_REQUIRED = {"lpips", "torch_fidelity", "starflow2_nano"}
+# Used where somebody has installed them: two pull torchvision in, which has to match torch, one is our own weights, one
+# needs an environment of its own.
+NEVER_REQUIRED = {"lpips", "torch_fidelity", "starflow2_nano", "lmms_eval"}
 
 
 @cache
