@@ -9,7 +9,7 @@ from pydantic import Field
 from starflow2.serving.schemas import MAX_TEXT, NEUTRAL_STRING, Fields, One, ReplyFields
 from starflow2.serving.schemas_images import OutputFormat, Quality
 
-__all__ = ["CallItem", "ImageInput", "InputItem", "MessageItem", "ResponseRequest", "TextInput"]
+__all__ = ["CallItem", "ImageInput", "InputItem", "MessageItem", "ResponseRequest", "TextInput", "ToolChoice"]
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Id = Annotated[str, Field(max_length=128)]
