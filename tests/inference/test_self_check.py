@@ -17,6 +17,7 @@ from starflow2.inference.engine import Engine
 from starflow2.inference.events import Drew, Made
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.self_check import (
+    MAX_TRIES,
     Request,
     attempts,
     best,
@@ -27,6 +28,7 @@ from starflow2.inference.self_check import (
 )
 from starflow2.inference.session import Session
 from starflow2.models.config import SelfCheckConfig
+from starflow2.pipeline import MAX_IMAGES
 
 QUESTIONS = SelfCheckConfig(shows="is there {}?", done="is {} there now?", tries=3)
 DRAW = ReplyLimits(tokens=0, pictures=1)
@@ -92,6 +94,17 @@ def test_every_try_is_the_plain_sample_of_its_seed(sampler):
             torch.testing.assert_close(attempt.picture.u, picture.u, rtol=1e-4, atol=1e-4)
 
 
+def test_no_two_tries_start_from_the_same_noise():
+    seeds = [seed_of(seed, number) for seed in (0, 1, MAX_IMAGES) for number in (0, 1, 2, MAX_TRIES - 1)]
+    drawn = {tuple(torch.randn(4, generator=torch.Generator().manual_seed(seed)).tolist()) for seed in seeds}
+    assert len(drawn) == len(seeds)
+
+
+def test_tries_of_one_request_are_different_images(sampler):
+    ((first, second),) = attempts(sampler, [Request(["a star"], "a star")], [5], 2)
+    assert (first.picture.image - second.picture.image).abs().max() > 1e-3
+
+
 def test_the_attempt_that_the_model_confirms_is_the_best(sampler):
     twin, told = answering(sampler)
     (tried,) = attempts(twin, [Request(["a star"], "a star")], [0], 3)
@@ -105,7 +118,7 @@ def test_a_session_goes_on_with_the_confirmed_image(sampler):
     before = session.mark()
     made = session.draw(tries=3)
     assert made.confidence == pytest.approx(told[1]) and made.seed == seed_of(7, 1)
-    alone = Session(sampler, seed=seed_of(7, 1)).add("a star").draw()
+    alone = Session(sampler, seed=seed_of(7, 1)).add("a star").draw(tries=1)
     torch.testing.assert_close(made.picture.u, alone.picture.u, rtol=1e-4, atol=1e-4)
     assert [piece.picture is None for piece in session.pieces] == [False, True][::-1]
     assert session.encode_calls == 0

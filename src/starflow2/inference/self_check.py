@@ -37,7 +37,9 @@ __all__ = [
 
 CONFIRMED = 0.5  # confidence above which the model says yes
 MAX_TRIES = 1024  # images of one request
-_STRIDE = 2**32  # between the seeds of tries, so that images with consecutive seeds never share one
+# Between the seeds of tries: more than any number of consecutive seeds of a call, and with MAX_TRIES below 2^32, since
+# torch's generator on the CPU looks at the low 32 bits of a seed alone.
+_STRIDE = 2**21
 
 
 @dataclass(frozen=True, slots=True)
