@@ -24,6 +24,7 @@ from starflow2.benchmarks.folders import DrawnFolder, FolderSettings, draw_folde
 from starflow2.benchmarks.geneval import DetectedImage, GenevalLayout, kept, score_folder
 from starflow2.benchmarks.prompts import read_geneval_prompts
 from starflow2.benchmarks.records import read_judged
+from starflow2.core.files import TEMPORARY
 from starflow2.core.images import read_metadata
 from starflow2.errors import ConfigError, DataError, OutputError, StateError
 from starflow2.pipeline import StarFlow2
@@ -72,6 +73,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(finished, model, drawn):
     whole = contents(finished.folder)
     (drawn.folder / "00000" / "samples" / "0001.png").unlink()
     shutil.rmtree(drawn.folder / "00003")
+    (drawn.folder / "00000" / "samples" / f"{TEMPORARY}0.tmp").touch()  # what a kill leaves
     rows = read_geneval_prompts(finished.folder.parent / "prompts.jsonl")
     draw_folder(model, GenevalLayout(), rows, drawn.folder, SETTINGS)
     assert contents(drawn.folder) == whole

@@ -18,7 +18,7 @@ import starflow2
 from starflow2.benchmarks.prompts import PromptRow, digest
 from starflow2.benchmarks.records import read_objects
 from starflow2.core.fields import Config, Count, Positive, Seed, Weight
-from starflow2.core.files import check_writable, replacing
+from starflow2.core.files import TEMPORARY, check_writable, replacing
 from starflow2.core.json_reader import JsonObject
 from starflow2.core.locks import folder_lock
 from starflow2.core.serialize import from_dict, read_json, to_dict
@@ -164,6 +164,8 @@ def draw_folder(
     unread = [reason for row in rows if (reason := _unread(model, row)) is not None]
     found = DrawnFolder(folder, record, settings.samples, rows, unread)
     with folder_lock(folder, StateError, f"drawing {layout.benchmark}"):
+        for half in folder.rglob(f"{TEMPORARY}*.tmp"):  # of a run that was killed
+            half.unlink()
         _write(folder / RECORD, to_dict(record))
         _write(folder / UNREAD, to_dict(_UnreadList(prompts=tuple(unread))))
         with replacing(folder / PROMPTS) as temp:
