@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from starflow2.errors import ConfigError, OutputError, StateError
 from starflow2.inference.cleanup import denoised
 from starflow2.inference.config import DrawConfig, Precision, ReplyLimits
 from starflow2.inference.conversations import generate_replies, reply_after
-from starflow2.inference.events import DecodedImage, RowEvent, Stepped
+from starflow2.inference.events import DecodedImage, Event, Made, RowEvent, Stepped, Wrote
 from starflow2.inference.likelihood import Code, Score, decode_code, invert, score
 from starflow2.inference.reading import PastTurn
 from starflow2.inference.sampler import Sampler
@@ -81,6 +81,18 @@ def _counting(progress: Callable[[int, int], None] | None, total: int) -> Callab
 def _words(blocks: Sequence[str | DecodedImage]) -> str:
     """Words of a reply, without its images."""
     return " ".join(block for block in blocks if isinstance(block, str))
+
+
+def _blocks(events: Iterable[Event]) -> list[str | Tensor]:
+    """Words and images (3, s, s) of a reply in order."""
+    blocks: list[str | Tensor] = []
+    for event in events:
+        if isinstance(event, Made):
+            blocks.append(event.picture.image)
+        elif isinstance(event, Wrote):
+            last = blocks.pop() if blocks and isinstance(blocks[-1], str) else ""
+            blocks.append(f"{last}{event.text}")
+    return [block.strip() if isinstance(block, str) else block for block in blocks]
 
 
 def _shown(image: PictureSource) -> PictureSource:
@@ -418,12 +430,39 @@ class StarFlow2(
         return torch.stack([p.image for ((p, *_),) in replies if isinstance(p, DecodedImage)]).cpu()
 
     @inference_defaults()
+    def tried(self, turns: Sequence[Sequence[str | Tensor]], seeds: Sequence[int], tries: int) -> tuple[Tensor, Tensor]:
+        """`tries` images (B, T, 3, s, s) of each user turn, and the confidence (B, T) with which the model holds them.
+
+        The first try of a turn is its plain sample. A turn is words, and any images (3, s, s) before them.
+        """
+        self._check_stage("joint", f"tries={tries}")
+        count, seeds = checked_tries(self.components.cfg, tries), [whole(seed, "seed", SEEDS) for seed in seeds]
+        requests = []
+        for turn in turns:
+            parts = [normalized(self.components, p) if isinstance(p, str) else self._picture(p) for p in turn]
+            requests.append(Request(parts, " ".join(part for part in parts if isinstance(part, str))))
+        rows = attempts(self.sampler(), requests, seeds, count)
+        images = torch.stack([torch.stack([a.picture.image for a in row]) for row in rows]).cpu()
+        return images, torch.tensor([[a.confidence for a in row] for row in rows], dtype=torch.float64)
+
+    @inference_defaults()
     def tell(self, talks: Sequence[Sequence[str]], seeds: Sequence[int]) -> list[list[list[str | Tensor]]]:
         """Replies to every turn of every conversation: words and images (3, s, s) in the model's own order."""
         turns = [[[normalized(self.components, turn)] for turn in talk] for talk in talks]
         seeds = [whole(seed, "seed", SEEDS) for seed in seeds]
         replies = generate_replies(self.sampler(), turns, seeds, ReplyLimits(tokens=64, pictures=1))
         return [[[b if isinstance(b, str) else b.image for b in turn] for turn in talk] for talk in replies]
+
+    @inference_defaults()
+    def tell_confirmed(
+        self, talks: Sequence[Sequence[str]], seeds: Sequence[int], tries: int
+    ) -> list[list[list[str | Tensor]]]:
+        """Replies as of `tell`, each the one of `tries` whose image the model confirms, and goes on with."""
+        replies = []
+        for talk, seed in zip(talks, seeds, strict=True):
+            session = self.session(seed=seed)
+            replies.append([_blocks(session.add(turn).run(tries=tries)) for turn in talk])
+        return replies
 
     # -- likelihood -----------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ class Talking:
     def __init__(self) -> None:
         self.history: list[object] = []
         self.log: list[object] = []
+        self.tries: list[int | None] = []
 
     def add(self, *parts: object) -> Talking:
         words = [p if isinstance(p, str) else "picture" for p in parts]
@@ -33,7 +34,8 @@ class Talking:
         self.log += words
         return self
 
-    def draw(self) -> Any:
+    def draw(self, *, tries: int | None = None) -> Any:
+        self.tries.append(tries)
         image = torch.full((3, 64, 64), 1 - 0.1 * len(self.history))
         return SimpleNamespace(picture=SimpleNamespace(image=image))
 
@@ -129,6 +131,9 @@ def test_edits_of_a_session_go_on_from_the_picture_there_is_and_going_back_forge
         assert np.array_equal(third, second if turns == 1 else first), "as many words since, so as dark"
     logs = [session.log for session in fake.sessions]
     assert logs == [["picture", "a", "b", "c"], ["picture", "a", "b", "picture", "c"]]
+    assert all(session.tries == [1, 1, 1] for session in fake.sessions), "the plain sample, whatever the model's own"
+    ByteModel(fake, 4).start(source, 7).edit("a")
+    assert fake.sessions[-1].tries == [4]
 
 
 def test_understanding_is_set_beside_the_language_models_own():
@@ -148,3 +153,9 @@ def test_a_quick_run_of_edits_leaves_the_costly_control_out_and_looks_through_th
 def test_an_unknown_suite_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match='Did you mean "story"'):
         score_suite(Fake(), "storys", "dev")
+
+
+@pytest.mark.parametrize("suite", ["mme", "gqa", "mcq", "dpg"])
+def test_several_tries_of_a_suite_without_them_are_refused(suite):
+    with pytest.raises(ConfigError, match="suite with several tries"):
+        score_suite(Fake(), suite, "dev", tries=4)

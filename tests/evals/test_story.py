@@ -324,3 +324,47 @@ def test_the_suites_are_the_frozen_ones_and_another_seed_breaks_the_lock():
     fresh = StorySuite().lock()
     with pytest.raises(DataError, match=r"changed: story\.seed_base$"):
         check_lock(json.loads(lock_text()), {"story": fresh["story"] | {"seed_base": 1}})
+
+
+# ------------------------------------------------------------------------------------------- several objects at once
+
+
+@pytest.fixture(scope="module")
+def about_several():
+    """Plain-word stories with a request about several objects, and the number of its step."""
+    stories = [item.task for item in StorySuite(parts=("plain",)).items("dev")["plain"]]
+    found = [(s, i) for s in stories for i, step in enumerate(s.steps) if step.change.also]
+    assert len(found) > 2
+    return found
+
+
+def grades_of(story, *changes):
+    """Grades of the true replies, some images painted anew: (step, scene)."""
+    scenes = dict(enumerate(step.scene for step in story.steps)) | dict(changes)
+    replies = [[step.sentence, render(scenes[i])] for i, step in enumerate(story.steps)]
+    (reading,) = read_replies([[*replies, [story.answer]]])
+    return step_grades(story, reading)
+
+
+def test_true_replies_to_requests_about_several_objects_are_right(about_several):
+    for story, _ in about_several:
+        assert grades_of(story) == [(True, True, True)] * 4
+
+
+def test_one_of_several_that_stays_as_it_was_is_a_change_that_was_not_made(about_several):
+    for story, i in about_several:
+        before, after = story.steps[i - 1].scene, story.steps[i].scene
+        kept = next(obj for obj in before.objects if obj not in after.objects)
+        rest = [obj for obj in after.objects if (obj.x, obj.y) != (kept.x, kept.y)]
+        half_done = replace(after, objects=(*rest, kept))
+        assert [grade[1:] for grade in grades_of(story, (i, half_done))][i] == (False, False)
+
+
+def test_a_bystander_of_a_change_of_several_has_to_stay(about_several):
+    for story, i in about_several:
+        after = story.steps[i].scene
+        staying = [obj for obj in after.objects if obj in story.steps[i - 1].scene.objects]
+        if staying:
+            gone = replace(after, objects=tuple(obj for obj in after.objects if obj is not staying[0]))
+            if gone.objects:
+                assert not grades_of(story, (i, gone))[i][2]

@@ -51,7 +51,7 @@ def test_lines_put_floor_and_ceiling_beside_every_headline():
     assert second[0] == "count" and second[5] == "160 / 160"
     success = lines(EDIT)[0]
     assert success[0] == "success" and success[4:] == ("0.000 / 0.000", "1.000 / 1.000")
-    assert lines(EDIT)[-1][0] == "move: success"
+    assert [line[0] for line in lines(EDIT)[-2:]] == ["move: success", "twins of 100"]
 
 
 def test_what_was_not_measured_is_a_dash():

@@ -10,11 +10,19 @@ from dataclasses import replace
 import pytest
 
 from starflow2.errors import ConfigError
-from starflow2.world.scene import COLORS, SHAPES, SIZES, Scene, coverage, relations
+from starflow2.world.scene import COLORS, SHAPES, SIZES, Scene, coverage, relations, stream
 from starflow2.world.splits import bucket, held_out, is_trainable
-from starflow2.world.stories import CG_ROWS, KINDS, REQUEST_KINDS, story_dialogue, story_task, suite_stories
+from starflow2.world.stories import (
+    CG_ROWS,
+    KINDS,
+    REQUEST_KINDS,
+    random_story,
+    story_dialogue,
+    story_task,
+    suite_stories,
+)
 from starflow2.world.story_text import STORY_WORDINGS, Claim, Look, agrees, answer_question, parse_sentence, story_words
-from starflow2.world.words import NUMBERS
+from starflow2.world.words import NUMBERS, PLURALS
 from world_cases import words
 
 SIDES = {"left": "left of", "right": "right of", "above": "above", "over": "above", "below": "below", "under": "below"}
@@ -105,7 +113,7 @@ def test_stories_are_pure_functions_of_seed_and_index(trained):
 
 
 def test_a_step_does_what_it_asks_and_all_else_stays_exactly(trained, suites):
-    counts_by_op = Counter()
+    counts_by_op, several = Counter(), Counter()
     for story in [*trained, *itertools.chain(*suites.values())]:
         scenes = [step.scene for step in story.steps]
         assert len(scenes) == 4 and len(scenes[0].objects) == 1 and len({scene.background for scene in scenes}) == 1
@@ -115,16 +123,20 @@ def test_a_step_does_what_it_asks_and_all_else_stays_exactly(trained, suites):
             assert 1 <= len(new) <= 4
             assert len({(t.shape, t.color) for t in new}) == len(new), "words must tell all objects apart"
             gone, come = old - new, new - old
-            assert all(change.before.fits(obj) for obj in gone) and all(change.after.fits(t) for t in come)
+            for one in change.all:
+                assert sum(one.before.fits(obj) for obj in gone) == 1 if one.before else not gone
+                assert sum(one.after.fits(obj) for obj in come) == 1 if one.after else not come
             counts = {"start": (0, 1), "add": (0, 1), "remove": (1, 0), "recolor": (1, 1)}[change.op]
-            assert (len(gone), len(come)) == counts
+            assert (len(gone), len(come)) == tuple(len(change.all) * count for count in counts)
             if change.op == "recolor":
-                assert replace(gone.pop(), color=change.after.color) == come.pop()
+                assert {replace(obj, color=change.after.color) for obj in gone} == come
+            several[change.op] += bool(change.also)
             if change.op == "add" and change.reference is not None:
                 (other,) = (obj for obj in old if change.reference.fits(obj))
                 assert change.relation in relations(come.pop(), other)
                 assert change.relation in {SIDES[w] for w in words(step.instruction) if w in SIDES}
-    assert min(counts_by_op.values()) > 300
+    assert min(counts_by_op.values()) > 300 and set(several) == {"start", "add", "remove", "recolor"}
+    assert min(several["remove"], several["recolor"]) > 10 and several["start"] == several["add"] == 0
 
 
 def test_pictures_of_a_story_never_overlap(trained):
@@ -141,11 +153,40 @@ def test_it_means_the_only_object_that_the_request_before_named(trained):
                 found += 1
                 assert before.change.op in ("start", "recolor")
                 assert before.change.after == (step.change.reference or step.change.before)
-            elif step.change.reference is not None or step.change.before is not None:
+            elif not step.change.also and (step.change.reference is not None or step.change.before is not None):
                 meant = step.change.reference or step.change.before
                 shape, color = SHAPES[meant.shape], COLORS[meant.color]
                 assert re.search(f"the ({color} )?{shape}", step.instruction)
     assert found > 1000
+
+
+def test_requests_about_several_objects_name_them_all_and_leave_others_alone(trained):
+    found = Counter()
+    for story in trained:
+        for before, step in itertools.pairwise(story.steps):
+            if not step.change.also:
+                continue
+            shapes, said = {c.before.shape for c in step.change.all}, step.instruction
+            found[step.change.op] += 1
+            if step.change.op == "remove":
+                (shape,) = shapes
+                assert re.search(f"{PLURALS[shape]}|(every|each) {SHAPES[shape]}", said)
+                assert len(step.change.all) == sum(obj.shape == shape for obj in before.scene.objects)
+            else:
+                assert len(step.change.all) == len(before.scene.objects) > 1
+                assert re.search("everything|all objects|all the objects|every object|all of them", said)
+    assert min(found.values()) > 10
+
+
+def test_stories_that_checks_are_made_from_are_about_one_object_at_a_time():
+    """The data of stage vlm, whose conversations have such checks, does not depend on requests about several."""
+    made = [random_story(stream(9, index)) for index in range(150)]
+    assert not any(step.change.also for story in made for step in story.steps)
+
+
+def test_suite_stories_in_plain_words_have_some_requests_about_several_objects():
+    made = [step for story in suite_stories("dev", "plain", 64) for step in story.steps]
+    assert 3 <= sum(bool(step.change.also) for step in made) < 40
 
 
 def test_names_in_requests_fit_one_object_only(trained):

@@ -180,6 +180,9 @@ class ModelLog:
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         return self.model.draw(prompts, seeds)
 
+    def check_prompt(self, prompt: str) -> None:
+        self.model.check_prompt(prompt)
+
     def roundtrip(self, images: Tensor, noise_level: float = 0.0, seed: int = 0) -> Tensor:
         return self.model.roundtrip(images, noise_level, seed)
 
@@ -203,6 +206,14 @@ class ModelLog:
         rows = zip(instructions, seeds, to_bytes(images), to_bytes(results), strict=True)
         self.edited += [_Edited(*row) for row in rows]
         return results
+
+    def tried(self, turns: Sequence[Sequence[str | Tensor]], seeds: Sequence[int], tries: int) -> tuple[Tensor, Tensor]:
+        return self.model.tried(turns, seeds, tries)
+
+    def tell_confirmed(
+        self, talks: Sequence[Sequence[str]], seeds: Sequence[int], tries: int
+    ) -> list[list[list[str | Tensor]]]:
+        return self.model.tell_confirmed(talks, seeds, tries)
 
     def tell(self, talks: Sequence[Sequence[str]], seeds: Sequence[int]) -> list[list[list[str | Tensor]]]:
         with _encodings(self.model.components) as calls:

@@ -13,6 +13,7 @@ from starflow2.cli.options import (
     JsonFile,
     Model,
     check_json,
+    check_tries,
     console,
     load_joint,
     progress,
@@ -35,7 +36,8 @@ PARTS = {  # of suites that run a choice of them
     "edit": ("id", "cg", "paraphrase", "plain"),
     "story": ("id", "cg", "paraphrase", "plain"),
 }
-DRAWN = ("geneval", "dpg")  # suites that need no more than stage 1
+TRIED = ("geneval", "edit", "sessions", "story", "newcomers")  # suites that score several tries as well
+DRAWN = ("geneval", "dpg", "newcomers")  # suites that need no more than stage 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,8 @@ class Eval:
         ]
     ]
     suite: Annotated[
-        Literal["geneval", "dpg", "mme", "gqa", "mcq", "edit", "sessions", "story"],
-        Option("drawing: geneval, dpg; answering: mme, gqa, mcq; editing: edit, sessions; stories: story"),
+        Literal["geneval", "dpg", "mme", "gqa", "mcq", "edit", "sessions", "story", "newcomers"],
+        Option("drawing: geneval, dpg, newcomers; answering: mme, gqa, mcq; editing: edit, sessions; stories: story"),
     ] = "geneval"
     split: Annotated[Literal["dev", "test"], Option("dev for every choice, test to report")] = "dev"
     quick: Annotated[bool, Option("one item in eight; noisy")] = False
@@ -84,6 +86,13 @@ class Eval:
         ),
     ] = ("id", "cg")
     samples: Annotated[int, Option("images per prompt of geneval, 1 to 4")] = 4
+    tries: Annotated[
+        int | None,
+        Option(
+            "of drawing, editing and stories: also score the image that the model confirms among so many",
+            default="the model's own",
+        ),
+    ] = None
     images: Annotated[
         Path | None,
         Option("images of fae: the first 512 of a folder, by name", metavar="FOLDER", default="512 of the drawn world"),
@@ -136,6 +145,9 @@ class Eval:
         self._check_parts()
         if self.suite != "geneval" and self.samples != 4:
             raise UsageError(f"--samples belongs to --suite geneval; {self.suite} does not take it.")
+        if self.tries is not None and (self.benchmark == "fae" or self.suite not in TRIED):
+            raise UsageError(f"--tries belongs to suites {', '.join(TRIED)}; others do not take it.")
+        check_tries(self.tries)
         if self.ledger is not None:
             if not self._is_final:
                 raise UsageError("--ledger records full test runs of eval world; give --split test and no --quick.")
@@ -194,10 +206,28 @@ class Eval:
             return StarFlow2.from_pretrained(self.model, device=self.device)
         return load_joint(self.model, self.device, f"eval --suite {self.suite}")
 
+    def _tries(self, model: StarFlow2) -> int:
+        """Tries of each image: those asked for, else the model's own if the suite takes several."""
+        if self.tries is not None or self.suite not in TRIED:
+            return self.tries or 1
+        check = model.components.cfg.self_check
+        return check.tries if check is not None and model.is_joint else 1
+
     def _score(self, model: StarFlow2, step: Callable[[int, int], None]) -> Report:
         from starflow2.evals.geneval import score_geneval
-        from starflow2.evals.runner import score_suite
+        from starflow2.evals.runner import drawing_choice, score_suite
 
+        tries = self._tries(model)
         if self.suite != "geneval":
-            return score_suite(model, self.suite, self.split, quick=self.quick, parts=self.part, progress=step)
-        return score_geneval(model, self.split, quick=self.quick, samples=self.samples, parts=self.part, progress=step)
+            return score_suite(
+                model, self.suite, self.split, quick=self.quick, parts=self.part, tries=tries, progress=step
+            )
+        return score_geneval(
+            model,
+            self.split,
+            quick=self.quick,
+            samples=self.samples,
+            parts=self.part,
+            progress=step,
+            choice=drawing_choice(model, tries),
+        )

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from starflow2.evals.geneval import SAMPLES, Generate, draw_scans, drawing_jobs, one_per_prompt, relations, true_scans
 from starflow2.evals.statistics import Row, Scored, Scores, by_part, quick_share, score_rows
 from starflow2.evals.suite import IMAGES_AT_ONCE, Codec, Graded, Job, Runs, Section, digest, graded
+from starflow2.evals.twins import twins_of_100
 from starflow2.world.dense_prompts import CATEGORIES, PROMPTS, DensePrompt, Node, suite_dense
 from starflow2.world.detector import Detection, Scan, detect
 from starflow2.world.scene import BACKGROUND_NAMES, BACKGROUNDS, COLORS, SHAPES, SIZES, SceneObject, Split, render
@@ -165,7 +166,8 @@ def _grade(pairs: _Pairs, rng: np.random.Generator) -> Scored:
     rows = [Row("", job.index, _prompt_grades(job.task.tree, marks[job.index])) for job in items]
     scored = score_rows(rows, SCORES, rng, "plain")
     by_category = _by_category([(job.task.tree, np.array(marks[job.index])) for job in items])
-    return replace(scored, scores=replace(scored.scores, by_kind=by_category))
+    twins = twins_of_100(([obj.shape for obj in job.task.scene.objects], scan) for job, scan in pairs)
+    return replace(scored, scores=replace(scored.scores.with_columns(twins=twins), by_kind=by_category))
 
 
 def _prompt_grades(tree: Sequence[Node], rows: Sequence[Sequence[bool]]) -> tuple[float, float]:

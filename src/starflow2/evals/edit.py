@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import hypot, sqrt
 from types import MappingProxyType
@@ -42,6 +42,7 @@ from starflow2.evals.suite import (
     jobs,
     roundtrip_scenes,
 )
+from starflow2.evals.twins import is_twin
 from starflow2.world.briefs import Brief
 from starflow2.world.captions import caption
 from starflow2.world.detector import Detection, Scan, detect
@@ -58,6 +59,7 @@ __all__ = [
     "EditImages",
     "EditSuite",
     "edit_marks",
+    "edit_twins",
     "edits_of",
     "grade_edits",
     "is_same_image",
@@ -114,6 +116,7 @@ class EditGrade:
     template_iou: float  # mean over all blobs
     l1: float  # mean absolute and squared difference from the true target, on [0, 1]
     l2: float
+    is_twin: bool | None = None  # one shape is there too often while another is missing; None: there is only one
 
     @property
     def preserved(self) -> bool:
@@ -167,7 +170,14 @@ def _grade(edit: Edit, scan: Scan, image: Images, reference: Images) -> EditGrad
         template_iou=sum(scores) / max(len(scores), 1),
         l1=float(np.abs(difference).mean()),
         l2=float(np.square(difference).mean()),
+        is_twin=_is_twin(edit.target, scan),
     )
+
+
+def _is_twin(target: Scene, scan: Scan) -> bool | None:
+    """Whether an image repeats one shape of the target where another is missing; None for targets of one shape."""
+    asked = [obj.shape for obj in target.objects]
+    return is_twin(asked, (d.shape for d in scan.detections)) if len(set(asked)) > 1 else None
 
 
 def _match(obj: SceneObject, detections: Iterable[Detection]) -> Detection | None:
@@ -288,12 +298,18 @@ def edit_marks(grade: EditGrade) -> tuple[float, ...]:
     return (g.success, g.applied, g.preserved, g.semantic, g.quality, overall, g.l1, g.l2, g.psnr)
 
 
+def edit_twins(grades: Iterable[EditGrade]) -> float | None:
+    """Twins per 100 edits whose target has several shapes; None where there is no such edit."""
+    twins = [grade.is_twin for grade in grades if grade.is_twin is not None]
+    return 100 * sum(twins) / len(twins) if twins else None
+
+
 _Items = Sequence[Job[Edit]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditSuite:
-    """Seven operations. Scores an `EditImages`. Columns are COLUMNS, means over operations.
+    """Seven operations. Scores an `EditImages`. Columns are COLUMNS, means over operations, and `twins` (`twins`).
 
     In part "plain" requests are in the words of training's grammar: they change several objects at once, call a lone
     one "it", and add objects where any place is right, or any on one side of another object.
@@ -341,6 +357,17 @@ class EditSuite:
                 bounds[name][part] = _score(items, images, references).scores
         return graded(scored, dict(bounds), {"seed_base": SEED_BASE, "has_codec": self.codec is not None})
 
+    def are_right(self, items: _Items, outputs: Sequence[Images]) -> list[bool]:
+        references = roundtrip_scenes(self.codec, [item.task.source for item in items])
+        grades = grade_edits([item.task for item in items], np.stack(list(outputs)), references)
+        return [grade.success for grade in grades]
+
+    def unit(self, item: Job[Edit]) -> tuple[str, int]:
+        return item.task.operation, item.index
+
+    def without_controls(self) -> EditSuite:
+        return replace(self, draw=None)
+
     def lock(self) -> Section:
         items = {
             f"{split}/{part}": digest(map(_locked, edits_of(split, part, count)))
@@ -387,4 +414,5 @@ def _score(items: _Items, images: Images, references: Images) -> Scored:
     grades = grade_edits([item.task for item in items], images, references)
     graded_items = enumerate(zip(items, grades, strict=True))
     rows = [Row(item.task.operation, row, edit_marks(grade)) for row, (item, grade) in graded_items]
-    return score_rows(rows, COLUMNS, np.random.default_rng(0), "averaged")
+    scored = score_rows(rows, COLUMNS, np.random.default_rng(0), "averaged")
+    return replace(scored, scores=scored.scores.with_columns(twins=edit_twins(grades)))

@@ -40,6 +40,8 @@ from starflow2.evals.suite import (
     jobs,
     roundtrip_scenes,
 )
+from starflow2.evals.tries import Choice, evaluate_tries
+from starflow2.evals.twins import twins_of_100
 from starflow2.world.captions import (
     SCENE_FAMILIES,
     CaptionedScene,
@@ -286,6 +288,15 @@ class GenevalSuite:
         settings = {"samples": self.samples, "seed_base": SEED_BASE}
         return graded(scored, {"floor": floor, "second_shape_ignored": twins}, settings)
 
+    def are_right(self, items: _Items, outputs: Sequence[Scan]) -> list[bool]:
+        return [bool(_row(job, scan).marks[0]) for job, scan in zip(items, outputs, strict=True)]
+
+    def unit(self, item: Job[CaptionedScene]) -> tuple[str, str]:
+        return item.task.family, item.task.prompt
+
+    def without_controls(self) -> GenevalSuite:
+        return self
+
     def lock(self) -> Section:
         sets = {f"{split}/{part}": captioned_scenes(split, part) for split in get_args(Split) for part in PARTS}
         items = {
@@ -304,17 +315,22 @@ def score_geneval(
     samples: int = SAMPLES,
     parts: Sequence[Part] = ("id", "cg"),
     progress: Progress | None = None,
+    choice: Choice | None = None,
 ) -> Report:
     """The report on a model's images, with the ceilings of its codec, "clean" and at the sampling "noise".
 
-    Options and errors as in `evaluate` and `GenevalSuite`.
+    choice: how several tries are made of each image (`tries`). Other options and errors as in `evaluate` and
+    `GenevalSuite`.
     """
 
     def generate(prompts: list[str], seeds: list[int]) -> Images:
         return to_bytes(model.draw(prompts, seeds))
 
     suite = GenevalSuite(samples=samples, parts=tuple(parts))
-    report = evaluate(suite, generate, split, quick=quick, progress=progress)
+    if choice is None:
+        report = evaluate(suite, generate, split, quick=quick, progress=progress)
+    else:
+        report = evaluate_tries(suite, choice, split, quick=quick, progress=progress)
     for name, codec in roundtrips(model, first_seed=1).items():
         report = report.with_bound(name, ceiling(GenevalSuite(samples=1, parts=("id",)), split, codec, quick=quick))
     return report
@@ -353,26 +369,16 @@ def _shows(task: CaptionedScene, scan: Scan) -> tuple[bool, bool]:
     return is_there, is_there and len(found) == len(content.slots) and not scan.unknown
 
 
-def _asked_shapes(task: CaptionedScene) -> dict[str, int]:
-    """How many of each shape a prompt asks for."""
-    asked = defaultdict[str, int](int)
-    for group in task.content.groups:
-        asked[SHAPES[group.shape]] += group.count
-    return asked
-
-
-def _is_twin(task: CaptionedScene, scan: Scan) -> bool:
-    """True if one asked shape is there too often while another is missing."""
-    asked, found = _asked_shapes(task), [SHAPES[d.shape] for d in scan.detections]
-    too_often = any(found.count(name) > number for name, number in asked.items())
-    return too_often and any(found.count(name) < number for name, number in asked.items())
+def _asked_shapes(task: CaptionedScene) -> list[int]:
+    """The shape of every object that a prompt asks for."""
+    return [group.shape for group in task.content.groups for _ in range(group.count)]
 
 
 def _grade(pairs: _Pairs, rng: np.random.Generator) -> Scored:
     """Scores of a part."""
     scored = score_rows([_row(job, scan) for job, scan in pairs], RULES, rng, "averaged")
     scans = [scan for _, scan in pairs]
-    twins = [_is_twin(job.task, scan) for job, scan in pairs if len(_asked_shapes(job.task)) > 1]
+    twins = twins_of_100((_asked_shapes(job.task), scan) for job, scan in pairs)
     named = [d.score for scan in scans for d in scan.detections]
     unknown = [score for scan in scans for score in scan.unknown_scores]
     blobs = max(len(named) + len(unknown), 1)
@@ -380,7 +386,7 @@ def _grade(pairs: _Pairs, rng: np.random.Generator) -> Scored:
         template_iou=sum(named + unknown) / blobs,
         unknown_share=len(unknown) / blobs,
         empty_share=sum(not scan.detections and not scan.unknown for scan in scans) / len(scans),
-        twins=100 * sum(twins) / max(len(twins), 1),
+        twins=twins,
     )
     return replace(scored, scores=scores)
 

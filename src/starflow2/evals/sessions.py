@@ -21,10 +21,11 @@ from starflow2.evals.edit import (
     EditGrade,
     EditSuite,
     edit_marks,
+    edit_twins,
     grade_edits,
     is_same_image,
 )
-from starflow2.evals.statistics import Scores, bootstrap, quick_share
+from starflow2.evals.statistics import Score, Scores, bootstrap, quick_share
 from starflow2.evals.suite import Codec, Graded, Images, Job, Runs, Section, checked_images, jobs, roundtrip_scenes
 from starflow2.world.edits import EditSession, suite_sessions
 from starflow2.world.scene import Split, render
@@ -128,6 +129,7 @@ def _score(grades: Sequence[EditGrade]) -> Scores:
     rows, rng = range(len(marks)), np.random.default_rng(0)
     turns = [bootstrap(rows, marks[:, turn], rng).columns(COLUMNS) for turn in range(TURNS)]
     means = bootstrap(rows, np.asarray(marks.mean(axis=1)), rng).columns(COLUMNS)
+    means["twins"] = Score(edit_twins(grades))
     all_turns = bootstrap(rows, np.asarray(marks[:, :, :1].all(axis=1), np.float64), rng).columns(("all_turns",))
     by_kind = {f"edit {number}": Scores(len(rows), len(rows), columns) for number, columns in enumerate(turns, 1)}
     return Scores(len(rows), len(rows), all_turns | means, by_kind)

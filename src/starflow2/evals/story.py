@@ -47,6 +47,7 @@ from starflow2.evals.suite import (
     jobs,
     roundtrip_scenes,
 )
+from starflow2.evals.twins import is_twin
 from starflow2.world.detector import Scan, detect
 from starflow2.world.scene import IMAGE_SIZE, SceneObject, Split, relations
 from starflow2.world.splits import scene_key
@@ -95,8 +96,8 @@ class StorySuite:
     block, image and consistency, shares of steps whose sentence agrees with the image, in which the requested change is
     there, and everything else stayed (steps 2 to 4); prefix, the number of first steps without any fault, of 4; answer,
     by the truth. answer_by_request: of kinds of questions that the requests alone settle. answer_drawn: by the last
-    image where it settles the question, and guess_drawn: that of the usual answer there. Kinds are the steps ("step 1")
-    and the kinds of questions, with their answers.
+    image where it settles the question, and guess_drawn: that of the usual answer there. twins: of 100 images of steps
+    (`twins`). Kinds are the steps ("step 1") and the kinds of questions, with their answers.
 
     ask: answers the questions alone, once with the true images and once with None, for comparison with the answers
     after one's own images. prior_stories: training stories that the guesser has read.
@@ -254,8 +255,8 @@ def step_grades(story: Story, reading: StoryReading) -> list[tuple[bool, bool, b
             grades.append((now is not None and _agree(text, now), False, False))
         else:
             num_before = len(story.steps[index - 1].scene.objects) if index else 0
-            num_stay = num_before - (step.change.before is not None)
-            is_changed = _is_changed(step.change, before, now)
+            num_stay = num_before - sum(change.before is not None for change in step.change.all)
+            is_changed = all(_is_changed(change, before, now) for change in step.change.all)
             grades.append((_agree(text, now), is_changed, _is_rest_unchanged(step.change, num_stay, before, now)))
         before = now
     return grades
@@ -290,22 +291,21 @@ def _is_rest_unchanged(change: Change, num_stay: int, before: _ImageReading, now
     num_stay: how many objects these are; an image that had fewer cannot keep them. A recoloured object must keep its
     shape, size and place.
     """
-    rest, target = list(before.objects), None
-    if change.before is not None:
-        target = next(iter(_all(change.before, before)), None)
-        rest = [obj for obj in rest if obj is not target]
-    if len(rest) < num_stay:
-        return False
+    rest, turned = list(before.objects), list[SceneObject]()
+    for one in change.all:
+        target = next((obj for obj in rest if one.before is not None and one.before.fits(obj)), None)
+        if target is not None:
+            rest = [obj for obj in rest if obj is not target]
+            turned += [replace(target, color=one.after.color)] if one.after is not None else []
+    num_turned = sum(one.before is not None and one.after is not None for one in change.all)
     left = list(now.objects)
-    for obj in rest:
+    for obj in [*rest, *turned]:
         twin = _twin(obj, left)
         if twin is None:
             return False
         left.remove(twin)
-    if change.before is not None and change.after is not None:  # recoloured
-        turned = target is not None and _twin(replace(target, color=change.after.color), left) is not None
-        return turned and len(left) == 1 and not now.unknown
-    return len(left) + now.unknown <= (change.after is not None)
+    has_all = len(rest) >= num_stay and len(turned) == num_turned
+    return has_all and len(left) + now.unknown <= (change.op in ("start", "add"))
 
 
 def _twin(obj: SceneObject, objects: Sequence[SceneObject]) -> SceneObject | None:
@@ -347,7 +347,7 @@ def _grade(pairs: _Pairs, prior_stories: int, rng: np.random.Generator) -> Score
         for number, means in enumerate(steps.mean(0), 1)
     }
     answers, by_question = _grade_answers(pairs, prior_stories, rng)
-    scores = replace(scored.scores.with_columns(**answers), by_kind=by_step | by_question)
+    scores = replace(scored.scores.with_columns(**answers, twins=_twins(pairs)), by_kind=by_step | by_question)
     return replace(scored, scores=scores)
 
 
@@ -358,6 +358,21 @@ def _open_additions(pairs: _Pairs, steps: NDArray[np.float64]) -> dict[str, Scor
         return {}
     means = dict(zip(RUNGS, map(Score, np.mean(rows, axis=0).tolist()), strict=True))
     return {"open addition": Scores(len(rows), len(rows), means)}
+
+
+def _twins(pairs: _Pairs) -> float | None:
+    """Twins per 100 images of steps whose true image has several shapes; None where there is no such image."""
+    rows = [
+        ([obj.shape for obj in step.scene.objects], image)
+        for story, reading in pairs
+        for step, image in zip(story.steps, reading.images, strict=True)
+    ]
+    found = [
+        is_twin(asked, (obj.shape for obj in image.objects))
+        for asked, image in rows
+        if image is not None and len(set(asked)) > 1
+    ]
+    return 100 * sum(found) / len(found) if found else None
 
 
 def _is_open(step: Step) -> bool:

@@ -16,13 +16,16 @@ from starflow2.evals.report import commit
 from starflow2.evals.statistics import Score, Scores
 from starflow2.evals.story import RUNGS
 from starflow2.evals.suite import Report
+from starflow2.evals.tries import CHECKED, PASSED, SELF_CHECK
 
 __all__ = ["ledger_record", "lines", "notes", "table"]
 
 HEADINGS = ("measure", "ID", "CG", "gap", "floor", "ceiling")
 GENEVAL_HEADINGS = ("category", "ID", "CG", "gap", "floor", "ceiling", "ID strict", "CG strict")
+TRIED_HEADINGS = ("confirmed", "passed", "AUC")  # ID / CG each, where several tries were made
 OTHER_PARTS = ("paraphrase", "new", "scenes", "plain")  # beside ID and CG, where they were run
 ABSENT = "–"
+TWINS = "twins of 100"
 Line = tuple[str, ...]
 Record = dict[str, object]
 
@@ -31,7 +34,8 @@ def table(report: Report) -> Table:
     """The report for the terminal, the headline in bold and notes underneath."""
     is_geneval = report.suite == "geneval"
     grid = Table(title=_title(report), caption="\n".join(notes(report)), caption_justify="left")
-    headings = GENEVAL_HEADINGS + _others(report) if is_geneval else HEADINGS
+    tried = TRIED_HEADINGS if CHECKED in report.bounds else ()
+    headings = GENEVAL_HEADINGS + tried + _others(report) if is_geneval else HEADINGS
     for heading in headings:
         grid.add_column(heading, justify="left" if heading in ("measure", "category") else "right")
     for i, row in enumerate(lines(report)):
@@ -68,12 +72,21 @@ def _line_scores(report: Report) -> Record:
 
 def _geneval_scores(report: Report) -> Record:
     ceilings = {f"ceiling_{name}": report.bounds[name]["id"] for name in ("clean", "noise") if name in report.bounds}
-    return {"samples": report.settings["samples"]} | {
-        name: {rule: round(scores.value(rule), 4) for rule in ("lenient", "strict")}
-        | {"by_category": {kind: round(row.value("lenient"), 4) for kind, row in scores.by_kind.items()}}
-        | ({"twins_per_100": round(scores.value("twins"), 1)} if "twins" in scores.columns else {})
-        for name, scores in (report.parts | ceilings).items()
-    }
+    chosen = {f"{name}_{part}": s for name in (CHECKED, PASSED) for part, s in report.bounds.get(name, {}).items()}
+    areas = {part: _rounded(s.columns["auc"]) for part, s in report.bounds.get(SELF_CHECK, {}).items()}
+    record: Record = {name: report.settings[name] for name in ("samples", "tries") if name in report.settings}
+    record |= {"self_check_auc": areas} if areas else {}
+    return record | {name: _geneval_part(scores) for name, scores in (report.parts | chosen | ceilings).items()}
+
+
+def _geneval_part(scores: Scores) -> Record:
+    record: Record = {rule: round(scores.value(rule), 4) for rule in ("lenient", "strict")}
+    record["by_category"] = {kind: round(row.value("lenient"), 4) for kind, row in scores.by_kind.items()}
+    return record | ({"twins_per_100": _rounded(scores.columns["twins"], 1)} if "twins" in scores.columns else {})
+
+
+def _rounded(score: Score, digits: int = 4) -> float | None:
+    return None if score.score is None else round(score.score, digits)
 
 
 def _others(report: Report) -> tuple[str, ...]:
@@ -142,7 +155,43 @@ def _geneval(report: Report) -> Iterator[Line]:
         row = [kind.replace("_", " ") or "overall", *map(_number, (*pair, gap))]
         row += [_both(_pair(floor, "lenient", kind)), " / ".join(map(_number, ceilings))]
         row += map(_number, _pair(parts, "strict", kind))
-        yield (*row, *(_number(_pick(parts[part], "lenient", kind)) for part in _others(report)))
+        if not kind:
+            yield _geneval_twins(report)
+        yield (*row, *_tried(report, kind), *(_number(_pick(parts[part], "lenient", kind)) for part in _others(report)))
+
+
+def _tried(report: Report, kind: str) -> tuple[str, ...]:
+    """Cells of TRIED_HEADINGS; none where one try was made."""
+    if CHECKED not in report.bounds:
+        return ()
+    chosen = (_both(_pair(report.bounds[name], "lenient", kind)) for name in (CHECKED, PASSED))
+    return (*chosen, _both(_pair(report.bounds[SELF_CHECK], "auc", kind)))
+
+
+def _geneval_twins(report: Report) -> Line:
+    """A row with twins of 100 images of several shapes."""
+    cells = [_number(score, 1) for score in _pair(report.parts, "twins")]
+    chosen = [_both(_pair(report.bounds.get(name, {}), "twins"), 1) for name in (CHECKED, PASSED)]
+    tried = (*chosen, ABSENT) if CHECKED in report.bounds else ()
+    others = (_number(_pick(report.parts[part], "twins"), 1) for part in _others(report))
+    return (TWINS, *cells, *[ABSENT] * (len(GENEVAL_HEADINGS) - 3), *tried, *others)
+
+
+def _choices(report: Report, *columns: str) -> Iterator[Line]:
+    """Lines about the choice among tries, and twins."""
+    yield _line(TWINS, _pair(report.parts, "twins"), digits=1)
+    if CHECKED in report.bounds:
+        checked, passed = report.bounds[CHECKED], report.bounds.get(PASSED, {})
+        tries = report.settings.get("tries", 0)
+        for name in columns:
+            title = f"{name.replace('_', ' ')}, the confirmed one of {tries} tries"
+            yield _line(title, _pair(checked, name), ABSENT, _both(_pair(passed, name)) if passed else ABSENT)
+        for part in _others(report):
+            top = _number(_pick(passed.get(part), columns[0]))
+            yield _line(f"{part}: {columns[0]}, confirmed", (_pick(checked[part], columns[0]), None), ABSENT, top)
+        yield _line(f"{TWINS}, confirmed", _pair(checked, "twins"), digits=1)
+    if SELF_CHECK in report.bounds:
+        yield _line("AUC of the self-check", _pair(report.bounds[SELF_CHECK], "auc"), "0.5", "1")
 
 
 def _mme(report: Report) -> Iterator[Line]:
@@ -177,6 +226,7 @@ def _dpg(report: Report) -> Iterator[Line]:
         yield _line(name, _pair(parts, name), _both(_pair(report.bounds["floor"], name)), ceiling)
     for kind in parts["id"].by_kind:
         yield _line(kind, _pair(parts, "last_picture", kind))
+    yield from _choices(report)
 
 
 def _edit(report: Report) -> Iterator[Line]:
@@ -188,6 +238,7 @@ def _edit(report: Report) -> Iterator[Line]:
     for part in _others(report):
         for name in ("success", "applied", "preserved"):
             yield _line(f"{part}: {name}", (_pick(parts[part], name), None))
+    yield from _choices(report, "success", "applied", "preserved")
 
 
 def _sessions(report: Report) -> Iterator[Line]:
@@ -199,6 +250,17 @@ def _sessions(report: Report) -> Iterator[Line]:
             yield _line(f"{kind}: {name}", _pair(parts, name, kind))
     for name in ("same", "exact"):
         yield _line(f"undo: {name}", _pair(parts, f"undo_{name}"))
+    yield from _choices(report, "all_turns")
+
+
+def _newcomers(report: Report) -> Iterator[Line]:
+    parts = report.parts
+    yield _line("exactly as said", _pair(parts, "right"))
+    yield from _choices(report, "right")
+    checked, passed = (report.bounds.get(name, {}).get("id") for name in (CHECKED, PASSED))
+    for kind in parts["id"].by_kind:
+        chosen = _number(_pick(checked, "right", kind)), _number(_pick(passed, "right", kind))
+        yield _line(kind, _pair(parts, "right", kind), *chosen)
 
 
 def _story(report: Report) -> Iterator[Line]:
@@ -216,6 +278,7 @@ def _story(report: Report) -> Iterator[Line]:
         yield _line(f"{part}: prefix", (_pick(parts[part], "prefix"), None))
         if "open addition" in parts[part].by_kind:
             yield _line(f"{part}: additions without a place", (_pick(parts[part], "image", "open addition"), None))
+    yield from _choices(report, "prefix", *RUNGS)
 
 
 def _geneval_notes(report: Report) -> Iterator[str]:
@@ -230,11 +293,21 @@ def _geneval_notes(report: Report) -> Iterator[str]:
             f"images; mean template IoU {scores.value('template_iou'):.3f}, unrecognised blobs "
             f"{scores.value('unknown_share'):.1%}, empty images {scores.value('empty_share'):.1%}."
         )
-        if "twins" in scores.columns:
-            yield f"{part}: twins in {scores.value('twins'):.1f} of 100 images of several shapes."
+        if CHECKED in report.bounds:
+            checked, passed, check = (report.bounds[name][part] for name in (CHECKED, PASSED, SELF_CHECK))
+            yield (
+                f"{part}, confirmed: {_cell(checked['lenient'])}, passed {_number(passed['lenient'])}, AUC "
+                f"{_cell(_pick(check, 'auc'))} over {check.units} prompts, {check.value('confirmed'):.1%} confirmed."
+            )
     ignored = report.bounds.get("second_shape_ignored", {})
     if ignored:
         yield f"Who draws every shape like the first one scores {_both(_pair(ignored, 'lenient'))} (ID / CG)."
+    if CHECKED in report.bounds:
+        yield (
+            f"Confirmed: of {report.settings['tries']} tries the one in which the model itself has most confidence; "
+            "passed: the judge's choice, which no other can beat; AUC: of the model's confidence, within a prompt."
+        )
+    yield "Twins: images that show one asked shape too often and another not often enough, of those with several."
     yield (
         "Floor: true images of other prompts (ID / CG). Ceiling: true images of the ID prompts after the "
         "codec (clean / at the sampling noise). Gap: ID − CG over the categories that both have. "
@@ -251,6 +324,7 @@ _LINES: Mapping[str, Callable[[Report], Iterator[Line]]] = {
     "edit": _edit,
     "edit_sessions": _sessions,
     "story": _story,
+    "newcomers": _newcomers,
 }
 _NOTES: Mapping[str, str] = {
     "mme": "Ceiling: the frozen language model through its own vision tower.",
@@ -259,6 +333,8 @@ _NOTES: Mapping[str, str] = {
     "mcq": "Floor: chance, and a reader of the question alone. Circular: right in every rotation of the options.",
     "dpg": "Floor: images of other prompts. Ceiling: true images after the codec, clean / at the sampling noise.",
     "edit": "Floor: the source handed back unchanged. Ceiling: the true result after the codec. Overall is of 10.",
+    "newcomers": "First prompts of a newcomer, strictly judged; of each prompt one try and, as floor and ceiling, the "
+    "confirmed try and the judge's choice.",
     "edit_sessions": "Three edits of one image, an undo before the third. Floor: the source handed back. Undo: the "
     "image is again what it was, and to the byte.",
     "story": "Prefix: steps without any fault, of 4. Floor: other stories' images; of answers, guessing by the kind "

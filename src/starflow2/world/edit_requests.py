@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from starflow2.world.edit_operations import EditStep, Operation, names_in
-from starflow2.world.grammar import PLACE_WORDS, SIDE_WORDS, Requests, request_words, with_synonyms
+from starflow2.world.grammar import PLACE_WORDS, SIDE_WORDS, Requests, request_words, several_words, with_synonyms
 from starflow2.world.scene import BACKGROUND_NAMES, COLORS, SHAPES, SIZES, Bucket, SceneObject, pick
 from starflow2.world.words import NUMBERS, PLURALS, Wording, article, words_in
 
@@ -214,8 +214,6 @@ _GOAL_WORDS: Final = (  # of training, by place and direction
     ("down by a third", "down", "further down", "lower"),
 )
 _COMPARED: Final = ("smaller", "larger")
-_MANY: Final = ("the {k}", "the {k}", "all {k}", "all the {k}", "every {s}", "each {s}", "both {k}", "the {n} {k}")
-_ALL: Final = ("everything", "all objects", "all the objects", "every object", "all of them")
 
 
 def edit_words() -> frozenset[str]:
@@ -232,7 +230,7 @@ def edit_words() -> frozenset[str]:
         for row in table
         for words in row
     ]
-    values = (*_COMPARED, *SIZES, *COLORS, *SHAPES, *PLURALS, *BACKGROUND_NAMES, *NUMBERS, *_MANY, *_ALL)
+    values = (*_COMPARED, *SIZES, *COLORS, *SHAPES, *PLURALS, *BACKGROUND_NAMES, *NUMBERS)
     return words_in((*forms, *_GOALS, *_PLACES, *places, *values, "the a an it")) | request_words()
 
 
@@ -273,7 +271,7 @@ def plain_request(step: EditStep, rng: np.random.Generator, *, is_it: bool = Fal
     if step.operation == "move":
         fields["v"] = pick(rng, _GOAL_WORDS[step.value])
     if step.also:
-        fields["a"] = _several_words(step, rng)
+        fields["a"] = several_words([step.source.objects[i].shape for i in step.changed], rng)
         if step.operation == "reshape":
             fields["v"] = PLURALS[step.value]
     elif step.before is not None:
@@ -284,15 +282,6 @@ def plain_request(step: EditStep, rng: np.random.Generator, *, is_it: bool = Fal
         if step.operation == "recolor":
             fields["old"] = COLORS[step.source.objects[step.before].color]
     return with_synonyms(_REQUESTS[step.operation].say(rng, fields), rng)
-
-
-def _several_words(step: EditStep, rng: np.random.Generator) -> str:
-    """Words for all the objects that change: all of a shape, or everything."""
-    shapes = [step.source.objects[i].shape for i in step.changed]
-    if len(set(shapes)) > 1:
-        return pick(rng, _ALL)
-    forms = [form for form in _MANY if "both" not in form or len(shapes) == 2]
-    return pick(rng, forms).format(k=PLURALS[shapes[0]], s=SHAPES[shapes[0]], n=NUMBERS[len(shapes)])
 
 
 def _request_to_add(step: EditStep, rng: np.random.Generator) -> str:

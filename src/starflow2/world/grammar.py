@@ -43,6 +43,7 @@ __all__ = [
     "place_words",
     "request_words",
     "say",
+    "several_words",
     "with_synonyms",
 ]
 
@@ -497,6 +498,22 @@ class Requests:
         return (*self.plain, *self.imperatives.forms, *self.statements.forms)
 
 
+_MANY: Final = ("the {k}", "the {k}", "all {k}", "all the {k}", "every {s}", "each {s}", "both {k}", "the {n} {k}")
+_ALL: Final = ("everything", "all objects", "all the objects", "every object", "all of them")
+
+
+def several_words(shapes: Sequence[int], rng: np.random.Generator) -> str:
+    """Words for several objects at once: all of a shape, or all there are if shapes differ.
+
+    >>> several_words([4, 4], np.random.default_rng(0))
+    'every heart'
+    """
+    if len(set(shapes)) > 1:
+        return pick(rng, _ALL)
+    forms = [form for form in _MANY if "both" not in form or len(shapes) == 2]
+    return pick(rng, forms).format(k=PLURALS[shapes[0]], s=SHAPES[shapes[0]], n=NUMBERS[len(shapes)])
+
+
 def with_synonyms(text: str, rng: np.random.Generator) -> str:
     """The text with some of its words exchanged for others that mean the same."""
     return re.sub(r"[a-z]+", lambda m: pick(rng, _SYNONYMS[m[0]]) if m[0] in _SYNONYMS else m[0], text)
@@ -504,8 +521,10 @@ def with_synonyms(text: str, rng: np.random.Generator) -> str:
 
 @functools.cache
 def request_words() -> frozenset[str]:
-    """Every word that fillers and synonyms can bring into a request."""
-    return words_in([*(form.replace("{r}", "") for form in _ASKED), *(w for row in _SYNONYMS.values() for w in row)])
+    """Every word that fillers, synonyms and names for several objects can bring into a request."""
+    names = (*_MANY, *_ALL, *SHAPES, *PLURALS, *NUMBERS)
+    synonyms = (word for row in _SYNONYMS.values() for word in row)
+    return words_in([*(form.replace("{r}", "") for form in _ASKED), *synonyms, *names])
 
 
 # ------------------------------------------------------------------------------------------------ vocabulary

@@ -99,6 +99,8 @@ CG_ROWS: Final = ("pair", "fact", "shapes", "count", "edit")  # what "cg" items 
 _RELATED: Final = frozenset({"position", "left_right", "above_below"})  # about two objects that no request related
 _STORY: Final = 40  # third number of a training stream, second of a suite's, so that no other task repeats its draws
 _BEGINNING: Final = 41  # third number of a stream
+_SEVERAL: Final = 0.3  # share of stories that are planned so that a request can be about several objects
+_TOGETHER: Final = {"remove": 0.8, "recolor": 0.8}  # share of requests, where it can be, that are
 _OPEN: Final = 0.25  # share of additions whose place no request names, in training
 _TWO: Final = 0.6  # share of beginnings that stop at the second image
 _SUITE_SEED: Final = 2026  # frozen: changing it, or the order of draws below, makes another benchmark
@@ -145,7 +147,8 @@ class _Rules:
 
     split: Bucket
     row: str = ""
-    words: Literal["plain", "free"] = "plain"  # of requests: plain forms, or training's grammar and open places
+    # of requests: plain forms; training's grammar, with open places; the same, also about several objects at once
+    words: Literal["plain", "free", "several"] = "plain"
 
     def row_of(self, split: Split) -> str:
         """Row of `split`'s held-out combinations that the story must show; or ""."""
@@ -154,11 +157,19 @@ class _Rules:
 
 @dataclass(frozen=True, slots=True)
 class _Act:
-    """One request by number: which object of the cast is added, removed or recoloured, and its colour from then on."""
+    """One request by number: which object of the cast is added, removed or recoloured, and its colour from then on.
+
+    also: further objects that the same request removes, or gives the same colour.
+    """
 
     op: Op
     number: int
     color: int
+    also: tuple[int, ...] = ()
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return (self.number, *self.also)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,9 +236,24 @@ class _Plan:
 def _plan(rng: np.random.Generator, rules: _Rules) -> _Plan:
     kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
     while True:
-        plan = _Plan(kind, _ops(rng), tuple(_required_shapes(rng, rules)))
+        if rules.words == "several" and rng.random() < _SEVERAL:
+            plan = _Plan(kind, *_ops_on_several(rng))
+        else:
+            plan = _Plan(kind, _ops(rng), tuple(_required_shapes(rng, rules)))
         if plan.is_sound(rules):
             return plan
+
+
+def _ops_on_several(rng: np.random.Generator) -> tuple[tuple[Op, ...], tuple[int, ...]]:
+    """Operations and required shapes of a story that can remove two alike at once, or give everything one colour."""
+    if rng.random() < 0.5:
+        return ("start", "add", "add", "remove"), (_shape_twice(rng),) * 2
+    return ("start", "add", "add", "recolor") if rng.random() < 0.5 else ("start", "add", "recolor", "add"), ()
+
+
+def _shape_twice(rng: np.random.Generator) -> int:
+    """A shape of which training may show two."""
+    return pick(rng, [shape for shape in range(len(SHAPES)) if withheld().allows_count(shape, 2)])
 
 
 def _ops(rng: np.random.Generator) -> tuple[Op, ...]:
@@ -251,8 +277,7 @@ def _required_shapes(rng: np.random.Generator, rules: _Rules) -> list[int]:
             return [a, b]
         shape, count = pick(rng, sorted(table.counts))
         return [shape] * count
-    twice = [shape for shape in range(len(SHAPES)) if withheld().allows_count(shape, 2)]
-    return [pick(rng, twice)] * 2 if rng.random() < _REPEATS else []
+    return [_shape_twice(rng)] * 2 if rng.random() < _REPEATS else []
 
 
 def _cast(rng: np.random.Generator, plan: _Plan, rules: _Rules) -> Scene | None:
@@ -296,22 +321,46 @@ def _script(rng: np.random.Generator, ops: Sequence[Op], cast: Scene, rules: _Ru
     entered = 0
     for op in ops:
         is_new = op in ("start", "add")
-        number = entered if is_new else pick(rng, list(colors))
-        shape, old = cast.objects[number].shape, colors.get(number)
-        color = old if op == "remove" else _color(rng, shape, old, rules)
-        if color is None:
-            return None
-        acts.append(_Act(op, number, color))
-        colors, entered = _colors_after(colors, acts[-1]), entered + is_new
+        act = _act_on_several(rng, op, colors, cast) if rules.words == "several" else None
+        if act is None:
+            number = entered if is_new else pick(rng, list(colors))
+            shape, old = cast.objects[number].shape, colors.get(number)
+            color = old if op == "remove" else _color(rng, shape, old, rules)
+            if color is None:
+                return None
+            act = _Act(op, number, color)
+        acts.append(act)
+        colors, entered = _colors_after(colors, act), entered + is_new
         if len({(cast.objects[i].shape, c) for i, c in colors.items()}) < len(colors):
             return None
     return tuple(acts)
 
 
+def _act_on_several(rng: np.random.Generator, op: Op, colors: Mapping[int, int], cast: Scene) -> _Act | None:
+    """A request about several objects at once, sometimes: one removes all of a shape, one gives everything a colour.
+
+    colors: of the present objects, by number. None where it cannot be, or is not to be.
+    """
+    shapes = {number: cast.objects[number].shape for number in colors}
+    if op == "remove":
+        alike = [[n for n in shapes if shapes[n] == shape] for shape in sorted(set(shapes.values()))]
+        alike = [group for group in alike if 1 < len(group) < len(shapes)]
+        if alike and rng.random() < _TOGETHER["remove"]:
+            first, *others = pick(rng, alike)
+            return _Act(op, first, colors[first], tuple(others))
+    elif op == "recolor" and 1 < len(shapes) == len(set(shapes.values())) and rng.random() < _TOGETHER["recolor"]:
+        pools = [{c for c in colors_of(shapes[n]) if c != old and may_recolor(old, c)} for n, old in colors.items()]
+        if pool := sorted(set.intersection(*pools)):
+            first, *others = colors
+            return _Act(op, first, pick(rng, pool), tuple(others))
+    return None
+
+
 def _colors_after(colors: Mapping[int, int], act: _Act) -> dict[int, int]:
     """Colours of the present objects, by number, after an act."""
-    rest = {number: color for number, color in colors.items() if act.op != "remove" or number != act.number}
-    return rest if act.op == "remove" else rest | {act.number: act.color}
+    if act.op == "remove":
+        return {number: color for number, color in colors.items() if number not in act.numbers}
+    return {**colors, **dict.fromkeys(act.numbers, act.color)}
 
 
 def _play(acts: Sequence[_Act], cast: Scene) -> list[_Present]:
@@ -355,12 +404,16 @@ class _Narrator:
     def move(self, act: _Act, before: _Present, scene: Scene, after: _Present) -> _Move | None:
         """The act as a change, or None if an added object is in no clear relation to another."""
         referent, antecedent = act.number, self.only_named
-        self.only_named = act.number if act.op in ("start", "recolor") else -1
-        change = Change(
-            op=act.op,
-            before=self.look(act.number, before) if act.number in before else None,
-            after=self.look(act.number, after) if act.number in after else None,
+        self.only_named = act.number if act.op in ("start", "recolor") and not act.also else -1
+        change, *also = (
+            Change(
+                op=act.op,
+                before=self.look(number, before) if number in before else None,
+                after=self.look(number, after) if number in after else None,
+            )
+            for number in act.numbers
         )
+        change = replace(change, also=tuple(also))
         is_open = act.op == "add" and self.leaves_open > 0 and bool(self.rng.random() < self.leaves_open)
         if act.op == "add" and not is_open:
             found = self._relate(act.number, after)
@@ -368,7 +421,7 @@ class _Narrator:
                 return None
             referent, relation = found
             change = replace(change, relation=relation, reference=self.look(referent, after))
-        uses_pronoun = not is_open and referent == antecedent and self.rng.random() < 0.7
+        uses_pronoun = not is_open and not also and referent == antecedent and self.rng.random() < 0.7
         return _Move(change, uses_pronoun, tuple(self.look(number, after) for number in after), scene)
 
     def _relate(self, new: int, present: _Present) -> tuple[int, Relation] | None:
@@ -389,7 +442,7 @@ class _EndQuestions:
     ) -> None:
         self.rng, self.narrator, self.present = rng, narrator, images[-1]
         self.shown = {(obj.shape, obj.color) for present in images for obj in present.values()}  # in any image
-        self.recolored = {act.number for act in acts if act.op == "recolor"}
+        self.recolored = {number for act in acts if act.op == "recolor" for number in act.numbers}
 
     def ask(self, kind: str) -> str | None:
         """A question of one of KINDS."""
@@ -471,7 +524,7 @@ def _draft(rng: np.random.Generator, plan: _Plan, rules: _Rules) -> _Draft | Non
             objects = cast.objects[: 1 + max(act.number for act in acts)]
             named = plan.sizes(rules).named
             names_size = [bool(rng.random() < named[obj.size]) for obj in objects]
-            narrator = _Narrator(rng, names_size, leaves_open=_OPEN if rules.words == "free" else 0.0)
+            narrator = _Narrator(rng, names_size, leaves_open=_OPEN if rules.words != "plain" else 0.0)
             return _narrated(narrator, acts, images, scenes, plan.kind)
     return None
 
@@ -522,12 +575,16 @@ def story_task(seed: int, index: int) -> Story:
     >>> len(story_task(0, 3).steps), story_task(0, 3) == story_task(0, 3)
     (4, True)
     """
-    return random_story(stream(seed, index, _STORY))
+    return random_story(stream(seed, index, _STORY), several=True)
 
 
-def random_story(rng: np.random.Generator) -> Story:
-    """A story that training may tell, in the words of training's grammar."""
-    return _worded(_draft_until_done(rng, _Rules("train", words="free")), None, rng)
+def random_story(rng: np.random.Generator, *, several: bool = False) -> Story:
+    """A story that training may tell, in the words of training's grammar; several: some requests are about many.
+
+    Checks of images are about one object at a time, and so are the stories that they are made from.
+    """
+    rules = _Rules("train", words="several" if several else "free")
+    return _worded(_draft_until_done(rng, rules), None, rng)
 
 
 def suite_stories(split: Split, part: Part = "id", count: int = 64) -> list[Story]:
@@ -536,7 +593,8 @@ def suite_stories(split: Split, part: Part = "id", count: int = 64) -> list[Stor
     "id": seen combinations, training wording. "cg": each story shows, in one image or more, one of CG_ROWS that
     `split` holds out and nothing else held out ("edit": it asks for a held-out change of colour). "paraphrase": the
     stories of "id", with requests worded as training never words them. "plain": other stories like those of "id", in
-    the words of training's grammar, some adding objects without a place. Raises ConfigError for another split or part.
+    the words of training's grammar, some adding objects without a place or changing several at once. Raises
+    ConfigError for another split or part.
     """
     for name, value, known in (("split", split, get_args(Split)), ("part", part, get_args(Part))):
         if value not in known:
@@ -544,7 +602,7 @@ def suite_stories(split: Split, part: Part = "id", count: int = 64) -> list[Stor
     stories = []
     for item in range(count):
         rules = _Rules(
-            split, CG_ROWS[item % len(CG_ROWS)] if part == "cg" else "", "free" if part == "plain" else "plain"
+            split, CG_ROWS[item % len(CG_ROWS)] if part == "cg" else "", "several" if part == "plain" else "plain"
         )
         kind = {"cg": 1, "plain": 2}.get(part, 0)
         numbers = (_SUITE_SEED, _STORY, get_args(Split).index(split), kind, item + 1)

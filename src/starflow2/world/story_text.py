@@ -12,14 +12,14 @@ import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, Literal
 
 import numpy as np
 
 from starflow2.errors import ConfigError
-from starflow2.world.grammar import SIDE_WORDS, Requests, request_words, with_synonyms
+from starflow2.world.grammar import SIDE_WORDS, Requests, request_words, several_words, with_synonyms
 from starflow2.world.scene import (
     COLORS,
     MAX_OBJECTS,
@@ -75,7 +75,8 @@ class Look:
 class Change:
     """The change that a request asks for.
 
-    before: the object that is removed or recoloured. after: the object that is added or results.
+    before: the object that is removed or recoloured. after: the object that is added or results. also: the same change
+    of further objects, which the request names together with it.
     """
 
     op: Op
@@ -83,6 +84,12 @@ class Change:
     after: Look | None = None
     relation: Relation | None = None  # of an added object to `reference`
     reference: Look | None = None
+    also: tuple[Change, ...] = ()
+
+    @property
+    def all(self) -> tuple[Change, ...]:
+        """The change of every object on its own."""
+        return (replace(self, also=()), *self.also)
 
 
 # ------------------------------------------------------------------------------------------ wording
@@ -179,7 +186,7 @@ _REQUESTS: Final[Mapping[Op, Requests]] = MappingProxyType(  # of training, besi
                 "get rid of {b}",
                 "leave out {b}",
             ),
-            ("i do not want {b}", "{b} has to go", "without {b}"),
+            ("i do not want {b}", "{one} has to go", "without {b}"),
         ),
         "recolor": Requests.of(
             STORY_WORDINGS["recolor"],
@@ -189,7 +196,7 @@ _REQUESTS: Final[Mapping[Op, Requests]] = MappingProxyType(  # of training, besi
                 "change the color of {b} to {color}",
                 "give {b} the color {color}",
             ),
-            ("i want {b} in {color}", "i would like {b} to be {color}", "{b} in {color}", "{b} becomes {color}"),
+            ("i want {b} in {color}", "i would like {b} to be {color}", "{b} in {color}", "{one} becomes {color}"),
         ),
     }
 )
@@ -250,12 +257,14 @@ def free_request(change: Change, looks: Sequence[Look], rng: np.random.Generator
     An addition in relation to nothing leaves the place open.
     """
     fields = dict[str, str]()
+    if change.also and change.before is not None:
+        fields["b"] = several_words([c.before.shape for c in change.all if c.before is not None], rng)
+    elif change.before is not None:
+        fields["b"] = fields["one"] = "it" if uses_pronoun else definite(change.before, looks)
     if change.relation is not None and change.reference is not None:
         name = definite(change.reference, looks)
         beside_it = pick(rng, _BESIDE_IT[change.relation]) if uses_pronoun else ""
         fields["rel"] = beside_it or f"{pick(rng, SIDE_WORDS[change.relation])} {name}"
-    if change.before is not None:
-        fields["b"] = "it" if uses_pronoun else definite(change.before, looks)
     if change.after is not None:
         fields |= {"a": article(str(change.after)), "color": COLORS[change.after.color]}
     is_open = change.op == "add" and change.relation is None
