@@ -2,18 +2,18 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
+from PIL import Image
 
-from starflow2.core.images import read_picture, to_bytes
-from starflow2.evals.edit import TINT
-from starflow2.evals.geneval import grade, name_scan
+from starflow2.core.images import PILImage
+from starflow2.evals.examples import do_examples, faults_of, working_seed
 from starflow2.pipeline import StarFlow2
 from starflow2.world.captions import GenEvalObject
-from starflow2.world.detector import Scan, detect
-from starflow2.world.examples import EXAMPLES, Example, shown
-from starflow2.world.scene import BACKGROUND_NAMES, BACKGROUNDS
+from starflow2.world.detector import detect
+from starflow2.world.examples import EXAMPLES, TASKS, Example, shown
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHER = ("LOG.md", "choices.md", "own-pictures.md")  # records, and a page about a model of another world
@@ -34,48 +34,15 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def pictures(model):
-    """The picture of every prompt and seed that an example draws or is about."""
-    keys = sorted({(e.about or e.text, e.seed) for e in EXAMPLES})
-    images = model.draw([prompt for prompt, _ in keys], [seed for _, seed in keys])
-    return dict(zip(keys, images, strict=True))
+def done(model):
+    """Every example, done at the default settings."""
+    return do_examples(model)
 
 
-def faults(example: Example, image: torch.Tensor) -> str:
-    """Faults that the judge finds in a picture; '' if nothing."""
-    (scan,) = detect(to_bytes(image[None]))
-    verdict = grade({"include": list(example.shows)}, name_scan(scan))
-    wrong = [] if verdict.strict_correct else [verdict.reason or "there is something else in the picture"]
-    if example.background and not has_background(scan, example.background):
-        wrong.append(f"the background is {scan.background}, not {example.background}")
-    return "; ".join(wrong)
-
-
-def has_background(scan: Scan, name: str) -> bool:
-    asked = BACKGROUNDS[BACKGROUND_NAMES.index(name)] / 255
-    return float(((asked - scan.background) ** 2).sum() ** 0.5) < TINT
-
-
-def named(task: str) -> list[Example]:
-    return [example for example in EXAMPLES if example.task == task]
-
-
-def test_every_drawing_shows_what_its_sentence_says(pictures):
-    wrong = {e.text: found for e in named("draw") if (found := faults(e, pictures[e.text, e.seed]))}
-    assert not wrong
-
-
-def test_every_edit_does_what_its_instruction_says(model, pictures):
-    edits = named("edit")
-    sources = torch.stack([pictures[e.about, e.seed] for e in edits])
-    images = model.edits(sources, [e.text for e in edits], [e.seed for e in edits])
-    assert not {e.text: found for e, image in zip(edits, images, strict=True) if (found := faults(e, image))}
-
-
-def test_every_question_is_answered_rightly(model, pictures):
-    asked = named("ask")
-    answers = model.answers([[pictures[e.about, e.seed]] for e in asked], [e.text for e in asked])
-    assert {e.text: a for e, a in zip(asked, answers, strict=True)} == {e.text: e.answer for e in asked}
+@pytest.mark.parametrize("task", TASKS)
+def test_every_example_does_what_its_sentence_says(done, task):
+    mine = [d for d in done if d.example.task == task]
+    assert mine and not {d.example.text: d.fault for d in mine if d.fault}
 
 
 def test_pages_say_nothing_else():
@@ -90,7 +57,8 @@ def python_blocks(page: Path) -> list[str]:
 
 def seen(file: str, *shows: GenEvalObject) -> str:
     """What is wrong with a picture that a page saved."""
-    return faults(Example(task="draw", what="", text=file, shows=shows), read_picture(file, 64))
+    with Image.open(file) as image:
+        return faults_of(Example(task="draw", what="", text=file, shows=shows), image.convert("RGB"))
 
 
 def test_the_first_lines_of_the_readme_draw_what_they_say(tmp_path, monkeypatch, capsys):
@@ -115,22 +83,52 @@ def test_the_conversation_on_its_page_draws_what_it_says(tmp_path, monkeypatch, 
     assert not seen("step.png", shown("a purple star"))
 
 
-def test_an_edit_that_changes_nothing_says_so(model, pictures):
-    star = pictures["a red star", 0]
+def test_an_edit_that_changes_nothing_says_so(model, done):
+    star = next(d.image for d in done if d.example.text == "a red star")
     assert model.edit(star, "make the star red").is_unchanged
-    assert not any(model.edit(pictures[e.about, e.seed], e.text, seed=e.seed).is_unchanged for e in named("edit"))
 
 
-def side(image: torch.Tensor) -> float:
+def side(image: PILImage) -> float:
     """Longer side in pixels of the only object of a picture."""
-    ((found,),) = [scan.detections for scan in detect(to_bytes(image[None]))]
+    ((found,),) = [scan.detections for scan in detect(np.asarray(image)[None])]
     x0, y0, x1, y1 = found.box
     return max(x1 - x0, y1 - y0)
 
 
-def test_what_is_made_larger_is_larger(model, pictures):
-    for example in EXAMPLES:
-        if example.what == "size" and example.task == "edit":
-            source = pictures[example.about, example.seed]
-            (image,) = model.edits(source[None], [example.text], [example.seed])
-            assert side(image) > 1.25 * side(source)
+def test_what_is_made_larger_is_larger(done):
+    sizes = [d for d in done if d.example.what == "size" and d.example.task == "edit"]
+    assert sizes and all(side(d.image) > 1.25 * side(d.source) for d in sizes)
+
+
+class Blank:
+    """A model that draws white squares and answers "no"."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def generate(self, prompts, *, seed):
+        self.asked.append(prompts)
+        return [self.edit(None, "", seed=seed)]
+
+    def edit(self, image, instruction, *, seed):
+        return SimpleNamespace(image=Image.new("RGB", (64, 64), "white"))
+
+    def ask(self, image, question):
+        return "no"
+
+
+def test_a_model_that_does_nothing_right_is_found_out():
+    blank = Blank()
+    done = do_examples(blank)
+    assert all(d.fault for d in done) and len(done) == len(EXAMPLES)
+    assert len(blank.asked) == len({(e.about or e.text, e.seed) for e in EXAMPLES}), "a shared picture is drawn once"
+    assert working_seed(blank, EXAMPLES[0]) is None
+
+
+def test_a_seed_with_which_an_example_works_is_found():
+    class Third(Blank):
+        def ask(self, image, question):
+            return "two" if len(self.asked) > 2 else "no"
+
+    asked = next(e for e in EXAMPLES if e.answer == "two")
+    assert working_seed(Third(), asked) == 2

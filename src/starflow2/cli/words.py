@@ -13,8 +13,6 @@ from starflow2.core.files import check_writable, replacing
 from starflow2.errors import OutputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from starflow2.pipeline import StarFlow2
     from starflow2.world.examples import Example, Task
 
@@ -89,39 +87,21 @@ def _listing(model: StarFlow2) -> str:
 
 def _write_page(model: StarFlow2, page: Path) -> None:
     """Write the page, and one sheet of pictures for each task into the folder images/ beside it."""
-    from starflow2.core.images import contact_sheet, save_png, to_pil
+    from starflow2.core.images import contact_sheet, save_png
+    from starflow2.evals.examples import do_examples
     from starflow2.world.examples import TASKS
 
     parts = ["# What you can say", "", "Made by `starflow2 words --output`; a test draws and answers every line.", ""]
     parts += ["```text", _listing(model).partition("\n\n")[0], "```", ""]
-    pictures = _pictures(model)
     for task in TASKS:
-        rows = [(e, picture) for e in _examples(model, task) for picture in _shown(model, e, pictures)]
+        done = do_examples(model, _examples(model, task))
         name = f"images/{page.stem}-{task}.png"
-        sheet = contact_sheet([to_pil(picture) for _, picture in rows], [_label(e) for e, _ in rows], columns=4)
+        sheet = contact_sheet([d.image for d in done], [_label(d.example) for d in done], columns=4)
         save_png(sheet, page.parent / name)
         parts += [f"## {TITLES[task]}", "", f"![{TITLES[task]}: one picture for each sentence below]({name})", ""]
         parts += ["```bash", *map(_command, _examples(model, task)), "```", ""]
     with replacing(page) as temp:
         temp.write_text("\n".join(parts), encoding="utf-8")
-
-
-def _pictures(model: StarFlow2) -> dict[tuple[str, int], Tensor]:
-    """The picture of every prompt and seed that an example draws or is about."""
-    from starflow2.world.examples import TASKS
-
-    examples = [example for task in TASKS for example in _examples(model, task)]
-    keys = sorted({(example.about or example.text, example.seed) for example in examples})
-    images = model.draw([prompt for prompt, _ in keys], [seed for _, seed in keys])
-    return dict(zip(keys, images, strict=True))
-
-
-def _shown(model: StarFlow2, example: Example, pictures: dict[tuple[str, int], Tensor]) -> list[Tensor]:
-    """The pictures of an example: the drawn one, the edited one, or the one that the question is about."""
-    picture = pictures[example.about or example.text, example.seed]
-    if example.task != "edit":
-        return [picture]
-    return [*model.edits(picture[None], [example.text], [example.seed])]
 
 
 def _label(example: Example) -> str:
