@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from starflow2.core.fields import SEEDS, Range, whole
-from starflow2.errors import StateError
+from starflow2.errors import PromptError, StateError
 from starflow2.inference.config import ReplyLimits
 from starflow2.inference.conversations import generate_replies
 from starflow2.inference.engine import Engine
 from starflow2.inference.events import DecodedImage, RowEvent
 from starflow2.inference.reading import Part
 from starflow2.inference.sampler import Sampler
-from starflow2.models.config import ModelConfig
+from starflow2.models.config import ModelConfig, SelfCheckConfig
 
 __all__ = [
     "CONFIRMED",
@@ -29,6 +29,7 @@ __all__ = [
     "Request",
     "attempts",
     "best",
+    "check_memory",
     "checked_tries",
     "confidence",
     "question_of",
@@ -71,12 +72,18 @@ class Attempt:
 def question_of(cfg: ModelConfig, words: str, *, follows: bool) -> str:
     """The question whether an image shows what words say or, if it follows another, whether they were done to it.
 
-    Raises StateError for a model that has not learnt to check itself.
+    Raises StateError for a model that has not learnt to check itself, PromptError where there are no words.
     """
+    asked, plain = _asked_by(cfg), words.strip().rstrip(" .,;:!?")
+    if not plain:
+        raise PromptError("there are no words to check an image against; say what to draw, or use tries=1.")
+    return (asked.done if follows else asked.shows).format(plain)
+
+
+def _asked_by(cfg: ModelConfig) -> SelfCheckConfig:
     if cfg.self_check is None:
         raise StateError(f"{cfg.name} has not learnt to check its images; use tries=1, or a model that has.")
-    form = cfg.self_check.done if follows else cfg.self_check.shows
-    return form.format(words.rstrip(" .?!"))
+    return cfg.self_check
 
 
 def checked_tries(cfg: ModelConfig, tries: int | None) -> int:
@@ -85,8 +92,24 @@ def checked_tries(cfg: ModelConfig, tries: int | None) -> int:
         return 1 if cfg.self_check is None else cfg.self_check.tries
     count = whole(tries, "tries", Range(least=1, most=MAX_TRIES))
     if count > 1:
-        question_of(cfg, "", follows=False)
+        _asked_by(cfg)
     return count
+
+
+def check_memory(needed: int, free: int | None, tries: int) -> None:
+    """Raise StateError for tries whose caches need more bytes than are free; None: unknown.
+
+    >>> check_memory(4_000_000_000, 1_000_000_000, 256)
+    Traceback (most recent call last):
+        ...
+    starflow2.errors.StateError: tries=256 needs 4.0 GB for its caches, of 1.0 GB that are free; ... at most 64.
+    """
+    if free is not None and needed > free:
+        most = max(1, tries * free // needed)
+        raise StateError(
+            f"tries={tries} needs {needed / 1e9:.1f} GB for its caches, of {free / 1e9:.1f} GB that are free; expected "
+            f"at most {most}."
+        )
 
 
 def seed_of(seed: int, number: int) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from starflow2.core.fields import SEEDS, whole
 from starflow2.core.images import PictureSource, read_picture, to_pil
+from starflow2.core.memory import free_bytes
 from starflow2.core.torch_defaults import inference_defaults
 from starflow2.errors import PromptError, StateError
 from starflow2.inference.config import ReplyLimits
@@ -42,7 +43,7 @@ from starflow2.inference.events import (
     Wrote,
 )
 from starflow2.inference.sampler import Sampler
-from starflow2.inference.self_check import checked_tries, confidence, question_of, seed_of
+from starflow2.inference.self_check import check_memory, checked_tries, confidence, question_of, seed_of
 from starflow2.inference.session_file import (
     SavedPiece,
     SavedSampling,
@@ -210,14 +211,14 @@ class Session:
 
     def _reply(self, limits: ReplyLimits, *, draws: bool = False, tries: int | None = 1) -> Iterator[Event]:
         self._check_idle()
-        count = checked_tries(self.sampler.components.cfg, tries)
+        count, question = self._choice(tries)
         per_picture = self.sampler.layout.num_latents + 2
         self._check_room(self._overhead + (per_picture if draws or not limits.tokens else 1))
         room = self.room - self._overhead
         pictures = min(limits.pictures, (room - min(limits.tokens, 1)) // per_picture)
         limits = replace(limits, pictures=pictures, tokens=min(limits.tokens, room - pictures * per_picture))
-        start, question = self.mark(), self._question() if count > 1 else ""
-        rows = [self._row]
+        self._check_memory(count, self.length + self._overhead + limits.tokens + pictures * per_picture)
+        start, rows = self.mark(), [self._row]
         self._is_replying = True
         try:
             self._open()
@@ -238,12 +239,31 @@ class Session:
         self._is_replying = False
         self._replies += 1
 
+    def _choice(self, tries: int | None) -> tuple[int, str]:
+        """The number of replies, and the question that chooses among them; one reply where there are no words.
+
+        Raises ConfigError, StateError, and PromptError where more are asked for and there are no words.
+        """
+        count = checked_tries(self.sampler.components.cfg, tries)
+        if count == 1 or (tries is None and not self._turn_words()):
+            return 1, ""
+        return count, self._question()
+
+    def _check_memory(self, tries: int, positions: int) -> None:
+        """Raise StateError for more tries than there is memory for; each has two lanes if guidance has a branch."""
+        if tries > 1:
+            needed = self._engine.backend.bytes_for(2 * tries, positions)
+            check_memory(needed, free_bytes(self.sampler.components.device), tries)
+
+    def _turn_words(self) -> str:
+        """Words of the user's open turn."""
+        turn = itertools.takewhile(lambda piece: piece.who == "user", reversed(self.pieces))
+        return " ".join(reversed([piece.text for piece in turn if piece.text]))
+
     def _question(self) -> str:
         """Question that the model asks itself about an image that replies to the user's open turn."""
-        turn = itertools.takewhile(lambda piece: piece.who == "user", reversed(self.pieces))
-        words = " ".join(reversed([piece.text for piece in turn if piece.text]))
         follows = any(piece.picture is not None for piece in self.pieces)
-        return question_of(self.sampler.components.cfg, words, follows=follows)
+        return question_of(self.sampler.components.cfg, self._turn_words(), follows=follows)
 
     def _best(self, rows: list[int], question: str) -> Iterator[Event]:
         """Replies of all rows; the conversation goes on with the one whose image the model confirms most.

@@ -263,12 +263,14 @@ class Worker:
     def _chosen(self, job: Job) -> int:
         """The row whose image the model confirms most; its events are passed on."""
         words = " ".join(part for part in job.ask.parts if isinstance(part, str))
-        question = question_of(self.sampler.components.cfg, words, follows=job.images > 0)
-        drawn = [row for row, transcript in job.rows.items() if transcript.images]
-        sure = {row: confidence(self.engine, row, question) for row in drawn}
+        sure: dict[int, float] = {}
+        if words.strip(" .,;:!?"):  # without any there is nothing to ask about
+            question = question_of(self.sampler.components.cfg, words, follows=job.images > 0)
+            drawn = [row for row, transcript in job.rows.items() if transcript.images]
+            sure = {row: confidence(self.engine, row, question) for row in drawn}
         chosen = max(sure, key=lambda row: sure[row]) if sure else next(iter(job.rows))
         for event in job.buffered[chosen]:
-            self._put(job, replace(event, confidence=sure[chosen]) if isinstance(event, ImageDone) else event)
+            self._put(job, replace(event, confidence=sure.get(chosen)) if isinstance(event, ImageDone) else event)
         return chosen
 
     def _snapshot(self, job: Job, row: int, transcript: Transcript) -> Snapshot:
