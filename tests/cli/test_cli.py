@@ -374,7 +374,7 @@ def test_settings_of_a_stage_are_typed_options(capsys):
 def test_all_stages_are_the_default(capsys):
     assert main(["train", "nano", "--dry-run"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert [stage["name"] for stage in plan["stages"]] == [*JOINT, "final"]
+    assert [stage["name"] for stage in plan["stages"]] == [*JOINT, "end", "final"]
     assert plan["output"] == "runs/nano"
 
 
@@ -501,7 +501,7 @@ def test_info_writes_what_it_prints(capsys):
 def test_info_plans_the_training_of_every_stage_on_so_many_gpus(capsys):
     assert main(["info", "nano", "--gpus", "2", "--gpu-memory", "24", "--json", "plan.json"]) == 0
     planned = json.loads(Path("plan.json").read_text())["plan"]
-    assert planned["hardware"]["gpus"] == 2 and [row["stage"] for row in planned["stages"]] == [*JOINT, "final"]
+    assert planned["hardware"]["gpus"] == 2 and [row["stage"] for row in planned["stages"]] == [*JOINT, "end", "final"]
     shown = capsys.readouterr().out
     assert "2 GPUs of 24 GiB" in shown and "calculated" in shown
 

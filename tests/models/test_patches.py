@@ -219,6 +219,6 @@ def test_patches_go_through_their_stages(tmp_path):
 
 def test_the_recipe_takes_a_step_in_miniature():
     run = smoke(nano_patches())
-    assert run.model == nano_patches().model and [s.name for s in run.stages] == [*DONE, "final"]
+    assert run.model == nano_patches().model and [s.name for s in run.stages] == [*DONE, "end", "final"]
     facts = dry_run(run, "t2i", "cpu")
     assert torch.tensor([facts["loss"], facts["grad_norm"]]).isfinite().all() and facts["grad_norm"] > 0

@@ -343,6 +343,14 @@ def test_the_first_steps_have_a_mix_of_their_own():
     assert {joint_dialogue(stage, 0, 2 * stage.batch + i).kind for i in range(2 * stage.batch)} == {"story"}
 
 
+def test_the_end_of_nano_is_the_control_that_helped_and_its_length_comes_from_joint():
+    joint, end, final = (nano().stage(name) for name in ("joint", "end", "final"))
+    assert (end.optim.lr, end.optim.matrix_lr, end.optim.decay_share, end.kl_to_t2i) == (6e-4, 9e-4, 1.0, 0)
+    assert joint.steps + end.steps == 4200 and end.keep_as == "nano-heldout" and not end.everything
+    assert end.mix.draw > joint.mix.draw and end.mix.edit == joint.mix.edit, "edits are held"
+    assert sum(asdict(end.mix).values()) == pytest.approx(1) and final.everything
+
+
 def drawing_dialogue() -> Dialogue:
     """The user shows an image and says something; the model draws, says something and draws again."""
     a, b, c = (caption_task(0, i).scene for i in range(3))

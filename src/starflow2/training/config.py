@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 
-StageName = Literal["features", "fae", "vlm", "t2i", "adapter", "joint", "final"]
-JOINT: Final = ("joint", "final")  # stages that train on all kinds of documents
+StageName = Literal["features", "fae", "vlm", "t2i", "adapter", "joint", "end", "final"]
+JOINT: Final = ("joint", "end", "final")  # stages that train on all kinds of documents
 Precision = Literal["auto", "float32", "bfloat16"]
 Decay = Annotated[float, Range(least=0, below=1)]
 TextMean = Literal["reply", "token"]

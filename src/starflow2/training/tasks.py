@@ -423,5 +423,6 @@ TASKS: dict[str, MakeTask] = {
     "t2i": T2iTask,
     "adapter": AdapterTask,
     "joint": JointTask,
+    "end": JointTask,
     "final": JointTask,
 }

@@ -69,6 +69,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     END_TO_END: (CAPTIONED,),
     "adapter": (ANSWERED,),
     "joint": MIXED,
+    "end": MIXED,
     "final": MIXED,
     NEAR_T2I: MIXED,
 }
@@ -134,6 +135,7 @@ class Sizes:
             "t2i": {"flow": p.flow},
             "adapter": {"adapter": p.joints.adapter},
             "joint": p.joint_modules,
+            "end": p.joint_modules,
             "final": p.joint_modules,
             NEAR_T2I: {"flow": p.flow.deep, "joints": p.joints},
         }
