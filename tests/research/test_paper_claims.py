@@ -42,6 +42,12 @@ RESULTS = {
             *arm("mot finetuned", *POOR[:3], mme=500.0),
         ]
     },
+    "understanding": {
+        "comparisons": [
+            {"name": "skips", "arms": {"open": 0.8, "closed": 0.79}, "prompts": 99, "wins": 9, "losses": 7, "p": 0.8},
+            {"name": "self-check", "arms": {"two": 0.9, "one": 0.8}, "prompts": 99, "wins": 20, "losses": 2, "p": 0.01},
+        ]
+    },
     "turns": {"turns": [{"slower_to_start": 1.0, "slower": 1.0}] * 3 + [{"slower_to_start": 3.2, "slower": 1.1}]},
 }
 VERDICTS = {
@@ -53,6 +59,8 @@ VERDICTS = {
     "a finetuned mixture of transformers loses understanding": "not testable at this budget",  # 3 seeds against 3
     "a frozen mixture of transformers draws worse": "not testable at this budget",
     "drawn pictures are read from the cache, which saves time": "confirmed",
+    "understanding improves drawing: the self-check": "confirmed",
+    "... the skips, closed in use": "no difference found",
 }
 
 
@@ -108,7 +116,7 @@ def test_write_claims_reads_what_is_there_and_refuses_what_is_no_json(tmp_path):
     for name, value in RESULTS.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     text = write_claims(tmp_path).read_text()
-    assert text.count("**confirmed**") == 5 and text.count("**no difference found**") == 1
+    assert text.count("**confirmed**") == 6 and text.count("**no difference found**") == 2
     (tmp_path / "mme.json").write_text("{")
     with pytest.raises(DataError, match=r"mme\.json is not JSON"):
         write_claims(tmp_path)

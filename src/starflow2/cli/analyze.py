@@ -13,6 +13,7 @@ from starflow2.cli.options import (
     Model,
     check_json,
     load_joint,
+    progress,
     refuse,
     say,
     write_json,
@@ -35,7 +36,8 @@ class Analyze:
     """Measure a model from inside, train the paper's comparisons, and check its claims.
 
     skips: what both skips carry, over 50 prompts. turns: the time of a turn in a session, and of reading everything
-    again. sheets: images of edits and stories. compare: train the paper's variants on equal budgets, from a model that
+    again. sheets: images of edits and stories. understanding: whether it improves drawing, by the self-check and by the
+    skips. compare: train the paper's variants on equal budgets, from a model that
     has finished stages 1 and 2 (hours on a CPU; the same command continues after a stop). codecs: likewise, an FAE that
     trains with the flow, and no FAE at all, beside the default. paper: write claims.md from the JSON files in the
     folder; skips and turns are measured first if they are missing.
@@ -45,7 +47,8 @@ class Analyze:
 
     what: Positional[
         Annotated[
-            Literal["skips", "turns", "sheets", "compare", "paper", "codecs"], Option("see above", metavar="NAME")
+            Literal["skips", "turns", "sheets", "understanding", "compare", "paper", "codecs"],
+            Option("see above", metavar="NAME"),
         ]
     ]
     output: Annotated[Path, Option("where files go", metavar="FOLDER", short="-o")] = Path("docs/results")
@@ -70,6 +73,7 @@ class Analyze:
             "skips": self._skips,
             "turns": self._turns,
             "sheets": self._sheets,
+            "understanding": self._understanding,
             "compare": self._compare,
             "paper": self._paper,
             "codecs": self._codecs,
@@ -129,6 +133,19 @@ class Analyze:
         story_sheet(model, files[1])
         say(*files)
         return {"files": [str(file) for file in files]}
+
+    def _understanding(self) -> JsonObject:
+        from starflow2.research.understanding import understanding_and_drawing
+
+        model = self._joint()
+        with progress("drawing", "images") as step:
+            found = understanding_and_drawing(model, progress=step)
+        facts: JsonObject = {"model": model.components.cfg.name, "comparisons": [row.to_json() for row in found]}
+        write_json(facts, self.output / "understanding.json")
+        for row in found:
+            pairs = ", ".join(f"{arm} {share:.3f}" for arm, share in zip(row.arms, row.shares, strict=True))
+            print(f"{row.name}: {pairs}; p = {row.p:.3f}")
+        return facts
 
     def _compare(self) -> JsonObject:
         from starflow2.models.hub import NANO, pick_device

@@ -171,6 +171,27 @@ def _no_reencoding(results: Results) -> Finding:
     return Finding(_is(min(start, whole) > 1), measured)
 
 
+def _helps_drawing(results: Results, name: str) -> Finding:
+    """Finding on one of the comparisons of `understanding_and_drawing`, by its sign test over prompts."""
+    row = next((row for row in results["understanding"]["comparisons"] if row["name"] == name), None)
+    if row is None:
+        return Finding("not measured", "the model has not learnt to check itself")
+    (better, a), (worse, b) = row["arms"].items()
+    measured = (
+        f"W-GenEval {better} {a:.3f}, {worse} {b:.3f}; n = {row['prompts']} prompts, better on {row['wins']}, worse on "
+        f"{row['losses']}; sign test, p = {row['p']:.3f}"
+    )
+    return Finding(_is(row["wins"] > row["losses"]) if row["p"] <= LEVEL else "no difference found", measured)
+
+
+def _self_check_helps(results: Results) -> Finding:
+    return _helps_drawing(results, "self-check")
+
+
+def _open_skips_help(results: Results) -> Finding:
+    return _helps_drawing(results, "skips")
+
+
 CLAIMS: tuple[Claim, ...] = (
     Claim("the language model's understanding is kept", "desideratum 1, table 3", ("mme", "gqa"), _understands),
     Claim("stage 3 draws better than stage 1", "table 4", ("compare",), _stage_3_draws_better),
@@ -181,6 +202,8 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim("a finetuned mixture of transformers loses understanding", "section 5.3", ("compare",), _finetuned_forgets),
     Claim("a frozen mixture of transformers draws worse", "section 5.3, figure 6", ("compare",), _beats_frozen_mot),
+    Claim("understanding improves drawing: the self-check", "not tested there", ("understanding",), _self_check_helps),
+    Claim("... the skips, closed in use", "not tested there", ("understanding",), _open_skips_help),
     Claim("drawn pictures are read from the cache, which saves time", "desideratum 3", ("turns",), _no_reencoding),
 )
 
