@@ -25,7 +25,7 @@ PACKAGES := -c constraints.txt -e '.[dev]' tensorboard
 # Tests that compare two routes to one number: they have to pass with any instruction set.
 EXACT := tests/flow tests/inference tests/models/test_pretzel.py tests/models/test_prefix.py tests/models/test_sequence.py
 
-.PHONY: help setup demo test check exact portable slow fuzz soak newest pins docs site release lmms nano
+.PHONY: help setup demo test check exact portable slow fuzz soak newest pins docs site release lmms nano publish
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -95,3 +95,6 @@ lmms: ## .venv-lmms: lmms-eval, which cannot live beside our pins, with the plug
 
 nano: setup ## train nano from scratch, one process per core; the recipe's docstring says what it costs
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(JOBS) -m starflow2 train nano
+
+publish: setup ## ship the models of a finished run, RUN=folder, and renew scores, cards, claims, pages and examples
+	$(BIN)/python scripts/publish.py $(RUN)

@@ -15,12 +15,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from starflow2.core.text import shown
 from starflow2.errors import CheckpointError, ConfigError, DeviceError, nearest
 
-__all__ = ["NANO", "find_model", "pick_device"]
+__all__ = ["ASSETS", "NANO", "SHIPPED", "find_model", "pick_device", "shipped"]
+
+ASSETS = Path(__file__).parent.parent / "assets"
+SHIPPED = ("nano", "nano-heldout")  # the second is kept beside it once a run has made both
 
 
 def _nano() -> Path:
     """The folder of nano: in a checkout part of this package, otherwise the package starflow2-nano beside it."""
-    here = Path(__file__).parent.parent / "assets" / "nano"
+    here = ASSETS / "nano"
     found = None if here.is_dir() else importlib.util.find_spec("starflow2_nano")
     return here if found is None or found.origin is None else Path(found.origin).parent / "model"
 
@@ -64,6 +67,22 @@ def _installed_nano() -> Path:
     return NANO
 
 
+def shipped(name: str, assets: Path = ASSETS) -> Path | None:
+    """The folder of a model that comes with the code, None for any other name.
+
+    "nano/" means nano where there is no folder of that name. Raises CheckpointError where nano's weights are missing.
+
+    >>> shipped("nano") == NANO, shipped("elsewhere/nano")
+    (True, None)
+    """
+    plain = name.removesuffix("/")
+    if plain not in SHIPPED or (plain != name and Path(name).exists()):
+        return None
+    if plain == "nano":
+        return _installed_nano()
+    return assets / plain if (assets / plain / "config.json").is_file() else None
+
+
 def find_model(name: str | Path, **hub: Any) -> Path:
     """The folder of a model, given its name ("nano"), folder or Hub id.
 
@@ -76,8 +95,8 @@ def find_model(name: str | Path, **hub: Any) -> Path:
             raise ConfigError(f"unknown option {option!r} of from_pretrained.{nearest(option, known)}")
     if not isinstance(name, str | os.PathLike):
         raise CheckpointError(f"name is {shown(name)} ({type(name).__name__}); expected nano, a folder or a Hub id.")
-    if str(name) == "nano" or (str(name) == "nano/" and not Path(name).exists()):
-        return _installed_nano()
+    if (own := shipped(str(name))) is not None:
+        return own
     try:
         if Path(name).exists():
             return Path(name)
@@ -85,8 +104,7 @@ def find_model(name: str | Path, **hub: Any) -> Path:
         raise CheckpointError(f"there is no model {str(name)[:40]!r}...: {error.strerror}.") from error
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise CheckpointError(
-            f"there is no model {str(name)!r}: no such folder, and no Hub id (owner/name)."
-            f"{nearest(str(name), ['nano'])}"
+            f"there is no model {str(name)!r}: no such folder, and no Hub id (owner/name).{nearest(str(name), SHIPPED)}"
         )
     owner = Path(name).parent
     if owner.is_dir():  # a mistyped path would fetch the weights of whoever has that name
