@@ -32,7 +32,7 @@ MAY: dict[str, tuple[str, ...]] = {
     "training": (*BASE, "data", "world"),  # never inference
     "selfcheck": (*BASE, "inference", "pipeline", "data", "world"),
     "research": (*BASE, "inference", "pipeline", "data", "world", "evals", "training"),
-    "serving": (*BASE, "inference", "pipeline"),
+    "serving": (*BASE, "inference", "pipeline", "world"),
     "cli": (
         *(*BASE, "inference", "pipeline", "data", "world", "evals", "benchmarks", "training", "selfcheck"),
         *("research", "serving"),
