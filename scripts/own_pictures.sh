@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The path of docs/own-pictures.md: every stage of nano's sizes on emoji, then everything that a finished model does.
 #
-#   scripts/own_pictures.sh data/emoji runs/emoji        about two hours on two cores
-#   scripts/own_pictures.sh data/emoji runs/try 1        1 % of the steps, to see that all of it runs
+#   scripts/own_pictures.sh data/emoji runs/emoji        about half an hour on a core
+#   scripts/own_pictures.sh data/emoji runs/long 500     five times as many steps: two hours and a half
+#   scripts/own_pictures.sh data/emoji runs/try 5        5 %, to see that all of it runs
 set -euo pipefail
 data=$1 run=$2 percent=${3:-100}
 out=$run/out model=$run/model
@@ -17,15 +18,15 @@ train() { # STAGE MIXTURE STEPS DOCUMENTS OPTIONS...
 mkdir -p "$out"
 sf data check "$data/train-joint.json" --limit 500
 
-train features draw 300 64
-train fae draw 1500 64
+train features draw 120 64
+train fae draw 620 32
 sf eval fae --images "$data/held" --model "$model" --json "$out/fae.json"
-train vlm look 800 32
-train t2i draw 2500 64 --whitening-captions 512
-train adapter look 300 32
-train joint joint 700 32 --kl-to-t2i 0 --hidden-latents-share 0 --optim.matrix-lr 2e-3
+train vlm look 120 32
+train t2i draw 344 32 --whitening-captions 512
+train adapter look 24 32
+train joint joint 16 32 --kl-to-t2i 0 --hidden-latents-share 0 --optim.matrix-lr 2e-3
 
-sf generate --prompts "$data/prompts.txt" -o "$out/drawn/" --model "$model"
+sf generate --prompts "$data/prompts.txt" --tries 1 -o "$out/drawn/" --model "$model"
 python scripts/own_pictures.py judge "$data" "$out/drawn" --json "$out/judged.json"
 python scripts/own_pictures.py sheet "$data" "$out/drawn" "$out/sheet.png"
 python scripts/own_pictures.py losses "$run"
