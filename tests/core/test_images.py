@@ -27,6 +27,7 @@ from starflow2.core.images import (
     to_pil,
     to_tensor,
 )
+from starflow2.core.png import missing_bytes
 from starflow2.errors import ConfigError, DataError, OutputError, ShapeError
 
 
@@ -441,6 +442,36 @@ def test_a_flipped_bit_anywhere_in_a_png_is_found():
             assert torch.equal(read_picture(bytes(broken), 32), whole)
         except DataError:
             continue
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "RGBA"])
+def test_a_png_whose_rows_are_too_few_is_refused_though_its_checksums_are_right(mode):
+    data = encoded(noise(size=(40, 37)).convert(mode))
+    at = data.index(b"IDAT")
+    (length,) = struct.unpack(">I", data[at - 4 : at])
+    rows = zlib.decompress(data[at + 4 : at + 4 + length])
+    for kept, is_whole in ((len(rows), True), (len(rows) - 1, False), (len(rows) // 2, False), (0, False)):
+        chunk = b"IDAT" + zlib.compress(rows[:kept])
+        body = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        short = data[: at - 4] + body + data[at + 8 + length :]
+        assert (missing_bytes(short) == 0) == is_whole
+        if is_whole:
+            assert torch.equal(read_picture(short, 32), read_picture(data, 32))
+        else:
+            with pytest.raises(DataError, match=r"rows are missing|complete"):
+                read_picture(short, 32)
+
+
+def test_a_jpeg_of_scans_without_end_is_refused_and_one_of_a_dozen_is_read():
+    data = encoded(noise(size=(64, 64)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    for copies, is_read in ((10, True), (3000, False)):
+        many = data[:-2] + data[last:-2] * copies + data[-2:]
+        if is_read:
+            assert read_picture(many, 32).shape == (3, 32, 32)
+        else:
+            with pytest.raises(DataError, match="more than 100 scans"):
+                read_picture(many, 32)
 
 
 def wide_gamut(gamma: float = 2.2) -> bytes:

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import (
     Image,
-    ImageCms,
     ImageColor,
     ImageDraw,
     ImageFile,
@@ -35,8 +34,10 @@ from PIL import (
 )
 from torch import Tensor
 
+from starflow2.core.colours import to_srgb
 from starflow2.core.fields import Range, whole
 from starflow2.core.files import replacing
+from starflow2.core.png import missing_bytes
 from starflow2.core.text import shown
 from starflow2.errors import ConfigError, DataError, OutputError, PromptError, ShapeError, printable_line
 
@@ -88,6 +89,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # PIL reads MPO, a phot
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 89_478_485  # of an image, 256 MiB as RGB
 MAX_BYTES = 2**28  # of its file
+MAX_SCANS = 100  # of a JPEG, in each of which every pixel is visited; usual ones have up to a dozen
 ROUNDING = 1e-3  # by which resizing may leave [-1, 1]
 
 INK, PAPER, FRAME = (32, 32, 36), (255, 255, 255), (214, 214, 220)
@@ -212,6 +214,8 @@ def read_picture(
     ShapeError for tensors and arrays of another shape or dtype.
     """
     size = whole(size, "size", Range(least=1, most=2**14))
+    if isinstance(source, Tensor) and source.is_nested:
+        raise ShapeError(f"image is a nested tensor; expected (3, {size}, {size}), or uint8 of any size.")
     if isinstance(source, Tensor) and source.dtype != torch.uint8:
         if source.shape != (3, size, size):
             raise ShapeError(
@@ -330,14 +334,23 @@ def _opened(source: PictureSource, name: str, most_pixels: int = MAX_PIXELS) -> 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, name, most_pixels)
-            if image.format == "PNG":
-                with Image.open(io.BytesIO(data), formats=("PNG",)) as twin:
-                    twin.verify()
+            _check_whole(image, data, name)
             yield image
     except UnidentifiedImageError as error:
         raise _unreadable(name, "its bytes are of no known format", "not a picture") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _unreadable(name, str(error), "huge picture") from error
+
+
+def _check_whole(image: PILImage, data: bytes, name: str) -> None:
+    """Raise DataError for what PIL would not notice: wrong checksums and missing rows of a PNG, scans without end."""
+    if image.format == "PNG":
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as twin:
+            twin.verify()
+        if missing_bytes(data):
+            raise _unreadable(name, "some of its rows are missing", "damaged picture")
+    elif image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise _unreadable(name, f"it has more than {MAX_SCANS} scans", "damaged picture")
 
 
 def _bytes_of(source: object, name: str) -> bytes:
@@ -380,7 +393,7 @@ def _of_array(pixels: NDArray[Any] | Tensor) -> PILImage:
     is_tensor = isinstance(pixels, Tensor)
     channels = pixels.shape[0 if is_tensor else -1] if pixels.ndim == 3 else 0
     is_bytes = pixels.dtype in (torch.uint8, np.uint8) and str(getattr(pixels, "device", "cpu")) != "meta"
-    if channels != 3 or not is_bytes or 0 in pixels.shape:
+    if channels != 3 or not is_bytes or 0 in pixels.shape or isinstance(pixels, np.ma.MaskedArray):
         wanted = "(3, height, width) uint8" if is_tensor else "(height, width, 3) uint8"
         raise ShapeError(f"image is {tuple(pixels.shape)} {pixels.dtype}; expected {wanted}, 0 black and 255 white.")
     array = pixels.detach().cpu().permute(1, 2, 0).numpy() if isinstance(pixels, Tensor) else pixels
@@ -428,39 +441,13 @@ def _square(image: PILImage, size: int, form: ImageForm) -> PILImage:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
-    pixels = _to_srgb(image, image.info.get("icc_profile"))
+    pixels = to_srgb(image)
     if form.flatten and image.has_transparency_data:
         page = Image.new("RGB", image.size, form.flatten)
         pixels = Image.composite(pixels, page, image.convert("RGBA").getchannel("A"))
     if form.fit == "pad":
         return ImageOps.pad(pixels, (size, size), Image.Resampling.LANCZOS, color=form.flatten or "gray")
     return pixels if pixels.size == (size, size) else pixels.resize((size, size), Image.Resampling.LANCZOS)
-
-
-def _to_srgb(image: PILImage, profile: bytes | None) -> PILImage:
-    """RGB of an image whose colours are those of an embedded profile. None, or one that is damaged, means sRGB."""
-    pixels = image.convert("RGB")
-    if not profile:
-        return pixels
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = {"RGB": "RGB", "GRAY": "L"}[source.profile.xcolor_space.strip()]
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError, KeyError):
-        return pixels
-    if (mode == "L") != (image.mode in ("1", "L", "LA")) or _moves_little(transform, mode):
-        return pixels
-    return ImageCms.applyTransform(image.convert(mode), transform) or pixels
-
-
-def _moves_little(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """True for a profile that is sRGB up to rounding, whatever its name: it moves no colour of a grid by over 2/255."""
-    steps = np.linspace(0, 255, 17).round().astype(np.uint8)
-    grid = steps[None] if mode == "L" else np.stack(np.meshgrid(steps, steps, steps), -1).reshape(17, -1, 3)
-    probe = Image.fromarray(grid)
-    moved = ImageCms.applyTransform(probe, transform)
-    assert moved is not None  # it is returned unless a transform is in place
-    return int(np.abs(np.asarray(moved, int) - np.asarray(probe.convert("RGB"), int)).max()) <= 2
 
 
 def contact_sheet(images: Sequence[PILImage], labels: Sequence[str], columns: int = 8, scale: int = 3) -> PILImage:
