@@ -98,3 +98,11 @@ def test_messages_show_any_value_on_one_printable_line():
 
     assert shown("he\u200barts\x1b\n") == r"'he\u200barts\x1b\n'"
     assert len(shown("x" * 10**6)) == 60 and shown(Rude()) == "<Rude>"
+
+
+@pytest.mark.timeout(30)
+def test_marks_without_end_on_one_letter_are_refused_before_they_are_sorted():
+    with pytest.raises(PromptError, match="more than 30 marks on one letter"):
+        clean("a" + "\u0300\u0323" * 200_000)
+    few = "a" + "\u0300\u0323" * 15 + "b\u0301"
+    assert clean(few) == unicodedata.normalize("NFC", few)

@@ -31,7 +31,7 @@ from starflow2.cli.options import (
 from starflow2.cli.parsing import Option, Positional
 from starflow2.core.files import check_writable
 from starflow2.core.serialize import JsonObject
-from starflow2.core.text import read_text
+from starflow2.core.text import read_lines
 from starflow2.errors import OutputError, PromptError, UsageError, printable_line
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Generate:
 
     def run(self, unknown: Sequence[str]) -> int:
         refuse(unknown, type(self))
-        prompts = [*self.prompt, *_lines(self.prompts)]
+        prompts = [*self.prompt, *(read_lines(self.prompts) if self.prompts is not None else [])]
         if not prompts:
             raise PromptError('there is nothing to draw: give a prompt, such as "two pink hearts".')
         if not 1 <= self.n <= MAX_IMAGES:
@@ -258,11 +258,3 @@ def _row(drawing: Drawing, path: Path, seconds: float) -> JsonObject:
     gain = {} if drawing.gain is None else {"gain": drawing.gain}
     sure = {} if drawing.confidence is None else {"confidence": drawing.confidence}
     return {"file": str(path), **made_of, **gain, **sure, "seconds": round(seconds, 4)}
-
-
-def _lines(path: Path | None) -> list[str]:
-    """The prompts of a file, one per line; blank lines are skipped. Raises DataError."""
-    if path is None:
-        return []
-    lines = re.split(r"\r\n|\r|\n", read_text(path))  # no other line break ends a prompt, unlike with `splitlines`
-    return [line.strip() for line in lines if line.strip()]

@@ -16,7 +16,8 @@ from starflow2.cli.parsing import Option, Positional, flags, help_text, parse
 from starflow2.core.files import check_writable
 from starflow2.core.imports import find_object
 from starflow2.core.serialize import JsonObject
-from starflow2.errors import UsageError
+from starflow2.core.text import read_lines
+from starflow2.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from starflow2.models.components import Components
@@ -207,9 +208,9 @@ class Train:
 def _prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty. Raises UsageError where there are none."""
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--sample-prompts: cannot read {path}: {error}.") from error
+        prompts = read_lines(path)
+    except DataError as error:
+        raise UsageError(f"--sample-prompts: {error}") from error
     if not prompts:
         raise UsageError(f"--sample-prompts is {path}, which has no line; expected a prompt on each.")
     return prompts

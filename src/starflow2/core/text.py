@@ -5,15 +5,17 @@ Not here: what a model makes of words (models.prompts), and what may be written 
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from pathlib import Path
 
 from starflow2.errors import DataError, PromptError, printable_line
 
-__all__ = ["clean", "read_text", "shown"]
+__all__ = ["clean", "read_lines", "read_text", "shown"]
 
 MAX_BYTES = 2**26  # of a text file, 64 MiB
+MAX_MARKS = 30  # accents on a letter, as many as Unicode's stream-safe format allows
 _WIDTHLESS = "\ufeff\u200b\u2060\u00ad"  # byte order mark, zero-width space, word joiner, soft hyphen
 _BREAKS = "\x0b\x0c\x85\u2028\u2029"  # vertical tab, form feed, next line, line and paragraph separator
 _TABLE = str.maketrans(dict.fromkeys(_WIDTHLESS, "") | dict.fromkeys(_BREAKS, "\n"))
@@ -48,6 +50,7 @@ def clean(text: object, name: str = "the text") -> str:
         raise PromptError(f"{name} is {shown(text)} ({type(text).__name__}); expected text (str).")
     found = _HIDDEN.search(text.translate(_TABLE))
     if found is None:
+        _check_marks(text, name)
         return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n").translate(_TABLE))
     sign, at = found[0], text.index(found[0])
     around = shown(text[max(0, at - 20) : at + 20])
@@ -56,9 +59,20 @@ def clean(text: object, name: str = "the text") -> str:
     raise PromptError(f"{name} has the hidden sign {sign!a} at {at}: {around}; remove it.")
 
 
+def _check_marks(text: str, name: str) -> None:
+    """Raise PromptError for more than MAX_MARKS marks on a letter: sorting them takes the square of their number."""
+    marks = 0
+    for sign in text if not text.isascii() else "":
+        marks = marks + 1 if unicodedata.combining(sign) else 0
+        if marks > MAX_MARKS:
+            raise PromptError(f"{name} has more than {MAX_MARKS} marks on one letter; remove them.")
+
+
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, without a byte order mark. Raises DataError for a file that is none, or too large."""
     name = shown(str(path), 400)
+    if not isinstance(path, str | os.PathLike):
+        raise DataError(f"cannot read {name} ({type(path).__name__}): expected the name of a text file.")
     try:
         if Path(path).exists() and not Path(path).is_file():
             raise DataError(f"cannot read {name}: it is no regular file; expected a UTF-8 text file.")
@@ -74,6 +88,12 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         kind = "it looks like UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"byte {error.start} is not UTF-8"
         raise DataError(f"cannot read {name}: {kind}; save it as UTF-8 text.") from error
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 file without blanks around them, and without empty ones. Raises DataError as `read_text`."""
+    lines = re.split(r"\r\n|\r|\n", read_text(path))  # no other line break ends one, unlike with `splitlines`
+    return [line.strip() for line in lines if line.strip()]
 
 
 def shown(value: object, most: int = 60) -> str:
