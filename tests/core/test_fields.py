@@ -86,3 +86,25 @@ def test_single_numbers_pass_the_same_gate():
     assert number(np.float32(0.5), "level") == 0.5 and number(2, "level") == 2.0
     with pytest.raises(ConfigError, match="level is nan; expected a finite number above 0 and at most 1"):
         number(float("nan"), "level", Range(above=0, most=1))
+
+
+class Stubborn:
+    def __index__(self) -> int:
+        raise KeyError("no")
+
+    __float__ = __index__
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor(True), torch.tensor([3]), torch.empty((), dtype=torch.int64, device="meta"), np.array([3]),
+        np.bool_(True), np.timedelta64(3), np.datetime64("2026"), Stubborn(), 1j, "3",
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_what_only_converts_to_a_number_is_none(value):
+    for gate in (whole, number):
+        with pytest.raises(ConfigError, match=r"^n is .*; expected a"):
+            gate(value, "n")
+    assert whole(torch.tensor(3), "n") == whole(np.int8(3), "n") == number(np.float16(3), "n") == 3

@@ -328,9 +328,18 @@ def turn_faster(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def spoil_a_value(folder: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        middle = max(tensors.values(), key=Tensor.numel).view(-1)
+        middle[len(middle) // 2] = torch.nan  # between the bytes that enter the fingerprint
+
+    spoil(folder, change)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (spoil_a_value, "cannot load vlm from .* holds NaN or infinity"),
         (lose_a_shard, "lacks 1 of its .* shards: model-0"),
         (cut_a_shard, "truncated"),
         (put_a_stranger_into_a_shard, "has stranger, which is not in its index"),

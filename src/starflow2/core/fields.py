@@ -32,6 +32,7 @@ __all__ = [
     "Size",
     "Weight",
     "conform",
+    "described",
     "number",
     "whole",
 ]
@@ -103,22 +104,22 @@ def whole(value: object, name: str, allowed: Range | None = None) -> int:
     3
     """
     try:
-        if _is_bool(value):
+        if not _is_single(value):
             raise TypeError
         found = operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} is {_told(value)}; expected a whole number{_of(allowed)}.") from error
+    except Exception as error:  # of the conversion of any object
+        raise ConfigError(f"{name} is {described(value)}; expected a whole number{_of(allowed)}.") from error
     return _within(found, name, allowed or SEEDS)
 
 
 def number(value: object, name: str, allowed: Range | None = None) -> float:
     """A finite number as Python's float, also one of numpy's. Raises ConfigError for any other value, bool included."""
     try:
-        if _is_bool(value) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        if not _is_single(value) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
             raise TypeError
         found = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor of many values
-        raise ConfigError(f"{name} is {_told(value)}; expected a number{_of(allowed)}.") from error
+    except Exception as error:  # of the conversion of any object
+        raise ConfigError(f"{name} is {described(value)}; expected a number{_of(allowed)}.") from error
     if not math.isfinite(found):
         raise ConfigError(f"{name} is {found}; expected a finite number{_of(allowed)}.")
     return _within(found, name, allowed)
@@ -153,7 +154,7 @@ def _plain(kind: Any, value: object, name: str) -> Any:
 
 def _instance(kind: Any, value: object, name: str) -> Any:
     if not isinstance(value, kind):
-        raise ConfigError(f"{name} is {_told(value)}; expected {kind.__name__}.")
+        raise ConfigError(f"{name} is {described(value)}; expected {kind.__name__}.")
     return value
 
 
@@ -178,7 +179,7 @@ def _union(options: tuple[Any, ...], value: object, name: str) -> Any:
 
 def _tuple(items: tuple[Any, ...], value: object, name: str) -> Any:
     if not isinstance(value, tuple):
-        raise ConfigError(f"{name} is {_told(value)}; expected a tuple.")
+        raise ConfigError(f"{name} is {described(value)}; expected a tuple.")
     if len(items) == 2 and items[1] is Ellipsis:
         items = (items[0],) * len(value)
     if len(items) != len(value):
@@ -188,7 +189,7 @@ def _tuple(items: tuple[Any, ...], value: object, name: str) -> Any:
 
 def _dict(items: tuple[Any, ...], value: object, name: str) -> Any:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{name} is {_told(value)}; expected a dictionary.")
+        raise ConfigError(f"{name} is {described(value)}; expected a dictionary.")
     return {conform(items[0], key, name): conform(items[1], item, f"{name}[{key!r}]") for key, item in value.items()}
 
 
@@ -211,10 +212,18 @@ def _of(allowed: Range | None) -> str:
     return "" if allowed is None else f" {allowed}"
 
 
-def _told(value: object) -> str:
+def described(value: object) -> str:
+    """A value and its type, for messages."""
     return f"{shown(value)} ({type(value).__name__})"
 
 
 def _is_bool(value: object) -> bool:
     """True for Python's and numpy's truth values, which are numbers by inheritance or conversion only."""
     return isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"))
+
+
+def _is_single(value: object) -> bool:
+    """False for truth values, for arrays and tensors of any but no axes, and for what is a date or a span of time."""
+    kind = str(getattr(value, "dtype", ""))
+    has_axes = getattr(value, "ndim", 0) != 0
+    return not (_is_bool(value) or has_axes or "bool" in kind or "time" in kind)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import secrets
+import stat
 import sys
 import tempfile
 import time
@@ -17,14 +19,19 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from starflow2.errors import OutputError
+from starflow2.core.text import shown
+from starflow2.errors import OutputError, StarFlowError
 
 __all__ = [
     "TEMPORARY",
+    "check_regular",
     "check_writable",
     "create_new",
+    "file_digest",
     "flush_file",
     "flush_folder",
+    "named_place",
+    "read_regular",
     "regular_target",
     "replacing",
     "temporary_name",
@@ -78,6 +85,38 @@ def check_writable(path: str | Path) -> None:
         folder = next(parent for parent in target.parents if parent.exists())
         with tempfile.TemporaryFile(dir=folder):
             pass
+
+
+def check_regular(path: str | Path) -> None:
+    """Raise OSError for a file that is not there, and for what is none: a folder, a pipe that waits, a device."""
+    if not isinstance(path, str | os.PathLike):  # a number would be that of an open file
+        raise OSError(errno.EINVAL, f"{shown(path)} is not the name of a file")
+    try:
+        is_regular = stat.S_ISREG(os.stat(path).st_mode)
+    except ValueError as error:  # a NUL or half a surrogate pair in the name
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    if not is_regular:
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def read_regular(path: str | Path, most: int) -> bytes:
+    """The first `most` + 1 bytes of a file, by which a longer one can be told. Raises OSError as `check_regular`."""
+    check_regular(path)
+    with open(path, "rb") as file:
+        return file.read(most + 1)
+
+
+def named_place(place: object, name: str, error: type[StarFlowError]) -> Path:
+    """The path of a name from outside. Raises `error` for what is no name: nothing, blanks, another type, a NUL."""
+    if not isinstance(place, str | os.PathLike) or not str(place).strip() or "\0" in str(place):
+        raise error(f"{name} is {shown(place)}; expected the name of a file or folder.")
+    return Path(place)
+
+
+def file_digest(path: str | Path) -> str:
+    """Digest of a file's bytes, in 32 hexadecimal digits. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 # -- what folders and ledgers are written with, too

@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from starflow2.core.files import replacing
+from starflow2.core.files import read_regular, replacing
 from starflow2.core.json_reader import LARGEST, JsonObject, parse_json
 from starflow2.errors import ConfigError, nearest
 
@@ -93,8 +93,7 @@ def load_json(cls: type[T], path: str | Path) -> T:
 def read_json(path: str | Path) -> Any:
     """Parse a JSON file. Raises ConfigError, as `parse_json` does, and where there is no file to read."""
     try:
-        with open(path, "rb") as file:
-            data = file.read(LARGEST + 1)
+        data = read_regular(path, LARGEST)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}.") from error
     return parse_json(data, path)

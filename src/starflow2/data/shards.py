@@ -11,6 +11,7 @@ import errno
 import glob
 import gzip
 import importlib
+import math
 import posixpath
 import re
 import tarfile
@@ -23,6 +24,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from starflow2.core.fields import Range, whole
+from starflow2.core.files import check_regular
 from starflow2.core.json_reader import JsonObject, parse_record
 from starflow2.data.progress import PassProgress, Place, Unit, pass_units
 from starflow2.errors import ConfigError, DataError, StarFlowError
@@ -50,6 +53,8 @@ HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
+BRACES = r"\{(\d{1,18})\.\.(\d{1,18})\}"  # a range of numbers, as WebDataset writes it
+MAX_FILES = 1_000_000  # that such ranges may name
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how files of gzip, bzip2, xz and zstd begin
 
 
@@ -71,7 +76,7 @@ class WorkerShard:
     world: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world:
+        if not whole(self.rank, "rank", Range(least=0)) < whole(self.world, "world"):
             raise ConfigError(f"rank is {self.rank}; expected 0 to {self.world - 1} in a world of {self.world}.")
 
 
@@ -99,9 +104,8 @@ class Samples:
     def __init__(
         self, url: str, format: Format = "auto", *, shard: WorkerShard | None = None, seed: int = 0, block: int = 1
     ) -> None:
-        if block < 1:
-            raise ConfigError(f"block is {block}; expected at least 1 sample.")
-        self.url, self.shard, self.seed, self.block = url, shard or WorkerShard(), seed, block
+        self.url, self.shard = url, shard or WorkerShard()
+        self.seed, self.block = whole(seed, "seed", Range(least=0)), whole(block, "block", Range(least=1))
         self.format, self.files = _find(url, format)
         self.progress = PassProgress()  # what others had read of the pass in which this reader began
         self._epoch, self._done = 0, 0  # number of the pass, samples of the block that have been yielded
@@ -210,6 +214,10 @@ def _find(url: str, format: Format) -> tuple[str, list[str]]:
     """The format, and the files in a fixed order."""
     if format not in get_args(Format):
         raise ConfigError(f"format is {format!r}; expected one of {', '.join(get_args(Format))}.")
+    if not isinstance(url, str):
+        raise ConfigError(
+            f"url is {url!r} ({type(url).__name__}); expected the name of a file or folder, or a pattern."
+        )
     if not url.strip():
         raise DataError("url is empty; expected a file, a folder or a pattern such as 'data/*.tar'.")
     kinds: list[Format] = (
@@ -263,13 +271,18 @@ def _expanded(url: str) -> list[str]:
     >>> _expanded("a-{08..10}.tar")
     ['a-08.tar', 'a-09.tar', 'a-10.tar']
     """
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", url)
-    if found is None:
-        return [url]
-    first, last = found.groups()
-    numbers = range(int(first), int(last) + 1)
-    names = [f"{url[: found.start()]}{i:0{len(first)}}{url[found.end() :]}" for i in numbers]
-    return [name for one in names for name in _expanded(one)]
+    ranges = [range(int(first), int(last) + 1) for first, last in re.findall(BRACES, url)]
+    if ranges and not 0 < math.prod(map(len, ranges)) <= MAX_FILES:
+        raise DataError(f"{url} names {math.prod(map(len, ranges))} files; expected 1 to {MAX_FILES}.")
+    names = [url]
+    for numbers in ranges:
+        names = [_numbered(name, number) for name in names for number in numbers]
+    return names
+
+
+def _numbered(name: str, number: int) -> str:
+    """The name with its first range in braces replaced by a number, as wide as the range begins."""
+    return re.sub(BRACES, lambda found: f"{number:0{len(found[1])}}", name, count=1)
 
 
 def _listed(folder: str) -> list[str]:
@@ -280,7 +293,9 @@ def _listed(folder: str) -> list[str]:
 
 
 def _open(file: str, **options: Any) -> Any:
-    """Open a local or remote file for reading bytes; remote reads that fail are repeated."""
+    """Open a local or remote file for reading bytes; remote reads that fail are repeated. Raises OSError."""
+    if "://" not in file:
+        check_regular(file)  # a pipe would be waited for
     return needs("datasets.utils.file_utils").xopen(file, "rb", **options)
 
 

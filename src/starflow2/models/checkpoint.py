@@ -24,10 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from starflow2.core.files import file_digest
 from starflow2.core.folders import is_ours, replacing_content, stamp, whole
 from starflow2.core.serialize import to_dict
+from starflow2.core.text import read_text
 from starflow2.core.torch_defaults import torch_defaults
-from starflow2.errors import CheckpointError, ConfigError, StarFlowError, nearest
+from starflow2.errors import CheckpointError, ConfigError, DataError, StarFlowError, nearest
 from starflow2.flow import AffineBlock, Flow
 from starflow2.models.components import Components
 from starflow2.models.config import CodecConfig, ExtractorConfig, FaeConfig, ModelConfig
@@ -85,8 +87,14 @@ def _check_replaceable(folder: Path) -> None:
 
 def _check_finite(components: Components, doing: str) -> None:
     """Raise CheckpointError if a weight that the folder holds is NaN or infinite."""
-    for name, value in components.state_dict().items():
-        if name.split(".")[0] in components.cfg.references or not value.is_floating_point() or not value.numel():
+    own = {k: v for k, v in components.state_dict().items() if k.split(".")[0] not in components.cfg.references}
+    _check_values(own, doing)
+
+
+def _check_values(weights: Mapping[str, Tensor], doing: str) -> None:
+    """Raise CheckpointError if a weight is NaN or infinite."""
+    for name, value in weights.items():
+        if not value.is_floating_point() or not value.numel():
             continue
         low, high = value.aminmax()
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
@@ -119,14 +127,8 @@ def _write_config(components: Components, folder: Path) -> None:
     config |= {"stages": list(components.finished_stages), "model": to_dict(components.cfg)}
     config |= {"fingerprints": components.fingerprints} if components.fingerprints else {}
     weights = sorted(folder.rglob("*.safetensors"))
-    config["digests"] = {path.relative_to(folder).as_posix(): _file_digest(path) for path in weights}
+    config["digests"] = {path.relative_to(folder).as_posix(): file_digest(path) for path in weights}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-
-
-def _file_digest(path: Path) -> str:
-    """Digest of a file's bytes, in 32 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 @torch_defaults()
@@ -174,7 +176,7 @@ def _load_once(folder: Path, device: str | torch.device, waiting: tuple[str, ...
         if name in cfg.references:
             place = folder / name if (folder / name).is_dir() else None
             known = config.fingerprints.get(name, "")
-            _refer(components, name, place, known, "cpu" if name in waiting else device)
+            _refer(components, name, place, known, "cpu" if name in waiting else device, waiting)
         else:
             _load_backbone(getattr(components, name), source / name)
     _check_finite(components, f"cannot load {folder}")
@@ -232,21 +234,21 @@ def _layers(config: object) -> int:
 def _check_digests(folder: Path, names: list[str], digests: Mapping[str, str]) -> None:
     """Raise CheckpointError for a file whose bytes are not those that were written; older folders know no digests."""
     for name in names if digests else ():
-        if digests.get(name) != _file_digest(folder / name):
+        if digests.get(name) != file_digest(folder / name):
             raise CheckpointError(f"{folder / name} is damaged: it does not hold what was written; copy it again.")
 
 
 def _lexicon(path: Path) -> frozenset[str]:
     """The words that prompts may use, none for any. Raises CheckpointError for a file that is no text or is missing."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        if not text:  # a model that takes any word has an empty line
-            raise CheckpointError(f"{path} is empty; expected a word on each line: copy the model again.")
-        return frozenset(text.split())
-    except FileNotFoundError:
+    if not path.exists():
         return frozenset()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}.") from error
+    try:
+        text = read_text(path)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    if not text:  # a model that takes any word has an empty line
+        raise CheckpointError(f"{path} is empty; expected a word on each line: copy the model again.")
+    return frozenset(text.split())
 
 
 def _waits(name: str, waiting: tuple[str, ...]) -> bool:
@@ -295,10 +297,17 @@ def _own(cfg: ModelConfig) -> tuple[str, ...]:
     return (*OWN, "features.") if isinstance(cfg.features, ExtractorConfig) else OWN
 
 
-def _refer(components: Components, name: str, place: Path | None, known: str, device: str | torch.device) -> None:
+def _refer(
+    components: Components,
+    name: str,
+    place: Path | None,
+    known: str,
+    device: str | torch.device,
+    waiting: tuple[str, ...] = (),
+) -> None:
     """Load a referenced backbone, from its source or from `place`, and move it to `device` at once.
 
-    known: its fingerprint when the model was saved.
+    known: its fingerprint when the model was saved. Layers that wait in their file are not looked at.
     """
     ref: Pretrained = components.cfg.references[name]
     folder = place or locate(ref)
@@ -316,6 +325,8 @@ def _refer(components: Components, name: str, place: Path | None, known: str, de
         raise CheckpointError(f"cannot load {folder}: {_first_line(error)}") from error
     _load_backbone(backbone, folder, getattr(torch, ref.precision))
     backbone.model.to(device)
+    here = {k: v for k, v in backbone.state_dict().items() if not _waits(f"{name}.{k}", waiting)}
+    _check_values(here, f"cannot load {name} from {folder}")
     components.fingerprints[name] = found
 
 

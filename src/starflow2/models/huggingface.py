@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers.utils import logging as hf_logging
 
+from starflow2.core.files import read_regular
 from starflow2.core.imports import find_object
-from starflow2.core.json_reader import parse_record
+from starflow2.core.json_reader import LARGEST, parse_record
 from starflow2.errors import ConfigError
 from starflow2.models.config import LanguageConfig
 
@@ -89,7 +90,7 @@ class Backbone(nn.Module):
         """Raise ValueError if config.json of `folder` is of another kind or differs from ours in an `unseen` setting,
         such as the RoPE base. Such weights would load without an error and give wrong results.
         """
-        kind = parse_record((folder / "config.json").read_bytes()).get("model_type")
+        kind = parse_record(read_regular(folder / "config.json", LARGEST)).get("model_type")
         if kind not in self.kinds:
             raise ValueError(f"config.json is of a {kind}; expected {' or '.join(self.kinds)}{self.hint}")
         with quiet():

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from starflow2.core.fields import Config
+from starflow2.core.files import check_regular
 from starflow2.core.json_reader import JsonObject, parse_record
 from starflow2.core.serialize import read_json
 from starflow2.core.text import shown
@@ -153,6 +154,7 @@ def _is_file_name(name: object) -> bool:
 def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
     """Name and position of every tensor of one file, after safetensors has checked that it is complete."""
     try:
+        check_regular(path)
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:

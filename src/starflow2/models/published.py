@@ -14,7 +14,8 @@ from transformers import Dinov2Config, SiglipVisionConfig
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
 from transformers.models.qwen3_vl import Qwen3VLConfig
 
-from starflow2.core.json_reader import JsonObject, parse_record
+from starflow2.core.files import read_regular
+from starflow2.core.json_reader import LARGEST, JsonObject, parse_record
 from starflow2.errors import CheckpointError, ConfigError
 from starflow2.models.config import (
     CLIP_COLOURS,
@@ -160,7 +161,7 @@ def _check_kind(folder: Path, kinds: tuple[str, ...], wanted: str) -> str:
 
 def _json(path: Path) -> JsonObject:
     try:
-        found = parse_record(path.read_bytes())
+        found = parse_record(read_regular(path, LARGEST))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; expected a folder as transformers writes it.") from error
     if not isinstance(found, dict):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from starflow2.core.files import replacing
+from starflow2.core.files import check_regular, replacing
 from starflow2.errors import CheckpointError, OutputError, StarFlowError, nearest
 from starflow2.nn import raw_bytes
 
@@ -45,6 +45,7 @@ class Expected:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file. Raises CheckpointError for any other, a truncated or pickled one."""
     try:
+        check_regular(path)
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
@@ -53,6 +54,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file, without its tensors. Raises as `load_tensors` does."""
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from starflow2.core.files import check_regular
 from starflow2.errors import CheckpointError
 from starflow2.models.config import SpecialIds
 from starflow2.models.sequence import Image, Segment, Text
@@ -147,6 +148,7 @@ class QwenTokenizer(ChatTokenizer):
 
 def load_tokenizer(path: str | Path) -> ChatTokenizer:
     """Load tokenizer.json as a `QwenTokenizer` if it has Qwen's special tokens, else as a `ChatTokenizer`."""
+    check_regular(path)
     tokenizer = Tokenizer.from_file(str(path))
     is_qwen = tokenizer.token_to_id(QwenTokenizer.special_tokens[1]) is not None
     return QwenTokenizer(tokenizer) if is_qwen else ChatTokenizer(tokenizer)
