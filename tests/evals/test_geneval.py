@@ -1,8 +1,14 @@
 """W-GenEval: true pictures score 1, others near 0; the suite is the frozen one; tables own up to what is missing."""
 
+import copy
+import functools
 import io
 import json
+import math
+import re
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,6 +120,29 @@ def test_a_lock_with_another_hash_names_the_part_that_changed():
         check_lock(frozen, fresh)
     with pytest.raises(DataError, match=r"changed: version$"):
         check_lock(frozen | {"version": 2}, {"version": 1})
+
+
+def places(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of all keys of nested dictionaries."""
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def test_every_change_of_the_lock_is_noticed_and_what_is_no_lock_is_refused():
+    whole = json.loads(lock_text())
+    check_lock(whole, whole)
+    for path in places(whole):
+        for new in (None, [], {}, 7, "x", math.nan):
+            changed = copy.deepcopy(whole)
+            functools.reduce(dict.__getitem__, path[:-1], changed)[path[-1]] = new
+            if changed == whole:
+                continue
+            with pytest.raises(DataError, match=f"changed: .*{re.escape(path[0])}"):
+                check_lock(changed, whole)
+    for frozen in ([], None, 5, "x", 1.5, True):
+        with pytest.raises(DataError, match="one section per suite"):
+            check_lock(frozen, whole)  # type: ignore[arg-type]
 
 
 def shown(report: Report) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from run_cases import RUN
 from starflow2.errors import CheckpointError, StarFlowError, TrainingError
 from starflow2.models.tensor_file import load_signed, save_tensors
-from starflow2.training.checkpoint import FileStore, Resume
+from starflow2.training.checkpoint import FileStore, Resume, ShardStore
 from starflow2.training.config import OptimConfig
 from starflow2.training.parallel import Distributed
 from starflow2.training.shard_index import IndexReader
@@ -158,7 +160,7 @@ def test_a_flipped_bit_is_noticed(saved, tmp_path, place):
         resume(tmp_path / "state-t2i.safetensors")
 
 
-# -- the index of a sharded checkpoint
+# -- a sharded checkpoint
 
 
 def test_an_index_that_names_a_function_is_refused_before_it_is_called(tmp_path):
@@ -169,5 +171,74 @@ def test_an_index_that_names_a_function_is_refused_before_it_is_called(tmp_path)
     for content in (pickle.dumps(Bomb()), pickle.dumps({"a": 1}), pickle.dumps([print]), b"", b"\x80rubbish"):
         (tmp_path / ".metadata").write_bytes(content)
         with pytest.raises(TrainingError, match="not the index of a checkpoint"):
-            IndexReader(tmp_path).read_metadata()
+            IndexReader(tmp_path, {}).read_metadata()
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Two checkpoints in shards, of one process."""
+    base = tmp_path_factory.mktemp("sharded")
+    dist.init_process_group("gloo", init_method=f"file://{base}/meet", rank=0, world_size=1)
+    store, state = ShardStore(base, replace(STAGE, keep_last=2), Distributed()), fresh()
+    for _ in range(2):
+        state.step += 1
+        state.skipped += 1  # the optimisers have no moments
+        with torch.no_grad():
+            state.trained["layers"].weight.add_(1)
+        store.save(state, state.settings(STAGE, {"precision": "float32", "seed": "0"}))
+        store.close()
+    yield base
+    dist.destroy_process_group()
+
+
+def from_shards(folder: Path) -> TrainState:
+    store, state = FileStore(folder, STAGE, Distributed()), fresh()
+    found = store.find(Resume(), RUN)
+    assert found is not None and found.path.is_dir()
+    store.load(state, found)
+    return state
+
+
+def flip(path: Path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+
+
+SHARDS: dict[str, Callable[[Path], object]] = {
+    "a flipped bit at the begin": lambda p: flip(p, 0.0),
+    "a flipped bit in the middle": lambda p: flip(p, 0.5),
+    "a flipped bit at the end": lambda p: flip(p, 0.999),
+    "cut": lambda p: p.write_bytes(p.read_bytes()[:-50]),
+    "empty": lambda p: p.write_bytes(b""),
+    "gone": lambda p: p.unlink(),
+    "a folder": lambda p: (p.unlink(), p.mkdir()),
+    "of another step": lambda p: shutil.copy(next(p.parents[1].glob("1/*.distcp")), p),
+    "settings without digests": lambda p: in_settings(p, "files", None),
+    "settings with no digests": lambda p: in_settings(p, "files", "{}"),
+    "digests that are no JSON": lambda p: in_settings(p, "files", "{"),
+    "digests that are a list": lambda p: in_settings(p, "files", "[]"),
+}
+
+
+def in_settings(shard: Path, name: str, value: str | None) -> None:
+    path = shard.with_name("settings.json")
+    settings = json.loads(path.read_text("utf-8"))
+    settings.pop(name)
+    path.write_text(json.dumps(settings | ({} if value is None else {name: value})), encoding="utf-8")
+
+
+@pytest.mark.parametrize("case", SHARDS)
+def test_shards_that_are_not_what_was_written_are_refused(sharded, tmp_path, case):
+    shutil.copytree(sharded, tmp_path / "run")
+    (shard,) = (tmp_path / "run" / "state-t2i" / "2").glob("*.distcp")
+    SHARDS[case](shard)
+    with pytest.raises(TrainingError) as caught:
+        from_shards(tmp_path / "run")
+    assert "--resume none" in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_the_shards_themselves_load(sharded):
+    assert from_shards(sharded).step == 2
+    assert torch.equal(from_shards(sharded).trained["layers"].weight, fresh().trained["layers"].weight + 2)

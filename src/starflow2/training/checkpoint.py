@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -34,7 +35,7 @@ from starflow2.errors import ConfigError, OutputError, TrainingError
 from starflow2.models.tensor_file import load_signed, read_metadata, save_tensors
 from starflow2.training.config import RunConfig, StageConfig
 from starflow2.training.parallel import Distributed, FullyShardedDistributed
-from starflow2.training.shard_index import IndexReader, index_digest
+from starflow2.training.shard_index import DigestWriter, IndexReader, first_failure, index_digest, read_errors
 from starflow2.training.state import TrainState
 from starflow2.training.state_check import empty_moments
 
@@ -140,8 +141,8 @@ class CheckpointStore(ABC):
 
     def load(self, state: TrainState, saved: Saved) -> None:
         """Fill `state` from a checkpoint, of shards or of whole copies."""
-        read = self._read_shards if saved.path.is_dir() else _read_file
-        state.load_tensors(read(state, saved.path), saved.settings, saved.path)
+        tensors = self._read_shards(state, saved) if saved.path.is_dir() else _read_file(state, saved.path)
+        state.load_tensors(tensors, saved.settings, saved.path)
 
     @abstractmethod
     def save(self, state: TrainState, settings: dict[str, str]) -> None:
@@ -173,9 +174,10 @@ class CheckpointStore(ABC):
             if old not in stay or latest[old] != path:
                 _remove(path)
 
-    def _read_shards(self, state: TrainState, folder: Path) -> dict[str, Tensor]:
+    def _read_shards(self, state: TrainState, saved: Saved) -> dict[str, Tensor]:
         """The tensors of a DCP checkpoint, in shards like those of `state` or whole."""
-        reader = IndexReader(folder)
+        folder = saved.path
+        reader = IndexReader(folder, _digests_of(saved))
         index = reader.read_metadata().state_dict_metadata
         tensors = state.model_tensors() | empty_moments(state.optimizers, index, folder)
         wrong = sorted(
@@ -187,7 +189,8 @@ class CheckpointStore(ABC):
                 "or the recipe it was made with."
             )
         tensors = {k: v.detach() for k, v in tensors.items()}
-        load(tensors, storage_reader=reader, process_group=self.group.control, no_dist=not dist.is_initialized())
+        with read_errors(folder):
+            load(tensors, storage_reader=reader, process_group=self.group.control, no_dist=not dist.is_initialized())
         return tensors
 
 
@@ -246,9 +249,9 @@ class ShardStore(CheckpointStore):
         if self.group.is_first:
             _make_empty(new)
         dist.barrier(self.processes)
-        tensors = {k: v.detach() for k, v in state.tensors().items()}
+        tensors, writer = {k: v.detach() for k, v in state.tensors().items()}, DigestWriter(new)
         try:
-            saving = async_save(tensors, checkpoint_id=new, process_group=self.processes)
+            saving = async_save(tensors, storage_writer=writer, process_group=self.processes)
         except OSError as error:
             raise OutputError(f"cannot write {new}: {error.strerror or error}.") from error
         assert isinstance(saving, Future)
@@ -259,7 +262,7 @@ class ShardStore(CheckpointStore):
             try:
                 saved.result()  # the index, which is on the disk only when every process has written its shards
                 if self.group.is_first:
-                    self._replace_last(new, done, settings)
+                    self._replace_last(new, done, settings | {"files": json.dumps(writer.digests)})
                 pending.set_result(None)
             except BaseException as error:
                 pending.set_exception(error)
@@ -289,8 +292,8 @@ class ShardStore(CheckpointStore):
         pending, self.pending = self.pending, None
         try:
             pending.result()
-        except Exception as error:
-            raise OutputError(f"cannot write a checkpoint to {self.shards}: {error}.") from error
+        except (Exception, CheckpointException) as error:  # DCP's own, for what fails in any process, is no Exception
+            raise OutputError(f"cannot write a checkpoint to {self.shards}: {first_failure(error)}.") from error
 
 
 def _staying(steps: Iterable[int], stage: StageConfig) -> set[int]:
@@ -320,6 +323,17 @@ def _settings_of(path: Path) -> dict[str, str]:
     if settings.get("index") != index_digest(path):
         raise TrainingError(f"{path} has an index that this run did not write; start anew with --resume none.")
     return settings
+
+
+def _digests_of(saved: Saved) -> dict[str, str]:
+    """Digests of the data files of a sharded checkpoint, by name. Raises TrainingError."""
+    try:
+        found = parse_json(saved.settings.get("files", ""), f"{saved.path / SETTINGS}: files")
+    except ConfigError as error:
+        raise TrainingError(f"{error} Start anew with --resume none.") from error
+    if not isinstance(found, dict):
+        raise TrainingError(f"{saved.path / SETTINGS}: files is {type(found).__name__}; start anew with --resume none.")
+    return found
 
 
 def _read_file(state: TrainState, path: Path) -> dict[str, Tensor]:

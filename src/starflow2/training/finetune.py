@@ -21,7 +21,7 @@ from torch import Tensor
 
 from starflow2.core.dialogue import Dialogue, Turn, is_lone_drawing, replace_pictures
 from starflow2.core.fields import Config, Count, Positive, Range, Seed
-from starflow2.core.files import check_writable
+from starflow2.core.files import check_writable, named_place
 from starflow2.core.images import PICTURE_ENDINGS, checked_pixels, picture_files, read_files, read_picture
 from starflow2.core.text import clean, read_text
 from starflow2.data.mixture import conversations
@@ -89,7 +89,8 @@ def read_album(folder: str | Path, size: int) -> Album:
     size: pixels of a side. Raises DataError for a folder without images, an image that cannot be read, a caption that
     is missing or empty.
     """
-    if not Path(folder).is_dir():
+    folder = named_place(folder, "folder", DataError)
+    if not folder.is_dir():
         raise DataError(f"{folder} is no folder; expected one with image files and a .txt beside each.")
     files = picture_files(folder)
     if not files:
