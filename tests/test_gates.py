@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,14 @@ from PIL import Image
 
 from model_cases import STAGES, tiny_components
 from starflow2 import StarFlow2
+from starflow2.core.images import read_metadata, read_picture
+from starflow2.core.serialize import read_json
+from starflow2.core.text import read_text
 from starflow2.core.torch_defaults import inference_defaults, torch_defaults
+from starflow2.data.mixture import read_mixture
+from starflow2.data.shards import Samples
 from starflow2.errors import (
+    CheckpointError,
     ConfigError,
     DataError,
     DeviceError,
@@ -31,6 +39,8 @@ from starflow2.inference.config import DrawConfig
 from starflow2.inference.session import Session
 from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.hub import pick_device
+from starflow2.models.tokenizer import load_tokenizer
+from starflow2.training.finetune import read_album
 
 SIDE = 16  # pixels
 WORDS = "a red circle"
@@ -220,6 +230,79 @@ def test_every_message_is_one_printable_line(kind):
     assert str(error) == r"cannot read a\x1b[2J\ud800.png: no\u202e such file"
 
 
+ARGUMENTS: dict[str, Door] = {
+    "no settings": lambda m, x: m.generate(WORDS, config={"guidance": 1.0}),  # type: ignore[arg-type]
+    "settings of draw": lambda m, x: m.draw([WORDS], [0], config="x"),  # type: ignore[arg-type]
+    "settings of a model": lambda m, x: StarFlow2(m.components, config="x"),  # type: ignore[arg-type]
+    "progress": lambda m, x: m.generate(WORDS, progress="x"),  # type: ignore[arg-type]
+    "one prompt": lambda m, x: m.draw(WORDS, range(len(WORDS))),
+    "no prompts": lambda m, x: m.draw(None, [0]),  # type: ignore[arg-type]
+    "fewer questions": lambda m, x: m.answers([[x], [x]], [WORDS]),
+    "images in no list": lambda m, x: m.answers([x[0, 0, 0]], [WORDS]),  # type: ignore[list-item]
+    "fewer pasts": lambda m, x: m.answers_after([], [WORDS]),
+    "fewer instructions": lambda m, x: m.edits(x[None], [], [0]),
+    "nothing to edit": lambda m, x: m.edits(x[:0], [], []),
+    "a talk": lambda m, x: m.tell("ab", [0, 1]),
+    "more images": lambda m, x: m.tower_answers(x[None].expand(2, -1, -1, -1), [WORDS]),
+    "one image": lambda m, x: m.roundtrip(x),
+    "no images": lambda m, x: m.roundtrip(None),  # type: ignore[arg-type]
+    "a code": lambda m, x: m.from_code(x),  # type: ignore[arg-type]
+    "a mark": lambda m, x: m.session().rewind(3),  # type: ignore[arg-type]
+    "a sampler": lambda m, x: Session(m),  # type: ignore[arg-type]
+    "the name of a session": lambda m, x: Session.load(None, m.sampler()),  # type: ignore[arg-type]
+    "the place of a session": lambda m, x: m.session().save(" "),
+    "the name of a model": lambda m, x: StarFlow2.from_pretrained(""),
+    "a folder of images": lambda m, x: read_album(None, SIDE),  # type: ignore[arg-type]
+    "a corpus": lambda m, x: Samples(3),  # type: ignore[arg-type]
+    "a number for a file": lambda m, x: read_json(0),  # type: ignore[arg-type]
+    "more files than there can be": lambda m, x: Samples("x-{0..999}-{0..999}-{0..999}.tar"),
+    "more words than it reads": lambda m, x: m.score([WORDS] * 3000, [WORDS]),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments_of_another_kind_are_refused_before_anything_is_computed(model, case):
+    with pytest.raises(StarFlowError) as caught:
+        ARGUMENTS[case](model, photo())
+    assert " is " in str(caught.value) or "expected" in str(caught.value) or "this model reads" in str(caught.value)
+
+
+# -- files that are none
+
+FILE_DOORS: dict[str, Callable[[StarFlow2, Path], object]] = {
+    "picture": lambda m, path: read_picture(path, SIDE),
+    "metadata": lambda m, path: read_metadata(path),
+    "text": lambda m, path: read_text(path),
+    "json": lambda m, path: read_json(path),
+    "session": lambda m, path: Session.load(path, m.sampler()),
+    "mixture": lambda m, path: read_mixture(path),
+    "tokenizer": lambda m, path: load_tokenizer(path),
+    "samples": lambda m, path: next(iter(Samples(str(path), "jsonl"))),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("door", FILE_DOORS)
+def test_no_door_waits_at_a_pipe_or_reads_a_device(model, tmp_path, door, kind):
+    path = tmp_path / "a.jsonl"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    with pytest.raises((StarFlowError, OSError), match=r"regular file|there is no"):
+        FILE_DOORS[door](model, path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "lexicon.txt", "model.safetensors"])
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+@pytest.mark.timeout(60)
+def test_a_model_folder_with_a_pipe_in_it_is_refused(model, tmp_path, name):
+    folder = save_components(model.components, tmp_path / "model")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises((CheckpointError, ConfigError), match=name):
+        load_components(folder)
+
+
 # -- the caller's settings
 
 
@@ -336,7 +419,10 @@ def test_the_callers_settings_change_no_number_and_no_call_changes_a_weight(mode
     for name, value in found.items():
         if isinstance(value, torch.Tensor):
             assert value.dtype == usual[name].dtype and not value.is_inference()
-        torch.testing.assert_close(value, usual[name], atol=1e-6, rtol=0, msg=f"{name} under {setting}")
+        # images are sampled in float32, whose sums depend on how many threads share them
+        is_sampled = isinstance(value, torch.Tensor) and value.dtype == torch.float32 and "threads" in setting
+        bound = 1e-4 if is_sampled else 1e-6
+        torch.testing.assert_close(value, usual[name], atol=bound, rtol=0, msg=f"{name} under {setting}")
 
 
 @pytest.mark.parametrize("setting", ["default float64", "default bfloat16", "inference mode", "default device meta"])

@@ -6,7 +6,6 @@ Everything it does is a call into generate and checkpoint. Not here: training an
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,11 +16,11 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
 from starflow2.core.fields import SEEDS, Range, number, whole
-from starflow2.core.files import replacing
+from starflow2.core.files import named_place, replacing
 from starflow2.core.images import PictureSource, PILImage, checked_pixels, is_same_image, read_picture, to_pil
 from starflow2.core.text import shown
 from starflow2.core.torch_defaults import inference_defaults, torch_defaults
-from starflow2.errors import ConfigError, OutputError, StateError
+from starflow2.errors import ConfigError, OutputError, ShapeError, StateError
 from starflow2.inference.cleanup import denoised
 from starflow2.inference.config import DrawConfig, Precision, ReplyLimits
 from starflow2.inference.conversations import generate_replies, reply_after
@@ -70,6 +69,8 @@ def _gain(picture: DecodedImage) -> float | None:
 def _counting(progress: Callable[[int, int], None] | None, total: int) -> Callable[[RowEvent], None]:
     """A callback for events that reports how many of all latents are drawn."""
     done = itertools.count(1)
+    if progress is not None and not callable(progress):
+        raise ConfigError(f"progress is {shown(progress)}; expected a function of (done, total).")
 
     def watch(event: RowEvent) -> None:
         if progress is not None and isinstance(event, Stepped):
@@ -100,11 +101,32 @@ def _shown(image: PictureSource) -> PictureSource:
     return Path(image) if isinstance(image, str) else image
 
 
-def _place(folder: object) -> Path:
-    """The folder of that name. Raises OutputError for what is no name."""
-    if not isinstance(folder, str | os.PathLike) or not str(folder).strip() or "\0" in str(folder):
-        raise OutputError(f"save_directory is {shown(folder)}; expected the name of a folder.")
-    return Path(folder)
+def _listed(**lists: object) -> None:
+    """Raise ConfigError unless all of these are lists, tuples or tensors with one entry for each row."""
+    counts: dict[str, int] = {}
+    for name, entries in lists.items():
+        is_rows = isinstance(entries, Tensor) and entries.ndim > 0
+        if isinstance(entries, str | bytes | bytearray) or not (is_rows or isinstance(entries, Sequence)):
+            raise ConfigError(f"{name} is {shown(entries)} ({type(entries).__name__}); expected a list.")
+        counts[name] = len(entries)  # type: ignore[arg-type]
+    if len(set(counts.values())) > 1:
+        found = " and ".join(f"{count} {name}" for name, count in counts.items())
+        raise ConfigError(f"{found}; expected equally many.")
+
+
+def _batch(images: object) -> Tensor:
+    """Images (B, 3, height, width) in [-1, 1]. Raises ShapeError, DataError."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+        got = tuple(images.shape) if isinstance(images, Tensor) else shown(images)
+        raise ShapeError(f"images is {got}; expected a tensor (B, 3, height, width).")
+    return checked_pixels(images, "images")
+
+
+def _checked_config(config: DrawConfig | None) -> DrawConfig | None:
+    """The settings that were given, or None. Raises ConfigError."""
+    if config is not None and not isinstance(config, DrawConfig):
+        raise ConfigError(f"config is {shown(config)} ({type(config).__name__}); expected a DrawConfig.")
+    return config
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +176,7 @@ class StarFlow2(
 
     def __init__(self, components: Components, config: DrawConfig | None = None) -> None:
         """config: settings of every call that gives none of its own; by default the model's."""
-        self.components, self.config = components, config
+        self.components, self.config = components, _checked_config(config)
         self._samplers: dict[Precision, tuple[tuple[tuple[int, int], ...], Sampler]] = {}
 
     @property
@@ -186,7 +208,7 @@ class StarFlow2(
         whole(seed + n - 1, "the last seed", SEEDS)
         for prompt in prompts:
             self.check_prompt(prompt)
-        config = config or self.settings
+        config = _checked_config(config) or self.settings
         pairs = [(p, seed + j) for p in prompts for j in range(n)]
         settings = {
             "guidance": config.guidance,
@@ -263,7 +285,8 @@ class StarFlow2(
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """One image per (prompt, seed) as a tensor (B, 3, height, width) in [-1, 1], unchecked."""
-        drawn = self._drawn(prompts, seeds, config or self.settings, progress)
+        _listed(prompts=prompts, seeds=seeds)
+        drawn = self._drawn(prompts, seeds, _checked_config(config) or self.settings, progress)
         return torch.stack([p.image for p in drawn]).cpu()
 
     @property
@@ -279,9 +302,7 @@ class StarFlow2(
     @inference_defaults()
     def sampler(self, config: DrawConfig | None = None) -> Sampler:
         """Both streams ready for sampling with the weights of this moment, which are copied once they have changed."""
-        if config is not None and not isinstance(config, DrawConfig):
-            raise ConfigError(f"config is {shown(config)} ({type(config).__name__}); expected a DrawConfig.")
-        config = config or self.settings
+        config = _checked_config(config) or self.settings
         now = self._versions()
         then, sampler = self._samplers.get(config.precision, (None, None))
         if sampler is None or then != now or sampler.components is not self.components:
@@ -380,6 +401,9 @@ class StarFlow2(
     @inference_defaults()
     def answers(self, images: Sequence[Sequence[Tensor]], questions: Sequence[str], tokens: int = 48) -> list[str]:
         """One answer per (pictures, question), greedy; pictures (3, s, s) in [-1, 1], any number each."""
+        _listed(images=images, questions=questions)
+        for pictures in images:
+            _listed(images=pictures)
         talks: list[list[list[str | Tensor]]] = [
             [[*map(self._picture, pictures), normalized(self.components, q)]]
             for pictures, q in zip(images, questions, strict=True)
@@ -390,6 +414,7 @@ class StarFlow2(
     @inference_defaults()
     def answers_after(self, pasts: Sequence[Sequence[PastTurn]], questions: Sequence[str]) -> list[str]:
         """One greedy answer per question, each after past turns (user, assistant) of words and images (3, s, s)."""
+        _listed(pasts=pasts, questions=questions)
         talks = zip(pasts, questions, strict=True)
         return self.replies([[*(side for turn in past for side in turn), [question]] for past, question in talks])
 
@@ -400,6 +425,11 @@ class StarFlow2(
         A message is a list of words (str) and images, as `score` takes them; the last message is the user's.
         Raises ConfigError for an even number of messages, DataError and ShapeError for images it cannot take.
         """
+        _listed(talks=talks)
+        for talk in talks:
+            _listed(messages=talk)
+            for message in talk:
+                _listed(message=message)
         counts = {len(talk) for talk in talks}
         if any(count % 2 == 0 for count in counts):
             raise ConfigError(f"talks have {sorted(counts)} messages; expected an odd number: the last is the user's.")
@@ -415,12 +445,16 @@ class StarFlow2(
     @inference_defaults()
     def tower_answers(self, images: Tensor, questions: Sequence[str]) -> list[str]:
         """Answers of the language model alone, which sees images (B, 3, s, s) through its own vision tower."""
-        images = checked_pixels(images, "images")
+        _listed(images=images, questions=questions)
+        images = _batch(images)
         return answer(self.components, images, [normalized(self.components, q) for q in questions])
 
     @inference_defaults()
     def edits(self, images: Tensor, instructions: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Images (B, 3, s, s) in [-1, 1], each changed by its instruction."""
+        _listed(images=images, instructions=instructions, seeds=seeds)
+        if not len(images):
+            raise ConfigError("images is empty; expected at least one.")
         turns: list[list[list[str | Tensor]]] = [
             [[self._picture(image), normalized(self.components, text)]]
             for image, text in zip(images, instructions, strict=True)
@@ -448,6 +482,9 @@ class StarFlow2(
     @inference_defaults()
     def tell(self, talks: Sequence[Sequence[str]], seeds: Sequence[int]) -> list[list[list[str | Tensor]]]:
         """Replies to every turn of every conversation: words and images (3, s, s) in the model's own order."""
+        _listed(talks=talks, seeds=seeds)
+        for talk in talks:
+            _listed(talks=talk)
         turns = [[[normalized(self.components, turn)] for turn in talk] for talk in talks]
         seeds = [whole(seed, "seed", SEEDS) for seed in seeds]
         replies = generate_replies(self.sampler(), turns, seeds, ReplyLimits(tokens=64, pictures=1))
@@ -491,6 +528,8 @@ class StarFlow2(
 
         Raises PromptError, and ShapeError for a code of another model's size.
         """
+        if not isinstance(code, Code):
+            raise ConfigError(f"code is {shown(code)} ({type(code).__name__}); expected what invert gave.")
         return to_pil(decode_code(self.exact_sampler(), code.z, self._prompt(prompt)).image)
 
     def _picture(self, image: PictureSource) -> Tensor:
@@ -505,7 +544,7 @@ class StarFlow2(
     def roundtrip(self, images: Tensor, noise_level: float = 0.0, seed: int = 0) -> Tensor:
         """images (B, 3, h, w) through the codec and back, with noise of that level on the latents."""
         noise_level = number(noise_level, "noise_level", Range(least=0))
-        latents = self.components.codec.encode(checked_pixels(images, "images").to(self.device))
+        latents = self.components.codec.encode(_batch(images).to(self.device))
         eps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(whole(seed, "seed", SEEDS)))
         return self.components.codec.decode(latents + noise_level * eps.to(latents)).cpu()
 
@@ -538,7 +577,7 @@ class StarFlow2(
         unused = [name for name, value in hub.items() if value is not None and not push_to_hub]
         if unused:
             raise ConfigError(f"{unused[0]} is an option of push_to_hub, which is False; leave it out, or upload.")
-        folder = save_components(self.components, _place(save_directory))
+        folder = save_components(self.components, named_place(save_directory, "save_directory", OutputError))
         card = self._card_facts() | (model_card_kwargs or {})
         if not (folder / "README.md").exists():
             with replacing(folder / "README.md") as temp:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from starflow2.core.fields import number
 from starflow2.core.torch_defaults import inference_defaults
-from starflow2.errors import ConfigError
+from starflow2.errors import ConfigError, PromptError
 from starflow2.flow.affine import standard_normal_log_prob
 from starflow2.inference.config import ReplyLimits
 from starflow2.inference.conversations import generate_replies
@@ -106,6 +106,10 @@ def _read(sampler: Sampler, turn: _Turn, noise_level: float | None) -> tuple[Out
     levels = torch.tensor([sampler.upload_level] * len(shown) + [lowest] * len(drawn), dtype=sampler.dtype)
     levels = levels.to(components.device)
     batch = pack([components.tokenizer.document([turn])], components.layout).to(components.device)
+    if batch.ids.shape[1] > components.cfg.max_positions:
+        raise PromptError(
+            f"prompt and reply take {batch.ids.shape[1]} positions; this model reads {components.cfg.max_positions}."
+        )
     return read_documents(sampler.pretzel, batch, _noisy(sampler, shown + drawn, levels), levels), levels
 
 

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from starflow2.core.fields import SEEDS, whole
+from starflow2.core.files import named_place
 from starflow2.core.images import PictureSource, read_picture, to_pil
 from starflow2.core.memory import free_bytes
+from starflow2.core.text import shown
 from starflow2.core.torch_defaults import inference_defaults
-from starflow2.errors import PromptError, StateError
+from starflow2.errors import CheckpointError, ConfigError, OutputError, PromptError, StateError
 from starflow2.inference.config import ReplyLimits
 from starflow2.inference.doors import InUse, exclusive, exclusive_events
 from starflow2.inference.engine import Engine, RowMark, RowState
@@ -103,6 +105,7 @@ class Session:
 
     @inference_defaults()
     def __init__(self, sampler: Sampler, seed: int = 0) -> None:
+        _check_sampler(sampler)
         missing = [stage for stage in ("t2i", "adapter", "joint") if stage not in sampler.components.finished_stages]
         if missing:
             done = ", ".join(sampler.components.finished_stages) or "none"
@@ -373,6 +376,8 @@ class Session:
         Raises StateError for a mark of another session, or of something that was taken back since.
         """
         self._check_idle()
+        if not isinstance(mark, Mark):
+            raise StateError(f"mark is {shown(mark)} ({type(mark).__name__}); expected what mark() gave.")
         if mark.row.length > self._valid.get(mark.branch, -1):
             raise StateError("rewind got a mark of another session, or of something that was taken back since.")
         self._engine.rewind(self._row, mark.row)
@@ -405,6 +410,7 @@ class Session:
     def save(self, path: str | Path) -> None:
         """Write the whole state as one safetensors file. Raises OutputError, and StateError while a reply is made."""
         self._check_idle()
+        path = named_place(path, "path", OutputError)
         row = self._engine.save(self._row)
         saved = SavedSession(
             pieces=tuple(_saved(piece) for piece in self.pieces),
@@ -412,7 +418,7 @@ class Session:
             state=self._state(row),
             tensors=self._tensors(row),
         )
-        save_session(saved, self.sampler.fingerprint, Path(path))
+        save_session(saved, self.sampler.fingerprint, path)
 
     def _state(self, row: RowState) -> SavedState:
         return SavedState(
@@ -444,9 +450,9 @@ class Session:
 
         Raises CheckpointError for a file that is not whole, was changed, or is of another model or precision.
         """
-        probe = cls(sampler)
+        path, probe = named_place(path, "path", CheckpointError), cls(sampler)
         probe._engine.feed(probe._row, probe._tokenizer.opens_user()[:1])
-        saved = load_session(Path(path), sampler, probe._tensors(probe._engine.save(probe._row)))
+        saved = load_session(path, sampler, probe._tensors(probe._engine.save(probe._row)))
         session = cls(sampler.changed(**saved.sampling.settings()))
         session._restore(saved)
         return session
@@ -468,6 +474,12 @@ class Session:
                 x, u, image = (tensors[f"picture.{i}.{name}"] for name in ("x", "u", "image"))
                 picture = DecodedImage(x, u, piece.noise_level, image, *piece.nats)
             self.pieces.append(Piece(piece.who, piece.text, picture))
+
+
+def _check_sampler(sampler: object) -> None:
+    if not isinstance(sampler, Sampler):
+        wanted = "expected that of a model, model.sampler()"
+        raise ConfigError(f"sampler is {shown(sampler)} ({type(sampler).__name__}); {wanted}.")
 
 
 def _has_image(events: Sequence[RowEvent]) -> bool:

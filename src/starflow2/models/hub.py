@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from starflow2.core.files import named_place
 from starflow2.core.text import shown
 from starflow2.errors import CheckpointError, ConfigError, DeviceError, nearest
 
@@ -93,8 +93,7 @@ def find_model(name: str | Path, **hub: Any) -> Path:
     for option in hub:
         if option not in known:
             raise ConfigError(f"unknown option {option!r} of from_pretrained.{nearest(option, known)}")
-    if not isinstance(name, str | os.PathLike):
-        raise CheckpointError(f"name is {shown(name)} ({type(name).__name__}); expected nano, a folder or a Hub id.")
+    named_place(name, "name", CheckpointError)
     if (own := shipped(str(name))) is not None:
         return own
     try:
