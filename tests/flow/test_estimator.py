@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -226,6 +227,11 @@ def test_contexts_that_do_not_fit_are_refused() -> None:
         (2, {"context": -1}, "context_dim is -1"),
         (2, {"spacing": math.nan}, "spacing is nan"),
         (2, {"seed": 1.5}, "seed is 1.5"),
+        (None, {}, "shape is None"),
+        (2.0, {}, r"shape is 2\.0"),
+        ("ab", {}, "shape is 'a'"),
+        (2, {"width": "x"}, "width is 'x'"),
+        (2, {"width": -16}, "width is -16"),
     ],
 )
 def test_densities_that_mean_nothing_are_refused(shape: Any, settings: dict[str, Any], message: str) -> None:
@@ -233,9 +239,51 @@ def test_densities_that_mean_nothing_are_refused(shape: Any, settings: dict[str,
         density(shape, **settings)
 
 
+@pytest.mark.parametrize("rows", ["x", None, {}, [[1.0], [1.0, 2.0]], object(), torch.zeros(2, 2, device="meta")])
+def test_what_holds_no_numbers_is_refused_by_its_name(rows: Any) -> None:
+    model = density(2, width=32, context=3)
+    for call in (model.log_prob, model.standardize, model.fit):
+        with pytest.raises(ShapeError, match=r"^(x|data) is "):
+            call(rows)  # type: ignore[operator]
+    with pytest.raises(ShapeError, match=r"^context is "):
+        model.log_prob(torch.zeros(2, 2), torch.zeros(2, 3, device="meta") if rows is None else rows)
+    with pytest.raises(DataError, match="context has NaN"):
+        model.log_prob(torch.zeros(2, 2), torch.full((2, 3), math.nan))
+
+
+def test_arrays_and_lists_are_rows_too() -> None:
+    model, rows = density(2, width=32), [[1.0, 2.0], [3.0, 4.0]]
+    wanted = model.log_prob(torch.tensor(rows))
+    assert torch.equal(model.log_prob(rows), wanted)  # type: ignore[arg-type]
+    assert torch.allclose(model.log_prob(np.array(rows)).float(), wanted)  # type: ignore[arg-type]
+    assert density(np.int64(2)).shape == density(torch.Size([2])).shape == (2,)  # type: ignore[arg-type]
+
+
+def test_the_callers_modes_change_no_likelihood_and_no_fit() -> None:
+    def fitted() -> Density:
+        model = density(2, width=32, blocks=2)
+        model.fit(skewed(), config=FitConfig(steps=5))
+        return model
+
+    model = fitted()
+    x = skewed()[:5]
+    usual, drawn = model.log_prob(x), model.sample(3, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.log_prob(x), usual)
+        assert torch.equal(model.sample(3, generator=torch.Generator().manual_seed(0)), drawn)
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with mode:
+            twin = fitted()
+        torch.testing.assert_close(twin.log_prob(x), usual, atol=1e-3, rtol=0)  # Adam magnifies rounding
+
+
 def test_fits_that_mean_nothing_are_refused() -> None:
     for settings in ({"steps": 0}, {"lr": math.nan}, {"held_out": 1.0}, {"batch": 1.5}, {"weight_decay": -1}):
         with pytest.raises(ConfigError, match=next(iter(settings))):
             FitConfig(**settings)
+    with pytest.raises(ConfigError, match=r"config is .*; expected a FitConfig"):
+        density(2, width=32).fit(skewed(), config={"steps": 2})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="generator is 3"):
+        density(2, width=32).sample(2, generator=3)  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match="the loss is nan"):
         density(2, width=32).fit(skewed(), config=FitConfig(steps=50, lr=1e6))

@@ -12,22 +12,23 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from starflow2.core.fields import SEEDS, Config, Count, Range, Seed, Weight, number, whole
+from starflow2.core.fields import SEEDS, Config, Count, Range, Seed, Weight, described, number, whole
 from starflow2.errors import ConfigError, DataError, ShapeError, TrainingError
 from starflow2.flow.block import BlockConfig
 from starflow2.flow.context import Context
 from starflow2.flow.model import Flow, FlowConfig
-from starflow2.flow.standardize import Standardize, check_continuous, check_rows
+from starflow2.flow.standardize import Standardize, as_numbers, as_rows, check_continuous
 from starflow2.nn import StackConfig
 
 __all__ = ["Density", "FitConfig", "Fitted", "density"]
 
+T = TypeVar("T")
 AXIS = Range(least=1, most=2**20)
 HEAD = 16  # channels of an attention head
 
@@ -74,9 +75,10 @@ class Density(nn.Module):
         context: labels (B,), vectors (B, E), states (B, T, E), or one label for all. Raises ShapeError, and DataError
         for values that are not finite.
         """
-        check_rows(x, self.shape)
-        z, logdet = self.standard(x)
-        return self.flow.log_prob(self._to_latents(z), self._context(context, len(x))) + logdet
+        rows = as_rows(x, self.shape)
+        with self._full_precision():
+            z, logdet = self.standard(rows)
+            return self.flow.log_prob(self._to_latents(z), self._context(context, len(rows))) + logdet
 
     @torch.no_grad()
     def sample(
@@ -89,16 +91,18 @@ class Density(nn.Module):
         self, count: int, context: Tensor | int | None = None, *, generator: torch.Generator | None = None
     ) -> Tensor:
         """`sample` with gradients by the weights and the context."""
-        count = whole(count, "count", Range(least=1))
-        latents = self.flow.rsample(count, self._context(context, count), generator=generator)
-        return self.standard.inverse(self._from_latents(latents))
+        count = whole(count, "count", Range(least=1, most=2**31))
+        _instance(torch.Generator, generator, "generator")
+        with self._full_precision():
+            latents = self.flow.rsample(count, self._context(context, count), generator=generator)
+            return self.standard.inverse(self._from_latents(latents))
 
     def standardize(self, data: Tensor) -> Density:
         """Take each feature's mean and deviation from `data`, (B, *shape); `fit` does so by itself.
 
         Raises DataError, naming features or rows, for data that is constant, discrete (see `density`) or not finite.
         """
-        check_rows(data, self.shape, "data")
+        data = as_rows(data, self.shape, "data")
         if len(data) < 2:
             raise DataError(f"data has {len(data)} rows; expected at least 2.")
         if self.spacing is None:
@@ -118,14 +122,19 @@ class Density(nn.Module):
         context: one for each row. progress is called with (steps done, steps). Raises DataError as `standardize`
         does, and TrainingError where the loss is no longer finite.
         """
-        config = config or FitConfig()
-        data = torch.as_tensor(data)
+        config = _instance(FitConfig, config, "config") or FitConfig()
+        data = as_numbers(data, "data")
         data = data if data.is_floating_point() else data.float()
         self.standardize(data)
         rows = self._context(context, len(data))
-        return _Fit(self, data, None if rows is None else rows.states, config).run(progress)
+        with torch.inference_mode(False), torch.enable_grad(), self._full_precision():
+            return _Fit(self, data, None if rows is None else rows.states, config).run(progress)
 
     # -- details ------------------------------------------------------------------------------------
+
+    def _full_precision(self) -> torch.autocast:
+        """Context in which the caller's autocast changes no number."""
+        return torch.autocast(self.standard.mean.device.type, enabled=False)
 
     def _dequantized(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """x with uniform noise of the width of the spacing, so that discrete values fill the space between them."""
@@ -160,8 +169,10 @@ class Density(nn.Module):
             raise ShapeError(
                 "context was given; expected None: this density was made without, density(..., context=0)."
             )
-        states = torch.as_tensor(context, device=self.standard.mean.device)
+        states = as_numbers(context, "context").to(self.standard.mean.device)
         states = states.expand(batch) if states.ndim == 0 else states
+        if states.is_complex() or not bool(states.isfinite().all()):
+            raise DataError(f"context has NaN, infinite or complex values ({states.dtype}); expected finite real ones.")
         if not states.is_floating_point() and states.ndim == 1:
             _check_labels(states, width)
             states = F.one_hot(states.long(), width).to(self.standard.mean)
@@ -192,11 +203,11 @@ def density(
     >>> numbers.log_prob(torch.zeros(3, 2)).shape, numbers.sample(4).shape
     (torch.Size([3]), torch.Size([4, 2]))
     """
-    axes = (shape,) if isinstance(shape, int) else tuple(shape)
-    axes = tuple(whole(axis, "shape", AXIS) for axis in axes)
+    axes = tuple(whole(axis, "shape", AXIS) for axis in (shape if isinstance(shape, Sequence) else (shape,)))
     blocks, seed = whole(blocks, "blocks", Range(least=1, most=256)), whole(seed, "seed", SEEDS)
     if spacing is not None:
         spacing = number(spacing, "spacing", Range(least=0))
+    width = whole(width, "width", Range(least=HEAD, most=2**20))
     if width % HEAD:
         raise ConfigError(f"width is {width}; expected a multiple of {HEAD}.")
     grid, dim = _layout(axes, patch)
@@ -204,7 +215,7 @@ def density(
     last = BlockConfig(
         dim=dim, grid=grid, stack=stack, learned_positions=True, stencil=grid[0] > 1, context_dim=context
     )
-    with torch.random.fork_rng(devices=()):
+    with torch.inference_mode(False), torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         return Density(axes, Flow(_alternating(last, blocks)), patch, spacing)
 
@@ -229,6 +240,13 @@ def _alternating(last: BlockConfig, blocks: int) -> FlowConfig:
     plain = replace(last, context_dim=0)
     before = [replace(plain, direction="r2l" if (blocks - i) % 2 == 0 else "l2r") for i in range(blocks - 1)]
     return FlowConfig(deep=last, shallow=tuple(before))
+
+
+def _instance(kind: type[T], value: T | None, name: str) -> T | None:
+    """The value, if it is of this kind or None. Raises ConfigError."""
+    if value is not None and not isinstance(value, kind):
+        raise ConfigError(f"{name} is {described(value)}; expected a {kind.__name__}.")
+    return value
 
 
 def _check_labels(labels: Tensor, count: int) -> None:

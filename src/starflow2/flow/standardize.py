@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from starflow2.core.fields import described
 from starflow2.errors import DataError, ShapeError
 from starflow2.nn import check_floating
 
-__all__ = ["Standardize", "check_continuous", "check_rows"]
+__all__ = ["Standardize", "as_numbers", "as_rows", "check_continuous"]
 
 ROWS_PER_VALUE = 20  # a feature with fewer distinct values than one for so many rows is discrete
 LISTED = 4  # features or rows that a message names
@@ -39,7 +40,7 @@ class Standardize(nn.Module):
     @torch.no_grad()
     def set_from(self, data: Tensor) -> None:
         """Take mean and standard deviation of `data`, (B, ...), feature by feature. Raises DataError."""
-        check_rows(data, self.mean.shape, "data")
+        data = as_rows(data, self.mean.shape, "data")
         scale, mean = torch.std_mean(data.double(), dim=0, correction=0)
         _refuse((scale <= 1e-12 * (1 + mean.abs())).flatten(), "constant", "drop them", len(data))
         self.mean.copy_(mean)
@@ -55,17 +56,36 @@ class Standardize(nn.Module):
         return self.mean + self.scale * z
 
 
-def check_rows(x: Tensor, shape: Sequence[int], name: str = "x") -> None:
-    """Raise ShapeError unless x is (B, *shape), and DataError, naming the rows, where values are not finite."""
-    if x.ndim != len(shape) + 1 or tuple(x.shape[1:]) != tuple(shape):
-        raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected (B, {', '.join(map(str, shape))}).")
-    check_floating(x, name)
-    bad = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+def as_numbers(x: object, name: str) -> Tensor:
+    """A tensor of a tensor, an array or nested lists. Raises ShapeError for anything that holds no numbers."""
+    try:
+        numbers = torch.as_tensor(x)
+    except Exception as error:  # of the conversion of any object
+        raise ShapeError(f"{name} is {described(x)}; expected a tensor of numbers.") from error
+    if numbers.layout != torch.strided or numbers.is_quantized or numbers.device.type == "meta":
+        raise ShapeError(
+            f"{name} is a tensor of {numbers.dtype}, {numbers.layout}, on {numbers.device}; expected a dense one with "
+            "its values."
+        )
+    return numbers
+
+
+def as_rows(x: object, shape: Sequence[int], name: str = "x") -> Tensor:
+    """Rows (B, *shape) of finite floats, as a tensor; from what `as_numbers` takes.
+
+    Raises ShapeError for another shape or dtype, and DataError, naming the rows, where values are not finite.
+    """
+    rows = as_numbers(x, name)
+    if rows.ndim != len(shape) + 1 or tuple(rows.shape[1:]) != tuple(shape):
+        raise ShapeError(f"{name} has shape {tuple(rows.shape)}; expected (B, {', '.join(map(str, shape))}).")
+    check_floating(rows, name)
+    bad = (~rows.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:
         raise DataError(
             f"{name} has NaN or infinite values in {_listed(bad, 'row')}; expected finite numbers: "
             "drop these rows, or fill the values in."
         )
+    return rows
 
 
 def check_continuous(data: Tensor) -> None:
