@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from starflow2.core.images import to_pil
+from starflow2.inference.likelihood import Code
 from starflow2.models.checkpoint import save_components
 from starflow2.pipeline import StarFlow2
 
@@ -143,6 +144,11 @@ class Bench:
         path = self.home / "image.png"
         to_pil(self.image).save(path)
         return path
+
+    @cached_property
+    def code(self) -> Code:
+        """The code of the image."""
+        return self.model.invert(self.image, "a red circle")
 
     @cached_property
     def words(self) -> list[str]:

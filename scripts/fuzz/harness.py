@@ -28,6 +28,7 @@ import torch
 
 from fuzz.cases import Bench, Case, Maker
 from fuzz.documents import albums, mixtures, records, results, shards
+from fuzz.doors import arguments, densities, places
 from fuzz.flows import flows
 from fuzz.folders import configs, saved_configs, sessions, states, tokenizers, weights
 from fuzz.pictures import pictures, tensors
@@ -54,6 +55,9 @@ MAKERS: Mapping[str, Maker] = {
     "albums": albums,
     "results": results,
     "flows": flows,
+    "densities": densities,
+    "arguments": arguments,
+    "places": places,
 }
 SHARES = {  # of all cases; what is slow has fewer
     "pictures": 20,
@@ -73,6 +77,9 @@ SHARES = {  # of all cases; what is slow has fewer
     "albums": 2,
     "results": 4,
     "flows": 6,
+    "densities": 4,
+    "arguments": 7,
+    "places": 3,
 }
 SECONDS, GIGABYTE = 20.0, 2**30
 CHILDREN = {"subprocess.Popen", "os.system", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.spawn"}
