@@ -111,7 +111,7 @@ class Heat:
 
 @dataclass(slots=True, eq=False)
 class Turn:
-    """What was said, the tries of a reply, which of them the conversation goes on with, and a map over its picture.
+    """Words that were said, the tries of a reply, the one that the conversation goes on with, and a map over it.
 
     shown: pictures of the visitor, (3, s, s) in [-1, 1]. read: the words as the model reads them.
     """
