@@ -130,11 +130,10 @@ def _command(suite: SuiteName, run: HarnessRun, out: Path) -> list[str]:
     """The command line. Over local data it includes a task file that it writes first."""
     notes = out / "notes.json"
     notes.unlink(missing_ok=True)
-    settings = {"pretrained": run.model, "device": run.device, "batch_size": run.batch, "frozen": run.frozen}
-    settings |= {"fit": run.fit, "notes": notes}
+    settings = {"pretrained": run.model, "device": run.device, "frozen": run.frozen, "fit": run.fit, "notes": notes}
     words = ["-m", "lmms_eval", "--model", "starflow2", "--tasks", _task(suite, run), "--output_path", str(out)]
     words += ["--model_args", ",".join(f"{name}={value}" for name, value in settings.items())]
-    words += ["--limit", str(run.limit)] if run.limit else []
+    words += ["--batch_size", str(run.batch), *(["--limit", str(run.limit)] if run.limit else [])]
     include = run.include
     if run.data is not None:
         include = out / "tasks"
