@@ -27,6 +27,7 @@ def main(folder: str) -> None:
     shutil.copytree(NANO, target)
     config = json.loads((target / "config.json").read_text("utf-8"))
     config["stages"] = KEPT
+    config["model"]["far_nats"] = None  # measured anew when the run is over
     config["model"]["self_check"] = to_dict(nano().model.self_check)
     (target / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 

@@ -3,7 +3,7 @@
     make publish RUN=runs/nano                # everything, about an hour and a half on two cores
     python scripts/publish.py runs/nano --only model lock examples    # some of the steps
 
-model: copy the run's nano and nano-heldout into the package.
+model: copy the run's nano and nano-heldout into the package, with the log densities of drawn images measured on each.
 lock: write worldbench.lock for today's suites. scores: score both models on every suite's test split, one line each in
 docs/results/ledger.jsonl and one report in docs/results/MODEL. card: card.json and card.md of both models, and
 docs/results/tables.md. run: the run's metrics, into docs/results/run. claims: what claims.md is written from, and it.
@@ -36,6 +36,7 @@ from starflow2.evals.tables import lines, notes, table
 from starflow2.models.checkpoint import load_components, weights_digest
 from starflow2.models.hub import ASSETS
 from starflow2.pipeline import StarFlow2
+from starflow2.research.far_images import COUNT, keep_far_limit
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 RESULTS: Final = Path("docs") / "results"
@@ -56,6 +57,7 @@ class Publisher:
     run: Path
     root: Path = ROOT
     assets: Path = ASSETS
+    images: int = COUNT  # of each kind, by which far images are told
     quick: bool = False  # dev split, one item in eight, no ledger: to try the whole way
 
     @property
@@ -75,7 +77,8 @@ class Publisher:
             place = self.assets / name
             shutil.rmtree(place, ignore_errors=True)
             shutil.copytree(source, place)
-            print(f"{place}: weights {weights_digest(components)}")
+            found = keep_far_limit(place, self.images)
+            print(f"{place}: weights {weights_digest(components)}, images are far beyond {found.limit:.3f} nats/dim")
 
     def lock(self) -> None:
         fresh: Section = {"version": LOCK_VERSION}

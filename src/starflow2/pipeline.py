@@ -25,7 +25,7 @@ from starflow2.inference.cleanup import denoised
 from starflow2.inference.config import DrawConfig, Precision, ReplyLimits
 from starflow2.inference.conversations import generate_replies, reply_after
 from starflow2.inference.events import DecodedImage, Event, Made, RowEvent, Stepped, Wrote
-from starflow2.inference.likelihood import Code, Score, decode_code, invert, score
+from starflow2.inference.likelihood import Code, Score, decode_code, image_nats, invert, score
 from starflow2.inference.reading import PastTurn
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.self_check import CONFIRMED, Attempt, Request, attempts, best, checked_tries
@@ -521,6 +521,24 @@ class StarFlow2(
     def invert(self, image: PictureSource, prompt: str = "") -> Code:
         """The latent code from which `prompt` draws this image; see `likelihood.invert`. Raises as `score` does."""
         return invert(self.exact_sampler(), self._picture(image), self._prompt(prompt))
+
+    @inference_defaults()
+    def nats_of(self, images: Sequence[PictureSource]) -> list[float]:
+        """-log density of images without words, in nats per dim, at the noise level at which images are drawn.
+
+        The higher, the less an image is like those of training (docs/choices.md#images-from-elsewhere).
+
+        Raises as `ask` does for an image that it cannot take.
+        """
+        return image_nats(self.sampler(), [self._picture(_shown(image)) for image in images])
+
+    def is_far(self, image: PictureSource) -> bool:
+        """True for an image unlike all that the model was trained on, about which its answers and edits mean little.
+
+        False for a model whose config does not say where that begins (`far_nats`).
+        """
+        far = self.components.cfg.far_nats
+        return far is not None and self.nats_of([image])[0] > far
 
     @inference_defaults()
     def from_code(self, code: Code, prompt: str = "") -> PILImage:

@@ -269,7 +269,7 @@ def without_joints(folder: Path, stages: tuple[str, ...] = STAGES[:4], number: i
 
 def test_a_folder_says_its_format_and_holds_the_joints(saved):
     config = json.loads((saved / "config.json").read_text())
-    assert config["format"] == FORMAT == 8 and config["model"]["joints"]["adapter_width"] == 192
+    assert config["format"] == FORMAT == 9 and config["model"]["joints"]["adapter_width"] == 192
     names = {k for k in load_file(saved / "model.safetensors") if k.startswith("joints.")}
     assert names == {f"joints.{k}" for k in tiny_components().joints.state_dict()} and len(names) > 8
 

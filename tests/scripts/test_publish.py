@@ -49,7 +49,7 @@ def test_models_of_a_run_replace_the_shipped_ones_whole(tmp_path, capsys):
     save_components(tiny_components(STAGES), run / "nano")
     (assets / "nano").mkdir(parents=True)
     (assets / "nano" / "left-over.txt").write_text("of the old model")
-    publisher = Publisher(run, tmp_path, assets)
+    publisher = Publisher(run, tmp_path, assets, images=2)
     publisher.model()
     assert not (assets / "nano" / "left-over.txt").exists() and load_components(assets / "nano").finished_stages
     assert "nano-heldout stays as it is" in capsys.readouterr().out and publisher.models == ["nano"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+from starflow2.cli.notes import far, note
 from starflow2.cli.options import (
     Device,
     ImageFile,
@@ -40,6 +41,7 @@ class Ask:
         model = load_joint(self.model, self.device, self.verb)
         answer = model.ask(self.image, self.question)
         print(printable(answer))
+        note(far(model, self.image))
         facts = {"image": str(self.image), "question": self.question, "answer": answer}
         write_json(facts | {"model": model.components.cfg.name}, self.json)
         return 0

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+from starflow2.cli.notes import far, note
 from starflow2.cli.options import (
-    PROGRAM,
     Device,
     Guidance,
     ImageFile,
@@ -70,8 +69,8 @@ class Edit:
         save_png(made.image, self.output, about | {"source": str(self.image)})
         say(self.output)
         note_confidence(made)
-        if made.is_unchanged:
-            print(f"{PROGRAM}: note: the image is what it was before; other words may help.", file=sys.stderr)
+        note("the image is what it was before; other words may help." if made.is_unchanged else "")
+        note(far(model, self.image))
         facts = {"file": str(self.output), "image": str(self.image), "instruction": self.instruction}
         facts_of_image = {"seed": made.seed, "settings": made.settings, "gain": made.gain}
         checks = {"confidence": made.confidence, "is_unchanged": made.is_unchanged}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
+from starflow2.cli.notes import far, note
 from starflow2.cli.options import (
     Device,
     ImageFile,
@@ -56,10 +57,12 @@ class Invert:
         for path in files:
             check_png(path)
         check_json(self.json)
-        facts = self._drawn(load_joint(self.model, self.device, self.verb), files)
+        model = load_joint(self.model, self.device, self.verb)
+        facts = self._drawn(model, files)
         print(f"code: {facts['log_prob']:.3f} nats, {facts['bits']:.3f} bits, {facts['nats_per_dim']:.4f} -nats/dim")
         print(f"reconstruction: {facts['psnr_db']:.1f} dB PSNR")
         say(*files)
+        note(far(model, self.image))
         write_json(facts, self.json)
         return 0
 

@@ -18,11 +18,14 @@ from typing import Any, Literal, TextIO
 
 import numpy as np
 
+from starflow2.cli.notes import FAR
 from starflow2.cli.options import check_text, png_text, printable
 from starflow2.core.files import check_writable
-from starflow2.core.images import PILImage, save_png
+from starflow2.core.images import PILImage, read_picture, save_png
 from starflow2.errors import OutputError, PromptError, StarFlowError, StateError, UsageError, nearest
 from starflow2.inference.events import Drew, Event, Finished, Made, Wrote
+from starflow2.inference.likelihood import image_nats
+from starflow2.inference.self_check import CONFIRMED
 from starflow2.inference.session import Mark, Session
 
 __all__ = ["Album", "Chat", "Graphics", "Screen", "graphics_of", "inline", "lines_of"]
@@ -247,7 +250,7 @@ class Chat:
     def _say(self, words: str) -> None:
         with self._turn():
             self.session.add(words)
-            self._print(self.session.run(), words)
+            self._print(self.session.run(tries=None), words)
 
     def _show(self, file: str) -> None:
         path = _file(file, "/show picture.png")
@@ -255,6 +258,16 @@ class Chat:
         self.session.add(path)
         self._count(before)
         self.screen.note(f"{path} is now part of your turn; say something.")
+        self._note_far(path)
+
+    def _note_far(self, path: Path) -> None:
+        """Say that an image is unlike all that the model was trained on."""
+        sampler = self.session.sampler
+        limit = sampler.components.cfg.far_nats
+        if limit is not None:
+            (nats,) = image_nats(sampler, [read_picture(path, sampler.components.cfg.fae.image_size)])
+            if nats > limit:
+                self.screen.note(FAR)
 
     def _draw(self, words: str) -> None:
         if not words and not self.session.mark().is_open:
@@ -303,6 +316,8 @@ class Chat:
 
     def _show_made(self, made: Made, words: str) -> None:
         self.screen.image(made.image, self.album.add(made.image, words, self.session.seed))
+        if made.confidence is not None and made.confidence <= CONFIRMED:
+            self.screen.note(f"it confirms none of its tries; the likeliest is shown ({made.confidence:.0%}).")
 
     # -- time and files
 

@@ -25,7 +25,7 @@ from starflow2.models.joint_stream import Output, read_documents
 from starflow2.models.sequence import pack
 from starflow2.models.token_loss import token_nats
 
-__all__ = ["Code", "PictureScore", "Score", "TokenScore", "decode_code", "invert", "score"]
+__all__ = ["Code", "PictureScore", "Score", "TokenScore", "decode_code", "image_nats", "invert", "score"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +131,16 @@ def _picture_scores(sampler: Sampler, output: Output, levels: Tensor, first: int
             noise_level=float(levels[i]),
             dims=math.prod(output.u.shape[1:]),
         )
+
+
+@inference_defaults()
+def image_nats(sampler: Sampler, images: Sequence[Tensor]) -> list[float]:
+    """-log density of images (3, s, s) without words, in nats per dim, at the noise level at which images are drawn.
+
+    There, what files do to an image (compression, another size) hardly counts, and what it shows does.
+    """
+    level = sampler.noise_level
+    return [score(sampler, [], [image], noise_level=level).pictures[0].nats_per_dim for image in images]
 
 
 @dataclass(frozen=True, slots=True)

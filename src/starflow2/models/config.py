@@ -191,6 +191,8 @@ class ModelConfig(Config):
     max_prompt_tokens: Size = 256
     max_positions: Size = 4096  # of one conversation
     self_check: SelfCheckConfig | None = None  # how the model checks its own images; None: it has not learnt to
+    # -log density in nats per dim, without words, beyond which an image is unlike all of training; None: not measured
+    far_nats: float | None = None
     features_from: Pretrained | None = None  # pretrained source of the extractor; None: its weights are in the folder
     vlm_from: Pretrained | None = None  # pretrained source of the language model and its tower; None: likewise
 

@@ -20,7 +20,7 @@ from starflow2.models.config import CodecConfig, ExtractorConfig, JointsConfig, 
 
 __all__ = ["FORMAT", "KEYS", "MODEL_TYPE", "FolderConfig", "is_model_config", "read_config"]
 
-FORMAT = 8
+FORMAT = 9
 MODEL_TYPE = "starflow2"  # by which transformers and the Hub recognise a folder (`starflow2.hf`)
 KEYS = {"model_type", "format", "stages", "model", "fingerprints", "digests"}  # of a config.json
 Json = JsonObject  # an object as config.json holds it, of any format
@@ -179,4 +179,18 @@ def _as_format_8(config: Json) -> Json:
     return {**config, "format": 8, "model": {**config["model"], "self_check": None}}
 
 
-_MIGRATIONS = (_as_format_2, _as_format_3, _as_format_4, _as_format_5, _as_format_6, _as_format_7, _as_format_8)
+def _as_format_9(config: Json) -> Json:
+    """Format 8 did not say which images are unlike those of training. Nothing was measured."""
+    return {**config, "format": 9, "model": {**config["model"], "far_nats": None}}
+
+
+_MIGRATIONS = (
+    _as_format_2,
+    _as_format_3,
+    _as_format_4,
+    _as_format_5,
+    _as_format_6,
+    _as_format_7,
+    _as_format_8,
+    _as_format_9,
+)

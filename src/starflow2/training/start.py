@@ -30,7 +30,7 @@ CONVERSING = ("vlm", "adapter", *JOINT)  # stages that train on conversations, w
 TOKENIZER_ITEMS = 250  # of each kind of the drawn world, that a new tokenizer is trained on; 2000 make no shorter texts
 MIXTURE_ITEMS = 20_000  # of a mixture, likewise
 # may differ between recipe and model
-SAMPLING = ("guidance", "guidance_schedule", "edit_guidance", "prior_scale", "self_check")
+SAMPLING = ("guidance", "guidance_schedule", "edit_guidance", "prior_scale", "self_check", "far_nats")
 
 
 def check_start(run: RunConfig, stage: str, folder: Path) -> None:
