@@ -158,11 +158,11 @@ def test_multiple_choice_by_letters_and_by_likelihood(nano, tasks):
     data = write_parquet(tasks / "likely.parquet", rows, image=datasets.Image())
     (tasks / "likely.yaml").write_text(LIKELIHOOD_TASK.format(data=data))
     scores = harness(tasks, "shapes_likely", "--force_simple")
-    likeliest = [
-        int(np.argmax([nano.score([picture(item.choice.scenes[0]), item.choice.text], [c]).log_prob for c in "abcd"]))
+    chosen = [  # the harness takes the smallest number, as if it were a loss
+        int(np.argmin([nano.score([picture(item.choice.scenes[0]), item.choice.text], [c]).log_prob for c in "abcd"]))
         for item in items
     ]
-    expected = np.mean([best == row["answer"] for best, row in zip(likeliest, rows, strict=True)])
+    expected = np.mean([best == row["answer"] for best, row in zip(chosen, rows, strict=True)])
     assert scores["acc,none"] == pytest.approx(expected, abs=1e-12)
 
 

@@ -75,7 +75,8 @@ class SimpleModel(lmms):  # type: ignore[misc]  # not installed where types are 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Log probability in nats of each continuation, and is it the greedy one?
 
-        The pair comes in the harness's own envelope: version 0.7.3 turns any other pair into text.
+        The pair comes in the harness's own envelope: version 0.7.3 turns any other pair into text. Its multiple-choice
+        tasks take the smallest number, as if it were a loss (docs/choices.md#published-benchmarks).
         """
         pairs = []
         for request in requests:
