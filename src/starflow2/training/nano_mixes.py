@@ -1,0 +1,39 @@
+"""Mixes of nano: conversations about images, captions of drawings, and the stage that ends joint training."""
+
+from __future__ import annotations
+
+from starflow2.training.config import CaptionConfig, MixConfig, OptimConfig, StageConfig, TalkConfig
+
+__all__ = ["NANO_DRAWINGS", "NANO_END", "NANO_TALK", "NANO_TALK_EARLY"]
+
+NANO_TALK_EARLY = TalkConfig(  # what an image shows, places of lone objects, letters with two options
+    picture=0.56, places=0.14, sides=0.03, details=0.05, pictures=0.05, choice=0.06, reading=0.03, game=0.02, check=0.06
+)
+NANO_TALK = TalkConfig(  # sides make up a third of yes or no, checks a sixth of the conversations
+    picture=0.28, places=0.07, sides=0.19, details=0.09, pictures=0.06, choice=0.08, reading=0.05, game=0.02, check=0.16
+)
+NANO_DRAWINGS = CaptionConfig(  # edits and stories make the model forget counts and positions first
+    single_object=0.03,
+    two_object=0.17,
+    counting=0.16,
+    colors=0.05,
+    position=0.20,
+    color_attr=0.16,
+    dense=0.01,
+    mixed=0.08,
+    many=0.04,
+    placed=0.06,
+    sized=0.04,
+)
+
+
+NANO_END = StageConfig(  # without the distance to the flow of t2i: docs/choices.md#the-end-of-stage-joint
+    name="end",
+    steps=560,
+    batch=32,
+    optim=OptimConfig(lr=6e-4, matrix_lr=9e-4, decay_share=1.0),
+    mix=MixConfig(understand=0.03, check=0.05, draw=0.53, edit=0.24, chain=0.02, beginning=0.08, story=0.05),
+    captions=NANO_DRAWINGS,
+    talk=NANO_TALK,
+    keep_as="nano-heldout",
+)
