@@ -49,7 +49,7 @@ class StarFlow2Config(PreTrainedConfig):
 class MultimodalOutput(ModelOutput):
     """Replies of words and images: their tokens alone, (B, T), and the images of all of them, (I, 3, s, s)."""
 
-    sequences: Tensor | None = None
+    sequences: Tensor
     pixels: Tensor | None = None
 
 
@@ -138,7 +138,6 @@ class StarFlow2Processor(ProcessorMixin):
         """Texts, images, or for each reply a list of both in order: what `generate` returned in the same mode."""
         decode = self.words.tokenizer.decode
         if isinstance(outputs, MultimodalOutput):
-            assert outputs.sequences is not None
             replies = token_replies.split_batch(outputs.sequences, None, outputs.pixels, self.words.layout)
             return [[to_pil(part) if isinstance(part, Tensor) else decode(part) for part in reply] for reply in replies]
         if generation_mode == "image":
