@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+import webbrowser
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -14,12 +15,16 @@ from starflow2.cli.parsing import Option
 from starflow2.errors import UsageError
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from starflow2.serving.guard import Policy
     from starflow2.serving.limits import ServeLimits
+    from starflow2.serving.service import Service
 
 __all__ = ["Serve"]
 
 Dialect = Literal["openai", "vllm-omni"]
+PAGE = "/page"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,7 @@ class Serve:
         "openai"
     )
     allow_urls: Annotated[bool, Option("fetch images of requests from public servers")] = False
+    open: Annotated[bool, Option("show the page in a browser; it needs the extra ui")] = False
     allow_origin: Annotated[str | None, Option("let pages of this origin in", metavar="ORIGIN")] = None
     model: Model = "nano"
     device: Device = "auto"
@@ -65,8 +71,24 @@ class Serve:
         from starflow2.serving.service import Service
 
         service = Service(load_joint(self.model, self.device, self.verb), limits, self.sessions)
-        app = build_app(service, policy=policy, dialect=self.chat_dialect, fetches=self.allow_urls)
-        return run_app(app, self.host, self.port, limits)
+        extend = self._page(service)
+        app = build_app(service, policy=policy, dialect=self.chat_dialect, fetches=self.allow_urls, extend=extend)
+        opens = webbrowser.open if self.open else None
+        return run_app(app, self.host, self.port, limits, "" if extend is None else PAGE, opens)
+
+    def _page(self, service: Service) -> Callable[[FastAPI], FastAPI] | None:
+        """What adds the page to an application, where Gradio is installed. Raises UsageError if it has to be there."""
+        if importlib.util.find_spec("gradio") is None:
+            if self.open:
+                raise UsageError("--open needs packages that are not installed: pip install 'starflow2[serve,ui]'.")
+            return None
+
+        def extend(app: FastAPI) -> FastAPI:
+            from starflow2.serving.page import mount_page
+
+            return mount_page(app, service, PAGE)
+
+        return extend
 
     def _policy(self) -> Policy:
         from starflow2.serving.guard import Policy

@@ -8,6 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import socket
+import threading
+import time
+from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
@@ -33,16 +36,38 @@ def server_config(app: FastAPI, limits: ServeLimits, log_level: str = "info") ->
     )
 
 
-def run_app(app: FastAPI, host: str, port: int, limits: ServeLimits) -> int:
-    """Serve until a signal, and return the exit status. Raises OutputError for an address that cannot be had."""
+def run_app(
+    app: FastAPI,
+    host: str,
+    port: int,
+    limits: ServeLimits,
+    page: str = "",
+    opens: Callable[[str], object] | None = None,
+) -> int:
+    """Serve until a signal, and return the exit status. Raises OutputError for an address that cannot be had.
+
+    page: path of the page, if there is one. opens: called with its address as soon as it is there.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     listening = _listen(host, port)
     name, found = listening.getsockname()[:2]
     shown = f"[{name}]" if ":" in name else name
     print(f"serving at http://{shown}:{found}/v1 until Ctrl-C; see http://{shown}:{found}/openapi.json", flush=True)
     server = uvicorn.Server(server_config(app, limits, "warning"))
+    if page:
+        print(f"the page: http://{shown}:{found}{page}/", flush=True)
+    if opens is not None:
+        address = f"http://{shown}:{found}{page}/"
+        threading.Thread(target=_open, args=(server, address, opens), daemon=True).start()
     server.run(sockets=[listening])
     return 0 if server.started else 2
+
+
+def _open(server: uvicorn.Server, address: str, opens: Callable[[str], object]) -> None:
+    """Wait for the server, then show an address."""
+    while not server.started:
+        time.sleep(0.05)
+    opens(address)
 
 
 def _listen(host: str, port: int) -> socket.socket:
