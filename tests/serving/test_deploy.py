@@ -14,7 +14,7 @@ import pytest
 from page_references import broken_commands
 
 ROOT = Path(__file__).resolve().parents[2]
-UNIT, CONTAINER = ROOT / "deploy" / "starflow2.service", ROOT / "deploy" / "Containerfile"
+UNIT, CONTAINER = ROOT / "deploy" / "starflow2-server.service", ROOT / "deploy" / "Containerfile"
 KNOWN = {"FROM", "RUN", "COPY", "USER", "WORKDIR", "ENV", "ARG", "VOLUME", "EXPOSE", "LABEL"}
 KNOWN |= {"STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT", "CMD", "SHELL", "ADD"}
 
@@ -72,7 +72,7 @@ def instructions(text: str) -> list[tuple[str, str]]:
 
 
 def faults(text: str) -> list[str]:
-    """What a linter of container files complains about."""
+    """Complaints of a linter of container files."""
     found, steps = list[str](), instructions(text)
     stages = {part.split(" AS ")[1] for name, part in steps if name == "FROM" and " AS " in part}
     users = [argument for name, argument in steps if name == "USER"]

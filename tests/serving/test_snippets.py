@@ -32,7 +32,7 @@ def blocks(language: str) -> list[str]:
 
 
 def seen(file: Path, *shows: GenEvalObject) -> str:
-    """What is wrong with a picture that a client saved."""
+    """Faults of a picture that a client saved."""
     return faults_of(Example(task="draw", what="", text=file.name, shows=shows), to_pil(read_picture(file, 64)))
 
 
@@ -63,7 +63,7 @@ def test_the_python_client_draws_edits_asks_and_scores(address, tmp_path, monkey
     for block in blocks("python"):
         exec(block.replace(ADDRESS, address), names)
     answer, colour, scores = capsys.readouterr().out.split(maxsplit=2)
-    assert (answer, colour) == ("blue", "red") and "logprob" in scores
+    assert (answer, colour) == ("blue", "red") and float(scores.strip().strip("[]"))
     hearts = {f"hearts-{seed}.png": seen(tmp_path / f"hearts-{seed}.png", HEARTS) for seed in range(2)}
     assert hearts == dict.fromkeys(hearts, "")
     assert not seen(tmp_path / "star.png", shown("a red star")) and not seen(

@@ -10,7 +10,7 @@ from starflow2.errors import PromptError, StateError
 from starflow2.evals.examples import faults_of
 from starflow2.serving import page_view as view
 from starflow2.serving.service import Service
-from starflow2.serving.talks import MOST_TALKS, Choice, Desk, Picture, Try, Turn, examples_of, heard
+from starflow2.serving.talks import MOST_TALKS, Choice, Desk, Picture, Try, Turn, examples_of, turn_of
 from starflow2.world.examples import Example, shown
 
 
@@ -25,7 +25,7 @@ def spoken(service, desk, *turns, **choice):
 
     async def run() -> None:
         for words in turns:
-            async for _ in desk.say(service, heard(service, words), Choice(**choice)):
+            async for _ in desk.say(service, turn_of(service, words), Choice(**choice)):
                 pass
 
     asyncio.run(run())
@@ -101,7 +101,7 @@ def test_drafts_come_before_the_picture(service):
     desk, states = Desk(), []
 
     async def watch() -> None:
-        async for _ in desk.say(service, heard(service, "two pink hearts"), Choice()):
+        async for _ in desk.say(service, turn_of(service, "two pink hearts"), Choice()):
             states.extend("draft" if p.is_draft else "final" for p in desk.turn.reply.pictures if p.image)
 
     asyncio.run(watch())
@@ -112,7 +112,7 @@ def test_a_reply_that_is_stopped_leaves_no_turn(service):
     desk = spoken(service, Desk(), "a red star")
 
     async def leave() -> None:
-        async for _ in desk.say(service, heard(service, "make the star blue"), Choice(tries=4)):
+        async for _ in desk.say(service, turn_of(service, "make the star blue"), Choice(tries=4)):
             if desk.is_busy:
                 with pytest.raises(StateError, match="being made"):
                     desk.undo()
@@ -124,7 +124,7 @@ def test_a_reply_that_is_stopped_leaves_no_turn(service):
 
 def test_a_visitor_that_leaves_in_the_middle_leaves_nothing_in_the_engine(service):
     async def leave() -> None:
-        changes = Desk().say(service, heard(service, "a red star"), Choice(tries=4))
+        changes = Desk().say(service, turn_of(service, "a red star"), Choice(tries=4))
         await anext(changes)
         await changes.aclose()
 
@@ -148,7 +148,7 @@ def test_a_map_is_of_the_last_picture_and_goes_away_again(service, star):
     asyncio.run(desk.map(service))
     heat = desk.turn.heat
     score = service.model.score(["two pink hearts"], [last(desk)])
-    assert heat is not None and heat.image.size == (512, 512)
+    assert heat and heat.image.size == (512, 512)
     assert heat.nats == pytest.approx(score.pictures[0].nats_per_dim, abs=1e-4)
     assert "sf-heat" in view.messages(desk)[-1]["content"]
     asyncio.run(desk.map(service))
@@ -161,7 +161,7 @@ def test_what_is_not_there_is_refused(service):
         with pytest.raises(StateError, match="nothing has been said"):
             step()
     with pytest.raises(PromptError, match="elephant"):
-        heard(service, "a red elephant")
+        turn_of(service, "a red elephant")
     with pytest.raises(PromptError, match="empty"):
         spoken(service, desk, " ")
     with pytest.raises(StateError, match="no conversation 3"):
@@ -185,7 +185,7 @@ def test_a_picture_of_the_visitor_is_read(service, star):
     desk = Desk()
 
     async def ask() -> None:
-        turn = heard(service, "what color is the star?", [_png(picture)])
+        turn = turn_of(service, "what color is the star?", [_png(picture)])
         async for _ in desk.say(service, turn, Choice()):
             pass
 

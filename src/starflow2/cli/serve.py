@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import webbrowser
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -15,16 +15,12 @@ from starflow2.cli.parsing import Option
 from starflow2.errors import UsageError
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from starflow2.serving.guard import Policy
     from starflow2.serving.limits import ServeLimits
-    from starflow2.serving.service import Service
 
 __all__ = ["Serve"]
 
 Dialect = Literal["openai", "vllm-omni"]
-PAGE = "/page"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,33 +58,22 @@ class Serve:
             raise UsageError(f"--port is {self.port}; expected 0 to 65535.")
         if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
             raise UsageError("serve needs packages that are not installed: pip install 'starflow2[serve]'.")
+        has_page = importlib.util.find_spec("gradio") is not None
+        if self.open and not has_page:
+            raise UsageError("--open needs packages that are not installed: pip install 'starflow2[serve,ui]'.")
         policy, limits = self._policy(), self._limits()
         os.environ.setdefault(
             "GOMP_SPINCOUNT", "0"
         )  # read when torch is loaded: its idle threads leave the cores to us
         from starflow2.serving.app import build_app
-        from starflow2.serving.run import run_app
+        from starflow2.serving.run import PAGE, run_app, with_page
         from starflow2.serving.service import Service
 
         service = Service(load_joint(self.model, self.device, self.verb), limits, self.sessions)
-        extend = self._page(service)
+        extend = with_page(service) if has_page else None
         app = build_app(service, policy=policy, dialect=self.chat_dialect, fetches=self.allow_urls, extend=extend)
         opens = webbrowser.open if self.open else None
-        return run_app(app, self.host, self.port, limits, "" if extend is None else PAGE, opens)
-
-    def _page(self, service: Service) -> Callable[[FastAPI], FastAPI] | None:
-        """What adds the page to an application, where Gradio is installed. Raises UsageError if it has to be there."""
-        if importlib.util.find_spec("gradio") is None:
-            if self.open:
-                raise UsageError("--open needs packages that are not installed: pip install 'starflow2[serve,ui]'.")
-            return None
-
-        def extend(app: FastAPI) -> FastAPI:
-            from starflow2.serving.page import mount_page
-
-            return mount_page(app, service, PAGE)
-
-        return extend
+        return run_app(app, self.host, self.port, limits, PAGE if has_page else "", opens)
 
     def _policy(self) -> Policy:
         from starflow2.serving.guard import Policy

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from starflow2.errors import StarFlowError
 from starflow2.models.wording import classes_of
 from starflow2.serving import page_view as view
-from starflow2.serving.talks import Choice, Desk, examples_of, heard
+from starflow2.serving.talks import Choice, Desk, examples_of, turn_of
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 import gradio as gr
@@ -52,7 +52,7 @@ HEAD = f'<link rel="icon" href="{ICON}"><meta name="color-scheme" content="light
 
 
 class Said(TypedDict):
-    """What the box holds: words, and the names of pictures that Gradio has received."""
+    """Contents of the box: words, and the names of pictures that Gradio has received."""
 
     text: str
     files: list[str]
@@ -70,6 +70,10 @@ class Page:
         self.service = service
         self.examples = examples_of(service)
 
+    async def arrive(self) -> Desk:
+        """A desk for a new visitor."""
+        return Desk()
+
     def shown(self, desk: Desk, box: object = None) -> Shown:
         """The desk, the messages, the strip, the tabs and the box, in the order of the components."""
         strip, tabs = view.strip(desk), view.tabs(desk)
@@ -81,12 +85,12 @@ class Page:
             gr.update() if box is None else box,
         )
 
-    async def say(self, desk: Desk, said: Said, seed: float, tries: float, guidance: float) -> AsyncGenerator[Shown]:
+    async def say(self, desk: Desk, typed: Said, seed: float, tries: float, guidance: float) -> AsyncGenerator[Shown]:
         """A turn of the visitor."""
         choice = self._choice(seed, tries, guidance)
         try:
             desk.check_idle()
-            turn = heard(self.service, said["text"], _taken(said["files"]), choice.guidance)
+            turn = turn_of(self.service, typed["text"], _taken(typed["files"]), choice.guidance)
         except StarFlowError as error:
             desk.notice = str(error)
             yield self.shown(desk)
@@ -94,14 +98,14 @@ class Page:
         yield self.shown(desk, _box("", waits=True))
         async for shown in self._replied(desk, desk.say(self.service, turn, choice)):
             yield shown
-        yield self.shown(desk, _box(said["text"] if desk.notice else ""))
+        yield self.shown(desk, _box(typed["text"] if desk.notice else ""))
 
     def _choice(self, seed: float, tries: float, guidance: float) -> Choice:
         own = self.service.sampler.config.guidance
         return Choice(seed=int(seed or 0), tries=int(tries), guidance=None if guidance == own else float(guidance))
 
     async def _replied(self, desk: Desk, changes: AsyncGenerator[None]) -> AsyncGenerator[Shown]:
-        """What is seen while a reply is made, a few times a second."""
+        """Updates while a reply is made, a few times a second."""
         last = 0.0
         try:
             async with contextlib.aclosing(changes):
@@ -192,10 +196,11 @@ def build_page(service: Service) -> gr.Blocks:
         with gr.Row(elem_id="sf-columns"):
             with gr.Column(scale=7, min_width=300):
                 parts, tools = _conversation()
-                chips = gr.HTML(view.chips(page.examples), js_on_load=PICK)
             with gr.Column(scale=3, min_width=260):
                 settings = _settings(service)
+                chips = gr.HTML(view.chips(page.examples), js_on_load=PICK, elem_id="sf-chips")
         _connect(page, parts, tools, settings, chips)
+        blocks.load(page.arrive, None, parts[:1], show_progress="hidden", api_visibility="private")
     blocks.queue(max_size=QUEUE, default_concurrency_limit=None, api_open=False)
     return blocks
 
@@ -208,10 +213,10 @@ def _header(model: StarFlow2) -> str:
 
 def _conversation() -> tuple[list[gr.Component], list[gr.Button]]:
     """The components that `Page.shown` fills, and the buttons below the conversation."""
-    desk = gr.State(Desk, time_to_live=KEPT_S)
+    desk = gr.State(time_to_live=KEPT_S)
     tabs = gr.HTML("", js_on_load=PICK, visible=False)
     chat = gr.Chatbot(
-        elem_id="sf-chat", show_label=False, container=False, height="clamp(320px, 56dvh, 620px)", buttons=[],
+        elem_id="sf-chat", show_label=False, container=False, height="clamp(320px, 52dvh, 620px)", buttons=[],
         feedback_options=None, placeholder=view.placeholder(), latex_delimiters=[], allow_tags=False,
         group_consecutive_messages=False,
     )  # fmt: skip

@@ -195,7 +195,7 @@ def header(model: str, size: str) -> str:
 
 
 def placeholder() -> str:
-    """Text of an empty conversation."""
+    """Greeting in an empty conversation."""
     return (
         f'<div class="sf-empty">{MARK}<h2>What shall it draw?</h2>'
         "<p>Say it below, or click a sentence. Then change the picture with words, or ask about it.</p></div>"

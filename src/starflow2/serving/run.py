@@ -17,8 +17,11 @@ from fastapi import FastAPI
 
 from starflow2.errors import OutputError
 from starflow2.serving.limits import ServeLimits
+from starflow2.serving.service import Service
 
-__all__ = ["run_app", "server_config"]
+__all__ = ["PAGE", "run_app", "server_config", "with_page"]
+
+PAGE = "/page"
 
 
 def server_config(app: FastAPI, limits: ServeLimits, log_level: str = "info") -> uvicorn.Config:
@@ -34,6 +37,17 @@ def server_config(app: FastAPI, limits: ServeLimits, log_level: str = "info") ->
         h11_max_incomplete_event_size=65536,
         ws="none",
     )
+
+
+def with_page(service: Service) -> Callable[[FastAPI], FastAPI]:
+    """A function that adds the page to an application; it needs Gradio."""
+
+    def extend(app: FastAPI) -> FastAPI:
+        from starflow2.serving.page import mount_page
+
+        return mount_page(app, service, PAGE)
+
+    return extend
 
 
 def run_app(

@@ -36,7 +36,7 @@ from starflow2.world.examples import EXAMPLES, Example
 if TYPE_CHECKING:
     from starflow2.serving.service import Service
 
-__all__ = ["Choice", "Desk", "Heat", "Picture", "Talk", "Try", "Turn", "examples_of", "heard"]
+__all__ = ["Choice", "Desk", "Heat", "Picture", "Talk", "Try", "Turn", "examples_of", "turn_of"]
 
 DRAFTS = 3  # of a picture while it is drawn
 MOST_TRIES = 16  # of one turn, so that a strip stays a strip
@@ -111,7 +111,7 @@ class Heat:
 
 @dataclass(slots=True, eq=False)
 class Turn:
-    """Words that were said, the tries of a reply, the one that the conversation goes on with, and a map over it.
+    """A turn of the visitor, the tries of a reply, which of them goes on, and a map over its picture.
 
     shown: pictures of the visitor, (3, s, s) in [-1, 1]. read: the words as the model reads them.
     """
@@ -129,14 +129,14 @@ class Turn:
         return self.tries[self.chosen]
 
     @property
-    def said(self) -> tuple[str | Tensor, ...]:
+    def parts(self) -> tuple[str | Tensor, ...]:
         return (*self.shown, *([self.read] if self.read else []))
 
     @property
     def past(self) -> PastTurn:
         """The turn and its reply, for a service that has forgotten it."""
         parts = [piece.pixels if isinstance(piece, Picture) else piece.strip() for piece in self.reply.pieces]
-        return self.said, [part for part in parts if part is not None]
+        return self.parts, [part for part in parts if part is not None]
 
     @property
     def next_seed(self) -> int:
@@ -165,7 +165,7 @@ class Choice:
     guidance: float | None = None
 
 
-def heard(service: Service, words: str, pictures: Sequence[bytes] = (), guidance: float | None = None) -> Turn:
+def turn_of(service: Service, words: str, pictures: Sequence[bytes] = (), guidance: float | None = None) -> Turn:
     """A turn of these words and pictures. Raises PromptError, DataError, ShapeError for what the model cannot take."""
     words = words.strip()
     shown = [part for part in service.checked(pictures) if isinstance(part, Tensor)]
@@ -218,7 +218,7 @@ class Desk:
     async def say(self, service: Service, turn: Turn, choice: Choice) -> AsyncGenerator[None]:
         """Add a turn and have it answered; yields at every visible change. What fails or is stopped leaves no turn."""
         self.check_idle()
-        if not turn.said:
+        if not turn.parts:
             raise PromptError("the prompt is empty; say what to draw, for instance 'two pink hearts'.")
         talk = self.talk
         talk.turns.append(turn)
@@ -234,11 +234,11 @@ class Desk:
         """An example in a conversation of its own: the picture that it is about, then its sentence; yields as `say`."""
         self.begin()
         if example.about:
-            async for _ in self.say(service, heard(service, example.about), Choice(seed=example.seed)):
+            async for _ in self.say(service, turn_of(service, example.about), Choice(seed=example.seed)):
                 yield
             if not self.talk.turns:  # it was stopped
                 return
-        async for _ in self.say(service, heard(service, example.text), Choice(seed=example.seed, tries=tries)):
+        async for _ in self.say(service, turn_of(service, example.text), Choice(seed=example.seed, tries=tries)):
             yield
 
     async def retry(self, service: Service, tries: int) -> AsyncGenerator[None]:
@@ -275,7 +275,7 @@ class Desk:
         last = past[-1].reply.id if past else None
         own = service.sampler.config
         config = None if turn.guidance is None else replace(own, guidance=turn.guidance, edit_guidance=None)
-        ask = Ask(parts=turn.said, owner=self.owner, config=config, keep="memory", drafts=DRAFTS, reports=True)
+        ask = Ask(parts=turn.parts, owner=self.owner, config=config, keep="memory", drafts=DRAFTS, reports=True)
         if last is not None and service.has(last, self.owner):
             return replace(ask, previous=last)
         return replace(ask, past=[one.past for one in past])
@@ -296,7 +296,7 @@ class Desk:
         if pixels is None:
             raise StateError("the last reply has no picture; draw one first.")
         earlier = [found for one in self.talk.turns[:-1] if (found := _last(one)) is not None]
-        ask = ScoreAsk(prompt=[*earlier[-1:], *turn.said], reply=[pixels], owner=self.owner)
+        ask = ScoreAsk(prompt=[*earlier[-1:], *turn.parts], reply=[pixels], owner=self.owner)
         async for event in service.submit(ask):
             if isinstance(event, Scored):
                 (score,) = event.score.pictures
