@@ -16,6 +16,7 @@ from starflow2.core.images import read_picture, to_pil
 from starflow2.errors import DataError, TrainingError
 from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
+from starflow2.models.config import SelfCheckConfig
 from starflow2.models.context import drawing_context
 from starflow2.models.sequence import Image, Text, pack
 from starflow2.training.config import CorpusConfig, StageConfig
@@ -90,6 +91,15 @@ def test_a_model_that_saw_real_text_refuses_no_word_and_broken_pictures_are_list
     assert load_components(tmp_path / "model").vocabulary == frozenset()
     listed = [json.loads(line) for line in mixture.with_name("broken.jsonl").read_text().splitlines()]
     assert {line["key"].split("/")[-1].split(".")[0] for line in listed} == {"07"}
+
+
+def test_a_model_of_a_mixture_does_not_say_that_it_checks_its_own_images(tmp_path, mixture):
+    components = tiny_components(STAGES[:4])
+    asked = SelfCheckConfig(shows="does it show {}?", done="was {} done?")
+    components.cfg = replace(components.cfg, self_check=asked)
+    save_components(components, tmp_path / "model")
+    trained(tmp_path, "t2i", mixture, 2)
+    assert load_components(tmp_path / "model").cfg.self_check is None
 
 
 class Pretended(Distributed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -97,6 +98,7 @@ def _load(run: RunConfig, stage: str, folder: Path, device: str, left_in_files: 
         )
     if run.stage(stage).corpus.mixture:
         components.vocabulary = frozenset()  # real text may hold any word
+        components.cfg = replace(components.cfg, self_check=None)  # nor has it taught the model to check itself
     elif stage in CONVERSING and components.vocabulary:
         components.vocabulary |= _world_words()
     return components
