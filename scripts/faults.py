@@ -435,8 +435,8 @@ FAULTS = (
     Fault(
         "m4",
         "inference/engine.py",
-        "(scores / limits.temperature)",
-        "(scores * limits.temperature)",
+        "(above / limits.temperature)",
+        "(above * limits.temperature)",
         "tests/inference/test_engine.py::"
         "test_tokens_are_chosen_with_the_probabilities_of_their_logits_over_the_temperature",
     ),

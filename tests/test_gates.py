@@ -239,6 +239,7 @@ ARGUMENTS: dict[str, Door] = {
     "no prompts": lambda m, x: m.draw(None, [0]),  # type: ignore[arg-type]
     "fewer questions": lambda m, x: m.answers([[x], [x]], [WORDS]),
     "images in no list": lambda m, x: m.answers([x[0, 0, 0]], [WORDS]),  # type: ignore[list-item]
+    "a past of numbers": lambda m, x: m.answers_after([[1]], [WORDS]),  # type: ignore[list-item]
     "fewer pasts": lambda m, x: m.answers_after([], [WORDS]),
     "fewer instructions": lambda m, x: m.edits(x[None], [], [0]),
     "nothing to edit": lambda m, x: m.edits(x[:0], [], []),
@@ -246,6 +247,7 @@ ARGUMENTS: dict[str, Door] = {
     "more images": lambda m, x: m.tower_answers(x[None].expand(2, -1, -1, -1), [WORDS]),
     "one image": lambda m, x: m.roundtrip(x),
     "no images": lambda m, x: m.roundtrip(None),  # type: ignore[arg-type]
+    "facts for a card": lambda m, x: m.save_pretrained("never", model_card_kwargs="x"),  # type: ignore[arg-type]
     "a code": lambda m, x: m.from_code(x),  # type: ignore[arg-type]
     "a mark": lambda m, x: m.session().rewind(3),  # type: ignore[arg-type]
     "a sampler": lambda m, x: Session(m),  # type: ignore[arg-type]
@@ -265,6 +267,11 @@ def test_arguments_of_another_kind_are_refused_before_anything_is_computed(model
     with pytest.raises(StarFlowError) as caught:
         ARGUMENTS[case](model, photo())
     assert " is " in str(caught.value) or "expected" in str(caught.value) or "this model reads" in str(caught.value)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e308])
+def test_any_finite_temperature_gives_words(model, temperature):
+    assert isinstance(model.session().add(WORDS).write(tokens=2, temperature=temperature), str)
 
 
 # -- files that are none

@@ -109,7 +109,7 @@ def _may_be(argument: str, value: object, right: object) -> bool:
         return True
     if argument == "progress":
         return callable(value)
-    if isinstance(value, list | tuple) and isinstance(right, list | tuple):
+    if isinstance(value, list | tuple | Tensor) and isinstance(right, list | tuple):
         return True
     if argument == "config":
         return isinstance(value, DrawConfig)
@@ -198,7 +198,7 @@ def _put(path: Path, kind: str) -> Path:
             path.mkdir()
         case "huge":
             with path.open("wb") as file:
-                file.truncate(5 << 30)
+                file.truncate(1 << 30)
     return path
 
 

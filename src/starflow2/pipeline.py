@@ -415,6 +415,10 @@ class StarFlow2(
     def answers_after(self, pasts: Sequence[Sequence[PastTurn]], questions: Sequence[str]) -> list[str]:
         """One greedy answer per question, each after past turns (user, assistant) of words and images (3, s, s)."""
         _listed(pasts=pasts, questions=questions)
+        for past in pasts:
+            _listed(pasts=past)
+            for turn in past:
+                _listed(turn=turn)
         talks = zip(pasts, questions, strict=True)
         return self.replies([[*(side for turn in past for side in turn), [question]] for past, question in talks])
 
@@ -595,6 +599,8 @@ class StarFlow2(
         unused = [name for name, value in hub.items() if value is not None and not push_to_hub]
         if unused:
             raise ConfigError(f"{unused[0]} is an option of push_to_hub, which is False; leave it out, or upload.")
+        if model_card_kwargs is not None and not isinstance(model_card_kwargs, dict):
+            raise ConfigError(f"model_card_kwargs is {shown(model_card_kwargs)}; expected a dictionary.")
         folder = save_components(self.components, named_place(save_directory, "save_directory", OutputError))
         card = self._card_facts() | (model_card_kwargs or {})
         if not (folder / "README.md").exists():

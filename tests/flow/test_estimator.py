@@ -232,6 +232,8 @@ def test_contexts_that_do_not_fit_are_refused() -> None:
         ("ab", {}, "shape is 'a'"),
         (2, {"width": "x"}, "width is 'x'"),
         (2, {"width": -16}, "width is -16"),
+        ((2**20, 2**20), {}, "at most 4194304 numbers a row"),
+        (2, {"width": 2**20}, "and 4294967296 weights"),
     ],
 )
 def test_densities_that_mean_nothing_are_refused(shape: Any, settings: dict[str, Any], message: str) -> None:
@@ -283,6 +285,10 @@ def test_fits_that_mean_nothing_are_refused() -> None:
             FitConfig(**settings)
     with pytest.raises(ConfigError, match=r"config is .*; expected a FitConfig"):
         density(2, width=32).fit(skewed(), config={"steps": 2})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="progress is 'x'"):
+        density(2, width=32).fit(skewed(), progress="x")  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="context has 7 rows and data 400"):
+        density(2, width=32, context=3).fit(skewed(), torch.zeros(7, dtype=torch.int64))
     with pytest.raises(ConfigError, match="generator is 3"):
         density(2, width=32).sample(2, generator=3)  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match="the loss is nan"):

@@ -31,6 +31,7 @@ __all__ = ["Density", "FitConfig", "Fitted", "density"]
 T = TypeVar("T")
 AXIS = Range(least=1, most=2**20)
 HEAD = 16  # channels of an attention head
+MOST_NUMBERS, MOST_WEIGHTS = 2**22, 2**32  # of a row; of all blocks, 16 GiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,10 @@ class Density(nn.Module):
         data = data if data.is_floating_point() else data.float()
         self.standardize(data)
         rows = self._context(context, len(data))
+        if rows is not None and len(rows.states) != len(data):
+            raise ShapeError(f"context has {len(rows.states)} rows and data {len(data)}; expected equally many.")
+        if progress is not None and not callable(progress):
+            raise ConfigError(f"progress is {described(progress)}; expected a function of (steps done, steps).")
         with torch.inference_mode(False), torch.enable_grad(), self._full_precision():
             return _Fit(self, data, None if rows is None else rows.states, config).run(progress)
 
@@ -210,6 +215,12 @@ def density(
     width = whole(width, "width", Range(least=HEAD, most=2**20))
     if width % HEAD:
         raise ConfigError(f"width is {width}; expected a multiple of {HEAD}.")
+    numbers, weights = math.prod(axes), 12 * width**2 * blocks * max(1, whole(depth, "depth", Range(least=0)))
+    if numbers > MOST_NUMBERS or weights > MOST_WEIGHTS:
+        raise ConfigError(
+            f"shape is {axes}, and width {width} with {blocks} blocks makes {weights:.1e} weights; expected at most "
+            f"{MOST_NUMBERS} numbers a row and {MOST_WEIGHTS} weights."
+        )
     grid, dim = _layout(axes, patch)
     stack = StackConfig(width=width, depth=depth, head_dim=HEAD, rope=False)
     last = BlockConfig(

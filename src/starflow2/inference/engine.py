@@ -369,7 +369,8 @@ class Engine:
             return begin if scores[begin] > scores[end] else end
         if not limits.temperature:
             return int(scores.argmax())
-        chances = (scores / limits.temperature).softmax(-1)
+        above = scores.double() - scores.max()  # in float32 a temperature may be 0 or infinite
+        chances = (above / limits.temperature).softmax(-1).float()
         return int(torch.multinomial(chances, 1, generator=reply.generator))
 
     def _wrote(self, row: int, state: _Row, reply: _Reply, token: int) -> list[RowEvent]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -240,7 +241,7 @@ def _check_digests(folder: Path, names: list[str], digests: Mapping[str, str]) -
 
 def _lexicon(path: Path) -> frozenset[str]:
     """The words that prompts may use, none for any. Raises CheckpointError for a file that is no text or is missing."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return frozenset()
     try:
         text = read_text(path)
