@@ -255,6 +255,7 @@ ARGUMENTS: dict[str, Door] = {
     "the place of a session": lambda m, x: m.session().save(" "),
     "the name of a model": lambda m, x: StarFlow2.from_pretrained(""),
     "a folder of images": lambda m, x: read_album(None, SIDE),  # type: ignore[arg-type]
+    "no position": lambda m, x: Samples(str(Path(__file__).parent), "folder").load_state_dict({}),
     "a corpus": lambda m, x: Samples(3),  # type: ignore[arg-type]
     "a number for a file": lambda m, x: read_json(0),  # type: ignore[arg-type]
     "more files than there can be": lambda m, x: Samples("x-{0..999}-{0..999}-{0..999}.tar"),

@@ -249,6 +249,10 @@ def test_what_holds_no_numbers_is_refused_by_its_name(rows: Any) -> None:
             call(rows)  # type: ignore[operator]
     with pytest.raises(ShapeError, match=r"^context is "):
         model.log_prob(torch.zeros(2, 2), torch.zeros(2, 3, device="meta") if rows is None else rows)
+    with pytest.raises(ShapeError, match=r"data has dtype torch\.complex64"):
+        model.fit(torch.zeros(30, 2, dtype=torch.complex64))
+    doubled = model.log_prob(torch.zeros(2, 2), torch.ones(2, 3, dtype=torch.float64))
+    assert torch.equal(doubled, model.log_prob(torch.zeros(2, 2), torch.ones(2, 3)))
     with pytest.raises(DataError, match="context has NaN"):
         model.log_prob(torch.zeros(2, 2), torch.full((2, 3), math.nan))
 

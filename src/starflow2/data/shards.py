@@ -145,8 +145,12 @@ class Samples:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a position; files, seed, block, shard and progress must be the same."""
-        unit, sample = state["place"]
-        self._epoch, self._done, self._start = state["epoch"], state["at"], (unit, sample)
+        try:
+            unit, sample = (whole(value, "place", Range(least=0)) for value in state["place"])
+            epoch, done = (whole(state[name], name, Range(least=0)) for name in ("epoch", "at"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"state is no position in {self.url}: {error!r}; begin anew.") from error
+        self._epoch, self._done, self._start = epoch, done, (unit, sample)
 
     def __iter__(self) -> Iterator[Sample]:
         """The rest of this pass. Afterwards the object is at the start of the next one."""
@@ -260,7 +264,7 @@ def _resolved(pattern: str) -> list[str]:
         found: list[str] = data_files.resolve_pattern(pattern, base_path="")
     except FileNotFoundError:
         return []
-    except (ImportError, ValueError, OSError) as error:  # a file system without its package, no network
+    except Exception as error:  # a file system without its package, no network, whatever its library raises
         raise DataError(f"cannot look at {pattern}: {error}") from error
     return found
 

@@ -125,7 +125,7 @@ class Density(nn.Module):
         """
         config = _instance(FitConfig, config, "config") or FitConfig()
         data = as_numbers(data, "data")
-        data = data if data.is_floating_point() else data.float()
+        data = data if data.is_floating_point() or data.is_complex() else data.float()
         self.standardize(data)
         rows = self._context(context, len(data))
         if rows is not None and len(rows.states) != len(data):
@@ -182,7 +182,7 @@ class Density(nn.Module):
             _check_labels(states, width)
             states = F.one_hot(states.long(), width).to(self.standard.mean)
         states = states.unsqueeze(1) if states.ndim == 2 else states  # (B, T, E)
-        return Context(states)
+        return Context(states.to(self.standard.mean.dtype) if states.is_floating_point() else states)
 
 
 def density(
