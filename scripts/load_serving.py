@@ -157,7 +157,11 @@ def json_order(path: str, body: object, name: str, leaves_after: float | None = 
 def scene(rng: random.Random) -> tuple[str, str]:
     """A caption, and a shape in it."""
     shape, color = rng.choice(SHAPES), rng.choice(COLORS)
-    return (f"a {color} {shape}" if rng.random() < 0.5 else f"{rng.choice(COUNTS)} {color} {shape}s"), shape
+    return (
+        f"a {color} {shape}"
+        if rng.random() < 0.5
+        else f"{rng.choice(COUNTS)} {color} {shape}{'es' if shape == 'cross' else 's'}"
+    ), shape
 
 
 def picture(rng: random.Random, side: int = 64) -> bytes:
@@ -509,9 +513,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("options", nargs="*", help="options of starflow2 serve, behind --")
-    args = parser.parse_args(arguments)
-    found = {"mixed": mixed, "generated": generated}[args.what](args.clients, args.requests, args.seed, args.options)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    end = given.index("--") if "--" in given else len(given)  # behind it: options of starflow2 serve
+    args = parser.parse_args(given[:end])
+    load = {"mixed": mixed, "generated": generated}[args.what]
+    found = load(args.clients, args.requests, args.seed, given[end + 1 :])
     print(json.dumps(found, indent=1))
     return 0 if found["ok"] else 1
 
