@@ -284,13 +284,6 @@ FAULTS = (
         "tests/models/test_model_folder.py::test_a_config_that_is_no_json_is_refused",
     ),
     Fault(
-        "b7",
-        "core/images.py",
-        "            twin.verify()\n",
-        "            pass\n",
-        "tests/core/test_images.py::test_a_flipped_bit_anywhere_in_a_png_is_found",
-    ),
-    Fault(
         "b8",
         "models/checkpoint.py",
         "        if not bool(torch.isfinite(low) & torch.isfinite(high)):\n",
