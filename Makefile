@@ -25,7 +25,7 @@ PACKAGES := -c constraints.txt -e '.[dev]' tensorboard
 # Tests that compare two routes to one number: they have to pass with any instruction set.
 EXACT := tests/flow tests/inference tests/models/test_pretzel.py tests/models/test_prefix.py tests/models/test_sequence.py
 
-.PHONY: help setup demo test check exact portable slow fuzz soak newest pins docs site release lmms nano publish
+.PHONY: help setup demo test check exact portable slow bench fuzz soak newest pins docs site release lmms nano publish
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -59,6 +59,9 @@ portable: setup ## the suite under other threads and instruction sets, half an h
 
 slow: setup ## the slow tests
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "slow and not gpu"
+
+bench: setup ## measure everything on a quiet machine, and write benchmarks/RESULTS.md; half an hour
+	OMP_NUM_THREADS=1 $(BIN)/starflow2 bench all --json benchmarks/results.jsonl --markdown benchmarks/RESULTS.md $(if $(APPLE),--peer apple=$(APPLE))
 
 fuzz: setup ## feed 10,000 malformed inputs to every door, under ten minutes; SEED=1 for others
 	PYTHONPATH=$(CURDIR)/scripts:$(CURDIR)/tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --jobs $(JOBS) --seed $(SEED)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from model_cases import STAGES, tiny_components
+from starflow2.cli.bench import Bench
 from starflow2.errors import UsageError
-from starflow2.research.bench import OperationCounter, Variant, measured, table
-from starflow2.research.bench_cases import run_benches
+from starflow2.research.bench import Counts, OperationCounter, Variant, graph_breaks, measured, report, table
+from starflow2.research.bench_shapes import at_nano_size, at_paper_size, counted, narrow
+from starflow2.research.bench_suite import run_benches
+from starflow2.training.recipes import nano_model, paper_model
 
 
 def test_a_variant_that_differs_is_not_timed_and_one_that_agrees_has_a_ratio():
@@ -40,19 +45,134 @@ def test_operations_views_and_waits_are_told_apart():
     assert (counter.counts.ops, counter.counts.kernels, counter.counts.syncs) == (4, 3, 1)
 
 
+def test_a_variant_is_made_ready_before_each_run_and_ratios_are_unit_by_unit():
+    calls: list[str] = []
+    x = torch.ones(1)
+
+    def run() -> torch.Tensor:
+        calls.append("run")
+        return x
+
+    whole = Variant(bench="b", name="whole", run=run, before=lambda: calls.append("before"), units=2, work=6.0)
+    (row,) = measured([whole], rounds=2)
+    assert calls == ["before", "run"] * 3
+    assert row["ratio"] == 1.0 and row["rate"] == pytest.approx(6.0 / row["median"])
+
+
+def test_a_result_may_have_to_be_another_than_the_baseline_s():
+    ones, twos = torch.ones(2), 2 * torch.ones(2)
+    group = [
+        Variant(bench="b", name="one", run=lambda: ones, expected=ones),
+        Variant(bench="b", name="two", run=lambda: twos, expected=twos),
+        Variant(bench="b", name="not two", run=lambda: ones, expected=twos),
+    ]
+    assert [row["check"]["ok"] for row in measured(group, 1, times=False)] == [True, True, False]
+
+
+def test_how_often_the_matrices_of_products_are_read_is_counted():
+    a, b, x = torch.ones(8, 8), torch.ones(8, 4), torch.ones(2, 8)
+    with OperationCounter() as counter:
+        for _ in range(3):
+            x @ a
+        x @ b
+    assert counter.counts.weights == 3 * a.nbytes + b.nbytes
+    assert counter.counts.passes == pytest.approx((3 * a.nbytes + b.nbytes) / (a.nbytes + b.nbytes))
+
+
+def test_a_step_that_looks_at_a_value_breaks_its_graph():
+    x = torch.ones(2)
+
+    def looks() -> torch.Tensor:
+        return x + 1 if bool(x.sum() > 1) else x - 1
+
+    assert graph_breaks(lambda: x + 1) == 0
+    assert graph_breaks(looks) > 0
+
+
+# -- what a latent takes: no weights, no values -----------------------------------------------------------------------
+
+
+def latent_counts(variants: Sequence[Variant], name: str) -> tuple[Counts, int]:
+    """Counts of a variant, and the latents that it draws."""
+    variant = next(v for v in variants if v.name == name)
+    assert variant.before is not None
+    variant.before()
+    with OperationCounter() as counter:
+        variant.run()
+    return counter.counts, variant.units
+
+
+def test_a_guided_latent_at_the_paper_s_size_is_one_pass_of_at_most_700_kernels_that_waits_for_nothing():
+    counts, latents = latent_counts(next(at_paper_size()), "lean")
+    assert counts.kernels <= 700 * latents
+    assert counts.syncs == 0
+    assert counts.passes / latents == pytest.approx(1.0)
+    layers = 2 * 28 * 233e6 + 4 * 24 * 113e6  # bytes: the language model's weights take two each, the flow's four
+    assert counts.weights / latents == pytest.approx(layers, rel=0.05)
+
+
+def test_the_plain_form_reads_the_weights_once_for_each_branch():
+    counts, latents = latent_counts(next(at_nano_size()), "reference")
+    lean, _ = latent_counts(next(at_nano_size()), "lean")
+    assert counts.passes / latents == pytest.approx(2.0, abs=0.1) and lean.passes / latents == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("cfg", [paper_model(), nano_model()], ids=lambda cfg: cfg.name)
+def test_a_latent_is_one_graph_for_a_compiler_and_equals_the_reference_with_numbers(cfg):
+    shallow = replace(narrow(cfg), vlm=replace(narrow(cfg).vlm, depth=2))
+    deep = replace(shallow.flow.deep, stack=replace(shallow.flow.deep.stack, depth=2))
+    variants = next(counted(replace(shallow, flow=replace(shallow.flow, deep=deep)), torch.float32))
+    reference, lean = measured(variants, 1, times=False)
+    assert lean["check"]["ok"] and lean["check"]["max_abs"] > 0 and reference["check"]["ok"]
+    assert lean["graph_breaks"] == 0 and "graph_breaks" not in reference
+
+
+# -- benches of a model -----------------------------------------------------------------------------------------------
+
+
 def test_benches_of_a_model_agree_with_the_reference_and_are_json():
-    rows = list(
-        run_benches(lambda: tiny_components(STAGES, side=4), ["latent", "shallow", "text"], rounds=1, times=False)
-    )
-    assert {row["variant"] for row in rows} >= {"reference", "lean float64", "Jacobi"}
+    names = ["latent", "shallow", "deep", "text", "turns"]
+    rows = list(run_benches(lambda: tiny_components(STAGES, side=3), names, rounds=1, times=False))
+    assert {row["bench"] for row in rows} == {*names, "prefill"}
     assert all(row["check"]["ok"] for row in rows), [row for row in rows if not row["check"]["ok"]]
     for row in rows:
         assert json.loads(json.dumps(row, allow_nan=False)) == row
     lean = [row for row in rows if row["variant"] == "lean float64" and row["guided"]]
     reference = [row for row in rows if row["variant"] == "reference" and row.get("guided")]
     assert lean[0]["ops"] < reference[0]["ops"] / 2 and lean[0]["syncs"] == 0
+    again = [row for row in rows if row["variant"] == "lean, turn 8, all read anew"]
+    cached = [row for row in rows if row["variant"] == "lean, turn 8"]
+    assert again[0]["ops"] > 1.1 * cached[0]["ops"]
 
 
-def test_an_unknown_benchmark_is_refused():
+@pytest.mark.slow
+def test_rows_flows_data_and_training_steps_agree_with_what_they_must_be():
+    rows = list(run_benches(lambda: tiny_components(STAGES), ["many", "flow", "data", "train"], rounds=1, times=True))
+    assert all(row["check"]["ok"] for row in rows), [row for row in rows if not row["check"]["ok"]]
+    steps = {row["variant"]: row for row in rows}
+    assert steps["joint, bfloat16, step"]["check"]["max_abs"] > 0
+    assert steps["t2i, float32, step"]["rate"] > 0
+
+
+def test_a_report_says_what_was_run_where_and_has_a_table_for_each_bench():
+    x = torch.ones(1)
+    rows = list(measured([Variant(bench=name, name="same", run=lambda: x) for name in ("one", "two")], 1))
+    page = report(rows, "starflow2 bench one two")
+    assert "Written by `starflow2 bench one two`" in page and page.index("## one") < page.index("## two")
+
+
+def test_unknown_benchmarks_and_peers_are_refused(tmp_path):
     with pytest.raises(UsageError, match='Did you mean "latent"'):
         list(run_benches(tiny_components, ["latents"], 1, times=False))
+    with pytest.raises(UsageError, match="--peer names 'google'"):
+        list(run_benches(tiny_components, [], 1, times=False, peers={"google": tmp_path}))
+    with pytest.raises(UsageError, match=r"there is no transformer_flow\.py"):
+        list(run_benches(tiny_components, [], 1, times=False, peers={"apple": tmp_path}))
+
+
+def test_the_command_writes_rows_and_tables(tmp_path):
+    command = Bench(names=("ceil",), rounds=1, json=tmp_path / "rows.jsonl", markdown=tmp_path / "page.md")
+    assert command.run([]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()]
+    assert {"bench", "variant", "ops", "kernels", "syncs", "check", "rate", "quiet"} <= set(rows[0])
+    assert (tmp_path / "page.md").read_text("utf-8").startswith("# Benchmarks\n\nWritten by `starflow2 bench ceil")

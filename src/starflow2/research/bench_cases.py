@@ -1,22 +1,22 @@
-"""Benchmarks of `starflow2 bench`: a latent, whole images, many rows, shallow blocks, turns, words, and starting up.
+"""Benchmarks of decoding: an image's latents, whole images, shallow blocks, prompts and words.
 
 Each function yields groups of variants; the first of a group is the reference that the others are compared with. Models
-are nano, or one of another shape with random weights.
+are nano, or one of another shape with random weights. Many rows and many turns are in `bench_rows`.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from starflow2.core.serialize import JsonObject
-from starflow2.errors import UsageError, nearest
-from starflow2.flow.solver import SEQUENTIAL, Jacobi
+from starflow2.flow.block import Reading
+from starflow2.flow.context import Context, Guide
+from starflow2.flow.solver import SEQUENTIAL, BlockJacobi, Jacobi, Solution, Solver, solve
 from starflow2.inference.backend import Backend, Begin, Chunk, NewImage, Pair
 from starflow2.inference.config import DrawConfig, ReplyLimits
 from starflow2.inference.engine import Engine
@@ -27,10 +27,11 @@ from starflow2.inference.sampler import Sampler
 from starflow2.inference.streams import StreamBackend
 from starflow2.models.components import Components
 from starflow2.models.config import ModelConfig
+from starflow2.models.pretzel import text_context
 from starflow2.models.sequence import Cursor
-from starflow2.research.bench import Variant, measured
+from starflow2.research.bench import Variant
 
-__all__ = ["BENCHES", "run_benches"]
+__all__ = ["LATENT", "PROMPTS", "Drawing", "deep", "forms", "latent", "picture", "shallow", "text"]
 
 LATENT = 2e-3  # largest difference of a latent in float32 from the float64 reference (issue 6, D4)
 PROMPTS = ("two red hearts", "a blue star left of a green ring", "a small black diamond", "a red circle")
@@ -40,15 +41,30 @@ PROMPTS = ("two red hearts", "a blue star left of a green ring", "a small black 
 
 
 class Drawing:
-    """An image being drawn by a backend, guided or not, by numbers that need no tokenizer."""
+    """An image that a backend draws, guided or not, by numbers that need no tokenizer.
 
-    def __init__(self, backend: Backend, cfg: ModelConfig, *, guided: bool) -> None:
-        self.backend, self.cfg = backend, cfg
-        lanes = [self._lane([1, *range(10, 20), 2, 4])]
-        if guided:
-            lanes.append(self._lane([1, 2, 4]))
-        self.pair = Pair(lanes[0], lanes[1] if guided else None, cfg.draw_level)
-        backend.arrange([self.pair], [])
+    count: of latents, None: all of them and then their shallow inverse. words: positions of the prompt.
+    """
+
+    def __init__(
+        self, backend: Backend, cfg: ModelConfig, *, guided: bool, count: int | None = None, words: int = 13
+    ) -> None:
+        self.backend, self.cfg, self.guided, self.words = backend, cfg, guided, words
+        self.count = count or cfg.flow.deep.num_latents
+        self.is_whole = count is None
+        self.pair: Pair | None = None
+
+    def restart(self) -> Pair:
+        """Read the prompt in fresh lanes."""
+        if self.pair is not None:
+            for lane in (self.pair.lane, self.pair.blank):
+                if lane is not None:
+                    self.backend.close(lane)
+        main = self._lane([1, *range(10, 7 + self.words), 2, 4])
+        blank = self._lane([1, 2, 4]) if self.guided else None
+        self.pair = Pair(main, blank, self.cfg.draw_level)
+        self.backend.arrange([self.pair], [])
+        return self.pair
 
     def _lane(self, ids: Sequence[int]) -> int:
         deep, lane, cursor = self.cfg.flow.deep, self.backend.open(), Cursor(self.cfg.flow.deep.grid)
@@ -60,45 +76,59 @@ class Drawing:
         self.backend.start(lane, NewImage(z, self.cfg.draw_level, strength, *cursor.latents(), None))
         return lane
 
-    def draw(self, count: int) -> None:
-        self.backend.draw([self.pair], count)
+    def draw(self) -> Tensor:
+        """Latents u (n, D) after `restart`; of a whole image x below them, (2 N, D)."""
+        assert self.pair is not None
+        self.backend.draw([self.pair], self.count)
+        u = self.backend.drawn(self.pair).u[: self.count]
+        if not self.is_whole:
+            return u
+        return torch.cat([u, self.backend.unshallow(u[None], self.cfg.draw_level, SEQUENTIAL)[0]])
+
+    def whole(self) -> Tensor:
+        """Read the prompt and draw; returns what `draw` does."""
+        self.restart()
+        return self.draw()
+
+    def step(self) -> Callable[[], None]:
+        """The next latent, as a compiler would take it, from a new image on."""
+        pair = self.restart()
+        assert isinstance(self.backend, LeanBackend)
+        return self.backend.latent_step([pair])
+
+
+def forms(components: Components) -> dict[str, Backend]:
+    """Every code that runs this model, by name; the first is the reference in float64."""
+    stream = components.pretzel
+    found: dict[str, Backend] = {
+        "reference": StreamBackend(stream.in_float64(), torch.float64),
+        "lean float64": LeanBackend(pack(stream, torch.float64)),
+        "lean": LeanBackend(pack(stream)),
+    }
+    fastest = Sampler(components, DrawConfig.for_model(components)).backend()
+    return found | ({fastest.name: fastest} if fastest.name not in found else {})
 
 
 def latent(components: Components) -> Iterator[list[Variant]]:
-    """The first latents of an image: the streams by themselves in float64, and the forms on packed weights."""
-    stream, cfg, count = components.pretzel, components.cfg, 16
+    """The latents of an image and their share of the shallow blocks, after its prompt."""
+    cfg = components.cfg
     for guided in (True, False):
-        backends: dict[str, Backend] = {
-            "reference": StreamBackend(stream.in_float64(), torch.float64),
-            "lean float64": LeanBackend(pack(stream, torch.float64)),
-            "lean": Sampler(components, DrawConfig.for_model(components)).backend(),
-        }
-        yield [
-            Variant(
-                bench="latent",
-                name=name if name != "lean" else backend.name,
-                run=_first_latents(backend, cfg, guided, count),
-                units=count,
-                tolerance=LATENT,
-                settings={"shape": cfg.name, "batch": 1, "guided": guided, "dtype": str(backend.dtype)},
+        group = []
+        for name, backend in forms(components).items():
+            drawing = Drawing(backend, cfg, guided=guided)
+            settings: JsonObject = {"shape": cfg.name, "batch": 1, "guided": guided, "dtype": str(backend.dtype)}
+            group.append(
+                Variant(
+                    bench="latent",
+                    name=name,
+                    run=drawing.draw,
+                    before=drawing.restart,
+                    units=cfg.flow.deep.num_latents,
+                    tolerance=LATENT,
+                    settings=settings,
+                )
             )
-            for name, backend in backends.items()
-        ]
-
-
-def _first_latents(backend: Backend, cfg: ModelConfig, guided: bool, count: int) -> Callable[[], Tensor]:
-    """Draws the first latents of a new image; its prompt is read before."""
-
-    def run() -> Tensor:
-        drawing = Drawing(backend, cfg, guided=guided)
-        drawing.draw(count)
-        found = backend.drawn(drawing.pair).u[:count]
-        for lane in (drawing.pair.lane, drawing.pair.blank):
-            if lane is not None:
-                backend.close(lane)
-        return found
-
-    return run
+        yield group
 
 
 # -- whole images, many rows ------------------------------------------------------------------------------------------
@@ -146,22 +176,81 @@ def picture(components: Components) -> Iterator[list[Variant]]:
 
 
 def shallow(components: Components) -> Iterator[list[Variant]]:
-    """The shallow blocks' inverse of one and of eight images: one latent after the other, and by Jacobi iteration."""
+    """The shallow blocks' inverse of 1, 8 and 32 images: one latent after the other, and by Jacobi iteration."""
     deep, level = components.cfg.flow.deep, components.cfg.draw_level
-    sampler = Sampler(components, DrawConfig.for_model(components))
-    backend, exact = sampler.backend(), StreamBackend(components.pretzel.in_float64(), torch.float64)
-    for batch in (1, 8):
+    backends = forms(components)
+    for batch in (1, 8, 32):
         u = torch.randn(batch, deep.num_latents, deep.dim, generator=torch.Generator().manual_seed(0))
         runs: dict[str, Callable[[], Tensor]] = {
-            "reference": lambda u=u: exact.unshallow(u.double(), level, SEQUENTIAL),  # type: ignore[misc]
-            backend.name: lambda u=u: backend.unshallow(u, level, SEQUENTIAL),  # type: ignore[misc]
-            "Jacobi": lambda u=u: backend.unshallow(u, level, Jacobi(tolerance=1e-5)),  # type: ignore[misc]
+            name: lambda u=u, of=backend: of.unshallow(u.to(of.dtype), level, SEQUENTIAL)  # type: ignore[misc]
+            for name, backend in backends.items()
+            if name != "lean float64"
         }
+        runs["Jacobi"] = lambda u=u: backends["lean"].unshallow(u, level, Jacobi(tolerance=1e-5))  # type: ignore[misc]
         settings: JsonObject = {"shape": components.cfg.name, "batch": batch}
         yield [
             Variant(bench="shallow", name=name, run=run, units=batch, tolerance=LATENT, settings=settings)
             for name, run in runs.items()
         ]
+
+
+# -- the deep block by itself ---------------------------------------------------------------------------------------
+
+
+def deep(components: Components) -> Iterator[list[Variant]]:
+    """The deep block's guided inverse after a prompt in float64: latent by latent, in chunks, and all latents at once.
+
+    `evaluations` and `residual` certify what an iteration found; the check is its distance to the sequential result.
+    """
+    solve_by = _deep_solve(components)
+    solvers: dict[str, Solver] = {
+        "reference": SEQUENTIAL,
+        **{f"Jacobi, chunks of {chunk}": BlockJacobi(chunk=chunk, tolerance=1e-6) for chunk in (4, 8, 16)},
+        "Jacobi": Jacobi(tolerance=1e-6),
+    }
+    group = []
+    for name, solver in solvers.items():
+        found = solve_by(solver)
+        settings: JsonObject = {
+            "shape": components.cfg.name,
+            "batch": 1,
+            "guided": True,
+            "evaluations": found.evaluations,
+            "residual": found.residual,
+        }
+        units, run = components.cfg.flow.deep.num_latents, partial(_found, solve_by, solver)
+        group.append(Variant(bench="deep", name=name, run=run, units=units, tolerance=1e-3, settings=settings))
+    yield group
+
+
+def _found(solve_by: Callable[[Solver], Solution], solver: Solver) -> Tensor:
+    return solve_by(solver).x
+
+
+def _deep_solve(components: Components) -> Callable[[Solver], Solution]:
+    """The deep block's latents of one image, by any solver."""
+    stream, cfg = components.pretzel.in_float64(), components.cfg
+    prompt, empty = ([1, *words, 2, 4] for words in (range(10, 20), ()))
+    ids = torch.tensor([prompt, [0] * (len(prompt) - len(empty)) + empty])
+    is_real = torch.arange(len(prompt)).expand(2, -1) >= torch.tensor([[0], [len(prompt) - len(empty)]])
+    steps = (is_real.cumsum(1) - 1).clamp(min=0)
+    embeds = stream.vlm.embed(ids)
+    with torch.no_grad():
+        states = stream.vlm.states(embeds, steps.expand(3, -1, -1), None, is_real)
+        states = text_context(cfg.joints, embeds, states)
+    places = torch.stack([torch.zeros_like(steps), torch.zeros_like(steps), steps], dim=-1).double()
+    context, blank = (Context(states[i : i + 1], places[i : i + 1], is_real[i : i + 1]) for i in range(2))
+    guide, level = Guide(blank, cfg.guidance), torch.tensor([cfg.draw_level], dtype=torch.float64)
+    shape = (1, cfg.flow.deep.num_latents, cfg.flow.deep.dim)
+    z = cfg.prior_scale * torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    block = stream.flow.deep
+
+    def solved(solver: Solver) -> Solution:
+        with torch.no_grad():
+            how: Reading = "steps" if solver == SEQUENTIAL else "chunks"
+            return solve(block.predictor(1, context, level, guide, how), z, solver)
+
+    return solved
 
 
 # -- conversations ------------------------------------------------------------------------------------------------
@@ -202,43 +291,3 @@ def _read(backend: Backend, cfg: ModelConfig, ids: Sequence[int], steps: int) ->
         return h
 
     return run
-
-
-# -- starting up --------------------------------------------------------------------------------------------------
-
-IMPORTS = {"import torch": "import torch", "import starflow2.pipeline": "import starflow2.pipeline"}
-
-
-def start(_: Components) -> Iterator[list[Variant]]:
-    """CPU seconds of importing the library, against importing torch, each in a process of its own."""
-
-    def importing(code: str) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            subprocess.run([sys.executable, "-c", code], check=True)
-            return torch.zeros(1)
-
-        return run
-
-    yield [Variant(bench="start", name=name, run=importing(code)) for name, code in IMPORTS.items()]
-
-
-BENCHES: dict[str, Callable[[Components], Iterator[list[Variant]]]] = {
-    "latent": latent,
-    "picture": picture,
-    "shallow": shallow,
-    "text": text,
-    "start": start,
-}
-
-
-def run_benches(
-    components: Callable[[], Components], names: Sequence[str], rounds: int, *, times: bool
-) -> Iterator[JsonObject]:
-    """Rows of the benches with these names, as soon as each group is measured. Raises UsageError for other names."""
-    for name in names:
-        if name not in BENCHES:
-            raise UsageError(f"there is no benchmark {name!r}; expected {', '.join(BENCHES)}.{nearest(name, BENCHES)}")
-    model = components()
-    for name in names:
-        for group in BENCHES[name](model):
-            yield from measured(group, rounds, times=times)
