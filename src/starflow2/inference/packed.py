@@ -174,21 +174,26 @@ class PackedWeights:
     def _level(self, level: float) -> LevelWeights:
         """Computed in float64 and rounded once: what is wrong here is wrong at every latent."""
 
+        device = torch.device("cpu") if self.near.device.type == "mps" else self.near.device  # which has no float64
+
+        def exact(x: Any) -> Any:
+            return x.to(device, torch.float64)
+
         def embedded(module: Any) -> Tensor:
-            out: Tensor = copy.deepcopy(module).cpu().double()(torch.tensor([level], dtype=torch.float64))[0]
+            out: Tensor = exact(copy.deepcopy(module))(torch.tensor([level], dtype=torch.float64, device=device))[0]
             return out
 
         def rounded(x: Tensor) -> Tensor:
             return x.to(self.near.device, self.dtype)
 
         adapter, flow = self.stream.joints.adapter, self.stream.flow
-        to_film = copy.deepcopy(adapter.film.to_film).cpu().double()
+        to_film = exact(copy.deepcopy(adapter.film.to_film))
         gamma, beta = to_film(F.silu(embedded(adapter.noise_embedding))).chunk(2, dim=-1)
-        gain = adapter.gain.cpu().double()
+        gain = exact(adapter.gain)
         slots = []
         for weights, block in zip(self.shallow, flow.shallow.blocks, strict=True):
             assert weights.start is not None
-            start, table, bias = (x.cpu().double() for x in (weights.start, weights.table, weights.proj_in_bias))
+            start, table, bias = (exact(x) for x in (weights.start, weights.table, weights.proj_in_bias))
             noise = embedded(cast(AffineBlock, block).noise_embedding)
             slots.append(rounded(torch.cat([start[None], table[1:] + bias]) + noise))
         deep = rounded(embedded(flow.deep.noise_embedding))

@@ -1,8 +1,8 @@
 """A latent at a model's own sizes, counted on tensors without values: no weights, no memory, no accelerator.
 
-The tensors claim to be on a GPU, because what counts there is kernels and waiting. An operation after which the host
-would wait for the device cannot run on them: it raises. The same steps are compared with the reference on numbers, in
-a model of the same settings and layers with small widths, which also shows what torch.compile makes of a step.
+An operation after which the host would wait for a device cannot run on such tensors: it raises. The same steps are
+compared with the reference on numbers, in a model of the same settings and layers with small widths, which also shows
+what torch.compile makes of a step.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from starflow2.flow import BlockConfig, Flow
@@ -49,14 +48,16 @@ def at_nano_size() -> Iterator[list[Variant]]:
 def counted(cfg: ModelConfig, language: torch.dtype) -> Iterator[list[Variant]]:
     """A latent of a config, guided and not. language: dtype of the language model's weights."""
     small = narrow(cfg)
-    twin, fakes = _woken(small), _Fakes(cfg, language)
+    twin = _woken(small)
+    with torch.device("meta"):
+        stream = _streams(cfg, language)
     dtypes = f"{language}, {torch.float32}".replace("torch.", "")  # of the language model and of the flow
     for guided in (True, False):
         twins = {
             name: Drawing(backend, small, guided=guided, count=COUNT)
             for name, backend in _forms(twin.in_float64(), twin).items()
         }
-        settings = {"shape": cfg.name, "batch": 1, "guided": guided, "dtype": dtypes, "device": "cuda, without values"}
+        settings = {"shape": cfg.name, "batch": 1, "guided": guided, "dtype": dtypes, "device": "meta"}
         yield [
             Variant(
                 bench=cfg.name,
@@ -69,7 +70,7 @@ def counted(cfg: ModelConfig, language: torch.dtype) -> Iterator[list[Variant]]:
                 twin=twins[name].whole,
                 step=twins[name].step if name == "lean" else None,
             )
-            for name, drawing in fakes.drawings(guided=guided).items()
+            for name, drawing in _drawings(cfg, stream, guided=guided).items()
         ]
 
 
@@ -82,60 +83,37 @@ def _forms(reference: Pretzel, stream: Pretzel) -> dict[str, Backend]:
 # -- tensors without values -----------------------------------------------------------------------------------------
 
 
-class _Fakes:
-    """Both streams of a config on tensors without values."""
-
-    def __init__(self, cfg: ModelConfig, language: torch.dtype) -> None:
-        self.cfg, self.mode = cfg, FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.device("meta"):
-            self.stream = _streams(cfg, language)
-        with self.mode:
-            for module in (self.stream.vlm, self.stream.flow, self.stream.joints):
-                _move(module)  # type: ignore[arg-type]
-
-    def drawings(self, *, guided: bool) -> dict[str, _FakeDrawing]:
-        """Drawings on them by form, the reference first."""
-        with self.mode:
-            forms = _forms(self.stream, self.stream)
-            drawings = {name: Drawing(form, self.cfg, guided=guided, count=COUNT) for name, form in forms.items()}
-        return {name: _FakeDrawing(self.mode, drawing) for name, drawing in drawings.items()}
-
-
-def _move(module: nn.Module) -> None:
-    """Put every weight on a GPU that need not exist; nothing is initialised, which is possible for real ones only."""
-    for inner in module.modules():
-        for name, weight in [*inner.named_parameters(recurse=False), *inner.named_buffers(recurse=False)]:
-            moved = torch.empty(weight.shape, dtype=weight.dtype, device="cuda")
-            is_weight = isinstance(weight, nn.Parameter)
-            setattr(inner, name, nn.Parameter(moved, requires_grad=False) if is_weight else moved)
+def _drawings(cfg: ModelConfig, stream: Pretzel, *, guided: bool) -> dict[str, _Counted]:
+    """Drawings by form over a stream without values, the reference first."""
+    forms = _forms(stream, stream)
+    return {name: _Counted(Drawing(form, cfg, guided=guided, count=COUNT)) for name, form in forms.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class _FakeDrawing:
+class _Counted:
     """A drawing whose tensors have no values."""
 
-    mode: FakeTensorMode
     drawing: Drawing
 
     def restart(self) -> None:
-        with self.mode, _Fused():
+        with _Fused():
             self.drawing.restart()
 
     def draw(self) -> Tensor:
-        with self.mode, _Fused():
+        with _Fused():
             return self.drawing.draw()
 
 
 class _Fused(TorchFunctionMode):
-    """Attention and RMS norm in one operation each, as on a GPU: a torch without CUDA takes them apart."""
+    """Attention and RMS norm in one operation each, as on a GPU; without a device torch takes them apart."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention and args[0].device.type == "cuda":
+        if func is F.scaled_dot_product_attention and args[0].device.type == "meta":
             return _attention(*args[:3], kwargs.get("attn_mask"), is_causal=kwargs.get("is_causal", False))
-        if func in (F.rms_norm, torch.rms_norm) and args[0].device.type == "cuda":
+        if func in (F.rms_norm, torch.rms_norm) and args[0].device.type == "meta":
             return F.layer_norm(args[0], args[1])  # another norm, of the same shape and in one operation, too
         return func(*args, **kwargs)
 
