@@ -347,7 +347,7 @@ class AffineBlock(nn.Module):
 
     def affine(self, h: Tensor) -> Affine:
         """Body outputs (B, n, C) -> Gaussians, in float32 or better under any autocast."""
-        if torch.is_autocast_enabled(h.device.type):
+        if h.device.type != "meta" and torch.is_autocast_enabled(h.device.type):  # which knows no meta device
             with torch.autocast(h.device.type, enabled=False):
                 return self.affine(h)
         raw_scale, mu = at_least_fp32(self.head(at_least_fp32(h).to(self.head.weight.dtype))).chunk(2, dim=-1)

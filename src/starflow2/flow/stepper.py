@@ -90,7 +90,8 @@ class Stepper:
     def fits(block: AffineBlock) -> bool:
         """True if the block computes in float32 or float64 here."""
         weight = block.head.weight
-        return weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(weight.device.type)
+        casts = weight.device.type != "meta" and torch.is_autocast_enabled(weight.device.type)
+        return weight.dtype in (torch.float32, torch.float64) and not casts
 
     def __call__(self, buffer: Tensor, targets: tuple[int, int]) -> Affine:
         """Gaussians (B, 1, D) of one target from the latents before it, as `AffineBlock.predict` gives them."""
