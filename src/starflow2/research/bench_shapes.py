@@ -112,7 +112,8 @@ class _Fused(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention and args[0].device.type == "meta":
-            return _attention(*args[:3], kwargs.get("attn_mask"), is_causal=kwargs.get("is_causal", False))
+            q, k, v = args[:3]
+            return _attention(q, k, v, kwargs.get("attn_mask"), is_causal=kwargs.get("is_causal", False))
         if func in (F.rms_norm, torch.rms_norm) and args[0].device.type == "meta":
             return F.layer_norm(args[0], args[1])  # another norm, of the same shape and in one operation, too
         return func(*args, **kwargs)
