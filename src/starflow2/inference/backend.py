@@ -115,6 +115,10 @@ class Backend(Protocol):
         """Bytes of all lanes."""
         ...
 
+    def expect(self, lanes: int) -> None:
+        """Make room at once for lanes that are about to be opened; otherwise memory grows lane by lane."""
+        ...
+
     def open(self) -> int:
         """A new empty lane."""
         ...

@@ -6,7 +6,8 @@ here: one conversation that goes on (session).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from starflow2.core.torch_defaults import inference_defaults
@@ -95,7 +96,7 @@ class _Talk:
 
 def _converse(sampler: Sampler, talks: Sequence[_Talk], mode: _ReplyMode) -> list[list[list[ReplyPart]]]:
     """Hold all conversations, as many at a time as the sampler's batch says."""
-    engine, waiting = Engine(sampler), iter([talk for talk in talks if not talk.is_over])
+    engine, waiting = Engine(sampler), deque(talk for talk in talks if not talk.is_over)
     live: dict[int, _Talk] = {}
     failed: list[int] = []
     _fill(engine, live, waiting, mode)
@@ -114,9 +115,11 @@ def _converse(sampler: Sampler, talks: Sequence[_Talk], mode: _ReplyMode) -> lis
     return [[_parts(sampler, reply) for reply in talk.replies] for talk in talks]
 
 
-def _fill(engine: Engine, live: dict[int, _Talk], waiting: Iterator[_Talk], mode: _ReplyMode) -> None:
+def _fill(engine: Engine, live: dict[int, _Talk], waiting: deque[_Talk], mode: _ReplyMode) -> None:
     """Begin conversations that wait while there is room."""
-    while len(live) < engine.sampler.config.batch and (talk := next(waiting, None)) is not None:
+    count = min(engine.sampler.config.batch - len(live), len(waiting))
+    engine.expect(count)
+    for talk in (waiting.popleft() for _ in range(count)):
         row = engine.open()
         live[row] = talk
         read_past(engine, row, talk.past, talk.name)

@@ -118,6 +118,11 @@ class Engine:
         self._rows[number] = row
         return number
 
+    def expect(self, rows: int) -> None:
+        """Make room at once for rows that are about to be opened."""
+        with self.in_use.claimed():
+            self.backend.expect(rows)
+
     def release(self, row: int) -> None:
         """Forget a conversation and give its memory back, whatever it is doing."""
         with self.in_use.claimed():
@@ -392,8 +397,11 @@ class Engine:
 
     def _start_images(self) -> list[RowEvent]:
         """Read the begin slot of every row that is to draw, sample its prior and open its blank lane."""
-        events: list[RowEvent] = []
-        for row, state, reply in self._doing("begin"):
+        events, beginning = list[RowEvent](), self._doing("begin")
+        guided = [reply for _, state, reply in beginning if reply.config.strength(follows=state.previous is not None)]
+        if self.budget is None:
+            self.backend.expect(len(guided) + (self._blank is None and bool(guided)))
+        for row, state, reply in beginning:
             try:
                 self._start(row, state, reply)
             except StateError as error:  # no room in the budget

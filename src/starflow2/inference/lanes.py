@@ -19,6 +19,7 @@ __all__ = ["STEP", "KeyValues", "Lanes"]
 
 STEP = 64  # positions by which the capacity grows, and to which the visible part of it is rounded
 SPARE = 1.25  # capacity above the longest lane's, from which on memory is given back
+FEW = 2.0  # slots for each lane, likewise: less often, as all lanes are copied
 
 
 class KeyValues:
@@ -122,10 +123,11 @@ class Lanes:
         if not source:
             return
         kept = max(self.lengths)
+        taken = slice(0, len(source)) if source == list(range(len(source))) else source
         for new, cache in zip((self.language, self.flow), caches, strict=True):
-            new.buffer[:, :, : len(source), :, :kept] = cache.buffer[:, :, source, :, :kept]
+            new.buffer[:, :, : len(source), :, :kept] = cache.buffer[:, :, taken, :, :kept]
         for name, value in old.items():
-            getattr(self, name)[: len(source)] = value[source]
+            getattr(self, name)[: len(source)] = value[taken]
 
     def bytes_for(self, lanes: int, positions: int) -> int:
         """Bytes with this many more lanes, one of them of `positions`."""
@@ -144,9 +146,14 @@ class Lanes:
 
     # -- lanes
 
+    def expect(self, lanes: int) -> None:
+        """Make room for this many more lanes in one step."""
+        if len(self.slot_of) + lanes > self.slots:
+            self._resize(len(self.slot_of) + lanes, self.capacity)
+
     def open(self) -> int:
         if len(self.slot_of) == self.slots:
-            self._resize(self.slots + max(1, self.slots // 4), self.capacity)
+            self.expect(max(1, self.slots // 4))
         lane, used = next(self._numbers), set(self.slot_of.values())
         slot = next(s for s in range(self.slots) if s not in used)
         self.slot_of[lane], self._reserved[lane] = slot, 0
@@ -166,7 +173,7 @@ class Lanes:
         """Give memory back that no lane needs."""
         longest = _rounded(max(self._reserved.values(), default=0))
         slots = len(self.slot_of)
-        if self.capacity > max(longest + STEP, SPARE * longest) or self.slots > max(slots + 2, SPARE * slots):
+        if self.capacity > max(longest + STEP, SPARE * longest) or self.slots > max(slots + 2, FEW * slots):
             self._resize(slots, longest)
 
     def truncate(self, lane: int, length: int) -> None:

@@ -103,6 +103,9 @@ class LeanBackend:
     def nbytes(self) -> int:
         return self.lanes.nbytes
 
+    def expect(self, lanes: int) -> None:
+        self.lanes.expect(lanes)
+
     def open(self) -> int:
         return self.lanes.open()
 

@@ -55,6 +55,9 @@ class StreamBackend:
     def nbytes(self) -> int:
         return sum(lane.cache.nbytes for lane in self._lanes.values())
 
+    def expect(self, lanes: int) -> None:
+        """Nothing: caches grow."""
+
     def open(self) -> int:
         number = next(self._numbers)
         widths = self.stream.vlm.width, self.stream.flow.deep.cfg.stack.width
