@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 
 from model_cases import STAGES, sampled_by_the_flow, tiny_components, tiny_model, tiny_tokenizer
 from starflow2 import StarFlow2
@@ -26,7 +26,7 @@ from starflow2.inference.config import DrawConfig, ReplyLimits
 from starflow2.inference.conversations import generate_replies
 from starflow2.inference.likelihood import score
 from starflow2.inference.session import Session
-from starflow2.models import checkpoint, hub, lora
+from starflow2.models import checkpoint, lora
 from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
 from starflow2.models.hub import pick_device
@@ -567,8 +567,8 @@ def test_a_hub_id_is_fetched_with_the_options_given_and_loaded_from_where_it_lie
         asked.append((name, options))
         return str(saved)
 
-    fetched.__signature__ = inspect.signature(hub.snapshot_download)  # type: ignore[attr-defined]
-    monkeypatch.setattr(hub, "snapshot_download", fetched)
+    fetched.__signature__ = inspect.signature(snapshot_download)  # type: ignore[attr-defined]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
     loaded = StarFlow2.from_pretrained("somebody/drawings", revision="v1", device="cpu")
     assert asked == [("somebody/drawings", {"revision": "v1"})]
     assert loaded.components.cfg.name == "tiny"

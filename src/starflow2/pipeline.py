@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin
 from torch import Tensor
 
 from starflow2.core.fields import SEEDS, Range, number, whole
@@ -136,38 +135,7 @@ class Images:
     images: list[PILImage]
 
 
-MODEL_CARD = """---
-{{ card_data }}
----
-
-# {{ name }}
-
-One causal model that reads, answers, draws and edits: a normalizing flow beside a language model, trained with
-[starflow2](https://pypi.org/project/starflow2), after [STARFlow2](https://arxiv.org/abs/2605.08029).
-Finished stages: {{ stages }}. It draws {{ size }} x {{ size }} pixels and has {{ parameters }} parameters.
-
-```python
-from starflow2 import StarFlow2
-
-model = StarFlow2.from_pretrained("this folder or its id on the Hub")
-model.generate("{{ prompt }}")[0].image
-```
-
-In transformers, after `import starflow2.hf`: `AutoModelForMultimodalLM.from_pretrained(...)` and
-`AutoProcessor.from_pretrained(...)`.
-
-What it was trained on, how good it is and under which licence it may be used: please fill in.
-"""
-
-
-class StarFlow2(
-    ModelHubMixin,
-    library_name="starflow2",
-    pipeline_tag="any-to-any",
-    tags=["normalizing-flow", "text-to-image", "image-to-image", "image-text-to-text", "arxiv:2605.08029"],
-    paper_url="https://arxiv.org/abs/2605.08029",
-    model_card_template=MODEL_CARD,
-):
+class StarFlow2:
     """A trained model that reads, answers, draws and edits.
 
     >>> model = StarFlow2.from_pretrained("nano")  # doctest: +SKIP
@@ -599,16 +567,25 @@ class StarFlow2(
         unused = [name for name, value in hub.items() if value is not None and not push_to_hub]
         if unused:
             raise ConfigError(f"{unused[0]} is an option of push_to_hub, which is False; leave it out, or upload.")
+        from starflow2.models.sharing import HubModel  # imported here: it takes longer than all else
+
         if model_card_kwargs is not None and not isinstance(model_card_kwargs, dict):
             raise ConfigError(f"model_card_kwargs is {shown(model_card_kwargs)}; expected a dictionary.")
         folder = save_components(self.components, named_place(save_directory, "save_directory", OutputError))
         card = self._card_facts() | (model_card_kwargs or {})
         if not (folder / "README.md").exists():
             with replacing(folder / "README.md") as temp:
-                self.generate_model_card(**card).save(temp)
+                HubModel(self.save_pretrained).generate_model_card(**card).save(temp)
         if not push_to_hub:
             return None
-        return self.push_to_hub(repo_id=repo_id or folder.name, model_card_kwargs=card, **hub)
+        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=card, **hub)
+
+    def push_to_hub(self, repo_id: str, **hub: Any) -> str:
+        """Upload the model folder and a card as `repo_id`, with the options in `hub`, those of huggingface_hub; returns
+        the url of the commit."""
+        from starflow2.models.sharing import HubModel  # imported here, as above
+
+        return HubModel(self.save_pretrained).push_to_hub(repo_id, **hub)
 
     def _card_facts(self) -> dict[str, str]:
         """Facts of this model for its card."""
@@ -624,7 +601,7 @@ class StarFlow2(
 
     @classmethod
     @torch_defaults()
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, name: str | Path = "nano", *, device: str | int | torch.device | None = "auto", **hub: Any
     ) -> StarFlow2:
         """A model by name ("nano"), folder or Hub id; `hub` goes to huggingface_hub's download.

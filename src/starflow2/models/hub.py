@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from starflow2.core.files import named_place
 from starflow2.core.text import shown
@@ -89,10 +88,8 @@ def find_model(name: str | Path, **hub: Any) -> Path:
     hub: options of huggingface_hub's snapshot_download. Raises CheckpointError if there is no such model, and
     ConfigError for an option that snapshot_download does not have.
     """
-    known = ["device", *inspect.signature(snapshot_download).parameters]
-    for option in hub:
-        if option not in known:
-            raise ConfigError(f"unknown option {option!r} of from_pretrained.{nearest(option, known)}")
+    if hub:
+        _check_options(hub)
     named_place(name, "name", CheckpointError)
     if (own := shipped(str(name))) is not None:
         return own
@@ -111,8 +108,21 @@ def find_model(name: str | Path, **hub: Any) -> Path:
             f"there is no model {str(name)!r} in the folder {owner}; to fetch that id from the Hub, start in a folder "
             f"without {owner}."
         )
+    from huggingface_hub import snapshot_download  # imported here: it takes longer than a model in a folder
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(str(name), **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"cannot fetch {name} from the Hub: {reason}") from error
+
+
+def _check_options(options: Collection[str]) -> None:
+    """Raise ConfigError for an option that snapshot_download does not have."""
+    from huggingface_hub import snapshot_download  # imported here, as above
+
+    known = ["device", *inspect.signature(snapshot_download).parameters]
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"unknown option {option!r} of from_pretrained.{nearest(option, known)}")
