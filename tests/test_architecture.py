@@ -19,9 +19,10 @@ BASE = ("errors", "core", "nn", "flow", "models")
 MAY: dict[str, tuple[str, ...]] = {
     "errors": (),
     "core": ("errors",),
-    "nn": ("errors", "core"),
+    "tiles": (),
+    "nn": ("errors", "core", "tiles"),
     "flow": ("errors", "core", "nn"),  # the standalone library ends here
-    "models": ("errors", "core", "nn", "flow"),
+    "models": ("errors", "core", "tiles", "nn", "flow"),
     "inference": BASE,
     "pipeline": (*BASE, "inference"),
     "hf": (*BASE, "inference", "pipeline"),  # imported by users only
@@ -56,6 +57,7 @@ FLOW_MAY = {
     "numpy",
     "starflow2.flow",
     "starflow2.nn",
+    "starflow2.tiles",
     "starflow2.core.fields",
     "starflow2.core.serialize",
     "starflow2.errors",

@@ -18,15 +18,19 @@ from starflow2.nn import (
     CausalStack,
     FiLM,
     FinalNorm,
+    RmsNorm,
     StackConfig,
     at_least_fp32,
     attention,
     axial_angles,
     check,
+    heads_of,
     num_parameters,
     rotate,
+    rotate_halves,
     zero_linear,
 )
+from starflow2.tiles import tiles_of
 
 CFG = StackConfig(width=48, depth=3, head_dim=24)
 PLAIN = StackConfig(width=48, depth=1, head_dim=16, rope=False, activation="relu2", final_norm=False)
@@ -117,10 +121,15 @@ def test_rotation_turns_interleaved_pairs_as_a_matrix_does(dtype: torch.dtype, b
     cos, sin = angles.cos(), angles.sin()
     matrix = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)  # (B, 1, T, K / 2, 2, 2)
     wanted = (matrix @ x.unflatten(-1, (4, 2, 1))).squeeze(-1).flatten(-2)
-    got = rotate(x.to(dtype), cos.to(dtype), sin.to(dtype))
+    exact = dtype if dtype == torch.float64 else torch.float32
+    turns = torch.complex(cos.to(exact), sin.to(exact))
+    got = rotate(x.to(dtype), turns)
     assert got.dtype == dtype and gap(got, wanted) <= bound
     strided = x.transpose(1, 2).contiguous().transpose(1, 2).to(dtype)  # as attention hands it over
-    assert gap(rotate(strided, cos.to(dtype), sin.to(dtype)), got) <= bound
+    assert gap(rotate(strided, turns), got) <= bound
+    halves = x.unflatten(-1, (4, 2)).transpose(-1, -2).flatten(-2).to(dtype)  # pairs as Qwen has them
+    turned = rotate_halves(halves, turns)
+    assert turned.dtype == dtype and gap(turned.unflatten(-1, (2, 4)).transpose(-1, -2).flatten(-2), got) <= bound
 
 
 def test_scores_of_rotated_queries_and_keys_depend_on_distances_only() -> None:
@@ -129,7 +138,8 @@ def test_scores_of_rotated_queries_and_keys_depend_on_distances_only() -> None:
 
     def scores(positions: Tensor) -> Tensor:
         angles = axial_angles(positions, 32).unsqueeze(1)
-        return rotate(q, angles.cos(), angles.sin()) @ rotate(k, angles.cos(), angles.sin()).transpose(-1, -2)
+        turns = torch.complex(angles.cos(), angles.sin())
+        return rotate(q, turns) @ rotate(k, turns).transpose(-1, -2)
 
     moved = where + torch.tensor([3.0, -2.0, 11.0])
     assert gap(scores(where), scores(moved)) <= 1e-10
@@ -139,11 +149,64 @@ def test_scores_of_rotated_queries_and_keys_depend_on_distances_only() -> None:
 # -- attention and the stack --------------------------------------------------------------------------
 
 
-def test_written_out_attention_equals_the_fused_kernel() -> None:
-    q, k, v = torch.randn(3, 2, 4, 7, 8).unbind()
-    mask = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
-    assert gap(attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask)) <= 1e-6
-    assert gap(attention(q, k, v, None), F.scaled_dot_product_attention(q, k, v)) <= 1e-6
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("mask", ["none", "causal", "of documents"])
+def test_attention_in_tiles_equals_the_fused_kernel_also_backward(heads: int, mask: str, monkeypatch) -> None:
+    """In bfloat16 against float32; tiles so small that there are many, some of which see few keys."""
+    monkeypatch.setattr("starflow2.tiles.QUERIES", 8)
+    monkeypatch.setattr("starflow2.tiles.SCORES", 600)
+    q, k, v, grad = (torch.randn(3, n, 21, 8).bfloat16() for n in (4, heads, heads, 4))
+    document = torch.randint(0, 3, (3, 21)).sort(1).values
+    causal = torch.ones(21, 21, dtype=torch.bool).tril()
+    masks = {
+        "causal": causal[None, None],
+        "of documents": ((document[:, :, None] == document[:, None]) & causal)[:, None],
+    }
+    attend, found = masks.get(mask), []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, attend)
+        assert out.dtype == dtype
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
+    for tiled, fused in zip(*found, strict=True):
+        assert gap(tiled, fused) <= 0.05 and gap(tiled.mean(), fused.mean()) <= 0.002
+    if attend is not None:
+        tiles = tiles_of(attend, q.shape, 21)
+        seen = sum((t.queries.stop - t.queries.start) * (t.keys.stop - t.keys.start) for t in tiles)
+        assert seen < (0.8 if mask == "causal" else 0.7) * 21 * 21 * len({t.rows.start for t in tiles})
+    with pytest.raises(NotImplementedError, match="only once"):
+        torch.autograd.grad(attention(q.requires_grad_(), k, v, attend).sum(), q, create_graph=True)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_heads_that_are_rotated_in_one_go_are_those_of_the_plain_rotation_also_backward(heads: int) -> None:
+    qkv, angles = torch.randn(2, 5, heads + 4, 8).bfloat16(), torch.randn(2, 5, 1, 4)
+    grads, found = [torch.randn(2, n, 5, 8).bfloat16() for n in (heads, 2, 2)], []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaf = qkv.to(dtype).requires_grad_()
+        parts = heads_of(leaf, heads, torch.polar(torch.ones_like(angles), angles))
+        assert [part.shape[1] for part in parts] == [heads, 2, 2] and all(part.dtype == dtype for part in parts)
+        found.append([*parts, *torch.autograd.grad(parts, leaf, [g.to(dtype) for g in grads])])
+    assert all(gap(one, other) <= 0.03 for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_our_rms_norm_has_the_values_and_gradients_of_torchs(dtype: torch.dtype, bound: float) -> None:
+    norm = wake(RmsNorm(24), 0.3)
+    x = torch.randn(3, 5, 24, dtype=torch.float64)
+    found = []
+    for function in (norm.to(dtype), lambda x: F.rms_norm(x, (24,), norm.weight, 1e-6)):
+        leaf = x.to(dtype).requires_grad_()
+        out = function(leaf)
+        found.append([out, *torch.autograd.grad((out * out.detach().cos()).sum(), (leaf, norm.weight))])
+    assert found[0][0].dtype == dtype
+    assert all(gap(a, b) <= bound for a, b in zip(*found, strict=True))
+
+
+def test_our_rms_norm_refuses_a_second_derivative() -> None:
+    x = torch.randn(2, 8, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="only once"):
+        torch.autograd.grad(RmsNorm(8)(x).square().sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("cfg", [CFG, PLAIN], ids=["rope", "no rope"])

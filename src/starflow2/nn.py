@@ -6,7 +6,7 @@ Letters: B batch, T positions, C width, H heads, K head dim, D documents of at m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from starflow2.core.fields import Config, Count, Depth, Size
 from starflow2.errors import ConfigError, ShapeError
+from starflow2.tiles import RotatedHeads, Tile, TiledAttention, is_tiled, tiles_of
 
 __all__ = [
     "Activation",
@@ -24,6 +25,7 @@ __all__ = [
     "CausalStack",
     "FiLM",
     "FinalNorm",
+    "RmsNorm",
     "StackConfig",
     "at_least_fp32",
     "attention",
@@ -31,10 +33,12 @@ __all__ = [
     "axial_angles",
     "check",
     "check_floating",
+    "heads_of",
     "is_readable",
     "num_parameters",
     "raw_bytes",
     "rotate",
+    "rotate_halves",
     "zero_linear",
 ]
 
@@ -106,6 +110,43 @@ class FinalNorm(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
 
 
+class RmsNorm(nn.Module):
+    """RMS norm with a gain, computed in float32 or better: x / rms(x) * weight, in the dtype of x."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in (torch.bfloat16, torch.float16) or x.device.type != "cpu":
+            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return _RmsNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+
+
+class _RmsNorm(torch.autograd.Function):
+    """`F.rms_norm` in three passes over memory and seven backward; torch takes more than twice as many on CPUs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse = square.add_(eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        if torch.is_grad_enabled():  # create_graph, as in `_SquaredRelu`
+            raise NotImplementedError("RmsNorm can be differentiated only once; use F.rms_norm for more.")
+        x, weight, inverse = ctx.saved_tensors
+        normed = x * inverse
+        by_gain = grad * normed
+        with torch.autocast(x.device.type, enabled=False):
+            mean = (by_gain @ weight).div_(x.shape[-1]).unsqueeze(-1)  # (..., 1)
+        by_x = (grad * weight).addcmul_(normed, mean, value=-1).mul_(inverse)
+        return by_x, by_gain.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
+
+
 class FiLM(nn.Module):
     """Scale and shift a normalized stream, both predicted from an embedding; identity at initialisation."""
 
@@ -146,31 +187,57 @@ def axial_angles(positions: Tensor, head_dim: int) -> Tensor:
     return torch.cat([row * freqs, col * freqs, step * text_freqs], dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs (2i, 2i+1) of x: (B, H, T, K) by cos, sin: (B, 1, T, K / 2)."""
-    if x.dtype in (torch.float32, torch.float64) and cos.dtype == x.dtype:
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # one pass over memory, not seven
-        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotate interleaved pairs (2i, 2i+1) of x (..., K), in float32 or better.
+
+    turns: cos + i sin, complex, that broadcasts over (..., K / 2).
+    """
+    pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+
+
+def heads_of(qkv: Tensor, heads: int, turns: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, T, K), keys and values (B, G, T, K) from (B, T, H + 2 G, K), the first two rotated by `turns`.
+
+    turns: (B or 1, T, 1, K / 2) complex, as in `rotate`.
+    """
+    groups = (qkv.shape[2] - heads) // 2
+    if turns is not None and is_tiled(qkv):
+        return RotatedHeads.apply(qkv, heads, turns)  # type: ignore[no-untyped-call]
+    rotated = qkv[:, :, : heads + groups]
+    if turns is not None:
+        rotated = rotate(rotated, turns)
+    q, k = rotated.transpose(1, 2).split((heads, groups), dim=1)
+    return q, k, qkv[:, :, heads + groups :].transpose(1, 2)
+
+
+def rotate_halves(x: Tensor, turns: Tensor) -> Tensor:
+    """`rotate` of channel i of x (..., K) against channel i + K / 2 (Qwen's pairs) in place of neighbours."""
+    first, second = at_least_fp32(x).chunk(2, dim=-1)
+    cos, sin = turns.real, turns.imag
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 # -- attention and cache ------------------------------------------------------------------------
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | ByDocument | None) -> Tensor:
-    """Softmax attention; q, k, v: (B, H, T, K), attend: (B, 1, Tq, Tk) bool, True = may attend, documents, or None.
+def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | ByDocument | Sequence[Tile] | None) -> Tensor:
+    """Softmax attention; q: (B, H, T, K), k, v: (B, G, T, K), each for H / G neighbouring heads of q.
 
-    Written out for bfloat16 on CPU, where the fused kernel trains three times slower (docs/LOG.md, "attention").
+    attend: (B or 1, 1, Tq, Tk) bool, True = may attend, documents, or None; where `is_tiled`, also its `tiles_of`.
     """
     if isinstance(attend, ByDocument):
         return attend.attention(q, k, v)
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, Tq, Tk)
-    if attend is not None:
-        scores = scores.masked_fill(~attend, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1) @ v
+    groups = q.shape[1] // k.shape[1]
+    if is_tiled(q):
+        tiles = tiles_of(attend, q.shape, k.shape[2]) if attend is None or isinstance(attend, Tensor) else attend
+        grouped = q.unflatten(1, (-1, groups)).contiguous()
+        out: Tensor = TiledAttention.apply(grouped, k.contiguous(), v.contiguous(), tiles)  # type: ignore[no-untyped-call]
+        return out.flatten(1, 2)
+    assert attend is None or isinstance(attend, Tensor)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,14 +463,11 @@ class _Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: _StackContext, layer: int) -> Tensor:
         batch, length, width = x.shape
-        qkv = self.qkv(self.norm(x)).view(batch, length, 3, self.heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, K)
-        if ctx.rotation is not None:
-            cos, sin = (r.to(q.dtype) for r in ctx.rotation)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qkv = self.qkv(self.norm(x)).view(batch, length, 3 * self.heads, self.head_dim)
+        q, k, v = heads_of(qkv, self.heads, ctx.rotation)  # 3 x (B, H, T, K)
         if ctx.cache is not None:
             k, v = ctx.cache.append(layer, k, v)
-        out = attention(q, k, v, ctx.attend)  # (B, H, T, K)
+        out = attention(q, k, v, ctx.mask_for(q, k.shape[2]))  # (B, H, T, K)
         return self.proj(out.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -421,7 +485,7 @@ class _SquaredRelu(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: `positive` has no graph, second derivatives would be wrong
             raise NotImplementedError("relu2 can be differentiated only once; use activation gelu for more.")
         (positive,) = ctx.saved_tensors
-        return (grad * positive).mul_(2)
+        return torch.addcmul(positive.new_zeros(()), grad, positive, value=2)  # one pass
 
 
 class _Mlp(nn.Module):
@@ -450,9 +514,18 @@ class _Layer(nn.Module):
 
 @dataclass(slots=True)
 class _StackContext:
-    rotation: tuple[Tensor, Tensor] | None
+    rotation: Tensor | None  # (B, T, 1, K / 2) complex
     attend: Tensor | ByDocument | None
     cache: Cache | None
+    _tiles: Sequence[Tile] | None = None
+
+    def mask_for(self, q: Tensor, keys: int) -> Tensor | ByDocument | Sequence[Tile] | None:
+        """The mask as `attention` of q takes it, made once for all layers."""
+        if not is_tiled(q) or isinstance(self.attend, ByDocument):
+            return self.attend
+        if self._tiles is None:
+            self._tiles = tiles_of(self.attend, q.shape, keys)
+        return self._tiles
 
 
 class CausalStack(nn.Module):
@@ -489,14 +562,14 @@ class CausalStack(nn.Module):
             cache.advance(x.shape[1])
         return self.final_norm(x)
 
-    def _rotation(self, positions: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _rotation(self, positions: Tensor | None, x: Tensor) -> Tensor | None:
         if not self.cfg.rope:
             return None
         if positions is None:
             raise ShapeError("positions is None; expected (B, T, 3) positions, because this stack has rope.")
-        angles = axial_angles(positions, self.cfg.head_dim).unsqueeze(1)  # (B, 1, T, K / 2)
+        angles = axial_angles(positions, self.cfg.head_dim).unsqueeze(2)  # (B, T, 1, K / 2)
         dtype = at_least_fp32(x).dtype
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.complex(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 @overload
