@@ -25,6 +25,7 @@ from starflow2.models.qwen import QwenStream
 from starflow2.models.vision import DinoFeatures, SiglipFeatures
 from starflow2.training import recipes
 from starflow2.training.config import CorpusConfig, RunConfig, StageConfig
+from upstream import theirs
 
 FOLDER = Path()  # set by the fixture of test_own_size
 WORDS = ("two red cats", "a kite over the sea", "a helpful assistant", "one boat")
@@ -66,8 +67,7 @@ def write_backbones(run: RunConfig, folder: Path) -> None:
     write_qwen(replace(model.vlm, vocab=400, special=SPECIAL), folder / "vlm")
     (folder / "features").mkdir()
     if isinstance(model.features, DinoConfig):
-        dino = wake(DinoFeatures(model.features), 0.2).model
-        dino.save_pretrained(folder / "features", max_shard_size=SHARD)
+        theirs(wake(DinoFeatures(model.features), 0.2)).save_pretrained(folder / "features", max_shard_size=SHARD)
         return
     assert model.features is not None
     vision = SiglipFeatures(model.features).model.config.to_dict()

@@ -15,6 +15,7 @@ from starflow2.models.qwen import QwenStream
 from starflow2.models.tokenizer import QwenTokenizer
 from starflow2.models.vision import DinoFeatures
 from starflow2.training.recipes import CLIP, IMAGENET, paper, smoke
+from upstream import theirs
 
 SPECIAL = SpecialIds(pad=0, user=1, assistant=1, end=2, vision_start=3, vision_end=4, image_pad=5)
 SIZE = 112  # pixels of pictures, as many as the tower reads
@@ -59,12 +60,15 @@ def qwen_tokenizer() -> Tokenizer:
 
 
 def write_upstream(folder: Path, cfg: ModelConfig | None = None) -> ModelConfig:
-    """Make both folders, in several shards each, and return the model that refers to them, by default the miniature."""
-    cfg, size = cfg or paper_in_miniature(folder), SHARD if cfg is None else "40MB"
+    """Make both folders and return the model that refers to them, by default the miniature, which is in shards."""
+    is_miniature, cfg = cfg is None, cfg or paper_in_miniature(folder)
     assert cfg.vlm_from is not None and isinstance(cfg.features, DinoConfig)
     torch.manual_seed(7)
-    vlm = wake(QwenStream(cfg.vlm), 0.2).model.to(getattr(torch, cfg.vlm_from.precision))
-    vlm.save_pretrained(folder / "vlm", max_shard_size=size)
-    wake(DinoFeatures(cfg.features), 0.2).model.save_pretrained(folder / "dino", max_shard_size=SHARD)
+    vlm = wake(QwenStream(cfg.vlm), 0.2).to(getattr(torch, cfg.vlm_from.precision))
+    for backbone, name in ((vlm, "vlm"), (wake(DinoFeatures(cfg.features), 0.2), "dino")):
+        if is_miniature:
+            theirs(backbone).save_pretrained(folder / name, max_shard_size=SHARD)
+        else:
+            backbone.save(folder / name)
     qwen_tokenizer().save(str(folder / "vlm" / "tokenizer.json"))
     return cfg

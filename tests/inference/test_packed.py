@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from model_cases import STAGES, tiny_components
 from starflow2.inference.packed import PackedWeights, pack, unpackable
 from starflow2.models.pretzel import Pretzel
-from starflow2.nn import axial_angles
+from starflow2.nn import axial_angles, rotate_halves
 from stream_cases import Recording
 
 
@@ -26,7 +26,7 @@ def weights(stream: Pretzel) -> PackedWeights:
 
 
 def test_scores_of_packed_queries_and_keys_are_those_of_the_language_model(stream, weights):
-    """q k^T after rotation by M-RoPE, with neighbouring pairs and with transformers' halves."""
+    """q k^T after rotation by M-RoPE, with neighbouring pairs and with Qwen's halves."""
     cfg = stream.vlm.cfg
     dim, heads = cfg.width // cfg.heads, cfg.heads + cfg.kv_heads
     model = stream.vlm.model.model.language_model
@@ -37,14 +37,8 @@ def test_scores_of_packed_queries_and_keys_are_those_of_the_language_model(strea
     packed = F.linear(x, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, dim // 2, 2))[:, :heads]
     turned = torch.view_as_complex(packed) * weights.language_rotation(mrope)[:, None]
     mine = torch.view_as_real(turned).flatten(-2)
-    cos, sin = model.rotary_emb(x[None], mrope[:, None])
-    cos, sin = (
-        torch.cat([part[i % 3] for i, part in enumerate(t.split(list(cfg.mrope_section) * 2, dim=-1))], dim=-1)[0]
-        for t in ((cos, sin) if cos.ndim == 4 else (cos.expand(3, *cos.shape), sin.expand(3, *sin.shape)))
-    )
     theirs = torch.cat([attention.q_proj(x), attention.k_proj(x)], dim=-1).unflatten(-1, (-1, dim))
-    halves = torch.cat([-theirs[..., dim // 2 :], theirs[..., : dim // 2]], dim=-1)
-    theirs = theirs * cos[:, None] + halves * sin[:, None]
+    theirs = rotate_halves(theirs, model.turns(mrope[:, None])[0])
     for head in range(cfg.heads):
         expected = theirs[:, head] @ theirs[:, cfg.heads].T
         assert torch.allclose(mine[:, head] @ mine[:, cfg.heads].T, expected, atol=1e-9)

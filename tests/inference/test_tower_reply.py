@@ -15,6 +15,7 @@ from starflow2.inference.vlm_answer import answer
 from starflow2.models.components import Components
 from starflow2.training.datasets import to_images
 from starflow2.world.captions import caption_task
+from upstream import theirs
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_replies_about_several_images_of_any_shape_are_those_of_transformers(com
         else:
             ids += [special.vision_start, *[special.image_pad] * next(counts), special.vision_end]
     row = torch.tensor([[*ids, *tokenizer.opens_reply()]])
-    out = components.vlm.model.generate(
+    out = theirs(components.vlm).generate(
         input_ids=row,
         pixel_values=features["pixel_values"],
         image_grid_thw=features["image_grid_thw"],

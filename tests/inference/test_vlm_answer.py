@@ -16,6 +16,7 @@ from starflow2.training.datasets import to_images
 from starflow2.training.tasks import VlmTask
 from starflow2.world.captions import caption_task
 from starflow2.world.scene import render
+from upstream import theirs
 
 QUESTIONS = ["what color is the star?", "describe the picture.", "is it small?", "list every object.", "is it red?"]
 
@@ -41,6 +42,7 @@ def test_answers_are_those_of_transformers_own_greedy_search(asked):
     components, _, answers = asked
     size = components.cfg.vlm.vision_patch
     processor = Qwen2VLImageProcessorPil(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3, patch_size=size)
+    upstream = theirs(components.vlm)
     special, task = components.cfg.vlm.special, VlmTask(components, tiny_run().stage("vlm"), 0)
     for i, text in enumerate(QUESTIONS):
         turn = Turn((None, text), ("none",))  # training's own layout; None: an image
@@ -48,7 +50,7 @@ def test_answers_are_those_of_transformers_own_greedy_search(asked):
         batch = pack([document], task.make_batch.layout)
         ids = batch.ids[:, : 1 + int((batch.labels[0] != IGNORE).nonzero()[0])]  # up to where the reply begins
         features = processor([np.asarray(render(caption_task(0, i).scene))], return_tensors="pt")
-        out = components.vlm.model.generate(
+        out = upstream.generate(
             input_ids=ids,
             pixel_values=features["pixel_values"],
             image_grid_thw=features["image_grid_thw"],

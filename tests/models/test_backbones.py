@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and DINOv2 behind our seams give what transformers itself gives, on the same small random weights."""
+"""Our Qwen2.5-VL and DINOv2 give what transformers' own classes give, on the same small random weights."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from starflow2.models.vision import DinoFeatures
 from starflow2.training.datasets import to_images
 from starflow2.world.captions import caption_task
 from starflow2.world.scene import render
+from upstream import theirs
 
 SPECIAL = tiny_model().vlm.special
 
@@ -65,10 +66,11 @@ def test_states_and_logits_of_pictures_and_words_equal_transformers_own_forward_
     images, ids, positions = a_document(stream)
     patches, grid = processed(len(ids))
     types = (ids == SPECIAL.image_pad).int()
-    theirs = stream.model.model(input_ids=ids, pixel_values=patches, image_grid_thw=grid, mm_token_type_ids=types)
+    upstream = theirs(stream)
+    inner = upstream.model(input_ids=ids, pixel_values=patches, image_grid_thw=grid, mm_token_type_ids=types)
     ours = stream.states(our_embeds(stream, images, ids), positions)
-    assert (ours - theirs.last_hidden_state).abs().max() <= 1e-5
-    whole = stream.model(input_ids=ids, pixel_values=patches, image_grid_thw=grid, mm_token_type_ids=types)
+    assert (ours - inner.last_hidden_state).abs().max() <= 1e-5
+    whole = upstream(input_ids=ids, pixel_values=patches, image_grid_thw=grid, mm_token_type_ids=types)
     assert (stream.logits(ours) - whole.logits).abs().max() <= 1e-5
 
 
@@ -77,7 +79,7 @@ def test_positions_left_out_would_be_one_dimensional_in_silence_so_we_always_giv
     stream = a_stream()
     images, ids, positions = a_document(stream)
     embeds = our_embeds(stream, images, ids)
-    bare = stream.model.model.language_model(inputs_embeds=embeds).last_hidden_state
+    bare = theirs(stream).model.language_model(inputs_embeds=embeds).last_hidden_state
     flat = stream.states(embeds, text_mrope(*ids.shape))
     right = stream.states(embeds, positions)
     assert (bare - flat).abs().max() <= 1e-5, "transformers falls back to counting tokens"
@@ -115,13 +117,13 @@ def test_fused_attention_between_the_documents_of_a_row_equals_transformers_writ
     document = torch.arange(length) > length - 7  # the last six positions belong to a second one
     attend = ((document[:, None] == document) & torch.ones(length, length).tril().bool()).expand(len(ids), -1, -1)
     ours = stream.states(embeds, positions, attend=attend)
-    stream.model.set_attn_implementation("eager")
+    upstream = theirs(stream)
+    upstream.set_attn_implementation("eager")
     added = torch.zeros(attend.shape).masked_fill(~attend, torch.finfo(torch.float32).min)[:, None]
-    theirs = stream.model.model.language_model(
+    written_out = upstream.model.language_model(
         inputs_embeds=embeds, position_ids=positions, attention_mask={"full_attention": added}
     ).last_hidden_state
-    assert (ours - theirs).abs().max() <= 1e-5
-    stream.model.set_attn_implementation("sdpa")
+    assert (ours - written_out).abs().max() <= 1e-5
     together = stream.states(embeds, positions)
     assert (ours - together)[:, -6:].abs().max() > 0.01
 
@@ -154,10 +156,13 @@ def test_the_vision_tower_reads_each_picture_on_its_own_and_only_its_own_size():
 def test_dino_features_are_transformers_patch_states_without_the_class_token():
     dino = wake(DinoFeatures(tiny_model().features), 0.1).eval()
     images = to_images([caption_task(0, i).scene for i in range(2)])
-    theirs = dino.model(images).last_hidden_state
-    feats = dino.features(images)
-    assert theirs.shape[1] == 65 and feats.shape == (2, 64, dino.feature_dim)
-    assert torch.equal(feats, theirs[:, 1:])
+    hidden = torch.rand(2, 64) < 0.3
+    upstream, feats = theirs(dino), dino.features(images)
+    states = upstream(images).last_hidden_state
+    assert states.shape[1] == 65 and feats.shape == (2, 64, dino.feature_dim)
+    assert (feats - states[:, 1:]).abs().max() <= 1e-5
+    states = upstream(images, bool_masked_pos=hidden).last_hidden_state
+    assert (dino.features(images, hidden) - states[:, 1:]).abs().max() <= 1e-5
     rows, columns = dino.grid
     assert (rows, columns) == (8, 8)
 

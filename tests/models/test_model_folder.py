@@ -249,7 +249,7 @@ def test_a_folder_does_not_decide_what_is_imported(folder, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    for stream in ("theirs:Stream", "antigravity:Stream", "subprocess:Popen", "starflow2.models.qwen:qwen_config", "x"):
+    for stream in ("theirs:Stream", "antigravity:Stream", "subprocess:Popen", "starflow2.models.qwen:patchify", "x"):
         config["model"]["vlm"]["stream"] = stream
         path.write_text(json.dumps(config))
         assert stream in refusal(folder)

@@ -18,7 +18,7 @@ from starflow2.models.components import build
 from starflow2.models.config import DinoConfig, SiglipConfig
 from starflow2.models.hub import NANO
 from starflow2.models.published import features_config, language_config, with_backbones
-from starflow2.models.qwen import qwen_config
+from starflow2.models.qwen import qwen_settings
 from starflow2.models.vision import DinoFeatures, SiglipFeatures
 from starflow2.training.recipes import CLIP, mini, paper, paper_siglip, smoke_at_size
 
@@ -35,7 +35,7 @@ def write(folder: Path, config: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("form", ["flat", "nested"])
 def test_the_language_models_of_the_recipes_are_what_their_own_settings_say(recipe, form, tmp_path):
     cfg = replace(recipe().model.vlm, special=SPECIAL)
-    write(tmp_path, flat_config(cfg) if form == "flat" else qwen_config(cfg).to_dict())
+    write(tmp_path, flat_config(cfg) if form == "flat" else qwen_settings(cfg))
     qwen_tokenizer().save(str(tmp_path / "tokenizer.json"))
     assert language_config(tmp_path, GRID, SIZE) == cfg
 
@@ -56,8 +56,7 @@ def test_another_size_is_read_with_its_own_rope_windows_and_colours(tmp_path):
 def test_the_feature_extractors_of_the_recipes_are_what_their_own_settings_say(recipe, tmp_path):
     cfg = recipe().model.features
     with torch.device("meta"):
-        model = DinoFeatures(cfg).model if isinstance(cfg, DinoConfig) else SiglipFeatures(cfg).model
-    config = model.config.to_dict()
+        config = (DinoFeatures(cfg) if isinstance(cfg, DinoConfig) else SiglipFeatures(cfg)).settings()
     if isinstance(cfg, SiglipConfig):  # the whole model, as on the Hub
         config = {"model_type": "siglip", "text_config": {}, "vision_config": config}
     assert features_config(write(tmp_path, config), GRID, SIZE) == cfg
@@ -116,7 +115,7 @@ def test_weights_with_registers_are_refused_by_name_where_they_would_be_loaded(t
     write_qwen(replace(small.vlm, vocab=400, special=SPECIAL), tmp_path / "vlm")
     assert isinstance(small.features, DinoConfig)
     folder = tmp_path / "features"
-    DinoFeatures(small.features).model.save_pretrained(folder)
+    DinoFeatures(small.features).save(folder)
     model = with_backbones(small, vlm=str(tmp_path / "vlm"), features=str(folder))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "dinov2_with_registers"}))

@@ -1,4 +1,4 @@
-"""Base class of the frozen backbones from transformers: how they are loaded, saved and checked.
+"""Base class of the frozen backbones: how they are loaded, saved and checked, those of transformers by transformers.
 
 Weights are loaded strictly (none missing, none left over), and settings that do not show in any tensor shape, such as
 the number of heads, are compared with those of the folder.
@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging as hf_logging
 
 from starflow2.core.files import read_regular
 from starflow2.core.imports import find_object
-from starflow2.core.json_reader import LARGEST, parse_record
+from starflow2.core.json_reader import LARGEST, JsonObject, parse_record
 from starflow2.errors import ConfigError
 from starflow2.models.config import LanguageConfig
 
@@ -35,9 +34,12 @@ FUSED: dict[str, Any] = {"attn_implementation": "sdpa"}
 
 
 class Backbone(nn.Module):
-    """A transformers model behind one of the protocols of `protocols`, read and written in transformers' own layout."""
+    """A model behind one of the protocols of `protocols`, read and written in transformers' own layout.
 
-    model: Any  # a transformers model; transformers' annotations do not pass strict checks
+    Here `model` is one of transformers; `own_backbone` has the base class of those of our own layers.
+    """
+
+    model: Any  # transformers' annotations do not pass strict checks
     other_towers: tuple[str, ...] = ()  # prefixes of weights in upstream files that belong to other models
     unseen: tuple[str, ...] = ()  # settings that show in no tensor shape; compared with those of the folder
     kinds: tuple[str, ...]  # values of model_type in config.json that it loads
@@ -57,6 +59,15 @@ class Backbone(nn.Module):
         """The vision tower of a language model, for counts; () where transformers gives it none."""
         visual = getattr(getattr(self.model, "model", None), "visual", None)
         return () if visual is None else (visual,)
+
+    def settings(self) -> JsonObject:
+        """config.json of a folder with these sizes."""
+        settings: JsonObject = self.model.config.to_dict()
+        return settings
+
+    def config_class(self) -> Any:
+        """The class of transformers that reads config.json, whatever form it has."""
+        return type(self.model.config)
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors."""
@@ -94,8 +105,8 @@ class Backbone(nn.Module):
         if kind not in self.kinds:
             raise ValueError(f"config.json is of a {kind}; expected {' or '.join(self.kinds)}{self.hint}")
         with quiet():
-            upstream = type(self.model.config).from_pretrained(folder, local_files_only=True)
-        theirs, ours = flatten_config(upstream.to_dict()), flatten_config(self.model.config.to_dict())
+            upstream = self.config_class().from_pretrained(folder, local_files_only=True)
+        theirs, ours = flatten_config(upstream.to_dict()), flatten_config(self.settings())
         differ = [f"{k} is {theirs.get(k)}, expected {ours[k]}" for k in self.unseen if theirs.get(k) != ours[k]]
         if differ:
             raise ValueError(f"config.json is of another model: {'; '.join(differ)}")
@@ -130,6 +141,8 @@ def flatten_config(config: dict[Any, Any], path: str = "") -> dict[str, object]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence progress bars and warnings of transformers; errors still raise."""
+    from transformers.utils import logging as hf_logging  # imported here: nano's own layers do without
+
     shown, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()

@@ -26,7 +26,7 @@ from starflow2.core.serialize import read_json
 from starflow2.core.text import shown
 from starflow2.errors import CheckpointError, ConfigError
 
-__all__ = ["Entry", "Pretrained", "fingerprint", "inventory", "locate"]
+__all__ = ["SINGLE", "Entry", "Pretrained", "fingerprint", "inventory", "locate", "weight_files"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -92,7 +92,7 @@ def inventory(folder: Path) -> dict[str, Entry]:
     name the tensors of its shards.
     """
     entries: dict[str, Entry] = {}
-    for path in _files(folder):
+    for path in weight_files(folder):
         for name, entry in _entries(path):
             if name in entries:
                 raise CheckpointError(f"{folder}: tensor {name} is in {entries[name].file.name} and in {path.name}.")
@@ -114,7 +114,8 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a folder. Raises CheckpointError where there are none, or some of its index are missing."""
     index = folder / INDEX
     names = sorted(set(_weight_map(index).values())) if index.is_file() else [SINGLE]
     if names == [SINGLE] and not (folder / SINGLE).is_file():

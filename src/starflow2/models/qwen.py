@@ -1,8 +1,8 @@
-"""Qwen2.5-VL as a `LanguageStream` with its own vision tower; Qwen3-VL as a second family.
+"""Qwen2.5-VL as a `LanguageStream` with its own vision tower; transformers' Qwen3-VL as a second family.
 
 Nano and paper use the same classes with different configs. Position ids are always passed explicitly: transformers
 falls back to one-dimensional positions without a warning if they are omitted. Weights may be in half precision: inputs
-are cast to it, and states are returned in float32 or better.
+are cast to it, and states are returned in float32 or better. Not here: the layers (`qwen_layers`).
 Letters: B batch, T positions, E language width, V vocabulary.
 """
 
@@ -15,16 +15,15 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from starflow2.core.json_reader import JsonObject
 from starflow2.errors import ConfigError
 from starflow2.models.config import LanguageConfig
 from starflow2.models.huggingface import FUSED, Backbone
+from starflow2.models.own_backbone import OwnBackbone
+from starflow2.models.qwen_layers import EPS, FRAMES, MERGED, QwenModel
 from starflow2.models.vision import normalised, to_tower
 from starflow2.nn import ByDocument, Cache, at_least_fp32, attention_mask, check
 
@@ -34,22 +33,25 @@ if TYPE_CHECKING:
 __all__ = [
     "Qwen3Stream",
     "QwenStream",
+    "qwen_settings",
 ]
 
 
 # -- Qwen2.5-VL -------------------------------------------------------------------------------------
 
 
-def qwen_config(cfg: LanguageConfig) -> Qwen2_5_VLConfig:
-    """The config of transformers with these sizes."""
-    text: dict[str, object] = {
+def qwen_settings(cfg: LanguageConfig) -> JsonObject:
+    """config.json of a Qwen2.5-VL of these sizes, as transformers reads it."""
+    text = {
+        "model_type": "qwen2_5_vl_text",
         "vocab_size": cfg.vocab,
         "hidden_size": cfg.width,
         "num_hidden_layers": cfg.depth,
         "num_attention_heads": cfg.heads,
         "num_key_value_heads": cfg.kv_heads,
         "intermediate_size": cfg.mlp_width,
-        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "rms_norm_eps": EPS,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": cfg.rope_theta,
@@ -60,49 +62,47 @@ def qwen_config(cfg: LanguageConfig) -> Qwen2_5_VLConfig:
         "pad_token_id": cfg.special.pad,
         "tie_word_embeddings": cfg.ties_embeddings,
     }
-    vision: dict[str, object] = {
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "text_config": text,
+        "vision_config": _tower_settings(cfg),
+        "image_token_id": cfg.special.image_pad,
+        "vision_start_token_id": cfg.special.vision_start,
+        "vision_end_token_id": cfg.special.vision_end,
+        "tie_word_embeddings": cfg.ties_embeddings,
+    }
+
+
+def _tower_settings(cfg: LanguageConfig) -> JsonObject:
+    return {
+        "model_type": "qwen2_5_vl_vision",
         "depth": cfg.vision_depth,
         "hidden_size": cfg.vision_width,
         "intermediate_size": cfg.vision_mlp_width,
+        "hidden_act": "silu",
         "num_heads": cfg.vision_heads,
         "patch_size": cfg.vision_patch,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
+        "spatial_merge_size": MERGED,
+        "temporal_patch_size": FRAMES,
         "window_size": cfg.vision_window or cfg.image_size,
         "out_hidden_size": cfg.width,
-        "fullatt_block_indexes": cfg.vision_whole or tuple(range(cfg.vision_depth)),
+        "fullatt_block_indexes": list(cfg.vision_whole or range(cfg.vision_depth)),
     }
-    return Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=cfg.special.image_pad,
-        vision_start_token_id=cfg.special.vision_start,
-        vision_end_token_id=cfg.special.vision_end,
-        tie_word_embeddings=cfg.ties_embeddings,
-        **FUSED,
-    )
 
 
-BY_DOCUMENT = "starflow2_by_document"
-
-
-def _by_document(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
-) -> tuple[Tensor, None]:
-    """Attention of transformers' layers: by document where the mask holds documents, else as ever."""
-    if not isinstance(attention_mask, ByDocument):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    return attention_mask.attention(query, key, value).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(BY_DOCUMENT, _by_document)
-
-
-class QwenStream(Backbone):
+class QwenStream(OwnBackbone):
     """Qwen2.5-VL as embed -> states -> logits, and its vision tower (`see`)."""
 
+    model: QwenModel
     kinds = ("qwen2_5_vl",)
     attends_by_document = True
+    prefixes = (  # transformers writes the first two, and reads the others as well
+        ("visual.", "model.visual."),
+        ("model.language_model.", "model.language_model."),
+        ("model.visual.", "model.visual."),
+        ("model.", "model.language_model."),
+    )
     system = "You are a helpful assistant."
     unseen = (
         "text_config.num_attention_heads",
@@ -120,7 +120,22 @@ class QwenStream(Backbone):
     def __init__(self, cfg: LanguageConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.model = Qwen2_5_VLForConditionalGeneration(qwen_config(cfg))
+        self.model = QwenModel(cfg)
+
+    def settings(self) -> JsonObject:
+        return qwen_settings(self.cfg)
+
+    def config_class(self) -> Any:
+        from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig  # imported here: only for folders of others
+
+        return Qwen2_5_VLConfig
+
+    @property
+    def tied(self) -> frozenset[str]:
+        return frozenset({"lm_head.weight"} if self.cfg.ties_embeddings else ())
+
+    def _loaded(self) -> None:
+        self.model.tie()
 
     @property
     def width(self) -> int:
@@ -133,8 +148,7 @@ class QwenStream(Backbone):
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, E)."""
-        out: Tensor = self.model.get_input_embeddings()(ids)
-        return out
+        return self.model.model.language_model.embed_tokens(ids)
 
     def states(
         self,
@@ -152,17 +166,10 @@ class QwenStream(Backbone):
         check(positions, "A B T", "positions", A=3)
         embeds = embeds.to(self.dtype)
         mask = attention_mask(embeds, 0 if cache is None else cache.length, attend)
-        if isinstance(mask, ByDocument):
-            self.model.model.language_model.config._attn_implementation = BY_DOCUMENT
-        out = self.model.model.language_model(
-            inputs_embeds=embeds,
-            position_ids=positions,
-            attention_mask={"full_attention": mask},
-            **_cache_arguments(type(self.model.model.language_model), cache),
-        )
+        states = self.model.model.language_model(embeds, positions, mask, cache)
         if cache is not None:
             cache.advance(embeds.shape[1])
-        return at_least_fp32(out.last_hidden_state)
+        return at_least_fp32(states)
 
     def new_cache(self) -> Cache:
         """An empty cache for `states`."""
@@ -170,8 +177,7 @@ class QwenStream(Backbone):
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., E) -> (..., V)."""
-        out: Tensor = self.model.lm_head(h.to(self.dtype))
-        return out
+        return self.model.lm_head(h.to(self.dtype))
 
     def language_weights(self) -> dict[str, Tensor]:
         """Weights of the language model alone, by Qwen's names: embed_tokens, layers.0..., norm, lm_head."""
@@ -195,10 +201,7 @@ class QwenStream(Backbone):
         """Image tokens of normalised images (B, 3, h, w)."""
         patch = self.cfg.vision_patch
         rows, columns = (length // patch for length in pixels.shape[2:])
-        grid = torch.tensor([[1, rows, columns]], device=pixels.device).expand(len(pixels), -1)
-        out = self.model.model.visual(patchify(pixels, patch).to(self.dtype), grid_thw=grid)
-        tokens: Tensor = out if isinstance(out, Tensor) else out.pooler_output
-        return at_least_fp32(rearrange(tokens, "(b n) e -> b n e", b=len(pixels)))
+        return at_least_fp32(self.model.model.visual(patchify(pixels, patch).to(self.dtype), (rows, columns)))
 
 
 # -- Qwen3-VL ---------------------------------------------------------------------------------------
@@ -347,13 +350,14 @@ def _parameters(stack: Hashable) -> frozenset[str]:
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """Flattened patches in the order that Qwen's tower expects: 2x2 merge groups, the image repeated in time."""
+    """Patches (B, M, 3 * 2 * patch^2) in the order that Qwen's tower expects: 2x2 merge groups, the image repeated in
+    time."""
     x = rearrange(
         images,
-        "b c (r mr p) (s ms q) -> (b r s mr ms) c p q",
+        "b c (r mr p) (s ms q) -> b (r s mr ms) c p q",
         mr=2,
         ms=2,
         p=patch,
         q=patch,
     )
-    return F.pad(x.unsqueeze(2), (0, 0, 0, 0, 0, 1), mode="replicate").flatten(1)
+    return x.unsqueeze(3).expand(-1, -1, -1, FRAMES, -1, -1).flatten(2)

@@ -1,17 +1,21 @@
-"""Frozen feature extractors, which the FAE reads: patch features of DINOv2 or SigLIP, from transformers.
+"""Frozen feature extractors, which the FAE reads: patch features of DINOv2, or of transformers' SigLIP.
 
 Letters: B batch, N patches, F feature dim.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Dinov2Config, Dinov2Model
 
+from starflow2.core.json_reader import JsonObject
 from starflow2.errors import ConfigError
 from starflow2.models.config import DinoConfig, PixelConfig, SiglipConfig
+from starflow2.models.dino_layers import EPS, MLP_RATIO, DinoModel
 from starflow2.models.huggingface import FUSED, Backbone
+from starflow2.models.own_backbone import OwnBackbone
 from starflow2.nn import at_least_fp32, check
 
 __all__ = [
@@ -42,7 +46,7 @@ def normalised(images: Tensor, cfg: PixelConfig | None) -> Tensor:
     return ((images + 1) / 2 - mean) / std
 
 
-class DinoFeatures(Backbone):
+class DinoFeatures(OwnBackbone):
     """Patch features of a DINOv2, without its class token; reads images in [-1, 1]."""
 
     kinds = ("dinov2",)
@@ -54,23 +58,33 @@ class DinoFeatures(Backbone):
         self.cfg = cfg
         side = cfg.image_size // cfg.patch_size
         self.grid, self.feature_dim = (side, side), cfg.width
-        self.model = Dinov2Model(
-            Dinov2Config(
-                image_size=cfg.table_size or cfg.image_size,
-                patch_size=cfg.patch_size,
-                hidden_size=cfg.width,
-                num_hidden_layers=cfg.depth,
-                num_attention_heads=cfg.heads,
-                use_swiglu_ffn=cfg.swiglu,
-                **FUSED,
-            )
-        )
+        self.model = DinoModel(cfg)
+
+    def settings(self) -> JsonObject:
+        cfg = self.cfg
+        return {
+            "architectures": ["Dinov2Model"],
+            "model_type": "dinov2",
+            "image_size": cfg.table_size or cfg.image_size,
+            "patch_size": cfg.patch_size,
+            "hidden_size": cfg.width,
+            "num_hidden_layers": cfg.depth,
+            "num_attention_heads": cfg.heads,
+            "mlp_ratio": MLP_RATIO,
+            "hidden_act": "gelu",
+            "layer_norm_eps": EPS,
+            "use_swiglu_ffn": cfg.swiglu,
+        }
+
+    def config_class(self) -> Any:
+        from transformers import Dinov2Config  # imported here: only for folders that others have written
+
+        return Dinov2Config
 
     def features(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         """images: (B, 3, height, width) -> (B, N, F). masked: (B, N) bool, patches to replace by the mask token."""
         pixels = to_tower(images, self.cfg.image_size, self.cfg.pixels)
-        out = self.model(pixel_values=pixels.to(self.dtype), bool_masked_pos=masked)
-        return at_least_fp32(out.last_hidden_state[:, 1:])
+        return at_least_fp32(self.model(pixels.to(self.dtype), masked)[:, 1:])
 
 
 class SiglipFeatures(Backbone):
