@@ -420,7 +420,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_old_model_and_no_rubbish(f
         save_file(tensors, path, *args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    monkeypatch.setattr("starflow2.models.own_backbone.save_file", full)
     with pytest.raises(CheckpointError, match=r"cannot save to .*No space left.*untouched"):
         save_components(tiny_components(scale=0.2), folder)
     assert content(folder) == before

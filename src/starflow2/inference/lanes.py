@@ -123,11 +123,11 @@ class Lanes:
         if not source:
             return
         kept = max(self.lengths)
-        taken = slice(0, len(source)) if source == list(range(len(source))) else source
+        kept_slots = slice(0, len(source)) if source == list(range(len(source))) else source
         for new, cache in zip((self.language, self.flow), caches, strict=True):
-            new.buffer[:, :, : len(source), :, :kept] = cache.buffer[:, :, taken, :, :kept]
+            new.buffer[:, :, : len(source), :, :kept] = cache.buffer[:, :, kept_slots, :, :kept]
         for name, value in old.items():
-            getattr(self, name)[: len(source)] = value[taken]
+            getattr(self, name)[: len(source)] = value[kept_slots]
 
     def bytes_for(self, lanes: int, positions: int) -> int:
         """Bytes with this many more lanes, one of them of `positions`."""
