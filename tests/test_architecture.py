@@ -19,10 +19,9 @@ BASE = ("errors", "core", "nn", "flow", "models")
 MAY: dict[str, tuple[str, ...]] = {
     "errors": (),
     "core": ("errors",),
-    "tiles": (),
-    "nn": ("errors", "core", "tiles"),
+    "nn": ("errors", "core"),
     "flow": ("errors", "core", "nn"),  # the standalone library ends here
-    "models": ("errors", "core", "tiles", "nn", "flow"),
+    "models": ("errors", "core", "nn", "flow"),
     "inference": BASE,
     "pipeline": (*BASE, "inference"),
     "hf": (*BASE, "inference", "pipeline"),  # imported by users only
@@ -57,7 +56,7 @@ FLOW_MAY = {
     "numpy",
     "starflow2.flow",
     "starflow2.nn",
-    "starflow2.tiles",
+    "starflow2.core.tiles",
     "starflow2.core.fields",
     "starflow2.core.serialize",
     "starflow2.errors",

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = ["", *PROJECT["optional-dependencies"]]
 # Used where somebody has installed them: two pull torchvision in, which has to match torch, one is our own weights, one
-# needs an environment of its own.
-NEVER_REQUIRED = {"lpips", "torch_fidelity", "starflow2_nano", "lmms_eval"}
+# needs an environment of its own, and one is a peer that a bench measures.
+NEVER_REQUIRED = {"lpips", "torch_fidelity", "starflow2_nano", "lmms_eval", "normflows"}
 
 
 @cache

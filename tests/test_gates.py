@@ -226,7 +226,8 @@ def test_a_model_is_saved_to_the_name_of_a_folder_only(model, place):
 
 @pytest.mark.parametrize("kind", [StarFlowError, *StarFlowError.__subclasses__()])
 def test_every_message_is_one_printable_line(kind):
-    error = kind("cannot read a\x1b[2J\ud800.png:\n  no\u202e such file")
+    given = {"status": 400, "code": "x"} if kind.__name__ == "Refusal" else {}  # where the server has been imported
+    error = kind("cannot read a\x1b[2J\ud800.png:\n  no\u202e such file", **given)
     assert str(error) == r"cannot read a\x1b[2J\ud800.png: no\u202e such file"
 
 

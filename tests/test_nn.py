@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flow_cases import gap
 from helpers import wake
+from starflow2.core.tiles import tiles_of
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.nn import (
     Cache,
@@ -30,7 +31,6 @@ from starflow2.nn import (
     rotate_halves,
     zero_linear,
 )
-from starflow2.tiles import tiles_of
 
 CFG = StackConfig(width=48, depth=3, head_dim=24)
 PLAIN = StackConfig(width=48, depth=1, head_dim=16, rope=False, activation="relu2", final_norm=False)
@@ -153,8 +153,8 @@ def test_scores_of_rotated_queries_and_keys_depend_on_distances_only() -> None:
 @pytest.mark.parametrize("mask", ["none", "causal", "of documents"])
 def test_attention_in_tiles_equals_the_fused_kernel_also_backward(heads: int, mask: str, monkeypatch) -> None:
     """In bfloat16 against float32; tiles so small that there are many, some of which see few keys."""
-    monkeypatch.setattr("starflow2.tiles.QUERIES", 8)
-    monkeypatch.setattr("starflow2.tiles.SCORES", 600)
+    monkeypatch.setattr("starflow2.core.tiles.QUERIES", 8)
+    monkeypatch.setattr("starflow2.core.tiles.SCORES", 600)
     q, k, v, grad = (torch.randn(3, n, 21, 8).bfloat16() for n in (4, heads, heads, 4))
     document = torch.randint(0, 3, (3, 21)).sort(1).values
     causal = torch.ones(21, 21, dtype=torch.bool).tril()

@@ -72,7 +72,12 @@ def _forgetful(right: Any) -> Any:
 
 
 def _faint(right: Any) -> Any:
-    return lambda self, module, h, kept, target, mask: right(self, module, h, 0.9 * kept, target, mask)
+    def read(self: Any, buffer: Any, target: int) -> Any:
+        for layer in self.layers:
+            layer.kept[:, :, :, : self.run.prefix.length + target - 1].mul_(0.9)
+        return right(self, buffer, target)
+
+    return read
 
 
 def _not_finite(right: Any) -> Any:
@@ -107,8 +112,8 @@ FLOW_FAULTS = {
         nn, "attention_mask", lambda _: lambda *_: None, selfcheck._roundtrip, FLOAT32
     ),
     "a cache that forgets": Fault(nn.Cache, "append", _forgetful, selfcheck._cached_is_full, FLOAT32),
-    "steps that forget": Fault(Stepper, "_attend", _faint, selfcheck._cached_is_full, FLOAT32),
-    "steps that are not finite": Fault(Stepper, "_attend", _not_finite, selfcheck._cached_is_full, FLOAT32),
+    "steps that forget": Fault(Stepper, "_read", _faint, selfcheck._cached_is_full, FLOAT32),
+    "steps that are not finite": Fault(Stepper, "_read", _not_finite, selfcheck._cached_is_full, FLOAT32),
     "an inverse that stops too soon": Fault(
         selfcheck, "JACOBI", lambda _: Jacobi(max_iterations=2), selfcheck._parallel_inverse, FLOAT32
     ),

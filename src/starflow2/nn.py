@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from starflow2.core.fields import Config, Count, Depth, Size
+from starflow2.core.tiles import RotatedHeads, Tile, TiledAttention, is_tiled, tiles_of
 from starflow2.errors import ConfigError, ShapeError
-from starflow2.tiles import RotatedHeads, Tile, TiledAttention, is_tiled, tiles_of
 
 __all__ = [
     "Activation",

@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 from starflow2.core.torch_defaults import inference_defaults
 from starflow2.errors import StateError
@@ -56,22 +56,33 @@ def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
     return guarded
 
 
+class _Events(Generator[R, None, None]):
+    """Events of an object, each made while only one thread uses it; a refusal takes nothing from them."""
+
+    def __init__(self, shared: Shared, events: Generator[R, None, None]) -> None:
+        self._shared, self._events = shared, events
+
+    def send(self, value: None) -> R:
+        with self._shared.in_use.claimed():
+            return self._events.send(value)
+
+    def throw(self, *error: Any) -> R:
+        with self._shared.in_use.claimed():
+            return self._events.throw(*error)
+
+    def close(self) -> None:
+        with self._shared.in_use.claimed():
+            self._events.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 def exclusive_events(method: Callable[Concatenate[S, P], Iterator[R]]) -> Callable[Concatenate[S, P], Generator[R]]:
     """Generator method each step of which is `exclusive`; between steps its consumer's settings hold."""
 
     @functools.wraps(method)
     def guarded(self: S, /, *args: P.args, **kwargs: P.kwargs) -> Generator[R]:
-        events = method(self, *args, **kwargs)
-        try:
-            while True:
-                with self.in_use.claimed():
-                    try:
-                        event = next(events)
-                    except StopIteration:
-                        return
-                yield event
-        finally:
-            with self.in_use.claimed():
-                getattr(events, "close", lambda: None)()
+        return _Events(self, cast("Generator[R, None, None]", method(self, *args, **kwargs)))
 
     return guarded

@@ -54,7 +54,7 @@ class OwnBackbone(Backbone):
         self._loaded()
 
     def _loaded(self) -> None:
-        """What is left to do after weights were put in place."""
+        """Work that is left after weights were put in place."""
 
     def _stored(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         """Weights in a folder by the model's names, memory-mapped."""

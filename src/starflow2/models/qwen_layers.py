@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from starflow2.core.tiles import Tile, computes_in_tiles, tiles_of
 from starflow2.models.config import LanguageConfig
 from starflow2.nn import ByDocument, Cache, RmsNorm, attention, heads_of, rotate_halves
-from starflow2.tiles import Tile, computes_in_tiles, tiles_of
 
 __all__ = ["EPS", "FRAMES", "MERGED", "LanguageModel", "QwenModel", "Tower"]
 
@@ -67,7 +67,7 @@ class _LanguageAttention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _fused(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same scores by one product and a faster rotation: channels that are rotated together are neighbours."""
+        """Equal scores by one product and a faster rotation: channels that are rotated together are neighbours."""
         parts = self.q_proj, self.k_proj, self.v_proj
         (q, k, v), (q_bias, k_bias, v_bias) = (p.weight for p in parts), (p.bias for p in parts)
         weight = torch.cat([_neighbours(q, self.dim), _neighbours(k, self.dim), v])
@@ -137,7 +137,8 @@ class LanguageModel(nn.Module):
     def turns(self, positions: Tensor) -> Tensor:
         """cos + i sin of M-RoPE, (B, T, 1, K / 2) in float32; each section of pairs follows one axis."""
         sections = torch.tensor(self.cfg.mrope_section, device=positions.device)
-        axis = torch.arange(3, device=positions.device).repeat_interleave(sections)  # of each pair
+        pairs = torch.arange(3, device=positions.device)
+        axis = pairs.repeat_interleave(sections, output_size=sum(self.cfg.mrope_section))  # of each pair
         freqs = _frequencies(self.cfg.rope_theta, len(axis), positions.device)
         angles = (positions.float()[axis].movedim(0, -1) * freqs).unsqueeze(2)  # (B, T, 1, K / 2)
         return torch.complex(angles.cos(), angles.sin())
@@ -176,7 +177,7 @@ class _TowerAttention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
 
     def _fused(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same scores by a faster rotation, as in the language model."""
+        """Equal scores by a faster rotation, as in the language model."""
         width, dim = x.shape[-1], x.shape[-1] // self.heads
         weight, bias = (
             torch.cat([_neighbours(rows[: 2 * width], dim), rows[2 * width :]])

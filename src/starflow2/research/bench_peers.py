@@ -136,17 +136,13 @@ def _apple_module(folder: Path) -> Any:
     path = folder / "transformer_flow.py"
     if not path.is_file():
         raise UsageError(f"--peer apple={folder}: there is no transformer_flow.py; expected a checkout of ml-starflow.")
-    spec = importlib.util.spec_from_file_location("apple_transformer_flow", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(folder))
     try:
-        spec.loader.exec_module(module)
+        return importlib.import_module(path.stem)
     except ImportError as error:
         raise ConfigError(f"--peer apple={folder} cannot be imported: {error}.") from error
     finally:
         sys.path.remove(str(folder))
-    return module
 
 
 def _apple_sampler(module: Any, components: Components) -> tuple[Callable[[], Tensor], Tensor]:

@@ -506,7 +506,7 @@ def several_words(shapes: Sequence[int], rng: np.random.Generator) -> str:
     """Words for several objects at once: all of a shape, or all there are if shapes differ.
 
     >>> several_words([4, 4], np.random.default_rng(0))
-    'every heart'
+    'both hearts'
     """
     if len(set(shapes)) > 1:
         return pick(rng, _ALL)

@@ -405,8 +405,8 @@ def _stands(words: str, a: SceneObject, b: SceneObject) -> str | None:
 def story_words() -> frozenset[str]:
     """Every word, in lower case, that any request, sentence, question or answer of a story can contain.
 
-    >>> {"start", "away", "left", "hearts"} - story_words()
-    {'hearts'}
+    >>> {"start", "away", "left", "hearts", "elephant"} - story_words()
+    {'elephant'}
     """
     forms = [form for w in STORY_WORDINGS.values() for form in (*w.train, *w.dev, *w.test)]
     sides = [words for table in (_BESIDE, _BESIDE_IT) for row in table.values() for words in row]
