@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
@@ -73,8 +75,25 @@ def run_app(
     if opens is not None:
         address = f"http://{shown}:{found}{page}/"
         threading.Thread(target=_open, args=(server, address, opens), daemon=True).start()
-    server.run(sockets=[listening])
+    with _sigterm_only_stops():
+        server.run(sockets=[listening])
     return 0 if server.started else 2
+
+
+@contextmanager
+def _sigterm_only_stops() -> Iterator[None]:
+    """Context in which SIGTERM does not end the process.
+
+    uvicorn stops at it and then raises it once more, which would end the process before the service has closed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _open(server: uvicorn.Server, address: str, opens: Callable[[str], object]) -> None:
