@@ -14,7 +14,7 @@ from torch import Tensor
 from starflow2.errors import PromptError
 from starflow2.inference.engine import Engine
 
-__all__ = ["Part", "PastTurn", "read_past", "read_user_turn"]
+__all__ = ["Part", "PastTurn", "read_image", "read_past", "read_user_turn"]
 
 Part = str | Tensor  # words, or an image (3, s, s) in [-1, 1]
 PastTurn = tuple[Sequence[Part], Sequence[Part]]  # a turn that is over: the user's parts and the reply's
@@ -39,6 +39,16 @@ def read_user_turn(engine: Engine, row: int, parts: Sequence[Part], name: str = 
     engine.feed(row, tokenizer.opens_reply())
 
 
+def read_image(engine: Engine, row: int, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Let a row read an image (3, s, s) at the lowest noise level; returns its latents x and u, (N, D) each.
+
+    docs/choices.md#picture-levels.
+    """
+    level = engine.sampler.upload_level
+    x = engine.sampler.noisy(image[None], torch.tensor([level]))[0]
+    return x, engine.see(row, x, level)
+
+
 def _append(engine: Engine, row: int, parts: Sequence[Part], name: str) -> None:
     """Let a row read words and images in order. Raises PromptError before it is longer than the model reads."""
     sampler = engine.sampler
@@ -49,8 +59,7 @@ def _append(engine: Engine, row: int, parts: Sequence[Part], name: str) -> None:
         if isinstance(part, list):
             engine.feed(row, part)
         else:
-            level = sampler.upload_level
-            engine.see(row, sampler.noisy(part[None], torch.tensor([level]))[0], level)
+            read_image(engine, row, part)
 
 
 def _check_room(engine: Engine, row: int, name: str, parts: Sequence[list[int] | Tensor]) -> None:

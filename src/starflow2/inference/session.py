@@ -44,6 +44,7 @@ from starflow2.inference.events import (
     Token,
     Wrote,
 )
+from starflow2.inference.reading import read_image
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.self_check import check_memory, checked_tries, confidence, question_of, seed_of
 from starflow2.inference.session_file import (
@@ -175,12 +176,10 @@ class Session:
             self._is_open = True
 
     def _show(self, image: Tensor) -> None:
-        """Append an uploaded image at the lowest noise level (docs/choices.md#picture-levels)."""
-        level = self.sampler.upload_level
+        """Append an uploaded image."""
         self.encode_calls += 1
-        x = self.sampler.noisy(image[None], torch.tensor([level]))
-        u = self._engine.see(self._row, x[0], level)
-        picture = DecodedImage(x[0], u, level, image)
+        x, u = read_image(self._engine, self._row, image)
+        picture = DecodedImage(x, u, self.sampler.upload_level, image)
         self.pieces.append(Piece("user", picture=picture))
 
     # -- output

@@ -20,6 +20,7 @@ from starflow2.errors import ConfigError, DataError, PromptError, nearest
 from starflow2.inference.config import ReplyLimits
 from starflow2.inference.engine import Engine
 from starflow2.inference.events import Completed, Failed, RowEvent, Token
+from starflow2.inference.reading import read_image
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Said, checked_part
 from starflow2.models.components import Components
@@ -198,10 +199,9 @@ def replies_to_tokens(sampler: Sampler, prompts: Sequence[Reply], settings: Gene
 
 def _read(engine: Engine, row: int, parts: Reply) -> None:
     """Let a row read a prompt; images enter at the lowest noise level, as uploads do."""
-    level = engine.sampler.upload_level
     for part in parts:
         if isinstance(part, Tensor):
-            engine.see(row, engine.sampler.noisy(part[None], torch.tensor([level]))[0], level)
+            read_image(engine, row, part)
         else:
             engine.feed(row, part)
 
