@@ -17,6 +17,7 @@ from typing import Final, Protocol
 import starflow2
 from starflow2.benchmarks.prompts import PromptRow, digest
 from starflow2.benchmarks.records import read_objects
+from starflow2.benchmarks.stages import check_finished
 from starflow2.core.fields import Config, Count, Positive, Seed, Weight
 from starflow2.core.files import TEMPORARY, check_writable, replacing
 from starflow2.core.json_reader import JsonObject
@@ -215,12 +216,7 @@ def draw_prompts(model: StarFlow2, rows: Sequence[PromptRow], settings: FolderSe
 
 
 def _check_stage(model: StarFlow2, layout: Layout) -> None:
-    done = model.components.finished_stages
-    if layout.stage not in done:
-        raise StateError(
-            f"{layout.benchmark} needs a model that has finished stage {layout.stage}; {model.components.cfg.name} has "
-            f"finished {', '.join(done) or 'none'}. Train it further, or choose another --model."
-        )
+    check_finished(layout.benchmark, layout.stage, model.components.cfg.name, model.components.finished_stages)
 
 
 def _record(model: StarFlow2, layout: Layout, rows: Sequence[PromptRow], settings: FolderSettings) -> FolderRecord:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from starflow2.cli.options import Device, Model, console, refuse, say, write_json
 from starflow2.cli.parsing import Option
-from starflow2.errors import StateError, UsageError
+from starflow2.errors import UsageError
 
 if TYPE_CHECKING:
     from starflow2.benchmarks.answering import Frozen
@@ -75,15 +75,11 @@ class _Ask:
 
     def _check_model(self) -> None:
         """Raise StateError for a model that has not finished stage joint: the harness would hide the reason."""
+        from starflow2.benchmarks.stages import check_finished
         from starflow2.models.config_file import read_config
         from starflow2.models.hub import find_model
 
-        done = read_config(find_model(self.model)).finished_stages
-        if "joint" not in done:
-            raise StateError(
-                f"{self.verb} needs a model that has finished stage joint; {self.model} has finished "
-                f"{', '.join(done) or 'none'}. Train it further, or choose another --model."
-            )
+        check_finished(self.verb, "joint", self.model, read_config(find_model(self.model)).finished_stages)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from starflow2.cli.options import (
     Device,
@@ -31,14 +31,11 @@ if TYPE_CHECKING:
     from starflow2.benchmarks.results import Result
 
 __all__ = [
-    "AtOnce",
     "DetectGeneval",
     "DrawDpg",
     "DrawGeneval",
+    "DrawOptions",
     "DrawnImages",
-    "FirstSeed",
-    "Folder",
-    "PlainTries",
     "ScoreDpg",
     "ScoreGeneval",
     "draw_rows",
@@ -59,7 +56,21 @@ AtOnce = Annotated[int, Option("images drawn at once")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawGeneval:
+class DrawOptions:
+    """Options of every command that draws a folder."""
+
+    out: Folder
+    seed: FirstSeed = 42
+    guidance: Guidance = None
+    prior_scale: PriorScale = None
+    tries: PlainTries = 1
+    batch: AtOnce = 32
+    model: Model = "nano"
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawGeneval(DrawOptions):
     """Draw GenEval's prompts into its layout: 00000/metadata.jsonl, 00000/samples/0000.png.
 
     Prompts with words that the model never learnt are listed in unread.json and do not stop the others.
@@ -68,15 +79,7 @@ class DrawGeneval:
     verb: ClassVar[str] = "eval geneval"
 
     prompts: Prompts
-    out: Folder
     samples: Annotated[int, Option("images of each prompt")] = 4
-    seed: FirstSeed = 42
-    guidance: Guidance = None
-    prior_scale: PriorScale = None
-    tries: PlainTries = 1
-    batch: AtOnce = 32
-    model: Model = "nano"
-    device: Device = "auto"
 
     def run(self, unknown: Sequence[str]) -> int:
         refuse(unknown, type(self))
@@ -87,7 +90,7 @@ class DrawGeneval:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawDpg:
+class DrawDpg(DrawOptions):
     """Draw DPG-Bench's prompts into its layout: a grid of two by two images for each, <prompt id>.png.
 
     Prompts with words that the model never learnt are listed in unread.json and do not stop the others.
@@ -96,14 +99,6 @@ class DrawDpg:
     verb: ClassVar[str] = "eval dpg"
 
     prompts: Annotated[Path, Option("a JSONL file of id and prompt, or the folder of text files", metavar="PATH")]
-    out: Folder
-    seed: FirstSeed = 42
-    guidance: Guidance = None
-    prior_scale: PriorScale = None
-    tries: PlainTries = 1
-    batch: AtOnce = 32
-    model: Model = "nano"
-    device: Device = "auto"
 
     def run(self, unknown: Sequence[str]) -> int:
         refuse(unknown, type(self))
@@ -186,27 +181,6 @@ class DetectGeneval:
             detect_folder(self.folder, self.detections, detector, rows, step)
         say(self.detections)
         return 0
-
-
-class DrawOptions(Protocol):
-    """Options of every command that draws a folder."""
-
-    @property
-    def out(self) -> Path: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def guidance(self) -> float | None: ...
-    @property
-    def prior_scale(self) -> float | None: ...
-    @property
-    def tries(self) -> int: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def device(self) -> str: ...
 
 
 def draw_rows(options: DrawOptions, samples: int, layout: Layout, rows: Sequence[PromptRow]) -> int:

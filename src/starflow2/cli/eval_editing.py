@@ -5,92 +5,68 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from starflow2.cli.eval_drawing import AtOnce, DrawnImages, FirstSeed, Folder, PlainTries, draw_rows, show_result
-from starflow2.cli.options import Device, Guidance, JsonFile, Model, PriorScale, check_json, refuse
+from starflow2.cli.eval_drawing import DrawnImages, DrawOptions, draw_rows, show_result
+from starflow2.cli.options import JsonFile, check_json, refuse
 from starflow2.cli.parsing import Option
 
 __all__ = ["DrawGedit", "DrawImgedit", "DrawMagicbrush", "ScoreGedit", "ScoreImgedit", "ScoreMagicbrush"]
 
+EditBenchmark = Literal["gedit", "imgedit", "magicbrush"]  # of benchmarks.editing, which needs torch
 SourceImages = Annotated[Path, Option("the folder of source images", metavar="FOLDER")]
 Ratings = Annotated[Path, Option("ratings.jsonl: one line an image, behind the judge's name", metavar="FILE")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawGedit:
+class _DrawEdits(DrawOptions):
+    """Options of the three that edit, and what they do."""
+
+    verb: ClassVar[str] = ""
+    benchmark: ClassVar[EditBenchmark]
+
+    edits: Path
+    images: SourceImages
+
+    def run(self, unknown: Sequence[str]) -> int:
+        refuse(unknown, type(self))
+        from starflow2.benchmarks.editing import EditLayout, read_edits
+
+        rows = read_edits(self.benchmark, self.edits, self.images)
+        return draw_rows(self, 1, EditLayout(self.benchmark, self.images), rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawGedit(_DrawEdits):
     """Edit GEdit-Bench's images into its layout: fullset/TASK/LANGUAGE/KEY.png. Needs a model with stage joint."""
 
     verb: ClassVar[str] = "eval gedit"
+    benchmark: ClassVar[EditBenchmark] = "gedit"
 
     edits: Annotated[Path, Option("the dataset's rows as JSONL, an image file each", metavar="FILE")]
-    images: SourceImages
-    out: Folder
-    seed: FirstSeed = 42
-    guidance: Guidance = None
-    prior_scale: PriorScale = None
-    tries: PlainTries = 1
-    batch: AtOnce = 32
-    model: Model = "nano"
-    device: Device = "auto"
-
-    def run(self, unknown: Sequence[str]) -> int:
-        refuse(unknown, type(self))
-        from starflow2.benchmarks.editing import EditLayout, read_edits
-
-        return draw_rows(self, 1, EditLayout("gedit", self.images), read_edits("gedit", self.edits, self.images))
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawImgedit:
+class DrawImgedit(_DrawEdits):
     """Edit ImgEdit-Bench's images into its layout: KEY.png. Needs a model with stage joint."""
 
     verb: ClassVar[str] = "eval imgedit"
+    benchmark: ClassVar[EditBenchmark] = "imgedit"
 
     edits: Annotated[Path, Option("basic_edit.json, as it is published", metavar="FILE")]
-    images: SourceImages
-    out: Folder
-    seed: FirstSeed = 42
-    guidance: Guidance = None
-    prior_scale: PriorScale = None
-    tries: PlainTries = 1
-    batch: AtOnce = 32
-    model: Model = "nano"
-    device: Device = "auto"
-
-    def run(self, unknown: Sequence[str]) -> int:
-        refuse(unknown, type(self))
-        from starflow2.benchmarks.editing import EditLayout, read_edits
-
-        return draw_rows(self, 1, EditLayout("imgedit", self.images), read_edits("imgedit", self.edits, self.images))
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawMagicbrush:
+class DrawMagicbrush(_DrawEdits):
     """Edit MagicBrush's images into its layout, each turn alone and all turns in one conversation.
 
     Needs a model with stage joint.
     """
 
     verb: ClassVar[str] = "eval magicbrush"
+    benchmark: ClassVar[EditBenchmark] = "magicbrush"
 
     edits: Annotated[Path, Option("edit_sessions.json, as it is published", metavar="FILE")]
-    images: SourceImages
-    out: Folder
-    seed: FirstSeed = 42
-    guidance: Guidance = None
-    prior_scale: PriorScale = None
-    tries: PlainTries = 1
-    batch: AtOnce = 32
-    model: Model = "nano"
-    device: Device = "auto"
-
-    def run(self, unknown: Sequence[str]) -> int:
-        refuse(unknown, type(self))
-        from starflow2.benchmarks.editing import EditLayout, read_edits
-
-        rows = read_edits("magicbrush", self.edits, self.images)
-        return draw_rows(self, 1, EditLayout("magicbrush", self.images), rows)
 
 
 @dataclass(frozen=True, kw_only=True)
