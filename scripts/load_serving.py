@@ -122,7 +122,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back. status 0: the client left; first_s: until the first byte of the body."""
+    """Response to a request. status: of HTTP, 0 if the client left; first_s: seconds to the first byte of its body."""
 
     order: Order
     status: int
@@ -243,7 +243,7 @@ def mixed_order(rng: random.Random, ids: Ids) -> Order:
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What hostile requests are made of: words of the model, and our own description of every field."""
+    """Pieces of which hostile requests are made: words of the model, and our own description of every field."""
 
     words: list[str]
     described: dict[str, Any]

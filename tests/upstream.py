@@ -15,7 +15,7 @@ CLASSES: dict[str, Any] = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "di
 
 
 def theirs(backbone: OwnBackbone) -> Any:
-    """The same model as transformers computes it."""
+    """transformers' own model with these weights, to compare ours with."""
     with TemporaryDirectory() as folder:
         backbone.save(Path(folder))
         kind = CLASSES[backbone.settings()["model_type"]]

@@ -1,4 +1,4 @@
-"""Whether understanding improves drawing: wins are counted by prompt, and both arms see the same seeds."""
+"""The claim that understanding improves drawing: wins are counted by prompt, both arms see the same seeds."""
 
 from __future__ import annotations
 

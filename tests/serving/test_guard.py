@@ -1,4 +1,4 @@
-"""What a server lets in, and what is left when a client is hostile, slow or gone."""
+"""The server's guard: which requests it lets in, and that hostile, slow and lost clients leave nothing behind."""
 
 from __future__ import annotations
 

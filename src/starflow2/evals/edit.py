@@ -175,7 +175,7 @@ def _grade(edit: Edit, scan: Scan, image: Images, reference: Images) -> EditGrad
 
 
 def _is_twin(target: Scene, scan: Scan) -> bool | None:
-    """Whether an image repeats one shape of the target where another is missing; None for targets of one shape."""
+    """True if an image repeats one shape of the target where another is missing; None for targets of one shape."""
     asked = [obj.shape for obj in target.objects]
     return is_twin(asked, (d.shape for d in scan.detections)) if len(set(asked)) > 1 else None
 

@@ -1,4 +1,4 @@
-"""Whether a mixture holds what its stage learns from, seen from the first samples of its sources.
+"""Check that a mixture holds what its stage learns from, by the first samples of its sources.
 
 `fit` and the command line ask before a model is built: a mixture of drawings alone would train stage adapter for days
 on no answer at all. Not here: whether every sample can be used (`data.check`), whether there is data (`datasets`).
