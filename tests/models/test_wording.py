@@ -28,6 +28,15 @@ def nano():
         ("a star in the top-left", "a star in the upper left"),
         ("add another green dot.", "add a green circle."),
         ("a red coloured star", "a red star"),
+        ("a red circle plus a blue square", "a red circle and a blue square"),
+        ("a red circle plus blue square", "a red circle and blue square"),
+        ("a big red plus, left of 1 ring", "a large red cross, left of one ring"),
+        ("a star as well as a heart", "a star and a heart"),
+        ("Could you please draw two hearts?", "please draw two hearts?"),
+        ("i'd like to see a black star in the upper left corner", "show a black star in the upper left"),
+        ("I want you to also create a picture of a star", "please make a picture of a star"),
+        ("replace the red circle with a blue star.", "turn the red circle into a blue star."),
+        ("get rid of the ring then recolor the star red", "remove the ring paint the star red"),
     ],
 )
 def test_everyday_wording_is_read_in_words_that_nano_knows(nano, text, read):
@@ -43,6 +52,12 @@ def test_a_known_text_is_read_as_it_is(nano):
 def test_a_known_word_is_never_replaced():
     assert respelled("a big ball", {"a", "big", "ball", "large", "circle"}) == "a big ball"
     assert respelled("a big ball", {"a", "big", "circle"}) == "a big circle"
+    known = {"could", "you", "swap", "a", "star", "for", "plus", "turn", "into", "please", "and", "two"}
+    assert respelled("could you swap a star for two plus a star", known) == "could you swap a star for two plus a star"
+
+
+def test_a_phrase_stays_where_its_meaning_is_not_known_either():
+    assert respelled("swap a star for a ring", {"a", "star", "ring"}) == "swap a star for a ring"
 
 
 def test_a_model_without_a_fixed_vocabulary_reads_the_text_unchanged():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
@@ -18,6 +19,7 @@ __all__ = ["classes_of", "hint", "respelled", "words_of"]
 _NUMBERS: Final = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
 )
+_COLORS: Final = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black", "white", "gray", "brown")
 _OTHER_WORDS: Final[Mapping[str, str]] = MappingProxyType(
     {str(i): word for i, word in enumerate(_NUMBERS)}
     | {"colour": "color", "colours": "colors", "grey": "gray", "coloured": "", "colored": ""}
@@ -26,16 +28,37 @@ _OTHER_WORDS: Final[Mapping[str, str]] = MappingProxyType(
     | {"discs": "circles", "disks": "circles", "dots": "circles", "balls": "circles", "pluses": "crosses"}
     | {"photograph": "photo", "drawing": "picture", "sketch": "picture", "pic": "picture", "canvas": "picture"}
     | {"thing": "object", "things": "objects", "item": "object", "items": "objects", "shapes": "objects"}
+    | {"create": "make", "insert": "add", "push": "move", "shift": "move", "recolor": "paint", "transform": "turn"}
+    | {"painting": "picture", "showing": "with", "beside": "next to", "you'd": "you", "i'd": "i would"}
     | {"another": "a", "single": "one", "underneath": "below", "atop": "above", "center": "middle", "centre": "middle"}
     | {"top-left": "upper left", "top-right": "upper right", "bottom-left": "lower left", "bottom-right": "lower right"}
     | {"what's": "what is", "where's": "where is", "there's": "there is", "it's": "it is", "how's": "how is"}
 )
-_FILLERS: Final = frozenset({"me", "us", "just", "really", "very", "nice", "pretty", "kindly", "hey", "hello", "hi"})
+_AFTER_PLUS: Final = f"a|an|the|large|big|small|{'|'.join(_NUMBERS)}|[0-9]+|{'|'.join(_COLORS)}"
+_PHRASES: Final = tuple(  # in this order: what is written, and what it means
+    (re.compile(rf"(?<![^\s]){pattern}(?![^\s.,;:!?])"), meaning)
+    for pattern, meaning in (
+        (rf"plus(?= (?:{_AFTER_PLUS})(?![^\s]))", "and"),  # elsewhere a shape
+        (r"as well as", "and"),
+        (r"as well", ""),
+        (r"(?:can|could|would|will) you(?: please)?", "please"),
+        (r"i(?:'d| would)? (?:want|need|like|love) you to", "please"),
+        (r"i(?:'d| would)? (?:want|need|like|love)(?: to (?:see|have|get))?", "show"),
+        (r"let me see", "show"),
+        (r"(?:get rid of|throw (?:away|out)|do away with)", "remove"),
+        (r"(?<=left )corner|(?<=right )corner", ""),
+        (r"(?:replace|swap) ([^.,;]+?) (?:with|by|for) ([^.,;]+)", r"turn \1 into \2"),
+    )
+)
+_FILLERS: Final = frozenset(
+    {"me", "us", "just", "really", "very", "nice", "pretty", "kindly", "hey", "hello", "hi"}
+    | {"also", "then", "only", "simply", "instead"}
+)
 _MARKS: Final = str.maketrans(dict.fromkeys('"“”„«»()[]{}*_`', " ") | {"’": "'", "‘": "'"})
 
 _CLASSES: Final[Mapping[str, str]] = MappingProxyType(  # common English, most of which a model does not know
     {
-        "colours": "red orange yellow green blue purple pink black white gray brown violet cyan magenta turquoise teal "
+        "colours": f"{' '.join(_COLORS)} violet cyan magenta turquoise teal "
         "gold golden silver beige maroon navy indigo lime olive coral crimson scarlet salmon lavender mint cream amber",
         "shapes": "circle square triangle star heart ring cross diamond rectangle oval ellipse hexagon pentagon "
         "octagon line arrow moon crescent cube sphere cylinder cone pyramid trapezoid spiral clover flower sun cloud",
@@ -55,12 +78,16 @@ def words_of(text: str) -> list[str]:
 def respelled(text: str, vocabulary: Collection[str]) -> str:
     """The text in lower case, with unknown words replaced by known ones that mean the same.
 
-    Quotes and brackets go, hyphens part words, digits become words, and fillers such as "me" fall away.
+    Quotes and brackets go, hyphens part words, digits become words, phrases such as "could you" become one known word,
+    and fillers such as "me" fall away.
 
     >>> respelled('Draw me "2 big grey hearts".', {"draw", "two", "large", "gray", "hearts"})
     'draw two large gray hearts.'
     """
-    pieces = re.findall(r"[^\s.,;:!?]+|[.,;:!?]", text.lower().translate(_MARKS))
+    text = text.lower().translate(_MARKS)
+    for pattern, meaning in _PHRASES:
+        text = pattern.sub(partial(_meant, meaning=meaning, vocabulary=vocabulary), text)
+    pieces = re.findall(r"[^\s.,;:!?]+|[.,;:!?]", text)
     words: list[str] = []
     for piece in pieces:
         if re.fullmatch(r"[.,;:!?]", piece):
@@ -68,6 +95,14 @@ def respelled(text: str, vocabulary: Collection[str]) -> str:
         else:
             words += _known(piece, vocabulary)
     return " ".join(words)
+
+
+def _meant(phrase: re.Match[str], meaning: str, vocabulary: Collection[str]) -> str:
+    """A phrase in known words; as it is where all its words are known, or those of its meaning are not."""
+    kept = words_of(" ".join(phrase.groups()))
+    has_unknown = any(word not in vocabulary and word not in kept for word in words_of(phrase[0]))
+    is_known = all(word in vocabulary for word in words_of(re.sub(r"\\\d", "", meaning)))
+    return phrase.expand(meaning) if has_unknown and is_known else phrase[0]
 
 
 def _known(word: str, vocabulary: Collection[str]) -> list[str]:
