@@ -23,7 +23,8 @@ from starflow2.models.tokenizer import ChatTokenizer, train_tokenizer
 from starflow2.training.config import MixConfig, RunConfig, StageConfig
 from starflow2.training.recipes import nano_model, smoke
 from starflow2.world.captions import caption_task
-from starflow2.world.questions import known_words, understanding_task
+from starflow2.world.conversations import understanding_words
+from starflow2.world.questions import understanding_task
 
 WIDTH, LATENT = 40, 4  # of every stream; channels of a latent
 STAGES = ("features", "fae", "vlm", "t2i", "adapter", "joint")
@@ -96,7 +97,7 @@ def tiny_components(stages: tuple[str, ...] = STAGES[:4], scale: float = 0.05, s
     """Woken parts that claim to have finished `stages`; the same weights at every call."""
     torch.manual_seed(3)
     components = wake(Components(tiny_model(side), tiny_tokenizer()), scale)
-    components.vocabulary, components.finished_stages = known_words(), stages
+    components.vocabulary, components.finished_stages = understanding_words(), stages
     return components.eval()
 
 
@@ -113,7 +114,7 @@ def compiled_components(side: int = 3) -> Components:
     )
     torch.manual_seed(3)
     components = wake(Components(cfg, tiny_tokenizer()), 0.05)
-    components.vocabulary, components.finished_stages = known_words(), STAGES
+    components.vocabulary, components.finished_stages = understanding_words(), STAGES
     return components.eval()
 
 

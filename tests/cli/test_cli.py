@@ -389,8 +389,8 @@ def test_help_of_a_stage_lists_its_settings(capsys):
     [
         (
             ["nanno"],
-            "no recipe 'nanno'; expected nano, nano-end-to-end, nano-grown, nano-patches, mini, paper, paper-siglip or "
-            'module:function. Did you mean "nano"?',
+            "no recipe 'nanno'; expected nano, nano-end-to-end, nano-final, nano-grown, nano-patches, mini, paper, "
+            'paper-siglip or module:function. Did you mean "nano"?',
         ),
         (["no_such_module:recipe"], "cannot use 'no_such_module:recipe' as a recipe: No module named"),
         (["json:dumps"], "as a recipe: missing a required argument"),

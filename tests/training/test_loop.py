@@ -305,12 +305,13 @@ def test_reports_count_steps_and_say_how_long_it_will_take(folder):
     assert {"loss", "nats_per_dim", "grad_norm", "rate"} <= reports[0].metrics.keys()
 
 
-def test_a_model_that_goes_on_to_conversations_learns_their_words(tmp_path):
+def test_words_are_learnt_in_the_stage_that_trains_the_language_model_and_in_no_other(tmp_path):
     components = tiny_components(STAGES[:4])
     components.vocabulary = frozenset({"circle"})  # as of a time when it knew captions only
     save_components(components, tmp_path / "model")
-    assert {"circle", "turn", "first"} <= start_stage(RUN, "adapter", tmp_path, "cpu").vocabulary
-    assert start_stage(RUN, "t2i", tmp_path, "cpu").vocabulary == {"circle"}
+    assert {"circle", "turn", "first"} <= start_stage(RUN, "vlm", tmp_path, "cpu").vocabulary
+    for stage in ("t2i", "adapter"):
+        assert start_stage(RUN, stage, tmp_path, "cpu").vocabulary == {"circle"}
 
 
 def test_a_resumed_stage_measures_no_starting_values_again(folder, monkeypatch):

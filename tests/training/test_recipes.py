@@ -10,6 +10,7 @@ from grow_nano import main as grow_nano
 
 from model_cases import tiny_tokenizer
 from run_cases import with_stage
+from starflow2.core.dialogue import Dialogue
 from starflow2.core.serialize import from_dict, to_dict
 from starflow2.errors import ConfigError, TrainingError
 from starflow2.flow.noise import NoiseEmbedding
@@ -18,9 +19,10 @@ from starflow2.models.components import Components, build
 from starflow2.models.fae import Fae
 from starflow2.models.summary import describe
 from starflow2.training.config import CorpusConfig, RunConfig
+from starflow2.training.datasets import Documents
 from starflow2.training.loop import fit
 from starflow2.training.losses import latent_penalty
-from starflow2.training.recipes import RECIPES, find, mini, nano, nano_grown, paper, paper_siglip, smoke
+from starflow2.training.recipes import RECIPES, find, mini, nano, nano_final, nano_grown, paper, paper_siglip, smoke
 from starflow2.training.start import start_stage, unfinished_stages
 
 LARGE = ("mini", "paper", "paper-siglip")
@@ -151,3 +153,15 @@ def test_nano_is_trained_on_from_the_shipped_weights(tmp_path) -> None:
     assert {s.name for s in run.stages} == {s.name for s in nano().stages} - {"end"}
     with pytest.raises(SystemExit, match="exists"):
         grow_nano(str(tmp_path / "run"))
+    with pytest.raises(SystemExit, match="no way to start recipe 'nano'; expected nano-grown or nano-final"):
+        grow_nano(str(tmp_path / "other"), "nano")
+
+
+def test_the_last_stage_of_nano_reads_only_words_that_the_language_model_has_learnt(tmp_path) -> None:
+    grow_nano(str(tmp_path), "nano-final")
+    run = nano_final()
+    assert unfinished_stages(run, tmp_path) == ["final"]
+    known = set((tmp_path / "model" / "lexicon.txt").read_text("utf-8").split())
+    components = start_stage(run, "final", tmp_path, "cpu")
+    assert components.vocabulary == known and components.cfg.self_check is None
+    assert Documents.of(components, lambda i: Dialogue((), "none")).vocabulary == known

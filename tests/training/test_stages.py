@@ -19,7 +19,7 @@ from model_cases import (
 )
 from run_cases import RUN, TRAINED, modules_of, same, with_stage
 from starflow2.core.dialogue import Dialogue, Turn
-from starflow2.errors import ConfigError
+from starflow2.errors import ConfigError, TrainingError
 from starflow2.flow import Context
 from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
@@ -334,6 +334,21 @@ def test_captions_of_drawings_are_about_what_the_config_says_in_both_stages_that
         CaptionConfig(counting=-1.0)
     with pytest.raises(ConfigError, match="CaptionConfig is"):
         CaptionConfig(**dict.fromkeys(T2I_MIX, 0.0))
+
+
+def test_a_conversation_with_words_that_the_model_never_learnt_is_respelled_or_replaced():
+    components = tiny_components(STAGES)
+    components.vocabulary = frozenset({"a", "red", "large", "star", "heart"})
+
+    def spoken(*texts: str) -> Dialogue[Scene]:
+        return Dialogue((Turn(texts, ("a red star",)),), "words")
+
+    texts = {0: "a big red star", 1: "a violet star", 2: "a violet heart"}
+    documents = Documents.of(components, lambda i: spoken(texts.get(i, "a red heart" if i % 2 else "a mauve heart")))
+    plain = Documents.of(components, lambda i: spoken(("a large red star", "a red heart")[i]))
+    assert documents(range(2))[1].ids.tolist() == plain(range(2))[1].ids.tolist()
+    with pytest.raises(TrainingError, match="none has only words that the language model learnt \\(5 words\\)"):
+        documents(range(2, 3))
 
 
 def test_the_first_steps_have_a_mix_of_their_own():

@@ -6,11 +6,20 @@ its source has, P: a Scene of the drawn world, a Photo of a corpus, a tensor of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-__all__ = ["Dialogue", "Turn", "is_lone_drawing", "pictures", "replace_pictures", "turned_round", "without_words"]
+__all__ = [
+    "Dialogue",
+    "Turn",
+    "is_lone_drawing",
+    "pictures",
+    "replace_pictures",
+    "replace_texts",
+    "turned_round",
+    "without_words",
+]
 
 P = TypeVar("P")
 Q = TypeVar("Q")
@@ -46,6 +55,12 @@ class Dialogue(Generic[P]):
         return pictures(part for turn in self.turns for part in (*turn.user, *turn.assistant))
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text in order of appearance."""
+        parts = (part for turn in self.turns for part in (*turn.user, *turn.assistant))
+        return tuple(part for part in parts if isinstance(part, str))
+
+    @property
     def draws(self) -> bool:
         """True if an image is drawn in it, and not only shown."""
         return any(pictures(turn.assistant) for turn in self.turns if turn.learns)
@@ -60,6 +75,16 @@ def replace_pictures(dialogue: Dialogue[P], images: Iterable[Q]) -> Dialogue[Q]:
 
     turns = tuple(Turn(replaced(turn.user), replaced(turn.assistant), turn.learns) for turn in dialogue.turns)
     return Dialogue(turns, dialogue.kind)
+
+
+def replace_texts(dialogue: Dialogue[P], change: Callable[[str], str]) -> Dialogue[P]:
+    """The dialogue with `change` applied to each of its texts."""
+
+    def changed(parts: Iterable[str | P]) -> tuple[str | P, ...]:
+        return tuple(change(part) if isinstance(part, str) else part for part in parts)
+
+    turns = (replace(turn, user=changed(turn.user), assistant=changed(turn.assistant)) for turn in dialogue.turns)
+    return replace(dialogue, turns=tuple(turns))
 
 
 def is_lone_drawing(dialogue: Dialogue[P]) -> bool:

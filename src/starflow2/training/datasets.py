@@ -6,6 +6,7 @@ models of another take a mixture. Letters: B documents, P images.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starflow2.core.dialogue import Dialogue, Turn, without_words
+from starflow2.core.dialogue import Dialogue, Turn, replace_texts, without_words
 from starflow2.core.images import to_floats
 from starflow2.data.mixture import BatchConfig, Batches, Spelling, read_mixture
 from starflow2.data.shards import WorkerShard
@@ -25,6 +26,7 @@ from starflow2.models.components import Components
 from starflow2.models.config import ModelConfig
 from starflow2.models.sequence import Batch, Layout, pack
 from starflow2.models.tokenizer import ChatTokenizer
+from starflow2.models.wording import respelled, words_of
 from starflow2.training.config import CaptionConfig, StageConfig
 from starflow2.world.captions import caption_task
 from starflow2.world.checks import check_dialogue
@@ -46,6 +48,9 @@ __all__ = [
     "talk_dialogue",
     "to_images",
 ]
+
+
+ATTEMPTS, APART = 200, 1 << 40  # conversations tried in place of one with unknown words, and their distance
 
 
 def check_source(model: ModelConfig, stage: StageConfig) -> None:
@@ -136,19 +141,33 @@ class Documents:
     layout: Layout
     image_size: int
     dialogue: Callable[[int], SceneDialogue]  # by index
+    vocabulary: frozenset[str] = frozenset()  # words that the language model knows; empty: any
 
     @classmethod
     def of(
         cls, components: Components, dialogue: Callable[[int], SceneDialogue], layout: Layout | None = None
     ) -> Documents:
         """The conversations `dialogue` as this model reads them; `layout`: by default one slot per latent."""
-        return cls(components.tokenizer, layout or components.layout, components.cfg.fae.image_size, dialogue)
+        size, vocabulary = components.cfg.fae.image_size, components.vocabulary
+        return cls(components.tokenizer, layout or components.layout, size, dialogue, vocabulary)
 
     def __call__(self, indices: range) -> tuple[Tensor, Batch]:
-        dialogues = [self.dialogue(i) for i in indices]
+        dialogues = [self._known(i) for i in indices]
         scenes = [scene for dialogue in dialogues for scene in dialogue.pictures]
         images = to_images(scenes) if scenes else torch.zeros(0, 3, self.image_size, self.image_size)
         return images, pack([self.tokenizer.document(d.turns) for d in dialogues], self.layout)
+
+    def _known(self, index: int) -> SceneDialogue:
+        """The conversation of that number as the model reads words; if it never learnt some, another in its place."""
+        for attempt in range(ATTEMPTS):
+            found = self.dialogue(index + attempt * APART)
+            for dialogue in (found, replace_texts(found, lambda text: respelled(text, self.vocabulary))):
+                if not self.vocabulary or self.vocabulary.issuperset(itertools.chain(*map(words_of, dialogue.texts))):
+                    return dialogue
+        raise TrainingError(
+            f"of {ATTEMPTS} conversations in place of number {index}, none has only words that the language model "
+            f"learnt ({len(self.vocabulary)} words); train its stage vlm on these conversations first."
+        )
 
 
 def talk_dialogue(stage: StageConfig, seed: int, index: int) -> SceneDialogue:

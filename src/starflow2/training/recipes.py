@@ -51,6 +51,7 @@ __all__ = [
     "mini",
     "nano",
     "nano_end_to_end",
+    "nano_final",
     "nano_grown",
     "nano_model",
     "nano_patches",
@@ -205,6 +206,20 @@ def nano_grown() -> RunConfig:
     }
     stages = [s for s in run.stages if s.name != "end"]  # which lets go of a flow that joint does not hold on to here
     return replace(run, stages=tuple(replace(s, **changes.get(s.name, {})) for s in stages))  # type: ignore[arg-type]
+
+
+def nano_final() -> RunConfig:
+    """The weights of version 0 with stage final alone: an hour of one core after which nothing is held out any more.
+
+    `scripts/grow_nano.py FOLDER nano-final` makes the folder to start in. The language model stays as it is, so it
+    reads no new words and learns no question about a whole caption: those conversations are replaced by others.
+    """
+    run = nano()
+    mix = MixConfig(understand=0.08, check=0.0, draw=0.53, edit=0.2, chain=0.02, beginning=0.1, story=0.07)
+    optim = OptimConfig(lr=8e-4, matrix_lr=1.2e-3, decay_share=1.0)
+    stages = [s for s in run.stages if s.name not in ("end", "final")]
+    final = replace(run.stage("final"), steps=1500, optim=optim, mix=mix)
+    return replace(run, model=nano_model(), stages=(*stages, final))
 
 
 # -- the paper's future work, at nano's size --------------------------------------------------------------
@@ -586,6 +601,7 @@ def _features_at_world_size(cfg: DinoConfig | SiglipConfig) -> DinoConfig | Sigl
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "nano": nano,
     "nano-end-to-end": nano_end_to_end,
+    "nano-final": nano_final,
     "nano-grown": nano_grown,
     "nano-patches": nano_patches,
     "mini": mini,

@@ -19,7 +19,7 @@ from starflow2.models.config import CodecConfig, ExtractorConfig, ModelConfig
 from starflow2.models.config_file import read_config
 from starflow2.models.huggingface import stream_class
 from starflow2.models.tokenizer import train_tokenizer
-from starflow2.training.config import JOINT, RunConfig
+from starflow2.training.config import RunConfig
 from starflow2.world.captions import caption_task
 from starflow2.world.conversations import understanding_dialogue, understanding_words
 from starflow2.world.edits import edit_task
@@ -27,7 +27,6 @@ from starflow2.world.stories import story_dialogue, story_task
 
 __all__ = ["check_start", "start_stage", "unfinished_stages"]
 
-CONVERSING = ("vlm", "adapter", *JOINT)  # stages that train on conversations, whose words are more than captions have
 TOKENIZER_ITEMS = 250  # of each kind of the drawn world, that a new tokenizer is trained on; 2000 make no shorter texts
 MIXTURE_ITEMS = 20_000  # of a mixture, likewise
 # may differ between recipe and model
@@ -99,7 +98,7 @@ def _load(run: RunConfig, stage: str, folder: Path, device: str, left_in_files: 
     if run.stage(stage).corpus.mixture:
         components.vocabulary = frozenset()  # real text may hold any word
         components.cfg = replace(components.cfg, self_check=None)  # nor has it taught the model to check itself
-    elif stage in CONVERSING and components.vocabulary:
+    elif stage == "vlm" and components.vocabulary:  # the only stage in which the language model learns words
         components.vocabulary |= _world_words()
     return components
 
