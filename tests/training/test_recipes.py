@@ -14,7 +14,7 @@ from starflow2.core.dialogue import Dialogue
 from starflow2.core.serialize import from_dict, to_dict
 from starflow2.errors import ConfigError, TrainingError
 from starflow2.flow.noise import NoiseEmbedding
-from starflow2.models.checkpoint import save_components
+from starflow2.models.checkpoint import read_config, save_components
 from starflow2.models.components import Components, build
 from starflow2.models.fae import Fae
 from starflow2.models.summary import describe
@@ -161,6 +161,7 @@ def test_the_last_stage_of_nano_reads_only_words_that_the_language_model_has_lea
     grow_nano(str(tmp_path), "nano-final")
     run = nano_final()
     assert unfinished_stages(run, tmp_path) == ["final"]
+    assert read_config(tmp_path / "nano-heldout").model.name == "nano-heldout"
     known = set((tmp_path / "model" / "lexicon.txt").read_text("utf-8").split())
     components = start_stage(run, "final", tmp_path, "cpu")
     assert components.vocabulary == known and components.cfg.self_check is None
