@@ -33,8 +33,8 @@ from starflow2.training.datasets import Scenes
 from starflow2.training.loop import fit
 from starflow2.training.metrics import MetricsWriter, SpeedMeter, StepReport
 from starflow2.training.start import start_stage
-from starflow2.training.task import LossAndMetrics
-from starflow2.training.tasks import TASKS, FaeTask, T2iTask
+from starflow2.training.task import WHOLE_BATCH, LossAndMetrics
+from starflow2.training.tasks import TASKS, FaeTask, T2iTask, task_maker
 from starflow2.world.captions import caption_task
 
 
@@ -331,3 +331,22 @@ def test_a_resumed_stage_measures_no_starting_values_again(folder, monkeypatch):
     assert calls == [1]
     fit(with_stage(steps=3), "t2i", folder, resume="none")
     assert calls == [1], "a stage that was finished before starts from the weights that it has"
+
+
+class Doubled(T2iTask):
+    """Twice the loss of stage t2i."""
+
+    def loss(self, data, generator, weights=WHOLE_BATCH) -> LossAndMetrics:
+        loss, metrics = super().loss(data, generator, weights)
+        return 2 * loss, metrics
+
+
+def test_a_stage_takes_a_task_of_the_users_own_in_place_of_its_own(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    fit(with_stage(steps=1), "t2i", folder)
+    fit(with_stage(steps=1, task=f"{__name__}:Doubled"), "t2i", other)
+    assert lines(other)[0]["loss"] == pytest.approx(2 * lines(folder)[0]["loss"], rel=1e-6)
+    assert task_maker(RUN.stage("t2i")) is T2iTask
+    for name, message in (("nowhere:Task", "cannot use 'nowhere:Task'"), ("math:tau", "is 'math:tau', a float; exp")):
+        with pytest.raises(ConfigError, match=message):
+            task_maker(replace(RUN.stage("t2i"), task=name))

@@ -220,6 +220,7 @@ class StageConfig(Config):
     warmup_talk: WarmupTalkConfig = field(default_factory=WarmupTalkConfig)  # of the first steps (vlm)
     mix: MixConfig = field(default_factory=MixConfig)  # kinds of documents (joint)
     warmup_mix: WarmupMixConfig = field(default_factory=WarmupMixConfig)  # of the first steps (joint)
+    task: str = ""  # module:Class of your own Task in place of the stage's: another loss, other data; "": its own
     everything: bool = False  # train on what dev and test hold out as well (final)
     keep_as: str = ""  # name under which the model is kept in the run's folder after this stage; "": it is not
     accumulate: Count = 1  # microbatches of a step in every process; of a mixture, as many as its size needs

@@ -22,7 +22,7 @@ from starflow2.training.memory import microbatch_documents, reads_corpora
 from starflow2.training.metrics import peak_memory
 from starflow2.training.parallel import Distributed
 from starflow2.training.task import Task
-from starflow2.training.tasks import TASKS
+from starflow2.training.tasks import task_maker
 
 __all__ = ["RandomDocuments", "dry_run"]
 
@@ -83,7 +83,7 @@ def dry_run(run: RunConfig, stage_name: str, device: str = "meta") -> JsonObject
     torch.manual_seed(run.seed)
     components = build(run.model, device)
     with torch.device(device):
-        task = TASKS[stage_name](components, stage, run.seed, dataset=RandomDocuments(components, stage_name))
+        task = task_maker(stage)(components, stage, run.seed, dataset=RandomDocuments(components, stage_name))
     facts = _sizes(task, group)
     if not is_real:
         return facts

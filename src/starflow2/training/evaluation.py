@@ -18,7 +18,7 @@ from starflow2.models.components import Components
 from starflow2.training.datasets import corpus_batches
 from starflow2.training.parallel import Distributed
 from starflow2.training.task import Task
-from starflow2.training.tasks import TASKS
+from starflow2.training.tasks import task_maker
 from starflow2.training.trainer import Trainer
 
 __all__ = ["Evaluate", "Evaluator"]
@@ -63,7 +63,7 @@ def held_out_batches(task: Task, group: Distributed) -> list[Any]:
     """This process's microbatches of held-out data, without dropped words."""
     stage = replace(task.stage, caption_drop=0.0, kl_to_t2i=0.0)
     if not stage.corpus.mixture:
-        other = TASKS[stage.name](task.components, stage, task.seed + UNUSED_SEED, trained=task.trained)
+        other = task_maker(stage)(task.components, stage, task.seed + UNUSED_SEED, trained=task.trained)
         size = stage.batch // (group.world * stage.accumulate)
         firsts = (size * (group.rank * stage.held_out_batches + i) for i in range(stage.held_out_batches))
         return [other.make_batch(range(first, first + size)) for first in firsts]

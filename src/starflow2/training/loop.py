@@ -30,7 +30,7 @@ from starflow2.training.parallel import Distributed, check_batch_divides
 from starflow2.training.run_lock import run_lock
 from starflow2.training.start import check_start, start_stage
 from starflow2.training.task import Task
-from starflow2.training.tasks import TASKS
+from starflow2.training.tasks import task_maker
 from starflow2.training.trainer import StopSignal, Trainer
 from starflow2.training.work import measured_flops
 
@@ -129,7 +129,7 @@ def _stage_task(components: Components, run: RunConfig, stage: StageConfig, *, i
     """The task of a stage, initialised if nothing of the stage was trained before; all else in the model is frozen."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)  # of modules that a task makes, such as a head
-        task = TASKS[stage.name](components, stage, run.seed)
+        task = task_maker(stage)(components, stage, run.seed)
         if not is_resumed and stage.name not in components.finished_stages:
             task.initialise()
     components.finished_stages = (*(s for s in components.finished_stages if s != stage.name), stage.name)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from starflow2.core.imports import find_object
 from starflow2.errors import ConfigError, DataError
 from starflow2.flow.affine import Affine
 from starflow2.flow.noise import add_noise
@@ -53,6 +54,7 @@ __all__ = [
     "Prompts",
     "T2iTask",
     "VlmTask",
+    "task_maker",
 ]
 
 TOWER_IMAGES = 16  # images on which the scale of the vision tower's embeddings is measured
@@ -426,3 +428,18 @@ TASKS: dict[str, MakeTask] = {
     "end": JointTask,
     "final": JointTask,
 }
+
+
+def task_maker(stage: StageConfig) -> MakeTask:
+    """What makes the task of a stage: its own class, or the one that the stage names.
+
+    Raises ConfigError for a name that cannot be imported, or that is no subclass of Task.
+    """
+    if not stage.task:
+        return TASKS[stage.name]
+    found = find_object(stage.task, f"the task of stage {stage.name}")
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ConfigError(
+            f"task is {stage.task!r}, a {type(found).__name__}; expected a subclass of training.task.Task."
+        )
+    return found
