@@ -34,6 +34,7 @@ from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
 from starflow2.models.hub import find_model, pick_device
 from starflow2.models.prompts import check_words, listed_prompts, normalized
+from starflow2.models.trained_wordings import Form, nearest_trained
 
 __all__ = ["Drawing", "Images", "StarFlow2"]
 
@@ -511,6 +512,14 @@ class StarFlow2:
         """
         far = self.components.cfg.far_nats
         return far is not None and self.nats_of([image])[0] > far
+
+    def nearest_trained(self, text: str, task: Form) -> str:
+        """A sentence of the model's training, the one most like `text`, where that is outside the trained forms.
+
+        task: "draw", "edit" or "ask". "" for a text of a trained form, and for models that read any text. Raises
+        PromptError for what is no text.
+        """
+        return nearest_trained(self.components, text, task)
 
     @inference_defaults()
     def from_code(self, code: Code, prompt: str = "") -> PILImage:

@@ -1,4 +1,4 @@
-"""Notes on standard error: images unlike those of training are told, and nothing is refused for it."""
+"""Notes on standard error: images and sentences unlike those of training are named, and none is refused for it."""
 
 from __future__ import annotations
 
@@ -58,3 +58,18 @@ def test_nats_are_those_of_score_in_float64_per_dim(model):
     assert model.nats_of([image])[0] == pytest.approx(picture.nats_per_dim, abs=1e-4)
     assert float(picture.patches.sum()) + picture.shallow_logdet == pytest.approx(picture.log_prob, abs=1e-3)
     assert far(model, image) == ""
+
+
+def test_a_sentence_unlike_those_of_training_is_noted_by_every_command_that_reads_one(commands, model, capsys):
+    for argv, odd in (
+        (["generate", "two red hearts", "red is the circle", "--tries", "1"], "'red is the circle'"),
+        (["ask", "photo.png", "star color"], "'star color'"),
+        (["edit", "photo.png", "is there a star?", "--tries", "1"], "'is there a star?'"),
+    ):
+        assert main(argv) == 0
+        noted = [line for line in capsys.readouterr().err.splitlines() if "put unlike" in line]
+        assert len(noted) == 1 and odd in noted[0]
+    screen = Screen(io.StringIO(), io.StringIO())
+    chat = Chat(model.session(), screen, Album(Path("made"), {"model": "tiny"}))
+    chat.run(["two red hearts", "circle the red is", "is there a star?", "make the star blue"])
+    assert screen.err.getvalue().count("put unlike") == 1 and "'circle the red is'" in screen.err.getvalue()

@@ -116,9 +116,9 @@ def test_nothing_behind_quit_is_read(model):
 
 def test_a_shown_picture_is_part_of_the_turn_that_is_then_said(model):
     chat = a_chat(model, "red")
-    out, err = typed(chat, f"/show {a_picture()}", "what color is it?")
+    out, err = typed(chat, f"/show {a_picture()}", "is there a star?")
     assert out == "red\n" and err == "shown.png is now part of your turn; say something.\n"
-    assert kinds(chat.session) == ["user: picture", "user: what color is it?", "model: red"]
+    assert kinds(chat.session) == ["user: picture", "user: is there a star?", "model: red"]
     assert chat.session.encode_calls == 1
 
 

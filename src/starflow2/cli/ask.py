@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from starflow2.cli.notes import far, note
+from starflow2.cli.notes import far, note, unlike
 from starflow2.cli.options import (
     Device,
     ImageFile,
@@ -42,6 +42,7 @@ class Ask:
         answer = model.ask(self.image, self.question)
         print(printable(answer))
         note(far(model, self.image))
+        note(unlike(model.components, self.question, "ask"))
         facts = {"image": str(self.image), "question": self.question, "answer": answer}
         write_json(facts | {"model": model.components.cfg.name}, self.json)
         return 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from starflow2.cli.notes import far, note
+from starflow2.cli.notes import far, note, unlike
 from starflow2.cli.options import (
     Device,
     Guidance,
@@ -71,6 +71,7 @@ class Edit:
         note_confidence(made)
         note("the image is what it was before; other words may help." if made.is_unchanged else "")
         note(far(model, self.image))
+        note(unlike(model.components, self.instruction, "edit"))
         facts = {"file": str(self.output), "image": str(self.image), "instruction": self.instruction}
         facts_of_image = {"seed": made.seed, "settings": made.settings, "gain": made.gain}
         checks = {"confidence": made.confidence, "is_unchanged": made.is_unchanged}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+from starflow2.cli.notes import note, unlike
 from starflow2.cli.options import (
     PROGRAM,
     Device,
@@ -86,7 +87,7 @@ class Generate:
         if self.mode == "interleaved":
             return self._reply(prompts)
         files = _plan(self.output, prompts, range(self.seed, self.seed + self.n))
-        drawings, seconds = self._draw(prompts)
+        model, drawings, seconds = self._draw(prompts)
         pace = seconds / len(drawings)
         _save(drawings, files)
         if self.json:
@@ -95,6 +96,8 @@ class Generate:
             say(*files.all)
         for drawing in drawings:
             note_confidence(drawing)
+        for prompt in prompts:
+            note(unlike(model.components, prompt, "draw"))
         return 0
 
     def _config(self, model: StarFlow2) -> DrawConfig:
@@ -108,7 +111,7 @@ class Generate:
             batch=self.batch,
         )
 
-    def _draw(self, prompts: list[str]) -> tuple[list[Drawing], float]:
+    def _draw(self, prompts: list[str]) -> tuple[StarFlow2, list[Drawing], float]:
         from starflow2.pipeline import StarFlow2
 
         with progress("drawing", "latents") as step:
@@ -116,7 +119,7 @@ class Generate:
             config = self._config(model)
             started = time.perf_counter()
             drawings = model.generate(prompts, n=self.n, seed=self.seed, tries=self.tries, config=config, progress=step)
-            return drawings, time.perf_counter() - started
+            return model, drawings, time.perf_counter() - started
 
     def _reply(self, prompts: list[str]) -> int:
         """Let the model reply to one prompt; write nothing before the reply is complete."""

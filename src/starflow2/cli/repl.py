@@ -18,7 +18,7 @@ from typing import Any, Literal, TextIO
 
 import numpy as np
 
-from starflow2.cli.notes import FAR
+from starflow2.cli.notes import FAR, unlike
 from starflow2.cli.options import check_text, png_text, printable
 from starflow2.core.files import check_writable
 from starflow2.core.images import PILImage, read_picture, save_png
@@ -251,6 +251,8 @@ class Chat:
         with self._turn():
             self.session.add(words)
             self._print(self.session.run(tries=None), words)
+        if form := unlike(self.session.sampler.components, words, "edit", "draw", "ask"):
+            self.screen.note(form)
 
     def _show(self, file: str) -> None:
         path = _file(file, "/show picture.png")

@@ -14,7 +14,7 @@ from typing import Final
 
 from starflow2.errors import nearest
 
-__all__ = ["classes_of", "hint", "respelled", "words_of"]
+__all__ = ["classes_of", "hint", "kinds_of_words", "respelled", "words_of"]
 
 _NUMBERS: Final = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -66,6 +66,11 @@ _CLASSES: Final[Mapping[str, str]] = MappingProxyType(  # common English, most o
         "numbers": f"{' '.join(_NUMBERS)} dozen twenty hundred thousand many several few",
         "places": "left right above below top bottom middle upper lower between inside outside behind near beside",
     }
+)
+_KINDS: Final[Mapping[str, str]] = MappingProxyType(
+    {word: f"<{name}>" for name in ("colours", "shapes", "sizes", "numbers") for word in _CLASSES[name].split()}
+    | {f"{word}{'es' if word == 'cross' else 's'}": "<shapes>s" for word in _CLASSES["shapes"].split()}
+    | {"one": "one", "an": "a", "sky": "<colours>"}
 )
 _LIKENESS: Final = 0.8  # of a word to one that it is offered for; below, spelling alone misleads ("violet", "let")
 
@@ -129,6 +134,15 @@ def classes_of(vocabulary: Collection[str]) -> dict[str, list[str]]:
     """
     known = {name: [word for word in members.split() if word in vocabulary] for name, members in _CLASSES.items()}
     return {name: words for name, words in known.items() if words}
+
+
+def kinds_of_words(text: str) -> list[str]:
+    """The words of a text, with colours, shapes, sizes and numbers above one as their kinds.
+
+    >>> kinds_of_words("Two red hearts and an odd star.")
+    ['<numbers>', '<colours>', '<shapes>s', 'and', 'a', 'odd', '<shapes>']
+    """
+    return [_KINDS.get(word, word) for word in words_of(text)]
 
 
 def hint(word: str, vocabulary: Collection[str]) -> str:
