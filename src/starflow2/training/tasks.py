@@ -431,7 +431,7 @@ TASKS: dict[str, MakeTask] = {
 
 
 def task_maker(stage: StageConfig) -> MakeTask:
-    """What makes the task of a stage: its own class, or the one that the stage names.
+    """The class of a stage's task: its own, or the one that the stage names.
 
     Raises ConfigError for a name that cannot be imported, or that is no subclass of Task.
     """
