@@ -117,14 +117,17 @@ def _turned(x: Tensor, turn: Tensor) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one position to the cached ones and itself: q (R, H, K), k, v (R, h, K) -> (R, H K)."""
+    """Attention of one position to the cached ones and itself: q (R, H, K), k, v (R, h, K) -> (R, H K).
+
+    Query heads stand in the order (H / h, h).
+    """
     rows, heads, dim = q.shape
-    groups = q.view(rows, k.shape[1], -1, dim) * dim**-0.5  # (R, h, H / h, K)
+    groups = q.view(rows, -1, k.shape[1], dim).transpose(1, 2) * dim**-0.5  # (R, h, H / h, K)
     past = groups @ cache[0].transpose(-1, -2) + mask  # (R, h, H / h, T)
     own = (groups * k[:, :, None]).sum(-1, keepdim=True)
     share = torch.cat([past, own], dim=-1).softmax(-1)
     out = share[..., :-1] @ cache[1] + share[..., -1:] * v[:, :, None]
-    return out.reshape(rows, heads * dim)
+    return out.transpose(1, 2).reshape(rows, heads * dim)
 
 
 def random_inputs(weights: PackedWeights) -> Inputs:

@@ -104,6 +104,7 @@ class Affine:
             log_scale = self.log_scale + guidance * (self.log_scale - unconditional.log_scale)
             return Affine(mu, log_scale)
         ratio = torch.exp(2 * (self.log_scale - unconditional.log_scale)).clamp(max=1.0)
-        precision = 1 + guidance - guidance * ratio
-        mu = ((1 + guidance) * self.mu - guidance * ratio * unconditional.mu) / precision
+        own, other = 1 + guidance, guidance * ratio
+        precision = own - other
+        mu = (own * self.mu - other * unconditional.mu) / precision
         return Affine(mu, self.log_scale - 0.5 * precision.log())

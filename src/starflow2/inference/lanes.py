@@ -36,17 +36,12 @@ class KeyValues:
         self._views: dict[tuple[int, int, int], list[tuple[Tensor, Tensor]]] = {}
 
     def index(self, slots: slice | Tensor, position: Tensor) -> Tensor:
-        """Rows of keys and values of R positions, one each in `slots`: (R * 2 * heads,)."""
-        return (self._first[slots] + position[:, None, None]).flatten()
-
-    def index_everywhere(self) -> Tensor:
-        """`index` of all slots at each position in turn, (capacity, S * 2 * heads)."""
-        position = torch.arange(self.buffer.shape[4], device=self.buffer.device)
-        return self._first.flatten() + position[:, None]
+        """Rows of keys and values of R positions, one each in `slots`: (R, 2 * heads)."""
+        return (self._first[slots] + position[:, None, None]).flatten(1)
 
     def write(self, layer: int, index: Tensor, kv: Tensor) -> None:
         """Store kv (R, 2 * heads, K) at `index`."""
-        self._rows[layer].index_copy_(0, index, kv.reshape(len(index), -1))
+        self._rows[layer].index_put_((index,), kv)  # index_copy_ would need rows that lie side by side, so a copy
 
     def views(self, first: int, lanes: int, visible: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (lanes, heads, visible, K) of neighbouring slots, layer by layer."""

@@ -29,9 +29,9 @@ from starflow2.inference.lean_layers import (
     LanguageLayers,
     Linear,
     RmsNorm,
+    Rotation,
     attention,
     pass_over,
-    with_values,
 )
 from starflow2.inference.packed import BlockWeights, PackedWeights
 from starflow2.models.config import LanguageConfig
@@ -313,11 +313,11 @@ class LeanBackend:
         """u = mu + sigma z of latents `index` (n,), guided where there is a blank lane (eq. 3.5)."""
         lanes, p = self.lanes, pictures
         affine = self._deep.affine(lanes.g[: len(index)])
-        lanes.raw[p.slots, index] = torch.cat([affine.log_scale, affine.mu], dim=-1)
-        own, at = Affine(affine.mu[p.main], affine.log_scale[p.main]), index[p.main]
+        raw = torch.cat([affine.log_scale, affine.mu], dim=-1)  # (n, 2 D)
+        lanes.raw[p.slots, index] = raw
+        own, at = _gaussian(raw[p.main]), index[p.main]
         if p.is_guided:
-            blank = Affine(affine.mu[p.blank], affine.log_scale[p.blank])
-            strength = lanes.strength[p.main, at][:, None]
+            blank, strength = _gaussian(raw[p.blank]), lanes.strength[p.main, at][:, None]
             guided = own.guide(blank, strength)
             if p.is_tarflow is not None:
                 other, mask = own.guide(blank, strength, "tarflow"), p.is_tarflow[:, None]
@@ -336,8 +336,7 @@ class LeanBackend:
 
     def drawn(self, pair: Pair) -> Drawn:
         def predicted(lane: int) -> Affine:
-            log_scale, mu = self.lanes.raw[self.lanes.slot_of[lane]][None].chunk(2, dim=-1)
-            return Affine(mu.clone(), log_scale.clone())
+            return _gaussian(self.lanes.raw[self.lanes.slot_of[lane]][None].clone())
 
         u = self.lanes.u[self.lanes.slot_of[pair.lane], :-1].clone()
         return Drawn(u, predicted(pair.lane), None if pair.blank is None else predicted(pair.blank))
@@ -412,7 +411,8 @@ class _Block:
         count, last = len(z), z.shape[1]
         buffer = z.new_zeros(count, last + 1, z.shape[2])
         cache = KeyValues(stack.depth, count, stack.heads, last, stack.head_dim, slots)
-        views, turns = cache.views(0, count, last), with_values(rotation, self.heads)
+        views = cache.views(0, count, last)
+        turns = [Rotation(turn.expand(count, -1), self.heads, slots.dtype) for turn in rotation]
         mask = torch.full((last, last), -torch.inf, dtype=slots.dtype, device=slots.device).triu(1)[:, None, None, None]
         everywhere = torch.arange(last, device=slots.device)
         index = torch.stack([cache.index(slice(0, count), n.expand(count)) for n in everywhere])
@@ -430,6 +430,12 @@ class _Block:
 
 def _heads(cfg: LanguageConfig) -> Heads:
     return cfg.heads, cfg.kv_heads, cfg.width // cfg.heads
+
+
+def _gaussian(raw: Tensor) -> Affine:
+    """Log scales and means (..., 2 D) of latents."""
+    log_scale, mu = raw.chunk(2, dim=-1)
+    return Affine(mu, log_scale)
 
 
 def _pair(affine: Affine) -> tuple[Tensor, Tensor]:

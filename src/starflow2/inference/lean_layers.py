@@ -27,9 +27,9 @@ __all__ = [
     "Linear",
     "Pass",
     "RmsNorm",
+    "Rotation",
     "attention",
     "pass_over",
-    "with_values",
 ]
 
 Heads = tuple[int, int, int]  # query heads, key heads, dim of a head
@@ -91,22 +91,38 @@ class Pass:
 
 def pass_over(first: int, lanes: int, visible: int, position: Tensor, dtype: torch.dtype) -> Pass:
     """position: (R,), M for each lane; every row attends to positions of its lane up to its own."""
-    seen = torch.arange(visible, device=position.device) <= position[:, None]  # (R, T)
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    hidden = torch.arange(visible, device=position.device) > position[:, None]  # (R, T)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
     return Pass(first, lanes, visible, position, mask.view(lanes, 1, -1, visible))
 
 
-def rotated(qkv: Tensor, rotation: Tensor, dim: int) -> Tensor:
-    """qkv (R, heads * K), neighbouring pairs rotated by (R, heads, K / 2) complex -> (R, heads, K)."""
-    pairs = at_least_fp32(qkv).view(len(qkv), -1, dim // 2, 2)
-    return torch.view_as_real(torch.view_as_complex(pairs) * rotation).flatten(-2).to(qkv.dtype)
+class Rotation:
+    """Rotary positions of the rows of a pass, in float32 whatever the dtype of the queries and keys."""
 
+    def __init__(self, turns: Tensor, heads: Heads, dtype: torch.dtype) -> None:
+        """turns: (R or 1, K / 2) complex, of all queries and keys; dtype: of these."""
+        queries, kv_heads, _ = self.heads = heads
+        self._turned = queries + kv_heads  # heads that turn, values do not
+        self._turns = turns[:, None]
+        self._is_half = dtype.itemsize < 4
+        if not self._is_half:
+            return
+        ones = torch.ones_like(turns[:, None]).expand(-1, kv_heads, -1)
+        whole = torch.cat([self._turns.expand(-1, self._turned, -1), ones], dim=1)
+        self._matrices = torch.view_as_real(torch.stack([whole, 1j * whole], dim=-1))  # (R, H + 2 G, K / 2, 2, 2)
+        self._out = torch.empty((*whole.shape, 2), dtype=dtype, device=whole.device)
 
-def with_values(rotation: Tensor, heads: Heads) -> Tensor:
-    """rotation (R, K / 2) of all queries and keys, and none of values: (R, H + 2 G, K / 2)."""
-    queries, kv_heads, _ = heads
-    turned = rotation[:, None].expand(-1, queries + kv_heads, -1)
-    return torch.cat([turned, torch.ones_like(turned[:, :kv_heads])], dim=1)
+    def __call__(self, qkv: Tensor) -> Tensor:
+        """qkv (R, (H + 2 G) K), neighbouring pairs rotated, values as they are -> (R, H + 2 G, K).
+
+        The result is overwritten by the next call, or shares memory with qkv.
+        """
+        pairs = qkv.view(len(qkv), -1, self.heads[2] // 2, 2)
+        if not self._is_half:
+            torch.view_as_complex(pairs)[:, : self._turned].mul_(self._turns)
+            return pairs.flatten(-2)
+        products = pairs[..., None] * self._matrices  # float32: a product and a sum that round once, without casts
+        return torch.add(products[..., 0, :], products[..., 1, :], out=self._out).flatten(-2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,24 +132,25 @@ class Attention:
     cache: KeyValues
     heads: Heads
     lanes: int
-    index: Tensor  # (R * 2 * G,) where keys and values go
+    index: Tensor  # (R, 2 * G) where keys and values go
     views: Sequence[tuple[Tensor, Tensor]]  # of each layer, (lanes, G, T, K)
-    rotation: Tensor  # (R or 1, H + 2 G, K / 2) complex, none for values
+    rotated: Rotation
     mask: Tensor  # (lanes, 1, M or M H / G, T), or what broadcasts to that
 
     def __call__(self, layer: int, qkv: Tensor) -> Tensor:
         """qkv (R, (H + 2 G) K) -> (R, H K); keys and values go into the cache."""
-        queries, kv_heads, dim = self.heads
-        turned = rotated(qkv, self.rotation, dim)  # (R, H + 2 G, K)
+        queries, kv_heads, _ = self.heads
+        turned = self.rotated(qkv)  # (R, H + 2 G, K)
         self.cache.write(layer, self.index, turned[:, queries:])
         k, v = self.views[layer]
-        # queries that share a key head stand side by side as if they were positions: no key is repeated
-        q = turned[:, :queries].unflatten(1, (kv_heads, -1))  # (R, G, H / G, K)
+        # queries that share a key head are read as if they were positions: no key is repeated
+        q = turned[:, :queries].unflatten(1, (-1, kv_heads))  # (R, H / G, G, K)
         if len(qkv) == self.lanes:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).reshape(len(qkv), -1)
-        q = q.unflatten(0, (self.lanes, -1)).permute(0, 2, 3, 1, 4)  # (lanes, G, H / G, M, K)
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=self.mask)
+            return out.transpose(1, 2).reshape(len(qkv), -1)  # no copy: kernels leave heads innermost
+        q = q.unflatten(0, (self.lanes, -1)).permute(0, 3, 2, 1, 4)  # (lanes, G, H / G, M, K)
         out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=self.mask)
-        return out.unflatten(2, (q.shape[2], -1)).permute(0, 3, 1, 2, 4).reshape(len(qkv), -1)
+        return out.unflatten(2, (q.shape[2], -1)).permute(0, 3, 2, 1, 4).reshape(len(qkv), -1)
 
 
 def attention(cache: KeyValues, now: Pass, rotation: Tensor, heads: Heads) -> Attention:
@@ -143,7 +160,8 @@ def attention(cache: KeyValues, now: Pass, rotation: Tensor, heads: Heads) -> At
     if now.rows > 1:
         mask = mask.repeat(1, 1, queries // kv_heads, 1)
     views = cache.views(now.first, now.lanes, now.visible)
-    return Attention(cache, heads, now.lanes, now.index(cache), views, with_values(rotation, heads), mask)
+    rotated = Rotation(rotation, heads, cache.buffer.dtype)
+    return Attention(cache, heads, now.lanes, now.index(cache), views, rotated, mask)
 
 
 class LanguageLayers:

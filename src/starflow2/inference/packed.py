@@ -1,8 +1,9 @@
 """Weights of both streams laid out for step-by-step decoding: fused projections, and constants of a noise level.
 
 What differs from the modules: q, k, v and gate, up are one matrix each; rows of the language model's q and k heads are
-permuted so that rotated pairs are neighbours, as in the flow; whatever depends on the noise level alone is computed
-once. `unpackable` says why a stream cannot be packed; the engine then reads through the stream itself.
+permuted so that rotated pairs are neighbours, as in the flow, and its query heads so that neighbours have different
+keys, the order in which attention leaves them; whatever depends on the noise level alone is computed once. `unpackable`
+says why a stream cannot be packed; the engine then reads through the stream itself.
 Letters: E language width, H query heads, G key heads, K head dim, C flow width, D latent dim, N latents, M positions.
 """
 
@@ -22,12 +23,21 @@ from starflow2.models.pretzel import Pretzel
 from starflow2.models.qwen import QwenStream
 from starflow2.nn import axial_angles
 
-__all__ = ["BlockWeights", "FlowLayer", "LanguageLayer", "LevelWeights", "PackedWeights", "pack", "unpackable"]
+__all__ = [
+    "BlockWeights",
+    "FlowLayer",
+    "LanguageLayer",
+    "LevelWeights",
+    "PackedWeights",
+    "key_by_key",
+    "pack",
+    "unpackable",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class LanguageLayer:
-    """A layer of the language model. Matrices are (out, in)."""
+    """A layer of the language model. Matrices are (out, in); query heads stand in the order (H / G, G)."""
 
     norm_in: Tensor  # (E,), RMS norm, eps 1e-6
     qkv: Tensor  # ((H + 2 G) K, E), pairs that are rotated together are neighbours
@@ -128,17 +138,20 @@ class PackedWeights:
         def paired(x: Tensor) -> Tensor:
             return x.unflatten(0, (-1, dim))[:, order].flatten(0, 1)
 
+        def across_keys(x: Tensor) -> Tensor:
+            return x.unflatten(0, (vlm.cfg.kv_heads, -1, dim)).transpose(0, 1).flatten(0, 2)
+
         def layer(prefix: str) -> LanguageLayer:
             def fused(kind: str) -> Tensor:
                 q, k, v = (weights[f"{prefix}.self_attn.{name}_proj.{kind}"] for name in "qkv")
-                return torch.cat([paired(q), paired(k), v])
+                return torch.cat([across_keys(paired(q)), paired(k), v])
 
             gate_up = torch.cat([weights[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up")])
             return LanguageLayer(
                 weights[f"{prefix}.input_layernorm.weight"],
                 fused("weight"),
                 fused("bias"),
-                weights[f"{prefix}.self_attn.o_proj.weight"],
+                across_keys(weights[f"{prefix}.self_attn.o_proj.weight"].T).T.contiguous(),
                 weights[f"{prefix}.post_attention_layernorm.weight"],
                 gate_up,
                 weights[f"{prefix}.mlp.down_proj.weight"],
@@ -243,6 +256,11 @@ def pack(stream: JointStream, dtype: torch.dtype | None = None) -> PackedWeights
     reason = unpackable(stream)
     assert reason is None and isinstance(stream, Pretzel), reason
     return PackedWeights(stream, dtype)
+
+
+def key_by_key(queries: Tensor, kv_heads: int, head_dim: int) -> Tensor:
+    """Rows (H K, ...) of packed query heads in the model's own order, where those of a key stand side by side."""
+    return queries.unflatten(0, (-1, kv_heads, head_dim)).transpose(0, 1).flatten(0, 2)
 
 
 def _as(x: Tensor, dtype: torch.dtype | None) -> Tensor:

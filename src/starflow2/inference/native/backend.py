@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,7 +22,8 @@ from starflow2.flow.solver import SEQUENTIAL, Solver
 from starflow2.inference.lanes import Lanes
 from starflow2.inference.lean import LeanBackend, Pictures, Rows
 from starflow2.inference.native.build import Unavailable, library
-from starflow2.inference.packed import BlockWeights, FlowLayer, LanguageLayer, PackedWeights
+from starflow2.inference.packed import BlockWeights, FlowLayer, LanguageLayer, PackedWeights, key_by_key
+from starflow2.models.config import LanguageConfig
 from starflow2.nn import StackConfig
 
 __all__ = ["NativeBackend", "native_backend"]
@@ -104,7 +105,7 @@ def _stack_sizes(cfg: StackConfig) -> tuple[int, ...]:
 def _tensors(weights: PackedWeights) -> Iterator[Tensor]:
     """Weights in the order in which streams.cpp takes them."""
     for layer in weights.language:
-        yield from _of_layer(layer)
+        yield from _of_layer(_key_by_key(layer, weights.language_cfg))
     yield weights.language_norm
     for block in (weights.deep, *weights.shallow):
         yield from (block.proj_in, block.head, block.head_bias)
@@ -117,6 +118,16 @@ def _tensors(weights: PackedWeights) -> Iterator[Tensor]:
     yield weights.embed.new_zeros(flow, language) if weights.visual_skip is None else weights.visual_skip
     yield weights.embed.new_zeros(language, flow) if weights.text_skip is None else weights.text_skip
     yield weights.lm_head
+
+
+def _key_by_key(layer: LanguageLayer, cfg: LanguageConfig) -> LanguageLayer:
+    """A layer whose query heads stand in the model's own order, by which the C++ finds the key of each."""
+    width, dim = cfg.width, cfg.width // cfg.heads
+
+    def ordered(x: Tensor) -> Tensor:
+        return torch.cat([key_by_key(x[:width], cfg.kv_heads, dim), x[width:]])
+
+    return replace(layer, qkv=ordered(layer.qkv), qkv_bias=ordered(layer.qkv_bias), out=ordered(layer.out.T).T)
 
 
 def _of_layer(layer: LanguageLayer | FlowLayer) -> list[Tensor]:
