@@ -18,8 +18,7 @@ from starflow2.inference.packed import PackedWeights
 __all__ = ["STEP", "KeyValues", "Lanes"]
 
 STEP = 64  # positions by which the capacity grows, and to which the visible part of it is rounded
-SPARE = 1.25  # capacity above the longest lane's, from which on memory is given back
-FEW = 2.0  # slots for each lane, likewise: less often, as all lanes are copied
+FEW = 2.0  # slots for each lane, from which on memory is given back: seldom, as all lanes are copied
 
 
 class KeyValues:
@@ -165,11 +164,10 @@ class Lanes:
             self._resize(self.slots, _rounded(max(self._reserved.values())))
 
     def trim(self) -> None:
-        """Give memory back that no lane needs."""
-        longest = _rounded(max(self._reserved.values(), default=0))
-        slots = len(self.slot_of)
-        if self.capacity > max(longest + STEP, SPARE * longest) or self.slots > max(slots + 2, FEW * slots):
-            self._resize(slots, longest)
+        """Give memory back that no lane needs; what is left has room for `STEP` more than the longest at most."""
+        longest, slots = max(self._reserved.values(), default=0), len(self.slot_of)
+        if self.capacity > longest + STEP or self.slots > max(slots + 2, FEW * slots):
+            self._resize(slots, _rounded(longest))
 
     def truncate(self, lane: int, length: int) -> None:
         """Drop positions from `length` on; what was there is wiped, or a value that is not finite would outlive it."""
