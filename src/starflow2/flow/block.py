@@ -150,11 +150,11 @@ class AffineBlock(nn.Module):
         width = cfg.stack.width
         self.proj_in = nn.Linear(cfg.dim * (4 if cfg.stencil else 1), width)
         if cfg.start != "none":
-            self.start = nn.Parameter(0.02 * torch.randn(1, 1, cfg.dim))
+            self.start = nn.Parameter(nn.init.normal_(torch.empty(1, 1, cfg.dim), std=0.02))
         if cfg.context_dim:
             self.context_in = nn.Linear(cfg.context_dim, width)
         if cfg.learned_positions:
-            self.position_table = nn.Parameter(0.01 * torch.randn(cfg.num_latents, width))
+            self.position_table = nn.Parameter(nn.init.normal_(torch.empty(cfg.num_latents, width), std=0.01))
         if cfg.noise:
             self.noise_embedding = NoiseEmbedding(width, cfg.noise_waves)
         self.body = CausalStack(cfg.stack)
@@ -410,13 +410,13 @@ class AffineBlock(nn.Module):
 def _above(grid: tuple[int, int]) -> Tensor:
     """Indices (N + 1, 3) of the latents above-left, above and above-right of each; N where none, as at N itself."""
     rows, cols = grid
-    index = torch.arange(rows * cols)
-    row, col = index // cols, index % cols
-    out = []
-    for offset in (-1, 0, 1):
-        inside = (row > 0) & (col + offset >= 0) & (col + offset < cols)
-        out.append(torch.where(inside, index - cols + offset, rows * cols))
-    return F.pad(torch.stack(out, dim=-1), (0, 0, 0, 1), value=rows * cols)
+    none = rows * cols
+
+    def at(row: int, col: int) -> int:
+        return row * cols + col if row >= 0 and 0 <= col < cols else none
+
+    found = [[at(row - 1, col + offset) for offset in (-1, 0, 1)] for row in range(rows) for col in range(cols)]
+    return torch.tensor([*found, [none] * 3])
 
 
 def _with_identity_first(affine: Affine) -> Affine:

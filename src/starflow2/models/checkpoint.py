@@ -32,7 +32,7 @@ from starflow2.core.text import read_text
 from starflow2.core.torch_defaults import torch_defaults
 from starflow2.errors import CheckpointError, ConfigError, DataError, StarFlowError, nearest
 from starflow2.flow import AffineBlock, Flow
-from starflow2.models.components import Components
+from starflow2.models.components import Components, without_values
 from starflow2.models.config import CodecConfig, ExtractorConfig, FaeConfig, ModelConfig
 from starflow2.models.config_file import FORMAT, MODEL_TYPE, is_model_config, read_config
 from starflow2.models.fae import Fae
@@ -196,7 +196,7 @@ def _load_once(folder: Path, device: str | torch.device, waiting: tuple[str, ...
 def _without_weights(cfg: ModelConfig, tokenizer: ChatTokenizer, folder: Path) -> Components:
     """Components that hold no weights yet. Raises CheckpointError for sizes that torch or transformers refuse."""
     try:
-        with torch.device("meta"):
+        with without_values():
             return Components(cfg, tokenizer)
     except StarFlowError:
         raise
@@ -269,7 +269,7 @@ def start_components(cfg: ModelConfig, device: str | torch.device = "cpu") -> Co
             f"vlm_from of model {cfg.name} is None; expected pretrained weights: train this model from its first stage."
         )
     tokenizer = _tokenizer(locate(cfg.vlm_from) / "tokenizer.json", cfg)
-    with torch.device("meta"):
+    with without_values():
         components = Components(cfg, tokenizer)
     fresh: dict[str, nn.Module] = {"flow": Flow(cfg.flow), "joints": _new_joints(cfg)}
     if isinstance(cfg.fae, FaeConfig):

@@ -6,12 +6,14 @@ Each component is defined in a module of its own; files are read and written in 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Generic, Self, cast
+from typing import Any, Generic, Self, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from typing_extensions import TypeVar
 
 from starflow2.errors import ConfigError
@@ -29,7 +31,7 @@ from starflow2.models.sequence import Layout
 from starflow2.models.tokenizer import ChatTokenizer
 from starflow2.models.vision import DinoFeatures, SiglipFeatures, features_of
 
-__all__ = ["Components", "build", "fresh_modules"]
+__all__ = ["Components", "build", "fresh_modules", "without_values"]
 
 Language = TypeVar("Language", bound=nn.Module, default=QwenStream)
 Joining = TypeVar("Joining", bound=nn.Module, default=Joints)
@@ -132,6 +134,28 @@ def fresh_modules(cfg: ModelConfig) -> dict[str, nn.Module]:
     deep = cfg.flow.deep
     modules["joints"] = Joints(cfg.joints, deep.dim, cfg.vlm.width, deep.stack.width)
     return modules
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out the first values of weights while it is entered."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Context in which modules are built on the meta device: neither memory nor values.
+
+    There torch computes even random values through its compiler, which takes as long to import as all of torch.
+    """
+    with torch.device("meta"), _Unfilled():
+        yield
 
 
 def build(cfg: ModelConfig, device: str | torch.device = "cpu") -> Components:

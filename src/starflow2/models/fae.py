@@ -64,7 +64,7 @@ class _Decoder(nn.Module):
     def __init__(self, width_in: int, stack: StackConfig, grid: tuple[int, int]) -> None:
         super().__init__()
         self.proj_in = nn.Linear(width_in, stack.width)
-        self.position_table = nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], stack.width))
+        self.position_table = nn.Parameter(nn.init.normal_(torch.empty(grid[0] * grid[1], stack.width), std=0.02))
         self.body = CausalStack(stack)
 
     def forward(self, x: Tensor) -> Tensor:
