@@ -5,6 +5,7 @@ JOBS ?= 2
 TORCH_BACKEND ?= auto
 SEED ?= 0
 MINUTES ?= 15
+PEERS ?= $(if $(APPLE),apple=$(APPLE)) $(if $(BEFORE),before=$(BEFORE))
 BIN := .venv/bin
 
 # Without this, two processes that share cores spend most of their time waiting for each other in busy loops.
@@ -60,8 +61,8 @@ portable: setup ## the suite under other threads and instruction sets, half an h
 slow: setup ## the slow tests
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "slow and not gpu"
 
-bench: setup ## measure everything on a quiet machine, and write benchmarks/RESULTS.md; half an hour
-	OMP_NUM_THREADS=1 $(BIN)/starflow2 bench all --json benchmarks/results.jsonl --markdown benchmarks/RESULTS.md $(if $(APPLE),--peer apple=$(APPLE))
+bench: setup ## measure everything on a quiet machine, and write benchmarks/RESULTS.md; APPLE= and BEFORE= name checkouts
+	OMP_NUM_THREADS=1 $(BIN)/starflow2 bench all --json benchmarks/results.jsonl --markdown benchmarks/RESULTS.md $(if $(strip $(PEERS)),--peer $(strip $(PEERS)))
 
 fuzz: setup ## feed 10,000 malformed inputs to every door, under ten minutes; SEED=1 for others
 	PYTHONPATH=$(CURDIR)/scripts:$(CURDIR)/tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz --jobs $(JOBS) --seed $(SEED)

@@ -25,9 +25,10 @@ __all__ = ["Bench"]
 class Bench:
     """Compare, count and time every way of decoding, and what surrounds it, on the CPU.
 
-    Names: ceil (the machine), latent, picture, shallow, deep, text, many (rows), turns, flow (beside zuko and normflows
-    where they are installed), train, data, start, all; nano and paper: a latent at their sizes, counted on tensors
-    without values. Every variant is compared with its reference first. The exit status is 1 if one differs.
+    Names: ceil (the machine), latent, picture, shallow, deep, text, calls (ask, score, invert), equality, many (rows),
+    turns, flow (beside zuko and normflows where they are installed), train, data, start, all; nano and paper: a latent
+    at their sizes, counted on tensors without values. Every variant is compared with its reference first. The exit
+    status is 1 if one differs.
     """
 
     verb: ClassVar[str] = "bench"
@@ -35,9 +36,10 @@ class Bench:
     names: Positional[Annotated[tuple[str, ...], Option("see above", metavar="NAME")]] = ()
     rounds: Annotated[int, Option("interleaved rounds of timing")] = 7
     counts_only: Annotated[bool, Option("compare and count, without times")] = False
-    peer: Annotated[str, Option("apple=FOLDER: also Apple's sampler, in a checkout of ml-starflow", metavar="PEER")] = (
-        ""
-    )
+    peer: Annotated[
+        tuple[str, ...],
+        Option("apple=FOLDER, before=FOLDER: also a checkout of ml-starflow, of this project", metavar="PEER"),
+    ] = ()
     json: JsonFile = None
     markdown: Annotated[Path | None, Option("also write the tables to this file", metavar="FILE")] = None
     model: Model = "nano"
@@ -69,10 +71,13 @@ class Bench:
         return 0 if all(row["check"]["ok"] for row in rows) else 1
 
     def _peers(self) -> dict[str, Path]:
-        name, equals, folder = self.peer.partition("=")
-        if self.peer and not (name and equals and folder):
-            raise UsageError(f"--peer is {self.peer!r}; expected apple=FOLDER.")
-        return {name: Path(folder)} if self.peer else {}
+        peers: dict[str, Path] = {}
+        for peer in self.peer:
+            name, equals, folder = peer.partition("=")
+            if not (name and equals and folder):
+                raise UsageError(f"--peer is {peer!r}; expected apple=FOLDER or before=FOLDER.")
+            peers[name] = Path(folder)
+        return peers
 
     def _write(self, rows: Sequence[JsonObject]) -> None:
         if self.json is not None:
@@ -84,6 +89,6 @@ class Bench:
         """The command that repeats these rows."""
         words = [PROGRAM, self.verb, *self.names, "--rounds", str(self.rounds)]
         words += ["--counts-only"] if self.counts_only else []
-        words += ["--peer", f"{self.peer.partition('=')[0]}=FOLDER"] if self.peer else []
+        words += ["--peer", *(f"{peer.partition('=')[0]}=FOLDER" for peer in self.peer)] if self.peer else []
         words += ["--model", self.model] if self.model != "nano" else []
         return shlex.join(words) + (f" --markdown {self.markdown.name}" if self.markdown is not None else "")

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from starflow2.core.serialize import JsonObject
+from starflow2.research.bench_goals import goals
 
-__all__ = ["Counts", "OperationCounter", "Variant", "graph_breaks", "measured", "report", "table"]
+__all__ = ["Counts", "OperationCounter", "Variant", "commit_of", "graph_breaks", "measured", "report", "table"]
 
 WAITS = {"aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten._unique2", "aten.equal"}
 VIEWS = {"aten._unsafe_view", "aten._reshape_alias", "aten.lift_fresh", "aten.detach", "aten.alias"}
@@ -126,12 +127,14 @@ class Variant:
     units: int = 1
     expected: Tensor | None = None
     tolerance: float = 0.0
-    settings: JsonObject = field(default_factory=dict)  # shape, batch, guided, dtype
+    settings: JsonObject = field(default_factory=dict)  # shape, batch, guided, dtype; `run` may add what it finds
     exact_group: str = ""  # variants of one group must give the same bits
     twin: Callable[[], Tensor] | None = None
     work: float = 0.0  # of one run, such as bytes that it moves: a rate is computed with it
     work_unit: str = ""  # of the rate
     step: Callable[[], Callable[[], object]] | None = None
+    is_timed: bool = True  # False: run once, and compared
+    elsewhere: Callable[[], float] | None = None  # CPU seconds of the last run in a process that is still alive
 
 
 @dataclass(slots=True)
@@ -153,7 +156,7 @@ def measured(variants: Sequence[Variant], rounds: int, *, times: bool = True) ->
     clocked, busiest = [_Times() for _ in variants], _wanting_a_core()
     for _ in range(rounds if times else 0):
         for seconds, variant, check in zip(clocked, variants, checks, strict=True):
-            if check["ok"]:
+            if check["ok"] and variant.is_timed:
                 _clock(variant, seconds)
         busiest = max(busiest, _wanting_a_core())
     for variant, check, (_, count), seconds in zip(variants, checks, firsts, clocked, strict=True):
@@ -201,7 +204,7 @@ def _clock(variant: Variant, times: _Times) -> None:
     gc.collect()
     start, wall = _cpu_seconds(), time.perf_counter()
     variant.run()
-    times.cpu.append(_cpu_seconds() - start)
+    times.cpu.append(_cpu_seconds() - start + (variant.elsewhere() if variant.elsewhere is not None else 0.0))
     times.wall.append(time.perf_counter() - wall)
 
 
@@ -240,7 +243,7 @@ def machine(busiest: float | None = None) -> JsonObject:
         "cpu": _processor(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parent),
         "load": round(load, 2),
         "quiet": load <= (os.cpu_count() or 1),
     }
@@ -265,12 +268,10 @@ def _processor() -> str:
 
 
 @cache
-def _commit() -> str | None:
-    """The commit of the checkout that this file is in; None outside of one."""
+def commit_of(folder: Path) -> str | None:
+    """The commit of the checkout that a folder is in; None outside of one."""
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-        )
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
     except OSError:  # no git
         return None
     return found.stdout.strip() or None
@@ -290,6 +291,9 @@ COLUMNS = {  # of a table: the key of a row, and its heading
     "graph_breaks": "graph breaks",
     "evaluations": "evaluations",
     "residual": "residual",
+    "beyond": "positions beyond the longest",
+    "kept": "bytes kept",
+    "close": "close",
     "median": "CPU s",
     "wall_median": "wall s",
     "ratio": "times faster",
@@ -337,6 +341,10 @@ def report(rows: Sequence[JsonObject], command: str) -> str:
         "Counts are per unit: a latent, an image, a token, a document, a sample. CPU s and wall s are medians of whole",
         "runs over interleaved rounds. Times faster: one unit against one of the first row of the group, the median of",
         "the rounds' ratios. A row that differs from its reference by more than it may has no time.",
+        "",
+        "## What was asked",
+        "",
+        *goals(rows),
     ]
     for name in dict.fromkeys(row["bench"] for row in rows):
         part = [row for row in rows if row["bench"] == name]

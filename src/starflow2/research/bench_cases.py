@@ -7,7 +7,6 @@ are nano, or one of another shape with random weights. Many rows and many turns 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,7 +17,7 @@ from starflow2.flow.block import Reading
 from starflow2.flow.context import Context, Guide
 from starflow2.flow.solver import SEQUENTIAL, BlockJacobi, Jacobi, Solution, Solver, solve
 from starflow2.inference.backend import Backend, Begin, Chunk, NewImage, Pair
-from starflow2.inference.config import DrawConfig, ReplyLimits
+from starflow2.inference.config import DrawConfig, Precision, ReplyLimits
 from starflow2.inference.engine import Engine
 from starflow2.inference.events import Completed
 from starflow2.inference.lean import LeanBackend
@@ -134,14 +133,14 @@ def latent(components: Components) -> Iterator[list[Variant]]:
 # -- whole images, many rows ------------------------------------------------------------------------------------------
 
 
-def _drawn(sampler: Sampler, prompts: Sequence[str], backend: Callable[[], Backend]) -> Callable[[], Tensor]:
-    """Draws an image of every prompt side by side, and returns the pixels of the first."""
+def _drawn(sampler: Sampler, count: int, backend: Callable[[], Backend]) -> Callable[[], Tensor]:
+    """Draws `count` images side by side, and returns the pixels of the first."""
 
     def run() -> Tensor:
         engine = Engine(sampler, backend())
-        for seed, prompt in enumerate(prompts):
+        for seed in range(count):
             row = engine.open()
-            engine.feed(row, sampler.components.tokenizer.drawing_prompt(prompt)[:-1])
+            engine.feed(row, sampler.components.tokenizer.drawing_prompt(PROMPTS[seed % len(PROMPTS)])[:-1])
             engine.begin(row, ReplyLimits(tokens=0, pictures=1), seed, draws=True)
         pictures = {event.row: event.picture.image for event in engine.run() if isinstance(event, Completed)}
         return pictures[0]
@@ -150,29 +149,52 @@ def _drawn(sampler: Sampler, prompts: Sequence[str], backend: Callable[[], Backe
 
 
 def picture(components: Components) -> Iterator[list[Variant]]:
-    """Whole images, prompt and pixels included: batches of 1, 2, 8 and 32 whose first image must stay what it is."""
-    for guidance in (components.cfg.guidance, 0.0):
-        config = DrawConfig.for_model(components, guidance=guidance)
-        fast, exact = Sampler(components, config), Sampler(components, replace(config, precision="float64"))
-        twin = exact.pretzel
-        name = fast.backend().name
-        settings: JsonObject = {"shape": components.cfg.name, "guided": guidance > 0}
-        reference = _drawn(exact, PROMPTS[:1], lambda twin=twin: StreamBackend(twin, torch.float64))  # type: ignore[misc]
-        group = [Variant(bench="picture", name="reference", run=reference, settings=settings | {"batch": 1})]
-        for batch in (1, 2, 8, 32):
-            prompts = [PROMPTS[i % len(PROMPTS)] for i in range(batch)]
-            group.append(
-                Variant(
-                    bench="picture",
-                    name=name,
-                    run=_drawn(fast, prompts, fast.backend),
-                    units=batch,
-                    tolerance=1e-3,
-                    settings=settings | {"batch": batch},
-                    exact_group=name if name.startswith("native") else "",
-                )
-            )
-        yield group
+    """Whole images, prompt and pixels included: batches of 1, 2, 8 and 32 whose first image must stay what it is.
+
+    Then what guidance costs: images without it, and the same ones with it.
+    """
+    fast = {strength: _sampler(components, strength) for strength in (components.cfg.guidance, 0.0)}
+    name = fast[0.0].backend().name
+    for guidance, sampler in fast.items():
+        exact, shape = _sampler(components, guidance, "float64"), components.cfg.name
+        settings: JsonObject = {"shape": shape, "guided": guidance > 0, "batch": 1}
+        plain = partial(StreamBackend, exact.pretzel, torch.float64)
+        lean = partial(LeanBackend, pack(sampler.pretzel))
+        group = [Variant(bench="picture", name="reference", run=_drawn(exact, 1, plain), settings=settings)]
+        group += _batches(sampler, (1, 8), lean, "lean", settings) if name != "lean" else []
+        yield group + _batches(sampler, (1, 2, 8, 32), sampler.backend, name, settings)
+    for batch in (1, 8):
+        yield [_guided(sampler, batch, guidance > 0) for guidance, sampler in sorted(fast.items())]
+
+
+def _sampler(components: Components, guidance: float, precision: Precision = "auto") -> Sampler:
+    return Sampler(components, DrawConfig.for_model(components, guidance=guidance, precision=precision))
+
+
+def _batches(
+    sampler: Sampler, batches: Sequence[int], backend: Callable[[], Backend], name: str, settings: JsonObject
+) -> list[Variant]:
+    """Images side by side, of which the first is compared."""
+    return [
+        Variant(
+            bench="picture",
+            name=name,
+            run=_drawn(sampler, batch, backend),
+            units=batch,
+            tolerance=1e-3,
+            settings=settings | {"batch": batch},
+            exact_group=name if name.startswith("native") else "",
+        )
+        for batch in batches
+    ]
+
+
+def _guided(sampler: Sampler, batch: int, guided: bool) -> Variant:
+    """Images that are compared with themselves: with guidance they are others."""
+    run = _drawn(sampler, batch, sampler.backend)
+    settings: JsonObject = {"shape": sampler.components.cfg.name, "guided": guided, "batch": batch}
+    name = sampler.backend().name
+    return Variant(bench="guidance", name=name, run=run, units=batch, expected=run(), tolerance=1e-3, settings=settings)
 
 
 def shallow(components: Components) -> Iterator[list[Variant]]:

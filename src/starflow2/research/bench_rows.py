@@ -1,13 +1,13 @@
-"""Benchmarks of conversations: many rows of one engine, and turn after turn of one row.
+"""Benchmarks of conversations: many rows of one engine, what they leave behind, and turn after turn of one row.
 
-Tokens are numbers that need no tokenizer. Results are those of one row, so that they show whether it is what it would
-be alone.
+Results are those of one row, so that they show whether it is what it would be alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -15,15 +15,19 @@ from torch import Tensor
 from starflow2.core.serialize import JsonObject
 from starflow2.inference.config import DrawConfig, ReplyLimits
 from starflow2.inference.engine import Engine
-from starflow2.inference.events import Completed, DecodedImage
+from starflow2.inference.events import Completed, DecodedImage, Ended, Failed
+from starflow2.inference.lean import LeanBackend
 from starflow2.inference.sampler import Sampler
+from starflow2.inference.session import Session
 from starflow2.models.components import Components
 from starflow2.research.bench import Variant
-from starflow2.research.bench_cases import LATENT
+from starflow2.research.bench_cases import LATENT, PROMPTS
 
-__all__ = ["many", "turns"]
+__all__ = ["SLACK", "Crowd", "many", "turns"]
 
 ROWS, TURNS = 16, 8
+EARLY, REQUESTS = 100, 1000  # requests after which an engine is looked at
+SLACK = 64  # positions that its caches may have beyond the longest conversation
 DRAW = ReplyLimits(tokens=0, pictures=1)
 
 
@@ -31,6 +35,11 @@ def _words(sampler: Sampler, number: int) -> list[int]:
     """A request: its opening, words, the opening of the reply."""
     special = sampler.components.cfg.vlm.special
     return [special.user, *range(10 + number % 8, 21), special.assistant]
+
+
+def _asked(sampler: Sampler, number: int) -> list[int]:
+    """A prompt as a session reads it."""
+    return sampler.components.tokenizer.drawing_prompt(PROMPTS[number % len(PROMPTS)])[:-1]
 
 
 def _drawn(engine: Engine, row: int) -> DecodedImage:
@@ -49,12 +58,12 @@ class _Rows:
         self.engine = Engine(sampler)
         for number in range(idle):
             row = self.engine.open()
-            self.engine.feed(row, _words(sampler, number))
+            self.engine.feed(row, _asked(sampler, number))
             self.engine.next_logits(row)
 
     def begin(self, number: int) -> int:
         row = self.engine.open()
-        self.engine.feed(row, _words(self.engine.sampler, number))
+        self.engine.feed(row, _asked(self.engine.sampler, number))
         self.engine.begin(row, DRAW, number, draws=True)
         return row
 
@@ -72,13 +81,21 @@ class _Rows:
         return found[live[0]]
 
 
+def _in_a_session(sampler: Sampler) -> Tensor:
+    return Session(sampler).add(PROMPTS[0]).draw(tries=1).picture.image
+
+
 def many(components: Components) -> Iterator[list[Variant]]:
-    """An image of one row: alone, beside rows that wait, beside 15 others, and while 15 others join one by one."""
+    """An image of one row: alone, beside rows that wait, beside 15 others, and while 15 others join one by one.
+
+    Then what 1,000 mixed requests leave behind in an engine.
+    """
     sampler = Sampler(components, DrawConfig.for_model(components))
     name = sampler.backend().name
     alone, among = _Rows(sampler), _Rows(sampler, idle=ROWS - 1)
     runs: dict[str, tuple[Callable[[], Tensor], int]] = {
         "one row": (lambda: alone.draw(1), 1),
+        "a session": (lambda: _in_a_session(sampler), 1),
         f"one of {ROWS} rows, the others idle": (lambda: among.draw(1), 1),
         f"{ROWS} rows": (lambda: alone.draw(ROWS), ROWS),
         f"{ROWS} rows that join one by one": (lambda: alone.draw(1, joining=ROWS - 1), ROWS),
@@ -96,6 +113,82 @@ def many(components: Components) -> Iterator[list[Variant]]:
         )
         for what, (run, rows) in runs.items()
     ]
+    yield [_growth(sampler, settings)]
+
+
+# -- what is left behind ----------------------------------------------------------------------------------------------
+
+
+class Crowd:
+    """An engine that many requests pass through, `ROWS` at a time: each is a new row, which leaves with its reply.
+
+    beyond: positions that the caches had at most beyond the longest conversation that was there, replies included.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.beyond = engine, 0
+        self._numbers = count()
+        self._live: dict[int, int] = {}  # rows, and the positions that each may come to
+
+    def serve(self, requests: int) -> None:
+        """Take this many requests more, and wait for all that are there."""
+        for _ in range(requests):
+            while len(self._live) >= ROWS:
+                self._step()
+            self._ask(next(self._numbers))
+        while self._live:
+            self._step()
+
+    def _ask(self, number: int) -> None:
+        """To draw, to write, to do both, to read an image and write; every tenth is cancelled after a step."""
+        engine, row, kind = self.engine, self.engine.open(), number % 10
+        tokens, pictures = (0, 1) if kind < 4 else (4 + number % 13, int(kind == 7))
+        if kind == 8:
+            deep = engine.sampler.components.cfg.flow.deep
+            engine.see(row, torch.zeros(deep.num_latents, deep.dim), engine.sampler.upload_level)
+        engine.feed(row, _words(engine.sampler, number))
+        room = tokens + pictures * (engine.sampler.layout.num_latents + 2) + 1
+        self._live[row] = engine.length(row) + room
+        engine.begin(row, ReplyLimits(tokens=tokens, pictures=pictures), number, draws=kind < 4)
+        if kind == 3:
+            self._step()
+            if row in self._live:
+                engine.cancel(row)
+                self._leave(row)
+
+    def _step(self) -> None:
+        for event in self.engine.step():
+            if isinstance(event, Ended | Failed):
+                self._leave(event.row)
+
+    def _leave(self, row: int) -> None:
+        self._look()
+        self.engine.release(row)
+        del self._live[row]
+        self._look()
+
+    def _look(self) -> None:
+        if self._live and isinstance(self.engine.backend, LeanBackend):
+            self.beyond = max(self.beyond, self.engine.backend.lanes.capacity - max(self._live.values()))
+
+
+def _growth(sampler: Sampler, settings: JsonObject) -> Variant:
+    """Bytes that an engine has more after 1,000 requests than after 100, and positions beyond what it may have."""
+    found = {**settings, "requests": REQUESTS}
+
+    def run() -> Tensor:
+        crowd = Crowd(Engine(sampler))
+        crowd.serve(EARLY)
+        early = crowd.engine.backend.nbytes
+        crowd.serve(REQUESTS - EARLY)
+        kept = crowd.engine.backend.nbytes
+        found.update(beyond=crowd.beyond, kept=kept, more=kept - early)
+        return torch.tensor([float(kept - early), float(max(0, crowd.beyond - SLACK))])
+
+    name = f"{sampler.backend().name}, {REQUESTS} mixed requests"
+    return Variant(
+        bench="many", name=name, run=run, units=REQUESTS, expected=torch.zeros(2), settings=found, is_timed=False
+    )
 
 
 # -- turn after turn ------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def at_nano_size() -> Iterator[list[Variant]]:
 def counted(cfg: ModelConfig, language: torch.dtype) -> Iterator[list[Variant]]:
     """A latent of a config, guided and not. language: dtype of the language model's weights."""
     small = narrow(cfg)
-    twin = _woken(small)
+    twin, compiled = _woken(small), _woken(small, language)
     with torch.device("meta"):
         stream = _streams(cfg, language)
     dtypes = f"{language}, {torch.float32}".replace("torch.", "")  # of the language model and of the flow
@@ -57,6 +57,7 @@ def counted(cfg: ModelConfig, language: torch.dtype) -> Iterator[list[Variant]]:
             name: Drawing(backend, small, guided=guided, count=COUNT)
             for name, backend in _forms(twin.in_float64(), twin).items()
         }
+        step = Drawing(LeanBackend(pack(compiled)), small, guided=guided, count=COUNT).step
         settings = {"shape": cfg.name, "batch": 1, "guided": guided, "dtype": dtypes, "device": "meta"}
         yield [
             Variant(
@@ -68,7 +69,7 @@ def counted(cfg: ModelConfig, language: torch.dtype) -> Iterator[list[Variant]]:
                 tolerance=LATENT,
                 settings=settings,
                 twin=twins[name].whole,
-                step=twins[name].step if name == "lean" else None,
+                step=step if name == "lean" else None,
             )
             for name, drawing in _drawings(cfg, stream, guided=guided).items()
         ]
@@ -145,11 +146,11 @@ def _streams(cfg: ModelConfig, language: torch.dtype) -> Pretzel:
     return Pretzel(vlm, flow, joints)  # type: ignore[arg-type]
 
 
-def _woken(cfg: ModelConfig) -> Pretzel:
+def _woken(cfg: ModelConfig, language: torch.dtype = torch.float32) -> Pretzel:
     """Both streams with a value in every weight that a fresh model keeps at zero: differences would not show."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        stream = _streams(cfg, torch.float32)
+        stream = _streams(cfg, language)
         for module in (stream.flow, stream.joints):
             for parameter in module.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))

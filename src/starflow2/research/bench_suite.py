@@ -10,6 +10,8 @@ from starflow2.core.serialize import JsonObject
 from starflow2.errors import UsageError, nearest
 from starflow2.models.components import Components
 from starflow2.research.bench import Variant, measured
+from starflow2.research.bench_before import of_before
+from starflow2.research.bench_calls import calls, equality
 from starflow2.research.bench_cases import deep, latent, picture, shallow, text
 from starflow2.research.bench_peers import flow, of_apple
 from starflow2.research.bench_rows import many, turns
@@ -27,6 +29,8 @@ OF_A_MODEL: dict[str, Callable[[Components], Groups]] = {
     "shallow": shallow,
     "deep": deep,
     "text": text,
+    "calls": calls,
+    "equality": equality,
     "many": many,
     "turns": turns,
     "train": train,
@@ -39,7 +43,7 @@ WITHOUT_A_MODEL: dict[str, Bench] = {
     "data": data,
     "start": start,
 }
-PEERS: dict[str, Callable[[Path], Callable[[Components], Groups]]] = {"apple": of_apple}  # from a checkout
+PEERS: dict[str, Callable[[Path], Callable[[Components], Groups]]] = {"apple": of_apple, "before": of_before}
 NAMES = (*OF_A_MODEL, *WITHOUT_A_MODEL)
 ALL = "all"
 
