@@ -121,7 +121,7 @@ def _pair(
     """A call there and here. Each is compared with itself: weights and settings have moved in between."""
     before = commit_of(earlier.folder) or earlier.folder.name
     settings: JsonObject = {"shape": "nano", "batch": batch, "before": before}
-    runs = {"before": lambda: earlier.call(name, given), "now": lambda: call(given)}
+    runs: dict[str, Callable[[], Tensor]] = {"before": lambda: earlier.call(name, given), "now": lambda: call(given)}
     return [
         Variant(
             bench="before",
