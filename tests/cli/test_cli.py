@@ -614,7 +614,7 @@ def test_the_models_own_number_of_tries_is_the_default(checking):
 
 def test_tries_that_the_model_confirms_none_of_are_told(checking, photo, monkeypatch, capsys):
     for sure, says in ((0.25, "it confirms none; the likeliest was kept (25%)"), (0.75, "")):
-        monkeypatch.setattr(session, "confidence", lambda engine, row, question, sure=sure: sure)
+        monkeypatch.setattr(session, "confidences", lambda engine, rows, questions, sure=sure: [sure for _ in rows])
         monkeypatch.setattr(self_check, "confidence", lambda engine, row, question, sure=sure: sure)
         assert main(["generate", "a blue star", "--tries", "2"]) == 0
         assert says in capsys.readouterr().err

@@ -104,6 +104,10 @@ def conversation(backend: Backend) -> list[Tensor]:
     one.finish(padded(backend.drawn(first).u), shown)
     backend.append_each([one.lane, idle.lane, two.lane], [row.chunk([33]) for row in (one, idle, two)])
     found.append(backend.logits([two.lane, one.lane, idle.lane]))
+    backend.append_each(
+        [idle.lane, two.lane, one.lane], [idle.chunk([34, 35, 36]), two.chunk([37]), one.chunk([38, 39])]
+    )
+    found.append(backend.logits([idle.lane, one.lane, two.lane]))
     twin = backend.fork(one.lane)
     backend.append(twin, one.chunk([44, 45]))
     return [

@@ -15,7 +15,7 @@ from starflow2.errors import ConfigError, DataError, PromptError, StateError
 from starflow2.inference.backend import NewImage
 from starflow2.inference.config import DrawConfig, ReplyLimits
 from starflow2.inference.engine import Engine, _Reply
-from starflow2.inference.events import Begun, Completed, DecodedImage, Ended, Failed, Stepped, Token
+from starflow2.inference.events import Begun, Completed, DecodedImage, Ended, Failed, Sampled, Stepped, Token
 from starflow2.inference.lean import LeanBackend
 from starflow2.inference.sampler import Sampler
 from starflow2.inference.streams import StreamBackend
@@ -177,6 +177,44 @@ def test_rows_in_different_modalities_and_settings_equal_the_same_rows_alone(sam
     for row, expected in zip(rows, alone, strict=True):
         assert_same(told(events, row), expected)
     assert {type(event) for event in events} == {Token, Begun, Stepped, Completed, Ended}
+
+
+def test_images_that_get_their_pixels_later_are_those_that_get_them_at_once(sampler):
+    engine = Engine(sampler)
+    rows = [fed(engine, [1, 30, 2]), fed(engine, [1, 30, 2]), fed(engine, [1, 31, 2])]
+    for row, decodes in zip(rows, (True, False, False), strict=True):
+        engine.begin(row, DRAW, 4, draws=True, decodes=decodes)
+    events = list(engine.run())
+    assert sum(isinstance(event, Completed) for event in events) == 1
+    assert [event.row for event in events if isinstance(event, Sampled)] == rows[1:]
+    whole = engine.with_pixels(events)
+    assert [type(a) for a, b in zip(events, whole, strict=True) if type(a) is type(b)].count(Sampled) == 0
+    pictures = {event.row: event.picture for event in whole if isinstance(event, Completed)}
+    assert_same([pictures[rows[1]]], [pictures[rows[0]]])
+    assert_same([pictures[rows[0]]], [again(sampler)])
+    assert (pictures[rows[2]].u - pictures[rows[0]].u).abs().max() > 1e-3
+
+
+def test_rows_that_are_read_together_are_as_if_each_had_been_read_alone(sampler):
+    engine, words = Engine(sampler), ([1, 30, 2], [1, 31], [1, 30, 31, 32, 2], [])
+    together, alone = ([fed(engine, ids) for ids in words] for _ in range(2))
+    engine.read(together)
+    for row in alone:
+        engine.read([row])
+    for one, other in zip(together, alone, strict=True):
+        assert engine.length(one) == engine.length(other) == engine.backend.length(engine._rows[one].lane)
+        for mine, theirs in zip(engine.states(one), engine.states(other), strict=True):
+            assert (mine - theirs).abs().max() <= 1e-5
+
+
+def test_a_fork_has_the_past_of_its_row_and_a_future_of_its_own(sampler):
+    engine = Engine(sampler)
+    row = fed(engine, [1, 30, 2])
+    twin = engine.fork(row)
+    engine.begin(row, ReplyLimits(tokens=3, pictures=0), 0)
+    list(engine.run())
+    assert engine.length(twin) == 3
+    assert_same([drawn(engine, twin, 4)], [again(sampler)])
 
 
 def test_memory_depends_on_who_is_there_and_not_on_what_was_done(sampler):

@@ -210,6 +210,28 @@ def test_words_have_the_same_bits_whatever_is_read_beside_them_and_in_what_piece
     assert torch.equal(together, alone.expand(7, -1))
 
 
+def test_chunks_of_any_length_that_are_read_in_one_pass_have_the_bits_of_each_alone(nano, native):
+    cursor, layout, u = Cursor((8, 8)), nano.layout, first_image()
+    pieces = [cursor.text(1), cursor.latents(), cursor.text(1)]
+    mrope, places = torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces])
+    ids = [layout.begin, *[layout.latent] * 64, layout.end]
+    image = Chunk(ids, mrope, places, Span(1, 0, 64, u, 0.01, None), Begin(0, 0.01, None))
+    words = [list(range(9, 9 + count)) for count in (1, 12, 3)]
+    chunks = [*(Chunk(each, *Cursor((8, 8)).text(len(each))) for each in words), image]
+    together, alone = ([native.open() for _ in chunks] for _ in range(2))
+    for lane in (*together, *alone):
+        native.reserve(lane, 128)
+    native.append_each(together[::-1], chunks[::-1])
+    for lane, chunk in zip(alone, chunks, strict=True):
+        native.append(lane, chunk)
+    assert [native.length(lane) for lane in together] == [1, 12, 3, 66]
+    assert torch.equal(native.logits(together), native.logits(alone))
+    states = [[native.state(lane) for lane in lanes] for lanes in (together, alone)]
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(*states, strict=True) for name in a)
+    for lane in (*together, *alone):
+        native.close(lane)
+
+
 def test_a_lane_without_room_is_refused(nano, native):
     lane = native.open()
     native.reserve(lane, 64)

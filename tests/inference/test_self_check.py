@@ -23,6 +23,8 @@ from starflow2.inference.self_check import (
     best,
     checked_tries,
     confidence,
+    confidences,
+    has_room,
     question_of,
     seed_of,
 )
@@ -81,6 +83,27 @@ def test_confidence_is_that_of_yes_among_yes_and_no(sampler):
     logits = engine.next_logits(twin)
     yes, no = (logits[tokenizer.encode(word)[0]] for word in ("yes", "no"))
     assert confidence(engine, row, "is there a star?") == pytest.approx(float((yes - no).sigmoid()), abs=1e-5)
+
+
+def test_questions_that_are_read_together_are_answered_as_each_alone(sampler):
+    engine, questions = Engine(sampler), ["is there a star?", "is there a ring there now?", "is there a star?"]
+    rows = [engine.open() for _ in questions]
+    for row, word in zip(rows, (30, 31, 32), strict=True):
+        engine.feed(row, [1, word, 2])
+    before = [engine.length(row) for row in rows]
+    found = confidences(engine, rows, questions)
+    assert [engine.length(row) for row in rows] == before
+    alone = [confidence(engine, row, question) for row, question in zip(rows, questions, strict=True)]
+    assert found == pytest.approx(alone, abs=1e-6) and len(set(found)) == 3
+
+
+def test_there_is_room_for_a_question_as_long_as_the_model_can_read_it(sampler):
+    engine = Engine(sampler)
+    row, most = engine.open(), sampler.components.cfg.max_positions
+    engine.feed(row, [1, 30, 2])
+    assert has_room(engine, row, "is there a star?")
+    engine.feed(row, [30] * (most - 4))
+    assert engine.length(row) == most - 1 and not has_room(engine, row, "is there a star?")
 
 
 def test_every_try_is_the_plain_sample_of_its_seed(sampler):

@@ -7,6 +7,7 @@ import copy
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from starflow2.errors import OutputError, PromptError
 from starflow2.inference.config import ReplyLimits
 from starflow2.inference.sampler import Sampler
+from starflow2.models.config import SelfCheckConfig
 from starflow2.pipeline import StarFlow2
 from starflow2.serving.jobs import Ask, Done, Draft, ImageDone, Progress, ScoreAsk, Scored, TextDelta
 from starflow2.serving.limits import ServeLimits
@@ -272,6 +274,39 @@ def test_a_conversation_that_is_too_long_is_the_clients_fault(service):
     past = [(["two red hearts"] * 40, ["two red hearts"] * 40) for _ in range(40)]
     assert refused(service.submit(Ask(parts=["a red star"], past=past))).status == 400
     assert idle(service)
+
+
+@pytest.fixture(scope="module")
+def checking(model: StarFlow2) -> StarFlow2:
+    """The model as if it had learnt to check its images."""
+    components = copy.copy(model.components)
+    asked = SelfCheckConfig(shows="is there {}?", done="is {} there now?", tries=3)
+    components.cfg = replace(components.cfg, self_check=asked)
+    return StarFlow2(components)
+
+
+def test_images_of_a_request_too_long_to_ask_about_are_drawn_and_not_compared(checking):
+    """The question repeats the request, and both together are more than the model reads."""
+    words = " ".join(["two red hearts"] * 700)
+    with Service(checking) as service:
+        reply = service.submit(Ask(parts=[words], mode="image", tries=2))
+        other = service.submit(drawing())
+    (made,) = [event for event in reply if isinstance(event, ImageDone)]
+    assert made.confidence is None and end_of(reply).seed == 0
+    assert isinstance(end_of(other), Done)
+
+
+def test_of_several_tries_the_one_that_is_confirmed_is_what_the_library_draws(checking):
+    with Service(checking) as service:
+        replies = [service.submit(drawing("a blue star", seed=5, tries=3)), service.submit(drawing(seed=1, tries=None))]
+        made = [next(event for event in reply if isinstance(event, ImageDone)) for reply in replies]
+        seeds = [end_of(reply).seed for reply in replies]
+    assert all(each.confidence is not None and each.gain is not None for each in made)
+    for each, words, seed, own in zip(made, ("a blue star", "two red hearts"), seeds, (5, 1), strict=True):
+        (alone,) = checking.generate(words, seed=seed, tries=1)
+        (chosen,) = checking.generate(words, seed=own, tries=3)
+        for other in (alone, chosen):
+            assert np.abs(np.asarray(each.image).astype(int) - np.asarray(other.image)).max() <= 1
 
 
 def test_an_event_loop_reads_the_same_events_as_a_thread(service):

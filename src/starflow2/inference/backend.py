@@ -115,6 +115,11 @@ class Backend(Protocol):
         """Bytes of all lanes."""
         ...
 
+    @property
+    def capacity(self) -> int:
+        """Positions for which the lanes have room."""
+        ...
+
     def expect(self, lanes: int) -> None:
         """Make room at once for lanes that are about to be opened; otherwise memory grows lane by lane."""
         ...
@@ -156,7 +161,7 @@ class Backend(Protocol):
         ...
 
     def append_each(self, lanes: Sequence[int], chunks: Sequence[Chunk]) -> None:
-        """Read one new token in each lane."""
+        """Read new positions of several lanes, of each its own chunk."""
         ...
 
     def logits(self, lanes: Sequence[int]) -> Tensor:

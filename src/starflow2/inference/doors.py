@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, cast
 
 from starflow2.core.torch_defaults import inference_defaults
@@ -21,20 +21,25 @@ class InUse:
     """Tells whether a thread uses an object; copies and pickles of it get one of their own."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock, self._depth = threading.RLock(), 0
 
     def __reduce__(self) -> tuple[type[InUse], tuple[()]]:
         return InUse, ()
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Context in which only this thread uses the object. Raises StateError while another one does."""
+        """Context in which only this thread uses the object, with torch's own settings.
+
+        Inside another one it does nothing more, as those are in force. Raises StateError while another thread uses it.
+        """
         if not self._lock.acquire(blocking=False):
             raise StateError("this session is in use by another thread; wait for it, or give each thread a fork().")
+        self._depth += 1
         try:
-            with inference_defaults():
+            with inference_defaults() if self._depth == 1 else nullcontext():
                 yield
         finally:
+            self._depth -= 1
             self._lock.release()
 
 

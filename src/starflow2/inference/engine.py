@@ -9,7 +9,7 @@ Letters: N latents, D latent dim, V vocabulary.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,13 +22,26 @@ from starflow2.flow.affine import strengths
 from starflow2.inference.backend import Backend, Begin, Chunk, LaneMark, NewImage, Pair, Span
 from starflow2.inference.config import DrawConfig, ReplyLimits
 from starflow2.inference.doors import InUse
-from starflow2.inference.events import Begun, Completed, DecodedImage, Ended, Failed, RowEvent, Stepped, Token
+from starflow2.inference.events import (
+    Begun,
+    Completed,
+    DecodedImage,
+    DrawnImage,
+    Ended,
+    Failed,
+    RowEvent,
+    Sampled,
+    Stepped,
+    Token,
+)
 from starflow2.inference.sampler import Sampler
 from starflow2.models.sequence import Cursor
 
 __all__ = ["Engine", "RowMark", "RowState"]
 
 STRIDE = 8  # latents that are drawn in one step while no row writes
+PASS = 512  # positions that are read in one pass, but for a row that has more
+BESIDE = 4  # and beside rows that write, which wait meanwhile: docs/choices.md#steps-of-several-latents
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +77,7 @@ class _Reply:
     limits: ReplyLimits
     config: DrawConfig
     start: RowMark
+    decodes: bool = True
     doing: Literal["text", "begin", "draw", "render"] = "text"
     tokens: int = 0
     pictures: int = 0
@@ -112,6 +126,13 @@ class Engine:
         """A new, empty conversation; its number stays until it is released."""
         with self.in_use.claimed():
             return self._add(_Row(self.backend.open(), Cursor(self.sampler.layout.grid), []))
+
+    def fork(self, row: int) -> int:
+        """A new row with the same past as one that is not replying; what is pending there is read first, once."""
+        with self.in_use.claimed():
+            state = self._idle(row)
+            self.read([row])
+            return self._add(_Row(self.backend.fork(state.lane), replace(state.cursor), [], state.previous))
 
     def _add(self, row: _Row) -> int:
         number = next(self._numbers)
@@ -243,13 +264,34 @@ class Engine:
             )
         self.backend.reserve(state.lane, positions)
 
+    def read(self, rows: Sequence[int]) -> None:
+        """Read now what was fed to rows that are not replying, together; a reply would do it first."""
+        with self.in_use.claimed():
+            found = [(row, self._idle(row)) for row in rows]
+            for row, state in found:
+                self._make_room(row, state, len(state.pending))
+            self._read_pending([state for _, state in found])
+
+    def _flush(self, row: int, state: _Row) -> None:
+        """Read what is pending in a row."""
+        self._make_room(row, state, len(state.pending))
+        self._read_pending([state])
+
     @torch.no_grad()
-    def _flush(self, row: int, state: _Row, *, begins: bool = False) -> None:
-        """Read what is pending in one pass; `begins`: with the begin slot of an image that is drawn."""
-        self._make_room(row, state, len(state.pending) + begins)
-        chunk = self._pending(state, begins=begins)
-        self.backend.append(state.lane, chunk)
-        state.pending, state.unread = [], None
+    def _read_pending(self, states: Sequence[_Row], *, begins: bool = False) -> None:
+        """Read what is pending in rows that have room; `begins`: and begin slots of images that are to be drawn.
+
+        Rows share a pass as long as it has no more than PASS positions, which bounds its memory.
+        """
+        unread = [state for state in states if state.pending or begins]
+        while unread:
+            ends = itertools.accumulate(len(state.pending) + begins for state in unread)
+            count = max(1, sum(end <= PASS for end in ends))
+            now, unread = unread[:count], unread[count:]
+            chunks = [self._pending(state, begins=begins) for state in now]
+            self.backend.append_each([state.lane for state in now], chunks)
+            for state in now:
+                state.pending, state.unread = [], None
 
     def _pending(self, state: _Row, *, begins: bool = False) -> Chunk:
         """Pending tokens and latents as new positions; the cursor advances over them."""
@@ -265,12 +307,20 @@ class Engine:
     # -- output
 
     def begin(
-        self, row: int, limits: ReplyLimits, seed: int, config: DrawConfig | None = None, *, draws: bool = False
+        self,
+        row: int,
+        limits: ReplyLimits,
+        seed: int,
+        config: DrawConfig | None = None,
+        *,
+        draws: bool = False,
+        decodes: bool = True,
     ) -> None:
         """Let a row reply from now on; `draws`: it begins with an image. Words and images come from `seed` alone.
 
-        config: settings of this reply, of which precision and skips must be the engine's. Raises ConfigError, and
-        StateError where the budget leaves no room.
+        config: settings of this reply, of which precision and skips must be the engine's. decodes: images get pixels
+        (`Completed`); else they stay latents (`Sampled`). Raises ConfigError, and StateError where the budget leaves
+        no room.
         """
         with self.in_use.claimed():
             state, config = self._idle(row), config or self.sampler.config
@@ -285,7 +335,7 @@ class Engine:
             wanted = min(pending + limits.tokens + limits.pictures * per_image + 1, room)
             self._make_room(row, state, wanted, lanes=(1 + (self._blank is None)) * (limits.pictures > 0))
             generator = torch.Generator().manual_seed(seed)
-            reply = _Reply(seed, generator, limits, config, self._mark(state), room=used + wanted)
+            reply = _Reply(seed, generator, limits, config, self._mark(state), decodes, room=used + wanted)
             reply.doing = "begin" if draws else "text"
             state.reply = reply
 
@@ -328,7 +378,7 @@ class Engine:
             pairs = [pair for _, _, reply in drawing if (pair := reply.pair) is not None]
             self.backend.arrange(pairs, [state.lane for _, state, _ in writing])
             events += self._write(writing)
-            events += self._draw(drawing, 1 if writing else STRIDE)
+            events += self._draw(drawing, BESIDE if writing else STRIDE)
             return events + self._render()
 
     def _doing(self, what: str) -> list[tuple[int, _Row, _Reply]]:
@@ -342,14 +392,10 @@ class Engine:
         over = [(row, state) for row, state, reply in writing if reply.is_spent or self._room(row) < 2]
         events: list[RowEvent] = [self._ended(row, state, "limit") for row, state in over]
         active = [(row, state, reply) for row, state, reply in writing if state.reply is not None]
-        single = [(row, state) for row, state, _ in active if len(state.pending) == 1 and state.unread is None]
         for row, state, _ in active:
-            if len(state.pending) > 1 or state.unread is not None:
-                self._flush(row, state)
-        if single:
-            self.backend.append_each([s.lane for _, s in single], [self._pending(s) for _, s in single])
-            for _, state in single:
-                state.pending = []
+            if len(state.pending) > 1:
+                self._make_room(row, state, len(state.pending))
+        self._read_pending([state for _, state, _ in active])
         for (row, state, reply), scores in zip(active, self._scores(active), strict=True):
             events += self._wrote(row, state, reply, self._choose(row, scores, reply))
         return events
@@ -401,19 +447,28 @@ class Engine:
         guided = [reply for _, state, reply in beginning if reply.config.strength(follows=state.previous is not None)]
         if self.budget is None:
             self.backend.expect(len(guided) + (self._blank is None and bool(guided)))
-        for row, state, reply in beginning:
+        events += self._refused(beginning, lambda row, state, _: self._make_room(row, state, len(state.pending) + 1))
+        ready = self._doing("begin")
+        self._read_pending([state for _, state, _ in ready], begins=True)
+        events += self._refused(ready, self._start)
+        return events + [Begun(row) for row, state, reply in ready if state.reply is reply]
+
+    def _refused(
+        self, rows: Sequence[tuple[int, _Row, _Reply]], action: Callable[[int, _Row, _Reply], None]
+    ) -> list[RowEvent]:
+        """Do what rows need; a reply for which the budget has no room is taken back."""
+        events: list[RowEvent] = []
+        for row, state, reply in rows:
             try:
-                self._start(row, state, reply)
-            except StateError as error:  # no room in the budget
+                action(row, state, reply)
+            except StateError as error:
                 self._take_back(state)
                 events.append(Failed(row, error))
-            else:
-                events.append(Begun(row))
         return events
 
     def _start(self, row: int, state: _Row, reply: _Reply) -> None:
+        """Make a row ready to draw whose begin slot is read."""
         layout, config = self.sampler.layout, reply.config
-        self._flush(row, state, begins=True)
         z = self.sampler.prior((layout.num_latents, self.sampler.components.cfg.flow.deep.dim), reply.generator, config)
         guidance = config.strength(follows=state.previous is not None)
         index = torch.arange(layout.num_latents, dtype=torch.float64)
@@ -460,32 +515,59 @@ class Engine:
         return events
 
     def _render(self) -> list[RowEvent]:
-        """Turn finished latents into pixels: of one image, or of all where no other row waits."""
+        """Finish images whose latents are all drawn: those without pixels, and one of the others.
+
+        All of the others where no other row waits.
+        """
         ready = self._doing("render")
+        with_pixels = [row for row, _, reply in ready if reply.decodes]
         if len(ready) < sum(state.reply is not None for state in self._rows.values()):
-            ready = ready[:1]
-        events, good = list[RowEvent](), []
+            with_pixels = with_pixels[:1]
+        events, found = list[RowEvent](), dict[int, DrawnImage]()
         for row, state, reply in ready:
-            assert reply.pair is not None
-            drawn = self.backend.drawn(reply.pair)
-            if bool(drawn.u.isfinite().all()):
-                good.append((row, state, reply, drawn))
+            if reply.decodes and row not in with_pixels:
                 continue
-            self._take_back(state)
-            reason = f"latents of seed {reply.seed} are not finite; try a lower guidance."
-            events.append(Failed(row, DataError(reason)))
-        if not good:
-            return events
+            picture = self._drawn(reply)
+            if picture is None:
+                self._take_back(state)
+                reason = f"latents of seed {reply.seed} are not finite; try a lower guidance."
+                events.append(Failed(row, DataError(reason)))
+                continue
+            self._complete(state, reply, picture.u)
+            if reply.decodes:
+                found[row] = picture
+            else:
+                events.append(Sampled(row, picture))
+        decoded = self._decoded(list(found.values()))
+        return events + [Completed(row, picture) for row, picture in zip(found, decoded, strict=True)]
+
+    def _drawn(self, reply: _Reply) -> DrawnImage | None:
+        """The image that a reply has just drawn; None if it is not finite."""
+        assert reply.pair is not None
+        drawn = self.backend.drawn(reply.pair)
+        if not bool(drawn.u.isfinite().all()):
+            return None
+        u, without = drawn.u[None], drawn.unconditional
+        unconditional = None if without is None else float(without.log_prob(u).sum())
+        return DrawnImage(drawn.u, float(drawn.conditional.log_prob(u).sum()), unconditional)
+
+    def with_pixels(self, events: Sequence[RowEvent]) -> list[RowEvent]:
+        """Events of this engine, in which every image has pixels: `Completed` for `Sampled`."""
+        with self.in_use.claimed():
+            drawn = [event for event in events if isinstance(event, Sampled)]
+            decoded = iter(self._decoded([event.picture for event in drawn]))
+            return [Completed(event.row, next(decoded)) if isinstance(event, Sampled) else event for event in events]
+
+    @torch.no_grad()
+    def _decoded(self, pictures: Sequence[DrawnImage]) -> list[DecodedImage]:
+        if not pictures:
+            return []
         level, solver = self.sampler.noise_level, self.sampler.config.shallow_solver
-        latents = self.backend.unshallow(torch.stack([drawn.u for *_, drawn in good]), level, solver)
-        for (row, state, reply, drawn), x in zip(good, latents, strict=True):
-            image = self._pixels(x)
-            log_prob = float(drawn.conditional.log_prob(drawn.u[None]).sum())
-            without = drawn.unconditional
-            unconditional = None if without is None else float(without.log_prob(drawn.u[None]).sum())
-            self._complete(state, reply, drawn.u)
-            events.append(Completed(row, DecodedImage(x, drawn.u, level, image, log_prob, unconditional)))
-        return events
+        latents = self.backend.unshallow(torch.stack([picture.u for picture in pictures]), level, solver)
+        return [
+            DecodedImage(x, p.u, level, self._pixels(x), p.log_prob, p.unconditional_log_prob)
+            for p, x in zip(pictures, latents, strict=True)
+        ]
 
     def _pixels(self, x: Tensor) -> Tensor:
         """(N, D) -> (3, height, width), one image at a time: the same bits in any company."""

@@ -14,6 +14,7 @@ __all__ = [
     "Begun",
     "Completed",
     "DecodedImage",
+    "DrawnImage",
     "Drew",
     "Ended",
     "Event",
@@ -21,6 +22,7 @@ __all__ = [
     "Finished",
     "Made",
     "RowEvent",
+    "Sampled",
     "Started",
     "Stepped",
     "Token",
@@ -53,6 +55,15 @@ class Stepped:
 
 
 @dataclass(frozen=True, slots=True)
+class DrawnImage:
+    """An image as the latents u (N, D) that were drawn, without pixels yet; nats as in `DecodedImage`."""
+
+    u: Tensor
+    log_prob: float
+    unconditional_log_prob: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class DecodedImage:
     """An image as pixels and as latents, with its log density while it was drawn.
 
@@ -78,6 +89,14 @@ class Completed:
 
 
 @dataclass(frozen=True, slots=True)
+class Sampled:
+    """All latents of an image are drawn; pixels were not asked for, and `Engine.with_pixels` makes them."""
+
+    row: int
+    picture: DrawnImage
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """The reply is over: the model ended it, or a limit did."""
 
@@ -93,7 +112,7 @@ class Failed:
     error: StarFlowError
 
 
-RowEvent = Token | Begun | Stepped | Completed | Ended | Failed
+RowEvent = Token | Begun | Stepped | Completed | Sampled | Ended | Failed
 
 
 @dataclass(frozen=True, slots=True)

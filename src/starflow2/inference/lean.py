@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -57,11 +57,11 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """The images that are drawn in the lanes at slots [0, n)."""
+    """The images that are drawn in n lanes; `LeanBackend` needs them at slots [0, n), where `arrange` puts them."""
 
     main: Tensor  # (P,) slots
     blank: Tensor  # (P,) slots of their blank lanes, those of `main` where there is none
-    slots: Tensor  # (n,) 0 to n - 1
+    slots: Tensor  # (n,) of all these lanes, rising
     source: Tensor  # (n,) slot of the main lane of the image that each lane is of
     is_tarflow: Tensor | None  # (P,) bool, which images have that rule of guidance; None: none of them
     is_guided: bool
@@ -102,6 +102,10 @@ class LeanBackend:
     @property
     def nbytes(self) -> int:
         return self.lanes.nbytes
+
+    @property
+    def capacity(self) -> int:
+        return self.lanes.capacity
 
     def expect(self, lanes: int) -> None:
         self.lanes.expect(lanes)
@@ -152,7 +156,7 @@ class LeanBackend:
     @torch.no_grad()
     def append_each(self, lanes: Sequence[int], chunks: Sequence[Chunk]) -> None:
         by_slot = sorted(zip((self.lanes.slot_of[lane] for lane in lanes), chunks, strict=True), key=lambda x: x[0])
-        for run in _neighbours([slot for slot, _ in by_slot]):
+        for run in _alike([(slot, len(chunk)) for slot, chunk in by_slot]):
             self._read(self._rows(by_slot[run.start][0], len(run), [by_slot[i][1] for i in run]))
 
     def _rows(self, first: int, lanes: int, chunks: Sequence[Chunk]) -> Rows:
@@ -162,14 +166,14 @@ class LeanBackend:
         x = w.embed[ids]
         base = self.lanes.g.new_zeros(len(ids), w.deep.cfg.stack.width)
         is_latent = None
-        for number, chunk in enumerate(chunks):
+        for start, chunk in zip(accumulate(map(len, chunks), initial=0), chunks, strict=False):
             if chunk.begin is not None:
                 begin = chunk.begin
-                at = number * len(chunk) + begin.at
+                at = start + begin.at
                 base[at] = w.at(begin.level).deep_noise + self._reference(begin.reference, slice(0, 1))[0]
             if chunk.span is not None:
                 is_latent = torch.zeros(len(ids), dtype=torch.bool, device=device) if is_latent is None else is_latent
-                first_row = number * len(chunk) + chunk.span.at
+                first_row = start + chunk.span.at
                 part = slice(first_row, first_row + chunk.span.last - chunk.span.first)
                 x[part], base[part] = self._embedded(chunk.span)
                 is_latent[part] = True
@@ -280,7 +284,7 @@ class LeanBackend:
         is_tarflow = [p.rule == "tarflow" for p in pairs]
         main_at, blank_at, slots, source_at = (
             torch.tensor(x, device=device)
-            for x in (main, blank, range(len(source)), [source[i] for i in range(len(source))])
+            for x in (main, blank, sorted(source), [source[slot] for slot in sorted(source)])
         )
         tarflow = torch.tensor(is_tarflow, device=device) if any(is_tarflow) else None
         return Pictures(main_at, blank_at, slots, source_at, tarflow, main != blank, pairs[0].level)
@@ -442,7 +446,8 @@ def _pair(affine: Affine) -> tuple[Tensor, Tensor]:
     return affine.mu, affine.log_scale
 
 
-def _neighbours(slots: Sequence[int]) -> list[range]:
-    """Runs of neighbouring numbers in a rising sequence, as ranges of indices."""
-    starts = [0, *(i for i, (a, b) in enumerate(pairwise(slots), 1) if b != a + 1), len(slots)]
+def _alike(found: Sequence[tuple[int, int]]) -> list[range]:
+    """Runs of neighbouring slots, which rise, with as many new positions each, as ranges of indices."""
+    breaks = [i for i, ((a, m), (b, n)) in enumerate(pairwise(found), 1) if b != a + 1 or m != n]
+    starts = [0, *breaks, len(found)]
     return [range(a, b) for a, b in pairwise(starts)]

@@ -32,6 +32,8 @@ __all__ = [
     "check_memory",
     "checked_tries",
     "confidence",
+    "confidences",
+    "has_room",
     "question_of",
     "seed_of",
 ]
@@ -150,16 +152,34 @@ def attempts(
 
 def confidence(engine: Engine, row: int, question: str) -> float:
     """Probability that the answer of a row to a question is yes, of yes and no; the row is as before afterwards."""
-    tokenizer = engine.sampler.components.tokenizer
-    mark = engine.mark(row)
+    return confidences(engine, [row], [question])[0]
+
+
+def confidences(engine: Engine, rows: Sequence[int], questions: Sequence[str]) -> list[float]:
+    """The `confidence` of each row in its own question, all of which are read in one pass."""
+    marks = [engine.mark(row) for row in rows]
     try:
-        opening = tokenizer.opens_user(is_first=not engine.length(row))
-        engine.feed(row, [*opening, *tokenizer.encode(question), *tokenizer.opens_reply()])
-        logits = engine.next_logits(row).double()
+        for row, question in zip(rows, questions, strict=True):
+            engine.feed(row, _asked(engine, row, question))
+        engine.read(rows)
+        logits = [engine.next_logits(row).double() for row in rows]
     finally:
-        engine.rewind(row, mark)
-    yes, no = (logits[_first_tokens(engine.sampler, word)].logsumexp(0) for word in ("yes", "no"))
-    return float((yes - no).sigmoid())
+        for row, mark in zip(rows, marks, strict=True):
+            engine.rewind(row, mark)
+    yes, no = (_first_tokens(engine.sampler, word) for word in ("yes", "no"))
+    return [float((each[yes].logsumexp(0) - each[no].logsumexp(0)).sigmoid()) for each in logits]
+
+
+def _asked(engine: Engine, row: int, question: str) -> list[int]:
+    """Tokens of a user's turn that asks a row a question, and of what opens the answer."""
+    tokenizer = engine.sampler.components.tokenizer
+    opening = tokenizer.opens_user(is_first=not engine.length(row))
+    return [*opening, *tokenizer.encode(question), *tokenizer.opens_reply()]
+
+
+def has_room(engine: Engine, row: int, question: str) -> bool:
+    """True if a row can be asked: its conversation and the question are no longer than the model reads."""
+    return engine.length(row) + len(_asked(engine, row, question)) <= engine.sampler.components.cfg.max_positions
 
 
 def _first_tokens(sampler: Sampler, word: str) -> list[int]:

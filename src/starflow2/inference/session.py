@@ -39,6 +39,7 @@ from starflow2.inference.events import (
     Finished,
     Made,
     RowEvent,
+    Sampled,
     Started,
     Stepped,
     Token,
@@ -46,7 +47,7 @@ from starflow2.inference.events import (
 )
 from starflow2.inference.reading import read_image
 from starflow2.inference.sampler import Sampler
-from starflow2.inference.self_check import check_memory, checked_tries, confidence, question_of, seed_of
+from starflow2.inference.self_check import check_memory, checked_tries, confidences, question_of, seed_of
 from starflow2.inference.session_file import (
     SavedPiece,
     SavedSampling,
@@ -227,10 +228,11 @@ class Session:
             self._engine.feed(self._row, self._tokenizer.opens_reply())
             self._is_open = False
             if count > 1:
-                past = self._engine.save(self._row)
-                rows += [self._engine.load(past) for _ in range(count - 1)]
+                self._engine.expect(count - 1)
+                rows += [self._engine.fork(self._row) for _ in range(count - 1)]
             for number, row in enumerate(rows):
-                self._engine.begin(row, limits, seed_of(self.seed + self._replies, number), draws=draws)
+                seed = seed_of(self.seed + self._replies, number)
+                self._engine.begin(row, limits, seed, draws=draws, decodes=count == 1)
             yield from self._events(self._engine.run()) if count == 1 else self._best(rows, question)
         except BaseException:  # also of a consumer that leaves: half a reply would confuse all that follows
             self._keep_row(rows, rows[0])
@@ -281,12 +283,13 @@ class Session:
             else:
                 made[event.row].append(event)
         whole = [row for row in rows if not any(isinstance(event, Failed) for event in made[row])]
-        sure = {row: confidence(self._engine, row, question) for row in whole if _has_image(made[row])}
+        drawn = [row for row in whole if any(isinstance(event, Sampled) for event in made[row])]
+        sure = dict(zip(drawn, confidences(self._engine, drawn, [question] * len(drawn)), strict=True))
         chosen = max(sure, key=lambda row: sure[row]) if sure else (whole or rows)[0]
         seed = seed_of(self.seed + self._replies, rows.index(chosen))
         self._keep_row(rows, chosen)
         rows[:] = [chosen]
-        for part in self._events(iter(made[chosen])):
+        for part in self._events(iter(self._engine.with_pixels(made[chosen]))):
             yield replace(part, confidence=sure[chosen], seed=seed) if isinstance(part, Made) else part
 
     def _keep_row(self, rows: Sequence[int], kept: int) -> None:
@@ -479,10 +482,6 @@ def _check_sampler(sampler: object) -> None:
     if not isinstance(sampler, Sampler):
         wanted = "expected that of a model, model.sampler()"
         raise ConfigError(f"sampler is {shown(sampler)} ({type(sampler).__name__}); {wanted}.")
-
-
-def _has_image(events: Sequence[RowEvent]) -> bool:
-    return any(isinstance(event, Completed) for event in events)
 
 
 def checked_part(components: Components, part: Said) -> str | Tensor:

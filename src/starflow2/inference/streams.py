@@ -55,6 +55,10 @@ class StreamBackend:
     def nbytes(self) -> int:
         return sum(lane.cache.nbytes for lane in self._lanes.values())
 
+    @property
+    def capacity(self) -> int:
+        return max((lane.cache.length for lane in self._lanes.values()), default=0)
+
     def expect(self, lanes: int) -> None:
         """Nothing: caches grow."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from starflow2.core.images import to_pil
-from starflow2.inference.events import Begun, Completed, DecodedImage, RowEvent, Stepped, Token
+from starflow2.inference.events import Begun, Completed, DecodedImage, RowEvent, Sampled, Stepped, Token
 from starflow2.models.tokenizer import ChatTokenizer
 from starflow2.serving.jobs import Event, ImageBegun, ImageDone, Progress, TextDelta
 
@@ -38,6 +38,8 @@ class Transcript:
                 yield Progress(self.images, event.done, event.total)
             case Completed():
                 yield self._image(event.picture)
+            case Sampled():
+                self.images += 1
 
     def _token(self, token: int) -> Iterator[Event]:
         self._ids.append(token)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from starflow2.errors import OutputError, PromptError
 from starflow2.inference.config import ReplyLimits
 from starflow2.inference.engine import Engine
-from starflow2.inference.events import DecodedImage, Ended, RowEvent
+from starflow2.inference.events import DecodedImage, Ended, RowEvent, Stepped
 from starflow2.inference.events import Failed as RowFailed
 from starflow2.inference.likelihood import score
 from starflow2.inference.reading import Part, PastTurn, read_past, read_user_turn
 from starflow2.inference.sampler import Sampler
-from starflow2.inference.self_check import confidence, question_of, seed_of
+from starflow2.inference.self_check import confidences, has_room, question_of, seed_of
 from starflow2.serving.aside import Aside, draft_image
 from starflow2.serving.history import after, words_first
 from starflow2.serving.jobs import (
@@ -57,7 +57,8 @@ class Job:
     digest: bytes | None = None  # of the whole past; None: it is not one that is sent whole
     rows: dict[int, Transcript] = field(default_factory=dict)
     ended: dict[int, Ended] = field(default_factory=dict)
-    buffered: dict[int, list[Event]] = field(default_factory=dict)
+    events: dict[int, list[RowEvent]] = field(default_factory=dict)  # of each of several rows
+    sure: dict[int, float] = field(default_factory=dict)  # confidence in the image of each of several rows
     usage: Usage = field(default_factory=Usage)
     images: int = 0  # in the conversation before the reply
     drafts: int = 0  # of the current image
@@ -109,6 +110,12 @@ class Worker:
 
     def begin(self, job: Job) -> None:
         """Read a request and let its rows reply. Raises what is wrong with it; then no row is left."""
+        with self.engine.in_use.claimed():
+            self._begin(job)
+        self.counts.joined += 1
+        self._put(job, Accepted())
+
+    def _begin(self, job: Job) -> None:
         row = self.engine.open() if job.base is None else self.engine.load(job.base.state)
         rows = [row]
         try:
@@ -117,21 +124,19 @@ class Worker:
             read_user_turn(self.engine, row, job.ask.parts)
             self._count_input(job, row, cached)
             limits = self._limits(job.ask, row)
-            if job.tries > 1:
-                state = self.engine.save(row)
-                rows += [self.engine.load(state) for _ in range(job.tries - 1)]
+            self.engine.expect(job.tries - 1)
+            rows += [self.engine.fork(row) for _ in range(job.tries - 1)]
             seeds = [seed_of(job.ask.seed, number) for number in range(job.tries)]
+            draws, decodes = job.ask.mode == "image", job.tries == 1  # of several only the chosen one gets pixels
             for each, seed in zip(rows, seeds, strict=True):
-                self.engine.begin(each, limits, seed, job.ask.config, draws=job.ask.mode == "image")
+                self.engine.begin(each, limits, seed, job.ask.config, draws=draws, decodes=decodes)
         except BaseException:
             self._release(rows)
             raise
         for each, seed in zip(rows, seeds, strict=True):
             job.rows[each] = Transcript(self.sampler.components.tokenizer, seed)
-            job.buffered[each] = []
+            job.events[each] = []
             self._jobs[each] = job
-        self.counts.joined += 1
-        self._put(job, Accepted())
 
     def _count_input(self, job: Job, row: int, cached: int) -> None:
         each = self.sampler.layout.num_latents
@@ -177,35 +182,42 @@ class Worker:
 
     def step(self) -> None:
         """Advance every row that replies."""
+        with self.engine.in_use.claimed():
+            self._step()
+
+    def _step(self) -> None:
+        over = list[Job]()
         for event in self.engine.step():
             job = self._jobs.get(event.row)
-            if job is not None:
-                self._take(job, event)
+            if job is not None and self._take(job, event):
+                over.append(job)
+        self._finish_all(over)
         for job in self.jobs:
             if job.ask.drafts:
                 self._draft(job)
 
-    def _take(self, job: Job, event: RowEvent) -> None:
+    def _take(self, job: Job, event: RowEvent) -> bool:
+        """Note an event of one of a job's rows; True if all of them are over now."""
         row = event.row
         if isinstance(event, RowFailed):
             self._lose(job, row, event.error)
         elif isinstance(event, Ended):
             job.rows[row].close()
             job.ended[row] = event
-        for each in job.rows[row].take(event) if row in job.rows else ():
-            self._pass_on(job, row, each)
-        if job.rows and len(job.ended) == len(job.rows):
-            self._finish(job)
+        if row in job.rows:
+            if job.tries > 1 and not isinstance(event, Stepped):
+                job.events[row].append(event)
+            for each in job.rows[row].take(event):
+                self._pass_on(job, each)
+        return bool(job.rows) and len(job.ended) == len(job.rows)
 
-    def _pass_on(self, job: Job, row: int, event: Event) -> None:
-        """Give an event to who reads the reply: at once, or where one of several is chosen, when it is."""
+    def _pass_on(self, job: Job, event: Event) -> None:
+        """Give an event to who reads the reply, but where one of several is chosen, which is told when it is."""
         if isinstance(event, Progress):
             if job.ask.reports:
                 total = job.tries * event.total
                 self._put(job, Progress(event.index, sum(t.drawn for t in job.rows.values()), total))
-        elif job.tries > 1:
-            job.buffered[row].append(event)
-        else:
+        elif job.tries == 1:
             self._put(job, event)
 
     def _put(self, job: Job, event: Event) -> None:
@@ -243,9 +255,51 @@ class Worker:
 
     # -- the end of a reply
 
-    def _finish(self, job: Job) -> None:
-        """Choose the row that is kept, keep its state if it was asked for, and end the reply."""
-        row = self._chosen(job) if job.tries > 1 else next(iter(job.rows))
+    def _finish_all(self, jobs: Sequence[Job]) -> None:
+        """End replies whose rows are over; questions about their images are asked together."""
+        several = [job for job in jobs if job.tries > 1]
+        self._check(several)
+        rows = {id(job): self._chosen(job) for job in jobs}
+        chosen = [event for job in several for event in job.events[rows[id(job)]]]
+        whole = dict[int, list[RowEvent]]()
+        for event in self.engine.with_pixels(chosen):
+            whole.setdefault(event.row, []).append(event)
+        for job in several:
+            self._tell(job, rows[id(job)], whole.get(rows[id(job)], []))
+        for job in jobs:
+            self._finish(job, rows[id(job)])
+
+    def _check(self, jobs: Sequence[Job]) -> None:
+        """Ask about the image in each row of jobs that have several."""
+        cfg = self.sampler.components.cfg
+        asked: list[tuple[Job, int, str]] = []
+        for job in jobs:
+            words = " ".join(part for part in job.ask.parts if isinstance(part, str))
+            if not words.strip(" .,;:!?"):  # there is nothing to ask about
+                continue
+            question = question_of(cfg, words, follows=job.images > 0)
+            drawn = [row for row, transcript in job.rows.items() if transcript.images]
+            asked += [(job, row, question) for row in drawn if has_room(self.engine, row, question)]
+        found = confidences(self.engine, [row for _, row, _ in asked], [question for *_, question in asked])
+        for (job, row, _), sure in zip(asked, found, strict=True):
+            job.sure[row] = sure
+
+    def _chosen(self, job: Job) -> int:
+        """The row whose image the model confirms most, the first one where none was asked about."""
+        return max(job.sure, key=job.sure.__getitem__) if job.sure else next(iter(job.rows))
+
+    def _tell(self, job: Job, row: int, events: Sequence[RowEvent]) -> None:
+        """Pass on what the chosen row said and drew."""
+        transcript = job.rows[row] = Transcript(self.sampler.components.tokenizer, job.rows[row].seed)
+        for event in events:
+            if isinstance(event, Ended):
+                transcript.close()
+            for each in transcript.take(event):
+                sure = job.sure.get(row)
+                self._put(job, replace(each, confidence=sure) if isinstance(each, ImageDone) else each)
+
+    def _finish(self, job: Job, row: int) -> None:
+        """Keep the state of the row that was chosen if it was asked for, and end the reply."""
         transcript, usage = job.rows[row], self._usage(job, row)
         snapshot = self._snapshot(job, row, transcript) if job.ask.keep != "no" else None
         self._release(list(job.rows))
@@ -259,19 +313,6 @@ class Worker:
     def _usage(self, job: Job, row: int) -> Usage:
         transcript, each = job.rows[row], self.sampler.layout.num_latents
         return replace(job.usage, output_text=transcript.tokens, output_images=transcript.images * each)
-
-    def _chosen(self, job: Job) -> int:
-        """The row whose image the model confirms most; its events are passed on."""
-        words = " ".join(part for part in job.ask.parts if isinstance(part, str))
-        sure: dict[int, float] = {}
-        if words.strip(" .,;:!?"):  # without any there is nothing to ask about
-            question = question_of(self.sampler.components.cfg, words, follows=job.images > 0)
-            drawn = [row for row, transcript in job.rows.items() if transcript.images]
-            sure = {row: confidence(self.engine, row, question) for row in drawn}
-        chosen = max(sure, key=lambda row: sure[row]) if sure else next(iter(job.rows))
-        for event in job.buffered[chosen]:
-            self._put(job, replace(event, confidence=sure.get(chosen)) if isinstance(event, ImageDone) else event)
-        return chosen
 
     def _snapshot(self, job: Job, row: int, transcript: Transcript) -> Snapshot:
         """Keep the conversation as it is now."""

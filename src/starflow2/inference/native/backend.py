@@ -19,6 +19,7 @@ from torch import Tensor
 
 from starflow2.errors import ShapeError
 from starflow2.flow.solver import SEQUENTIAL, Solver
+from starflow2.inference.backend import Chunk, Pair
 from starflow2.inference.lanes import Lanes
 from starflow2.inference.lean import LeanBackend, Pictures, Rows
 from starflow2.inference.native.build import Unavailable, library
@@ -151,7 +152,7 @@ class _Lanes(ctypes.Structure):
 
 
 class _Rows(ctypes.Structure):
-    _fields_ = [*_pointers(_OF_ROWS), *((name, ctypes.c_int32) for name in ("first", "lanes", "each"))]
+    _fields_ = [*_pointers(_OF_ROWS), ("lanes", ctypes.c_void_p), ("count", ctypes.c_int64)]
 
 
 class _Drawing(ctypes.Structure):
@@ -208,19 +209,36 @@ class NativeBackend(LeanBackend):
         super().__init__(weights)
         self._threads = threads
 
+    def arrange(self, drawing: Sequence[Pair], writing: Sequence[int]) -> None:
+        """Nothing: lanes are read and drawn wherever they are."""
+
     def _read(self, rows: Rows) -> None:
-        lanes, slots = self.lanes, slice(rows.first, rows.first + rows.lanes)
-        each = len(rows.x) // rows.lanes
-        self._check_room(slots, each)
+        self._read_at(rows, range(rows.first, rows.first + rows.lanes), [len(rows.x) // rows.lanes] * rows.lanes)
+
+    @torch.no_grad()
+    def append_each(self, lanes: Sequence[int], chunks: Sequence[Chunk]) -> None:
+        slots = [self.lanes.slot_of[lane] for lane in lanes]
+        self._read_at(self._rows(0, len(chunks), chunks), slots, [len(chunk) for chunk in chunks])
+
+    def _read_at(self, rows: Rows, slots: Sequence[int], counts: Sequence[int]) -> None:
+        """Read rows that are new positions of lanes at `slots`, `counts` of each, in one pass whatever their number."""
+        lanes = self.lanes
+        self._check_room(lanes.lengths[slot] + count for slot, count in zip(slots, counts, strict=True))
         kept = [None if x is None else x.contiguous() for x in (getattr(rows, name) for name in _OF_ROWS)]
         pointers = (None if x is None else x.data_ptr() for x in kept)
-        self._library.starflow_read(self._model, _struct(lanes), _Rows(*pointers, rows.first, rows.lanes, each))
-        lanes.lengths[slots] = [length + each for length in lanes.lengths[slots]]
+        slot_of_row = _array(
+            ctypes.c_int64, [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
+        )
+        address = ctypes.addressof(slot_of_row)
+        self._library.starflow_read(self._model, _struct(lanes), _Rows(*pointers, address, len(slot_of_row)))
+        for slot, count in zip(slots, counts, strict=True):
+            lanes.lengths[slot] += count
 
     def _draw_latents(self, pictures: Pictures, count: int) -> None:
-        lanes, all_of_it, slots = self.lanes, self.weights.deep.cfg.num_latents, slice(0, len(pictures.slots))
-        read = [min(done + count, all_of_it - 1) - done for done in lanes.counts[slots]]  # the last is only sampled
-        self._check_room(slots, max(read))
+        lanes, all_of_it, slots = self.lanes, self.weights.deep.cfg.num_latents, pictures.slots.tolist()
+        done = [lanes.counts[slot] for slot in slots]
+        lengths = [lanes.lengths[slot] + min(n + count, all_of_it - 1) - n for slot, n in zip(slots, done, strict=True)]
+        self._check_room(lengths)  # the last latent is only sampled, not read
         norm, struct, images = self.weights.at(pictures.level), _struct(lanes), len(pictures.main)
         rule = None if pictures.is_tarflow is None else pictures.is_tarflow.data_ptr()
         main, blank = pictures.main.data_ptr(), pictures.blank.data_ptr()
@@ -232,12 +250,12 @@ class NativeBackend(LeanBackend):
             self._library.starflow_draw(self._model, struct, drawing, count, *vectors)
 
         self._share(run, images)
-        lanes.counts[slots] = [done + count for done in lanes.counts[slots]]
-        lanes.lengths[slots] = [length + more for length, more in zip(lanes.lengths[slots], read, strict=True)]
+        for slot, n, length in zip(slots, done, lengths, strict=True):
+            lanes.counts[slot], lanes.lengths[slot] = n + count, length
 
-    def _check_room(self, slots: slice, more: int) -> None:
-        """Raise ShapeError where a lane has no room: the C++ would write beyond its memory."""
-        longest = max(self.lanes.lengths[slots]) + more
+    def _check_room(self, lengths: Iterable[int]) -> None:
+        """Raise ShapeError where a lane has no room for so many: the C++ would write beyond its memory."""
+        longest = max(lengths)
         if longest > self.lanes.capacity:
             raise ShapeError(
                 f"a lane would hold {longest} positions; expected at most {self.lanes.capacity}: reserve more."

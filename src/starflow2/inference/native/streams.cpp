@@ -21,13 +21,14 @@ struct Lanes {
   const float *added, *language_rotation, *flow_rotation, *strength;
 };
 
-// `each` new positions of every lane from `first` on, M in all. x: (M, E) language input; base: (M, C) flow input, at
-// words beside their context; is_latent: (M,), null without latents; rotations (M, K / 2, 2).
+// M new positions, those of one lane behind each other. x: (M, E) language input; base: (M, C) flow input, at words
+// beside their context; is_latent: (M,), null without latents; rotations (M, K / 2, 2); lanes: (M,) of each position.
 struct Rows {
   const float *x, *base;
   const uint8_t* is_latent;
   const float *language_rotation, *flow_rotation;
-  int32_t first, lanes, each;
+  const int64_t* lanes;
+  int64_t count;
 };
 
 // ---- the model -------------------------------------------------------------------------------------------------
@@ -135,13 +136,15 @@ void streams(const Model& m, const Lanes& lanes, int M, Pass& pass) {
 }
 
 void read(const Model& m, const Lanes& lanes, const Rows& rows, Pass& pass) {
-  const int M = rows.lanes * rows.each;
+  const int M = int(rows.count);
   pass.resize(m, M);
   std::memcpy(pass.x.data(), rows.x, pass.x.size() * sizeof(float));
   std::memcpy(pass.e.data(), rows.base, pass.e.size() * sizeof(float));
   const int64_t language = m.language.head_dim, flow = m.deep.body.head_dim;
   for (int i = 0; i < M; i++) {
-    const int64_t lane = rows.first + i / rows.each, at = lanes.length[lane] + i % rows.each;
+    const int64_t lane = rows.lanes[i];
+    const bool goes_on = i && rows.lanes[i - 1] == lane;
+    const int64_t at = goes_on ? pass.language[i - 1].at + 1 : lanes.length[lane];
     (rows.is_latent && rows.is_latent[i] ? pass.latents : pass.words).push_back(i);
     pass.language[i] = {lane, at, rows.language_rotation + i * language};
     pass.flow[i] = {lane, at, rows.flow_rotation + i * flow};
