@@ -55,6 +55,7 @@ def test_a_conversation_goes_where_it_is_kept_and_the_rest_where_least_is_to_do(
     assert choose("/v1/responses", body, [0, 0, 9]) == Choice(2, is_pinned=True)
     assert choose(f"/v1/responses/{kept}", b"", [0, 0, 9]) == Choice(2, is_pinned=True)
     assert choose("/v1/responses", body, [5, 4]) == Choice(1), "there is no such replica any more"
+    assert {choose("/v1/score", b"%d" % i, [0, 1, 0]).number for i in range(20)} == {0, 2}, "equal ones take turns"
     assert choose("/v1/responses", b"no JSON", [5, 4]) == choose("/v1/score", body, [5, 4]) == Choice(1)
 
 

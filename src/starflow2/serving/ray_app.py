@@ -9,6 +9,8 @@ folder of sessions: then any of them goes on.
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +32,7 @@ from starflow2.serving.wire import error_response
 
 __all__ = ["Door", "Replica", "build"]
 
+AVOIDED_S = 30.0  # for which nothing new is asked of a replica that died: so long it takes to begin again
 PASSED_ON = ("type", "method", "path", "raw_path", "query_string", "headers", "http_version", "scheme", "asgi")
 
 
@@ -45,6 +48,10 @@ class Replica:
         self.app = build_app(service)
         service.start()
         self.service = service
+
+    async def process(self) -> int:
+        """Number of the process that this replica is, for who looks after it."""
+        return os.getpid()
 
     async def answer(self, scope: dict[str, object], body: bytes, owner: str) -> AsyncIterator[Message]:
         """Messages of the answer to a request; leaving the loop over them is a client that leaves."""
@@ -92,6 +99,7 @@ class Door:
     def __init__(self, keys: list[str], limits: ServeLimits, is_shared: bool, *replicas: Any) -> None:
         self._replicas = [handle.options(stream=True).answer for handle in replicas]
         self._loads, self._is_shared = [0] * len(replicas), is_shared
+        self._down_until = [0.0] * len(replicas)
         self._guard = Guard(self._pass_on, Policy(keys=Keys(keys)), limits, lambda *_: None)
 
     async def __call__(self, request: Request) -> Response:
@@ -99,35 +107,50 @@ class Door:
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = (await receive()).get("body", b"")
-        choice = choose(scope["path"], body, self._loads)
-        others = [Choice(i) for i in range(len(self._replicas)) if i != choice.number]
-        tries = [choice] if choice.is_pinned and not self._is_shared else [choice, *others]
-        for each in tries:
-            if await self._answered(each.number, scope, body, receive, send):
+        for number in self._order(choose(scope["path"], body, self._loads)):
+            if await self._answered(number, scope, body, receive, send):
                 return
+            self._down_until[number] = time.monotonic() + AVOIDED_S
         await error_response(_gone())(scope, receive, send)
+
+    def _order(self, choice: Choice) -> list[int]:
+        """Replicas to ask in turn, those that have just died last; none where what is asked for died with one."""
+        now = time.monotonic()
+        is_down = [until > now for until in self._down_until]
+        if choice.is_pinned and not self._is_shared:
+            return [] if is_down[choice.number] else [choice.number]
+        numbers = [choice.number, *(i for i in range(len(is_down)) if i != choice.number)]
+        return sorted(numbers, key=is_down.__getitem__)
 
     async def _answered(self, number: int, scope: Scope, body: bytes, receive: Receive, send: Send) -> bool:
         """Let a replica answer; False if it died before it began to."""
         from ray.exceptions import RayError
+        from ray.serve.exceptions import RequestCancelledError
 
         passed = {name: scope[name] for name in PASSED_ON if name in scope}
         messages = self._replicas[number].remote(passed, body, scope["state"]["owner"])
         leaving = asyncio.ensure_future(_until_gone(receive))
         self._loads[number] += 1
-        has_begun = False
+        has_begun, start = False, list[Message]()  # the start is held back until something follows it
         try:
             leaving.add_done_callback(lambda task: None if task.cancelled() else messages.cancel())
             async for message in messages:
+                if message["type"] == "http.response.start":
+                    start = [message]
+                    continue
+                if not message.get("more_body", False):
+                    leaving.cancel()  # a client that has all of it may go
                 has_begun = True
-                await send(message)
+                for each in (*start, message):
+                    await send(each)
+                start = []
+        except (RequestCancelledError, asyncio.CancelledError):
+            if not leaving.done():
+                raise
         except RayError:
             if has_begun:  # what was sent stands; the connection ends without its end
                 raise
             return False
-        except asyncio.CancelledError:
-            if not leaving.done():
-                raise
         finally:
             self._loads[number] -= 1
             leaving.cancel()

@@ -47,7 +47,8 @@ def choose(path: str, body: bytes, loads: Sequence[int]) -> Choice:
         start = _first_message(body)
         if start is not None:
             return Choice(zlib.crc32(start) % len(loads))
-    return Choice(min(range(len(loads)), key=loads.__getitem__))
+    least = [number for number, load in enumerate(loads) if load == min(loads)]
+    return Choice(least[zlib.crc32(body) % len(least)])  # equal ones take turns, also for one client at a time
 
 
 def number_of(name: str) -> int | None:
