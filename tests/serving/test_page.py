@@ -74,6 +74,17 @@ def test_words_are_sent_answered_undone_and_are_in_the_box_again(service):
     assert undone[1] == [] and undone[4]["value"]["text"] == "two pink hearts" and not undone[2]["visible"]
 
 
+def test_every_first_draft_is_shown_however_fast_the_model_draws(service):
+    async def shown():
+        said = Page(service).say(Desk(), {"text": "two pink hearts", "files": []}, 3, 1, 2.0)
+        return [each[1][-1]["content"] async for each in said if each[1]]
+
+    seen = asyncio.run(shown())
+    drafts = [i for i, text in enumerate(seen) if "sf-draft" in text and "<img" in text]
+    finals = [i for i, text in enumerate(seen) if "sf-final" in text]
+    assert drafts and finals and max(drafts) < min(finals)
+
+
 def test_words_that_the_model_does_not_know_stay_in_the_box(service):
     desk = Desk()
     shown = after(Page(service).say(desk, {"text": "a red elephant", "files": []}, 0, 1, 2.0))

@@ -105,13 +105,13 @@ class Page:
         return Choice(seed=int(seed or 0), tries=int(tries), guidance=None if guidance == own else float(guidance))
 
     async def _replied(self, desk: Desk, changes: AsyncGenerator[None]) -> AsyncGenerator[Shown]:
-        """Updates while a reply is made, a few times a second."""
-        last = 0.0
+        """Updates while a reply is made: at every first draft and whole picture, otherwise a few times a second."""
+        last, stages = 0.0, desk.stages
         try:
             async with contextlib.aclosing(changes):
                 async for _ in changes:
-                    if time.monotonic() - last > FRAME_S:
-                        last = time.monotonic()
+                    if time.monotonic() - last > FRAME_S or desk.stages != stages:
+                        last, stages = time.monotonic(), desk.stages
                         yield self.shown(desk)
         except StarFlowError as error:
             desk.notice = str(error)

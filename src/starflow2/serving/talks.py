@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -204,6 +204,12 @@ class Desk:
         return self.talk.turns[-1]
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """Of every picture in the tries of the last turn: blank, draft or final."""
+        pictures = [picture for one in self.talk.turns[-1].tries for picture in one.pictures] if self.talk.turns else []
+        return tuple("blank" if p.image is None else "draft" if p.is_draft else "final" for p in pictures)
+
+    @property
     def is_busy(self) -> bool:
         return self._stop is not None
 
@@ -356,21 +362,22 @@ async def _raced(service: Service, turn: Turn, asks: Sequence[Ask], stop: asynci
 
     Ends early once `stop` is set. Raises what the first reply raises; another one that fails is no try.
     """
-    changed = asyncio.Event()
+    view = _View()
     tries = [Try(ask.seed) for ask in asks]
     turn.tries.append(tries[0])
-    running = [asyncio.ensure_future(_follow(service, asks[0], tries[0], changed.set))]
+    running = [asyncio.ensure_future(_follow(service, asks[0], tries[0], view))]
     halt = asyncio.ensure_future(stop.wait())
-    halt.add_done_callback(lambda _: changed.set())
+    halt.add_done_callback(lambda _: view.changed.set())
     try:
         while not (halt.done() or all(task.done() for task in running)):
-            await changed.wait()
-            changed.clear()
+            await view.changed.wait()
+            view.changed.clear()
             if len(running) == 1 < len(asks) and tries[0].pictures:
                 turn.tries += tries[1:]
                 pairs = zip(asks[1:], tries[1:], strict=True)
-                running += [asyncio.ensure_future(_follow(service, ask, one, changed.set)) for ask, one in pairs]
+                running += [asyncio.ensure_future(_follow(service, ask, one, view)) for ask, one in pairs]
             yield
+            view.looked_at.set()
         if running[0].done():
             running[0].result()
     finally:
@@ -379,12 +386,25 @@ async def _raced(service: Service, turn: Turn, asks: Sequence[Ask], stop: asynci
         await asyncio.gather(*running, halt, return_exceptions=True)
 
 
-async def _follow(service: Service, ask: Ask, one: Try, changed: Callable[[], None]) -> None:
-    """Add the events of a reply to a try, and cancel the reply if nobody waits for it any more."""
+class _View:
+    """What a visitor sees: who changes it says so, and may wait until it was looked at."""
+
+    def __init__(self) -> None:
+        self.changed, self.looked_at = asyncio.Event(), asyncio.Event()
+
+
+async def _follow(service: Service, ask: Ask, one: Try, view: _View) -> None:
+    """Add the events of a reply to a try, and cancel the reply if nobody waits for it any more.
+
+    What comes after a draft waits until that was looked at, however fast the model draws.
+    """
     try:
         with service.submit(ask) as reply:
             async for event in reply:
                 one.take(event)
-                changed()
+                view.looked_at.clear()
+                view.changed.set()
+                if isinstance(event, Draft):
+                    await view.looked_at.wait()
     finally:
-        changed()
+        view.changed.set()
