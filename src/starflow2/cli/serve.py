@@ -39,6 +39,9 @@ class Serve:
     sessions: Annotated[
         Path | None, Option("where conversations are kept over a restart", default="in memory only", metavar="FOLDER")
     ] = None
+    number: Annotated[
+        int, Option("of this process among those behind one address; ids of its responses begin with it")
+    ] = 0
     rows: Annotated[int, Option("replies that are computed at once")] = 16
     queue: Annotated[int, Option("replies that may wait; more are told to come back")] = 128
     session_memory: Annotated[int, Option("MiB of memory for conversations")] = 512
@@ -56,6 +59,8 @@ class Serve:
         refuse(unknown, type(self))
         if not 0 <= self.port < 65536:
             raise UsageError(f"--port is {self.port}; expected 0 to 65535.")
+        if not 0 <= self.number < 2**16:
+            raise UsageError(f"--number is {self.number}; expected 0 to {2**16 - 1}.")
         if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
             raise UsageError("serve needs packages that are not installed: pip install 'starflow2[serve]'.")
         has_page = importlib.util.find_spec("gradio") is not None
@@ -69,7 +74,8 @@ class Serve:
         from starflow2.serving.run import PAGE, run_app, with_page
         from starflow2.serving.service import Service
 
-        service = Service(load_joint(self.model, self.device, self.verb), limits, self.sessions)
+        model = load_joint(self.model, self.device, self.verb)
+        service = Service(model, limits, self.sessions, number=self.number)
         extend = with_page(service) if has_page else None
         app = build_app(service, policy=policy, dialect=self.chat_dialect, fetches=self.allow_urls, extend=extend)
         opens = webbrowser.open if self.open else None
