@@ -1,12 +1,13 @@
-"""Load a server of ours and watch it: `mixed` (many clients, honest requests) and `generated` (hostile ones).
+"""Load a server of ours and watch it: `mixed` (many clients, honest requests), `generated` (hostile ones), `costs`.
 
     python scripts/load_serving.py mixed --requests 1000 --clients 64 -- --session-memory 64 --sessions /tmp/sessions
     python scripts/load_serving.py generated --requests 10000 --clients 16 -- --session-memory 64
 
 A server is started on a free port in a process of its own, so that its CPU time and memory are apart from those of the
-clients. `mixed` also sends requests one at a time and compares the CPU time of each. `generated` mixes requests that
-are good, whose words come from the model's lexicon, with ones that are broken in every field of our own OpenAPI
-description, with live and dead ids, whole and damaged images, and clients that leave. One JSON object is printed.
+clients. `mixed` also sends requests one at a time and compares the CPU time of each; `costs` does so for each kind of
+request apart. `generated` mixes requests that are good, whose words come from the model's lexicon, with ones that are
+broken in every field of our own OpenAPI description, with live and dead ids, whole and damaged images, and clients that
+leave. One JSON object is printed.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ __all__ = ["Answer", "Order", "Server", "generated_order", "main", "mixed_order"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink")
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond")
 COUNTS = ("two", "three", "four")
+KINDS = ("image", "image stream", "edit", "question", "response", "score")
 QUESTIONS = ("what color is the {shape}?", "how many objects are there?", "how many objects are there?")
-GROWN = 0.05  # by which memory may grow from request WARM on
+FLAT = 0.05  # by which memory may move from request WARM on, up and down
 WARM = 200
+EVERY = 20  # requests between two looks at memory
 
 
 # -- the server -------------------------------------------------------------------------------------------------------
@@ -358,13 +361,23 @@ def _of_type(rng: random.Random, schema: dict[str, Any], root: dict[str, Any], d
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Sample:
+    """A server's memory after so many requests. positions: for which each row of its engine has room."""
+
+    done: int
+    resident: float  # bytes
+    engine: float  # bytes
+    positions: float
+
+
 @dataclass(slots=True)
 class Run:
     """Answers to many requests, and how the server was meanwhile."""
 
     answers: list[Answer] = field(default_factory=list)
     busy: int = 0  # times that a client was told to come back
-    resident: list[tuple[int, int, float]] = field(default_factory=list)  # requests done, bytes, bytes of the engine
+    samples: list[Sample] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def statuses(self) -> dict[str, int]:
@@ -391,27 +404,34 @@ def run(
         with done.lock:
             done.answers.append(answer)
             count = len(done.answers)
-        if count % 50 == 0:
+        if count % EVERY == 0:
             figures = server.metrics()
+            sample = Sample(count, server.resident, figures["engine_bytes"], figures["engine_positions"])
             with done.lock:
-                done.resident.append((count, server.resident, figures["engine_bytes"]))
+                done.samples.append(sample)
 
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(one, range(requests)))
     return done
 
 
-def growth(run_: Run) -> dict[str, float]:
-    """Growth of memory and of the engine from request WARM on: the last quarter over the first half, largest each."""
-    later = [each for each in sorted(run_.resident) if each[0] >= WARM] or sorted(run_.resident)
-    if len(later) < 4:
-        return {}
-    first, last = later[: len(later) // 2], later[-(len(later) // 4 or 1) :]
-    return {
-        "resident": max(r for _, r, _ in last) / max(r for _, r, _ in first) - 1,
-        "engine": max(e for *_, e in last) / max(max(e for *_, e in first), 1) - 1,
-        "resident_mib": max(r for _, r, _ in last) / 2**20,
+def memory(run_: Run) -> dict[str, Any]:
+    """Memory from request WARM on, in four quarters: the largest of each, and how far those move around their middle.
+
+    The engine gives memory back while few rows reply, so single samples say less than the largest of many.
+    """
+    later = [each for each in sorted(run_.samples) if each.done >= WARM]
+    size = len(later) // 4
+    if size < 2:
+        return {"note": f"fewer than {WARM + 8 * EVERY} requests: nothing can be said"}
+    quarters = [later[i * size : (i + 1) * size] for i in range(4)]
+    most = {
+        "resident_mib": [max(s.resident for s in part) / 2**20 for part in quarters],
+        "engine_mib": [max(s.engine for s in part) / 2**20 for part in quarters],
+        "engine_positions": [max(s.positions for s in part) for part in quarters],
     }
+    moves = {name: (max(values) - min(values)) / max(max(values) + min(values), 1e-9) for name, values in most.items()}
+    return {"quarters": most, "moves": moves, "samples": len(later), "flat": all(m <= FLAT for m in moves.values())}
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -457,10 +477,34 @@ def mixed(clients: int, requests: int, seed: int, options: list[str]) -> dict[st
         "p95_s": percentile(took, 0.95),
         "by_kind": _by_kind(together),
         "first_event_s": statistics.median(first),
-        "growth": growth(together),
+        "memory": memory(together),
         "rows_left": left["replying"],
         "ok": set(together.statuses()) <= {"200"} and not left["replying"],
     }
+
+
+def costs(clients: int, requests: int, seed: int, options: list[str]) -> dict[str, Any]:
+    """CPU seconds of each kind of honest request, `requests` of a kind one at a time and then by all clients."""
+    found, ids = dict[str, dict[str, float]](), Ids()
+    with serving(*options) as server:
+        for kind in KINDS:
+            make = lambda rng, kind=kind: _of_kind(kind, rng, ids)  # noqa: E731
+            for who, number in (("warming up", 1), ("alone", 1), ("together", clients)):
+                start, began = server.cpu_s, time.monotonic()
+                done = run(server, number, 3 if who == "warming up" else requests, make, ids, seed + number)
+                each = {f"cpu_s_{who}": (server.cpu_s - start) / len(done.answers)}
+                rate = {f"per_s_{who}": len(done.answers) / (time.monotonic() - began)}
+                found[kind] = {**found.get(kind, {}), **each, **rate} if who != "warming up" else {}
+        left = settled(server)
+        resident = server.resident / 2**20
+    return {"clients": clients, "kinds": found, "resident_mib": resident, "ok": not left["replying"]}
+
+
+def _of_kind(kind: str, rng: random.Random, ids: Ids) -> Order:
+    """An honest request of one kind."""
+    while (order := mixed_order(rng, ids)).name != kind:
+        pass
+    return order
 
 
 def _first_event(server: Server) -> float:
@@ -486,6 +530,7 @@ def generated(clients: int, requests: int, seed: int, options: list[str]) -> dic
         done = run(server, clients, requests, lambda rng: generated_order(rng, ids, material), ids, seed)
         wall = time.monotonic() - start
         after = settled(server)
+        deleted, left = _deleted(server, ids)
         alive = send(server.port, Order("GET", "/health")).status == 200
     ours = [each for each in done.answers if each.status >= 500]
     joined = after["joined_total"] - before["joined_total"]
@@ -500,23 +545,38 @@ def generated(clients: int, requests: int, seed: int, options: list[str]) -> dic
         "cancelled": after["cancelled_total"],
         "rows_left": after["replying"],
         "waiting_left": after["waiting"],
-        "growth": growth(done),
+        "sessions": {"in_memory": after["sessions_in_memory"], "deleted": deleted, "left": left},
+        "sessions_mib": after["sessions_in_memory_bytes"] / 2**20,
+        "memory": memory(done),
         "wall_s": wall,
-        "ok": not ours and joined >= requests / 2 and not after["replying"] and not after["waiting"] and alive,
+        "ok": alive
+        and not (ours or after["replying"] or after["waiting"])
+        and joined >= requests / 2
+        and (deleted == after["sessions_in_memory"] - left or after["sessions_on_disk"] > 0),
     }
 
 
+def _deleted(server: Server, ids: Ids) -> tuple[int, float]:
+    """Delete every response that a client knows: how many were still there, and the sessions left in memory.
+
+    Those left are of chats, whose past is kept to be recognised, and of clients that left before they heard an id.
+    """
+    orders = [Order("DELETE", f"/v1/responses/{name}") for name in dict.fromkeys(ids.known)]
+    found = sum(send(server.port, order).status == 200 for order in orders)
+    return found, server.metrics()["sessions_in_memory"]
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run one of both and print its figures; status 1 if something that must hold does not."""
+    """Run one of them and print its figures; status 1 if something that must hold does not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("mixed", "generated"))
+    parser.add_argument("what", choices=("mixed", "generated", "costs"))
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     given = list(sys.argv[1:] if arguments is None else arguments)
     end = given.index("--") if "--" in given else len(given)  # behind it: options of starflow2 serve
     args = parser.parse_args(given[:end])
-    load = {"mixed": mixed, "generated": generated}[args.what]
+    load = {"mixed": mixed, "generated": generated, "costs": costs}[args.what]
     found = load(args.clients, args.requests, args.seed, given[end + 1 :])
     print(json.dumps(found, indent=1))
     return 0 if found["ok"] else 1

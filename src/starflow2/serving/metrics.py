@@ -46,6 +46,7 @@ class Metrics(Collector):
             "waiting": stats.waiting,
             "replying": stats.replying,
             "engine_bytes": stats.engine_bytes,
+            "engine_positions": stats.engine_positions,
             "sessions_in_memory": stats.in_memory[0],
             "sessions_in_memory_bytes": stats.in_memory[1],
             "sessions_on_disk": stats.on_disk[0],

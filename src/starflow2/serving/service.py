@@ -161,6 +161,7 @@ class Service:
             waiting=waiting,
             replying=self._worker.rows,
             engine_bytes=self._worker.engine.backend.nbytes,
+            engine_positions=self._worker.engine.backend.capacity,
             in_memory=self._sessions.in_memory,
             on_disk=self._sessions.on_disk,
             path=self._worker.engine.backend.name,

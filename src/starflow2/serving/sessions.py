@@ -67,6 +67,10 @@ class _Held:
     used: float
     is_stored: bool = False
     prefixes: list[tuple[str, bytes]] = field(default_factory=list)  # under which it is found
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.nbytes = self.snapshot.nbytes
 
 
 class SessionStore:
@@ -168,7 +172,7 @@ class SessionStore:
             return len(self._files), sum(self._files.values())
 
     def _bytes(self) -> int:
-        return sum(held.snapshot.nbytes for held in self._held.values())
+        return sum(held.nbytes for held in self._held.values())
 
     def _make_room(self) -> None:
         """Forget what was used longest ago until the rest fits; the newest stays."""
@@ -176,7 +180,7 @@ class SessionStore:
         for name in list(self._held)[:-1]:
             if total <= self.limits.memory_bytes:
                 return
-            total -= self._held[name].snapshot.nbytes
+            total -= self._held[name].nbytes
             self._forget(name)
 
     def _forget(self, name: str) -> None:

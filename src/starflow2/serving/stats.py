@@ -47,6 +47,7 @@ class Stats:
     waiting: int
     replying: int  # rows
     engine_bytes: int
+    engine_positions: int  # for which each row has room
     in_memory: tuple[int, int]  # sessions and their bytes
     on_disk: tuple[int, int]
     path: str  # the code that computes
