@@ -39,8 +39,8 @@ __all__ = ["Found", "main", "trial"]
 KEPT = 12  # conversations before the others begin
 BY_NAME = {"replica_gone", "not_found"}  # codes of the refusals that are allowed, of conversations that were lost
 VICTIM = 0
-ASK = {"model": "nano", "input": "how many objects are there?", "tool_choice": "none"}
-DRAW = {"model": "nano", "input": "two red hearts", "tool_choice": "required"}
+ASK: Any = {"model": "nano", "input": "how many objects are there?", "tool_choice": "none"}
+DRAW: Any = {"model": "nano", "input": "two red hearts", "tool_choice": "required"}
 
 
 @dataclass(slots=True)
