@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
 import starflow2.hf as hf
+from model_cases import STAGES, tiny_components
+from pretrained_cases import write_upstream
 from starflow2 import StarFlow2
 from starflow2.core.images import read_picture, to_pil
-from starflow2.errors import ConfigError, DataError, PromptError
+from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
+from starflow2.models.checkpoint import save_components, start_components
 from starflow2.models.hub import NANO
 
 PROMPT = [{"role": "user", "content": "two pink hearts"}]
@@ -112,6 +119,142 @@ def test_what_is_saved_loads_and_draws_the_same(model, processor, tmp_path: Path
         torch.testing.assert_close(*made, atol=0, rtol=0)  # the same weights, the same computation
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     StarFlow2.from_pretrained(tmp_path / "a")
+
+
+# -- what transformers' own tests ask of configs, models and processors that are saved and loaded ----------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """The folder of a tiny model."""
+    return save_components(tiny_components(), tmp_path_factory.mktemp("hf") / "tiny")
+
+
+@pytest.fixture
+def copied(tiny, tmp_path) -> Path:
+    """A copy of the tiny model's folder, to be damaged."""
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+def test_a_config_goes_through_json_files_folders_and_copies_unchanged(tiny, tmp_path) -> None:
+    config = AutoConfig.from_pretrained(tiny)
+    config.to_json_file(tmp_path / "config.json")
+    config.save_pretrained(tmp_path / "a")
+    again = [
+        hf.StarFlow2Config.from_dict(json.loads(config.to_json_string())),
+        hf.StarFlow2Config.from_json_file(tmp_path / "config.json"),
+        AutoConfig.from_pretrained(tmp_path / "a"),
+        copy.deepcopy(config),
+    ]
+    assert {type(other) for other in again} == {hf.StarFlow2Config}
+    assert all(other.to_diff_dict() == config.to_diff_dict() for other in again)
+    assert json.loads((tmp_path / "a" / "config.json").read_text()) == json.loads((tiny / "config.json").read_text())
+    assert AutoConfig.for_model("starflow2").model_type == hf.StarFlow2Config().model_type == "starflow2"
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForMultimodalLM])
+def test_every_auto_class_loads_saves_and_loads_the_same_weights(auto, tiny, tmp_path) -> None:
+    first = auto.from_pretrained(tiny, config=AutoConfig.from_pretrained(tiny))
+    first.save_pretrained(tmp_path / "a", safe_serialization=True)
+    first.save_pretrained(tmp_path / "a")  # over itself
+    second = auto.from_pretrained(tmp_path / "a", dtype="auto")
+    assert first.config.to_diff_dict() == second.config.to_diff_dict()
+    weights = first.state_dict()
+    assert weights.keys() == second.state_dict().keys()
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in weights.items())
+    assert not second.training and all(value.is_contiguous() for value in second.state_dict().values())
+
+
+def test_files_hold_every_weight_once_and_nothing_else(tiny, tmp_path) -> None:
+    model = AutoModel.from_pretrained(tiny)
+    model.save_pretrained(tmp_path / "a")
+    files = sorted(path.relative_to(tmp_path / "a").as_posix() for path in (tmp_path / "a").rglob("*.safetensors"))
+    assert files == ["features/model.safetensors", "model.safetensors", "vlm/model.safetensors"]
+    assert not [*(tmp_path / "a").rglob("*.bin")]
+    sizes = [value.numel() for name in files for value in load_file(tmp_path / "a" / name).values()]
+    once = {value.data_ptr(): value.numel() for value in model.state_dict().values() if value.numel()}
+    assert sum(sizes) == sum(once.values()), "the language head is tied to the embedding"
+    own = load_file(tmp_path / "a" / "model.safetensors")
+    assert {f"components.{name}" for name in own} <= model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda own: own.pop(sorted(own)[-1]), "1 tensors missing"),
+        (lambda own: own.update(more=torch.zeros(2)), "1 unknown"),
+        (lambda own: own.update({sorted(own)[0]: torch.zeros(2)}), "expected"),
+    ],
+)
+def test_a_key_that_is_missing_unknown_or_of_another_shape_is_an_error_not_a_fresh_weight(
+    change, words: str, copied
+) -> None:
+    own = load_file(copied / "model.safetensors")
+    change(own)
+    save_file(own, copied / "model.safetensors")
+    with pytest.raises(CheckpointError, match=words):
+        AutoModel.from_pretrained(copied)
+
+
+def test_backbones_in_shards_are_read_by_the_auto_classes_and_referred_to_when_saved(tmp_path) -> None:
+    components = start_components(write_upstream(tmp_path))
+    components.finished_stages = STAGES
+    folder = save_components(components, tmp_path / "model")
+    assert len([*(tmp_path / "vlm").glob("model-*.safetensors")]) > 1
+    model = AutoModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModel.from_pretrained(tmp_path / "again").state_dict()
+    assert not (tmp_path / "again" / "vlm").exists()
+    for name, value in components.state_dict().items():
+        assert torch.equal(value, again[f"components.{name}"]), name
+
+
+def test_a_folder_without_weights_and_a_config_alone_make_no_model(copied, tiny) -> None:
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        AutoModel.from_pretrained(copied)
+    with pytest.raises(ConfigError, match="no weights"):
+        AutoModel.from_config(AutoConfig.from_pretrained(tiny))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_shard_size", "1MB"), ("safe_serialization", False), ("state_dict", {}), ("is_main_process", False)],
+)
+def test_options_of_saving_do_what_they_say_or_are_refused(name: str, value: object, tiny, tmp_path) -> None:
+    for saved in (AutoModel.from_pretrained(tiny), AutoProcessor.from_pretrained(tiny)):
+        with pytest.raises(ConfigError, match=name):
+            saved.save_pretrained(tmp_path / "a", **{name: value})
+        assert not (tmp_path / "a").exists()
+
+
+def test_a_processor_goes_through_a_folder_of_its_own_and_into_its_models(tiny, tmp_path) -> None:
+    first = AutoProcessor.from_pretrained(tiny)
+    first.save_pretrained(tmp_path / "alone")
+    second = AutoProcessor.from_pretrained(tmp_path / "alone")
+    talk = [{"role": "user", "content": [{"type": "image", "image": torch.zeros(3, 64, 64)}]}]
+    ours, theirs = (processor.apply_chat_template(talk) for processor in (first, second))
+    assert type(second) is hf.StarFlow2Processor and ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert first.words.vocabulary == second.words.vocabulary
+    assert first.words.tokenizer.encode("a red star") == second.words.tokenizer.encode("a red star")
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        AutoModel.from_pretrained(tmp_path / "alone")
+    AutoModel.from_pretrained(tiny).save_pretrained(tmp_path / "alone")
+    before = {path: path.read_bytes() for path in (tmp_path / "alone").rglob("*") if path.is_file()}
+    second.save_pretrained(tmp_path / "alone")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "alone").rglob("*") if path.is_file()}
+    AutoModel.from_pretrained(tmp_path / "alone")
+
+
+def test_a_processor_takes_no_other_models_folder(tiny, processor, tmp_path) -> None:
+    AutoProcessor.from_pretrained(tiny).save_pretrained(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="holds another model"):
+        processor.save_pretrained(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="not a model folder"):
+        processor.save_pretrained(tmp_path / "b")
 
 
 def test_weights_are_those_of_our_own_loader(model) -> None:

@@ -26,8 +26,7 @@ from starflow2.core.text import shown
 from starflow2.errors import ConfigError
 from starflow2.inference import token_replies
 from starflow2.inference.config import DrawConfig
-from starflow2.inference.token_replies import GenerationSettings, Mode
-from starflow2.models.checkpoint import load_words
+from starflow2.models.checkpoint import load_words, save_words
 from starflow2.models.config_file import KEYS, MODEL_TYPE
 from starflow2.models.hub import find_model
 from starflow2.pipeline import StarFlow2
@@ -59,8 +58,10 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
     config_class, base_model_prefix, main_input_name = StarFlow2Config, "components", "input_ids"
     input_modalities, output_modalities = ["image", "text"], ("image", "text")
 
-    def __init__(self, config: StarFlow2Config, starflow2: StarFlow2) -> None:
+    def __init__(self, config: StarFlow2Config, starflow2: StarFlow2 | None = None) -> None:
         super().__init__(config)
+        if starflow2 is None:
+            raise ConfigError("a config alone has no weights; expected from_pretrained, of a model that was trained.")
         self.starflow2, self.components = starflow2, starflow2.components
 
     @classmethod
@@ -69,15 +70,16 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
         dtype, device = options.pop("dtype", options.pop("torch_dtype", None)), options.pop("device_map", None) or "cpu"
         if dtype not in (None, "auto", "float32", torch.float32):
             raise ConfigError(f"dtype is {shown(dtype)}; expected auto or float32, which the weights are in.")
-        added = ("config", "trust_remote_code", "adapter_kwargs")  # by the Auto classes
-        hub = {key: value for key, value in options.items() if value is not None and key not in added}
+        added = ("config", "from_auto", "trust_remote_code", "adapter_kwargs")  # by the Auto classes
+        hub = {key: value for key, value in options.items() if value is not None and key.strip("_") not in added}
         model = StarFlow2.from_pretrained(name, device=device, **hub)
-        return cls(StarFlow2Config.from_pretrained(find_model(name, **hub)), model)
+        return cls(StarFlow2Config.from_pretrained(find_model(name, **hub)), model).eval()
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]
-        """Write a model folder as `StarFlow2.save_pretrained` does, with its options."""
-        ours = ("push_to_hub", "repo_id", "model_card_kwargs")
-        self.starflow2.save_pretrained(save_directory, **{k: v for k, v in options.items() if k in ours})
+        """Write a model folder as `StarFlow2.save_pretrained` does. Raises ConfigError for options it does not have."""
+        ours = {name: options.pop(name) for name in ("push_to_hub", "repo_id", "model_card_kwargs") if name in options}
+        token_replies.check_options(options, token_replies.SAVING)
+        self.starflow2.save_pretrained(save_directory, **ours)
 
     def generate(
         self,
@@ -92,16 +94,14 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
         [-1, 1]; "interleaved" a `MultimodalOutput`. num_return_sequences=n: n rows for each one given. Raises
         ConfigError for options beside `GenerationSettings`, DataError for slots that do not fit the images.
         """
-        settings, layout = GenerationSettings.of(options), self.components.layout
+        settings, layout = token_replies.GenerationSettings.of(options), self.components.layout
         prompts = token_replies.split_batch(input_ids, attention_mask, pixel_values, layout)
-        config = DrawConfig.for_model(self.components, guidance=settings.guidance_scale)
-        replies = token_replies.replies_to_tokens(self.starflow2.sampler(config), prompts, settings)
-        made, pixels = token_replies.joined(replies, layout)
-        if settings.generation_mode == "image" and pixels is not None:
-            return pixels
+        sampler = self.starflow2.sampler(DrawConfig.for_model(self.components, guidance=settings.guidance_scale))
+        made, pixels = token_replies.joined(token_replies.replies_to_tokens(sampler, prompts, settings), layout)
         if settings.generation_mode == "text":
             return torch.cat([input_ids.cpu().repeat_interleave(settings.num_return_sequences, 0), made], dim=1)
-        return MultimodalOutput(sequences=made, pixels=pixels)
+        is_image = settings.generation_mode == "image" and pixels is not None
+        return pixels if is_image else MultimodalOutput(sequences=made, pixels=pixels)
 
 
 class StarFlow2Processor(ProcessorMixin):
@@ -115,8 +115,10 @@ class StarFlow2Processor(ProcessorMixin):
         """That of a model folder or Hub id."""
         return cls(find_model(name, **{k: v for k, v in options.items() if v is not None and not k.startswith("_")}))
 
-    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **_: Any) -> None:
-        """Nothing is written: tokenizer, vocabulary and sizes belong to the model's folder."""
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]
+        """Write tokenizer, vocabulary and sizes, as far as they are not there: a model's folder has them already."""
+        token_replies.check_options(options, token_replies.SAVING | {"push_to_hub": False})
+        save_words(self.words, save_directory)
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> BatchFeature:  # type: ignore[override]
         """Input of `generate` for one conversation or a list of them, in transformers' messages.
@@ -125,15 +127,13 @@ class StarFlow2Processor(ProcessorMixin):
         Returns input_ids (B, T), padded on the left, attention_mask, and pixel_values (I, 3, s, s) where there are
         images. Raises PromptError for other messages and unknown words, DataError and ShapeError for pictures.
         """
-        template = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-        for name in sorted(set(options) - {"generation_mode"}):
-            if options[name] != template.get(name):
-                raise ConfigError(f"{name} is {shown(options[name])}; expected {template.get(name, 'no such option')}.")
+        options.pop("generation_mode", None)
+        token_replies.check_options(options, token_replies.TEMPLATE)
         is_one = isinstance(conversation, list) and bool(conversation) and isinstance(conversation[0], dict)
         return BatchFeature(token_replies.token_batch(self.words, [conversation] if is_one else conversation))
 
     def post_process_multimodal_output(  # type: ignore[override]
-        self, outputs: Tensor | MultimodalOutput, generation_mode: Mode = "text", **_: object
+        self, outputs: Tensor | MultimodalOutput, generation_mode: token_replies.Mode = "text", **_: object
     ) -> list[str] | list[PILImage] | list[list[str | PILImage]]:
         """Texts, images, or for each reply a list of both in order: what `generate` returned in the same mode."""
         decode = self.words.tokenizer.decode

@@ -27,9 +27,12 @@ from starflow2.models.components import Components
 from starflow2.models.sequence import Layout
 
 __all__ = [
+    "SAVING",
+    "TEMPLATE",
     "GenerationSettings",
     "Mode",
     "Reply",
+    "check_options",
     "joined",
     "message_tokens",
     "replies_to_tokens",
@@ -38,6 +41,9 @@ __all__ = [
 ]
 
 Mode = Literal["text", "image", "interleaved"]
+# values of transformers' options that do here what they say; others are refused
+SAVING = {"safe_serialization": True, "is_main_process": True, "max_shard_size": "50GB"}
+TEMPLATE = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
 ROOM = {"text": (1, 0), "image": (0, 1), "interleaved": (1, 1)}  # of a reply, for words and for images
 Reply = list[list[int] | Tensor]  # runs of tokens, and images (3, s, s) in [-1, 1], in order
 
@@ -69,6 +75,13 @@ class GenerationSettings(Config):
         words, pictures = ROOM[self.generation_mode]
         warmth = self.temperature if self.do_sample else 0.0
         return ReplyLimits(tokens=words * self.max_new_tokens, pictures=pictures, temperature=warmth)
+
+
+def check_options(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an option with another value than the one known, or with a value where none is known."""
+    for name in sorted(options):
+        if options[name] != known.get(name):
+            raise ConfigError(f"{name} is {shown(options[name])}; expected {known.get(name, 'no such option')}.")
 
 
 def slots_of_image(layout: Layout) -> list[int]:

@@ -48,6 +48,7 @@ __all__ = [
     "load_components",
     "load_words",
     "save_components",
+    "save_words",
     "start_components",
     "weights_digest",
 ]
@@ -108,6 +109,11 @@ def _write_folder(components: Components, folder: Path) -> None:
             getattr(components, name).save(folder / name)
     own = {k: v for k, v in components.state_dict().items() if k.startswith(_own(components.cfg))}
     save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / "model.safetensors")
+    _write_words(components, folder)
+
+
+def _write_words(components: Components, folder: Path) -> None:
+    """Write all of a model folder but the weights, which are there."""
     components.tokenizer.save(folder / "tokenizer.json")
     (folder / "lexicon.txt").write_text("\n".join(sorted(components.vocabulary)) + "\n", encoding="utf-8")
     _write_config(components, folder)
@@ -346,10 +352,31 @@ def _load_backbone(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.
 def load_words(folder: str | Path) -> Components:
     """Tokenizer, vocabulary and sizes of a model folder, without any module. Raises CheckpointError."""
     source = whole(Path(folder))
-    cfg = read_config(source).model
-    words = Components(cfg, _tokenizer(source / "tokenizer.json", cfg), modules={})
+    config = read_config(source)
+    words = Components(config.model, _tokenizer(source / "tokenizer.json", config.model), modules={})
     words.vocabulary = _lexicon(source / "lexicon.txt")
+    words.finished_stages = config.finished_stages
     return words
+
+
+def save_words(words: Components, folder: str | Path) -> Path:
+    """Write what `load_words` reads, without weights; nothing where a folder has it already, with weights or without.
+
+    Raises CheckpointError for a folder of another model or of something else, and if it cannot be written.
+    """
+    folder = Path(folder).resolve()
+    try:
+        if (whole(folder) / "config.json").is_file() and is_model_config(whole(folder) / "config.json"):
+            there = load_words(folder)
+            if (there.cfg, there.vocabulary) != (words.cfg, words.vocabulary):
+                raise CheckpointError(f"cannot save to {folder}: it holds another model; give another folder.")
+            return folder
+        _check_replaceable(folder)
+        with replacing_content(folder, CheckpointError, "saving a processor") as new:
+            _write_words(words, new)
+    except OSError as error:
+        raise CheckpointError(f"cannot save to {folder}: {str(error).rstrip('.')}.") from error
+    return folder
 
 
 def _tokenizer(path: Path, cfg: ModelConfig) -> ChatTokenizer:
