@@ -194,7 +194,7 @@ def test_ratings_of_another_benchmark_and_missing_targets_are_refused(drawn, sou
 @pytest.mark.parametrize(
     ("benchmark", "text", "says"),
     [
-        ("gedit", json.dumps(GEDIT[0] | {"image": "none.png"}), "edits none.png, which is not in"),
+        ("gedit", json.dumps(GEDIT[0] | {"image": "none.png"}), "is about none.png, which is not in"),
         ("gedit", json.dumps(GEDIT[0] | {"image": "../one.png"}), "which is not in"),
         ("gedit", json.dumps(GEDIT[0] | {"key": "../a"}), r"e:1.*names a file"),
         ("gedit", json.dumps(GEDIT[0] | {"instruction_language": "de"}), r"e:1.*'en', 'cn'"),

@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from math import sqrt
 from pathlib import Path
 from typing import Final, Literal, TypeVar
@@ -21,7 +20,7 @@ from typing import Final, Literal, TypeVar
 import numpy as np
 
 from starflow2.benchmarks.folders import DrawnFolder, FolderSettings, read_folder
-from starflow2.benchmarks.prompts import PromptRow
+from starflow2.benchmarks.prompts import PromptRow, with_digests
 from starflow2.benchmarks.records import check_complete, read_judged, read_lines, read_objects
 from starflow2.benchmarks.results import Result, record_facts
 from starflow2.core.images import pixel_distances, save_png
@@ -94,7 +93,12 @@ def read_edits(benchmark: EditBenchmark, path: str | Path, images: Path) -> list
     double = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
     if double is not None:
         raise DataError(f"{path} has {double} twice; expected every edit once.")
-    return [_with_digests(row, images, path) for row in rows]
+    return [with_digests(row, _sources(row), images, path) for row in rows]
+
+
+def _sources(row: PromptRow) -> list[str]:
+    """Names of the images that a row edits, one a turn."""
+    return list(row.row.get("images") or [row.row["image"]])
 
 
 def _read_gedit(path: Path) -> list[PromptRow]:
@@ -148,18 +152,6 @@ def _entry(kind: type[T], data: object, where: str) -> T:
         raise DataError(f"{where}: {error}") from error
 
 
-def _with_digests(row: PromptRow, images: Path, source: str | Path) -> PromptRow:
-    """A row that also holds digests of its source images, so that a run cannot go on from other ones."""
-    names = row.row.get("images") or [row.row["image"]]
-    digests = []
-    for name in names:
-        place = images / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not place.is_file():
-            raise DataError(f"{source}: {row.name} edits {name}, which is not in {images}.")
-        digests.append(blake2b(place.read_bytes(), digest_size=8).hexdigest())
-    return PromptRow(row.name, row.prompt, row.row | {"digests": digests}, row.turns)
-
-
 # -------------------------------------------------------------------------------------------------------------- drawing
 
 
@@ -184,7 +176,7 @@ class EditLayout:
 
     def _draw_row(self, model: StarFlow2, row: PromptRow, settings: FolderSettings) -> list[Drawing]:
         config = settings.config(model)
-        sources = [self.images / name for name in row.row.get("images") or [row.row["image"]]]
+        sources = [self.images / name for name in _sources(row)]
         alone = [
             model.edit(source, text, seed=settings.seed, tries=settings.tries, config=config)
             for source, text in zip(sources, row.texts, strict=True)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import starflow2
 from starflow2.benchmarks.prompts import PromptRow, digest
@@ -41,6 +41,8 @@ __all__ = [
     "draw_prompts",
     "read_folder",
 ]
+
+Made = TypeVar("Made")  # what a model makes of a prompt: images, or words and images
 
 RECORD: Final = "run.json"
 UNREAD: Final = "unread.json"
@@ -121,8 +123,8 @@ class DrawnFolder:
         return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
 
 
-class Layout(Protocol):
-    """Where a benchmark wants its images."""
+class Layout(Protocol[Made]):
+    """Where a benchmark wants its images, or whatever else it lets a model make."""
 
     @property
     def benchmark(self) -> str: ...
@@ -132,7 +134,7 @@ class Layout(Protocol):
         """The stage of training that a model needs."""
         ...
 
-    def draw(self, model: StarFlow2, rows: Sequence[PromptRow], settings: FolderSettings) -> list[list[Drawing]]:
+    def draw(self, model: StarFlow2, rows: Sequence[PromptRow], settings: FolderSettings) -> list[list[Made]]:
         """The images of each prompt."""
         ...
 
@@ -140,14 +142,14 @@ class Layout(Protocol):
         """Names, relative to the folder, of all files of a prompt; the prompt is done when all of them are there."""
         ...
 
-    def write(self, folder: Path, row: PromptRow, drawings: Sequence[Drawing]) -> None:
+    def write(self, folder: Path, row: PromptRow, drawings: Sequence[Made]) -> None:
         """Write the files of a prompt."""
         ...
 
 
 def draw_folder(
     model: StarFlow2,
-    layout: Layout,
+    layout: Layout[Made],
     rows: Sequence[PromptRow],
     folder: Path,
     settings: FolderSettings,
@@ -177,7 +179,7 @@ def draw_folder(
     return found
 
 
-def read_folder(folder: str | Path, layout: Layout, rows: Sequence[PromptRow] | None = None) -> DrawnFolder:
+def read_folder(folder: str | Path, layout: Layout[Any], rows: Sequence[PromptRow] | None = None) -> DrawnFolder:
     """A finished folder, of ours or, given its prompts, of another program.
 
     rows: the prompts that it was drawn from; None: those that the folder has a copy of.
@@ -201,7 +203,7 @@ def read_folder(folder: str | Path, layout: Layout, rows: Sequence[PromptRow] | 
     return found
 
 
-def _check_record(folder: Path, record: FolderRecord, layout: Layout, rows: Sequence[PromptRow]) -> None:
+def _check_record(folder: Path, record: FolderRecord, layout: Layout[Any], rows: Sequence[PromptRow]) -> None:
     if record.benchmark != layout.benchmark:
         raise DataError(f"{folder} holds images of {record.benchmark}; expected {layout.benchmark}.")
     if record.prompts_digest != digest(rows):
@@ -215,11 +217,11 @@ def draw_prompts(model: StarFlow2, rows: Sequence[PromptRow], settings: FolderSe
     return [drawings[i * n : (i + 1) * n] for i in range(len(rows))]
 
 
-def _check_stage(model: StarFlow2, layout: Layout) -> None:
+def _check_stage(model: StarFlow2, layout: Layout[Any]) -> None:
     check_finished(layout.benchmark, layout.stage, model.components.cfg.name, model.components.finished_stages)
 
 
-def _record(model: StarFlow2, layout: Layout, rows: Sequence[PromptRow], settings: FolderSettings) -> FolderRecord:
+def _record(model: StarFlow2, layout: Layout[Any], rows: Sequence[PromptRow], settings: FolderSettings) -> FolderRecord:
     config = settings.config(model)
     return FolderRecord(
         benchmark=layout.benchmark,
@@ -290,7 +292,7 @@ def _unread(model: StarFlow2, row: PromptRow) -> Unread | None:
 
 
 def _draw_missing(
-    model: StarFlow2, layout: Layout, rows: Sequence[PromptRow], folder: Path, settings: FolderSettings
+    model: StarFlow2, layout: Layout[Made], rows: Sequence[PromptRow], folder: Path, settings: FolderSettings
 ) -> Iterator[int]:
     """Draw group by group; after each, the number of prompts that are done."""
     done = 0

@@ -27,6 +27,7 @@ __all__ = [
     "digest",
     "read_dpg_prompts",
     "read_geneval_prompts",
+    "with_digests",
 ]
 
 Tag = Literal["single_object", "two_object", "counting", "colors", "position", "color_attr"]
@@ -133,3 +134,17 @@ def digest(rows: Iterable[PromptRow]) -> str:
     """Hash of prompts with all that their file said about them, in 16 hexadecimal digits."""
     text = json.dumps([[row.name, row.row] for row in rows], sort_keys=True)
     return blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def with_digests(row: PromptRow, images: Sequence[str], folder: Path, source: str | Path) -> PromptRow:
+    """A row that also holds digests of the images it is about, so that a run cannot go on from other ones.
+
+    source: the file of the row. Raises DataError for an image that is not below `folder`.
+    """
+    digests = []
+    for name in images:
+        place = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or not place.is_file():
+            raise DataError(f"{source}: {row.name} is about {name}, which is not in {folder}.")
+        digests.append(blake2b(place.read_bytes(), digest_size=8).hexdigest())
+    return PromptRow(row.name, row.prompt, row.row | {"digests": digests}, row.turns)

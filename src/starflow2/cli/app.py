@@ -47,6 +47,8 @@ COMMANDS = {
     "eval imgedit score": "starflow2.cli.eval_editing:ScoreImgedit",
     "eval magicbrush": "starflow2.cli.eval_editing:DrawMagicbrush",
     "eval magicbrush score": "starflow2.cli.eval_editing:ScoreMagicbrush",
+    "eval isg": "starflow2.cli.eval_interleaved:ReplyIsg",
+    "eval isg score": "starflow2.cli.eval_interleaved:ScoreIsg",
     "eval mme": "starflow2.cli.eval_answering:AskMme",
     "eval gqa": "starflow2.cli.eval_answering:AskGqa",
     "eval seed": "starflow2.cli.eval_answering:AskSeed",

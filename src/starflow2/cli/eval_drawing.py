@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypeVar
 
 from starflow2.cli.options import (
     Device,
@@ -41,6 +41,8 @@ __all__ = [
     "draw_rows",
     "show_result",
 ]
+
+Made = TypeVar("Made")
 
 WORDS_SHOWN = 12  # unknown words on the terminal; unread.json lists all
 
@@ -86,7 +88,8 @@ class DrawGeneval(DrawOptions):
         from starflow2.benchmarks.geneval import GenevalLayout
         from starflow2.benchmarks.prompts import read_geneval_prompts
 
-        return draw_rows(self, self.samples, GenevalLayout(), read_geneval_prompts(self.prompts))
+        draw_rows(self, self.samples, GenevalLayout(), read_geneval_prompts(self.prompts))
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +108,8 @@ class DrawDpg(DrawOptions):
         from starflow2.benchmarks.dpg import DpgLayout
         from starflow2.benchmarks.prompts import read_dpg_prompts
 
-        return draw_rows(self, 4, DpgLayout(), read_dpg_prompts(self.prompts))
+        draw_rows(self, 4, DpgLayout(), read_dpg_prompts(self.prompts))
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +187,8 @@ class DetectGeneval:
         return 0
 
 
-def draw_rows(options: DrawOptions, samples: int, layout: Layout, rows: Sequence[PromptRow]) -> int:
-    """Draw prompts into a folder, and say what was drawn and what could not be read; returns exit status 0."""
+def draw_rows(options: DrawOptions, samples: int, layout: Layout[Made], rows: Sequence[PromptRow]) -> DrawnFolder:
+    """Draw prompts into a folder, and say what was drawn and what could not be read."""
     from starflow2.benchmarks.folders import FolderSettings, draw_folder
     from starflow2.pipeline import StarFlow2
 
@@ -203,11 +207,12 @@ def draw_rows(options: DrawOptions, samples: int, layout: Layout, rows: Sequence
         model = StarFlow2.from_pretrained(options.model, device=options.device)
         drawn = draw_folder(model, layout, rows, options.out, settings, step)
     say(*_summary(drawn))
-    return 0
+    return drawn
 
 
 def _summary(drawn: DrawnFolder) -> list[str]:
-    lines = [f"{drawn.folder}: {len(drawn.drawn)} of {len(drawn.rows)} prompts, {drawn.samples} images each."]
+    each = f", {drawn.samples} images each" if drawn.samples > 1 else ""
+    lines = [f"{drawn.folder}: {len(drawn.drawn)} of {len(drawn.rows)} prompts{each}."]
     if drawn.unread:
         words = drawn.unknown_words
         shown = ", ".join(f"{word} ({count})" for word, count in words[:WORDS_SHOWN])

@@ -33,7 +33,8 @@ class _DrawEdits(DrawOptions):
         from starflow2.benchmarks.editing import EditLayout, read_edits
 
         rows = read_edits(self.benchmark, self.edits, self.images)
-        return draw_rows(self, 1, EditLayout(self.benchmark, self.images), rows)
+        draw_rows(self, 1, EditLayout(self.benchmark, self.images), rows)
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)

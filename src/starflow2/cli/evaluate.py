@@ -56,6 +56,7 @@ class Eval:
                 "gedit",
                 "imgedit",
                 "magicbrush",
+                "isg",
                 "mme",
                 "gqa",
                 "seed",
