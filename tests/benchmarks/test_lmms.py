@@ -21,15 +21,18 @@ pytest.importorskip("lmms_eval", reason="lmms-eval has an environment of its own
 import datasets
 from lmms_eval.api.instance import Instance, unwrap_generation_output
 from lmms_eval.models.registry_v2 import ModelRegistryV2
+from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator, mmbench_process_results
+from lmms_eval.tasks.mme.utils import mme_aggregate_results, mme_process_results
 
 from benchmark_cases import tiny_model
 from model_cases import STAGES
 from pretrained_cases import paper_in_miniature, write_upstream
+from starflow2.benchmarks.choices import score_mmbench
 from starflow2.benchmarks.lmms import ChatModel, SimpleModel
-from starflow2.benchmarks.lmms_run import HarnessRun, newest_results, run_suite
+from starflow2.benchmarks.lmms_run import SUITES, HarnessRun, newest_results, run_suite
 from starflow2.cli.app import main
-from starflow2.evals.mcq import choice_items
-from starflow2.evals.mme import MmeSuite
+from starflow2.evals.mcq import AskedChoice, McqSuite, choice_items
+from starflow2.evals.mme import MmeSuite, score_mme
 from starflow2.evals.runner import ByteModel
 from starflow2.models.checkpoint import save_components, start_components
 from starflow2.pipeline import StarFlow2
@@ -97,15 +100,23 @@ def picture(scene: Any) -> Image.Image:
     return Image.fromarray(np.asarray(render(scene)))
 
 
-def harness(folder: Path, task: str, *options: str) -> dict[str, Any]:
+def harness(folder: Path, task: str, *options: str, arguments: str = "") -> dict[str, Any]:
     """Scores of a task of ours, run by the harness itself on nano."""
-    command = [sys.executable, "-m", "lmms_eval", "--model", "starflow2", "--model_args", "pretrained=nano,device=cpu"]
+    given = f"pretrained=nano,device=cpu{arguments}"
+    command = [sys.executable, "-m", "lmms_eval", "--model", "starflow2", "--model_args", given]
     command += ["--tasks", task, "--include_path", str(folder), "--output_path", str(folder / task), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*command, "--log_samples"], capture_output=True, text=True, timeout=280)
     try:
         return json.loads(newest_results(folder / task).read_text())["results"][task]
     except Exception as error:
         raise AssertionError(done.stdout[-2000:] + done.stderr[-4000:]) from error
+
+
+def responses(folder: Path, name: str, task: str = "") -> list[list[Any]]:
+    """What the model gave for each question of a task, in the order of its questions, as the harness logged it."""
+    (path,) = (folder / name).rglob(f"*_samples_{task or name}.jsonl")
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    return [sample["filtered_resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
 
 
 @pytest.fixture(scope="module")
@@ -140,30 +151,47 @@ def test_a_yes_or_no_task_scores_exactly_what_our_own_suite_does(nano, tasks):
     assert scores["exact_match,none"] == pytest.approx(np.mean(right), abs=1e-12) and np.mean(right) > 0.75
 
 
-def test_multiple_choice_by_letters_and_by_likelihood(nano, tasks):
-    items = [item for item in choice_items("seed", "dev") if len(item.choice.options) == 4][:12]
-    rows = [
-        {"image": picture(item.choice.scenes[0]), "question": item.choice.text, "answer": item.choice.reply}
-        for item in items
-    ]
-    data = write_parquet(tasks / "choice.parquet", rows, image=datasets.Image())
+@pytest.fixture(scope="module")
+def seed_items() -> list[AskedChoice]:
+    """Every 13th question of W-SEED, of both parts and all kinds."""
+    return list(choice_items("seed", "dev")[::13])
+
+
+@pytest.fixture(scope="module")
+def own_answers(nano, seed_items) -> list[str]:
+    return list(McqSuite().run(ByteModel(nano).answer_many, seed_items))
+
+
+def choice_rows(items: list[AskedChoice]) -> list[dict[str, Any]]:
+    return [{"image": picture(i.choice.scenes[0]), "question": i.choice.text, "answer": i.choice.reply} for i in items]
+
+
+def test_multiple_choice_by_letters_scores_exactly_what_our_own_suite_does(nano, tasks, seed_items, own_answers):
+    data = write_parquet(tasks / "choice.parquet", choice_rows(seed_items), image=datasets.Image())
     (tasks / "choice.yaml").write_text(CHOICE_TASK.format(data=data))
-    scores = harness(tasks, "shapes_choice")
-    own = ByteModel(nano).answer_many(
-        [[render(item.choice.scenes[0])] for item in items], [i.choice.text for i in items]
-    )
-    right = [text.strip().lower() == item.choice.reply for text, item in zip(own, items, strict=True)]
-    assert scores["exact_match,none"] == pytest.approx(np.mean(right), abs=1e-12)
-    rows = [row | {"answer": "abcd".index(row["answer"])} for row in rows]
+    scores = harness(tasks, "shapes_choice", "--batch_size", "16")
+    assert [answer.strip() for (answer,) in responses(tasks, "shapes_choice")] == own_answers
+    graded = McqSuite().grade({"seed": list(zip(seed_items, own_answers, strict=True))})
+    assert scores["exact_match,none"] == pytest.approx(graded.parts["all"].by_kind["seed"].value("accuracy"), abs=1e-12)
+    assert len({item.choice.kind for item in seed_items}) == 6 and set(own_answers) > {"a", "b"}
+
+
+def test_multiple_choice_by_likelihood_takes_the_option_that_score_takes(nano, tasks, seed_items, own_answers):
+    items = seed_items[::2]
+    rows = [row | {"answer": "abcd".index(row["answer"])} for row in choice_rows(items)]
     data = write_parquet(tasks / "likely.parquet", rows, image=datasets.Image())
     (tasks / "likely.yaml").write_text(LIKELIHOOD_TASK.format(data=data))
-    scores = harness(tasks, "shapes_likely", "--force_simple")
-    chosen = [  # the harness takes the smallest number, as if it were a loss
-        int(np.argmin([nano.score([picture(item.choice.scenes[0]), item.choice.text], [c]).log_prob for c in "abcd"]))
-        for item in items
-    ]
-    expected = np.mean([best == row["answer"] for best, row in zip(chosen, rows, strict=True)])
-    assert scores["acc,none"] == pytest.approx(expected, abs=1e-12)
+    scores = harness(tasks, "shapes_likely", "--force_simple", arguments=",likelihood=loss")
+    shown = [[picture(item.choice.scenes[0]), item.choice.text] for item in items]
+    own = np.array([[nano.score(part, [letter]).log_prob for letter in "abcd"] for part in shown])  # (M, 4)
+    found = responses(tasks, "shapes_likely")
+    assert np.allclose([[-loss for loss, _ in pairs] for pairs in found], own, rtol=0, atol=1e-5)
+    best = own.argmax(1)
+    assert scores["acc,none"] == pytest.approx(np.mean(best == [row["answer"] for row in rows]), abs=1e-12)
+    greedy = [[letter == answer for letter in "abcd"] for answer in own_answers[::2]]
+    assert [[is_greedy for _, is_greedy in pairs] for pairs in found] == greedy
+    written = [("abcd"[i], answer) for i, answer in zip(best, own_answers[::2], strict=True) if answer in "abcd"]
+    assert all(likeliest == answer for likeliest, answer in written) and written
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -246,6 +274,7 @@ def test_rounds_go_on_until_the_task_ends_them(folder, docs):
         ({"frozen": "yes"}, "frozen is 'yes'"),
         ({"fit": "tile"}, "fit is 'tile'"),
         ({"batch_size": "many"}, "batch_size is 'many'"),
+        ({"likelihood": "nats"}, "likelihood is 'nats'; expected one of log_prob, loss"),
         ({"pretraned": "x"}, 'Did you mean "pretrained"'),
     ],
 )
@@ -315,6 +344,46 @@ def miniature(tmp_path_factory) -> Path:
     components.finished_stages = STAGES
     save_components(components, base / "model")
     return base / "model"
+
+
+def fixture_rows(suite: str, shared: Path, image: Image.Image) -> list[dict[str, Any]]:
+    """Questions of the shared fixtures as rows of the published dataset, with what they predict."""
+    if suite == "mme":
+        records = json.loads((shared / "fixtures" / "mme_scoring.json").read_text())["records"]
+        return [{**record, "image": image, "question": "is it red? Please answer yes or no."} for record in records]
+    rows = json.loads((shared / "fixtures" / "mmbench_circular.json").read_text())["rows"]
+    return [{**row, "image": image} for row in rows]
+
+
+@pytest.mark.parametrize("suite", ["mme", "mmbench"])
+def test_the_harness_scores_the_fixtures_predictions_as_we_do(suite, shared_dir):
+    rows = fixture_rows(suite, shared_dir, Image.new("RGB", (8, 8)))
+    if suite == "mme":
+        theirs = [mme_process_results(row, [row["pred"]])["mme_perception_score"] for row in rows]
+        assert mme_aggregate_results(theirs) == pytest.approx(sum(score_mme(rows).values()), abs=1e-9)
+        assert mme_aggregate_results(theirs) == pytest.approx(223.333333, abs=1e-6)
+    else:
+        theirs = [mmbench_process_results(row, [row["prediction"]])["gpt_eval_score"] for row in rows]
+        share, _, _ = mmbench_evaluator.eval_result(theirs, eval_method="static")
+        assert share == pytest.approx(score_mmbench(rows).circular, abs=1e-12) and share == pytest.approx(0.575)
+
+
+@pytest.mark.parametrize("suite", ["mme", "mmbench"])
+def test_the_commands_ask_every_question_of_the_fixtures(suite, shared_dir, miniature, tmp_path, capsys):
+    rows = fixture_rows(suite, shared_dir, Image.fromarray(np.full((40, 60, 3), 90, np.uint8)))
+    data = write_parquet(tmp_path / "data.parquet", rows, image=datasets.Image())
+    argv = ["eval", suite, "--out", str(tmp_path / "out"), "--data", str(data), "--model", str(miniature)]
+    assert main([*argv, "--device", "cpu", "--python", str(PYTHON)]) == 0
+    found = json.loads((tmp_path / "out" / f"{suite}.json").read_text())
+    assert found["counts"]["questions"] == len(rows) == {"mme": 240, "mmbench": 160}[suite]
+    said = [answer for (answer,) in responses(tmp_path / "out", suite, f"starflow2_{SUITES[suite].task}")]
+    if suite == "mme":
+        own = sum(score_mme([{**row, "pred": text} for row, text in zip(rows, said, strict=True)]).values())
+        assert found["columns"]["perception"] == pytest.approx(own, abs=1e-9)
+    else:
+        own = score_mmbench([{**row, "prediction": text} for row, text in zip(rows, said, strict=True)]).circular
+        assert found["columns"]["accuracy"] == pytest.approx(100 * own, abs=1e-9)
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize("suite", ["mme", "gqa", "seed", "mmbench", "mmmu", "ai2d"])

@@ -2,7 +2,8 @@
 
 It registers by an entry point (`lmms_manifest`). The chat class answers, also in several rounds; the simple
 class (`--force_simple`) also gives log probabilities, which the harness asks of no chat class. Arguments arrive as
-text: pretrained, device, batch_size, frozen (no, native, 256), fit (stretch, pad, crop), notes (a file).
+text: pretrained, device, batch_size, frozen (no, native, 256), fit (stretch, pad, crop), notes (a file), likelihood
+(log_prob, loss).
 Results are in the JSON that the harness writes; its exit status is 0 even after an error.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast, get_args
 
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
@@ -29,6 +30,7 @@ MOST_TOKENS: Final = 1024
 PLACE: Final = "<image>"  # of an image within a simple task's text
 
 Settings = Mapping[str, Any]  # generation settings of a task, as its file has them
+Likelihood = Literal["log_prob", "loss"]  # nats, as the harness's interface says; or their negative, which it ranks by
 
 
 class SimpleModel(lmms):  # type: ignore[misc]  # not installed where types are checked
@@ -45,13 +47,17 @@ class SimpleModel(lmms):  # type: ignore[misc]  # not installed where types are 
         frozen: str = "no",
         fit: str = "stretch",
         notes: str = "",
+        likelihood: str = "log_prob",
         **unknown: object,
     ) -> None:
         super().__init__()
         if unknown:
-            known = ["pretrained", "device", "batch_size", "frozen", "fit", "notes"]
+            known = ["pretrained", "device", "batch_size", "frozen", "fit", "notes", "likelihood"]
             name = next(iter(unknown))
             raise ConfigError(f"model_args has no {name}; expected {', '.join(known)}.{nearest(name, known)}")
+        if likelihood not in get_args(Likelihood):
+            raise ConfigError(f"likelihood is {likelihood!r}; expected one of {', '.join(get_args(Likelihood))}.")
+        self.sign = -1.0 if likelihood == "loss" else 1.0
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigError(f"batch_size is {batch_size!r}; expected a whole number {Range(least=1)}.")
         self.batch_size = int(batch_size)
@@ -75,8 +81,9 @@ class SimpleModel(lmms):  # type: ignore[misc]  # not installed where types are 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Log probability in nats of each continuation, and is it the greedy one?
 
-        The pair comes in the harness's own envelope: version 0.7.3 turns any other pair into text. Its multiple-choice
-        tasks take the smallest number, as if it were a loss (docs/choices.md#published-benchmarks).
+        With `likelihood=loss` its negative: multiple-choice tasks of version 0.7.3 take the option with the smallest
+        number (docs/choices.md#published-benchmarks). The pair comes in the harness's own envelope: any other pair
+        becomes text there.
         """
         pairs = []
         for request in requests:
@@ -84,7 +91,8 @@ class SimpleModel(lmms):  # type: ignore[misc]  # not installed where types are 
             doc = self.task_dict[task][split][doc_id]
             continuation = target if isinstance(target, str) else target(doc)
             message = _message(context, to_visual(doc) or [])
-            pairs.append(GenerationResult(self.answerer.log_prob(message, continuation, task)))
+            log_prob, is_greedy = self.answerer.log_prob(message, continuation, task)
+            pairs.append(GenerationResult((self.sign * log_prob, is_greedy)))
         return pairs
 
     def _groups(self, requests: Sequence[Instance]) -> Iterator[Sequence[int]]:

@@ -132,6 +132,7 @@ def _command(suite: SuiteName, run: HarnessRun, out: Path) -> list[str]:
     notes.unlink(missing_ok=True)
     settings = {"pretrained": run.model, "device": run.device, "frozen": run.frozen, "fit": run.fit, "notes": notes}
     words = ["-m", "lmms_eval", "--model", "starflow2", "--tasks", _task(suite, run), "--output_path", str(out)]
+    words += ["--log_samples"]  # every answer, so that anyone can count again
     words += ["--model_args", ",".join(f"{name}={value}" for name, value in settings.items())]
     words += ["--batch_size", str(run.batch), *(["--limit", str(run.limit)] if run.limit else [])]
     include = run.include
