@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def test_links_within_the_repository_lead_somewhere(page):
         file = page.parent / target if target else page
         assert file.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in anchors(file), f"{page.name} links to {target}#{anchor}"
+
+
+def test_every_page_stands_in_the_menu_of_the_site():
+    menu = tomllib.loads((ROOT / "zensical.toml").read_text("utf-8"))["project"]["nav"]
+    listed = set(re.findall(r"'([\w-]+\.md)'", repr(menu)))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")} - {"api.md"} | {"reference.md"}
 
 
 @pytest.mark.parametrize("page", TRUE_TODAY, ids=lambda page: page.name)

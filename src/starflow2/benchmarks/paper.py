@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-__all__ = ["PAPER", "PaperRow"]
+__all__ = ["FROZEN", "OURS", "PAPER", "PaperRow"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from starflow2.errors import ConfigError, DataError
 from starflow2.evals.codec import CodecReport
 from starflow2.evals.statistics import Score
 
-__all__ = ["Result", "codec_result", "read_result", "record_facts", "result_table"]
+__all__ = ["Result", "codec_result", "number_form", "read_result", "record_facts", "result_table"]
 
 FORMAT = 1  # of result files
 
@@ -105,6 +105,15 @@ def result_table(result: Result) -> Table:
 def _cells(score: Score) -> tuple[str, str]:
     if score.score is None:
         return "–", ""
-    digits = 3 if abs(score.score) <= 1 else 2
-    bounds = "" if score.low is None or score.high is None else f"{score.low:.{digits}f}–{score.high:.{digits}f}"
-    return f"{score.score:.{digits}f}", bounds
+    form = number_form(score.score)
+    bounds = "" if score.low is None or score.high is None else f"{score.low:{form}}–{score.high:{form}}"
+    return f"{score.score:{form}}", bounds
+
+
+def number_form(value: float) -> str:
+    """How a score and its bounds are written: no score but 0 looks like 0.
+
+    >>> [f"{value:{number_form(value)}}" for value in (1677.9, 0.82, 0.0, 3e-10)]
+    ['1677.90', '0.820', '0.000', '3.0e-10']
+    """
+    return ".2f" if abs(value) > 1 else ".3f" if abs(value) >= 0.001 or not value else ".1e"

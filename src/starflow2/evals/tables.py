@@ -18,7 +18,7 @@ from starflow2.evals.story import RUNGS
 from starflow2.evals.suite import Report
 from starflow2.evals.tries import CHECKED, PASSED, SELF_CHECK
 
-__all__ = ["ledger_record", "lines", "notes", "table"]
+__all__ = ["headings", "ledger_record", "lines", "notes", "table", "title"]
 
 HEADINGS = ("measure", "ID", "CG", "gap", "floor", "ceiling")
 GENEVAL_HEADINGS = ("category", "ID", "CG", "gap", "floor", "ceiling", "ID strict", "CG strict")
@@ -33,14 +33,18 @@ Record = dict[str, object]
 def table(report: Report) -> Table:
     """The report for the terminal, the headline in bold and notes underneath."""
     is_geneval = report.suite == "geneval"
-    grid = Table(title=_title(report), caption="\n".join(notes(report)), caption_justify="left")
-    tried = TRIED_HEADINGS if CHECKED in report.bounds else ()
-    headings = GENEVAL_HEADINGS + tried + _others(report) if is_geneval else HEADINGS
-    for heading in headings:
+    grid = Table(title=title(report), caption="\n".join(notes(report)), caption_justify="left")
+    for heading in headings(report):
         grid.add_column(heading, justify="left" if heading in ("measure", "category") else "right")
     for i, row in enumerate(lines(report)):
         grid.add_row(*row, style="bold" if row[0] == "overall" or (i == 0 and not is_geneval) else None)
     return grid
+
+
+def headings(report: Report) -> tuple[str, ...]:
+    """Headings of the columns that `lines` has."""
+    tried = TRIED_HEADINGS if CHECKED in report.bounds else ()
+    return GENEVAL_HEADINGS + tried + _others(report) if report.suite == "geneval" else HEADINGS
 
 
 def lines(report: Report) -> list[Line]:
@@ -94,7 +98,8 @@ def _others(report: Report) -> tuple[str, ...]:
     return tuple(part for part in OTHER_PARTS if part in report.parts)
 
 
-def _title(report: Report) -> str:
+def title(report: Report) -> str:
+    """The suite, its split, and how much of it was run."""
     kind = "quick " if report.quick else ""
     if report.suite == "geneval":
         return f"W-GenEval, {kind}{report.split}, {report.settings['samples']} images per prompt"

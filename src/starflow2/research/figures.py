@@ -1,4 +1,7 @@
-"""Contact sheets of edits and stories like the paper's figure 5: the first items of the dev suites, none selected."""
+"""Contact sheets of drawings, edits and stories: the first items of the dev suites, none selected.
+
+Those of edits and stories are laid out like the paper's figure 5.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,21 @@ from torch import Tensor
 from starflow2.core.images import PILImage, contact_sheet, save_png, to_pil
 from starflow2.pipeline import StarFlow2
 from starflow2.training.datasets import to_images
+from starflow2.world.captions import suite_drawings
 from starflow2.world.edits import suite_edits
 from starflow2.world.stories import suite_stories
 
-__all__ = ["edit_sheet", "story_sheet"]
+__all__ = ["drawing_sheet", "edit_sheet", "story_sheet"]
 
 SPLIT: Final = "dev"
 BLANK = torch.ones(3, 64, 64)
+
+
+def drawing_sheet(model: StarFlow2, path: str | Path, per_category: int = 4) -> None:
+    """Write a PNG of the first prompts of every category, one try each."""
+    prompts = [drawing.prompt for drawing in suite_drawings("geneval", SPLIT, "id", per_category)]
+    images = [model.generate(prompt, seed=i, tries=1)[0].image for i, prompt in enumerate(prompts)]
+    save_png(contact_sheet(images, prompts, columns=6), path, {"model": model.components.cfg.name, "split": SPLIT})
 
 
 def edit_sheet(model: StarFlow2, path: str | Path, per_operation: int = 2) -> None:
