@@ -63,6 +63,7 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
         if starflow2 is None:
             raise ConfigError("a config alone has no weights; expected from_pretrained, of a model that was trained.")
         self.starflow2, self.components = starflow2, starflow2.components
+        self.training = self.components.training
 
     @classmethod
     def from_pretrained(cls, name: Any, *_: Any, **options: Any) -> StarFlow2ForMultimodalLM:  # type: ignore[override]
@@ -73,7 +74,7 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
         added = ("config", "from_auto", "trust_remote_code", "adapter_kwargs")  # by the Auto classes
         hub = {key: value for key, value in options.items() if value is not None and key.strip("_") not in added}
         model = StarFlow2.from_pretrained(name, device=device, **hub)
-        return cls(StarFlow2Config.from_pretrained(find_model(name, **hub)), model).eval()
+        return cls(StarFlow2Config.from_pretrained(find_model(name, **hub)), model)
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]
         """Write a model folder as `StarFlow2.save_pretrained` does. Raises ConfigError for options it does not have."""
@@ -100,8 +101,9 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
         made, pixels = token_replies.joined(token_replies.replies_to_tokens(sampler, prompts, settings), layout)
         if settings.generation_mode == "text":
             return torch.cat([input_ids.cpu().repeat_interleave(settings.num_return_sequences, 0), made], dim=1)
-        is_image = settings.generation_mode == "image" and pixels is not None
-        return pixels if is_image else MultimodalOutput(sequences=made, pixels=pixels)
+        if settings.generation_mode == "image" and pixels is not None:
+            return pixels
+        return MultimodalOutput(sequences=made, pixels=pixels)
 
 
 class StarFlow2Processor(ProcessorMixin):

@@ -63,6 +63,7 @@ GROUPS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 _GROUP_OF: Final = {category: group for group, categories in GROUPS.items() for category in categories}
 
 Block = str | Drawing
+Found = Mapping[tuple[str, str, int], float]  # scores of a judge by id, level and number of the question
 
 
 # ----------------------------------------------------------------------------------------------------- what to reply to
@@ -251,7 +252,7 @@ def score_isg(folder: str | Path, answers: str | Path) -> Result:
     judged = read_judged(answers, IsgAnswer)
     wanted = [key for row in drawn.drawn for key in _asked(row, row.name in right, bool(replies[row.name]))]
     lines = check_complete(judged.records, lambda a: (a.id, a.level, a.question), wanted, answers)
-    found = {(a.id, a.level, a.question): a.score for a in (line.value for line in lines)}
+    found: Found = {(a.id, a.level, a.question): a.score for a in (line.value for line in lines)}
     pictured = {_group(row) for row in drawn.rows if list(_questions(row.row, "image"))}
     marks = [_marks(row, found, row.name in right, pictured) for row in drawn.drawn]
     drawn_names = {row.name for row in drawn.drawn}
@@ -277,7 +278,7 @@ def _asked(row: PromptRow, is_right: bool, has_reply: bool) -> list[tuple[str, s
     return wanted
 
 
-def _marks(row: PromptRow, found: Mapping[tuple[str, str, int], float], is_right: bool, pictured: set[str]) -> _Marks:
+def _marks(row: PromptRow, found: Found, is_right: bool, pictured: set[str]) -> _Marks:
     """Scores of one reply. pictured: groups that have questions about images."""
     group = _group(row)
     holistic = found.get((row.name, "holistic", 0), WORST)

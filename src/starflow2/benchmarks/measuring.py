@@ -80,8 +80,8 @@ def _measurements(model: StarFlow2) -> Iterator[tuple[str, Measurement]]:
 
 def _suite(model: StarFlow2, suite: str) -> JsonObject:
     report = score_suite(model, suite, "dev", quick=True)
-    made_by = {"model": model.components.cfg.name, "weights": weights_digest(model.components)}
-    return replace(report, **made_by).to_json()
+    components = model.components
+    return replace(report, model=components.cfg.name, weights=weights_digest(components)).to_json()
 
 
 def _codec(model: StarFlow2) -> JsonObject:
