@@ -16,6 +16,7 @@ if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
 
 import random
 import socket
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from helpers import wake
 __all__ = ["wake"]
 
 LOCAL = ("127.", "::1", "localhost")
+# files that take longest come first, so that no worker of pytest-xdist is left alone with one of them at the end
+LONG = ("test_sharded_training.py", "test_notebooks.py", "test_own_size.py", "test_placing.py", "test_distributed.py")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -42,9 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
     # a worker has one core; a number that is set explicitly also keeps MKL from choosing one on its own
     usual = 1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_threads()
     torch.set_num_threads(int(os.environ.get("STARFLOW2_TEST_THREADS", usual)))
+    config.option.loadscopereorder = False  # of pytest-xdist; the order is made below
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # files of many tests before files of few, as pytest-xdist would have it
+        sizes, places = Counter(item.path for item in items), {name: place for place, name in enumerate(LONG)}
+        items.sort(key=lambda item: (places.get(item.path.name, len(LONG)), -sizes[item.path]))
     if config.getoption("--device") == "cpu":
         for item in items:
             if "gpu" in item.keywords:

@@ -94,11 +94,22 @@ def tiny_tokenizer() -> ChatTokenizer:
 
 
 def tiny_components(stages: tuple[str, ...] = STAGES[:4], scale: float = 0.05, side: int = 8) -> Components:
-    """Woken parts that claim to have finished `stages`; the same weights at every call."""
+    """Woken parts that claim to have finished `stages`: a copy of its own for every caller, always the same weights."""
+    woken, generator = _woken(scale, side)
+    torch.set_rng_state(generator)
+    shared = (woken.cfg, woken.tokenizer, woken.vocabulary)
+    components = copy.deepcopy(woken, {id(value): value for value in shared})
+    components.finished_stages = stages
+    return components
+
+
+@cache
+def _woken(scale: float, side: int) -> tuple[Components, torch.Tensor]:
+    """Parts that nobody else changes, and the state in which making them leaves torch's generator."""
     torch.manual_seed(3)
     components = wake(Components(tiny_model(side), tiny_tokenizer()), scale)
-    components.vocabulary, components.finished_stages = understanding_words(), stages
-    return components.eval()
+    components.vocabulary = understanding_words()
+    return components.eval(), torch.get_rng_state()
 
 
 def compiled_components(side: int = 3) -> Components:

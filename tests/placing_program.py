@@ -1,8 +1,9 @@
 """A program for tests of where weights are: stage 3 over two processes, each writing what it holds when it begins.
 
-    python placing_program.py RUN_FOLDER UPSTREAM_FOLDER sharded
+    python placing_program.py FOLDER sharded replicated
 
-Writes RUN_FOLDER/found-RANK.json. Bytes are those of memory that no file backs, the most since the model was opened.
+Trains in FOLDER/sharded and FOLDER/replicated over the weights in FOLDER/upstream, and writes found-RANK.json there.
+Bytes are those of memory that no file backs, the most since the model was opened.
 """
 
 from __future__ import annotations
@@ -157,6 +158,8 @@ def work(job: dict[str, Any], rank: int) -> None:
 
 
 if __name__ == "__main__":
-    planned = {"folder": sys.argv[1], "upstream": sys.argv[2], "frozen": sys.argv[3], "world": 2}
-    if start(planned, work) != [0, 0]:
-        sys.exit(1)
+    base = Path(sys.argv[1])
+    for frozen in sys.argv[2:]:
+        planned = {"folder": str(base / frozen), "upstream": str(base / "upstream"), "frozen": frozen, "world": 2}
+        if start(planned, work) != [0, 0]:
+            sys.exit(1)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # every process makes an optimizer, which imports it: seconds, here once for all of them
 
 from model_cases import tiny_run
 from starflow2.core.dialogue import Dialogue, Turn

@@ -8,6 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -78,8 +79,23 @@ class Import:
         return parts[1] if parts[0] == "starflow2" and len(parts) > 1 else ""
 
 
-def sources() -> list[Path]:
-    return sorted(path for path in SRC.rglob("*.py") if "assets" not in path.parts)
+@pytest.fixture(scope="module", autouse=True)
+def _forget_the_trees() -> Iterator[None]:
+    """Gives back the hundred megabytes that the syntax trees of the whole package take."""
+    yield
+    tree_of.cache_clear()
+    all_imports.cache_clear()
+
+
+@cache
+def sources() -> tuple[Path, ...]:
+    return tuple(sorted(path for path in SRC.rglob("*.py") if "assets" not in path.parts))
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax tree of a file, parsed once for all tests."""
+    return ast.parse(path.read_text("utf-8"))
 
 
 def home_of(path: Path) -> str:
@@ -97,13 +113,14 @@ def imports_in(tree: ast.AST, path: Path) -> Iterator[Import]:
             base = ".".join(filter(None, (base, node.module)))
             names = [f"{base}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Attribute):  # torch.distributed.init_process_group() needs no import of its own
-            names = [name for name in HOMES if "." in name and ast.unparse(node) == name]
+            names = [name for name in HOMES if name.endswith(f".{node.attr}") and ast.unparse(node) == name]
         for name in names:
             yield Import(home_of(path), name, f"{path.relative_to(SRC)}:{node.lineno} imports {name}")
 
 
-def all_imports() -> list[Import]:
-    return [found for path in sources() for found in imports_in(ast.parse(path.read_text("utf-8")), path)]
+@cache
+def all_imports() -> tuple[Import, ...]:
+    return tuple(found for path in sources() for found in imports_in(tree_of(path), path))
 
 
 def wrong_direction(found: Import) -> bool:
@@ -178,7 +195,7 @@ def test_the_rules_above_let_the_right_ones_pass():
 
 def exports(path: Path) -> list[str] | None:
     """The names in a module's __all__, None if it has none."""
-    for node in ast.parse(path.read_text("utf-8")).body:
+    for node in tree_of(path).body:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             (target,) = node.targets if isinstance(node, ast.Assign) else [node.target]
             if ast.unparse(target) == "__all__":
@@ -188,15 +205,14 @@ def exports(path: Path) -> list[str] | None:
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(SRC)))
 def test_every_public_module_says_what_it_is_and_what_it_exports(path):
-    tree = ast.parse(path.read_text("utf-8"))
-    assert ast.get_docstring(tree), "no module docstring"
+    assert ast.get_docstring(tree_of(path)), "no module docstring"
     assert path.stem.startswith("_") or exports(path) is not None, "no __all__"
 
 
 def test_a_name_that_another_module_imports_is_exported_and_has_no_underscore():
     wrong = []
     for path in sources():
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        for node in ast.walk(tree_of(path)):
             if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("starflow2"):
                 continue
             base = SRC.parent.joinpath(*str(node.module).split("."))
@@ -208,24 +224,31 @@ def test_a_name_that_another_module_imports_is_exported_and_has_no_underscore():
 
 
 def calls(path: Path) -> Iterator[ast.Call]:
-    return (node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call))
+    return (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call))
+
+
+def called(call: ast.Call) -> str:
+    """What is called as it is written, "json.loads"; only the last name where that is no plain name: ".strip"."""
+    parts, node = [], call.func
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join(reversed([*parts, node.id if isinstance(node, ast.Name) else ""]))
 
 
 def test_json_is_read_by_one_reader():
     readers = {"json.loads", "json.load", "loads"}
-    found = {
-        path.relative_to(SRC).as_posix() for path in sources() for c in calls(path) if ast.unparse(c.func) in readers
-    }
+    found = {path.relative_to(SRC).as_posix() for path in sources() for c in calls(path) if called(c) in readers}
     assert found == {"core/json_reader.py"}
 
 
 def has_no_encoding(call: ast.Call) -> bool:
     """True for a call that reads or writes text in the encoding that the machine happens to have."""
-    name = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
+    name = called(call).rpartition(".")[2]
     before = {"read_text": 0, "write_text": 1, "open": 3}.get(name)
     modes = [m.value for m in (*call.args, *(k.value for k in call.keywords)) if isinstance(m, ast.Constant)]
     is_binary = name == "open" and any(isinstance(mode, str) and "b" in mode for mode in modes)
-    is_of_files = name != "open" or ast.unparse(call.func) in ("open", "path.open", "log.open", "self.path.open")
+    is_of_files = name != "open" or called(call) in ("open", "path.open", "log.open", "self.path.open")
     named = any(keyword.arg == "encoding" for keyword in call.keywords)
     return before is not None and is_of_files and not (is_binary or named or len(call.args) > before)
 

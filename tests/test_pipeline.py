@@ -38,11 +38,13 @@ PROMPTS = [
     "a photo of a large blue star left of a small green ring on a gray background",
 ]
 OFF, ON = DrawConfig(guidance=0.0), DrawConfig(guidance=1.5)
+SIDE, LATENTS = 4, 16  # of the model below: rows of its grid, latents of an image of 32 pixels
 
 
 @pytest.fixture(scope="module")
 def model() -> StarFlow2:
-    return StarFlow2(tiny_components())
+    """A model that went through stage t2i."""
+    return StarFlow2(tiny_components(side=SIDE))
 
 
 def latents(model: StarFlow2, prompts: list[str], seeds: list[int], config: DrawConfig) -> torch.Tensor:
@@ -116,14 +118,14 @@ def test_without_guidance_a_prior_draw_goes_through_the_flow_and_comes_back(mode
     level = torch.full((3,), model.sampling_noise)
     with torch.no_grad():
         z, _ = components.flow(sampled, drawing_context(components, rows), level)
-    expected = torch.stack([torch.randn(64, 4, generator=torch.Generator().manual_seed(s)) for s in (1, 2, 3)])
+    expected = torch.stack([torch.randn(LATENTS, 4, generator=torch.Generator().manual_seed(s)) for s in (1, 2, 3)])
     assert gap(z, 0.7 * expected) <= 1e-4
 
 
 def test_generate_gives_n_pictures_of_each_prompt_with_seeds_that_count_on(model):
     pictures = model.generate(PROMPTS[:2], n=3, seed=10, config=ON)
     assert [(p.prompt, p.seed) for p in pictures] == [(p, s) for p in PROMPTS[:2] for s in (10, 11, 12)]
-    assert {p.image.size for p in pictures} == {(64, 64)} and {p.image.mode for p in pictures} == {"RGB"}
+    assert {p.image.size for p in pictures} == {(32, 32)} and {p.image.mode for p in pictures} == {"RGB"}
     (again,) = model.generate(PROMPTS[1], seed=11, config=ON)
     assert np.abs(np.asarray(again.image, int) - np.asarray(pictures[4].image, int)).max() <= 1
     assert again.settings == {"guidance": 1.5, "prior_scale": 0.8, "cleanup": "none", "model": "tiny"}
@@ -141,7 +143,7 @@ def test_progress_counts_every_latent_of_every_picture_once(model):
     model.draw(PROMPTS, [0, 1, 2], DrawConfig(guidance=1.5, batch=2), lambda done, of: seen.append((done, of)))
     done = [count for count, _ in seen]
     assert done == sorted(done) and len(set(done)) == len(done)
-    assert seen[-1] == (192, 192) and {of for _, of in seen} == {192}
+    assert seen[-1] == (3 * LATENTS, 3 * LATENTS) and {of for _, of in seen} == {3 * LATENTS}
 
 
 def test_tweedie_clean_up_moves_latents_by_the_squared_noise_level_times_the_score(model):
@@ -163,13 +165,13 @@ def test_tweedie_clean_up_moves_latents_by_the_squared_noise_level_times_the_sco
 
 def test_iterative_clean_up_of_a_standard_normal_shrinks_by_what_each_level_leaves():
     """A fresh flow is a standard normal at every level, whose score is known: at t it takes t^2 - s t of x away."""
-    fresh = StarFlow2(Components(tiny_model(), tiny_tokenizer()))
+    fresh = StarFlow2(Components(tiny_model(SIDE), tiny_tokenizer()))
     fresh.components.finished_stages = STAGES[:4]
     config = DrawConfig(cleanup="iterative", cleanup_steps=4, guidance=0.0)
     levels = [0.5 * (0.01 / 0.5) ** (i / 3) for i in range(4)]
     assert cleanup_levels(config, 0.5, 0.01) == pytest.approx(levels)
     factor = math.prod(1 - t * t + s * t for t, s in zip(levels, [*levels[1:], 0.0], strict=True))
-    raw = torch.randn(3, 64, 4, generator=torch.Generator().manual_seed(0))
+    raw = torch.randn(3, LATENTS, 4, generator=torch.Generator().manual_seed(0))
     assert gap(denoised(fresh.sampler(config), PROMPTS, raw), factor * raw) <= 1e-5
 
 

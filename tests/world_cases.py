@@ -6,9 +6,13 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
+
+from numpy import uint8
+from numpy.typing import NDArray
 
 from starflow2.core.dialogue import Dialogue
-from starflow2.world.scene import COLORS, SHAPES, Scene, SceneObject, sample_scene, stream
+from starflow2.world.scene import COLORS, SHAPES, Scene, SceneObject, render, sample_scene, stream
 
 NUMBERS = ("zero", "one", "two", "three", "four")
 PLURALS = ("circles", "squares", "triangles", "stars", "hearts", "rings", "crosses", "diamonds")
@@ -36,6 +40,14 @@ def texts(dialogue: Dialogue) -> list[str]:
 
 def scene_object(shape: int = 0, x: float = 32.0, y: float = 32.0, size: int = 1, color: int = 0) -> SceneObject:
     return SceneObject(shape=shape, color=color, size=size, x=x, y=y, angle=0.0)
+
+
+@cache
+def picture(scene: Scene) -> NDArray[uint8]:
+    """What `render` draws of a scene, drawn once for all tests that judge the suites; not to be written to."""
+    image = render(scene)
+    image.setflags(write=False)
+    return image
 
 
 def random_scenes(count: int, seed: int = 0) -> Iterator[Scene]:

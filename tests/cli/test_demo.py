@@ -16,15 +16,14 @@ from starflow2.cli.demo_page import check_folder, make_demo
 from starflow2.core.images import read_metadata, to_bytes, to_floats, to_pil
 from starflow2.errors import OutputError
 from starflow2.evals.edit import EditSuite
-from starflow2.evals.geneval import score_geneval
+from starflow2.evals.geneval import captioned_scenes, score_geneval
 from starflow2.evals.gqa import GqaSuite
 from starflow2.evals.mme import MmeSuite
 from starflow2.evals.story import StorySuite
 from starflow2.pipeline import StarFlow2
-from starflow2.world.captions import suite_drawings
 from starflow2.world.edit_operations import OPERATIONS
 from starflow2.world.grammar import FAMILIES
-from starflow2.world.scene import render
+from world_cases import picture
 
 
 class Oracle:
@@ -34,8 +33,8 @@ class Oracle:
     is_joint = False
 
     def __init__(self, split: str, wrong: str = "") -> None:
-        drawings = [d for part in ("id", "cg") for d in suite_drawings("geneval", split, part)]
-        self.truth, self.wrong = {d.prompt: render(d.scene) for d in drawings}, wrong
+        drawings = [d for part in ("id", "cg") for d in captioned_scenes(split, part)]
+        self.truth, self.wrong = {d.prompt: picture(d.scene) for d in drawings}, wrong
         self.components = SimpleNamespace(cfg=SimpleNamespace(name="oracle"), state_dict=dict)
         self.levels: list[tuple[float, int]] = []
 
@@ -124,8 +123,8 @@ class Talker(Oracle):
         super().__init__("test", wrong)
         self.components.codec, self.spoil = SimpleNamespace(encoder=torch.nn.Identity()), spoil
         items = (*FEW.mme.items("test")["all"], *FEW.gqa.items("test")["all"])
-        self.known = {(i.question.text, render(i.scene).tobytes()): i.question.answer for i in items}
-        self.targets = {(e.instruction, render(e.source).tobytes()): e for e in tasks(FEW.edit)}
+        self.known = {(i.question.text, picture(i.scene).tobytes()): i.question.answer for i in items}
+        self.targets = {(e.instruction, picture(e.source).tobytes()): e for e in tasks(FEW.edit)}
         self.stories = {(*(step.instruction for step in s.steps), s.question): s for s in tasks(FEW.story)}
 
     def answers(self, images, questions):
@@ -143,13 +142,13 @@ class Talker(Oracle):
     def edits(self, images, instructions, seeds):
         rows = zip(to_bytes(images), instructions, strict=True)
         edits = [self.targets[instruction, image.tobytes()] for image, instruction in rows]
-        return to_floats(np.stack([render(e.source if e.operation == "move" else e.target) for e in edits]))
+        return to_floats(np.stack([picture(e.source if e.operation == "move" else e.target) for e in edits]))
 
     def tell(self, talks, seeds):
         return [self.story(self.stories[tuple(turns)]) for turns in talks]
 
     def story(self, story):
-        replies = [[step.sentence, to_floats(render(step.scene)[None])[0]] for step in story.steps]
+        replies = [[step.sentence, to_floats(np.stack([picture(step.scene)]))[0]] for step in story.steps]
         replies.append([story.answer])
         self.spoil(story, replies)
         return replies

@@ -20,7 +20,7 @@ from starflow2.evals.runner import ByteModel, Scorer
 from starflow2.evals.suite import Report, evaluate
 from starflow2.evals.tables import ledger_record, lines, notes, table
 from starflow2.evals.tries import CHECKED, PASSED, SELF_CHECK, Choice, auc, evaluate_tries
-from starflow2.world.scene import render
+from world_cases import picture
 
 TRIES = 3
 QUICK = {"split": "dev", "quick": True}
@@ -31,7 +31,7 @@ class Trier:
     """Draws the truth in some tries and blank images in others; the model is as sure as `sure` says of each."""
 
     def __init__(self, sure: Callable[[np.ndarray], np.ndarray]) -> None:
-        self.truth = {d.prompt: render(d.scene) for part in ("id", "cg") for d in captioned_scenes("dev", part)}
+        self.truth = {d.prompt: picture(d.scene) for part in ("id", "cg") for d in captioned_scenes("dev", part)}
         self.sure, self.calls = sure, 0
 
     def right(self, seeds: list[int]) -> np.ndarray:

@@ -16,6 +16,7 @@ from starflow2.evals.suite import Report, check_lock, digest, evaluate, lock_tex
 from starflow2.world.edit_operations import OPERATIONS
 from starflow2.world.scene import SceneObject, fits, render
 from starflow2.world.splits import scene_key
+from world_cases import picture
 
 
 def suite_of(split, part):
@@ -28,7 +29,7 @@ def dev_edits(*operations):
 
 def graded(edits, scenes, sources=None):
     images = np.stack([render(scene) for scene in scenes])
-    references = np.stack([render(edit.source) for edit in edits]) if sources is None else sources
+    references = np.stack([picture(edit.source) for edit in edits]) if sources is None else sources
     return grade_edits(edits, images, references)
 
 
@@ -42,12 +43,12 @@ class Knower:
 
     def __init__(self, *parts, split="dev"):
         edits = [edit for part in parts for edit in suite_of(split, part)]
-        self.truth = {(render(edit.source).tobytes(), edit.instruction): edit.target for edit in edits}
+        self.truth = {(picture(edit.source).tobytes(), edit.instruction): edit.target for edit in edits}
         self.asked = []
 
     def __call__(self, images, texts, seeds):
         self.asked += zip(texts, seeds, strict=True)
-        return np.stack([render(self.truth[i.tobytes(), t]) for i, t in zip(images, texts, strict=True)])
+        return np.stack([picture(self.truth[i.tobytes(), t]) for i, t in zip(images, texts, strict=True)])
 
 
 # -------------------------------------------------------------------------------------------------- grading
@@ -152,7 +153,7 @@ def test_an_extra_blob_is_noticed_named_or_not(operation):
     edits, scenes = zip(*made, strict=True)
     for grade in graded(edits, scenes):
         assert not grade.preserved and grade.share < 1
-    sources = np.stack([render(edit.source) for edit in edits])
+    sources = np.stack([picture(edit.source) for edit in edits])
     assert not any(grade.success for grade in grade_edits(edits, np.stack(speckled), sources))
 
 
@@ -191,7 +192,7 @@ def test_pixels_are_held_against_the_round_trip_and_not_against_the_source():
         return np.clip(images.astype(np.float64) - 12 + 0.6 * noise, 0, 255).astype(np.uint8)
 
     sources, targets = (
-        np.stack([render(s) for s in scenes]) for scenes in zip(*((e.source, e.target) for e in edits), strict=True)
+        np.stack([picture(s) for s in scenes]) for scenes in zip(*((e.source, e.target) for e in edits), strict=True)
     )
     fair = grade_edits(edits, codec(targets), codec(sources))
     unfair = grade_edits(edits, codec(targets), sources)

@@ -24,13 +24,14 @@ from starflow2.evals.tables import ledger_record, table
 from starflow2.world.captions import SCENE_FAMILIES
 from starflow2.world.grammar import FAMILIES
 from starflow2.world.scene import render
+from world_cases import picture
 
 
 class Drawer:
     """Draws the truth, but for every `wrong_every`-th prompt an empty picture; remembers what it was asked."""
 
     def __init__(self, wrong_every=0):
-        self.truth = {d.prompt: render(d.scene) for part in ("id", "cg") for d in captioned_scenes("dev", part)}
+        self.truth = {d.prompt: picture(d.scene) for part in ("id", "cg") for d in captioned_scenes("dev", part)}
         self.wrong = set(sorted(self.truth)[::wrong_every]) if wrong_every else set()
         self.asked = []
 

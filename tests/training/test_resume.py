@@ -36,6 +36,7 @@ from pathlib import Path
 tests, threads, *folders = sys.argv[1:]
 sys.path.insert(0, tests)
 import torch
+import torch._dynamo  # which every optimizer imports: here once for all runs
 torch.set_num_threads(int(threads))
 from model_cases import tiny_run
 from starflow2.models import tensor_file
