@@ -2,10 +2,10 @@
 
     python shard_program.py '[{"folder": "runs/two", "world": 2, "steps": 20, "stage": {"shard": {"mode": "fsdp"}}}]'
 
-Everything is imported once and the processes are forked, which is most of their price. A run with `dies` ends with
-SIGKILL of process 1 in that step, whereupon the others are killed, too; one with `dies_saving` in the background, when
-all shards of that step's checkpoint are written and it has not taken the place of the one before. `double` trains in
-float64.
+Everything is imported once and the processes are forked, which is most of their price; `{"world": 2, "runs": [...]}`
+trains several runs in the same processes. A run with `dies` ends with SIGKILL of process 1 in that step, whereupon the
+others are killed, too; one with `dies_saving` in the background, when all shards of that step's checkpoint are written
+and it has not taken the place of the one before. `double` trains in float64.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,9 @@ from starflow2.training.datasets import Documents, joint_dialogue
 from starflow2.training.loop import fit
 from starflow2.training.task import LossAndMetrics
 from starflow2.training.tasks import TASKS, JointTask
+
+with suppress(ImportError):
+    import torch.utils.tensorboard  # where it is installed, every run writes its curves
 
 WORDS = Dialogue((Turn(("is it red",), ("no",)), Turn(("what colour is it",), ("blue and yellow",))), "words")
 
@@ -93,6 +97,11 @@ def recipe(steps: int, changes: dict[str, Any], precision: str) -> RunConfig:
 
 def work(job: dict[str, Any], rank: int) -> None:
     torch.set_num_threads(1)
+    for one in job.get("runs", [job]):
+        train(one, rank)
+
+
+def train(job: dict[str, Any], rank: int) -> None:
     run = recipe(job["steps"], job.get("stage", {}), job.get("precision", "float32"))
     if "dies_saving" in job:
         replace_last = ShardStore._replace_last

@@ -48,7 +48,16 @@ LATER: dict[str, dict[str, Any]] = {
 
 
 def run(base: Path, runs: dict[str, dict[str, Any]]) -> None:
-    plan = [{"folder": str(base / name), **job} for name, job in runs.items()]
+    """Runs that come to their end share processes; one that is stopped has processes of its own."""
+    plan: list[dict[str, Any]] = []
+    whole: dict[int, dict[str, Any]] = {}
+    for name, job in runs.items():
+        one = {"folder": str(base / name), **job}
+        if job.keys() & {"dies", "dies_saving", "asked"}:
+            plan.append(one)
+        else:
+            whole.setdefault(job["world"], {"world": job["world"], "runs": []})["runs"].append(one)
+    plan += whole.values()
     program = Path(__file__).parents[1] / "shard_program.py"
     subprocess.run([sys.executable, str(program), json.dumps(plan)], check=True)
 
