@@ -8,6 +8,7 @@ The six families and the metadata format are GenEval's (Ghosh et al. 2023). Our 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -334,7 +335,8 @@ def _suite_stream(split: Split, part: Literal["id", "cg", "paraphrase", "new"], 
     return (_SUITE_SEED, _SUITE, ("dev", "test").index(split), parts.index(part), FAMILIES.index(family))
 
 
-def _suite_briefs(split: Split, part: Literal["id", "cg"], family: str, count: int) -> list[Brief]:
+@functools.cache  # "paraphrase" words the briefs of "id" a second time
+def _suite_briefs(split: Split, part: Literal["id", "cg"], family: str, count: int) -> tuple[Brief, ...]:
     """`count` briefs of one family with scenes of the split's bucket, with different captions if there are enough.
 
     "id": nothing held out. "cg": the family's row is held out by the split and nothing else is held out.
@@ -358,7 +360,7 @@ def _suite_briefs(split: Split, part: Literal["id", "cg"], family: str, count: i
                 break
         captions.add(plain)
         briefs.append(brief)
-    return briefs
+    return tuple(briefs)
 
 
 def _worded(briefs: Sequence[Brief], wording: Bucket, numbers: tuple[int, ...]) -> list[CaptionedScene]:

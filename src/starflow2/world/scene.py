@@ -326,11 +326,7 @@ class _Room:
 
     @classmethod
     def of(cls, shapes: Sequence[int], sizes: Sequence[int]) -> _Room:
-        radii = np.array([RADII[size] for size in sizes])
-        reach = radii * [_REACH[shape] for shape in shapes]
-        extent = radii[:, None] * [_EXTENT[shape] for shape in shapes]
-        first, second = _pairs(len(shapes))
-        return cls(radii, extent, reach[first] + reach[second] + GAP, extent[first] + extent[second] + GAP)
+        return _room(tuple(shapes), tuple(sizes))
 
     @property
     def batch(self) -> int:
@@ -339,10 +335,22 @@ class _Room:
 
     def fits(self, places: Floats) -> npt.NDArray[np.bool_]:
         """Mask (n,) of layouts (n, objects, 2) in which no two objects touch."""
+        if len(self.radii) == 1:
+            return np.ones(len(places), dtype=np.bool_)
         first, second = _pairs(len(self.radii))
-        offset = np.abs(places[:, first] - places[:, second])  # (n, pairs, 2)
-        clear = (offset >= self.beside).any(axis=-1) | (np.hypot(offset[..., 0], offset[..., 1]) >= self.apart)
+        offset = np.abs(places.take(first, axis=1) - places.take(second, axis=1))  # (n, pairs, 2)
+        across, down = offset[..., 0], offset[..., 1]
+        clear = (across >= self.beside[:, 0]) | (down >= self.beside[:, 1]) | (np.hypot(across, down) >= self.apart)
         return np.asarray(clear.all(axis=-1))
+
+
+@functools.lru_cache(maxsize=4096)
+def _room(shapes: tuple[int, ...], sizes: tuple[int, ...]) -> _Room:
+    radii = np.array([RADII[size] for size in sizes])
+    reach = radii * [_REACH[shape] for shape in shapes]
+    extent = radii[:, None] * [_EXTENT[shape] for shape in shapes]
+    first, second = _pairs(len(shapes))
+    return _Room(radii, extent, reach[first] + reach[second] + GAP, extent[first] + extent[second] + GAP)
 
 
 def _place(
