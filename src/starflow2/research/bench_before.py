@@ -61,7 +61,7 @@ class Earlier:
         self._line()
 
     def call(self, name: str, given: Sequence[str]) -> Tensor:
-        """What a call finds; `seconds` is then the CPU time that it took."""
+        """Result of a call; `seconds` is then the CPU time that it took."""
         assert self._process.stdin is not None
         print(name, *given, sep="\t", file=self._process.stdin, flush=True)
         self.seconds, *found = map(float, self._line().split())
