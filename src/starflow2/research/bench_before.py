@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -58,12 +59,12 @@ class Earlier:
         script = f"import sys; sys.path.insert(0, {str(source.resolve())!r})\n{WORKER}"
         command = [sys.executable, "-c", script, str(torch.get_num_threads())]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._to, self._from = (cast(IO[str], pipe) for pipe in (self._process.stdin, self._process.stdout))
         self._line()
 
     def call(self, name: str, given: Sequence[str]) -> Tensor:
         """Result of a call; `seconds` is then the CPU time that it took."""
-        assert self._process.stdin is not None
-        print(name, *given, sep="\t", file=self._process.stdin, flush=True)
+        print(name, *given, sep="\t", file=self._to, flush=True)
         self.seconds, *found = map(float, self._line().split())
         return torch.tensor(found)
 
@@ -71,17 +72,15 @@ class Earlier:
         return self.seconds
 
     def _line(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._from.readline()
         if not line:
             raise ConfigError(f"--peer before={self.folder} stopped with status {self._process.wait()}.")
         return line
 
     def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        self._to.close()
         self._process.wait()
-        self._process.stdout.close()
+        self._from.close()
 
 
 def of_before(folder: Path) -> Callable[[Components], Iterator[list[Variant]]]:
