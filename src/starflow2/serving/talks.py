@@ -205,7 +205,7 @@ class Desk:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Of every picture in the tries of the last turn: blank, draft or final."""
+        """Blank, draft or final, of every picture in the tries of the last turn."""
         pictures = [picture for one in self.talk.turns[-1].tries for picture in one.pictures] if self.talk.turns else []
         return tuple("blank" if p.image is None else "draft" if p.is_draft else "final" for p in pictures)
 
@@ -387,7 +387,7 @@ async def _raced(service: Service, turn: Turn, asks: Sequence[Ask], stop: asynci
 
 
 class _View:
-    """What a visitor sees: who changes it says so, and may wait until it was looked at."""
+    """A visitor's view: who changes it says so, and may wait until it was looked at."""
 
     def __init__(self) -> None:
         self.changed, self.looked_at = asyncio.Event(), asyncio.Event()
