@@ -70,6 +70,7 @@ def counted(cfg: ModelConfig, language: torch.dtype) -> Iterator[list[Variant]]:
                 settings=settings,
                 twin=twins[name].whole,
                 step=step if name == "lean" else None,
+                is_timed=False,  # seconds of tensors without values say nothing
             )
             for name, drawing in _drawings(cfg, stream, guided=guided).items()
         ]
