@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flow_cases import PIECES, Case, block_config, contexts, gap
+from flow_cases import PIECES, WIDE, Case, block_config, contexts, gap
 from helpers import wake
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.flow import AffineBlock, Context, Flow, FlowConfig, Jacobi, NoiseConfig, SampleConfig
 from starflow2.flow.solver import solve
+from starflow2.flow.stepper import WINDOW
 
 F64 = torch.float64
 Build = Callable[..., Case]
@@ -178,12 +179,33 @@ def test_single_steps_give_what_chunks_through_the_cache_give(build: Build, dtyp
         assert gap(*solved) <= bound and gap(solved[0], case.x) > 0.05
 
 
-def test_single_steps_use_adapters_and_hooks_of_the_modules() -> None:
+@pytest.mark.parametrize("kind", ["plain", "padded"])
+def test_single_steps_go_on_behind_the_keys_of_the_first_window(kind: str) -> None:
+    block = wake(AffineBlock(block_config(dim=1, grid=WINDOW + 40, context_dim=WIDE)), scale=0.2)
+    context, z = contexts(kind), torch.randn(2, WINDOW + 40, 1, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    steps, chunks = (solve(block.predictor(2, context, None, None, how), z).x for how in ("steps", "chunks"))
+    assert gap(steps, chunks) <= 1e-4 and gap(steps[:, WINDOW:], z[:, WINDOW:]) > 0.05
+
+
+HOOKED: dict[str, Callable[[AffineBlock], torch.nn.Module]] = {
+    "projection": lambda block: block.proj_in,
+    "queries": lambda block: block.body.layers[0].attention.qkv,
+    "values": lambda block: block.body.layers[0].attention.proj,
+    "norm": lambda block: block.body.layers[0].mlp.norm,
+    "mlp": lambda block: block.body.layers[0].mlp,
+    "down": lambda block: block.body.layers[0].mlp.down,
+    "last norm": lambda block: block.body.final_norm,
+    "head": lambda block: block.head,
+}
+
+
+@pytest.mark.parametrize("place", HOOKED)
+def test_single_steps_use_adapters_and_hooks_of_the_modules(place: str) -> None:
     case = PIECES["left to right"]()
     block = case.piece
     assert isinstance(block, AffineBlock)
     plain = case.inverse(case.x)
-    block.body.layers[0].attention.qkv.register_forward_hook(lambda module, given, out: 2 * out)
+    HOOKED[place](block).register_forward_hook(lambda module, given, out: 2 * out)
     changed = case.inverse(case.x)
     assert gap(changed, plain) > 1e-3
     assert gap(changed, case.inverse(case.x, Jacobi(tolerance=0.0))) <= 1e-4

@@ -86,7 +86,8 @@ def solve(predict: Predict, z: Tensor, solver: Solver = SEQUENTIAL, progress: Pr
     evaluations, residual = 0, 0.0
     for first in range(0, count, chunk):
         targets = (first, min(first + chunk, count))
-        used, change = _fixed_point(predict, buffer, z, targets, solver)
+        with torch.inference_mode():  # views and versions of what no gradient passes through need not be followed
+            used, change = _fixed_point(predict, buffer, z, targets, solver)
         evaluations, residual = evaluations + used, max(residual, change)
         if progress is not None:
             progress(targets[1], count)
@@ -102,12 +103,13 @@ def _fixed_point(
     change, evaluations = 0.0, 0
     while evaluations < limit:
         evaluations += 1
-        new = predict(buffer, targets).denormalize(z[:, first:last])
+        now = buffer.narrow(1, first, last - first)
+        new = predict(buffer, targets).denormalize(z.narrow(1, first, last - first))
         if last - first == 1:
-            buffer[:, first:last] = new
+            now.copy_(new)
             return evaluations, 0.0
-        change = float((new - buffer[:, first:last]).abs().max())
-        buffer[:, first:last] = new
+        change = float((new - now).abs().max())
+        now.copy_(new)
         if change <= solver.tolerance:
             break
     return evaluations, change

@@ -28,6 +28,7 @@ __all__ = ["flow", "of_apple"]
 
 ROWS, LATENTS, DIM = 8, 32, 4  # rows of vectors of 128 numbers
 NORMFLOWS, ZUKO = 256, 296  # hidden widths with about as many parameters as our block has
+LAYERS, NARROW = 4, 76  # of a flow with about as many parameters as density(128) has
 WORDS = 24  # of a prompt
 
 
@@ -69,10 +70,11 @@ def _flows() -> dict[str, _Flow]:
     torch.manual_seed(0)
     stack = StackConfig(width=64, depth=4, head_dim=32)
     block = _wake(Flow(FlowConfig(deep=BlockConfig(dim=DIM, grid=(1, LATENTS), stack=stack))))
-    table = _wake(density((LATENTS, DIM)).flow)
+    table, numbers = _wake(density((LATENTS, DIM)).flow), _wake(density(LATENTS * DIM).flow)
     found: dict[str, _Flow] = {
         "a block of four layers": (block, lambda x: block(x)[0], block.inverse),
         "density((32, 4))": (table, lambda x: table(x)[0], table.inverse),
+        "density(128)": (numbers, lambda x: numbers(x)[0], numbers.inverse),
     }
     if importlib.util.find_spec("zuko"):
         zuko: Any = importlib.import_module("zuko.flows")
@@ -83,7 +85,26 @@ def _flows() -> dict[str, _Flow]:
         nf: Any = importlib.import_module("normflows")
         layer: Any = _wake(nf.flows.MaskedAffineAutoregressive(LATENTS * DIM, NORMFLOWS, num_blocks=1))
         found["normflows MAF"] = layer, lambda x: layer(x)[0], lambda z: layer.inverse(z)[0]
+        found["normflows MAF of four layers"] = _normflows_of_layers(nf)
     return found
+
+
+def _normflows_of_layers(nf: Any) -> _Flow:
+    """Several affine layers, the features turned round between them, as our blocks alternate in direction."""
+    layers = [nf.flows.MaskedAffineAutoregressive(LATENTS * DIM, NARROW, num_blocks=1) for _ in range(LAYERS)]
+    stack = _wake(nn.ModuleList(layers))
+
+    def forward(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(x)[0].flip(1)
+        return x
+
+    def inverse(z: Tensor) -> Tensor:
+        for layer in reversed(layers):
+            z = layer.inverse(z.flip(1))[0]
+        return z
+
+    return stack, forward, inverse
 
 
 # -- Apple's sampler --------------------------------------------------------------------------------------------------
