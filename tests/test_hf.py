@@ -18,7 +18,7 @@ from model_cases import STAGES, tiny_components
 from pretrained_cases import write_upstream
 from starflow2 import StarFlow2
 from starflow2.core.images import read_picture, to_pil
-from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError
+from starflow2.errors import CheckpointError, ConfigError, DataError, PromptError, ShapeError
 from starflow2.models.checkpoint import save_components, start_components
 from starflow2.models.hub import NANO
 
@@ -292,6 +292,61 @@ def test_options_that_mean_nothing_are_refused_by_name(model, processor, options
 def test_messages_of_another_form_are_refused(processor, talk, words: str) -> None:
     with pytest.raises(PromptError, match=words):
         processor.apply_chat_template(talk)
+
+
+@pytest.mark.parametrize(
+    "talk", [None, 5, "a star", {}, [], [5], [[5]], [PROMPT, None], [[{"role": "user", "content": 3}]]]
+)
+def test_what_is_no_conversation_is_refused(processor, talk) -> None:
+    with pytest.raises(PromptError, match=r"is |holds "):
+        processor.apply_chat_template(talk)
+
+
+def test_words_of_a_message_are_text(processor, picture) -> None:
+    for part in (
+        {"type": "text", "text": picture},
+        {"type": "text"},
+        {"type": ["text"], "text": "x"},
+        {"type": "image"},
+    ):
+        with pytest.raises(PromptError, match="the content of message 0 holds"):
+            processor.apply_chat_template([{"role": "user", "content": [part]}])
+
+
+TENSORS = {
+    "a row": ("input_ids", lambda x: x[0], ShapeError),
+    "text": ("input_ids", lambda x: "two hearts", ShapeError),
+    "floats": ("input_ids", lambda x: x.float(), ShapeError),
+    "negative": ("input_ids", lambda x: -x - 1, DataError),
+    "no tokens": ("input_ids", lambda x: x + 10**6, DataError),
+    "without values": ("input_ids", lambda x: x.to("meta"), ShapeError),
+    "a short mask": ("attention_mask", lambda x: x[:, 1:], ShapeError),
+    "small images": ("pixel_values", lambda x: x[..., :-1], ShapeError),
+    "bright images": ("pixel_values", lambda x: 255 * x + 9, DataError),
+    "numbers": ("pixel_values", lambda x: 5, ShapeError),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_no_processor_made_are_refused(model, processor, picture, case: str) -> None:
+    name, spoil, error = TENSORS[case]
+    parts = [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}]
+    inputs = dict(processor.apply_chat_template([{"role": "user", "content": parts}]))
+    with pytest.raises(error, match=name):
+        model.generate(**(inputs | {name: spoil(inputs[name])}))
+
+
+def test_outputs_of_another_kind_are_refused(processor) -> None:
+    for mode, outputs, error in (
+        ("text", torch.zeros(2, 3), ShapeError),
+        ("text", torch.tensor([[-1]]), DataError),
+        ("text", "x", ShapeError),
+        ("image", torch.zeros(3, 8, 8), ShapeError),
+        ("image", torch.zeros(1, 3, 8, 8, dtype=torch.int64), ShapeError),
+        ("sound", torch.zeros(1, 3, 8, 8), ConfigError),
+    ):
+        with pytest.raises(error, match=r"outputs|generation_mode"):
+            processor.post_process_multimodal_output(outputs, generation_mode=mode)
 
 
 def test_slots_without_their_image_are_refused(model, processor, picture) -> None:

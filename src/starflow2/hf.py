@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils.generic import ModelOutput
 
+from starflow2.core.fields import conform
 from starflow2.core.images import PILImage, to_pil
 from starflow2.core.text import shown
 from starflow2.errors import ConfigError
@@ -29,6 +30,7 @@ from starflow2.inference.config import DrawConfig
 from starflow2.models.checkpoint import load_words, save_words
 from starflow2.models.config_file import KEYS, MODEL_TYPE
 from starflow2.models.hub import find_model
+from starflow2.nn import check, check_floating
 from starflow2.pipeline import StarFlow2
 
 __all__ = ["MultimodalOutput", "StarFlow2Config", "StarFlow2ForMultimodalLM", "StarFlow2Processor"]
@@ -68,12 +70,15 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, name: Any, *_: Any, **options: Any) -> StarFlow2ForMultimodalLM:  # type: ignore[override]
         """A model folder or Hub id. Raises ConfigError for options without a meaning here, and as `StarFlow2` does."""
-        dtype, device = options.pop("dtype", options.pop("torch_dtype", None)), options.pop("device_map", None) or "cpu"
-        if dtype not in (None, "auto", "float32", torch.float32):
+        dtype, device = options.pop("dtype", options.pop("torch_dtype", None)), options.pop("device_map", None)
+        is_known = dtype is None or (
+            isinstance(dtype, str | torch.dtype) and dtype in ("auto", "float32", torch.float32)
+        )
+        if not is_known:
             raise ConfigError(f"dtype is {shown(dtype)}; expected auto or float32, which the weights are in.")
         added = ("config", "from_auto", "trust_remote_code", "adapter_kwargs")  # by the Auto classes
         hub = {key: value for key, value in options.items() if value is not None and key.strip("_") not in added}
-        model = StarFlow2.from_pretrained(name, device=device, **hub)
+        model = StarFlow2.from_pretrained(name, device="cpu" if device is None else device, **hub)
         return cls(StarFlow2Config.from_pretrained(find_model(name, **hub)), model)
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]
@@ -96,7 +101,7 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
         ConfigError for options beside `GenerationSettings`, DataError for slots that do not fit the images.
         """
         settings, layout = token_replies.GenerationSettings.of(options), self.components.layout
-        prompts = token_replies.split_batch(input_ids, attention_mask, pixel_values, layout)
+        prompts = token_replies.split_batch(self.components, input_ids, attention_mask, pixel_values)
         sampler = self.starflow2.sampler(DrawConfig.for_model(self.components, guidance=settings.guidance_scale))
         made, pixels = token_replies.joined(token_replies.replies_to_tokens(sampler, prompts, settings), layout)
         if settings.generation_mode == "text":
@@ -139,11 +144,15 @@ class StarFlow2Processor(ProcessorMixin):
     ) -> list[str] | list[PILImage] | list[list[str | PILImage]]:
         """Texts, images, or for each reply a list of both in order: what `generate` returned in the same mode."""
         decode = self.words.tokenizer.decode
+        conform(token_replies.Mode, generation_mode, "generation_mode")
         if isinstance(outputs, MultimodalOutput):
-            replies = token_replies.split_batch(outputs.sequences, None, outputs.pixels, self.words.layout)
+            replies = token_replies.split_batch(self.words, outputs.sequences, None, outputs.pixels)
             return [[to_pil(part) if isinstance(part, Tensor) else decode(part) for part in reply] for reply in replies]
         if generation_mode == "image":
+            check(outputs, "B 3 height width", "outputs", **{"3": 3})
+            check_floating(outputs, "outputs")
             return [to_pil(image) for image in outputs]
+        token_replies.check_tokens(self.words, outputs, "outputs")
         return [decode(row) for row in outputs.tolist()]
 
 

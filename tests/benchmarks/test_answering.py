@@ -223,6 +223,9 @@ def test_a_harness_that_does_not_end_is_stopped_and_one_that_is_missing_is_named
         ('{"results": {"gqa": {}}}', "no scores of task mme"),
         ('{"results": {"mme": {"mme_perception_score,none": 1}}}', "no scores of task mme"),
         ('{"results": ', "is not JSON"),
+        ('{"results": {"mme": []}}', "no scores of task mme"),
+        (json.dumps({"results": RESULTS, "n-samples": []}), "no scores of task mme"),
+        (json.dumps({"results": RESULTS, "n-samples": {"mme": {"effective": "x"}}}), "effective is 'x'"),
     ],
 )
 def test_results_without_the_scores_are_refused(data, says, tmp_path):

@@ -136,6 +136,7 @@ def test_spoiled_answers_are_refused_with_file_and_line(change, says, finished, 
         ("one,t,,2,0", "one,t,,1,0", r"q\.csv:3: question 1 of one stands there already"),
         ("entity - whole (sky)", "", r"q\.csv:3: tuple is ''"),
         ("three,", "four,", "no question about three"),
+        ("entity - whole (sky)", "x" * 200_000, r"q\.csv:\d+ is no line of a table: field larger"),
     ],
 )
 def test_spoiled_questions_are_refused_with_file_and_line(old, new, says, finished, tmp_path):

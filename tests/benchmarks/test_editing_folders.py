@@ -196,6 +196,8 @@ def test_ratings_of_another_benchmark_and_missing_targets_are_refused(drawn, sou
     [
         ("gedit", json.dumps(GEDIT[0] | {"image": "none.png"}), "is about none.png, which is not in"),
         ("gedit", json.dumps(GEDIT[0] | {"image": "../one.png"}), "which is not in"),
+        ("gedit", json.dumps(GEDIT[0] | {"image": "a" * 5000}), "which is not in"),
+        ("gedit", json.dumps(GEDIT[0] | {"image": "7"}), "about 7, which is not in"),
         ("gedit", json.dumps(GEDIT[0] | {"key": "../a"}), r"e:1.*names a file"),
         ("gedit", json.dumps(GEDIT[0] | {"instruction_language": "de"}), r"e:1.*'en', 'cn'"),
         ("gedit", f"{json.dumps(GEDIT[0])}\n{json.dumps(GEDIT[0])}", "fullset/color/en/a twice"),

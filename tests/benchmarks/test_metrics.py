@@ -103,6 +103,8 @@ ROW = {"index": 0, "answer": "A", "prediction": "A", "A": "red", "B": "blue"}
         (ROW, r"m\.jsonl:2: index 0 stands at .*m\.jsonl:1 already"),
         (ROW | {"index": 1, "answer": "C"}, r"m\.jsonl:2: answer is 'C'"),
         (ROW | {"index": "one"}, r"m\.jsonl:2: index is 'one'"),
+        (ROW | {"index": 1, "answer": ["A"]}, r"m\.jsonl:2: answer is .*; expected text"),
+        (ROW | {"index": 1, "prediction": None}, r"m\.jsonl:2: prediction is None; expected text"),
         (ROW | {"index": -1}, r"m\.jsonl:2: index is -1"),
     ],
 )

@@ -183,7 +183,11 @@ def test_what_cannot_be_reported_is_refused(tmp_path):
         read_results([tmp_path / "a.json", tmp_path / "b.json"])
     with pytest.raises(DataError, match="no result to report"):
         read_results([])
-    for text, says in (("{}", "expected a result"), ('{"format": 1}', "no whole result"), ("[", "is not JSON")):
+    whole = json.loads((tmp_path / "a.json").read_text())
+    spoiled = {"judge": 5, "counts": {"images": "x"}, "notes": [None], "columns": {"overall": "x"}, "made": []}
+    wrong = [(json.dumps(whole | {name: value}), f"{name}|score is") for name, value in spoiled.items()]
+    texts = [("{}", "expected a result"), ('{"format": 1}', "no whole result"), ("[", "is not JSON")]
+    for text, says in (*texts, *wrong):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(DataError, match=says):
             read_result(tmp_path / "c.json")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from starflow2.benchmarks.records import Placed, read_objects
+from starflow2.core.text import shown
 from starflow2.errors import DataError
 
 __all__ = ["LETTERS", "CircularScore", "chosen_letter", "read_mmbench", "score_mmbench"]
@@ -83,6 +84,9 @@ def _check(line: Placed[dict[str, object]]) -> None:
     missing = [name for name in ("index", "answer", "prediction", "A", "B") if name not in line.value]
     if missing:
         raise DataError(f"{line.where} has no {missing[0]}; expected index, answer, prediction and options A to D.")
+    for name in ("answer", "prediction"):
+        if not isinstance(line.value[name], str):
+            raise DataError(f"{line.where}: {name} is {shown(line.value[name])}; expected text.")
     if line.value["answer"] not in _options(line.value):
         raise DataError(f"{line.where}: answer is {line.value['answer']!r}; expected one of its options' letters.")
     if type(line.value["index"]) is not int or _index(line.value) < 0:

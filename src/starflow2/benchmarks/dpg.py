@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -101,7 +101,7 @@ def read_questions(path: str | Path) -> dict[str, list[Question]]:
     if missing:
         raise DataError(f"{path}:1 has no column {missing[0]}; expected DPG-Bench's questions: {', '.join(FIELDS)}.")
     found: dict[str, list[Question]] = defaultdict(list)
-    for line in reader:
+    for line in _lines_of(reader, path):
         where = f"{path}:{reader.line_num}"
         question = _question(line, where)
         if any(question.number == other.number for other in found[line["item_id"]]):
@@ -110,6 +110,14 @@ def read_questions(path: str | Path) -> dict[str, list[Question]]:
     if not found:
         raise DataError(f"{path} has no questions behind its first line.")
     return dict(found)
+
+
+def _lines_of(reader: csv.DictReader[str], path: str | Path) -> Iterator[dict[str, str | None]]:
+    """Lines of a table. Raises DataError for what is none, such as a cell without an end."""
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num} is no line of a table: {error}.") from error
 
 
 def _question(line: Mapping[str, str | None], where: str) -> Question:

@@ -16,9 +16,9 @@ from typing import Any, Final, Protocol, TypeVar
 
 import starflow2
 from starflow2.benchmarks.prompts import PromptRow, digest
-from starflow2.benchmarks.records import read_objects
+from starflow2.benchmarks.records import Placed, read_objects
 from starflow2.benchmarks.stages import check_finished
-from starflow2.core.fields import Config, Count, Positive, Seed, Weight
+from starflow2.core.fields import Config, Count, Positive, Seed, Weight, conform
 from starflow2.core.files import TEMPORARY, check_writable, replacing
 from starflow2.core.json_reader import JsonObject
 from starflow2.core.locks import folder_lock
@@ -275,7 +275,20 @@ def _read_copy(folder: Path) -> list[PromptRow]:
     for line in lines:
         if set(line.value) != {"name", "prompt", "row", "turns"}:
             raise DataError(f"{line.where} is not what drawing wrote; draw again.")
-    return [PromptRow(v["name"], v["prompt"], v["row"], tuple(v["turns"])) for v in (line.value for line in lines)]
+    return [_row_of(line) for line in lines]
+
+
+def _row_of(line: Placed[JsonObject]) -> PromptRow:
+    """A row of the folder's copy of its prompts. Raises DataError."""
+    value = line.value
+    turns = tuple(value["turns"]) if isinstance(value["turns"], list) else value["turns"]
+    try:
+        name, prompt = (conform(str, value[key], key) for key in ("name", "prompt"))
+        return PromptRow(
+            name, prompt, conform(JsonObject, value["row"], "row"), conform(tuple[str, ...], turns, "turns")
+        )
+    except ConfigError as error:
+        raise DataError(f"{line.where} is not what drawing wrote: {error} Draw again.") from error
 
 
 def _unread(model: StarFlow2, row: PromptRow) -> Unread | None:

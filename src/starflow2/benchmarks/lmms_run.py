@@ -18,10 +18,12 @@ from typing import Final, Literal, get_args
 
 from starflow2.benchmarks.answering import Frozen
 from starflow2.benchmarks.results import Result
+from starflow2.core.fields import Range, whole
 from starflow2.core.files import replacing
 from starflow2.core.json_reader import JsonObject
+from starflow2.core.places import check_walk
 from starflow2.core.serialize import read_json
-from starflow2.errors import ConfigError, DataError, printable_line
+from starflow2.errors import ConfigError, DataError, OutputError, printable_line
 from starflow2.evals.report import commit
 from starflow2.evals.statistics import Score
 
@@ -111,6 +113,7 @@ def run_suite(suite: SuiteName, run: HarnessRun, out: Path) -> Result:
     """
     if suite not in get_args(SuiteName):
         raise ConfigError(f"suite is {suite!r}; expected one of {', '.join(get_args(SuiteName))}.")
+    check_walk(out, "out", OutputError)
     out.mkdir(parents=True, exist_ok=True)
     before = set(out.rglob(WRITTEN))
     output = _call(_command(suite, run, out), run.seconds)
@@ -199,14 +202,15 @@ def read_results(suite: SuiteName, path: Path, task: str = "") -> Result:
         data = read_json(path)
         scores = data["results"][task]
         columns = {name: Score(_scaled(scores[metric], by)) for name, (metric, by) in about.columns.items()}
-    except (KeyError, TypeError, ConfigError) as error:
+        counts = _counts(data, task)
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise DataError(f"{path} has no scores of task {task}: {error!r}; expected lmms-eval's results.") from error
     return Result(
         benchmark=suite,
         model=str(data.get("model_name") or "starflow2"),
         judge="lmms-eval",
         columns=columns,
-        counts=_counts(data, task),
+        counts=counts,
         made={"task": task, "lmms-eval": str(data.get("lmms_eval_version") or data.get("git_hash") or "unknown")},
         notes=("As lmms-eval scores it; scores of other harnesses do not compare.",),
     )
@@ -219,7 +223,9 @@ def _scaled(value: object, by: float) -> float | None:
 
 def _counts(data: JsonObject, task: str) -> dict[str, int]:
     found = data.get("n-samples", {}).get(task, {})
-    return {"questions": int(found["effective"])} if isinstance(found, dict) and "effective" in found else {}
+    if not isinstance(found, dict) or "effective" not in found:
+        return {}
+    return {"questions": whole(found["effective"], "effective", Range(least=0))}
 
 
 def _with_notes(result: Result, run: HarnessRun, out: Path) -> Result:

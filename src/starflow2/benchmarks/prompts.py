@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from starflow2.benchmarks.records import Placed, read_lines, read_objects
+from starflow2.core.files import read_regular
+from starflow2.core.images import MAX_BYTES
 from starflow2.core.json_reader import JsonObject
 from starflow2.core.text import read_text, shown
 from starflow2.errors import ConfigError, DataError
@@ -143,8 +145,10 @@ def with_digests(row: PromptRow, images: Sequence[str], folder: Path, source: st
     """
     digests = []
     for name in images:
-        place = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not place.is_file():
-            raise DataError(f"{source}: {row.name} is about {name}, which is not in {folder}.")
-        digests.append(blake2b(place.read_bytes(), digest_size=8).hexdigest())
+        try:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise FileNotFoundError(name)
+            digests.append(blake2b(read_regular(folder / name, MAX_BYTES), digest_size=8).hexdigest())
+        except OSError as error:
+            raise DataError(f"{source}: {row.name} is about {name:.200}, which is not in {folder}.") from error
     return PromptRow(row.name, row.prompt, row.row | {"digests": digests}, row.turns)

@@ -5,12 +5,15 @@ Not here: the arithmetic of any benchmark, and the paper's numbers (`paper`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from starflow2.benchmarks.folders import FolderRecord
+from starflow2.core.fields import conform
 from starflow2.core.json_reader import JsonObject
 from starflow2.core.serialize import from_dict, read_json, to_dict
 from starflow2.core.text import shown
@@ -21,6 +24,11 @@ from starflow2.evals.statistics import Score
 __all__ = ["Result", "codec_result", "number_form", "read_result", "record_facts", "result_table"]
 
 FORMAT = 1  # of result files
+_PLAIN: Mapping[str, Any] = {
+    **dict.fromkeys(("benchmark", "model", "judge"), str),
+    "counts": dict[str, int],
+    "made": dict[str, object],
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +56,11 @@ class Result:
 
     @classmethod
     def from_json(cls, data: JsonObject) -> Result:
-        """Undo `to_json`. Raises KeyError, TypeError and AttributeError for anything else."""
+        """Undo `to_json`. Raises ConfigError, KeyError, TypeError and AttributeError for anything else."""
         columns, more = ({c: Score.from_json(s) for c, s in data[n].items()} for n in ("columns", "more"))
-        plain = {name: data[name] for name in ("benchmark", "model", "judge", "counts", "made")}
-        return cls(**plain, columns=columns, more=more, notes=tuple(data["notes"]))
+        plain = {name: conform(kind, data[name], name) for name, kind in _PLAIN.items()}
+        notes = conform(tuple[str, ...], tuple(data["notes"]), "notes")
+        return cls(**plain, columns=columns, more=more, notes=notes)
 
 
 def record_facts(record: FolderRecord | None) -> dict[str, object]:

@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from starflow2.core.fields import number
+
 __all__ = [
     "QUICK_SHARE",
     "Estimate",
@@ -52,8 +54,9 @@ class Score:
 
     @classmethod
     def from_json(cls, data: Any) -> Score:
-        """Undo `to_json`."""
-        return cls(**data) if isinstance(data, dict) else cls(data)
+        """Undo `to_json`. Raises ConfigError for what is no number, TypeError for other names."""
+        values = data if isinstance(data, dict) else {"score": data}
+        return cls(**{name: None if value is None else number(value, name) for name, value in values.items()})
 
 
 @dataclass(frozen=True, slots=True)

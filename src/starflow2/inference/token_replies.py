@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from starflow2.core.fields import Config, Count, Natural, Positive, Weight
+from starflow2.core.images import checked_pixels
 from starflow2.core.text import shown
 from starflow2.core.torch_defaults import inference_defaults
-from starflow2.errors import ConfigError, DataError, PromptError, nearest
+from starflow2.errors import ConfigError, DataError, PromptError, ShapeError, nearest
 from starflow2.inference.config import ReplyLimits
 from starflow2.inference.engine import Engine
 from starflow2.inference.events import Completed, Failed, RowEvent, Token
@@ -25,6 +26,7 @@ from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Said, checked_part
 from starflow2.models.components import Components
 from starflow2.models.sequence import Layout
+from starflow2.nn import check
 
 __all__ = [
     "SAVING",
@@ -33,6 +35,7 @@ __all__ = [
     "Mode",
     "Reply",
     "check_options",
+    "check_tokens",
     "joined",
     "message_tokens",
     "replies_to_tokens",
@@ -97,6 +100,8 @@ def message_tokens(words: Components, messages: Sequence[object], pictures: list
     PromptError for other messages and for words that the model does not know, DataError and ShapeError for pictures.
     """
     tokenizer, ids = words.tokenizer, list[int]()
+    if not isinstance(messages, list | tuple):
+        raise PromptError(f"a conversation is {shown(messages)}; expected a list of messages.")
     for number, message in enumerate(messages):
         role = ("user", "assistant")[number % 2]
         if not isinstance(message, Mapping) or message.get("role") != role:
@@ -121,17 +126,19 @@ def _content(message: Mapping[str, object], number: int) -> list[Said]:
     parts = list[Said]()
     listed: list[Any] = content if isinstance(content, list) else [content]
     for part in listed:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "image") or part.get(kind) is None:
+        kind = str(part.get("type")) if isinstance(part, dict) else ""
+        source = part.get(kind) if kind in ("text", "image") else None
+        if source is None or (kind == "text" and not isinstance(source, str)):
             wanted = 'words, or a list of {"type": "text", "text": ...} and {"type": "image", "image": ...}'
             raise PromptError(f"the content of message {number} holds {shown(part)}; expected {wanted}.")
-        source = part[kind]
         parts.append(Path(source) if kind == "image" and isinstance(source, str) else source)
     return parts
 
 
 def token_batch(words: Components, conversations: Sequence[Sequence[object]]) -> dict[str, Tensor]:
     """input_ids (B, T), padded on the left, attention_mask, and pixel_values (I, 3, s, s) where there are images."""
+    if not isinstance(conversations, list | tuple) or not conversations:
+        raise PromptError(f"conversation is {shown(conversations)}; expected a list of messages, or several of them.")
     pictures = list[Tensor]()
     rows = [message_tokens(words, talk, pictures) for talk in conversations]
     longest = max(map(len, rows), default=0)
@@ -143,18 +150,39 @@ def token_batch(words: Components, conversations: Sequence[Sequence[object]]) ->
     return batch | ({"pixel_values": torch.stack(pictures)} if pictures else {})
 
 
-def split_batch(ids: Tensor, mask: Tensor | None, pixels: Tensor | None, layout: Layout) -> list[Reply]:
+def split_batch(words: Components, ids: Tensor, mask: Tensor | None, pixels: Tensor | None) -> list[Reply]:
     """Every row of `ids` (B, T) that `mask` keeps as runs of tokens and images, which `pixels` (I, 3, s, s) holds.
 
-    Raises DataError for slots that do not fit the images.
+    Raises ShapeError for other tensors, DataError for tokens that the model does not have, pixels out of range, and
+    slots that do not fit the images.
     """
+    layout = words.layout
+    check_tokens(words, ids, "input_ids")
     kept = torch.ones_like(ids) if mask is None else mask
-    pictures = iter(list[Tensor]() if pixels is None else list(pixels.cpu()))
+    check(kept, "B T", "attention_mask", B=ids.shape[0], T=ids.shape[1])
+    pictures = iter(list[Tensor]() if pixels is None else list(_checked_images(words, pixels).cpu()))
     rows = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), kept.cpu(), strict=True)]
     prompts = [split_images(row, layout, pictures) for row in rows]
     if next(pictures, None) is not None:
         raise DataError("pixel_values has more images than input_ids has slots for; take both from one processor.")
     return prompts
+
+
+def check_tokens(words: Components, ids: Tensor, name: str) -> None:
+    """Raise ShapeError unless these are rows (B, T) of whole numbers, DataError for numbers that are no tokens."""
+    check(ids, "B T", name)
+    if ids.dtype not in (torch.int64, torch.int32) or ids.device.type == "meta":
+        raise ShapeError(f"{name} holds {ids.dtype} on {ids.device}; expected tokens, int64 with their values.")
+    low, high = (int(x) for x in ids.aminmax()) if ids.numel() else (0, 0)
+    if low < 0 or high >= words.cfg.vlm.vocab:
+        raise DataError(f"{name} has tokens from {low} to {high}; expected 0 to {words.cfg.vlm.vocab - 1}.")
+
+
+def _checked_images(words: Components, pixels: Tensor) -> Tensor:
+    """Images (I, 3, s, s) of the model's size in [-1, 1]. Raises ShapeError, DataError."""
+    size = words.cfg.fae.image_size
+    check(pixels, "I 3 S S", "pixel_values", **{"3": 3, "S": size})
+    return checked_pixels(pixels, "pixel_values")
 
 
 def split_images(ids: Sequence[int], layout: Layout, pictures: Iterator[Tensor]) -> Reply:
