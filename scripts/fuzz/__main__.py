@@ -21,19 +21,30 @@ def main() -> int:
         "--category", action="append", default=[], choices=MAKERS, help="only this one; may be repeated"
     )
     parser.add_argument("--only", default="", metavar="CATEGORY:NUMBER", help="one case, with its traceback")
+    parser.add_argument("--piece", type=_piece, default=(0, 1), metavar="I/N", help="only the I-th of N pieces of it")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--from", type=int, default=0, dest="first", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
         return _one(options.only, options.seed)
-    cases = plan(options.count, options.seed, options.category)
+    first, pieces = options.piece
+    cases = plan(options.count, options.seed, options.category)[first::pieces]
     if options.share is not None:
         return _worker(cases[options.share :: options.jobs][options.first :], options.seed)
     arguments = ["--count", str(options.count), "--seed", str(options.seed), "--jobs", str(options.jobs)]
+    arguments += ["--piece", f"{first + 1}/{pieces}"]
     arguments += [word for name in options.category for word in ("--category", name)]
     found = list(watch(cases, options.jobs, arguments))
     print("\n".join(summary(found)))
     return int(any(e.outcome not in ("clear", "taken") for e in found))
+
+
+def _piece(text: str) -> tuple[int, int]:
+    """Number from 0 and count of the pieces: "1/4" -> (0, 4)."""
+    number, pieces = map(int, text.split("/"))
+    if not 1 <= number <= pieces:
+        raise argparse.ArgumentTypeError(f"expected 1/{pieces} to {pieces}/{pieces}, got {text}")
+    return number - 1, pieces
 
 
 def _worker(cases: list[tuple[str, int]], seed: int) -> int:

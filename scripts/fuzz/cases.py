@@ -8,7 +8,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from starflow2.core.images import to_pil
 from starflow2.inference.likelihood import Code
 from starflow2.models.checkpoint import save_components
+from starflow2.models.config import SelfCheckConfig
 from starflow2.pipeline import StarFlow2
 
 __all__ = ["ALIENS", "Bench", "Case", "Maker", "anything", "flipped", "is_number", "shortened", "spoiled_number"]
@@ -119,6 +120,8 @@ class Bench:
     def model(self) -> StarFlow2:
         components = self.cases.tiny_components(self.cases.STAGES)
         components.requires_grad_(False)
+        asked = SelfCheckConfig(shows="is there {}?", done="is {} there now?", tries=1)
+        components.cfg = replace(components.cfg, self_check=asked)  # so that several tries may be asked for
         return StarFlow2(components)
 
     @cached_property

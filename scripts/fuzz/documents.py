@@ -24,7 +24,7 @@ from starflow2.evals.suite import check_lock, lock_text
 from starflow2.research.paper_claims import write_claims
 from starflow2.training.finetune import read_album
 
-__all__ = ["albums", "mixtures", "records", "results", "shards"]
+__all__ = ["albums", "mixtures", "records", "results", "shards", "spoil_tree", "spoiled_json"]
 
 
 def _png() -> bytes:
@@ -36,7 +36,7 @@ def _png() -> bytes:
 PNG = _png()
 
 
-def _spoiled_json(text: bytes, rng: random.Random) -> bytes:
+def spoiled_json(text: bytes, rng: random.Random) -> bytes:
     """JSON that is none, or has no one reading."""
     return rng.choice(
         [
@@ -85,7 +85,7 @@ def mixtures(rng: random.Random, bench: Bench) -> Case:
     if kind == "shape":
         text = json.dumps(rng.choice([[], {}, [1], [[]], sources[0], "x"])).encode()
     if kind == "text":
-        text = _spoiled_json(text, rng)
+        text = spoiled_json(text, rng)
     return Case(
         f"mixture {kind} {name if kind == 'field' else ''}", lambda: read_mixture(bench.file("mix.json", text)), judge
     )
@@ -130,10 +130,10 @@ def records(rng: random.Random, bench: Bench) -> Case:
     bench.file("a.png", PNG)
     kind = rng.choice(["right", "value", "value", "value", "value", "missing", "bytes"])
     if kind in ("value", "missing"):
-        _spoil_tree(fields, rng, drops=kind == "missing")
+        spoil_tree(fields, rng, drops=kind == "missing")
     if isinstance(fields.get("json"), dict):
         text = json.dumps(fields["json"], default=str).encode()
-        fields["json"] = _spoiled_json(text, rng) if kind == "bytes" else text
+        fields["json"] = spoiled_json(text, rng) if kind == "bytes" else text
     elif kind == "bytes":
         name = rng.choice(list(fields))
         fields[name] = rng.choice([b"", b"\xff\xfe\x00", PNG[:20], "\ud800", b"\x00" * 10])
@@ -142,7 +142,7 @@ def records(rng: random.Random, bench: Bench) -> Case:
     return Case(f"{corpus} {kind}", lambda: to_dialogue(corpus, sample), lambda got: isinstance(got, Dialogue))
 
 
-def _spoil_tree(tree: Any, rng: random.Random, *, drops: bool) -> None:
+def spoil_tree(tree: Any, rng: random.Random, *, drops: bool) -> None:
     """Put a wrong value, or none, in one place of nested dictionaries and lists."""
     places = list(_places(tree))
     holder, key = rng.choice(places)
@@ -193,6 +193,12 @@ def shards(rng: random.Random, bench: Bench) -> Case:
                 "{1..",
                 "\ud800",
                 "/dev/zero",
+                "/proc/**",
+                "/proc",
+                "/sys/*/*.tar",
+                "/",
+                "/**/*.parquet",
+                "file:///proc/self/**",
                 ".",
             ]
         )
@@ -277,7 +283,7 @@ def results(rng: random.Random, bench: Bench) -> Case:
 def _lock(rng: random.Random, bench: Bench) -> Case:
     right = json.loads(lock_text())
     spoiled = copy.deepcopy(right)
-    _spoil_tree(spoiled, rng, drops=rng.random() < 0.3)
+    spoil_tree(spoiled, rng, drops=rng.random() < 0.3)
     if rng.random() < 0.1:
         spoiled = rng.choice([[], None, 5, "x", {}])
     judge = anything if spoiled == right else None
@@ -292,14 +298,14 @@ def _claims(rng: random.Random, bench: Bench) -> Case:
             [{}, [], 5, None, {"arms": []}, {"rows": {}}, {"mean": "x"}, {"visual": {"ratio": None}}]
         )
         text = json.dumps(tree).encode()
-        (folder / name).write_bytes(_spoiled_json(text, rng) if rng.random() < 0.4 else text)
+        (folder / name).write_bytes(spoiled_json(text, rng) if rng.random() < 0.4 else text)
     return Case("claims", lambda: write_claims(folder))
 
 
 def _rows(rng: random.Random, bench: Bench) -> Case:
     text = b'{"config": {"a": 1}, "rows": [{"x": 2}]}'
     rows = json.dumps({"config": {"a": 1}, "rows": rng.choice([None, 5, "x", [5], {"a": 1}, [None]])}).encode()
-    path = bench.file("rows.json", _spoiled_json(text, rng) if rng.random() < 0.5 else rows)
+    path = bench.file("rows.json", spoiled_json(text, rng) if rng.random() < 0.5 else rows)
     return Case("kept rows", lambda: KeptRows(path, {"a": 1}).read())
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +28,14 @@ from starflow2.flow import FitConfig, density
 from starflow2.inference.config import DrawConfig
 from starflow2.inference.session import Session
 from starflow2.models.checkpoint import load_components
+from starflow2.models.config import CodecConfig, ExtractorConfig
+from starflow2.models.huggingface import stream_class
+from starflow2.models.own_codec import build_codec, build_extractor
 from starflow2.pipeline import StarFlow2
 from starflow2.training.finetune import read_album
+from starflow2.training.recipes import find
 
-__all__ = ["arguments", "densities", "places"]
+__all__ = ["arguments", "densities", "modules", "places"]
 
 WORDS, QUESTION = "a red circle", "what color is the circle?"
 ODD: tuple[object, ...] = (
@@ -200,6 +208,49 @@ def _put(path: Path, kind: str) -> Path:
             with path.open("wb") as file:
                 file.truncate(1 << 30)
     return path
+
+
+# -- modules of users ---------------------------------------------------------------------------------------------
+
+LINES = (
+    "import sys; sys.exit(1)",
+    "raise SystemExit('away')",
+    "1 / 0",
+    "def (",
+    "import no_such_package",
+    "raise ValueError('two\\nlines \\x1b[2J')",
+    "import os; os._no_such_thing",
+    "recipe = 3",
+    "def recipe(): raise SystemExit",
+    "def recipe(): return {}",
+    "def recipe(name): return name",
+    "recipe = __import__('starflow2.errors').errors.ConfigError",
+)
+
+
+def modules(rng: random.Random, bench: Bench) -> Case:
+    """A module of a user by its name, at every door that takes one: it fails, exits, or is something else."""
+    name = rng.choice(
+        ["fuzzed_recipe:recipe"] * 6 + ["fuzzed_recipe:", ":recipe", "..x:recipe", "a b:c", "\ud800:x", "os:"]
+    )
+    source = rng.choice(LINES)
+    cfg = bench.model.components.cfg
+    readers: dict[str, Callable[[], object]] = {
+        "recipe": lambda: find(name),
+        "codec": lambda: build_codec(CodecConfig(codec=name, latent_dim=4, grid=(2, 2), image_size=32)),
+        "extractor": lambda: build_extractor(ExtractorConfig(extractor=name, feature_dim=4, grid=(2, 2))),
+        "stream": lambda: stream_class(replace(cfg.vlm, stream=name)),
+    }
+    door = rng.choice(list(readers))
+
+    def call() -> object:
+        (bench.home / "fuzzed_recipe.py").write_text(source + "\n", encoding="utf-8")
+        sys.modules.pop("fuzzed_recipe", None)
+        importlib.invalidate_caches()
+        with contextlib.chdir(bench.home):
+            return readers[door]()
+
+    return Case(f"{door} of a module", call)
 
 
 # -- densities ----------------------------------------------------------------------------------------------------

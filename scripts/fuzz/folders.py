@@ -31,7 +31,18 @@ from starflow2.training.finetune import FinetuneConfig
 from starflow2.training.loop import fit
 from starflow2.training.recipes import nano, paper
 
-__all__ = ["configs", "saved_configs", "sessions", "states", "tokenizers", "weights"]
+__all__ = [
+    "configs",
+    "metadata_of",
+    "saved_configs",
+    "sessions",
+    "spoil_bytes",
+    "spoil_metadata",
+    "spoil_tensors",
+    "states",
+    "tokenizers",
+    "weights",
+]
 
 
 # -- configs as objects -------------------------------------------------------------------------------------------
@@ -192,7 +203,7 @@ def weights(rng: random.Random, bench: Bench) -> Case:
         )
         return _spoiled_place(folder, name, rng)
     name = rng.choice(["model.safetensors", "vlm/model.safetensors", "features/model.safetensors"])
-    what = _spoil_tensors(folder / name, rng)
+    what = spoil_tensors(folder / name, rng)
     return Case(f"{name}: {what}", lambda: load_components(folder))
 
 
@@ -208,7 +219,7 @@ def _spoiled_place(folder: Path, name: str, rng: random.Random) -> Case:
     return Case(f"{name}: {how}", lambda: load_components(folder), judge)
 
 
-def _spoil_tensors(path: Path, rng: random.Random) -> str:
+def spoil_tensors(path: Path, rng: random.Random) -> str:
     """Change one thing of a safetensors file; returns what."""
     kind = rng.choice(["nan", "inf", "int", "shape", "gone", "more", "cut", "header", "payload", "scalar", "name"])
     data = path.read_bytes()
@@ -222,7 +233,7 @@ def _spoil_tensors(path: Path, rng: random.Random) -> str:
             }[kind]
         )
         return kind
-    tensors, meta = load_file(path), _metadata_of(path)
+    tensors, meta = load_file(path), metadata_of(path)
     _change(tensors, kind, rng)
     save_file(tensors, path, meta)
     return kind
@@ -232,7 +243,7 @@ def _payload_flip(data: bytes, head: int, rng: random.Random) -> bytes:
     return flipped(data, rng, head)
 
 
-def _metadata_of(path: Path) -> dict[str, str] | None:
+def metadata_of(path: Path) -> dict[str, str] | None:
     with safe_open(path, framework="pt") as file:
         found: dict[str, str] | None = file.metadata()
     return found
@@ -303,15 +314,15 @@ def sessions(rng: random.Random, bench: Bench) -> Case:
     sampler = bench.model.sampler
     kind = rng.choice(["meta", "meta", "tensor", "tensor", "tensor", "bytes"])
     if kind != "meta":
-        what = _spoil_tensors(path, rng) if kind == "tensor" else _spoil_bytes(path, rng)
+        what = spoil_tensors(path, rng) if kind == "tensor" else spoil_bytes(path, rng)
         return Case(f"session {what}", lambda: Session.load(path, sampler()))
-    tensors, meta = load_file(path), dict(_metadata_of(path) or {})
-    what = _spoil_metadata(meta, rng)
+    tensors, meta = load_file(path), dict(metadata_of(path) or {})
+    what = spoil_metadata(meta, rng)
     save_file(tensors, path, meta)
     return Case(f"session {what}", lambda: Session.load(path, sampler()))
 
 
-def _spoil_bytes(path: Path, rng: random.Random) -> str:
+def spoil_bytes(path: Path, rng: random.Random) -> str:
     data = path.read_bytes()
     kind, spoiled = rng.choice(
         [("cut", shortened(data, rng)), ("flip", flipped(data, rng)), ("empty", b""), ("junk", rng.randbytes(500))]
@@ -320,7 +331,7 @@ def _spoil_bytes(path: Path, rng: random.Random) -> str:
     return kind
 
 
-def _spoil_metadata(meta: dict[str, str], rng: random.Random) -> str:
+def spoil_metadata(meta: dict[str, str], rng: random.Random) -> str:
     """Change one value of the metadata, or drop it; returns which."""
     name = rng.choice(sorted(meta))
     if rng.random() < 0.2:
@@ -368,11 +379,11 @@ def states(rng: random.Random, bench: Bench) -> Case:
     path = folder / "state-t2i.safetensors"
     kind = rng.choice(["tensor", "tensor", "tensor", "meta", "meta", "bytes", "group"])
     if kind == "tensor":
-        what = _spoil_tensors(path, rng)
+        what = spoil_tensors(path, rng)
     elif kind == "bytes":
-        what = _spoil_bytes(path, rng)
+        what = spoil_bytes(path, rng)
     else:
-        tensors, meta = load_file(path), dict(_metadata_of(path) or {})
+        tensors, meta = load_file(path), dict(metadata_of(path) or {})
         if kind == "group":
             what = rng.choice(["ema/", "optim/", "weights/"])
             tensors = {name: value for name, value in tensors.items() if not name.startswith(what)}

@@ -28,10 +28,12 @@ import torch
 
 from fuzz.cases import Bench, Case, Maker
 from fuzz.documents import albums, mixtures, records, results, shards
-from fuzz.doors import arguments, densities, places
+from fuzz.doors import arguments, densities, modules, places
 from fuzz.flows import flows
 from fuzz.folders import configs, saved_configs, sessions, states, tokenizers, weights
 from fuzz.pictures import pictures, tensors
+from fuzz.published import benchmarks, drawn_folders
+from fuzz.served import auto_classes, kept_replies, requests
 from fuzz.words import commands, numbers, prompts
 from starflow2.errors import StarFlowError
 
@@ -58,6 +60,12 @@ MAKERS: Mapping[str, Maker] = {
     "densities": densities,
     "arguments": arguments,
     "places": places,
+    "modules": modules,
+    "benchmarks": benchmarks,
+    "drawn folders": drawn_folders,
+    "requests": requests,
+    "kept replies": kept_replies,
+    "auto classes": auto_classes,
 }
 SHARES = {  # of all cases; what is slow has fewer
     "pictures": 20,
@@ -80,6 +88,12 @@ SHARES = {  # of all cases; what is slow has fewer
     "densities": 4,
     "arguments": 7,
     "places": 3,
+    "modules": 2,
+    "benchmarks": 6,
+    "drawn folders": 2,
+    "requests": 7,
+    "kept replies": 2,
+    "auto classes": 3,
 }
 SECONDS, GIGABYTE = 20.0, 2**30
 CHILDREN = {"subprocess.Popen", "os.system", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.spawn"}

@@ -128,6 +128,15 @@ def numbers(rng: random.Random, bench: Bench) -> Case:
             lambda v: bench.model.edit(bench.image, "make the circle blue", seed=v),
             _whole(-(2**63), 2**63 - 1),
         ),
+        "generate tries": (lambda v: bench.model.generate(prompt, tries=v), lambda v: v is None or _whole(1, 2)(v)),
+        "edit tries": (
+            lambda v: bench.model.edit(bench.image, "make the circle blue", tries=v),
+            lambda v: v is None or _whole(1, 2)(v),
+        ),
+        "run tries": (
+            lambda v: list(bench.model.session().add(prompt).run(tokens=2, pictures=1, tries=v)),
+            lambda v: v is None or _whole(1, 2)(v),
+        ),
         "write tokens": (lambda v: bench.model.session().add(prompt).write(tokens=v), _whole(1, 2**62)),
         "write temperature": (lambda v: bench.model.session().add(prompt).write(tokens=2, temperature=v), _real(0)),
         "run pictures": (lambda v: list(bench.model.session().add(prompt).run(tokens=2, pictures=v)), _whole(0, 2**62)),
@@ -162,7 +171,7 @@ def numbers(rng: random.Random, bench: Bench) -> Case:
         usual = ["\x00", b"x", 3]
     value = rng.choice(odd if rng.random() < 0.7 else usual)
     if (
-        name in ("run pictures", "generate n", "write tokens")
+        name in ("run pictures", "generate n", "write tokens", "generate tries", "edit tries", "run tries")
         and isinstance(value, int | np.integer)
         and int(value) > 2
     ):

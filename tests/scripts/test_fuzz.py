@@ -20,6 +20,8 @@ QUICK = {
     "results": 20,
     "commands": 20,
     "prompts": 20,
+    "modules": 20,
+    "benchmarks": 40,
 }
 
 
