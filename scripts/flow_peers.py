@@ -181,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="flow_peers", description=__doc__)
     parser.add_argument("sets", nargs="*", default=["digits", *TABLES], choices=["digits", *TABLES])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--peer", action="append", choices=list(peers()), help="only this one; may be repeated")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| data | flow | parameters | nats per dimension | fit, CPU s | draw 100, CPU ms |")
@@ -188,7 +189,7 @@ def main() -> None:
     for name in options.sets:
         sets = [load(name, seed) for seed in range(options.seeds)]
         wanted = num_parameters(_ours(sets[0], 0).model)
-        for peer, build in peers().items():
+        for peer, build in ((peer, build) for peer, build in peers().items() if peer in (options.peer or peers())):
             hidden = 0 if peer == "ours" else width_for(build, sets[0], wanted)
             rows = [measure(build, data, seed, hidden) for seed, data in enumerate(sets)]
             print(line(name, peer, rows), flush=True)
