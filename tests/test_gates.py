@@ -18,7 +18,7 @@ from PIL import Image
 
 from model_cases import STAGES, tiny_components
 from starflow2 import StarFlow2
-from starflow2.core.images import read_metadata, read_picture
+from starflow2.core.images import read_metadata, read_picture, save_png, to_pil
 from starflow2.core.serialize import read_json
 from starflow2.core.text import read_text
 from starflow2.core.torch_defaults import inference_defaults, torch_defaults
@@ -36,10 +36,14 @@ from starflow2.errors import (
     StateError,
 )
 from starflow2.inference.config import DrawConfig
+from starflow2.inference.engine import Engine
+from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Session
 from starflow2.models.checkpoint import load_components, save_components
+from starflow2.models.components import Components
 from starflow2.models.hub import pick_device
 from starflow2.models.tokenizer import load_tokenizer
+from starflow2.research.paper_claims import write_claims
 from starflow2.training.finetune import read_album
 
 SIDE = 16  # pixels
@@ -252,6 +256,17 @@ ARGUMENTS: dict[str, Door] = {
     "a code": lambda m, x: m.from_code(x),  # type: ignore[arg-type]
     "a mark": lambda m, x: m.session().rewind(3),  # type: ignore[arg-type]
     "a sampler": lambda m, x: Session(m),  # type: ignore[arg-type]
+    "a model by its name": lambda m, x: StarFlow2("x"),  # type: ignore[arg-type]
+    "a model of a model": lambda m, x: StarFlow2(m),  # type: ignore[arg-type]
+    "a model with a dictionary": lambda m, x: StarFlow2(m.components, {}),  # type: ignore[arg-type]
+    "a sampler of a model": lambda m, x: Sampler(m),  # type: ignore[arg-type]
+    "a sampler with a dictionary": lambda m, x: Sampler(m.components, {}),  # type: ignore[arg-type]
+    "an engine": lambda m, x: Engine(m),  # type: ignore[arg-type]
+    "components": lambda m, x: Components({"name": "x"}),  # type: ignore[arg-type]
+    "a tokenizer": lambda m, x: Components(m.components.cfg, "x"),  # type: ignore[arg-type]
+    "no place for a model": lambda m, x: save_components(m.components, ""),
+    "no place for an image": lambda m, x: save_png(to_pil(x), " "),
+    "no place for results": lambda m, x: write_claims(""),
     "the name of a session": lambda m, x: Session.load(None, m.sampler()),  # type: ignore[arg-type]
     "the place of a session": lambda m, x: m.session().save(" "),
     "the name of a model": lambda m, x: StarFlow2.from_pretrained(""),
@@ -297,7 +312,7 @@ FILE_DOORS: dict[str, Callable[[StarFlow2, Path], object]] = {
 def test_no_door_waits_at_a_pipe_or_reads_a_device(model, tmp_path, door, kind):
     path = tmp_path / "a.jsonl"
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
-    with pytest.raises((StarFlowError, OSError), match=r"regular file|there is no"):
+    with pytest.raises((StarFlowError, OSError), match=r"regular file|there is no|hold your data"):
         FILE_DOORS[door](model, path)
 
 

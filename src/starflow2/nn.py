@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from starflow2.core.fields import Config, Count, Depth, Size
+from starflow2.core.fields import Config, Count, Depth, Size, described, of_kind
 from starflow2.core.tiles import RotatedHeads, Tile, TiledAttention, is_tiled, tiles_of
 from starflow2.errors import ConfigError, ShapeError
 
@@ -54,12 +54,16 @@ def check(x: Tensor, shape: str, name: str = "x", **sizes: int) -> None:
     """
     axes = shape.split()
     wanted = " ".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes)
+    if not isinstance(x, Tensor):
+        raise ShapeError(f"{name} is {described(x)}; expected a tensor ({wanted}).")
     if x.ndim != len(axes) or any(sizes.get(a, n) != n for a, n in zip(axes, x.shape, strict=False)):
         raise ShapeError(f"{name} has shape {tuple(x.shape)}; expected ({wanted}).")
 
 
 def check_floating(x: Tensor, name: str = "x") -> None:
-    """Raise ShapeError for whole numbers, truth values and complex numbers."""
+    """Raise ShapeError for what is no tensor, and for whole numbers, truth values and complex numbers."""
+    if not isinstance(x, Tensor):
+        raise ShapeError(f"{name} is {described(x)}; expected a tensor of floating point numbers.")
     if not x.is_floating_point():
         raise ShapeError(f"{name} has dtype {x.dtype}; expected floating point numbers: convert them, x.float().")
 
@@ -536,7 +540,7 @@ class CausalStack(nn.Module):
 
     def __init__(self, cfg: StackConfig) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg = of_kind(cfg, StackConfig, "cfg")
         self.layers = nn.ModuleList(_Layer(cfg) for _ in range(cfg.depth))
         self.final_norm = FinalNorm(cfg.width) if cfg.final_norm else nn.Identity()
 

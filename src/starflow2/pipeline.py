@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starflow2.core.fields import SEEDS, Range, number, whole
+from starflow2.core.fields import SEEDS, Range, number, of_kind, whole
 from starflow2.core.files import named_place, replacing
 from starflow2.core.images import PictureSource, PILImage, checked_pixels, is_same_image, read_picture, to_pil
 from starflow2.core.text import shown
@@ -124,9 +124,7 @@ def _batch(images: object) -> Tensor:
 
 def _checked_config(config: DrawConfig | None) -> DrawConfig | None:
     """The settings that were given, or None. Raises ConfigError."""
-    if config is not None and not isinstance(config, DrawConfig):
-        raise ConfigError(f"config is {shown(config)} ({type(config).__name__}); expected a DrawConfig.")
-    return config
+    return None if config is None else of_kind(config, DrawConfig, "config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +143,8 @@ class StarFlow2:
 
     def __init__(self, components: Components, config: DrawConfig | None = None) -> None:
         """config: settings of every call that gives none of its own; by default the model's."""
-        self.components, self.config = components, _checked_config(config)
+        self.components = of_kind(components, Components, "components", "StarFlow2.from_pretrained(name) loads a model")
+        self.config = _checked_config(config)
         self._samplers: dict[Precision, tuple[tuple[tuple[int, int], ...], Sampler]] = {}
 
     @property

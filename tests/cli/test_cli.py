@@ -255,6 +255,11 @@ def test_a_place_that_cannot_be_written_is_found_before_the_model_is_looked_for(
     assert "cannot write" in refused(capsys, "generate", "x", "-o", output, "--model", "none")
 
 
+@pytest.mark.parametrize("output", ["", "  "])
+def test_an_empty_name_is_no_place_for_pictures(output, capsys):
+    assert "--output is" in refused(capsys, "generate", "x", "-o", output, "--model", "none")
+
+
 def test_a_full_disk_leaves_the_picture_that_was_there(model, monkeypatch, capsys):
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -412,6 +417,22 @@ def test_help_of_a_stage_lists_its_settings(capsys):
 def test_a_run_that_cannot_be_is_refused(argv, says, capsys):
     Path("file.txt").write_text("")
     assert says in refused(capsys, "train", *argv)
+
+
+@pytest.mark.parametrize(("place", "source"), {"import": "{}", "call": "def mine():\n    {}"}.items())
+def test_a_recipe_that_exits_is_one_refusal(place, source, capsys):
+    Path(f"exits_at_{place}.py").write_text("import sys\n\n" + source.format("sys.exit(0)\n"))
+    said = refused(capsys, "train", f"exits_at_{place}:mine")
+    assert f"as a recipe: it calls sys.exit(0) at {Path.cwd()}/exits_at_{place}.py:" in said
+
+
+def test_measurements_and_listeners_that_exit_are_refusals_too(capsys):
+    tiny_folder(Path("run"))
+    Path("my_run.py").write_text("from model_cases import tiny_run\n\ndef mine():\n    return tiny_run(steps=1)\n")
+    Path("leaving.py").write_text("import sys\n\ndef now(*_):\n    sys.exit(4)\n\ndef later(*_):\n    return now\n")
+    argv = ["train", "my_run:mine", "--stage", "t2i", "-o", "run", "--device", "cpu"]
+    for option in (["--evaluate", "leaving:now"], ["--log", "leaving:now"], ["--log", "leaving:later"]):
+        assert "it calls sys.exit(4) at" in refused(capsys, *argv, *option)
 
 
 def test_a_recipe_of_ones_own_trains_resumes_and_reports(capsys):

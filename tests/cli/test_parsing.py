@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pytest
 
+from starflow2.cli.app import COMMANDS, command
 from starflow2.cli.parsing import Option, Positional, flags, help_text, parse, refuse_repeated
 from starflow2.errors import ConfigError, UsageError
 
@@ -101,6 +103,30 @@ def test_a_value_that_cannot_be_used_is_named_with_what_was_expected(line, messa
     with pytest.raises(UsageError) as caught:
         parse(Command, line, "program")
     assert str(caught.value).startswith(message)
+
+
+def _names_of_places(kind: type[Any]) -> Iterator[tuple[str, list[str]]]:
+    """Options and arguments of a command that are names of files or folders, with a line that gives each ""."""
+    marked, given = get_type_hints(kind, include_extras=True), list[str]()
+    for name, hint in get_type_hints(kind).items():
+        is_place = Path in (hint, *get_args(hint))
+        if "positional" in get_args(marked[name]):
+            if is_place:
+                yield name.upper(), [*given, ""]
+            given.append("1" if not get_args(hint) else get_args(hint)[0])
+        elif is_place:
+            yield f"--{name.replace('_', '-')}", [f"--{name.replace('_', '-')}", ""]
+
+
+def test_no_command_takes_an_empty_name_for_the_current_folder():
+    seen = 0
+    for verb in COMMANDS:
+        for name, line in _names_of_places(command(verb)):
+            with pytest.raises(UsageError, match=r"expected the name of a file or folder, got ''; \./ is the current"):
+                parse(command(verb), line, verb)
+            seen += 1
+            assert name
+    assert seen > 40 and parse(Command, ["--output", "."], "program")[0].output == Path()
 
 
 def test_what_is_missing_is_named():

@@ -250,6 +250,16 @@ def test_a_full_disk_leaves_a_ledger_as_it_was(tmp_path):
     assert "cannot write" in done.stdout and path.read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["", "  ", "\t", None, 3])
+def test_an_empty_name_is_no_place_to_write_to(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    doors = (check_writable, lambda path: replacing(path).__enter__(), lambda path: append_line(path, {}))
+    for door in doors:
+        with pytest.raises(OutputError, match=r"cannot write .*: expected the name of a file\."):
+            door(name)
+    assert not list(tmp_path.iterdir())
+
+
 # -- JSON
 
 

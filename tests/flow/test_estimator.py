@@ -287,7 +287,7 @@ def test_fits_that_mean_nothing_are_refused() -> None:
     for settings in ({"steps": 0}, {"lr": math.nan}, {"held_out": 1.0}, {"batch": 1.5}, {"weight_decay": -1}):
         with pytest.raises(ConfigError, match=next(iter(settings))):
             FitConfig(**settings)
-    with pytest.raises(ConfigError, match=r"config is .*; expected a FitConfig"):
+    with pytest.raises(ConfigError, match=r"config is .*; expected FitConfig"):
         density(2, width=32).fit(skewed(), config={"steps": 2})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="progress is 'x'"):
         density(2, width=32).fit(skewed(), progress="x")  # type: ignore[arg-type]

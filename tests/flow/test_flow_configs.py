@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +17,13 @@ from starflow2.flow import (
     BlockConfig,
     BlockJacobi,
     Context,
+    Density,
     Flow,
     FlowConfig,
     Guide,
     NoiseConfig,
     SampleConfig,
+    ShallowFlow,
     StackConfig,
 )
 
@@ -185,3 +188,38 @@ def test_an_empty_context_says_that_there_is_no_condition() -> None:
     x = torch.randn(2, 6, 3)
     z, _ = block(x, Context(torch.zeros(2, 0, WIDE)))
     assert z.shape == x.shape
+
+
+# -- other things in the place of configs and tensors
+
+X = torch.zeros(2, 6, 3)
+WRONG_THINGS: dict[str, Callable[[Any], object]] = {
+    "a flow": lambda wrong: Flow(wrong),
+    "a shallow flow": lambda wrong: ShallowFlow((wrong,)),
+    "shallow blocks": lambda wrong: ShallowFlow(wrong),
+    "a block": lambda wrong: AffineBlock(wrong),
+    "a density": lambda wrong: Density((3,), wrong, None, None),
+    "latents": lambda wrong: a_flow()(wrong),
+    "latents of an inverse": lambda wrong: a_flow().inverse(wrong),
+    "latents of a block": lambda wrong: a_flow().deep(wrong),
+    "a context": lambda wrong: a_flow(context_dim=WIDE).log_prob(X, wrong),
+    "states": lambda wrong: a_flow(context_dim=WIDE).log_prob(X, Context(wrong)),
+    "positions": lambda wrong: a_flow(context_dim=WIDE).log_prob(X, Context(torch.zeros(2, 1, WIDE), wrong)),
+    "a level": lambda wrong: a_flow(noise=True).log_prob(X, None, wrong),
+    "settings of sampling": lambda wrong: a_flow().sample(1, config=wrong),
+    "a generator": lambda wrong: a_flow().sample(1, generator=wrong),
+    "a solver": lambda wrong: a_flow().deep.inverse(X, solver=wrong),
+    "a guide": lambda wrong: a_flow().deep.inverse(X, guide=wrong),
+}
+
+
+def a_flow(**changes: Any) -> Flow:
+    deep = block_config(grid=(2, 3), dim=3, **changes)
+    return Flow(FlowConfig(deep=deep, noise=NoiseConfig() if deep.noise else None))
+
+
+@pytest.mark.parametrize("wrong", ["x", {"width": 8}, 1.5], ids=["text", "a dictionary", "a number"])
+@pytest.mark.parametrize("door", WRONG_THINGS)
+def test_what_is_no_config_and_no_tensor_is_refused_by_name(door: str, wrong: object) -> None:
+    with pytest.raises((ConfigError, ShapeError), match=r"is .*\((str|dict|float)\); expected|is 1\.5"):
+        WRONG_THINGS[door](wrong)

@@ -18,6 +18,7 @@ from starflow2.benchmarks.paper import FROZEN, OURS, PAPER, PaperRow
 from starflow2.benchmarks.results import Result, number_form, read_result
 from starflow2.core.files import check_writable, replacing
 from starflow2.core.images import contact_sheet, picture_files, read_metadata, read_picture, save_png, to_pil
+from starflow2.core.places import check_walk
 from starflow2.core.serialize import read_json
 from starflow2.errors import ConfigError, DataError
 from starflow2.evals.statistics import Score
@@ -254,6 +255,7 @@ def _write_sheet(source: Path, folder: Path, used: set[str]) -> Path:
 
     Raises DataError where there are none.
     """
+    check_walk(source, "images", DataError)
     places = [source, *sorted(path for path in source.rglob("*") if path.is_dir())] if source.is_dir() else []
     files = [file for place in places for file in picture_files(place)][:SHOWN]
     if not files:

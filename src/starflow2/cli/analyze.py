@@ -148,13 +148,12 @@ class Analyze:
         return facts
 
     def _compare(self) -> JsonObject:
-        from starflow2.models.hub import NANO, pick_device
+        from starflow2.models.hub import find_model, pick_device
         from starflow2.research.ablations import CompareConfig, compare_and_keep
 
         config = replace(CompareConfig(), **self._settings())
-        folder = NANO if self.model == "nano" else Path(self.model)
         device = str(pick_device(self.device))
-        rows = compare_and_keep(folder, config, self.output, device=device, jobs=self.jobs or 1)
+        rows = compare_and_keep(find_model(self.model), config, self.output, device=device, jobs=self.jobs or 1)
         say(self.output / "compare.md")
         return {"rows": rows}
 

@@ -20,15 +20,15 @@ from torch import Tensor
 import starflow2
 from starflow2.cli import demo_conversations
 from starflow2.cli.demo_conversations import Conversations, DemoSuites, data_url, score_conversations
-from starflow2.core.files import check_writable, replacing
+from starflow2.core.files import check_writable, named_place, replacing
 from starflow2.core.images import PILImage, contact_sheet, save_png, to_pil
 from starflow2.core.serialize import read_json
-from starflow2.errors import CheckpointError, ConfigError
+from starflow2.errors import CheckpointError, ConfigError, OutputError
 from starflow2.evals.geneval import Drawer, Verdict, grade, name_scan, score_geneval
 from starflow2.evals.report import commit, write_json
 from starflow2.evals.statistics import Scores
 from starflow2.evals.suite import Progress, Report
-from starflow2.models.hub import NANO
+from starflow2.models.hub import find_model
 from starflow2.pipeline import StarFlow2
 from starflow2.world.captions import suite_drawings
 from starflow2.world.detector import detect
@@ -95,17 +95,17 @@ def make_demo(
     name: where the model is from, as StarFlow2.from_pretrained takes it. progress: called with (items done, items in
     all) of the current suite. suites: those of conversations. Raises what drawing and writing raise.
     """
-    folder = Path(folder)
+    folder, where = named_place(folder, "folder", OutputError), find_model(name)
     record = _DrawingRecord(model)
     scores = score_geneval(record, "test", quick=True, samples=1, parts=PARTS, progress=progress)
     demo = Demo(
         model=model.components.cfg.name,
         page=folder / "index.html",
-        weights_mb=round(_weights_mb(name, model), 2),
+        weights_mb=round(_weights_mb(where, model), 2),
         seconds_per_image=round(record.seconds / len(record.prompts), 4),
         scores=scores,
         shown=tuple(_graded(record, scores)),
-        card=_card(name),
+        card=_card(where),
         commit=commit(),
         conversations=score_conversations(model, progress, suites) if model.is_joint else None,
     )
@@ -179,19 +179,15 @@ def _summary(scores: Report) -> Json:
     return overall | {"n": scores.n, "by_category": by_category} | ceilings
 
 
-def _folder(name: str) -> Path:
-    return NANO if name == "nano" else Path(name)
-
-
-def _weights_mb(name: str, model: StarFlow2) -> float:
-    """Megabytes of the weight files; for a model from the Hub, of its tensors."""
-    size = sum(path.stat().st_size for path in _folder(name).rglob("*.safetensors"))
+def _weights_mb(folder: Path, model: StarFlow2) -> float:
+    """Megabytes of the weight files of a model folder; where there are none, of its tensors."""
+    size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     return (size or sum(t.nbytes for t in model.components.state_dict().values())) / 1e6
 
 
-def _card(name: str) -> Json:
+def _card(folder: Path) -> Json:
     """card.json of the model folder: how the weights were made and the scores of a full run; {} where there is none."""
-    path = _folder(name) / "card.json"
+    path = folder / "card.json"
     if not path.is_file():
         return {}
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from starflow2.cli.options import Device, check_seed, refuse, say, training_bar
+from starflow2.cli.options import Device, Model, check_seed, refuse, say, training_bar
 from starflow2.cli.parsing import Option, Positional
 from starflow2.core.files import check_writable
 
@@ -38,7 +38,7 @@ class Finetune:
     ] = None
     rank: Annotated[int, Option("rank of the adapters; a higher one learns more and forgets more")] = 16
     seed: Annotated[int, Option("seed of data order and noise")] = 0
-    model: Annotated[str, Option("nano, or a model folder", metavar="NAME")] = "nano"
+    model: Model = "nano"
     device: Device = "auto"
 
     def run(self, unknown: Sequence[str]) -> int:
@@ -46,7 +46,7 @@ class Finetune:
         check_seed(self.seed)
         check_writable(self.output / "config.json")
         from starflow2.models.config_file import read_config
-        from starflow2.models.hub import NANO, pick_device
+        from starflow2.models.hub import find_model, pick_device
         from starflow2.models.lora import LoraConfig
         from starflow2.training.finetune import FinetuneConfig, finetune, read_album
 
@@ -59,9 +59,9 @@ class Finetune:
             lora=LoraConfig(rank=self.rank),
             seed=self.seed,
         )
-        model = read_config(NANO if self.model == "nano" else Path(self.model)).model
-        album = read_album(self.folder, model.fae.image_size)
+        folder = find_model(self.model)
+        album = read_album(self.folder, read_config(folder).model.fae.image_size)
         device = pick_device(self.device).type
         with training_bar(config.stage()) as report:
-            say(finetune(album, self.model, self.output, config, device=device, report=report))
+            say(finetune(album, folder, self.output, config, device=device, report=report))
         return 0

@@ -30,7 +30,7 @@ from starflow2.cli.options import (
     say,
 )
 from starflow2.cli.parsing import Option, Positional
-from starflow2.core.files import check_writable
+from starflow2.core.files import check_writable, named_place
 from starflow2.core.serialize import JsonObject
 from starflow2.core.text import read_lines
 from starflow2.errors import OutputError, PromptError, UsageError, printable_line
@@ -214,7 +214,7 @@ def _plan(output: str, prompts: Sequence[str], seeds: Sequence[object]) -> _File
 
     In a folder, a file is named after its prompt and its seed.
     """
-    count, path = len(prompts) * len(seeds), Path(output)
+    count, path = len(prompts) * len(seeds), named_place(output, "--output", OutputError)
     if output.endswith(("/", "\\")) or path.is_dir():
         names = ["-".join(filter(None, (_slug(prompt), str(seed)))) for prompt in prompts for seed in seeds]
         counts: dict[str, int] = {"sheet": 1}

@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -239,6 +240,10 @@ def _value(kind: Any, text: str) -> Any:
         if text in known:
             return text
         raise argparse.ArgumentTypeError(f"expected {_listed(known)}, got {shown(text)}.{nearest(text[:60], known)}")
+    if kind is Path and not text.strip():  # which pathlib takes for the current folder
+        raise argparse.ArgumentTypeError(
+            f"expected the name of a file or folder, got {shown(text)}; ./ is the current folder"
+        )
     convert: Callable[[str], Any] = kind
     try:
         value = convert(text)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from starflow2.cli.options import PROGRAM, Device, find_recipe, refuse, say, training_bar
 from starflow2.cli.parsing import Option, Positional, flags, help_text, parse
 from starflow2.core.files import check_writable
-from starflow2.core.imports import find_object
+from starflow2.core.imports import find_object, foreign_code
 from starflow2.core.serialize import JsonObject
 from starflow2.core.text import read_lines
 from starflow2.errors import DataError, UsageError
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from starflow2.models.components import Components
     from starflow2.training.config import RunConfig, StageConfig
     from starflow2.training.evaluation import Evaluate
+    from starflow2.training.metrics import Log
 
 __all__ = ["Train"]
 
+LISTENER, MEASUREMENT = "a listener for metrics", "a function of (model, step)"  # of --log and of --evaluate
 FIXED = ("name",)  # of a stage: --stage chooses it
 DRAWS = ("t2i", "joint")  # stages whose models draw
 
@@ -189,7 +191,7 @@ class Train:
 
         device, evaluate, log = pick_device(self.device).type, self._evaluate(stage, folder), None
         if self.log is not None and os.environ.get("RANK", "0") == "0":
-            log = find_object(self.log, "a listener for metrics")(folder, run.stage(stage))
+            log = _own_listener(self.log, folder, run.stage(stage))
         with training_bar(run.stage(stage)) as report:
             return fit(run, stage, folder, resume=self.resume, device=device, report=report, evaluate=evaluate, log=log)
 
@@ -197,12 +199,36 @@ class Train:
         """Settings of evaluations: measurements and drawings of a stage."""
         found: list[Evaluate] = []
         if self.evaluate is not None:
-            found.append(find_object(self.evaluate, "a function of (model, step)"))
+            found.append(_own_measurement(self.evaluate))
         if self.sample_prompts is not None and stage in DRAWS:
             found.append(partial(_draw_samples, _prompts(self.sample_prompts), folder / f"samples-{stage}"))
         if not found:
             return None
         return lambda model, step: {name: value for one in found for name, value in one(model, step).items()}
+
+
+def _own_measurement(name: str) -> Evaluate:
+    """A user's function of (model, step) that measures a model in training. Raises ConfigError, also when it fails."""
+    measure = find_object(name, MEASUREMENT)
+
+    def evaluate(model: Components, step: int) -> dict[str, float]:
+        with foreign_code(name, MEASUREMENT):
+            return dict(measure(model, step))
+
+    return evaluate
+
+
+def _own_listener(name: str, folder: Path, stage: StageConfig) -> Log:
+    """What a user's function of (folder, stage) returns, to be called with metrics. Raises ConfigError, also later."""
+    begin = find_object(name, LISTENER)
+    with foreign_code(name, LISTENER):
+        log = begin(folder, stage)
+
+    def send(step: int, metrics: dict[str, float]) -> None:
+        with foreign_code(name, LISTENER):
+            log(step, metrics)
+
+    return send
 
 
 def _prompts(path: Path) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from starflow2.core.text import shown
 from starflow2.errors import ConfigError, nearest
@@ -34,8 +34,12 @@ __all__ = [
     "conform",
     "described",
     "number",
+    "of_kind",
     "whole",
 ]
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,6 +129,19 @@ def number(value: object, name: str, allowed: Range | None = None) -> float:
     return _within(found, name, allowed)
 
 
+def of_kind(value: object, kind: type[T], name: str, remedy: str = "") -> T:
+    """`value` itself, which is an instance of `kind`. Raises ConfigError, with the remedy, for anything else.
+
+    >>> of_kind("nano", dict, "settings", "dict(name='nano')")
+    Traceback (most recent call last):
+        ...
+    starflow2.errors.ConfigError: settings is 'nano' (str); expected dict: dict(name='nano').
+    """
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} is {described(value)}; expected {kind.__name__}{f': {remedy}' if remedy else ''}.")
+    return value
+
+
 def conform(kind: Any, value: object, name: str) -> Any:
     """`value` as the annotation `kind` describes it. Raises ConfigError, naming the field and what was expected.
 
@@ -141,7 +158,7 @@ def conform(kind: Any, value: object, name: str) -> Any:
     if kind in (bool, str):
         return _plain(kind, value, name)
     if dataclasses.is_dataclass(kind):
-        return _instance(kind, value, name)
+        return of_kind(value, kind, name)
     check = _CHECKS.get(get_origin(kind))
     return value if check is None else check(get_args(kind), value, name)
 
@@ -149,13 +166,7 @@ def conform(kind: Any, value: object, name: str) -> Any:
 def _plain(kind: Any, value: object, name: str) -> Any:
     if kind is bool and _is_bool(value):
         return bool(value)
-    return _instance(kind, value, name)
-
-
-def _instance(kind: Any, value: object, name: str) -> Any:
-    if not isinstance(value, kind):
-        raise ConfigError(f"{name} is {described(value)}; expected {kind.__name__}.")
-    return value
+    return of_kind(value, kind, name)
 
 
 def _literal(options: tuple[Any, ...], value: object, name: str) -> Any:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from starflow2.core.places import is_of_the_system
 from starflow2.core.text import shown
 from starflow2.errors import OutputError, StarFlowError
 
@@ -88,7 +89,8 @@ def check_writable(path: str | Path) -> None:
 
 
 def check_regular(path: str | Path) -> None:
-    """Raise OSError for a file that is not there, and for what is none: a folder, a pipe that waits, a device."""
+    """Raise OSError for a file that is not there, and for what is none: a folder, a pipe that waits, a device, and what
+    looks like a file below /proc, /sys or /dev."""
     if not isinstance(path, str | os.PathLike):  # a number would be that of an open file
         raise OSError(errno.EINVAL, f"{shown(path)} is not the name of a file")
     try:
@@ -97,6 +99,8 @@ def check_regular(path: str | Path) -> None:
         raise OSError(errno.EINVAL, str(error), str(path)) from error
     if not is_regular:
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    if is_of_the_system(path):
+        raise OSError(errno.EINVAL, "it is a file of the system and holds no data", str(path))
 
 
 def read_regular(path: str | Path, most: int) -> bytes:
@@ -171,6 +175,8 @@ def flush_folder(folder: Path) -> None:
 
 def regular_target(path: str | Path) -> Path:
     """Where links lead. Raises OutputError for a name that no file can have, and for what is no regular file."""
+    if not isinstance(path, str | os.PathLike) or not str(path).strip():
+        raise OutputError(f"cannot write {shown(path)}: expected the name of a file.")
     try:
         target = Path(os.path.realpath(path))
         is_other = target.exists() and not target.is_file()

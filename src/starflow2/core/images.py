@@ -37,6 +37,7 @@ from torch import Tensor
 from starflow2.core.colours import to_srgb
 from starflow2.core.fields import Range, whole
 from starflow2.core.files import replacing
+from starflow2.core.places import is_of_the_system
 from starflow2.core.png import missing_bytes
 from starflow2.core.text import shown
 from starflow2.errors import ConfigError, DataError, OutputError, PromptError, ShapeError, printable_line
@@ -371,7 +372,7 @@ def _bytes_of(source: object, name: str) -> bytes:
 
 def _file_bytes(path: str | os.PathLike[str], name: str) -> bytes:
     try:
-        if Path(path).is_file():
+        if Path(path).is_file() and not is_of_the_system(path):
             with Path(path).open("rb") as file:
                 return _bounded(file.read(MAX_BYTES + 1), name)
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", name):

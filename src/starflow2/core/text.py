@@ -10,6 +10,7 @@ import re
 import unicodedata
 from pathlib import Path
 
+from starflow2.core.places import is_of_the_system
 from starflow2.errors import DataError, PromptError, printable_line
 
 __all__ = ["clean", "read_lines", "read_text", "shown"]
@@ -74,7 +75,7 @@ def read_text(path: str | Path) -> str:
     if not isinstance(path, str | os.PathLike):
         raise DataError(f"cannot read {name} ({type(path).__name__}): expected the name of a text file.")
     try:
-        if Path(path).exists() and not Path(path).is_file():
+        if Path(path).exists() and (not Path(path).is_file() or is_of_the_system(path)):
             raise DataError(f"cannot read {name}: it is no regular file; expected a UTF-8 text file.")
         with Path(path).open("rb") as file:
             data = file.read(MAX_BYTES + 1)

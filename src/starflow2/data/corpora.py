@@ -65,7 +65,7 @@ def find_schema(name: str) -> Schema:
             fields["json"] = record.json.values
         try:
             found = function(fields)
-        except Exception as error:  # code of a user: it is counted, and `data check` shows it
+        except (Exception, SystemExit) as error:  # code of a user: it is counted, and `data check` shows it
             raise Broken("refused", f"{type(error).__name__}: {error}") from error
         return dict(typed(found, Mapping, f"what {name} returns"))
 

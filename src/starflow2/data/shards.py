@@ -27,6 +27,7 @@ import numpy as np
 from starflow2.core.fields import Range, whole
 from starflow2.core.files import check_regular
 from starflow2.core.json_reader import JsonObject, parse_record
+from starflow2.core.places import check_walk
 from starflow2.data.progress import PassProgress, Place, Unit, pass_units
 from starflow2.errors import ConfigError, DataError, StarFlowError
 
@@ -224,6 +225,7 @@ def _find(url: str, format: Format) -> tuple[str, list[str]]:
         )
     if not url.strip():
         raise DataError("url is empty; expected a file, a folder or a pattern such as 'data/*.tar'.")
+    _check_place(url)
     kinds: list[Format] = (
         [format] if format in ENDINGS else [k for k in ENDINGS if url.endswith(ENDINGS[k])] or list(ENDINGS)
     )
@@ -243,6 +245,13 @@ def _find(url: str, format: Format) -> tuple[str, list[str]]:
     return "folder", [url]
 
 
+def _check_place(pattern: str) -> None:
+    """Raise DataError for a local pattern that lists the whole disk or what the system shows of itself."""
+    scheme, colon, path = pattern.rpartition("://")
+    if not colon or scheme.endswith(("file", "local")):
+        check_walk(path, "url", DataError)
+
+
 def _is_data(file: str) -> bool:
     return posixpath.basename(file) != METADATA
 
@@ -256,6 +265,7 @@ def _within(folder: str, name: str) -> str:
 def _resolved(pattern: str) -> list[str]:
     """The files that match a path, a URL or a pattern; maybe none."""
     data_files = needs("datasets.data_files")
+    _check_place(pattern)
     if "://" not in pattern and Path(pattern).is_file():  # even if its name looks like a pattern
         return [pattern]
     if pattern.startswith("~") and not Path(pattern.split("/")[0]).exists():  # a shell expands it, or it was quoted

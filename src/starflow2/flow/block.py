@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from starflow2.core.fields import Config, Range, Size, Weight, whole
+from starflow2.core.fields import Config, Range, Size, Weight, of_kind, whole
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.flow.affine import Affine, Scale, soft_clip, strengths
 from starflow2.flow.context import Context, Guide
 from starflow2.flow.noise import NoiseEmbedding
-from starflow2.flow.solver import SEQUENTIAL, Predict, Progress, Solver, differentiable, solve
+from starflow2.flow.solver import SEQUENTIAL, BlockJacobi, Predict, Progress, Solver, differentiable, solve
 from starflow2.flow.stepper import Stepper
 from starflow2.nn import (
     Cache,
@@ -146,7 +146,7 @@ class AffineBlock(nn.Module):
 
     def __init__(self, cfg: BlockConfig) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg = of_kind(cfg, BlockConfig, "cfg")
         width = cfg.stack.width
         self.proj_in = nn.Linear(cfg.dim * (4 if cfg.stencil else 1), width)
         if cfg.start != "none":
@@ -204,6 +204,7 @@ class AffineBlock(nn.Module):
         check(z, "B N D", "z", N=self.cfg.num_latents, D=self.cfg.dim)
         check_floating(z, "z")
         z = scan(at_least_fp32(z), self.cfg.direction)
+        of_kind(solver, BlockJacobi, "solver", "Sequential(), Jacobi() or BlockJacobi(chunk=...)")
         how: Reading = "steps" if solver.chunk == 1 and Stepper.fits(self) else "chunks"
         with torch.no_grad():
             x = solve(self.predictor(len(z), context, noise_level, guide, how), z, solver, progress).x
@@ -233,6 +234,8 @@ class AffineBlock(nn.Module):
         """
         if guide is None:
             return self._bound(self.begin(batch, context, noise_level, cached=how != "whole"), how)
+        of_kind(guide, Guide, "guide")
+        of_kind(guide.unconditional, Context, "unconditional")
         if context is None:
             raise ConfigError("context is None but guide is given; expected the conditional context beside it.")
         level = None if noise_level is None else noise_level.repeat(2)
@@ -400,7 +403,7 @@ class AffineBlock(nn.Module):
                 f"noise={self.cfg.noise}; expected levels (B,) with True and None with False."
             )
         if context is not None:
-            context.check(batch, self.cfg.context_dim)
+            of_kind(context, Context, "context").check(batch, self.cfg.context_dim)
         if noise_level is not None:
             check(noise_level, "B", "noise_level", B=batch)
             if is_readable(noise_level) and not bool((noise_level > 0).all()):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from starflow2.core.fields import SEEDS, Config, Count, Range, Seed, Weight, described, number, whole
+from starflow2.core.fields import SEEDS, Config, Count, Range, Seed, Weight, described, number, of_kind, whole
 from starflow2.errors import ConfigError, DataError, ShapeError, TrainingError
 from starflow2.flow.block import BlockConfig
 from starflow2.flow.context import Context
@@ -65,7 +65,7 @@ class Density(nn.Module):
         """patch: side of the squares of a picture that are its latents, None for vectors and rows of vectors."""
         super().__init__()
         self.shape, self.patch, self.spacing = tuple(shape), patch, spacing
-        self.flow = flow
+        self.flow = of_kind(flow, Flow, "flow", "density(shape) makes one")
         self.standard = Standardize(self.shape)
 
     # -- what it is for -----------------------------------------------------------------------------
@@ -255,9 +255,7 @@ def _alternating(last: BlockConfig, blocks: int) -> FlowConfig:
 
 def _instance(kind: type[T], value: T | None, name: str) -> T | None:
     """The value, if it is of this kind or None. Raises ConfigError."""
-    if value is not None and not isinstance(value, kind):
-        raise ConfigError(f"{name} is {described(value)}; expected a {kind.__name__}.")
-    return value
+    return None if value is None else of_kind(value, kind, name)
 
 
 def _check_labels(labels: Tensor, count: int) -> None:

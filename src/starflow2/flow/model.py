@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from starflow2.core.fields import Config, Range, Weight, whole
+from starflow2.core.fields import Config, Range, Weight, conform, of_kind, whole
 from starflow2.errors import ConfigError, ShapeError
 from starflow2.flow.affine import Guidance, Schedule, standard_normal_log_prob
 from starflow2.flow.block import AffineBlock, BlockConfig
@@ -75,7 +75,7 @@ class ShallowFlow(nn.Module):
 
     def __init__(self, blocks: tuple[BlockConfig, ...]) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(AffineBlock(b) for b in blocks)
+        self.blocks = nn.ModuleList(AffineBlock(b) for b in conform(tuple[BlockConfig, ...], blocks, "blocks"))
 
     def forward(self, x: Tensor, noise_level: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x: (B, N, D) -> u: (B, N, D) and log|du/dx|: (B,) nats."""
@@ -104,7 +104,7 @@ class Flow(nn.Module):
 
     def __init__(self, cfg: FlowConfig) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg = of_kind(cfg, FlowConfig, "cfg")
         self.shallow = ShallowFlow(cfg.shallow)
         self.deep = AffineBlock(cfg.deep)
 
@@ -163,7 +163,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """`sample` with gradients by the weights, the conditions and z, for losses on samples (reparametrised)."""
-        config = config or SampleConfig()
+        config = SampleConfig() if config is None else of_kind(config, SampleConfig, "config")
         guide = None
         if config.guidance:
             if unconditional is None:
@@ -217,6 +217,8 @@ class Flow(nn.Module):
                 raise ConfigError("generator is given beside z; expected a number of samples with a generator.")
             return z
         count = whole(z, "z", Range(least=1))
+        if generator is not None:
+            of_kind(generator, torch.Generator, "generator")
         weight = self.deep.head.weight
         shape = (count, self.cfg.deep.num_latents, self.cfg.deep.dim)
         device = weight.device if generator is None else generator.device

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from starflow2.core.fields import of_kind
 from starflow2.errors import ConfigError, DataError, PromptError, StateError
 from starflow2.flow.affine import strengths
 from starflow2.inference.backend import Backend, Begin, Chunk, LaneMark, NewImage, Pair, Span
@@ -114,7 +115,8 @@ class Engine:
 
     def __init__(self, sampler: Sampler, backend: Backend | None = None, *, budget: int | None = None) -> None:
         """budget: bytes that the caches of all rows may take; None: any number."""
-        self.sampler, self.backend, self.budget = sampler, backend or sampler.backend(), budget
+        self.sampler = of_kind(sampler, Sampler, "sampler", "model.sampler() makes that of a model")
+        self.backend, self.budget = backend or sampler.backend(), budget
         self._rows: dict[int, _Row] = {}
         self._numbers = itertools.count()
         self._blank: tuple[int, Cursor] | None = None  # a lane that has read the empty prompt, and its positions

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from starflow2.core.fields import of_kind
 from starflow2.core.torch_defaults import inference_defaults
 from starflow2.errors import ConfigError, DataError, StateError
 from starflow2.inference.backend import Backend
@@ -38,9 +39,9 @@ class Sampler:
 
     @inference_defaults()
     def __init__(self, components: Components, config: DrawConfig | None = None) -> None:
+        self.components = of_kind(components, Components, "components", "load_components(folder) reads them")
         _check_precision(components)
-        self.components = components
-        self.config = config or DrawConfig.for_model(components)
+        self.config = DrawConfig.for_model(components) if config is None else of_kind(config, DrawConfig, "config")
         self._check_cleanup()
         doubles = self.config.precision == "float64"
         self.dtype = torch.float64 if doubles else components.flow.deep.head.weight.dtype

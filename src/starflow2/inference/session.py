@@ -18,13 +18,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from starflow2.core.fields import SEEDS, whole
+from starflow2.core.fields import SEEDS, of_kind, whole
 from starflow2.core.files import named_place
 from starflow2.core.images import PictureSource, read_picture, to_pil
 from starflow2.core.memory import free_bytes
 from starflow2.core.text import shown
 from starflow2.core.torch_defaults import inference_defaults
-from starflow2.errors import CheckpointError, ConfigError, OutputError, PromptError, StateError
+from starflow2.errors import CheckpointError, OutputError, PromptError, StateError
 from starflow2.inference.config import ReplyLimits
 from starflow2.inference.doors import InUse, exclusive, exclusive_events
 from starflow2.inference.engine import Engine, RowMark, RowState
@@ -107,7 +107,7 @@ class Session:
 
     @inference_defaults()
     def __init__(self, sampler: Sampler, seed: int = 0) -> None:
-        _check_sampler(sampler)
+        of_kind(sampler, Sampler, "sampler", "model.sampler() makes that of a model")
         missing = [stage for stage in ("t2i", "adapter", "joint") if stage not in sampler.components.finished_stages]
         if missing:
             done = ", ".join(sampler.components.finished_stages) or "none"
@@ -476,12 +476,6 @@ class Session:
                 x, u, image = (tensors[f"picture.{i}.{name}"] for name in ("x", "u", "image"))
                 picture = DecodedImage(x, u, piece.noise_level, image, *piece.nats)
             self.pieces.append(Piece(piece.who, piece.text, picture))
-
-
-def _check_sampler(sampler: object) -> None:
-    if not isinstance(sampler, Sampler):
-        wanted = "expected that of a model, model.sampler()"
-        raise ConfigError(f"sampler is {shown(sampler)} ({type(sampler).__name__}); {wanted}.")
 
 
 def checked_part(components: Components, part: Said) -> str | Tensor:

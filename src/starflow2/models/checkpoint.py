@@ -25,12 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from starflow2.core.files import file_digest
+from starflow2.core.files import file_digest, named_place
 from starflow2.core.folders import is_ours, replacing_content, stamp, whole
 from starflow2.core.serialize import to_dict
 from starflow2.core.text import read_text
 from starflow2.core.torch_defaults import torch_defaults
-from starflow2.errors import CheckpointError, ConfigError, DataError, StarFlowError, nearest
+from starflow2.errors import CheckpointError, ConfigError, DataError, OutputError, StarFlowError, nearest
 from starflow2.flow import AffineBlock, Flow
 from starflow2.models.components import Components, without_values
 from starflow2.models.config import CodecConfig, ExtractorConfig, FaeConfig, ModelConfig
@@ -68,7 +68,7 @@ def save_components(components: Components, folder: str | Path) -> Path:
     finite; ConfigError for components without a tokenizer.
     """
     _ = components.tokenizer  # raises now, before anything is written
-    folder = Path(folder).resolve()
+    folder = named_place(folder, "folder", OutputError).resolve()
     _check_finite(components, f"cannot save to {folder}")
     try:
         _check_replaceable(folder)

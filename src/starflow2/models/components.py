@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import TypeVar
 
+from starflow2.core.fields import of_kind
 from starflow2.errors import ConfigError
 from starflow2.flow import Flow
 from starflow2.models.config import CodecConfig, ExtractorConfig, FaeConfig, ModelConfig
@@ -59,7 +60,8 @@ class Components(nn.Module, Generic[Language, Joining]):
         modules: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        self.cfg, self._tokenizer = cfg, tokenizer
+        self.cfg = of_kind(cfg, ModelConfig, "cfg", "load_components(folder) reads the components of a model")
+        self._tokenizer = None if tokenizer is None else of_kind(tokenizer, ChatTokenizer, "tokenizer")
         self.vocabulary: frozenset[str] = frozenset()  # words that prompts may use; empty: any
         self.finished_stages: tuple[str, ...] = ()
         self.fingerprints: dict[str, str] = {}  # of pretrained components that a folder refers to, once loaded

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from starflow2.core.imports import find_object
+from starflow2.core.imports import find_object, foreign_code
 from starflow2.errors import ConfigError
 from starflow2.models.config import CodecConfig, ExtractorConfig
 from starflow2.models.protocols import Codec, FeatureExtractor
@@ -54,8 +54,9 @@ def _built(place: str, name: str, settings_place: str, settings: Mapping[str, An
     found = find_object(name, place)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ConfigError(f"{place} is {name!r}; expected a class that derives from torch.nn.Module.")
-    try:
-        built: nn.Module = found(**settings)
-    except TypeError as error:
-        raise ConfigError(f"{settings_place} do not fit {name}: {error}.") from error
+    with foreign_code(name, place):
+        try:
+            built: nn.Module = found(**settings)
+        except TypeError as error:
+            raise ConfigError(f"{settings_place} do not fit {name}: {error}.") from error
     return built

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from starflow2.core.fields import Config, Count, Positive, Seed, Weight
-from starflow2.core.files import replacing
+from starflow2.core.files import named_place, replacing
 from starflow2.core.images import to_bytes, to_floats
-from starflow2.errors import CheckpointError, ConfigError, nearest
+from starflow2.errors import CheckpointError, ConfigError, OutputError, nearest
 from starflow2.evals.geneval import GenevalSuite
 from starflow2.evals.mme import MmeSuite
 from starflow2.evals.report import KeptRows
@@ -226,7 +226,10 @@ def compare_and_keep(
 
     A later call continues one that was stopped. Raises ConfigError if compare.json is of another budget or model.
     """
-    table = KeptRows(Path(output) / "compare.json", asdict(config) | {"model": fingerprint(Path(folder))})
+    table = KeptRows(
+        named_place(output, "output", OutputError) / "compare.json",
+        asdict(config) | {"model": fingerprint(Path(folder))},
+    )
     rows: list[Row] = []
     done = cast(list[Row], table.read())
     for row in compare(folder, config, done=done, device=device, jobs=jobs, workers=workers, scorer=scorer):

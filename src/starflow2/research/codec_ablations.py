@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from starflow2.core.fields import Config, Count, Seed, Weight
-from starflow2.core.files import replacing
+from starflow2.core.files import named_place, replacing
 from starflow2.core.images import to_floats
+from starflow2.errors import OutputError
 from starflow2.evals.codec import codec_pictures, evaluate_codec
 from starflow2.evals.geneval import score_geneval
 from starflow2.evals.report import KeptRows
@@ -136,7 +137,10 @@ def compare_codecs(
     own if several. Each row is written to output/codecs.json at once and not measured again by a later call. Raises
     ConfigError if that file is of another budget or model.
     """
-    table = KeptRows(Path(output) / "codecs.json", asdict(config) | {"model": fingerprint(Path(folder))})
+    table = KeptRows(
+        named_place(output, "output", OutputError) / "codecs.json",
+        asdict(config) | {"model": fingerprint(Path(folder))},
+    )
     rows = cast(list[Row], table.read())
     known = {(row["arm"], row["seed"]) for row in rows}
     units = [(arm, seed) for seed in config.seeds for arm in ARMS if (arm, seed) not in known]

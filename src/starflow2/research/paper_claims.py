@@ -14,9 +14,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from starflow2.core.files import replacing
+from starflow2.core.files import named_place, replacing
 from starflow2.core.serialize import read_json
-from starflow2.errors import ConfigError, DataError
+from starflow2.errors import ConfigError, DataError, OutputError
 from starflow2.evals.mme import COIN
 from starflow2.world.questions import SUBTASKS
 
@@ -243,7 +243,7 @@ def write_claims(folder: str | Path) -> Path:
 
     Raises DataError if one is not JSON, or not the results that a claim reads.
     """
-    folder = Path(folder)
+    folder = named_place(folder, "folder", OutputError)
     results = {path.stem: _read(path) for path in sorted(folder.glob("*.json"))}
     rows = [(claim, _found(claim, results, folder)) for claim in CLAIMS]
     lines = ["# The paper's claims at nano's size", "", "| claim | where | verdict | measured |", "|---|---|---|---|"]

@@ -22,6 +22,7 @@ from typing import Self
 
 import torch
 
+from starflow2.core.fields import of_kind
 from starflow2.core.images import MAX_PIXELS, read_picture
 from starflow2.errors import ConfigError, StarFlowError, StateError
 from starflow2.inference.engine import Engine
@@ -59,7 +60,7 @@ class Service:
     def __init__(
         self, model: StarFlow2, limits: ServeLimits | None = None, folder: Path | None = None, *, number: int = 0
     ) -> None:
-        if not model.is_joint:
+        if not of_kind(model, StarFlow2, "model", "StarFlow2.from_pretrained(name) loads one").is_joint:
             raise StateError("a service needs a model that has finished stage joint; train it further.")
         self.model, self.limits, self.sampler = model, limits or ServeLimits(), model.sampler()
         self.number, self.counts = number, Counts()

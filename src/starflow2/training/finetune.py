@@ -29,7 +29,7 @@ from starflow2.errors import ConfigError, DataError, StateError
 from starflow2.models import lora
 from starflow2.models.checkpoint import load_components, save_components
 from starflow2.models.components import Components
-from starflow2.models.hub import NANO, pick_device
+from starflow2.models.hub import find_model, pick_device
 from starflow2.models.lora import LoraConfig
 from starflow2.models.prompts import normalized
 from starflow2.models.sequence import Layout, pack
@@ -195,7 +195,7 @@ def finetune(
     device: str = "cpu",
     report: Report | None = None,
 ) -> Path:
-    """Train adapters of a model, "nano" or a folder, on an album and write the whole adapted model to `output`.
+    """Train adapters of a model, by name, folder or Hub id, on an album and write the whole adapted model to `output`.
 
     The adapters alone are written to output/adapter.safetensors; `lora.load` puts them back on the model they came
     from. Raises StateError for a model that does not draw yet, DataError for captions it cannot read, CheckpointError,
@@ -203,7 +203,7 @@ def finetune(
     """
     pick_device(device)
     check_writable(output / "config.json")
-    components = load_components(NANO if str(model) == "nano" else model, device)
+    components = load_components(find_model(model), device)
     task = finetune_task(components, album, config)
     fit_task(task, device=device, report=report)
     tensors, metadata = lora.contents(components, config.lora)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
+from starflow2.core.files import named_place
 from starflow2.core.torch_defaults import torch_defaults
-from starflow2.errors import TrainingError
+from starflow2.errors import OutputError, TrainingError
 from starflow2.models.checkpoint import save_components
 from starflow2.models.components import Components
 from starflow2.training.checkpoint import CheckpointStore, Resume, Saved, store_for
@@ -58,7 +59,7 @@ def fit(
     line of metrics. Raises TrainingError, also while another run trains in the folder, ConfigError, DataError,
     OutputError.
     """
-    stage, folder, wanted = run.stage(stage_name), Path(folder), Resume.parse(resume)
+    stage, folder, wanted = run.stage(stage_name), named_place(folder, "folder", OutputError), Resume.parse(resume)
     check_source(run.model, stage)
     check_start(run, stage_name, folder)
     check_mixture(stage)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 
-from starflow2.core.imports import find_object, importable_folder
+from starflow2.core.imports import find_object, foreign_code, importable_folder
 from starflow2.errors import ConfigError, nearest
 from starflow2.flow import BlockConfig, FlowConfig, NoiseConfig
 from starflow2.models.config import (
@@ -629,7 +629,7 @@ def find(name: str) -> RunConfig:
         signature(recipe).bind()  # a function that needs arguments is no recipe
     except (TypeError, ValueError) as error:
         raise ConfigError(f"cannot use {name!r} as a recipe: {error}.") from error
-    with importable_folder():
+    with foreign_code(name, "a recipe"), importable_folder():
         run = recipe()
     if not isinstance(run, RunConfig):
         raise ConfigError(f"recipe {name!r} gave {type(run).__name__}; expected a function that returns RunConfig.")
