@@ -74,7 +74,7 @@ def _forgetful(right: Any) -> Any:
 def _faint(right: Any) -> Any:
     def read(self: Any, buffer: Any, target: int) -> Any:
         for layer in self.layers:
-            layer.kept[:, :, :, : self.run.prefix.length + target - 1].mul_(0.9)
+            layer.values[:, : self.run.prefix.length + target - 1].mul_(0.9)
         return right(self, buffer, target)
 
     return read

@@ -72,15 +72,21 @@ def _adder(module: nn.Module) -> Adder:
 
 
 class _Layer:
-    """One layer of the stack at single positions; `kept`: (B, 2, H, P + N, K), keys and values."""
+    """One layer of the stack at single positions, with the keys (B H, K, P + N) and values (B H, P + N, K) of all.
 
-    def __init__(self, layer: Any, kept: Tensor) -> None:
-        batch, _, heads, _, size = kept.shape
-        self.kept, self.slots = kept, kept.unbind(3)
-        line = kept.new_empty(batch, 3 * heads * size)  # queries, keys and values of the position
-        self.line = line.view(batch, 3, heads, size)
-        self.query, self.pair = self.line[:, 0].unsqueeze(2), self.line[:, 1:]
+    Attention is two products: for one query torch's fused kernel takes longer on CPUs.
+    """
+
+    def __init__(self, layer: Any, batch: int, total: int, like: Tensor) -> None:
         attention, mlp = layer.attention, layer.mlp
+        heads, size = attention.heads, attention.head_dim
+        line = like.new_empty(batch, 3 * heads * size)  # queries, keys and values of the position
+        self.line, self.scale = line.view(batch, 3, heads, size), 1 / math.sqrt(size)
+        self.sources = self.line.unbind(1)  # 3 x (B, H, K)
+        query = like.new_empty(batch, heads, size)
+        keys, values = like.new_zeros(batch, heads, size, total), like.new_zeros(batch, heads, total, size)
+        self.targets = query, keys.unbind(3), values.unbind(2)
+        self.query, self.keys, self.values = query.view(-1, 1, size), keys.flatten(0, 1), values.flatten(0, 1)
         self.norm, self.qkv, self.proj = (
             _function(attention.norm),
             _writer(attention.qkv, line),
@@ -92,9 +98,15 @@ class _Layer:
             self.mlp_norm, self.up, self.down = _function(mlp.norm), _function(mlp.up), _adder(mlp.down)
         self.see(0)
 
+    def fill(self, keys: Tensor, values: Tensor) -> None:
+        """Take over keys and values (B, H, P, K) of the first positions."""
+        count = keys.shape[2]
+        self.keys[:, :, :count] = keys.flatten(0, 1).transpose(1, 2)
+        self.values[:, :count] = values.flatten(0, 1)
+
     def see(self, count: int) -> None:
-        """Let the next steps read the first `count` keys and values, 2 x (B, H, count, K)."""
-        self.keys, self.values = self.kept.narrow(3, 0, count).unbind(1)
+        """Let the next steps read the first `count` keys and values."""
+        self.seen_keys, self.seen_values = self.keys.narrow(2, 0, count), self.values.narrow(1, 0, count)
 
     def _gelu_mlp(self, h: Tensor) -> Tensor:
         return self.down(h, F.gelu(self.up(self.mlp_norm(h))))
@@ -105,9 +117,13 @@ class _Layer:
         if turn is not None:
             pairs = torch.view_as_complex(self.line.unflatten(-1, (-1, 2)))
             self.line.copy_(torch.view_as_real(pairs * turn).flatten(-2))
-        self.slots[end - 1].copy_(self.pair)
-        out = F.scaled_dot_product_attention(self.query, self.keys, self.values, mask)  # (B, H, 1, K)
-        return self.mlp(self.proj(h, out.reshape(h.shape)))
+        query, keys, values = self.targets
+        query.copy_(self.sources[0])
+        keys[end - 1].copy_(self.sources[1])
+        values[end - 1].copy_(self.sources[2])
+        scores = torch.baddbmm(mask, self.query, self.seen_keys, alpha=self.scale)  # (B H, 1, T)
+        out = torch.bmm(torch.softmax(scores, -1), self.seen_values)
+        return self.mlp(self.proj(h, out.view(h.shape)))
 
 
 class _Head:
@@ -180,17 +196,17 @@ class Stepper:
         self.added = (added if projection is None else added + projection[0]).unbind(0)
         self.rotations = self._rotations(block.slot_positions(prefix.step, 1 - shift, count - shift))
         seen = weight.new_zeros(1, prefix.length) if prefix.attend is None else _added_to_scores(prefix.attend, weight)
-        self.mask = F.pad(seen, (0, count), value=-math.inf)[:, None, None]  # (B or 1, 1, 1, P + N), added to scores
-        self.opens, self.window, self.visible = self.mask.unbind(3), self.mask[..., :0], 0
+        seen = seen.repeat_interleave(stack.heads if len(seen) > 1 else 1, 0)
+        self.mask = F.pad(seen, (0, count), value=-math.inf).unsqueeze(1)  # (B H or 1, 1, P + N), added to scores
+        self.opens, self.window, self.visible = self.mask.unbind(2), self.mask[..., :0], 0
         layers: list[Any] = list(block.body.layers)
-        shape = (batch, 2, stack.heads, total, stack.head_dim)
-        self.layers = [_Layer(layer, weight.new_zeros(shape)) for layer in layers]  # 0: what is masked is read, too
+        self.layers = [_Layer(layer, batch, total, weight) for layer in layers]
         self.head = _Head(block)
         if self.run.cache is None or not prefix.length:
             return
         state = self.run.cache.state()
         for i, layer in enumerate(self.layers):
-            layer.kept[:, :, :, : prefix.length] = torch.stack([state[f"{i}.k"], state[f"{i}.v"]], dim=1)
+            layer.fill(state[f"{i}.k"], state[f"{i}.v"])
 
     def _added(self, batch: int) -> Tensor:
         """Learned position and noise level, added to the slot of each target from 1 on: (N - 1, B or 1, C)."""
@@ -224,7 +240,7 @@ class Stepper:
 
     def _see(self, end: int) -> None:
         """Let steps from `end` on read one window more of keys and values."""
-        self.visible = min(-(-end // WINDOW) * WINDOW, self.mask.shape[3])
+        self.visible = min(-(-end // WINDOW) * WINDOW, self.mask.shape[2])
         self.window = self.mask[..., : self.visible]
         for layer in self.layers:
             layer.see(self.visible)

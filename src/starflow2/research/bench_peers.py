@@ -28,7 +28,7 @@ __all__ = ["flow", "of_apple"]
 
 ROWS, LATENTS, DIM = 8, 32, 4  # rows of vectors of 128 numbers
 NORMFLOWS, ZUKO = 256, 296  # hidden widths with about as many parameters as our block has
-LAYERS, NARROW = 4, 76  # of a flow with about as many parameters as density(128) has
+LAYERS, NARROW = 4, 100  # of a flow with about as many parameters as density(128) has
 WORDS = 24  # of a prompt
 
 
