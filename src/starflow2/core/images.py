@@ -49,6 +49,7 @@ __all__ = [
     "FRAME",
     "INK",
     "MARGIN",
+    "MAX_BYTES",
     "MAX_PIXELS",
     "PAPER",
     "PICTURE_ENDINGS",
