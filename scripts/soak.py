@@ -127,7 +127,7 @@ def _many_at_once(model: StarFlow2, folder: Path, number: int) -> None:
 
 def _suites(model: StarFlow2, folder: Path, number: int) -> None:
     """A suite of the drawn world, and a folder of a published benchmark: drawn, gone on with, read and scored."""
-    score_suite(model, "mme", "val", quick=True)
+    score_suite(model, "mme", "dev", quick=True)
     cases: Any = importlib.import_module("benchmark_cases")
     place = folder / "benchmark"
     shutil.rmtree(place, ignore_errors=True)

@@ -426,13 +426,15 @@ def test_a_recipe_that_exits_is_one_refusal(place, source, capsys):
     assert f"as a recipe: it calls sys.exit(0) at {Path.cwd()}/exits_at_{place}.py:" in said
 
 
-def test_measurements_and_listeners_that_exit_are_refusals_too(capsys):
+@pytest.mark.parametrize("option", [("--evaluate", "now"), ("--log", "now"), ("--log", "later")], ids="-".join)
+def test_measurements_and_listeners_that_exit_are_refusals_too(option, capsys):
     tiny_folder(Path("run"))
     Path("my_run.py").write_text("from model_cases import tiny_run\n\ndef mine():\n    return tiny_run(steps=1)\n")
     Path("leaving.py").write_text("import sys\n\ndef now(*_):\n    sys.exit(4)\n\ndef later(*_):\n    return now\n")
     argv = ["train", "my_run:mine", "--stage", "t2i", "-o", "run", "--device", "cpu"]
-    for option in (["--evaluate", "leaving:now"], ["--log", "leaving:now"], ["--log", "leaving:later"]):
-        assert "it calls sys.exit(4) at" in refused(capsys, *argv, *option)
+    assert main([*argv, option[0], f"leaving:{option[1]}"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("starflow2: error: cannot use 'leaving:") and "it calls sys.exit(4) at" in last
 
 
 def test_a_recipe_of_ones_own_trains_resumes_and_reports(capsys):
