@@ -413,7 +413,7 @@ FAULTS = (
     Fault(
         "b16",
         "core/files.py",
-        "if not isinstance(path, str | os.PathLike) or not str(path).strip():\n        raise OutputError",
+        "if not isinstance(name, str | os.PathLike) or not str(name).strip():\n        raise OutputError",
         "if False:\n        raise OutputError",
         "tests/core/test_files.py::test_an_empty_name_is_no_place_to_write_to",
     ),

@@ -112,7 +112,7 @@ def read_questions(path: str | Path) -> dict[str, list[Question]]:
     return dict(found)
 
 
-def _lines_of(reader: csv.DictReader[str], path: str | Path) -> Iterator[dict[str, str | None]]:
+def _lines_of(reader: csv.DictReader[str], path: str | Path) -> Iterator[Mapping[str, str]]:
     """Lines of a table. Raises DataError for what is none, such as a cell without an end."""
     try:
         yield from reader

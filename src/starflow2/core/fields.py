@@ -157,8 +157,9 @@ def conform(kind: Any, value: object, name: str) -> Any:
         return number(value, name, allowed)
     if kind in (bool, str):
         return _plain(kind, value, name)
+    declared: Any = kind
     if dataclasses.is_dataclass(kind):
-        return of_kind(value, kind, name)
+        return of_kind(value, declared, name)
     check = _CHECKS.get(get_origin(kind))
     return value if check is None else check(get_args(kind), value, name)
 

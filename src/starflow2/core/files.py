@@ -175,7 +175,8 @@ def flush_folder(folder: Path) -> None:
 
 def regular_target(path: str | Path) -> Path:
     """Where links lead. Raises OutputError for a name that no file can have, and for what is no regular file."""
-    if not isinstance(path, str | os.PathLike) or not str(path).strip():
+    name: object = path  # from outside: anything
+    if not isinstance(name, str | os.PathLike) or not str(name).strip():
         raise OutputError(f"cannot write {shown(path)}: expected the name of a file.")
     try:
         target = Path(os.path.realpath(path))
