@@ -150,7 +150,7 @@ def _server(model: StarFlow2, folder: Path, number: int) -> None:
         for end in ends:
             ask = Ask(parts=["what color is it?"], mode="text", limits=limits, previous=end.id, tries=1)
             list(service.submit(ask))
-            service.drop(end.id, LOCAL)
+            service.drop(end.id or "", LOCAL)
 
 
 def _training(model: StarFlow2, folder: Path, number: int) -> None:

@@ -128,7 +128,8 @@ def requests(rng: random.Random, bench: Bench) -> Case:
         return _elsewhere(rng, bench)
     if kind == "form":
         return _form(rng, bench)
-    tree, judge = copy.deepcopy(right), anything
+    tree = copy.deepcopy(right)
+    judge: Callable[[Any], bool] | None = anything
     what = f"{path} {kind}"
     if kind in ("value", "missing"):
         before = copy.deepcopy(tree)
@@ -247,8 +248,9 @@ def kept_replies(rng: random.Random, bench: Bench) -> Case:
         what = spoil_metadata(meta, rng)
         save_file(tensors, path, meta)
     else:
-        what = {"right": "right", "tensor": spoil_tensors, "bytes": spoil_bytes}[kind]
-        what = what(path, rng) if callable(what) else what
+        what = "right"
+        if kind != "right":
+            what = spoil_tensors(path, rng) if kind == "tensor" else spoil_bytes(path, rng)
     body = json.dumps({"input": QUESTION, "max_output_tokens": 2, "store": False, "previous_response_id": name})
 
     def call() -> bytes:
