@@ -554,3 +554,22 @@ def test_a_stage_trains_on_batches_of_real_corpora_as_on_drawn_ones(tmp_path):
     assert loss.isfinite()
     gradient = components.flow.deep.head.weight.grad
     assert gradient is not None and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rows": 0},
+        {"width": 1.5},
+        {"seed": b"3"},
+        {"block": 0},
+        {"documents": -1},
+        {"caption_drop": 2.0},
+        {"broken": 3},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_settings_of_batches_that_mean_nothing_are_refused_by_name(wrong: dict[str, object]) -> None:
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=f"^{name} is "):
+        replace(PLAIN, **wrong)  # type: ignore[arg-type]

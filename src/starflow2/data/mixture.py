@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from starflow2.core.dialogue import Dialogue, Turn, replace_pictures, turned_round, without_words
+from starflow2.core.fields import Config, Count, Natural, Share
 from starflow2.core.files import check_writable
 from starflow2.core.images import AS_UPLOADED, Fit, ImageForm
 from starflow2.core.ledger import append_line
@@ -101,22 +102,16 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchConfig:
+class BatchConfig(Config):
     """How documents are packed into batches; rows x width positions are the token budget of a batch."""
 
-    rows: int  # of a batch, at most
-    width: int  # positions of a row; a longer document is counted as broken
-    seed: int = 0
-    block: int = 256  # samples of a source that are shuffled together; 1: files in their order
-    documents: int = 0  # of a batch, at most; 0: as many as fit
-    caption_drop: float = 0.1  # share of documents with a drawn image whose words are dropped
+    rows: Count  # of a batch, at most
+    width: Count  # positions of a row; a longer document is counted as broken
+    seed: Natural = 0
+    block: Count = 256  # samples of a source that are shuffled together; 1: files in their order
+    documents: Natural = 0  # of a batch, at most; 0: as many as fit
+    caption_drop: Share = 0.1  # share of documents with a drawn image whose words are dropped
     broken: str = ""  # file that lists broken samples, one JSON line each; "": they are only counted
-
-    def __post_init__(self) -> None:
-        if self.rows < 1 or self.width < 1:
-            raise ConfigError(f"rows and width are {self.rows} and {self.width}; expected at least 1 of each.")
-        if self.documents < 0:
-            raise ConfigError(f"documents is {self.documents}; expected at least 1, or 0 for as many as fit.")
 
 
 def read_mixture(path: str | Path) -> tuple[Source, ...]:
