@@ -27,7 +27,16 @@ from starflow2.inference.events import DecodedImage, Event, Made, RowEvent, Step
 from starflow2.inference.likelihood import Code, Score, decode_code, image_nats, invert, score
 from starflow2.inference.reading import PastTurn
 from starflow2.inference.sampler import Sampler
-from starflow2.inference.self_check import CONFIRMED, Attempt, Request, attempts, best, checked_tries
+from starflow2.inference.self_check import (
+    CONFIRMED,
+    Attempt,
+    Request,
+    attempts,
+    best,
+    check_of,
+    checked_tries,
+    needed_check,
+)
 from starflow2.inference.session import Said, Session, checked_part
 from starflow2.inference.vlm_answer import answer
 from starflow2.models.checkpoint import load_components, save_components
@@ -185,15 +194,23 @@ class StarFlow2:
             "model": self.components.cfg.name,
         }
         count = self._tries(tries, config)
-        if count > 1:
-            return [
-                Drawing(to_pil(a.picture.image), prompt, a.seed, settings, _gain(a.picture), a.confidence)
-                for a, (prompt, _) in zip(self._checked(pairs, count, config, progress), pairs, strict=True)
-            ]
-        drawn = self._drawn([p for p, _ in pairs], [s for _, s in pairs], config, progress)
+        is_checked = {prompt: count > 1 and self._can_check(prompt, tries) for prompt in prompts}
+        total = sum(count if is_checked[prompt] else 1 for prompt, _ in pairs)
+        watch = _counting(progress, total * self.components.layout.num_latents)
+        checked, plain = ([pair for pair in pairs if is_checked[pair[0]] is wanted] for wanted in (True, False))
+        kept = dict(zip(checked, self._checked(checked, count, config, watch), strict=True)) if checked else {}
+        drawn = self._drawn([p for p, _ in plain], [s for _, s in plain], config, watch) if plain else []
+        images = dict(zip(plain, drawn, strict=True)) | {pair: attempt.picture for pair, attempt in kept.items()}
         return [
-            Drawing(to_pil(picture.image), prompt, s, settings, _gain(picture))
-            for picture, (prompt, s) in zip(drawn, pairs, strict=True)
+            Drawing(
+                to_pil(images[pair].image),
+                pair[0],
+                kept[pair].seed if pair in kept else pair[1],
+                settings,
+                _gain(images[pair]),
+                kept[pair].confidence if pair in kept else None,
+            )
+            for pair in pairs
         ]
 
     def __call__(
@@ -230,18 +247,22 @@ class StarFlow2:
             self._check_stage("joint", f"tries={count}")
         return count
 
+    def _can_check(self, prompt: str, tries: int | None) -> bool:
+        """True if the model can ask itself about an image of a prompt. Raises PromptError for tries that are given."""
+        check = check_of if tries is None else needed_check
+        return bool(check(self.components.cfg, normalized(self.components, prompt), follows=False))
+
     def _checked(
         self,
         pairs: Sequence[tuple[str, int]],
         tries: int,
         config: DrawConfig,
-        progress: Callable[[int, int], None] | None,
+        watch: Callable[[RowEvent], None],
     ) -> list[Attempt]:
         """The confirmed image of each (prompt, seed)."""
         sampler = self.sampler(config)
         read = [normalized(self.components, prompt) for prompt, _ in pairs]
         requests = [Request([text], text) for text in read]
-        watch = _counting(progress, len(pairs) * tries * sampler.layout.num_latents)
         return [best(tried) for tried in attempts(sampler, requests, [seed for _, seed in pairs], tries, watch)]
 
     @inference_defaults()
@@ -254,7 +275,8 @@ class StarFlow2:
     ) -> Tensor:
         """One image per (prompt, seed) as a tensor (B, 3, height, width) in [-1, 1], unchecked."""
         _listed(prompts=prompts, seeds=seeds)
-        drawn = self._drawn(prompts, seeds, _checked_config(config) or self.settings, progress)
+        watch = _counting(progress, len(prompts) * self.components.layout.num_latents)
+        drawn = self._drawn(prompts, seeds, _checked_config(config) or self.settings, watch)
         return torch.stack([p.image for p in drawn]).cpu()
 
     @property
@@ -293,7 +315,7 @@ class StarFlow2:
         prompts: Sequence[str],
         seeds: Sequence[int],
         config: DrawConfig,
-        progress: Callable[[int, int], None] | None,
+        watch: Callable[[RowEvent], None],
     ) -> list[DecodedImage]:
         """Images of (prompt, seed), cleaned up if asked. Raises StateError for a model that has not learnt to draw."""
         self._check_stage("t2i", "drawing")
@@ -303,7 +325,6 @@ class StarFlow2:
             )
         seeds = [whole(seed, "seed", SEEDS) for seed in seeds]
         sampler = self.sampler(config)
-        watch = _counting(progress, len(prompts) * sampler.layout.num_latents)
         prompts = [normalized(self.components, p) for p in prompts]
         limits = ReplyLimits(tokens=0, pictures=1)
         replies = generate_replies(sampler, [[[p]] for p in prompts], seeds, limits, draws=True, watch=watch)

@@ -10,7 +10,7 @@ import torch
 from model_cases import STAGES, tiny_components
 from starflow2.core.memory import free_bytes
 from starflow2.errors import ConfigError, PromptError, StateError
-from starflow2.inference.self_check import MAX_TRIES, check_memory, question_of
+from starflow2.inference.self_check import MAX_TRIES, check_memory, check_of
 from starflow2.models.config import SelfCheckConfig
 from starflow2.pipeline import StarFlow2
 
@@ -61,7 +61,7 @@ def test_an_empty_request_is_refused_whether_it_draws_or_edits(model, text):
         with pytest.raises(PromptError, match="the prompt is empty"):
             call()
     with pytest.raises(PromptError, match="no words to check an image against"):
-        question_of(model.components.cfg, text, follows=False)
+        check_of(model.components.cfg, text, follows=False)
 
 
 def test_an_image_without_words_is_answered_once_and_several_tries_of_it_are_refused(model):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model_cases import STAGES, tiny_components
 from starflow2.errors import ConfigError, StateError
+from starflow2.inference.check_questions import Question
 from starflow2.inference.config import DrawConfig, ReplyLimits
 from starflow2.inference.conversations import generate_replies
 from starflow2.inference.engine import Engine
@@ -21,11 +22,11 @@ from starflow2.inference.self_check import (
     Request,
     attempts,
     best,
+    check_of,
     checked_tries,
     confidence,
     confidences,
     has_room,
-    question_of,
     seed_of,
 )
 from starflow2.inference.session import Session
@@ -65,10 +66,10 @@ def test_a_question_in_the_own_cache_leaves_the_row_as_it_was(sampler):
     engine.begin(row, DRAW, 0, draws=True)
     list(engine.run())
     before, length = engine.next_logits(row), engine.length(row)
-    sure = confidence(engine, row, "is there a star?")
+    sure = confidence(engine, row, (Question("is there a star?"),))
     assert 0 < sure < 1 and engine.length(row) == length
     assert torch.equal(engine.next_logits(row), before)
-    assert confidence(engine, row, "is there a star?") == pytest.approx(sure, abs=1e-6)
+    assert confidence(engine, row, (Question("is there a star?"),)) == pytest.approx(sure, abs=1e-6)
 
 
 def test_confidence_is_that_of_yes_among_yes_and_no(sampler):
@@ -82,11 +83,14 @@ def test_confidence_is_that_of_yes_among_yes_and_no(sampler):
     )
     logits = engine.next_logits(twin)
     yes, no = (logits[tokenizer.encode(word)[0]] for word in ("yes", "no"))
-    assert confidence(engine, row, "is there a star?") == pytest.approx(float((yes - no).sigmoid()), abs=1e-5)
+    assert confidence(engine, row, (Question("is there a star?"),)) == pytest.approx(
+        float((yes - no).sigmoid()), abs=1e-5
+    )
 
 
 def test_questions_that_are_read_together_are_answered_as_each_alone(sampler):
-    engine, questions = Engine(sampler), ["is there a star?", "is there a ring there now?", "is there a star?"]
+    engine, star = Engine(sampler), Question("is there a star?")
+    questions = [(star,), (Question("is there a ring there now?"), Question("how many?", "two", ("one",))), (star,)]
     rows = [engine.open() for _ in questions]
     for row, word in zip(rows, (30, 31, 32), strict=True):
         engine.feed(row, [1, word, 2])
@@ -101,9 +105,9 @@ def test_there_is_room_for_a_question_as_long_as_the_model_can_read_it(sampler):
     engine = Engine(sampler)
     row, most = engine.open(), sampler.components.cfg.max_positions
     engine.feed(row, [1, 30, 2])
-    assert has_room(engine, row, "is there a star?")
+    assert has_room(engine, row, (Question("is there a star?"),))
     engine.feed(row, [30] * (most - 4))
-    assert engine.length(row) == most - 1 and not has_room(engine, row, "is there a star?")
+    assert engine.length(row) == most - 1 and not has_room(engine, row, (Question("is there a star?"),))
 
 
 def test_every_try_is_the_plain_sample_of_its_seed(sampler):
@@ -165,12 +169,12 @@ def test_a_session_with_a_choice_costs_the_memory_of_one(sampler):
 
 
 def test_an_image_after_another_is_asked_about_as_an_edit(sampler):
-    assert question_of(sampler.components.cfg, "a star.", follows=False) == "is there a star?"
-    assert question_of(sampler.components.cfg, "make it red!", follows=True) == "is make it red there now?"
+    assert check_of(sampler.components.cfg, "a star.", follows=False) == (Question("is there a star?"),)
+    assert check_of(sampler.components.cfg, "make it red!", follows=True) == (Question("is make it red there now?"),)
     session = Session(sampler).add("a star")
-    assert session._question() == "is there a star?"
+    assert session._choice(None) == (3, (Question("is there a star?"),))
     session.draw(tries=1)
-    assert session.add("a ring")._question() == "is a ring there now?"
+    assert session.add("a ring")._choice(2) == (2, (Question("is a ring there now?"),))
 
 
 def test_leaving_in_the_middle_takes_every_try_back(sampler):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from starflow2.core.dialogue import Dialogue
-from starflow2.inference.self_check import question_of
+from starflow2.inference.self_check import check_of
 from starflow2.training.recipes import nano
 from starflow2.world.checks import check_dialogue, done_question, is_done, shows_question
 from starflow2.world.content import FAULTS, Content, Group, scene_of, shows, wrong_content
@@ -89,5 +89,7 @@ def test_questions_hold_the_words_of_the_prompt_without_their_full_stop():
     assert done_question("can you make it blue?") == "was can you make it blue done, and nothing else changed?"
     cfg = nano().model
     for words in ("two red hearts.", "can you draw a star?"):
-        assert question_of(cfg, words, follows=False) == shows_question(words), "the model asks what it was taught"
-        assert question_of(cfg, words, follows=True) == done_question(words)
+        assert [q.text for q in check_of(cfg, words, follows=False)] == [shows_question(words)], (
+            "the model asks what it was taught"
+        )
+        assert [q.text for q in check_of(cfg, words, follows=True)] == [done_question(words)]

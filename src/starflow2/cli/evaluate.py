@@ -212,7 +212,9 @@ class Eval:
         if self.tries is not None or self.suite not in TRIED:
             return self.tries or 1
         check = model.components.cfg.self_check
-        return check.tries if check is not None and model.is_joint else 1
+        if check is None or not model.is_joint or not (check.done or self.suite in DRAWN):
+            return 1
+        return check.tries
 
     def _score(self, model: StarFlow2, step: Callable[[int, int], None]) -> Report:
         from starflow2.evals.geneval import score_geneval

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from starflow2.core.fields import SEEDS, Range, whole
+from starflow2.core.text import shown
 from starflow2.errors import PromptError, StateError
+from starflow2.inference.check_questions import Question, questions_about
 from starflow2.inference.config import ReplyLimits
 from starflow2.inference.conversations import generate_replies
 from starflow2.inference.engine import Engine
@@ -25,20 +28,25 @@ from starflow2.models.config import ModelConfig, SelfCheckConfig
 __all__ = [
     "CONFIRMED",
     "MAX_TRIES",
+    "UNSURE",
     "Attempt",
+    "Check",
     "Request",
     "attempts",
     "best",
     "check_memory",
+    "check_of",
     "checked_tries",
     "confidence",
     "confidences",
     "has_room",
-    "question_of",
+    "needed_check",
     "seed_of",
 ]
 
-CONFIRMED = 0.5  # confidence above which the model says yes
+Check = tuple[Question, ...]
+CONFIRMED = 0.5  # confidence above which the model holds an image for what was asked for
+UNSURE = 0.5  # confidence where there is nothing to ask
 MAX_TRIES = 1024  # images of one request
 # Between the seeds of tries: more than any number of consecutive seeds of a call, and with MAX_TRIES below 2^32, since
 # torch's generator on the CPU looks at the low 32 bits of a seed alone.
@@ -52,10 +60,10 @@ class Request:
     parts: Sequence[Part]
     words: str
 
-    def question(self, cfg: ModelConfig) -> str:
-        """The yes-or-no question by which the model checks an image of this request."""
+    def check(self, cfg: ModelConfig) -> Check:
+        """The questions by which the model checks an image of this request."""
         has_image = any(isinstance(part, Tensor) for part in self.parts)
-        return question_of(cfg, self.words, follows=has_image)
+        return check_of(cfg, self.words, follows=has_image)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +72,35 @@ class Attempt:
 
     picture: DecodedImage
     seed: int
-    confidence: float  # probability of yes, of yes and no
+    confidence: float  # probability of the right answers, each among the answers that there are
 
     @property
     def is_confirmed(self) -> bool:
         return self.confidence > CONFIRMED
 
 
-def question_of(cfg: ModelConfig, words: str, *, follows: bool) -> str:
-    """The question whether an image shows what words say or, if it follows another, whether they were done to it.
+def check_of(cfg: ModelConfig, words: str, *, follows: bool) -> Check:
+    """Questions whether an image shows what words say or, if it follows another, whether they were done to it.
 
-    Raises StateError for a model that has not learnt to check itself, PromptError where there are no words.
+    None for a model that is asked about objects one by one, where the words name none or the image follows another.
+    Raises StateError for a model that cannot check itself, PromptError where there are no words.
     """
     asked, plain = _asked_by(cfg), words.strip().rstrip(" .,;:!?")
     if not plain:
         raise PromptError("there are no words to check an image against; say what to draw, or use tries=1.")
-    return (asked.done if follows else asked.shows).format(plain)
+    whole_question = asked.done if follows else asked.shows
+    if whole_question:
+        return (Question(whole_question.format(plain)),)
+    return () if follows else questions_about(plain)
+
+
+def needed_check(cfg: ModelConfig, words: str, *, follows: bool) -> Check:
+    """The questions of `check_of`, for tries that a user asks for. Raises PromptError where there are none."""
+    check = check_of(cfg, words, follows=follows)
+    if not check:
+        what = "whether an edit was done" if follows else f"about anything that {shown(words)} names"
+        raise PromptError(f"{cfg.name} cannot ask itself {what}; use tries=1.")
+    return check
 
 
 def _asked_by(cfg: ModelConfig) -> SelfCheckConfig:
@@ -133,15 +154,17 @@ def attempts(
 ) -> list[list[Attempt]]:
     """`tries` images of each request, checked; attempt j of a request has `seed_of` its seed and j.
 
+    Where there is nothing to ask, no try is better than another, and the first is the best.
+
     Raises as `generate_replies` does, and StateError for a model that has not learnt to check itself.
     """
-    questions = [request.question(sampler.components.cfg) for request in requests]
+    checks = [request.check(sampler.components.cfg) for request in requests]
     talks = [[request.parts] for request in requests for _ in range(tries)]
     numbered = [seed_of(seed, number) for seed in seeds for number in range(tries)]
     sure: dict[int, float] = {}
 
     def ask(engine: Engine, row: int, number: int) -> None:
-        sure[number] = confidence(engine, row, questions[number // tries])
+        sure[number] = confidence(engine, row, checks[number // tries])
 
     limits = ReplyLimits(tokens=0, pictures=1)
     replies = generate_replies(sampler, talks, numbered, limits, draws=True, watch=watch, ended=ask)
@@ -150,24 +173,44 @@ def attempts(
     return [tried[first : first + tries] for first in range(0, len(tried), tries)]
 
 
-def confidence(engine: Engine, row: int, question: str) -> float:
-    """Probability that the answer of a row to a question is yes, of yes and no; the row is as before afterwards."""
-    return confidences(engine, [row], [question])[0]
+def confidence(engine: Engine, row: int, check: Check) -> float:
+    """Probability of a row's right answers, each among the answers that there are; UNSURE without a question.
+
+    The row is as before afterwards.
+    """
+    return confidences(engine, [row], [check])[0]
 
 
-def confidences(engine: Engine, rows: Sequence[int], questions: Sequence[str]) -> list[float]:
-    """The `confidence` of each row in its own question, all of which are read in one pass."""
+def confidences(engine: Engine, rows: Sequence[int], checks: Sequence[Check]) -> list[float]:
+    """The `confidence` of each row in its own questions; the first of all are read in one pass, then the second."""
+    sure = [1.0 if check else UNSURE for check in checks]
+    for number in range(max(map(len, checks), default=0)):
+        asked = [i for i, check in enumerate(checks) if number < len(check)]
+        found = _probabilities(engine, [rows[i] for i in asked], [checks[i][number] for i in asked])
+        for i, value in zip(asked, found, strict=True):
+            sure[i] *= value
+    return sure
+
+
+def _probabilities(engine: Engine, rows: Sequence[int], questions: Sequence[Question]) -> list[float]:
+    """Probability of the right answer of each row to its own question."""
     marks = [engine.mark(row) for row in rows]
     try:
         for row, question in zip(rows, questions, strict=True):
-            engine.feed(row, _asked(engine, row, question))
+            engine.feed(row, _asked(engine, row, question.text))
         engine.read(rows)
         logits = [engine.next_logits(row).double() for row in rows]
     finally:
         for row, mark in zip(rows, marks, strict=True):
             engine.rewind(row, mark)
-    yes, no = (_first_tokens(engine.sampler, word) for word in ("yes", "no"))
-    return [float((each[yes].logsumexp(0) - each[no].logsumexp(0)).sigmoid()) for each in logits]
+    return [_share(engine.sampler, each, question) for each, question in zip(logits, questions, strict=True)]
+
+
+def _share(sampler: Sampler, logits: Tensor, question: Question) -> float:
+    """Probability of the right answer, among all answers to a question, of logits (vocabulary,)."""
+    answers = (question.answer, *question.others)
+    scores = torch.stack([logits[_first_tokens(sampler, word)].logsumexp(0) for word in answers])
+    return float(scores.softmax(0)[0])
 
 
 def _asked(engine: Engine, row: int, question: str) -> list[int]:
@@ -177,9 +220,10 @@ def _asked(engine: Engine, row: int, question: str) -> list[int]:
     return [*opening, *tokenizer.encode(question), *tokenizer.opens_reply()]
 
 
-def has_room(engine: Engine, row: int, question: str) -> bool:
-    """True if a row can be asked: its conversation and the question are no longer than the model reads."""
-    return engine.length(row) + len(_asked(engine, row, question)) <= engine.sampler.components.cfg.max_positions
+def has_room(engine: Engine, row: int, check: Check) -> bool:
+    """True if a row can be asked: its conversation and each question are no longer than the model reads."""
+    longest = max((len(_asked(engine, row, question.text)) for question in check), default=0)
+    return engine.length(row) + longest <= engine.sampler.components.cfg.max_positions
 
 
 def _first_tokens(sampler: Sampler, word: str) -> list[int]:

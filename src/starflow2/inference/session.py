@@ -47,7 +47,15 @@ from starflow2.inference.events import (
 )
 from starflow2.inference.reading import read_image
 from starflow2.inference.sampler import Sampler
-from starflow2.inference.self_check import check_memory, checked_tries, confidences, question_of, seed_of
+from starflow2.inference.self_check import (
+    Check,
+    check_memory,
+    check_of,
+    checked_tries,
+    confidences,
+    needed_check,
+    seed_of,
+)
 from starflow2.inference.session_file import (
     SavedPiece,
     SavedSampling,
@@ -60,6 +68,7 @@ from starflow2.models.components import Components
 from starflow2.models.prompts import check_words, normalized
 from starflow2.models.sequence import Cursor
 from starflow2.models.tokenizer import ChatTokenizer
+from starflow2.models.wording import words_of
 
 __all__ = [
     "Mark",
@@ -214,7 +223,7 @@ class Session:
 
     def _reply(self, limits: ReplyLimits, *, draws: bool = False, tries: int | None = 1) -> Iterator[Event]:
         self._check_idle()
-        count, question = self._choice(tries)
+        count, check = self._choice(tries)
         per_picture = self.sampler.layout.num_latents + 2
         self._check_room(self._overhead + (per_picture if draws or not limits.tokens else 1))
         room = self.room - self._overhead
@@ -233,7 +242,7 @@ class Session:
             for number, row in enumerate(rows):
                 seed = seed_of(self.seed + self._replies, number)
                 self._engine.begin(row, limits, seed, draws=draws, decodes=count == 1)
-            yield from self._events(self._engine.run()) if count == 1 else self._best(rows, question)
+            yield from self._events(self._engine.run()) if count == 1 else self._best(rows, check)
         except BaseException:  # also of a consumer that leaves: half a reply would confuse all that follows
             self._keep_row(rows, rows[0])
             self._engine.cancel(self._row)
@@ -243,15 +252,18 @@ class Session:
         self._is_replying = False
         self._replies += 1
 
-    def _choice(self, tries: int | None) -> tuple[int, str]:
-        """The number of replies, and the question that chooses among them; one reply where there are no words.
+    def _choice(self, tries: int | None) -> tuple[int, Check]:
+        """The number of replies, and the questions that choose among them; by default one where nothing can be asked.
 
-        Raises ConfigError, StateError, and PromptError where more are asked for and there are no words.
+        Raises ConfigError, StateError, and PromptError where more are asked for and there is nothing to ask.
         """
-        count = checked_tries(self.sampler.components.cfg, tries)
-        if count == 1 or (tries is None and not self._turn_words()):
-            return 1, ""
-        return count, self._question()
+        cfg, words = self.sampler.components.cfg, self._turn_words()
+        count = checked_tries(cfg, tries)
+        follows = any(piece.picture is not None for piece in self.pieces)
+        if count > 1 and tries is not None:
+            return count, needed_check(cfg, words, follows=follows)
+        check = check_of(cfg, words, follows=follows) if count > 1 and words_of(words) else ()
+        return (count, check) if check else (1, ())
 
     def _check_memory(self, tries: int, positions: int) -> None:
         """Raise StateError for more tries than there is memory for; each has two lanes if guidance has a branch."""
@@ -264,12 +276,7 @@ class Session:
         turn = itertools.takewhile(lambda piece: piece.who == "user", reversed(self.pieces))
         return " ".join(reversed([piece.text for piece in turn if piece.text]))
 
-    def _question(self) -> str:
-        """Question that the model asks itself about an image that replies to the user's open turn."""
-        follows = any(piece.picture is not None for piece in self.pieces)
-        return question_of(self.sampler.components.cfg, self._turn_words(), follows=follows)
-
-    def _best(self, rows: list[int], question: str) -> Iterator[Event]:
+    def _best(self, rows: list[int], check: Check) -> Iterator[Event]:
         """Replies of all rows; the conversation goes on with the one whose image the model confirms most.
 
         Only that one is left in `rows`.
@@ -284,7 +291,7 @@ class Session:
                 made[event.row].append(event)
         whole = [row for row in rows if not any(isinstance(event, Failed) for event in made[row])]
         drawn = [row for row in whole if any(isinstance(event, Sampled) for event in made[row])]
-        sure = dict(zip(drawn, confidences(self._engine, drawn, [question] * len(drawn)), strict=True))
+        sure = dict(zip(drawn, confidences(self._engine, drawn, [check] * len(drawn)), strict=True))
         chosen = max(sure, key=lambda row: sure[row]) if sure else (whole or rows)[0]
         seed = seed_of(self.seed + self._replies, rows.index(chosen))
         self._keep_row(rows, chosen)

@@ -255,18 +255,22 @@ class ModelConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class SelfCheckConfig(Config):
-    """Yes-or-no questions by which a model checks an image of its own; {} stands for the user's words."""
+    """How a model checks an image of its own: by yes-or-no questions in which {} stands for the user's words.
 
-    shows: str  # does an image show what the words ask for?
-    done: str  # of an image that follows another: was it done, and nothing else changed?
+    Where `shows` is "", it is asked about the objects that the words name, one by one; where `done` is "", an image
+    that follows another is not checked.
+    """
+
+    shows: str = ""  # does an image show what the words ask for?
+    done: str = ""  # of an image that follows another: was it done, and nothing else changed?
     tries: Count = 4  # images of one request, of which the model keeps the one that it confirms
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("shows", "done"):
-            if getattr(self, name).count("{}") != 1:
-                value = getattr(self, name)
-                raise ConfigError(f"{name} is {value!r}; expected a question with one {{}} for the words.")
+            value = getattr(self, name)
+            if value and value.count("{}") != 1:
+                raise ConfigError(f'{name} is {value!r}; expected a question with one {{}} for the words, or "".')
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,9 +27,10 @@ from starflow2.core.images import MAX_PIXELS, read_picture
 from starflow2.errors import ConfigError, StarFlowError, StateError
 from starflow2.inference.engine import Engine
 from starflow2.inference.sampler import Sampler
-from starflow2.inference.self_check import checked_tries
+from starflow2.inference.self_check import check_of, checked_tries, needed_check
 from starflow2.inference.session import Said
 from starflow2.models.prompts import check_words, normalized
+from starflow2.models.wording import words_of
 from starflow2.pipeline import StarFlow2
 from starflow2.serving.aside import Aside
 from starflow2.serving.history import START, beginnings
@@ -174,16 +175,29 @@ class Service:
             raise ConfigError("previous and past are both given; a turn follows a kept reply or turns that are sent.")
         if ask.id is None and ask.keep != "no":
             ask = replace(ask, id=self.new_id())  # known before the reply is made
-        own = 1 if ask.mode != "image" else None  # several tries are of an image
-        tries = checked_tries(self.model.components.cfg, own if ask.tries is None else ask.tries)
-        job = Job(ask, Reply(self._cancel), self._deadline(ask.timeout_s), min(tries, self.limits.rows))
+        job = Job(ask, Reply(self._cancel), self._deadline(ask.timeout_s))
         if ask.previous is not None:
             job.base = self._sessions.get(ask.previous, ask.owner)
-            return job
-        digests = beginnings(ask.past)
-        known, job.base = self._sessions.recall(ask.owner, digests)
-        job.unread, job.digest = ask.past[known:], digests[-1] if digests else START
+        else:
+            digests = beginnings(ask.past)
+            known, job.base = self._sessions.recall(ask.owner, digests)
+            job.unread, job.digest = ask.past[known:], digests[-1] if digests else START
+        job.tries = min(self._tries(job), self.limits.rows)
         return job
+
+    def _tries(self, job: Job) -> int:
+        """How many images are drawn to keep one; by default one where the model cannot ask itself about them.
+
+        Raises ConfigError, StateError, and PromptError where several are wanted and there is nothing to ask.
+        """
+        ask, cfg = job.ask, self.model.components.cfg
+        own = 1 if ask.mode != "image" else None  # several tries are of an image
+        tries = checked_tries(cfg, own if ask.tries is None else ask.tries)
+        if tries == 1 or not words_of(job.words):
+            return tries
+        if ask.tries is not None:
+            needed_check(cfg, job.words, follows=job.images_before > 0)
+        return tries if check_of(cfg, job.words, follows=job.images_before > 0) else 1
 
     def _score_job(self, ask: ScoreAsk) -> ScoreJob:
         return ScoreJob(ask, Reply(self._cancel), self._deadline(ask.timeout_s))

@@ -17,7 +17,8 @@ from starflow2.inference.events import Failed as RowFailed
 from starflow2.inference.likelihood import score
 from starflow2.inference.reading import Part, PastTurn, read_past, read_user_turn
 from starflow2.inference.sampler import Sampler
-from starflow2.inference.self_check import confidences, has_room, question_of, seed_of
+from starflow2.inference.self_check import Check, check_of, confidences, has_room, seed_of
+from starflow2.models.wording import words_of
 from starflow2.serving.aside import Aside, draft_image
 from starflow2.serving.history import after, words_first
 from starflow2.serving.jobs import (
@@ -71,6 +72,17 @@ class Job:
     def width(self) -> int:
         """Rows of the engine that it takes."""
         return self.tries
+
+    @property
+    def words(self) -> str:
+        """The words of the user's turn."""
+        return " ".join(part for part in self.ask.parts if isinstance(part, str))
+
+    @property
+    def images_before(self) -> int:
+        """Images of the conversation before the reply, and of the user's turn."""
+        unread = sum(count_images([*user, *reply]) for user, reply in self.unread)
+        return (0 if self.base is None else self.base.images) + unread + count_images(self.ask.parts)
 
 
 @dataclass(slots=True, eq=False)
@@ -140,9 +152,8 @@ class Worker:
 
     def _count_input(self, job: Job, row: int, cached: int) -> None:
         each = self.sampler.layout.num_latents
-        unread = sum(count_images([*user, *reply]) for user, reply in job.unread)
         before = 0 if job.base is None else job.base.images
-        job.images = before + unread + count_images(job.ask.parts)
+        job.images = job.images_before
         latents = job.images * each
         job.usage = Usage(self.engine.length(row) - latents, latents, cached)
         self.counts.encoded += job.images - before
@@ -272,15 +283,14 @@ class Worker:
     def _check(self, jobs: Sequence[Job]) -> None:
         """Ask about the image in each row of jobs that have several."""
         cfg = self.sampler.components.cfg
-        asked: list[tuple[Job, int, str]] = []
+        asked: list[tuple[Job, int, Check]] = []
         for job in jobs:
-            words = " ".join(part for part in job.ask.parts if isinstance(part, str))
-            if not words.strip(" .,;:!?"):  # there is nothing to ask about
+            if not words_of(job.words):  # there is nothing to ask about
                 continue
-            question = question_of(cfg, words, follows=job.images > 0)
+            check = check_of(cfg, job.words, follows=job.images > 0)
             drawn = [row for row, transcript in job.rows.items() if transcript.images]
-            asked += [(job, row, question) for row in drawn if has_room(self.engine, row, question)]
-        found = confidences(self.engine, [row for _, row, _ in asked], [question for *_, question in asked])
+            asked += [(job, row, check) for row in drawn if check and has_room(self.engine, row, check)]
+        found = confidences(self.engine, [row for _, row, _ in asked], [check for *_, check in asked])
         for (job, row, _), sure in zip(asked, found, strict=True):
             job.sure[row] = sure
 
