@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from model_cases import STAGES, tiny_components
 from starflow2.errors import ConfigError, PromptError
+from starflow2.evals.newcomers import is_right
 from starflow2.inference.check_questions import HOW_MANY, Named, questions_about, things_in
 from starflow2.inference.engine import Engine
 from starflow2.inference.self_check import UNSURE, Request, attempts, check_of, confidences, needed_check
@@ -15,6 +17,7 @@ from starflow2.models.config import SelfCheckConfig
 from starflow2.models.wording import respelled
 from starflow2.pipeline import StarFlow2
 from starflow2.world.content import Group
+from starflow2.world.detector import detect
 from starflow2.world.newcomers import FIRST_PROMPTS
 from starflow2.world.scene import COLORS, SHAPES, SIZES
 from starflow2.world.words import PLURALS
@@ -101,3 +104,17 @@ def test_a_question_without_a_place_for_the_words_is_refused():
     assert SelfCheckConfig().shows == ""
     with pytest.raises(ConfigError, match=r"expected a question with one \{\} for the words"):
         SelfCheckConfig(shows="is it right?")
+
+
+def test_nano_finds_the_right_one_of_four_tries_by_asking_itself():
+    """What one try often draws wrong: the judge finds more right images among those that the model confirms."""
+    nano = StarFlow2.from_pretrained("nano")
+    wanted = ("a red circle and a blue square", "a red circle left of a blue square")
+    prompts = [p for p in FIRST_PROMPTS if p.text in wanted]
+    right: dict[int, int] = {}
+    for tries in (1, 4):
+        drawn = nano.generate([p.text for p in prompts], n=4, seed=0, tries=tries)
+        scans = detect(np.stack([np.asarray(d.image) for d in drawn]))
+        right[tries] = sum(is_right(p, s) for p, s in zip([p for p in prompts for _ in range(4)], scans, strict=True))
+        assert all((d.confidence is None) == (tries == 1) for d in drawn)
+    assert right[4] >= right[1] + 2, right
