@@ -219,7 +219,7 @@ def _own_measurement(name: str) -> Evaluate:
 
 
 def _own_listener(name: str, folder: Path, stage: StageConfig) -> Log:
-    """What a user's function of (folder, stage) returns, to be called with metrics. Raises ConfigError, also later."""
+    """The listener for metrics that a user's function of (folder, stage) gives. Raises ConfigError, also later."""
     begin = find_object(name, LISTENER)
     with foreign_code(name, LISTENER):
         log = begin(folder, stage)
