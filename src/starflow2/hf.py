@@ -64,8 +64,7 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
         super().__init__(config)
         if starflow2 is None:
             raise ConfigError("a config alone has no weights; expected from_pretrained, of a model that was trained.")
-        self.starflow2, self.components = starflow2, starflow2.components
-        self.training = self.components.training
+        self.starflow2, self.components, self.training = starflow2, starflow2.components, starflow2.components.training
 
     @classmethod
     def from_pretrained(cls, name: Any, *_: Any, **options: Any) -> StarFlow2ForMultimodalLM:  # type: ignore[override]
@@ -106,9 +105,8 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
         made, pixels = token_replies.joined(token_replies.replies_to_tokens(sampler, prompts, settings), layout)
         if settings.generation_mode == "text":
             return torch.cat([input_ids.cpu().repeat_interleave(settings.num_return_sequences, 0), made], dim=1)
-        if settings.generation_mode == "image" and pixels is not None:
-            return pixels
-        return MultimodalOutput(sequences=made, pixels=pixels)
+        drew = settings.generation_mode == "image"
+        return pixels if drew and pixels is not None else MultimodalOutput(sequences=made, pixels=pixels)
 
 
 class StarFlow2Processor(ProcessorMixin):

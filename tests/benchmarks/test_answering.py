@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmark_cases import tiny_model
-from starflow2.benchmarks.answering import Answerer, reworded
+from starflow2.benchmarks.answering import Answerer, reworded, without_controls
 from starflow2.benchmarks.lmms_run import (
     SUITES,
     HarnessRun,
@@ -121,6 +121,12 @@ def test_a_model_with_an_open_vocabulary_reads_questions_as_they_are(images, tmp
     answerer = Answerer(model, notes=str(tmp_path / "n.json"))
     assert answerer.answer([[[images[0], text]]], "mme", 8) == model.replies([[[images[0], text]]], tokens=8)
     assert json.loads((tmp_path / "n.json").read_text())["reworded sentences"] == {}
+
+
+def test_a_reply_keeps_all_but_its_control_characters():
+    assert without_controls("\x16 ja, größer\n\u200b2 \ufffd\x00") == " ja, größer\n2 \ufffd"
+    whole = "two\tred stars\n猫"
+    assert without_controls(whole) == whole
 
 
 def test_what_cannot_answer_is_refused():

@@ -7,6 +7,7 @@ count what they did, as do words that it never learnt.
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from starflow2.pipeline import StarFlow2
 from starflow2.world.multiple_choice import HINT
 from starflow2.world.questions import YES_NO
 
-__all__ = ["RULES", "Answerer", "Frozen", "Part", "PromptRule", "reworded"]
+__all__ = ["RULES", "Answerer", "Frozen", "Part", "PromptRule", "reworded", "without_controls"]
 
 Frozen = Literal["no", "native", "256"]  # the language model alone: not, at the image's size, at 256 pixels a side
 Part = str | PILImage
@@ -61,6 +62,15 @@ def reworded(text: str, task: str) -> tuple[str, list[str]]:
             text = text.replace(rule.sentence, rule.instead)
             met.append(rule.sentence)
     return " ".join(text.split()) if met else text, met
+
+
+def without_controls(reply: str) -> str:
+    r"""A reply without control characters, of which one is enough to end a harness that writes it into a spreadsheet.
+
+    >>> without_controls("a\x16 star\nand a\x00 ring")
+    'a star\nand a ring'
+    """
+    return "".join(c for c in reply if c in "\n\t" or not unicodedata.category(c).startswith("C"))
 
 
 @dataclass(slots=True)

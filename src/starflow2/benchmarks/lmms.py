@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, cast, get_args
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 
-from starflow2.benchmarks.answering import Answerer, Part
+from starflow2.benchmarks.answering import Answerer, Part, without_controls
 from starflow2.core.fields import Range
 from starflow2.core.images import Fit
 from starflow2.errors import ConfigError, DataError, nearest
@@ -178,8 +178,8 @@ def _tokens(settings: Settings) -> int:
 
 
 def _cut(reply: str, settings: Settings) -> str:
-    """A reply up to the first of the strings at which the task ends it."""
+    """A reply up to the first of the strings at which the task ends it, in signs that a spreadsheet takes."""
     until = settings.get("until") or []
     for end in [until] if isinstance(until, str) else until:
         reply = reply.split(end)[0] if end else reply
-    return reply
+    return without_controls(reply)
