@@ -285,6 +285,14 @@ def checking(model: StarFlow2) -> StarFlow2:
     return StarFlow2(components)
 
 
+def test_several_tries_of_a_model_that_cannot_choose_are_the_clients_fault(model):
+    components = copy.copy(model.components)
+    components.cfg = replace(components.cfg, self_check=None)
+    with Service(StarFlow2(components)) as service, pytest.raises(Refusal, match="use tries=1") as caught:
+        service.submit(drawing(tries=2))
+    assert (caught.value.status, caught.value.param) == (400, "tries")
+
+
 def test_images_of_a_request_too_long_to_ask_about_are_drawn_and_not_compared(checking):
     """The question repeats the request, and both together are more than the model reads."""
     words = " ".join(["two red hearts"] * 700)

@@ -182,7 +182,10 @@ class Service:
             digests = beginnings(ask.past)
             known, job.base = self._sessions.recall(ask.owner, digests)
             job.unread, job.digest = ask.past[known:], digests[-1] if digests else START
-        job.tries = min(self._tries(job), self.limits.rows)
+        try:
+            job.tries = min(self._tries(job), self.limits.rows)
+        except StateError as error:  # several are wanted of a model that cannot choose among them
+            raise Refusal(str(error), status=400, code="invalid_value", param="tries") from error
         return job
 
     def _tries(self, job: Job) -> int:
