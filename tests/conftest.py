@@ -14,10 +14,11 @@ if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):
     # its own; no processor has the first without the second
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
+import gc
 import random
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ def pytest_configure(config: pytest.Config) -> None:
     usual = 1 if "PYTEST_XDIST_WORKER" in os.environ else torch.get_num_threads()
     torch.set_num_threads(int(os.environ.get("STARFLOW2_TEST_THREADS", usual)))
     config.option.loadscopereorder = False  # of pytest-xdist; the order is made below
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Keeps the garbage collector from looking at imported modules again and again: they live until the end."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
