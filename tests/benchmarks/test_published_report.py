@@ -91,7 +91,7 @@ def test_suites_of_the_drawn_world_have_tables_of_their_own_and_a_column_at_the_
     assert page.index("## GenEval") < page.index("## The drawn world") < page.index(f"### {title(report)}")
     (total, *_) = table_lines(report)
     id_, cg = (cell.split(" ")[0] for cell in total[1:3])
-    assert f"| MME, perception | 1528.8 | 1677.9 | – | {id_} / {cg} |" in page
+    assert f"| MME, perception | 1528.8 | 1677.9 | – | {id_} / {cg} of 1,200 |" in page
     assert f"| {' | '.join(total)} |" in page and "weights 0123" in page
     with pytest.raises(DataError, match="both of W-mme, nano, dev"):
         read_results([tmp_path / "mme.json"] * 2)
@@ -99,6 +99,13 @@ def test_suites_of_the_drawn_world_have_tables_of_their_own_and_a_column_at_the_
     (tmp_path / "b.json").write_text(json.dumps(broken))
     with pytest.raises(DataError, match=r"b\.json is no whole report"):
         read_results([tmp_path / "b.json"])
+
+
+def test_a_table_of_many_columns_is_turned_and_negative_bounds_are_no_minus_signs_in_a_row():
+    columns = {f"column {i}": Score(-1.5, -2.0, -1.0) for i in range(8)}
+    page = markdown(Found([replace(result("likelihood"), columns=columns)])).splitlines()
+    assert "| row | tiny |" in page and "| judge | geneval |" in page
+    assert "| column 7 | -1.50 (-2.00 to -1.00) |" in page
 
 
 def test_small_numbers_keep_their_first_digit():

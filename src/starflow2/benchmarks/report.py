@@ -60,6 +60,7 @@ HEADLINES: Final = MappingProxyType(
 SHOWN: Final = 24  # images of a sheet
 SIDE: Final = 256  # pixels, of a larger image on a sheet
 SMALL: Final = 100  # pixels; images below are shown at twice their size
+WIDE: Final = 7  # columns of a table; a wider one is turned
 ABSENT: Final = "–"
 
 
@@ -184,19 +185,20 @@ def _pairs(world: Sequence[Report], suite: str, name: str) -> Iterator[str]:
         cells = {row[0]: row for row in lines(report)} if report.suite == suite else {}
         if name in cells:
             pair = " / ".join(cell.partition(" ")[0] for cell in cells[name][1:3])
+            pair += f" of {name.partition(' of ')[2]}" if " of " in name else ""
             yield f"{report.model} {pair}" if len(models) > 1 else pair
 
 
 def _section(benchmark: str, results: Sequence[Result]) -> Iterator[str]:
     rows = PAPER.get(benchmark, ())
     names = list(dict.fromkeys([c for row in rows for c in row.columns] + [c for r in results for c in r.columns]))
-    yield from (f"## {TITLES.get(benchmark, benchmark)}", "")
-    yield _line(["row", "judge", *names])
-    yield _line(["---"] * (len(names) + 2))
-    for row in rows:
-        yield _line([row.name, "", *(_paper_cell(row, name) for name in names)])
-    for result in results:
-        yield _line([result.model, result.judge, *(_cell(result.columns.get(name)) for name in names)])
+    table = [["row", "judge", *names]]
+    table += [[row.name, "", *(_paper_cell(row, name) for name in names)] for row in rows]
+    table += [[r.model, r.judge, *(_cell(r.columns.get(name)) for name in names)] for r in results]
+    if len(names) > WIDE:  # a column for each model
+        table = [list(row) for row in zip(*table, strict=True)]
+    yield from (f"## {TITLES.get(benchmark, benchmark)}", "", _line(table[0]), _line(["---"] * len(table[0])))
+    yield from map(_line, table[1:])
     yield ""
     for result in results:
         yield from _about(result)
@@ -234,8 +236,10 @@ def _cell(score: Score | None) -> str:
     if score is None or score.score is None:
         return ABSENT
     form = number_form(score.score)
-    bounds = "" if score.low is None or score.high is None else f" ({score.low:{form}}–{score.high:{form}})"
-    return f"{score.score:{form}}{bounds}"
+    if score.low is None or score.high is None:
+        return f"{score.score:{form}}"
+    dash = "–" if score.low >= 0 else " to "
+    return f"{score.score:{form}} ({score.low:{form}}{dash}{score.high:{form}})"
 
 
 def _facts(result: Result) -> str:
