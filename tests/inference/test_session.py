@@ -705,7 +705,7 @@ def test_room_for_a_picture_alone_leaves_a_word_where_words_are_asked_for(sample
     per_picture = sampler.layout.num_latents + 2
     kept: list[tuple[int, int]] = []
 
-    def begin(row: int, limits: ReplyLimits, seed: int, *, draws: bool = False) -> None:
+    def begin(row: int, limits: ReplyLimits, seed: int, *, draws: bool = False, decodes: bool = True) -> None:
         kept.append((limits.tokens, limits.pictures))
 
     session._engine.begin = begin  # type: ignore[method-assign,assignment]
