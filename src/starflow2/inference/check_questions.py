@@ -44,9 +44,9 @@ class Named:
     @property
     def question(self) -> Question:
         """Whether an image shows one of them."""
-        said = [word for word in (self.size, self.color, self.shape) if word]
-        article = "an" if said[0][0] in "aeiou" else "a"
-        return Question(f"is there {' '.join([article, *said])}?")
+        words = [word for word in (self.size, self.color, self.shape) if word]
+        article = "an" if words[0][0] in "aeiou" else "a"
+        return Question(f"is there {' '.join([article, *words])}?")
 
     def is_again(self, earlier: Named) -> bool:
         """True if these words may mean objects that were named before: "the star" after "a red star"."""
