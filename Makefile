@@ -26,7 +26,7 @@ PACKAGES := -c constraints.txt -e '.[dev]' tensorboard
 # Tests that compare two routes to one number: they have to pass with any instruction set.
 EXACT := tests/flow tests/inference tests/models/test_pretzel.py tests/models/test_prefix.py tests/models/test_sequence.py
 
-.PHONY: help setup demo test check exact portable slow bench fuzz soak newest pins docs site release lmms nano publish
+.PHONY: help setup demo test check lint types suite exact portable slow bench fuzz soak newest pins docs site release lmms nano publish
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -44,13 +44,20 @@ setup: .venv/.stamp ## .venv with exact versions, about 20 seconds
 demo: setup ## images, edits, answers and a story by the shipped weights, into out/demo
 	$(BIN)/starflow2 demo
 
-test: check ## lint, types and the quick tests, which need no accelerator
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not gpu"
+test: lint ## lint, types and the quick tests, which need no accelerator
+	@$(MAKE) --no-print-directory -j 2 types suite # types are one process, beside which a core would be idle
 
-check: setup ## lint, format and types only
+check: lint types ## lint, format and types only
+
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
 	$(BIN)/mypy
+
+suite: setup
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not gpu"
 
 exact: setup ## the tests of exactness without vector instructions, a minute
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not gpu" $(EXACT)

@@ -55,7 +55,7 @@ def test_geneval_is_drawn_scored_and_reported(folder, capsys):
     argv = ["eval", "geneval", "--prompts", "prompts.jsonl", "--out", "images", "--samples", "1", "--model", folder]
     assert main(argv) == 0
     printed = capsys.readouterr().out
-    assert "images: 3 of 4 prompts, 1 images each" in printed and "bench (1)" in printed
+    assert "images: 3 of 4 prompts." in printed and "bench (1)" in printed
     drawn = read_folder("images", GenevalLayout())
     write_lines(Path("d.jsonl"), detections_of(drawn))
     assert main(["eval", "geneval", "score", "images", "--detections", "d.jsonl", "--json", "g.json"]) == 0
