@@ -67,7 +67,7 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
         self.starflow2, self.components, self.training = starflow2, starflow2.components, starflow2.components.training
 
     @classmethod
-    def from_pretrained(cls, name: Any, *_: Any, **options: Any) -> StarFlow2ForMultimodalLM:  # type: ignore[override]
+    def from_pretrained(cls, name: Any, *_: Any, **options: Any) -> StarFlow2ForMultimodalLM:
         """A model folder or Hub id. Raises ConfigError for options without a meaning here, and as `StarFlow2` does."""
         dtype, device = options.pop("dtype", options.pop("torch_dtype", None)), options.pop("device_map", None)
         is_known = dtype is None or (
@@ -80,7 +80,7 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
         model = StarFlow2.from_pretrained(name, device="cpu" if device is None else device, **hub)
         return cls(StarFlow2Config.from_pretrained(find_model(name, **hub)), model)
 
-    def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
         """Write a model folder as `StarFlow2.save_pretrained` does. Raises ConfigError for options it does not have."""
         ours = {name: options.pop(name) for name in ("push_to_hub", "repo_id", "model_card_kwargs") if name in options}
         token_replies.check_options(options, token_replies.SAVING)
@@ -116,16 +116,16 @@ class StarFlow2Processor(ProcessorMixin):
         self.words = load_words(folder)  # tokenizer, vocabulary and sizes
 
     @classmethod
-    def from_pretrained(cls, name: Any, **options: Any) -> StarFlow2Processor:  # type: ignore[override]
+    def from_pretrained(cls, name: Any, **options: Any) -> StarFlow2Processor:
         """That of a model folder or Hub id."""
         return cls(find_model(name, **{k: v for k, v in options.items() if v is not None and not k.startswith("_")}))
 
-    def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
         """Write tokenizer, vocabulary and sizes, as far as they are not there: a model's folder has them already."""
         token_replies.check_options(options, token_replies.SAVING | {"push_to_hub": False})
         save_words(self.words, save_directory)
 
-    def apply_chat_template(self, conversation: Any, **options: Any) -> BatchFeature:  # type: ignore[override]
+    def apply_chat_template(self, conversation: Any, **options: Any) -> BatchFeature:
         """Input of `generate` for one conversation or a list of them, in transformers' messages.
 
         [{"role": "user", "content": "text", or [{"type": "image", "image": a picture}, {"type": "text", "text": ...}]}]
@@ -137,7 +137,7 @@ class StarFlow2Processor(ProcessorMixin):
         is_one = isinstance(conversation, list) and bool(conversation) and isinstance(conversation[0], dict)
         return BatchFeature(token_replies.token_batch(self.words, [conversation] if is_one else conversation))
 
-    def post_process_multimodal_output(  # type: ignore[override]
+    def post_process_multimodal_output(
         self, outputs: Tensor | MultimodalOutput, generation_mode: token_replies.Mode = "text", **_: object
     ) -> list[str] | list[PILImage] | list[list[str | PILImage]]:
         """Texts, images, or for each reply a list of both in order: what `generate` returned in the same mode."""
