@@ -45,7 +45,7 @@ DRAW: Any = {"model": "nano", "input": "two red hearts", "tool_choice": "require
 
 @dataclass(slots=True)
 class Found:
-    """What became of the requests: of each the replica that keeps its past (None: it has none), and "ok" or a code."""
+    """How each request ended: the replica that keeps its past (None: it has none), and "ok" or a code."""
 
     ends: list[tuple[int | None, str]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -228,7 +228,7 @@ def calls(path: Path) -> Iterator[ast.Call]:
 
 
 def called(call: ast.Call) -> str:
-    """What is called as it is written, "json.loads"; only the last name where that is no plain name: ".strip"."""
+    """The name of the function that is called, "json.loads"; of a method of an expression its own name: ".strip"."""
     parts, node = [], call.func
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)

@@ -44,7 +44,7 @@ def scene_object(shape: int = 0, x: float = 32.0, y: float = 32.0, size: int = 1
 
 @cache
 def picture(scene: Scene) -> NDArray[uint8]:
-    """What `render` draws of a scene, drawn once for all tests that judge the suites; not to be written to."""
+    """The image of a scene, drawn once for all tests that judge the suites; read-only."""
     image = render(scene)
     image.setflags(write=False)
     return image

@@ -113,7 +113,7 @@ def harness(folder: Path, task: str, *options: str, arguments: str = "") -> dict
 
 
 def responses(folder: Path, name: str, task: str = "") -> list[list[Any]]:
-    """What the model gave for each question of a task, in the order of its questions, as the harness logged it."""
+    """The model's answer to each question of a task, in the order of the questions, as the harness logged it."""
     (path,) = (folder / name).rglob(f"*_samples_{task or name}.jsonl")
     samples = [json.loads(line) for line in path.read_text().splitlines()]
     return [sample["filtered_resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]

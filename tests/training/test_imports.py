@@ -27,7 +27,7 @@ for name, code in json.loads(sys.argv[1]).items():
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, list[str]]:
-    """What of HEAVY an interpreter has loaded after each of the codes, which it runs one after the other."""
+    """The modules of HEAVY that one interpreter has loaded after each of the codes, run one after the other."""
     command = [sys.executable, "-c", LOOK, json.dumps(CODES)]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(map(json.loads, ran.stderr.splitlines()))

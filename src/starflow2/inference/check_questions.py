@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from starflow2.models.wording import words_of
+from starflow2.models.wording import plural_of, words_of
 
 __all__ = ["Named", "Question", "questions_about", "things_in"]
 
@@ -20,7 +20,7 @@ _NUMBERS: Final = ("one", "two", "three", "four", "five", "six")
 _SIZES: Final = ("large", "small")
 _COLORS: Final = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
 _SHAPES: Final = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond")
-_PLURALS: Final = {f"{shape}es" if shape == "cross" else f"{shape}s": shape for shape in _SHAPES}
+_PLURALS: Final = {plural_of(shape): shape for shape in _SHAPES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Named:
 
     @property
     def question(self) -> Question:
-        """Whether an image shows one of them."""
+        """The question whether an image shows one of these objects."""
         words = [word for word in (self.size, self.color, self.shape) if word]
         article = "an" if words[0][0] in "aeiou" else "a"
         return Question(f"is there {' '.join([article, *words])}?")

@@ -14,7 +14,17 @@ from typing import Final
 
 from starflow2.errors import nearest
 
-__all__ = ["classes_of", "hint", "kinds_of_words", "respelled", "words_of"]
+__all__ = ["classes_of", "hint", "kinds_of_words", "plural_of", "respelled", "words_of"]
+
+
+def plural_of(shape: str) -> str:
+    """The plural of a shape's name.
+
+    >>> plural_of("star"), plural_of("cross")
+    ('stars', 'crosses')
+    """
+    return f"{shape}es" if shape.endswith("s") else f"{shape}s"
+
 
 _NUMBERS: Final = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -69,7 +79,7 @@ _CLASSES: Final[Mapping[str, str]] = MappingProxyType(  # common English, most o
 )
 _KINDS: Final[Mapping[str, str]] = MappingProxyType(
     {word: f"<{name}>" for name in ("colours", "shapes", "sizes", "numbers") for word in _CLASSES[name].split()}
-    | {f"{word}{'es' if word == 'cross' else 's'}": "<shapes>s" for word in _CLASSES["shapes"].split()}
+    | {plural_of(word): "<shapes>s" for word in _CLASSES["shapes"].split()}
     | {"one": "one", "an": "a", "sky": "<colours>"}
 )
 _LIKENESS: Final = 0.8  # of a word to one that it is offered for; below, spelling alone misleads ("violet", "let")
