@@ -33,9 +33,8 @@ from starflow2.inference.self_check import (
     Request,
     attempts,
     best,
-    check_of,
     checked_tries,
-    needed_check,
+    choice_of,
 )
 from starflow2.inference.session import Said, Session, checked_part
 from starflow2.inference.vlm_answer import answer
@@ -198,20 +197,20 @@ class StarFlow2:
         total = sum(count if is_checked[prompt] else 1 for prompt, _ in pairs)
         watch = _counting(progress, total * self.components.layout.num_latents)
         checked, plain = ([pair for pair in pairs if is_checked[pair[0]] is wanted] for wanted in (True, False))
-        kept = dict(zip(checked, self._checked(checked, count, config, watch), strict=True)) if checked else {}
-        drawn = self._drawn([p for p, _ in plain], [s for _, s in plain], config, watch) if plain else []
-        images = dict(zip(plain, drawn, strict=True)) | {pair: attempt.picture for pair, attempt in kept.items()}
-        return [
-            Drawing(
-                to_pil(images[pair].image),
-                pair[0],
-                kept[pair].seed if pair in kept else pair[1],
-                settings,
-                _gain(images[pair]),
-                kept[pair].confidence if pair in kept else None,
-            )
-            for pair in pairs
-        ]
+        kept = iter(self._checked(checked, count, config, watch) if checked else ())
+        drawn = iter(
+            self._drawn([p for p, _ in plain], [s for _, s in plain], config, watch) if plain or not pairs else ()
+        )
+        drawings = []
+        for prompt, s in pairs:
+            if is_checked[prompt]:
+                one = next(kept)
+                image, gain = to_pil(one.picture.image), _gain(one.picture)
+                drawings.append(Drawing(image, prompt, one.seed, settings, gain, one.confidence))
+            else:
+                picture = next(drawn)
+                drawings.append(Drawing(to_pil(picture.image), prompt, s, settings, _gain(picture)))
+        return drawings
 
     def __call__(
         self,
@@ -249,8 +248,8 @@ class StarFlow2:
 
     def _can_check(self, prompt: str, tries: int | None) -> bool:
         """True if the model can ask itself about an image of a prompt. Raises PromptError for tries that are given."""
-        check = check_of if tries is None else needed_check
-        return bool(check(self.components.cfg, normalized(self.components, prompt), follows=False))
+        read = normalized(self.components, prompt)
+        return choice_of(self.components.cfg, read, tries, follows=False)[0] > 1
 
     def _checked(
         self,

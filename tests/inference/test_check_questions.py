@@ -12,7 +12,7 @@ from starflow2.errors import ConfigError, PromptError
 from starflow2.evals.newcomers import is_right
 from starflow2.inference.check_questions import HOW_MANY, Named, questions_about, things_in
 from starflow2.inference.engine import Engine
-from starflow2.inference.self_check import UNSURE, Request, attempts, check_of, confidences, needed_check
+from starflow2.inference.self_check import UNSURE, Request, attempts, check_of, choice_of, confidences
 from starflow2.models.config import SelfCheckConfig
 from starflow2.models.wording import respelled
 from starflow2.pipeline import StarFlow2
@@ -71,7 +71,7 @@ def test_edits_and_words_without_objects_are_not_checked(model):
     cfg = model.components.cfg
     assert check_of(cfg, "make the star blue", follows=True) == () == check_of(cfg, "a mint background", follows=False)
     with pytest.raises(PromptError, match="cannot ask itself whether an edit was done; use tries=1"):
-        needed_check(cfg, "make the star blue", follows=True)
+        choice_of(cfg, "make the star blue", 2, follows=True)
     with pytest.raises(PromptError, match="cannot ask itself about anything that 'a mint background' names"):
         model.generate("a mint background", tries=2)
     session = model.session(seed=0)
@@ -86,6 +86,12 @@ def test_what_can_be_checked_is_and_what_cannot_is_drawn_once(model):
     assert plain.confidence is None and plain.seed == 4
     assert 0 < star.confidence < 1 and 0 < again.confidence < 1
     assert star.seed in {4 + j * 2**21 for j in range(3)}
+
+
+def test_no_prompts_at_all_are_refused_whatever_the_tries(model):
+    for tries in (None, 1, 3):
+        with pytest.raises(ConfigError, match="0 prompts and 0 seeds; expected equally many, and at least one of each"):
+            model.generate([], tries=tries)
 
 
 def test_the_confidence_is_the_product_over_the_questions_and_half_without_any(model):
@@ -107,7 +113,7 @@ def test_a_question_without_a_place_for_the_words_is_refused():
 
 
 def test_nano_finds_the_right_one_of_four_tries_by_asking_itself():
-    """What one try often draws wrong: the judge finds more right images among those that the model confirms."""
+    """On two prompts that nano often draws wrong, the judge finds more right images among those that it confirms."""
     nano = StarFlow2.from_pretrained("nano")
     wanted = ("a red circle and a blue square", "a red circle left of a blue square")
     prompts = [p for p in FIRST_PROMPTS if p.text in wanted]

@@ -24,6 +24,7 @@ from starflow2.inference.events import DecodedImage, RowEvent
 from starflow2.inference.reading import Part
 from starflow2.inference.sampler import Sampler
 from starflow2.models.config import ModelConfig, SelfCheckConfig
+from starflow2.models.wording import words_of
 
 __all__ = [
     "CONFIRMED",
@@ -37,10 +38,10 @@ __all__ = [
     "check_memory",
     "check_of",
     "checked_tries",
+    "choice_of",
     "confidence",
     "confidences",
     "has_room",
-    "needed_check",
     "seed_of",
 ]
 
@@ -94,15 +95,6 @@ def check_of(cfg: ModelConfig, words: str, *, follows: bool) -> Check:
     return () if follows else questions_about(plain)
 
 
-def needed_check(cfg: ModelConfig, words: str, *, follows: bool) -> Check:
-    """The questions of `check_of`, for tries that a user asks for. Raises PromptError where there are none."""
-    check = check_of(cfg, words, follows=follows)
-    if not check:
-        what = "whether an edit was done" if follows else f"about anything that {shown(words)} names"
-        raise PromptError(f"{cfg.name} cannot ask itself {what}; use tries=1.")
-    return check
-
-
 def _asked_by(cfg: ModelConfig) -> SelfCheckConfig:
     if cfg.self_check is None:
         raise StateError(f"{cfg.name} has not learnt to check its images; use tries=1, or a model that has.")
@@ -117,6 +109,23 @@ def checked_tries(cfg: ModelConfig, tries: int | None) -> int:
     if count > 1:
         _asked_by(cfg)
     return count
+
+
+def choice_of(cfg: ModelConfig, words: str, tries: int | None, *, follows: bool) -> tuple[int, Check]:
+    """The number of images made of a request, and the questions that choose among them.
+
+    Without `tries` it is the model's own number, and 1 where nothing can be asked.
+
+    Raises as `checked_tries` and `check_of` do, and PromptError where several are wanted and there is nothing to ask.
+    """
+    count = checked_tries(cfg, tries)
+    if count == 1 or (tries is None and not words_of(words)):
+        return 1, ()
+    check = check_of(cfg, words, follows=follows)
+    if not check and tries is not None:
+        what = "whether an edit was done" if follows else f"about anything that {shown(words)} names"
+        raise PromptError(f"{cfg.name} cannot ask itself {what}; use tries=1.")
+    return (count, check) if check else (1, ())
 
 
 def check_memory(needed: int, free: int | None, tries: int) -> None:

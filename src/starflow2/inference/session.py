@@ -47,15 +47,7 @@ from starflow2.inference.events import (
 )
 from starflow2.inference.reading import read_image
 from starflow2.inference.sampler import Sampler
-from starflow2.inference.self_check import (
-    Check,
-    check_memory,
-    check_of,
-    checked_tries,
-    confidences,
-    needed_check,
-    seed_of,
-)
+from starflow2.inference.self_check import Check, check_memory, choice_of, confidences, seed_of
 from starflow2.inference.session_file import (
     SavedPiece,
     SavedSampling,
@@ -68,7 +60,6 @@ from starflow2.models.components import Components
 from starflow2.models.prompts import check_words, normalized
 from starflow2.models.sequence import Cursor
 from starflow2.models.tokenizer import ChatTokenizer
-from starflow2.models.wording import words_of
 
 __all__ = [
     "Mark",
@@ -253,17 +244,9 @@ class Session:
         self._replies += 1
 
     def _choice(self, tries: int | None) -> tuple[int, Check]:
-        """The number of replies, and the questions that choose among them; by default one where nothing can be asked.
-
-        Raises ConfigError, StateError, and PromptError where more are asked for and there is nothing to ask.
-        """
-        cfg, words = self.sampler.components.cfg, self._turn_words()
-        count = checked_tries(cfg, tries)
+        """The number of replies, and the questions that choose among them; see `choice_of`."""
         follows = any(piece.picture is not None for piece in self.pieces)
-        if count > 1 and tries is not None:
-            return count, needed_check(cfg, words, follows=follows)
-        check = check_of(cfg, words, follows=follows) if count > 1 and words_of(words) else ()
-        return (count, check) if check else (1, ())
+        return choice_of(self.sampler.components.cfg, self._turn_words(), tries, follows=follows)
 
     def _check_memory(self, tries: int, positions: int) -> None:
         """Raise StateError for more tries than there is memory for; each has two lanes if guidance has a branch."""

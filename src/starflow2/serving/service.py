@@ -27,7 +27,7 @@ from starflow2.core.images import MAX_PIXELS, read_picture
 from starflow2.errors import ConfigError, StarFlowError, StateError
 from starflow2.inference.engine import Engine
 from starflow2.inference.sampler import Sampler
-from starflow2.inference.self_check import check_of, checked_tries, needed_check
+from starflow2.inference.self_check import checked_tries, choice_of
 from starflow2.inference.session import Said
 from starflow2.models.prompts import check_words, normalized
 from starflow2.models.wording import words_of
@@ -189,18 +189,13 @@ class Service:
         return job
 
     def _tries(self, job: Job) -> int:
-        """How many images are drawn to keep one; by default one where the model cannot ask itself about them.
-
-        Raises ConfigError, StateError, and PromptError where several are wanted and there is nothing to ask.
-        """
-        ask, cfg = job.ask, self.model.components.cfg
-        own = 1 if ask.mode != "image" else None  # several tries are of an image
-        tries = checked_tries(cfg, own if ask.tries is None else ask.tries)
-        if tries == 1 or not words_of(job.words):
-            return tries
-        if ask.tries is not None:
-            needed_check(cfg, job.words, follows=job.images_before > 0)
-        return tries if check_of(cfg, job.words, follows=job.images_before > 0) else 1
+        """Images drawn to keep one, by `choice_of`; without words all that are wanted, of which the first stays."""
+        cfg, wanted = self.model.components.cfg, job.ask.tries
+        if wanted is None and job.ask.mode != "image":  # several tries are of an image
+            wanted = 1
+        if not words_of(job.words):
+            return checked_tries(cfg, wanted)
+        return choice_of(cfg, job.words, wanted, follows=job.images_before > 0)[0]
 
     def _score_job(self, ask: ScoreAsk) -> ScoreJob:
         return ScoreJob(ask, Reply(self._cancel), self._deadline(ask.timeout_s))
