@@ -11,6 +11,9 @@ BIN := .venv/bin
 # Without this, two processes that share cores spend most of their time waiting for each other in busy loops.
 export GOMP_SPINCOUNT := 0
 
+# Some containers keep Python from storing what it compiles; hundreds of processes of the tests read the same modules.
+unexport PYTHONDONTWRITEBYTECODE
+
 # uv does not read pip's settings, so a local folder of wheels (pip's find-links) has to be handed over. Where one
 # holds a torch wheel, that wheel is the build for this machine; otherwise uv picks CPU or CUDA by itself.
 FIND_LINKS = $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))

@@ -34,6 +34,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, list[Any]]:
         folder = tmp_path_factory.mktemp(path.stem)
         cells += [nbformat.v4.new_code_cell(f"%reset -f\n%cd -q {folder}"), *read(path).cells]
         ends.append(len(cells))
+    for number, cell in enumerate(cells):  # every notebook counts its own from 0
+        cell.id = f"cell-{number}"
     whole = nbformat.v4.new_notebook(cells=cells)
     nbclient.NotebookClient(whole, timeout=240, allow_errors=True).execute()
     return {path: whole.cells[a:b] for path, a, b in zip(NOTEBOOKS, [0, *ends[:-1]], ends, strict=True)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,7 +43,7 @@ def test_a_confirmed_image_is_that_which_generate_keeps(model):
     images, sure = model.tried([["a red star"]], [3], 3)
     (kept,) = model.generate("a red star", seed=3, tries=3)
     assert kept.confidence == pytest.approx(float(sure.max()), abs=1e-5)
-    drawn = torch.tensor(list(kept.image.getdata())).T.reshape(3, 24, 24) / 127.5 - 1
+    drawn = torch.from_numpy(np.array(kept.image)).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(drawn, images[0, int(sure.argmax())].clamp(-1, 1), rtol=0, atol=0.01)
 
 
