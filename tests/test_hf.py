@@ -358,7 +358,10 @@ def test_slots_without_their_image_are_refused(model, processor, picture) -> Non
         model.generate(inputs["input_ids"][:, :20], inputs["pixel_values"])
 
 
-@pytest.mark.parametrize(("name", "value"), [("dtype", torch.float16), ("device_map", "tpu"), ("quantize", True)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dtype", torch.float16), ("torch_dtype", torch.float16), ("device_map", "tpu"), ("quantize", True)],
+)
 def test_options_of_loading_are_honoured_or_refused(name: str, value: object) -> None:
     with pytest.raises(Exception, match=name.partition("_")[0]):
         AutoModelForMultimodalLM.from_pretrained(NANO, **{name: value})

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.utils.generic import ModelOutput
 
 from starflow2.core.fields import conform
 from starflow2.core.images import PILImage, to_pil
@@ -47,7 +46,7 @@ class StarFlow2Config(PreTrainedConfig):
 
 
 @dataclass
-class MultimodalOutput(ModelOutput):
+class MultimodalOutput(transformers.utils.ModelOutput):
     """Replies of words and images: their tokens alone, (B, T), and the images of all of them, (I, 3, s, s)."""
 
     sequences: Tensor
@@ -67,17 +66,14 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
         self.starflow2, self.components, self.training = starflow2, starflow2.components, starflow2.components.training
 
     @classmethod
-    def from_pretrained(cls, name: Any, *_: Any, **options: Any) -> StarFlow2ForMultimodalLM:
+    def from_pretrained(cls, name: Any, *_: Any, dtype: Any = None, device_map: Any = None, **options: Any) -> Self:
         """A model folder or Hub id. Raises ConfigError for options without a meaning here, and as `StarFlow2` does."""
-        dtype, device = options.pop("dtype", options.pop("torch_dtype", None)), options.pop("device_map", None)
-        is_known = dtype is None or (
-            isinstance(dtype, str | torch.dtype) and dtype in ("auto", "float32", torch.float32)
-        )
-        if not is_known:
-            raise ConfigError(f"dtype is {shown(dtype)}; expected auto or float32, which the weights are in.")
+        for given in (dtype, options.pop("torch_dtype", None)):
+            if str(given) not in ("None", "auto", "float32", "torch.float32"):
+                raise ConfigError(f"dtype is {shown(given)}; expected auto or float32, which the weights are in.")
         added = ("config", "from_auto", "trust_remote_code", "adapter_kwargs")  # by the Auto classes
         hub = {key: value for key, value in options.items() if value is not None and key.strip("_") not in added}
-        model = StarFlow2.from_pretrained(name, device="cpu" if device is None else device, **hub)
+        model = StarFlow2.from_pretrained(name, device="cpu" if device_map is None else device_map, **hub)
         return cls(StarFlow2Config.from_pretrained(find_model(name, **hub)), model)
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
@@ -87,11 +83,7 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
         self.starflow2.save_pretrained(save_directory, **ours)
 
     def generate(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **options: Any,
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, attention_mask: Tensor | None = None, **wanted: Any
     ) -> Tensor | MultimodalOutput:
         """Reply to rows of `input_ids` (B, T), whose image slots stand for `pixel_values` (I, 3, s, s) in turn.
 
@@ -99,14 +91,13 @@ class StarFlow2ForMultimodalLM(PreTrainedModel):
         [-1, 1]; "interleaved" a `MultimodalOutput`. num_return_sequences=n: n rows for each one given. Raises
         ConfigError for options beside `GenerationSettings`, DataError for slots that do not fit the images.
         """
-        settings, layout = token_replies.GenerationSettings.of(options), self.components.layout
+        settings, layout = token_replies.GenerationSettings.of(wanted), self.components.layout
         prompts = token_replies.split_batch(self.components, input_ids, attention_mask, pixel_values)
         sampler = self.starflow2.sampler(DrawConfig.for_model(self.components, guidance=settings.guidance_scale))
         made, pixels = token_replies.joined(token_replies.replies_to_tokens(sampler, prompts, settings), layout)
         if settings.generation_mode == "text":
             return torch.cat([input_ids.cpu().repeat_interleave(settings.num_return_sequences, 0), made], dim=1)
-        drew = settings.generation_mode == "image"
-        return pixels if drew and pixels is not None else MultimodalOutput(sequences=made, pixels=pixels)
+        return MultimodalOutput(made, pixels) if pixels is None or settings.generation_mode != "image" else pixels
 
 
 class StarFlow2Processor(ProcessorMixin):
@@ -134,8 +125,7 @@ class StarFlow2Processor(ProcessorMixin):
         """
         options.pop("generation_mode", None)
         token_replies.check_options(options, token_replies.TEMPLATE)
-        is_one = isinstance(conversation, list) and bool(conversation) and isinstance(conversation[0], dict)
-        return BatchFeature(token_replies.token_batch(self.words, [conversation] if is_one else conversation))
+        return BatchFeature(token_replies.token_batch(self.words, conversation))
 
     def post_process_multimodal_output(
         self, outputs: Tensor | MultimodalOutput, generation_mode: token_replies.Mode = "text", **_: object

@@ -135,12 +135,16 @@ def _content(message: Mapping[str, object], number: int) -> list[Said]:
     return parts
 
 
-def token_batch(words: Components, conversations: Sequence[Sequence[object]]) -> dict[str, Tensor]:
-    """input_ids (B, T), padded on the left, attention_mask, and pixel_values (I, 3, s, s) where there are images."""
-    if not isinstance(conversations, list | tuple) or not conversations:
-        raise PromptError(f"conversation is {shown(conversations)}; expected a list of messages, or several of them.")
+def token_batch(words: Components, conversation: Sequence[Any]) -> dict[str, Tensor]:
+    """Tokens and pixels of one conversation, a list of messages, or of a list of them.
+
+    input_ids (B, T), padded on the left, attention_mask, and pixel_values (I, 3, s, s) where there are images.
+    """
+    if not isinstance(conversation, list | tuple) or not conversation:
+        raise PromptError(f"conversation is {shown(conversation)}; expected a list of messages, or several of them.")
     pictures = list[Tensor]()
-    rows = [message_tokens(words, talk, pictures) for talk in conversations]
+    talks = [conversation] if isinstance(conversation[0], Mapping) else conversation
+    rows = [message_tokens(words, talk, pictures) for talk in talks]
     longest = max(map(len, rows), default=0)
     pads = [longest - len(row) for row in rows]
     batch = {
