@@ -103,7 +103,7 @@ release: setup ## both wheels into dist/, checked, installed elsewhere and drawn
 lmms: ## .venv-lmms: lmms-eval, which cannot live beside our pins, with the plug-in; then its tests, some minutes
 	test -x .venv-lmms/bin/python || $(PYTHON) -m venv .venv-lmms
 	.venv-lmms/bin/python -m pip install -q -c constraints-lmms.txt uv
-	$(WHEELS) .venv-lmms/bin/uv pip install --python .venv-lmms/bin/python -q $(BACKEND) -c constraints-lmms.txt lmms-eval pytest pytest-timeout filelock rich -e .
+	$(WHEELS) .venv-lmms/bin/uv pip install --python .venv-lmms/bin/python -q --compile-bytecode $(BACKEND) -c constraints-lmms.txt lmms-eval pytest pytest-timeout filelock rich -e .
 	-.venv-lmms/bin/uv pip uninstall --python .venv-lmms/bin/python -q torchvision
 	.venv-lmms/bin/python -m pytest -q -p no:cacheprovider -m "slow or not slow" tests/benchmarks/test_lmms.py
 
