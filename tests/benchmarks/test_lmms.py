@@ -184,12 +184,12 @@ def test_multiple_choice_by_likelihood_takes_the_option_that_score_takes(nano, t
     scores = harness(tasks, "shapes_likely", "--force_simple", arguments=",likelihood=loss")
     shown = [[picture(item.choice.scenes[0]), item.choice.text] for item in items]
     own = np.array([[nano.score(part, [letter]).log_prob for letter in "abcd"] for part in shown])  # (M, 4)
-    found = responses(tasks, "shapes_likely")
-    assert np.allclose([[-loss for loss, _ in pairs] for pairs in found], own, rtol=0, atol=1e-5)
+    found = responses(tasks, "shapes_likely")  # both of a pair are logged as text
+    assert np.allclose([[-float(loss) for loss, _ in pairs] for pairs in found], own, rtol=0, atol=1e-5)
     best = own.argmax(1)
     assert scores["acc,none"] == pytest.approx(np.mean(best == [row["answer"] for row in rows]), abs=1e-12)
     greedy = [[letter == answer for letter in "abcd"] for answer in own_answers[::2]]
-    assert [[is_greedy for _, is_greedy in pairs] for pairs in found] == greedy
+    assert [[is_greedy == "True" for _, is_greedy in pairs] for pairs in found] == greedy
     written = [("abcd"[i], answer) for i, answer in zip(best, own_answers[::2], strict=True) if answer in "abcd"]
     assert all(likeliest == answer for likeliest, answer in written) and written
 
