@@ -119,13 +119,18 @@ def _in_an_empty_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def files() -> list[Path]:
+    """Everything in the current folder but what Python keeps of modules that it compiled."""
+    return sorted(path for path in Path.cwd().rglob("*") if "__pycache__" not in path.parts)
+
+
 def refused(capsys, *argv: str) -> str:
     """The one line that a command line is refused with; nothing else may be printed or written."""
-    before = sorted(Path.cwd().rglob("*"))
+    before = files()
     assert main(list(argv)) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("starflow2: error: ") and err.count("\n") == 1
-    assert sorted(Path.cwd().rglob("*")) == before
+    assert files() == before
     return err
 
 
