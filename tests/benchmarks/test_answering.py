@@ -227,7 +227,7 @@ def test_a_harness_that_does_not_end_is_stopped_and_one_that_is_missing_is_named
     [
         ("{}", "no scores of task mme"),
         ('{"results": {"gqa": {}}}', "no scores of task mme"),
-        ('{"results": {"mme": {"mme_perception_score,none": 1}}}', "no scores of task mme"),
+        ('{"results": {"mme": {"exact_match,none": 1}}}', "no scores of task mme: KeyError.'mme_perception_score"),
         ('{"results": ', "is not JSON"),
         ('{"results": {"mme": []}}', "no scores of task mme"),
         (json.dumps({"results": RESULTS, "n-samples": []}), "no scores of task mme"),
@@ -240,6 +240,12 @@ def test_results_without_the_scores_are_refused(data, says, tmp_path):
         read_results("mme", newest_results(tmp_path))
     with pytest.raises(DataError, match="has no results"):
         newest_results(tmp_path / "none")
+
+
+def test_a_metric_of_which_no_question_was_asked_is_an_empty_column(tmp_path):
+    (tmp_path / "20260101_000000_results.json").write_text('{"results": {"mme": {"mme_cognition_score,none": 350}}}')
+    columns = read_results("mme", newest_results(tmp_path)).columns
+    assert columns["perception"].score is None and columns["cognition"].score == 350
 
 
 def test_the_command_writes_three_rows_that_a_report_sets_beside_the_papers(python, model, tmp_path, capsys):

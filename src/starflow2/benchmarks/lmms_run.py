@@ -194,14 +194,17 @@ def newest_results(folder: Path) -> Path:
 def read_results(suite: SuiteName, path: Path, task: str = "") -> Result:
     """The scores of a suite in lmms-eval's JSON, in the units of the paper's tables.
 
-    task: of lmms-eval; "" for the suite's own. Raises DataError for a file without them.
+    lmms-eval leaves out a metric of which it asked no question: that column is empty. task: of lmms-eval; "" for the
+    suite's own. Raises DataError for a file without any of them.
     """
     about = SUITES[suite]
     task = task or about.task
     try:
         data = read_json(path)
         scores = data["results"][task]
-        columns = {name: Score(_scaled(scores[metric], by)) for name, (metric, by) in about.columns.items()}
+        if scores.keys().isdisjoint(metric for metric, _ in about.columns.values()):
+            raise KeyError(next(iter(about.columns.values()))[0])
+        columns = {name: Score(_scaled(scores.get(metric), by)) for name, (metric, by) in about.columns.items()}
         counts = _counts(data, task)
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise DataError(f"{path} has no scores of task {task}: {error!r}; expected lmms-eval's results.") from error
