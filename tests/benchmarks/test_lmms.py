@@ -112,8 +112,11 @@ def harness(folder: Path, task: str, *options: str, arguments: str = "") -> dict
         raise AssertionError(done.stdout[-2000:] + done.stderr[-4000:]) from error
 
 
-def responses(folder: Path, name: str, task: str = "") -> list[list[Any]]:
-    """The model's answer to each question of a task, in the order of the questions, as the harness logged it."""
+def responses(folder: Path, name: str, task: str = "") -> list[Any]:
+    """The model's answer to each question of a task, in the order of the questions, as the harness logged it.
+
+    A text where a question is one request, a list of what was replied to each where it is several.
+    """
     (path,) = (folder / name).rglob(f"*_samples_{task or name}.jsonl")
     samples = [json.loads(line) for line in path.read_text().splitlines()]
     return [sample["filtered_resps"] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
@@ -170,7 +173,7 @@ def test_multiple_choice_by_letters_scores_exactly_what_our_own_suite_does(nano,
     data = write_parquet(tasks / "choice.parquet", choice_rows(seed_items), image=datasets.Image())
     (tasks / "choice.yaml").write_text(CHOICE_TASK.format(data=data))
     scores = harness(tasks, "shapes_choice", "--batch_size", "16")
-    assert [answer.strip() for (answer,) in responses(tasks, "shapes_choice")] == own_answers
+    assert [answer.strip() for answer in responses(tasks, "shapes_choice")] == own_answers
     graded = McqSuite().grade({"seed": list(zip(seed_items, own_answers, strict=True))})
     assert scores["exact_match,none"] == pytest.approx(graded.parts["all"].by_kind["seed"].value("accuracy"), abs=1e-12)
     assert len({item.choice.kind for item in seed_items}) == 6 and set(own_answers) > {"a", "b"}
@@ -376,7 +379,7 @@ def test_the_commands_ask_every_question_of_the_fixtures(suite, shared_dir, mini
     assert main([*argv, "--device", "cpu", "--python", str(PYTHON)]) == 0
     found = json.loads((tmp_path / "out" / f"{suite}.json").read_text())
     assert found["counts"]["questions"] == len(rows) == {"mme": 240, "mmbench": 160}[suite]
-    said = [answer for (answer,) in responses(tmp_path / "out", suite, f"starflow2_{SUITES[suite].task}")]
+    said = responses(tmp_path / "out", suite, f"starflow2_{SUITES[suite].task}")
     if suite == "mme":
         own = sum(score_mme([{**row, "pred": text} for row, text in zip(rows, said, strict=True)]).values())
         assert found["columns"]["perception"] == pytest.approx(own, abs=1e-9)
