@@ -58,7 +58,8 @@ def test_a_codecs_report_stands_in_the_page_too(tmp_path):
     write_json(to_dict(CodecReport(pictures=64, rows=(row,), model="tiny")), tmp_path / "fae.json")
     found = read_result(tmp_path / "fae.json")
     assert found.columns["PSNR at noise 0.5"].score == 32.5 and found.columns["rFID at noise 0.5"].score is None
-    assert "## Codec" in markdown(Found([found]))
+    page = markdown(Found([found]))
+    assert "## Codec" in page and "- not measured: rFID at noise 0.5\n" in page and "| rFID" not in page
 
 
 def test_the_papers_rows_stand_first_and_ours_in_the_same_columns():
@@ -93,7 +94,7 @@ def test_suites_of_the_drawn_world_have_tables_of_their_own_and_a_column_at_the_
     id_, cg = (cell.split(" ")[0] for cell in total[1:3])
     assert f"| MME, perception | 1528.8 | 1677.9 | – | {id_} / {cg} of 1,200 |" in page
     assert f"| {' | '.join(total)} |" in page and "weights 0123" in page
-    with pytest.raises(DataError, match="both of W-mme, nano, dev"):
+    with pytest.raises(DataError, match="both of W-MME-p, nano, dev"):
         read_results([tmp_path / "mme.json"] * 2)
     broken = json.loads((tmp_path / "mme.json").read_text()) | {"suite": "x"}
     (tmp_path / "b.json").write_text(json.dumps(broken))
@@ -167,7 +168,7 @@ def test_the_command_measures_a_model_and_shows_what_it_draws(tmp_path, capsys):
     argv = ["eval", "report", "--measure", str(tmp_path / "model"), "--out", str(tmp_path / "r"), "--device", "cpu"]
     assert main(argv) == 0
     page = (tmp_path / "r" / "report.md").read_text()
-    assert all(f"### {name}" in page for name in ("W-GenEval", "W-dpg", "W-mme", "W-gqa", "W-mcq", "W-story"))
+    assert all(f"### {name}" in page for name in ("W-GenEval", "W-DPG", "W-MME-p", "W-GQA", "W-MCQ", "W-Story"))
     assert all(f"({name}.png)" in page for name in ("drawings", "edits", "stories"))
     assert "## Codec" in page and "## Likelihood" in page
     assert "world-edit is left out: this model never learnt 'shift'" in capsys.readouterr().err

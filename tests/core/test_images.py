@@ -96,6 +96,13 @@ def test_a_sheet_shows_each_image_in_its_place_above_its_label():
     assert (beneath[:, 12:204] < 100).any() and not (beneath[:, 216:408] < 100).any()  # ink under "one", none under ""
 
 
+def test_a_label_without_an_image_stands_at_the_top_of_its_place():
+    sheet = np.asarray(contact_sheet([Image.new("RGB", (64, 64), "white"), None], ["", "a question"], columns=2))
+    assert (sheet[12:60, 216:408] < 100).any() and (sheet[100:204, 216:408] > 200).all()
+    with pytest.raises(ShapeError, match="contact_sheet"):
+        contact_sheet([None], ["a question"])
+
+
 def test_a_label_stays_within_the_width_of_its_image_however_long():
     label = "x" * 400 + " two red hearts left of a blue square" * 40
     sheet = np.asarray(contact_sheet([Image.new("RGB", (64, 64), "white")] * 2, [label, ""], columns=2))

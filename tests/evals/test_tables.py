@@ -63,7 +63,7 @@ def test_tables_say_which_suite_and_whether_it_was_a_quick_run():
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(table(EDIT))
     text = " ".join(console.export_text().split())
-    assert "W-edit, quick dev, 63 items" in text and all(heading in text for heading in HEADINGS)
+    assert "W-Edit, quick dev, 63 items" in text and all(heading in text for heading in HEADINGS)
     assert "handed back unchanged" in text
 
 

@@ -34,7 +34,7 @@ def test_minutes_of_a_stage_are_its_steps_times_their_seconds(tmp_path):
 def test_a_report_becomes_a_table_and_headlines():
     report = rows(Score(900.0, 850.0, 950.0))
     text = "\n".join(markdown_of(report))
-    assert text.startswith("### W-mme") and "| total of 1,200 | 900 [850, 950] |" in text and "Ceiling" in text
+    assert text.startswith("### W-MME-p") and "| total of 1,200 | 900 [850, 950] |" in text and "Ceiling" in text
     assert headlines(report)["id"] == {"total": [900.0, 850.0, 950.0]}
     assert headlines(report)["floor id"]["coin"] == [450]
 

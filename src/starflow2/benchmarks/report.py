@@ -23,7 +23,7 @@ from starflow2.core.serialize import read_json
 from starflow2.errors import ConfigError, DataError
 from starflow2.evals.statistics import Score
 from starflow2.evals.suite import Report
-from starflow2.evals.tables import headings, lines, notes, title
+from starflow2.evals.tables import NAMES, headings, lines, notes, title
 
 __all__ = ["Found", "markdown", "read_results", "write_report"]
 
@@ -110,7 +110,7 @@ def _read(path: Path) -> Result | Report:
 
 def _key(found: Result | Report) -> tuple[str, str, str]:
     if isinstance(found, Report):
-        return f"W-{found.suite}", found.model or "unknown", found.split
+        return NAMES[found.suite], found.model or "unknown", found.split
     return found.benchmark, found.model, found.judge
 
 
@@ -192,6 +192,8 @@ def _pairs(world: Sequence[Report], suite: str, name: str) -> Iterator[str]:
 def _section(benchmark: str, results: Sequence[Result]) -> Iterator[str]:
     rows = PAPER.get(benchmark, ())
     names = list(dict.fromkeys([c for row in rows for c in row.columns] + [c for r in results for c in r.columns]))
+    absent = [n for n in names if not any(n in row.columns for row in rows) and not _is_scored(n, results)]
+    names = [name for name in names if name not in absent]
     table = [["row", "judge", *names]]
     table += [[row.name, "", *(_paper_cell(row, name) for name in names)] for row in rows]
     table += [[r.model, r.judge, *(_cell(r.columns.get(name)) for name in names)] for r in results]
@@ -202,7 +204,12 @@ def _section(benchmark: str, results: Sequence[Result]) -> Iterator[str]:
     yield ""
     for result in results:
         yield from _about(result)
+    yield from [f"- not measured: {', '.join(absent)}"] if absent else []
     yield ""
+
+
+def _is_scored(column: str, results: Sequence[Result]) -> bool:
+    return any(result.columns.get(column, Score(None)).score is not None for result in results)
 
 
 def _about(result: Result) -> Iterator[str]:

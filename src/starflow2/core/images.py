@@ -452,22 +452,25 @@ def _square(image: PILImage, size: int, form: ImageForm) -> PILImage:
     return pixels if pixels.size == (size, size) else pixels.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def contact_sheet(images: Sequence[PILImage], labels: Sequence[str], columns: int = 8, scale: int = 3) -> PILImage:
+def contact_sheet(
+    images: Sequence[PILImage | None], labels: Sequence[str], columns: int = 8, scale: int = 3
+) -> PILImage:
     """Arrange images in rows of `columns` on one sheet, each enlarged `scale` times with its label beneath.
 
-    A label is wrapped to the width of its image and ends in an ellipsis after six lines.
+    A label is wrapped to the width of its image and ends in an ellipsis after six lines; None is a label alone.
     Raises ShapeError unless there are images, one label for each, and a column.
 
     >>> contact_sheet([Image.new("RGB", (64, 64))] * 3, ["one", "two", "three"], columns=2).size
     (420, 468)
     """
-    if not images or len(images) != len(labels) or columns < 1 or scale < 1:
+    pictures = [image for image in images if image is not None]
+    if not pictures or len(images) != len(labels) or columns < 1 or scale < 1:
         raise ShapeError(
             f"contact_sheet got {len(images)} images, {len(labels)} labels, columns={columns}, scale={scale}; "
             "expected one label for each of one or more images, columns and scale of at least 1."
         )
     font = ImageFont.load_default(FONT_SIZE)
-    width, height = max(i.width for i in images) * scale, max(i.height for i in images) * scale
+    width, height = max(i.width for i in pictures) * scale, max(i.height for i in pictures) * scale
     texts = [_wrap(label, width, font) for label in labels]
     rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
     drops = [height + _text_height(max((texts[i] for i in row), key=lambda t: t.count("\n")), font) for row in rows]
@@ -479,14 +482,16 @@ def contact_sheet(images: Sequence[PILImage], labels: Sequence[str], columns: in
     draw, top = ImageDraw.Draw(sheet), MARGIN
     for row, drop in zip(rows, drops, strict=True):
         for column, i in enumerate(row):
-            left = MARGIN + column * (width + MARGIN)
-            tile = _rgb(images[i])
-            tile = tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.LANCZOS)
-            sheet.paste(tile, (left, top))
-            draw.rectangle((left - 1, top - 1, left + tile.width, top + tile.height), outline=FRAME)
-            draw.multiline_text((left, top + height + MARGIN // 2), texts[i], fill=INK, font=font, spacing=2)
+            left, image = MARGIN + column * (width + MARGIN), images[i]
+            if image is not None:
+                tile = _rgb(image)
+                tile = tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.LANCZOS)
+                sheet.paste(tile, (left, top))
+                draw.rectangle((left - 1, top - 1, left + tile.width, top + tile.height), outline=FRAME)
+            below = 0 if image is None else height + MARGIN // 2
+            draw.multiline_text((left, top + below), texts[i], fill=INK, font=font, spacing=2)
         top += drop + MARGIN
-    sheet.info[SHEET] = str(len(images))
+    sheet.info[SHEET] = str(len(pictures))
     return sheet
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 from rich.table import Table
 
@@ -26,6 +27,19 @@ TRIED_HEADINGS = ("confirmed", "passed", "AUC")  # ID / CG each, where several t
 OTHER_PARTS = ("paraphrase", "new", "scenes", "plain")  # beside ID and CG, where they were run
 ABSENT = "–"
 TWINS = "twins of 100"
+NAMES = MappingProxyType(
+    {
+        "geneval": "W-GenEval",
+        "dpg": "W-DPG",
+        "mme": "W-MME-p",
+        "gqa": "W-GQA",
+        "mcq": "W-MCQ",
+        "edit": "W-Edit",
+        "edit_sessions": "Edits in sessions",
+        "story": "W-Story",
+        "newcomers": "A newcomer's first prompts",
+    }
+)
 Line = tuple[str, ...]
 Record = dict[str, object]
 
@@ -54,7 +68,10 @@ def lines(report: Report) -> list[Line]:
 
 def notes(report: Report) -> list[str]:
     """Notes on how to read the table."""
-    return list(_geneval_notes(report)) if report.suite == "geneval" else [_NOTES[report.suite]]
+    if report.suite == "geneval":
+        return list(_geneval_notes(report))
+    tried = [_TRIED_NEWCOMERS] if report.suite == "newcomers" and CHECKED in report.bounds else []
+    return [*([_QUICK] if report.quick else []), _NOTES[report.suite], *tried]
 
 
 def ledger_record(report: Report) -> Record:
@@ -101,9 +118,8 @@ def _others(report: Report) -> tuple[str, ...]:
 def title(report: Report) -> str:
     """The suite, its split, and how much of it was run."""
     kind = "quick " if report.quick else ""
-    if report.suite == "geneval":
-        return f"W-GenEval, {kind}{report.split}, {report.settings['samples']} images per prompt"
-    return f"W-{report.suite}, {kind}{report.split}, {report.n} items"
+    many = f"{report.settings['samples']} images per prompt" if report.suite == "geneval" else f"{report.n} items"
+    return f"{NAMES[report.suite]}, {kind}{report.split}, {many}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- cells
@@ -291,7 +307,7 @@ def _geneval_notes(report: Report) -> Iterator[str]:
         if name not in report.bounds:
             yield f"No {kind} was measured: these scores cannot be read against what the codec allows."
     if report.quick:
-        yield "Quick run on one prompt in eight: noisy, not for comparing models."
+        yield _QUICK
     for part, scores in report.parts.items():
         yield (
             f"{part}: {_cell(scores['lenient'])}, 95 % bootstrap over {scores.units} distinct prompts, {scores.n} "
@@ -331,6 +347,8 @@ _LINES: Mapping[str, Callable[[Report], Iterator[Line]]] = {
     "story": _story,
     "newcomers": _newcomers,
 }
+_QUICK = "Quick run on a share of the items: noisy, not for comparing models."
+_TRIED_NEWCOMERS = "Floor and ceiling of a prompt are its confirmed try and the judge's choice."
 _NOTES: Mapping[str, str] = {
     "mme": "Ceiling: the frozen language model through its own vision tower.",
     "gqa": "Gap: the mean over kinds of both. Floor: the question-only prior. Ceiling: the language model alone, "
@@ -338,8 +356,7 @@ _NOTES: Mapping[str, str] = {
     "mcq": "Floor: chance, and a reader of the question alone. Circular: right in every rotation of the options.",
     "dpg": "Floor: images of other prompts. Ceiling: true images after the codec, clean / at the sampling noise.",
     "edit": "Floor: the source handed back unchanged. Ceiling: the true result after the codec. Overall is of 10.",
-    "newcomers": "First prompts of a newcomer, strictly judged; of each prompt one try and, as floor and ceiling, the "
-    "confirmed try and the judge's choice.",
+    "newcomers": "Strictly judged: the image is exactly what was said.",
     "edit_sessions": "Three edits of one image, an undo before the third. Floor: the source handed back. Undo: the "
     "image is again what it was, and to the byte.",
     "story": "Prefix: steps without any fault, of 4. Floor: other stories' images; of answers, guessing by the kind "

@@ -40,7 +40,7 @@ def edit_sheet(model: StarFlow2, path: str | Path, per_operation: int = 2) -> No
     labels: list[str] = []
     for i, edit in enumerate(edits):
         images += [to_pil(t[i]) for t in (sources, results, targets)]
-        labels += [edit.operation, edit.instruction, "what was meant"]
+        labels += [f"{edit.operation}: the source", edit.instruction, "what was meant"]
     save_png(contact_sheet(images, labels, columns=6), path, {"model": model.components.cfg.name, "split": SPLIT})
 
 
@@ -49,13 +49,13 @@ def story_sheet(model: StarFlow2, path: str | Path, stories: int = 4) -> None:
     suite = suite_stories(SPLIT, "id", stories)
     talks = [[*(step.instruction for step in story.steps), story.question] for story in suite]
     stories_replies = model.tell(talks, list(range(len(suite))))
-    images: list[PILImage] = []
+    images: list[PILImage | None] = []
     labels: list[str] = []
     for story, requests, replies in zip(suite, talks, stories_replies, strict=True):
         for request, blocks in zip(requests[:-1], replies[:-1], strict=True):
             images.append(to_pil(_picture(blocks)))
             labels.append(f"{request} / {_words(blocks)}")
-        images.append(to_pil(BLANK))
+        images.append(None)
         labels.append(f"{requests[-1]} / {_words(replies[-1])} (right: {story.answer})")
     save_png(contact_sheet(images, labels, columns=5), path, {"model": model.components.cfg.name, "split": SPLIT})
 
