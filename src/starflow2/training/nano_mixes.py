@@ -1,10 +1,20 @@
-"""Mixes of nano: conversations about images, captions of drawings, and the stage that ends joint training."""
+"""Mixes of nano: conversations, captions of drawings, the end of joint training, and what nano-grown does otherwise."""
 
 from __future__ import annotations
 
-from starflow2.training.config import CaptionConfig, MixConfig, OptimConfig, StageConfig, TalkConfig
+from dataclasses import replace
 
-__all__ = ["NANO_DRAWINGS", "NANO_END", "NANO_TALK", "NANO_TALK_EARLY"]
+from starflow2.training.config import (
+    CaptionConfig,
+    MixConfig,
+    OptimConfig,
+    StageConfig,
+    TalkConfig,
+    WarmupMixConfig,
+    WarmupTalkConfig,
+)
+
+__all__ = ["GROWN", "NANO_DRAWINGS", "NANO_END", "NANO_TALK", "NANO_TALK_EARLY"]
 
 NANO_TALK_EARLY = TalkConfig(  # what an image shows, places of lone objects, letters with two options
     picture=0.56, places=0.14, sides=0.03, details=0.05, pictures=0.05, choice=0.06, reading=0.03, game=0.02, check=0.06
@@ -37,3 +47,24 @@ NANO_END = StageConfig(  # without the distance to the flow of t2i: docs/choices
     talk=NANO_TALK,
     keep_as="nano-heldout",
 )
+
+_COUNTED = replace(NANO_DRAWINGS, counting=0.26, placed=0.04, sized=0.02)  # counts are what a new stage forgets first
+GROWN: dict[str, dict[str, object]] = {  # by stage, where recipe nano-grown is not nano
+    "vlm": {
+        "steps": 1600,
+        "optim": OptimConfig(lr=1e-3, matrix_lr=2e-3, decay_share=0.4),
+        "warmup_talk": WarmupTalkConfig(steps=300, mix=NANO_TALK_EARLY),
+    },
+    "adapter": {"steps": 400},
+    "joint": {
+        "steps": 2600,
+        "optim": OptimConfig(lr=1.2e-3, matrix_lr=1.8e-3, decay_share=0.8),
+        "kl_to_t2i": 0.0,
+        "hidden_latents_share": 0.3,
+        "warmup_mix": WarmupMixConfig(),
+        "mix": MixConfig(understand=0.03, check=0.05, draw=0.5, edit=0.2, chain=0.03, beginning=0.12, story=0.07),
+        "captions": _COUNTED,
+        "keep_as": "nano-heldout",
+    },
+    "final": {"captions": _COUNTED},
+}
