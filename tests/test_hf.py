@@ -349,6 +349,16 @@ def test_outputs_of_another_kind_are_refused(processor) -> None:
             processor.post_process_multimodal_output(outputs, generation_mode=mode)
 
 
+def test_a_processor_decodes_rows_and_single_rows_and_reads_no_single_texts(model, processor, picture) -> None:
+    talk = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}]}]
+    inputs = processor.apply_chat_template(talk)
+    rows = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    (answer,) = processor.batch_decode(rows, skip_special_tokens=True)
+    assert answer == processor.decode(rows[0]) == model.starflow2.ask(to_pil(picture), "what is it?")
+    with pytest.raises(ConfigError, match="apply_chat_template"):
+        processor(text="a red star", return_tensors="pt")
+
+
 def test_slots_without_their_image_are_refused(model, processor, picture) -> None:
     talk = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is it?"}]}]
     inputs = processor.apply_chat_template(talk)

@@ -1,12 +1,11 @@
 """Our model folders in the habits of transformers and diffusers; nothing else imports this module.
+Letters: B prompts, T positions, I images, s pixels a side.
 
     import starflow2.hf  # registers what is below with AutoConfig, AutoModelForMultimodalLM and AutoProcessor
     processor, model = AutoProcessor.from_pretrained(folder), AutoModelForMultimodalLM.from_pretrained(folder)
     inputs = processor.apply_chat_template([{"role": "user", "content": "two pink hearts"}])
     pixels = model.generate(**inputs, generation_mode="image", seed=0)
     image = processor.post_process_multimodal_output(pixels, generation_mode="image")[0]
-
-Letters: B prompts, T positions, I images, s pixels a side.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from starflow2.core.fields import conform
-from starflow2.core.images import PILImage, to_pil
+from starflow2.core.images import PILImage
 from starflow2.core.text import shown
 from starflow2.errors import ConfigError
 from starflow2.inference import token_replies
@@ -29,7 +28,6 @@ from starflow2.inference.config import DrawConfig
 from starflow2.models.checkpoint import load_words, save_words
 from starflow2.models.config_file import KEYS, MODEL_TYPE
 from starflow2.models.hub import find_model
-from starflow2.nn import check, check_floating
 from starflow2.pipeline import StarFlow2
 
 __all__ = ["MultimodalOutput", "StarFlow2Config", "StarFlow2ForMultimodalLM", "StarFlow2Processor"]
@@ -127,21 +125,23 @@ class StarFlow2Processor(ProcessorMixin):
         token_replies.check_options(options, token_replies.TEMPLATE)
         return BatchFeature(token_replies.token_batch(self.words, conversation))
 
+    def __call__(self, *_: object, **__: object) -> BatchFeature:
+        raise ConfigError("this processor reads conversations, not single texts; call apply_chat_template(messages).")
+
+    def decode(self, outputs: Tensor, **_: object) -> Any:
+        """Words of rows of tokens (B, T), a list, or of one row (T), a text; special tokens are left out."""
+        return token_replies.decoded(self.words, outputs)
+
+    batch_decode = decode
+
     def post_process_multimodal_output(
         self, outputs: Tensor | MultimodalOutput, generation_mode: token_replies.Mode = "text", **_: object
     ) -> list[str] | list[PILImage] | list[list[str | PILImage]]:
         """Texts, images, or for each reply a list of both in order: what `generate` returned in the same mode."""
-        decode = self.words.tokenizer.decode
         conform(token_replies.Mode, generation_mode, "generation_mode")
         if isinstance(outputs, MultimodalOutput):
-            replies = token_replies.split_batch(self.words, outputs.sequences, None, outputs.pixels)
-            return [[to_pil(part) if isinstance(part, Tensor) else decode(part) for part in reply] for reply in replies]
-        if generation_mode == "image":
-            check(outputs, "B 3 height width", "outputs", **{"3": 3})
-            check_floating(outputs, "outputs")
-            return [to_pil(image) for image in outputs]
-        token_replies.check_tokens(self.words, outputs, "outputs")
-        return [decode(row) for row in outputs.tolist()]
+            return token_replies.words_and_images(self.words, outputs.sequences, outputs.pixels)
+        return token_replies.pictures(outputs) if generation_mode == "image" else self.decode(outputs)
 
 
 transformers.AutoConfig.register(MODEL_TYPE, StarFlow2Config, exist_ok=True)

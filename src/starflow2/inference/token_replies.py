@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from starflow2.core.fields import Config, Count, Natural, Positive, Weight
-from starflow2.core.images import checked_pixels
+from starflow2.core.images import PILImage, checked_pixels, to_pil
 from starflow2.core.text import shown
 from starflow2.core.torch_defaults import inference_defaults
 from starflow2.errors import ConfigError, DataError, PromptError, ShapeError, nearest
@@ -26,7 +26,7 @@ from starflow2.inference.sampler import Sampler
 from starflow2.inference.session import Said, checked_part
 from starflow2.models.components import Components
 from starflow2.models.sequence import Layout
-from starflow2.nn import check
+from starflow2.nn import check, check_floating
 
 __all__ = [
     "SAVING",
@@ -36,11 +36,14 @@ __all__ = [
     "Reply",
     "check_options",
     "check_tokens",
+    "decoded",
     "joined",
     "message_tokens",
+    "pictures",
     "replies_to_tokens",
     "split_batch",
     "token_batch",
+    "words_and_images",
 ]
 
 Mode = Literal["text", "image", "interleaved"]
@@ -152,6 +155,32 @@ def token_batch(words: Components, conversation: Sequence[Any]) -> dict[str, Ten
         "attention_mask": torch.tensor([[0] * n + [1] * (longest - n) for n in pads]),
     }
     return batch | ({"pixel_values": torch.stack(pictures)} if pictures else {})
+
+
+def decoded(words: Components, ids: Tensor) -> str | list[str]:
+    """Words of rows of tokens (B, T), or of one row (T). Raises ShapeError, DataError for what are no tokens."""
+    if isinstance(ids, Tensor) and ids.ndim == 1:
+        check_tokens(words, ids[None], "outputs")
+        return words.tokenizer.decode(ids.tolist())
+    check_tokens(words, ids, "outputs")
+    return [words.tokenizer.decode(row) for row in ids.tolist()]
+
+
+def pictures(pixels: Tensor) -> list[PILImage]:
+    """Pixels (B, 3, height, width) in [-1, 1] as images. Raises ShapeError, DataError where one is not finite."""
+    check(pixels, "B 3 height width", "outputs", **{"3": 3})
+    check_floating(pixels, "outputs")
+    return [to_pil(image) for image in pixels]
+
+
+def words_and_images(words: Components, ids: Tensor, pixels: Tensor | None) -> list[list[str | PILImage]]:
+    """Each row of tokens (B, T) as its words and images in order, of which `pixels` (I, 3, s, s) are those of all rows.
+
+    Raises ShapeError, DataError as `split_batch` does.
+    """
+    decode = words.tokenizer.decode
+    replies = split_batch(words, ids, None, pixels)
+    return [[to_pil(part) if isinstance(part, Tensor) else decode(part) for part in reply] for reply in replies]
 
 
 def split_batch(words: Components, ids: Tensor, mask: Tensor | None, pixels: Tensor | None) -> list[Reply]:
