@@ -159,11 +159,11 @@ def token_batch(words: Components, conversation: Sequence[Any]) -> dict[str, Ten
 
 def decoded(words: Components, ids: Tensor) -> str | list[str]:
     """Words of rows of tokens (B, T), or of one row (T). Raises ShapeError, DataError for what are no tokens."""
-    if isinstance(ids, Tensor) and ids.ndim == 1:
-        check_tokens(words, ids[None], "outputs")
-        return words.tokenizer.decode(ids.tolist())
-    check_tokens(words, ids, "outputs")
-    return [words.tokenizer.decode(row) for row in ids.tolist()]
+    is_row = getattr(ids, "ndim", 2) == 1
+    rows = ids[None] if is_row else ids
+    check_tokens(words, rows, "outputs")
+    texts = [words.tokenizer.decode(row) for row in rows.tolist()]
+    return texts[0] if is_row else texts
 
 
 def pictures(pixels: Tensor) -> list[PILImage]:
