@@ -192,7 +192,7 @@ def test_scores_of_every_suite_are_read_from_the_harnesss_json_in_the_papers_uni
 
 
 def test_local_data_gets_a_task_of_its_own_that_includes_the_published_one(python, tmp_path):
-    (tmp_path / "mme.parquet").touch()
+    (tmp_path / "mme.parquet").write_bytes(b"PAR1 and so on")
     run = HarnessRun(python=python, model="nano", data=tmp_path / "mme.parquet", frozen="256")
     result = run_suite("mme", run, tmp_path / "out")
     assert result.model == "nano, language model alone at 256" and result.made["task"] == "starflow2_mme"
@@ -202,6 +202,9 @@ def test_local_data_gets_a_task_of_its_own_that_includes_the_published_one(pytho
     assert task["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / "mme.parquet")}}
     with pytest.raises(DataError, match="none is not there"):
         run_suite("mme", HarnessRun(python=python, model="nano", data=tmp_path / "none"), tmp_path / "out")
+    (tmp_path / "mme.jsonl").write_text('{"question": "is it red?"}')
+    with pytest.raises(DataError, match=r"mme\.jsonl is no Parquet file"):
+        run_suite("mme", HarnessRun(python=python, model="nano", data=tmp_path / "mme.jsonl"), tmp_path / "out")
 
 
 def test_a_task_that_the_harness_does_not_know_is_an_error_though_it_ends_with_0(python, tmp_path):

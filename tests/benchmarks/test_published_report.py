@@ -77,7 +77,7 @@ def test_the_papers_rows_stand_first_and_ours_in_the_same_columns():
 def test_every_benchmark_of_the_paper_stands_at_the_top_measured_or_not():
     lines = markdown(Found([result(), result("dpg", judge="other")])).splitlines()[2:12]
     assert len(lines) == 2 + len(PAPER)
-    assert lines[2] == "| GenEval, overall | 0.82 |  | tiny 0.500 (0.400–0.600), geneval |"
+    assert lines[2] == "| GenEval, overall | 0.82 |  | tiny 0.500 (0.400–0.600), geneval, of 3 prompts |"
     assert lines[4] == "| MME, perception | 1528.8 | 1677.9 | – |"
     assert [line.split(" | ")[0] for line in lines[6:]] == [
         f"| {name}, accuracy" for name in ("SEED-Bench", "MMBench-en", "MMMU", "AI2D")

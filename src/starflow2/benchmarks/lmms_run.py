@@ -31,6 +31,7 @@ __all__ = ["SUITES", "HarnessRun", "SuiteName", "find_python", "newest_results",
 
 SuiteName = Literal["mme", "gqa", "seed", "mmbench", "mmmu", "ai2d"]
 WRITTEN: Final = "[0-9]*_results.json"  # a date, a time; other files of tasks end alike
+PARQUET: Final = b"PAR1"  # how such a file begins
 OURS: Final = "starflow2_"  # how the names of tasks over local data begin
 ROWS: Final = MappingProxyType({"no": "", "native": ", language model alone", "256": ", language model alone at 256"})
 
@@ -149,6 +150,9 @@ def _write_task(suite: SuiteName, run: HarnessRun, path: Path, folder: Path) -> 
     """A task file over a local Parquet file; all else is that of the published task. YAML takes JSON."""
     if not path.is_file():
         raise DataError(f"{path} is not there; expected a Parquet file with the published dataset's columns.")
+    with path.open("rb") as file:
+        if file.read(len(PARQUET)) != PARQUET:
+            raise DataError(f"{path} is no Parquet file; expected one with the published dataset's columns.")
     inner = "import lmms_eval, pathlib; print(pathlib.Path(lmms_eval.__file__).parent / 'tasks')"
     tasks = Path(_call([str(run.python), "-c", inner], 600.0).strip().splitlines()[-1])
     about = SUITES[suite]
@@ -179,7 +183,8 @@ def _call(command: Sequence[str], seconds: float) -> str:
 
 def _last_words(output: str) -> str:
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if "rror" in line] or lines or ["it wrote nothing at all"]
+    errors = [line for line in lines if "rror" in line]
+    errors = [line for line in errors if "RetryError" not in line] or errors or lines or ["it wrote nothing at all"]
     return printable_line(errors[-1])[:300]
 
 

@@ -170,12 +170,17 @@ def _glance(found: Found) -> Iterator[str]:
     for benchmark, (column, suite, line) in HEADLINES.items():
         printed = {row.name: f"{row.columns[column]:g}" for row in PAPER[benchmark] if column in row.columns}
         results = [result for result in found.results if result.benchmark == benchmark]
-        own = [f"{result.model} {_cell(result.columns.get(column))}, {result.judge}" for result in results]
+        own = [f"{r.model} {_cell(r.columns.get(column))}, {r.judge}, of {_basis(r)}" for r in results]
         cells = [f"{TITLES[benchmark].split(',')[0]}, {column}", printed.get(OURS, ""), printed.get(FROZEN, "")]
         cells += ["; ".join(own) or ABSENT]
         if found.world:
             cells += ["; ".join(_pairs(found.world, suite, line)) or ABSENT]
         yield _line(cells)
+
+
+def _basis(result: Result) -> str:
+    """The first count of a result: what its headline is a mean of."""
+    return next((f"{n} {name.removesuffix('s') if n == 1 else name}" for name, n in result.counts.items()), "unknown")
 
 
 def _pairs(world: Sequence[Report], suite: str, name: str) -> Iterator[str]:
