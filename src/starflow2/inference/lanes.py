@@ -8,8 +8,10 @@ Letters: S slots, N latents, D latent dim, E language width, C flow width, K hea
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from starflow2.inference.packed import PackedWeights
 __all__ = ["STEP", "KeyValues", "Lanes"]
 
 STEP = 64  # positions by which the capacity grows, and to which the visible part of it is rounded
+ALIGNED = 64  # bytes: the widest register
 FEW = 2.0  # slots for each lane, from which on memory is given back: seldom, as all lanes are copied
 
 
@@ -28,7 +31,7 @@ class KeyValues:
     """
 
     def __init__(self, depth: int, slots: int, heads: int, capacity: int, dim: int, like: Tensor) -> None:
-        self.buffer = like.new_zeros(depth, 2, slots, heads, capacity, dim)
+        self.buffer = _zeros((depth, 2, slots, heads, capacity, dim), like)
         self._rows = [layer.view(-1, dim) for layer in self.buffer]
         index = torch.arange(2 * slots * heads, device=like.device).view(2, slots, heads) * capacity
         self._first = index.transpose(0, 1).contiguous()  # (S, 2, heads), row of each slot's position 0
@@ -97,7 +100,7 @@ class Lanes:
             "added": (deep.num_latents, deep.stack.width), "strength": (deep.num_latents,),
         }  # fmt: skip
         for name, shape in shapes.items():
-            setattr(self, name, like.new_zeros(slots, *shape))
+            setattr(self, name, _zeros((slots, *shape), like))
         for name, pairs in (("language_rotation", count // 2), ("flow_rotation", dim // 2)):
             setattr(self, name, complex_dtype.new_zeros(slots, deep.num_latents, pairs, device=like.device))
         self.length, self.drawn = (torch.zeros(slots, dtype=torch.int64, device=like.device) for _ in range(2))
@@ -147,7 +150,7 @@ class Lanes:
 
     def open(self) -> int:
         if len(self.slot_of) == self.slots:
-            self.expect(max(1, self.slots // 4))
+            self.expect(max(1, self.slots // 2))
         lane, used = next(self._numbers), set(self.slot_of.values())
         slot = next(s for s in range(self.slots) if s not in used)
         self.slot_of[lane], self._reserved[lane] = slot, 0
@@ -221,6 +224,19 @@ class Lanes:
         self.slot_of[lane] = slot
         if other is not None:
             self.slot_of[other] = old
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros in the dtype and on the device of `like`; on a CPU, memory that is only taken where it is written.
+
+    `torch.zeros` writes all of it. Numpy asks the system for zeros, and for large pages, which are fewer to look up.
+    """
+    if like.device.type != "cpu" or type(like) is not Tensor:
+        return like.new_zeros(shape)
+    size = math.prod(shape) * like.element_size()
+    room = np.zeros(size + ALIGNED, np.uint8)
+    start = -room.ctypes.data % ALIGNED
+    return torch.from_numpy(room[start : start + size]).view(like.dtype).view(shape)
 
 
 def _rounded(positions: int) -> int:
