@@ -131,7 +131,10 @@ class Backend(Protocol):
     def close(self, lane: int) -> None: ...
 
     def fork(self, lane: int) -> int:
-        """A new lane with the same past; the two never share memory."""
+        """A new lane with the same past, ready to draw if it is; the two never share memory.
+
+        Where an image starts and its strength are those of its own lane: a fork may be the blank lane of any image.
+        """
         ...
 
     def bytes_for(self, lanes: int, positions: int) -> int:

@@ -119,7 +119,7 @@ class Engine:
         self.backend, self.budget = backend or sampler.backend(), budget
         self._rows: dict[int, _Row] = {}
         self._numbers = itertools.count()
-        self._blank: tuple[int, Cursor] | None = None  # a lane that has read the empty prompt, and its positions
+        self._blank: int | None = None  # a lane that has read the empty prompt and is ready to draw
         self.in_use = InUse()
 
     # -- rows
@@ -258,7 +258,7 @@ class Engine:
         positions = self.backend.length(state.lane) + wanted
         if state.reply is not None:
             positions = max(positions, state.reply.room)
-        needed = self.backend.bytes_for(lanes, positions)
+        needed = 0 if self.budget is None else self.backend.bytes_for(lanes, positions)
         if self.budget is not None and needed > self.budget:
             raise StateError(
                 f"row {row} needs room for {positions} positions, {needed} bytes with all other rows; the budget is "
@@ -493,12 +493,11 @@ class Engine:
             self.backend.reserve(lane, len(ids) + 1)
             begin = Begin(len(ids) - 1, image.level, None)
             self.backend.append(lane, _chunk(ids, [cursor.text(len(ids))], None, begin))
-            self._blank = lane, cursor
-        lane, cursor = self._blank
-        mrope, places = replace(cursor).latents()
-        blank = self.backend.fork(lane)
-        self.backend.reserve(blank, self.backend.length(lane) + self.sampler.layout.num_latents + 1)
-        self.backend.start(blank, replace(image, mrope=mrope, places=places, reference=None))
+            mrope, places = cursor.latents()
+            self.backend.start(lane, replace(image, mrope=mrope, places=places, reference=None))
+            self._blank = lane
+        blank = self.backend.fork(self._blank)
+        self.backend.reserve(blank, self.backend.length(blank) + self.sampler.layout.num_latents + 1)
         return blank
 
     def _draw(self, drawing: Sequence[tuple[int, _Row, _Reply]], stride: int) -> list[RowEvent]:

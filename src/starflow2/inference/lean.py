@@ -90,8 +90,6 @@ class LeanBackend:
         own, above = w.near[:-1, :adapter], [w.near[:-1, :1]] + ([w.near[1:, 2:]] if deep.stencil else [])
         self._near = torch.cat([own, *above], dim=1)  # (N, adapter + flow), what is read of u at each latent
         self._adapter_width = adapter * deep.dim
-        # of sums that are made once an image; other devices may have no float64
-        self._exact = torch.float64 if w.near.device.type == "cpu" else w.dtype
 
     @property
     def dtype(self) -> torch.dtype:
@@ -200,19 +198,17 @@ class LeanBackend:
 
     def _added(self, level: float, reference: Tensor | None) -> Tensor:
         """Terms of the flow's input at the slot of each latent beside its projection, (N, C)."""
-        deep = self.weights.deep
-        constants = (deep.table, deep.proj_in_bias, self.weights.at(level).deep_noise)
-        table, bias, noise = (x.to(self._exact) for x in constants)
-        return table + bias + noise + self._reference(reference, slice(1, None))
+        slots = self.weights.at(level).deep_slots
+        return slots if reference is None else slots + self._reference(reference, slice(1, None))
 
     def _reference(self, reference: Tensor | None, targets: slice) -> Tensor:
         """The image before, around the targets [0, N] in `targets`, projected: (n, C)."""
         w = self.weights
         count = torch.arange(w.deep.cfg.num_latents + 1, device=w.near.device)[targets]
         if reference is None or w.reference is None:
-            return torch.zeros(len(count), w.deep.cfg.stack.width, dtype=self._exact, device=count.device)
+            return torch.zeros(len(count), w.deep.cfg.stack.width, dtype=w.exact, device=count.device)
         window = reference.to(self.lanes.u)[w.stream.inputs.window(count[None])[0]]  # (n, side^2, D)
-        return F.linear(window.flatten(1).to(self._exact), w.reference.to(self._exact))
+        return F.linear(window.flatten(1).to(w.exact), w.reference.to(w.exact))
 
     def _read(self, rows: Rows) -> None:
         """Both streams at new positions; they go into the caches, and the states at each lane's last one are kept."""
@@ -363,6 +359,9 @@ class LeanBackend:
         for i in reversed(range(len(self._shallow))):
             u = self._shallow[i].inverse(u, slots[i], self.weights.shallow_rotation(i), self.weights.near)
         return u
+
+    def pixels(self, codec: Codec, x: Tensor) -> Tensor:
+        return decoded_one_by_one(codec, x)
 
     # -- files
 

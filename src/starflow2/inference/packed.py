@@ -88,6 +88,7 @@ class LevelWeights:
     adapter_norm: Tensor  # (E,) gain and FiLM of the adapter as the weight of its norm
     adapter_norm_bias: Tensor  # (E,)
     deep_noise: Tensor  # (C,)
+    deep_slots: Tensor  # (N, C) in `exact`: added at the slot of each latent, beside a reference and its projection
     shallow_slots: tuple[Tensor, ...]  # (N, C) per block: added at the slot of each target, row 0 the whole start slot
 
 
@@ -177,6 +178,11 @@ class PackedWeights:
 
     # -- what a noise level and a position give
 
+    @property
+    def exact(self) -> torch.dtype:
+        """Dtype of sums that are made once an image; devices other than the CPU may have no float64."""
+        return torch.float64 if self.near.device.type == "cpu" else self.dtype
+
     def at(self, level: float) -> LevelWeights:
         """The constants of one noise level, computed at the first call."""
         if level not in self._levels:
@@ -210,7 +216,8 @@ class PackedWeights:
             noise = embedded(cast(AffineBlock, block).noise_embedding)
             slots.append(rounded(torch.cat([start[None], table[1:] + bias]) + noise))
         deep = rounded(embedded(flow.deep.noise_embedding))
-        return LevelWeights(rounded(gain * (1 + gamma)), rounded(gain * beta), deep, tuple(slots))
+        table, bias, noise = (x.to(self.exact) for x in (self.deep.table, self.deep.proj_in_bias, deep))
+        return LevelWeights(rounded(gain * (1 + gamma)), rounded(gain * beta), deep, table + bias + noise, tuple(slots))
 
     def language_rotation(self, mrope: Tensor) -> Tensor:
         """cos + i sin of the language model's M-RoPE: positions (3, M) -> (M, K / 2) complex; angles are float32."""

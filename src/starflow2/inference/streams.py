@@ -74,7 +74,8 @@ class StreamBackend:
 
     def fork(self, lane: int) -> int:
         number, old = next(self._numbers), self._lanes[lane]
-        self._lanes[number] = _Lane(old.cache.fork(), old.h.clone(), old.g.clone())
+        u = None if old.u is None else old.u.clone()
+        self._lanes[number] = _Lane(old.cache.fork(), old.h.clone(), old.g.clone(), old.image, u, list(old.predicted))
         return number
 
     def bytes_for(self, lanes: int, positions: int) -> int:
