@@ -18,8 +18,9 @@ from torch import Tensor
 from starflow2.flow import Affine
 from starflow2.flow.affine import Guidance
 from starflow2.flow.solver import Solver
+from starflow2.models.protocols import Codec
 
-__all__ = ["Backend", "Begin", "Chunk", "Drawn", "LaneMark", "NewImage", "Pair", "Span"]
+__all__ = ["Backend", "Begin", "Chunk", "Drawn", "LaneMark", "NewImage", "Pair", "Span", "decoded_one_by_one"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,11 @@ class LaneMark:
     length: int
     h: Tensor
     g: Tensor
+
+
+def decoded_one_by_one(codec: Codec, x: Tensor) -> Tensor:
+    """`Backend.pixels` in torch, whose sums depend on how many images it decodes together."""
+    return torch.cat([codec.decode(one[None]) for one in x])
 
 
 class Backend(Protocol):
@@ -197,6 +203,10 @@ class Backend(Protocol):
 
     def unshallow(self, u: Tensor, level: float, solver: Solver) -> Tensor:
         """u (P, N, D) -> x, the inverse of `shallow`."""
+        ...
+
+    def pixels(self, codec: Codec, x: Tensor) -> Tensor:
+        """x (P, N, D) -> images (P, 3, height, width) by the codec, each with the same bits in any company."""
         ...
 
     def state(self, lane: int) -> dict[str, Tensor]:

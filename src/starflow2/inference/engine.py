@@ -566,15 +566,12 @@ class Engine:
             return []
         level, solver = self.sampler.noise_level, self.sampler.config.shallow_solver
         latents = self.backend.unshallow(torch.stack([picture.u for picture in pictures]), level, solver)
+        dtype = self.sampler.components.flow.deep.head.weight.dtype
+        images = self.backend.pixels(self.sampler.components.codec, latents.to(dtype))
         return [
-            DecodedImage(x, p.u, level, self._pixels(x), p.log_prob, p.unconditional_log_prob)
-            for p, x in zip(pictures, latents, strict=True)
+            DecodedImage(x, p.u, level, image, p.log_prob, p.unconditional_log_prob)
+            for p, x, image in zip(pictures, latents, images, strict=True)
         ]
-
-    def _pixels(self, x: Tensor) -> Tensor:
-        """(N, D) -> (3, height, width), one image at a time: the same bits in any company."""
-        components = self.sampler.components
-        return components.codec.decode(x[None].to(components.flow.deep.head.weight.dtype))[0]
 
     def _complete(self, state: _Row, reply: _Reply, u: Tensor) -> None:
         """Go on to what follows an image, which from now on is the one before the next."""

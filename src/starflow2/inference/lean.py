@@ -20,7 +20,7 @@ from starflow2.flow import Affine
 from starflow2.flow.affine import soft_clip
 from starflow2.flow.block import scan
 from starflow2.flow.solver import SEQUENTIAL, Solver
-from starflow2.inference.backend import Chunk, Drawn, LaneMark, NewImage, Pair, Span
+from starflow2.inference.backend import Chunk, Drawn, LaneMark, NewImage, Pair, Span, decoded_one_by_one
 from starflow2.inference.lanes import STEP, KeyValues, Lanes
 from starflow2.inference.lean_layers import (
     Attention,
@@ -36,6 +36,7 @@ from starflow2.inference.lean_layers import (
 from starflow2.inference.packed import BlockWeights, PackedWeights
 from starflow2.models.config import LanguageConfig
 from starflow2.models.pretzel import WORDS_EPS
+from starflow2.models.protocols import Codec
 from starflow2.nn import at_least_fp32
 
 __all__ = ["LeanBackend", "Pictures", "Rows"]

@@ -29,6 +29,7 @@ __all__ = [
     "LanguageLayer",
     "LevelWeights",
     "PackedWeights",
+    "flow_layer",
     "key_by_key",
     "pack",
     "unpackable",
@@ -285,7 +286,7 @@ def _block(block: AffineBlock, dtype: torch.dtype | None, *, starts: bool) -> Bl
         cfg=cfg,
         proj_in=weight,
         proj_in_bias=_as(block.proj_in.bias, dtype),
-        layers=tuple(_flow_layer(layer, dtype) for layer in block.body.layers),
+        layers=tuple(flow_layer(layer, dtype) for layer in block.body.layers),
         final_norm=1 + _as(cast(Any, block.body.final_norm).weight, dtype),
         head=_as(block.head.weight, dtype),
         head_bias=_as(block.head.bias, dtype),
@@ -294,7 +295,8 @@ def _block(block: AffineBlock, dtype: torch.dtype | None, *, starts: bool) -> Bl
     )
 
 
-def _flow_layer(layer: Any, dtype: torch.dtype | None) -> FlowLayer:
+def flow_layer(layer: Any, dtype: torch.dtype | None) -> FlowLayer:
+    """Copies of the weights of a layer of `CausalStack`; dtype: None keeps that of each."""
     attention, mlp = layer.attention, layer.mlp
     modules = (attention.norm, attention.qkv, attention.proj, mlp.norm, mlp.up, mlp.down)
     return FlowLayer(*(_as(x, dtype) for module in modules for x in (module.weight, module.bias)))

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from starflow2.flow import Affine
 from starflow2.flow.solver import SEQUENTIAL, Solver
-from starflow2.inference.backend import Chunk, Drawn, LaneMark, NewImage, Pair, Span
+from starflow2.inference.backend import Chunk, Drawn, LaneMark, NewImage, Pair, Span, decoded_one_by_one
 from starflow2.models.joint_stream import JointStream, Latent, PretzelCache, Slots
+from starflow2.models.protocols import Codec
 from starflow2.nn import Cache
 
 __all__ = ["StreamBackend"]
@@ -203,6 +204,9 @@ class StreamBackend:
     @torch.no_grad()
     def unshallow(self, u: Tensor, level: float, solver: Solver = SEQUENTIAL) -> Tensor:
         return self.stream.flow.shallow.inverse(u, self._levels(len(u), level), solver)
+
+    def pixels(self, codec: Codec, x: Tensor) -> Tensor:
+        return decoded_one_by_one(codec, x)
 
     # -- files
 

@@ -23,16 +23,14 @@ from starflow2.inference.backend import Chunk, Pair
 from starflow2.inference.lanes import Lanes
 from starflow2.inference.lean import LeanBackend, Pictures, Rows
 from starflow2.inference.native.build import Unavailable, library
+from starflow2.inference.native.facts import Fact, array, check_facts, stack_sizes, whole, width_facts
+from starflow2.inference.native.pixels import CompiledDecoder, fae_of
 from starflow2.inference.packed import BlockWeights, FlowLayer, LanguageLayer, PackedWeights, key_by_key
 from starflow2.models.config import LanguageConfig
-from starflow2.nn import StackConfig
+from starflow2.models.fae import Fae
+from starflow2.models.protocols import Codec
 
 __all__ = ["NativeBackend", "native_backend"]
-
-HEAD_DIMS = (16, 32, 48, 64, 96, 128)  # `attend_for` in layers.h compiles attention for these
-MULTIPLE = 16  # of every width: registers hold up to as many floats
-
-_Fact = tuple[str, object, object]  # a setting's name, its value, the value that the C++ computes with
 
 
 def native_backend(weights: PackedWeights) -> tuple[NativeBackend | None, str]:
@@ -46,21 +44,14 @@ def native_backend(weights: PackedWeights) -> tuple[NativeBackend | None, str]:
 # -- which models it takes --------------------------------------------------------------------------------------------
 
 
-def _check_config(weights: PackedWeights) -> None:
-    """Raise Unavailable, with the first setting's name, for a model that the C++ does not compute."""
-    for name, value, expected in _facts(weights):
-        if value != expected:
-            raise Unavailable(f"{name} is {value}; the compiled form takes {expected}")
-
-
-def _facts(weights: PackedWeights) -> Iterator[_Fact]:
+def _facts(weights: PackedWeights) -> Iterator[Fact]:
     language = weights.language_cfg
     yield "device of the weights", weights.embed.device.type, "cpu"
     yield "dtype of the weights", weights.dtype, torch.float32
     yield "dtype of the language model", weights.embed.dtype, torch.float32
-    yield from _width_facts("vlm", language.width, language.width // language.heads)
-    yield _whole("vlm.mlp_width", language.mlp_width)
-    yield _whole("joints.adapter_width", weights.cfg.adapter_width)
+    yield from width_facts("vlm", language.width, language.width // language.heads)
+    yield whole("vlm.mlp_width", language.mlp_width)
+    yield whole("joints.adapter_width", weights.cfg.adapter_width)
     yield from _block_facts("flow.deep", weights.deep)
     for i, block in enumerate(weights.shallow):
         yield f"flow.shallow[{i}].clip", block.cfg.clip, weights.deep.cfg.clip
@@ -68,21 +59,11 @@ def _facts(weights: PackedWeights) -> Iterator[_Fact]:
         yield from _block_facts(f"flow.shallow[{i}]", block)
 
 
-def _block_facts(name: str, block: BlockWeights) -> Iterator[_Fact]:
+def _block_facts(name: str, block: BlockWeights) -> Iterator[Fact]:
     yield f"{name}.scale", block.cfg.scale, "exp"
     yield f"{name}.clips_mean", block.cfg.clips_mean, False
     yield f"{name}.stack.activation", block.cfg.stack.activation, "relu2"
-    yield from _width_facts(f"{name}.stack", block.cfg.stack.width, block.cfg.stack.head_dim)
-
-
-def _width_facts(name: str, width: int, head_dim: int) -> Iterator[_Fact]:
-    yield _whole(f"{name}.width", width)
-    known = ", ".join(map(str, HEAD_DIMS))
-    yield f"head dim of {name}", head_dim, head_dim if head_dim in HEAD_DIMS else f"one of {known}"
-
-
-def _whole(name: str, width: int) -> _Fact:
-    return name, width, width if width % MULTIPLE == 0 else f"a multiple of {MULTIPLE}"
+    yield from width_facts(f"{name}.stack", block.cfg.stack.width, block.cfg.stack.head_dim)
 
 
 # -- what the C++ reads -----------------------------------------------------------------------------------------------
@@ -96,11 +77,7 @@ def _sizes(weights: PackedWeights) -> list[int]:
     sizes = [deep.cfg.num_latents, deep.cfg.dim, len(weights.embed), inputs[0], inputs[-1], *adapter]
     sizes += [weights.context_in.shape[1], language.width, language.depth, language.heads, language.kv_heads]
     sizes += [language.width // language.heads, language.mlp_width]
-    return sizes + [n for block in (deep, *weights.shallow) for n in _stack_sizes(block.cfg.stack)]
-
-
-def _stack_sizes(cfg: StackConfig) -> tuple[int, ...]:
-    return cfg.width, cfg.depth, cfg.heads, cfg.heads, cfg.head_dim, cfg.mlp_ratio * cfg.width
+    return sizes + [n for block in (deep, *weights.shallow) for n in stack_sizes(block.cfg.stack)]
 
 
 def _tensors(weights: PackedWeights) -> Iterator[Tensor]:
@@ -171,18 +148,29 @@ class _Model:
     """A model's weights as the C++ holds them."""
 
     def __init__(self, weights: PackedWeights) -> None:
-        _check_config(weights)
+        check_facts(_facts(weights))
         self.library = _declared(library())
         tensors = [tensor.contiguous() for tensor in _tensors(weights)]
         reverse = [int(block.cfg.direction == "r2l") for block in weights.shallow]
         self.pointer = self.library.starflow_create(
-            _array(ctypes.c_int32, _sizes(weights)),
+            array(ctypes.c_int32, _sizes(weights)),
             len(reverse),
-            _array(ctypes.c_int32, reverse),
-            _array(ctypes.c_int32, weights.near.flatten().tolist()),
+            array(ctypes.c_int32, reverse),
+            array(ctypes.c_int32, weights.near.flatten().tolist()),
             weights.deep.cfg.clip,
-            _array(ctypes.c_void_p, [tensor.data_ptr() for tensor in tensors]),
+            array(ctypes.c_void_p, [tensor.data_ptr() for tensor in tensors]),
         )
+
+        self._decoder: CompiledDecoder | None = None
+
+    def decoder(self, fae: Fae) -> CompiledDecoder | None:
+        """The compiled decoders of the FAE that belongs to this model, with the weights of the first call."""
+        if self._decoder is None or self._decoder.fae is not fae:
+            try:
+                self._decoder = CompiledDecoder(fae)
+            except Unavailable:
+                return None
+        return self._decoder
 
     def __del__(self) -> None:
         if hasattr(self, "pointer"):
@@ -226,7 +214,7 @@ class NativeBackend(LeanBackend):
         self._check_room(lanes.lengths[slot] + count for slot, count in zip(slots, counts, strict=True))
         kept = [None if x is None else x.contiguous() for x in (getattr(rows, name) for name in _OF_ROWS)]
         pointers = (None if x is None else x.data_ptr() for x in kept)
-        slot_of_row = _array(
+        slot_of_row = array(
             ctypes.c_int64, [slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)]
         )
         address = ctypes.addressof(slot_of_row)
@@ -265,9 +253,9 @@ class NativeBackend(LeanBackend):
         if solver != SEQUENTIAL:
             return super().unshallow(u, level, solver)
         x = u.to(self.lanes.u).contiguous().clone()
-        added = _array(ctypes.c_void_p, [slots.data_ptr() for slots in self.weights.at(level).shallow_slots])
+        added = array(ctypes.c_void_p, [slots.data_ptr() for slots in self.weights.at(level).shallow_slots])
         turns = [self.weights.shallow_rotation(i) for i in range(len(self.weights.shallow))]
-        rotations = _array(ctypes.c_void_p, [turn.data_ptr() for turn in turns])
+        rotations = array(ctypes.c_void_p, [turn.data_ptr() for turn in turns])
 
         def run(first: int, last: int) -> None:
             self._library.starflow_unshallow(self._model, added, rotations, x[first].data_ptr(), last - first)
@@ -275,9 +263,18 @@ class NativeBackend(LeanBackend):
         self._share(run, len(x))
         return x
 
+    def pixels(self, codec: Codec, x: Tensor) -> Tensor:
+        fae = fae_of(codec)
+        decoder = None if fae is None or x.dtype != torch.float32 else self._compiled.decoder(fae)
+        if decoder is None:
+            return super().pixels(codec, x)
+        x, images = x.contiguous(), decoder.new_images(len(x))
+        self._share(lambda first, last: decoder.decode(x[first:last], images[first:last]), len(x))
+        return images
+
     def logits(self, lanes: Sequence[int]) -> Tensor:
         out = self.lanes.h.new_empty(len(lanes), len(self.weights.embed))
-        slots = _array(ctypes.c_int64, [self.lanes.slot_of[lane] for lane in lanes])
+        slots = array(ctypes.c_int64, [self.lanes.slot_of[lane] for lane in lanes])
         self._library.starflow_logits(self._model, _struct(self.lanes), slots, len(lanes), out.data_ptr())
         return out
 
@@ -290,10 +287,6 @@ class NativeBackend(LeanBackend):
         bounds = [images * i // workers for i in range(workers + 1)]
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(run, bounds[:-1], bounds[1:]))
-
-
-def _array(kind: Any, values: Sequence[int]) -> Any:
-    return (kind * len(values))(*values)
 
 
 def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:

@@ -21,7 +21,7 @@ from pathlib import Path
 __all__ = ["Unavailable", "built", "cache_folder", "found_compiler", "key", "library"]
 
 FOLDER = Path(__file__).parent
-SOURCES = ("streams.cpp", "layers.h", "registers.h")
+SOURCES = ("streams.cpp", "pixels.h", "layers.h", "registers.h")
 COMPILERS = ("c++", "g++", "clang++")
 # no reordering and no contraction: sums are rounded as they are written, whatever is computed beside them
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")

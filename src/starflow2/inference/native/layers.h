@@ -6,22 +6,58 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "registers.h"
 
-struct Lane {
-  Vec values;  // makes std::vector align its memory for loads of whole registers
+// Memory of a model's weights, in the order in which they are read, for as long as the model is there. Large pages, where
+// the system has them: what is read at each latent is 4,000 small ones, more than a processor remembers.
+class Memory {
+ public:
+  // Zeros, aligned for loads of whole registers.
+  float* take(size_t count) {
+    const size_t bytes = (count * sizeof(float) + LINE - 1) / LINE * LINE;
+    if (bytes > left) grow(bytes);
+    float* found = reinterpret_cast<float*>(next);
+    next += bytes, left -= bytes;
+    return found;
+  }
+
+ private:
+  static constexpr size_t LINE = 64, PAGE = size_t(1) << 21, PIECE = 4 * PAGE;
+
+  struct Free {
+    void operator()(char* piece) const { std::free(piece); }
+  };
+
+  void grow(size_t bytes) {
+    const size_t size = std::max(PIECE, (bytes + PAGE - 1) / PAGE * PAGE);
+    next = static_cast<char*>(std::aligned_alloc(PAGE, size));
+    if (!next) throw std::bad_alloc();
+    pieces.emplace_back(next);
+#if defined(__linux__)
+    madvise(next, size, MADV_HUGEPAGE);
+#endif
+    std::memset(next, 0, size);
+    left = size;
+  }
+
+  std::vector<std::unique_ptr<char, Free>> pieces;
+  char* next = nullptr;
+  size_t left = 0;
 };
-
-using Aligned = std::vector<Lane>;
-
-inline float* floats(Aligned& memory) { return reinterpret_cast<float*>(memory.data()); }
-inline const float* floats(const Aligned& memory) { return reinterpret_cast<const float*>(memory.data()); }
 
 // Tensors of a model in the order in which `weights.py` lists them.
 struct Tensors {
   const float* const* next;
+  Memory& memory;
   const float* take() { return *next++; }
   std::vector<float> copy(size_t count) {
     const float* from = take();
@@ -38,53 +74,74 @@ constexpr int PART = 64;                // inputs of one sum
 // y = W x + b. Weights lie in blocks of BLOCK outputs, input after input, so that they are read once and in order.
 struct Linear {
   int outputs = 0, inputs = 0, blocks = 0;
-  Aligned weight, bias;  // (blocks, inputs, BLOCK), (blocks, BLOCK)
-
-  Linear() = default;
-  Linear(const float* w, const float* b, int outputs, int inputs)
-      : outputs(outputs), inputs(inputs), blocks((outputs + BLOCK - 1) / BLOCK),
-        weight(size_t(blocks) * inputs * VECTORS, Lane{}), bias(size_t(blocks) * VECTORS, Lane{}) {
-    for (int o = 0; o < outputs; o++) {
-      if (b) floats(bias)[o] = b[o];
-      float* to = floats(weight) + size_t(o / BLOCK) * inputs * BLOCK + o % BLOCK;
-      for (int i = 0; i < inputs; i++) to[size_t(i) * BLOCK] = w[size_t(o) * inputs + i];
-    }
-  }
+  const float *weight = nullptr, *bias = nullptr;  // (blocks, inputs, BLOCK), (blocks, BLOCK)
 };
 
-// One block of outputs of R rows, in parts of PART inputs that are summed apart: that rounds less than one long sum.
-// x: (R, inputs), y: (R, outputs).
-template <int R>
+// The next matrix of a model, and its bias if it has one.
+inline Linear linear_of(Tensors& tensors, int outputs, int inputs, bool has_bias = true) {
+  const int blocks = (outputs + BLOCK - 1) / BLOCK;
+  float* weight = tensors.memory.take(size_t(blocks) * inputs * BLOCK);
+  float* bias = tensors.memory.take(size_t(blocks) * BLOCK);
+  const float* from = tensors.take();
+  for (int o = 0; o < outputs; o++)
+    for (int i = 0; i < inputs; i++)
+      weight[(size_t(o / BLOCK) * inputs + i) * BLOCK + o % BLOCK] = from[size_t(o) * inputs + i];
+  if (has_bias) std::memcpy(bias, tensors.take(), outputs * sizeof(float));
+  return {outputs, inputs, blocks, weight, bias};
+}
+
+// V registers of outputs, from the start of a block on, of R rows, in parts of PART inputs that are summed apart: that
+// rounds less than one long sum. x: (R, inputs), y: (R, outputs).
+template <int R, int V>
 void linear_block(const Linear& layer, int block, const float* x, float* y) {
-  Vec totals[R][VECTORS];
-  const float* w = floats(layer.weight) + size_t(block) * layer.inputs * BLOCK;
-  const float* b = floats(layer.bias) + block * BLOCK;
+  Vec totals[R][V];
+  const float* w = layer.weight + size_t(block) * layer.inputs * BLOCK;
+  const float* b = layer.bias + block * BLOCK;
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < VECTORS; v++) totals[r][v] = load(b + v * FLOATS);
+    for (int v = 0; v < V; v++) totals[r][v] = load(b + v * FLOATS);
   for (int first = 0; first < layer.inputs; first += PART) {
-    Vec sums[R][VECTORS] = {};
+    Vec sums[R][V] = {};
     const int end = std::min(first + PART, layer.inputs);
     for (int i = first; i < end; i++, w += BLOCK)
-      for (int v = 0; v < VECTORS; v++) {
+      for (int v = 0; v < V; v++) {
         const Vec column = load(w + v * FLOATS);
         for (int r = 0; r < R; r++) sums[r][v] = multiply_add(all(x[r * layer.inputs + i]), column, sums[r][v]);
       }
     for (int r = 0; r < R; r++)
-      for (int v = 0; v < VECTORS; v++) totals[r][v] += sums[r][v];
+      for (int v = 0; v < V; v++) totals[r][v] += sums[r][v];
   }
-  const int count = std::min(BLOCK, layer.outputs - block * BLOCK);
+  const int count = std::min(V * FLOATS, layer.outputs - block * BLOCK);
   for (int r = 0; r < R; r++) std::memcpy(y + r * layer.outputs + block * BLOCK, totals[r], count * sizeof(float));
+}
+
+using LinearBlock = decltype(&linear_block<1, 1>);
+
+template <int V>
+inline constexpr LinearBlock ROW_BLOCKS[] = {linear_block<1, V>, linear_block<2, V>, linear_block<3, V>,
+                                             linear_block<4, V>, linear_block<5, V>, linear_block<6, V>};
+static_assert(sizeof ROW_BLOCKS<1> / sizeof(LinearBlock) == ROWS);
+
+// The kernels for 1 to ROWS rows of a block of which `vectors` registers hold outputs.
+inline const LinearBlock* row_blocks(int vectors) {
+  switch (vectors) {
+    case 1: return ROW_BLOCKS<1>;
+    case 2: return ROW_BLOCKS<2>;
+    case 3: return ROW_BLOCKS<std::min(3, VECTORS)>;
+    default: return ROW_BLOCKS<VECTORS>;
+  }
 }
 
 // x: (rows, inputs) -> y: (rows, outputs)
 inline void linear(const Linear& layer, const float* x, float* y, int rows) {
-  constexpr decltype(&linear_block<1>) tail[] = {nullptr,         linear_block<1>, linear_block<2>,
-                                                 linear_block<3>, linear_block<4>, linear_block<5>};
+  const int passes = (rows + ROWS - 1) / ROWS;  // over rows, of nearly as many each: a short one costs as much
   for (int block = 0; block < layer.blocks; block++) {
-    int r = 0;
-    for (; r + ROWS <= rows; r += ROWS)
-      linear_block<ROWS>(layer, block, x + size_t(r) * layer.inputs, y + size_t(r) * layer.outputs);
-    if (r < rows) tail[rows - r](layer, block, x + size_t(r) * layer.inputs, y + size_t(r) * layer.outputs);
+    const int vectors = (std::min(BLOCK, layer.outputs - block * BLOCK) + FLOATS - 1) / FLOATS;
+    const LinearBlock* kernels = row_blocks(vectors);
+    for (int pass = 0, r = 0; pass < passes; pass++) {
+      const int count = rows * (pass + 1) / passes - r;
+      kernels[count - 1](layer, block, x + size_t(r) * layer.inputs, y + size_t(r) * layer.outputs);
+      r += count;
+    }
   }
 }
 
@@ -151,18 +208,30 @@ inline void rotate(const float* rotation, float* head, int K) {
   }
 }
 
-// One query (K,) over `count` keys and values (count, K). scores: room for count floats and a register more.
+// Keys and values (count, K) that one head of one position attends to.
+struct Past {
+  const float *keys, *values;
+  int count;
+};
+
+// Ask for a row of K floats to be brought near while something else is computed.
 template <int K>
-void attend(const float* query, const float* keys, const float* values, int count, float* scores, float* out) {
+void fetch(const float* row) {
+  for (int i = 0; i < K; i += FLOATS) __builtin_prefetch(row + i, 0, 2);
+}
+
+// One query (K,) over its past. next: what is attended to after it, which comes from far and is fetched meanwhile.
+// scores: room for `count` floats and a register more.
+template <int K>
+void attend(const float* query, const Past& past, const Past& next, float* scores, float* out) {
   constexpr int PARTS = K / FLOATS;
+  const float *keys = past.keys, *values = past.values;
+  const int count = past.count;
   const Vec scale = all(1.0f / std::sqrt(float(K)));
   Vec q[PARTS];
   for (int i = 0; i < PARTS; i++) q[i] = load(query + i * FLOATS) * scale;
   for (int j = 0; j < count; j++) {
-    for (int i = 0; i < PARTS; i++) {  // rows of a large batch come from far: keys ahead, and values for the next loop
-      __builtin_prefetch(keys + (j + 8) * K + i * FLOATS);
-      __builtin_prefetch(values + j * K + i * FLOATS);
-    }
+    if (j < next.count) fetch<K>(next.keys + j * K);
     Vec products = q[0] * load(keys + j * K);
     for (int i = 1; i < PARTS; i++) products = multiply_add(q[i], load(keys + j * K + i * FLOATS), products);
     scores[j] = sum(products);
@@ -178,11 +247,13 @@ void attend(const float* query, const float* keys, const float* values, int coun
     total += e;
   }
   Vec even[PARTS] = {}, odd[PARTS] = {};  // two sums: the next need not wait for the last
-  for (int j = 0; j < count; j += 2)
+  for (int j = 0; j < count; j += 2) {
+    if (j < next.count) fetch<K>(next.values + j * K), fetch<K>(next.values + (j + 1) * K);
     for (int i = 0; i < PARTS; i++) {
       even[i] = multiply_add(all(scores[j]), load(values + j * K + i * FLOATS), even[i]);
       if (j + 1 < count) odd[i] = multiply_add(all(scores[j + 1]), load(values + (j + 1) * K + i * FLOATS), odd[i]);
     }
+  }
   const Vec share = all(1.0f / sum(total));
   for (int i = 0; i < PARTS; i++) store(out + i * FLOATS, (even[i] + odd[i]) * share);
 }
@@ -210,7 +281,7 @@ struct Cache {
   int64_t layer, side, lane, head;  // strides in floats; side: from keys to values
 };
 
-// A new position: the lane and the place in it where its keys and values go, and its rotation (K / 2, 2).
+// A new position: the lane and the place in it where its keys and values go, and its rotation (K / 2, 2), null for none.
 struct Place {
   int64_t lane, at;
   const float* rotation;
@@ -228,21 +299,18 @@ struct Stack {
   std::vector<Layer> layers;
   Norm last;
   Attend attend;
+  bool is_causal = true;  // else all positions of a pass, which are a whole lane, attend to each other
 };
 
 inline Layer layer_of(Tensors& t, const Stack& s) {
   Layer layer;
   auto norm = [&] { return s.is_language ? rms_norm(t, s.width) : layer_norm(t, s.width); };
-  auto weights = [&](bool has_bias, int outputs, int inputs) {
-    const float* w = t.take();
-    return Linear(w, has_bias ? t.take() : nullptr, outputs, inputs);
-  };
   layer.before_attention = norm();
-  layer.qkv = weights(true, (s.heads + 2 * s.kv_heads) * s.head_dim, s.width);
-  layer.out = weights(!s.is_language, s.width, s.heads * s.head_dim);
+  layer.qkv = linear_of(t, (s.heads + 2 * s.kv_heads) * s.head_dim, s.width);
+  layer.out = linear_of(t, s.width, s.heads * s.head_dim, !s.is_language);
   layer.before_mlp = norm();
-  layer.up = weights(!s.is_language, (s.is_language ? 2 : 1) * s.mlp_width, s.width);
-  layer.down = weights(!s.is_language, s.width, s.mlp_width);
+  layer.up = linear_of(t, (s.is_language ? 2 : 1) * s.mlp_width, s.width, !s.is_language);
+  layer.down = linear_of(t, s.width, s.mlp_width, !s.is_language);
   return layer;
 }
 
@@ -265,18 +333,26 @@ inline void attention(const Stack& s, int layer, const Cache& cache, const Place
   float* keys = cache.values + layer * cache.layer;
   for (int m = 0; m < M; m++) {
     float* q = &scratch.qkv[size_t(m) * width];
-    for (int head = 0; head < s.heads + s.kv_heads; head++) rotate(places[m].rotation, q + head * K, K);
+    for (int head = 0; head < s.heads + s.kv_heads && places[m].rotation; head++)
+      rotate(places[m].rotation, q + head * K, K);
     for (int head = 0; head < s.kv_heads; head++) {
       float* to = keys + places[m].lane * cache.lane + head * cache.head + places[m].at * K;
       std::memcpy(to, q + (s.heads + head) * K, K * sizeof(float));
       std::memcpy(to + cache.side, q + (s.heads + s.kv_heads + head) * K, K * sizeof(float));
     }
   }
+  auto past_of = [&](int m, int head) {
+    const float* from = keys + places[m].lane * cache.lane + head / (s.heads / s.kv_heads) * cache.head;
+    return Past{from, from + cache.side, s.is_causal ? int(places[m].at) + 1 : M};
+  };
+  Past past = past_of(0, 0);
   for (int m = 0; m < M; m++)
     for (int head = 0; head < s.heads; head++) {
-      const float* from = keys + places[m].lane * cache.lane + head / (s.heads / s.kv_heads) * cache.head;
-      s.attend(&scratch.qkv[size_t(m) * width + head * K], from, from + cache.side, int(places[m].at) + 1,
+      const int after = head + 1 < s.heads ? m : m + 1;
+      const Past next = after < M ? past_of(after, (head + 1) % s.heads) : Past{};
+      s.attend(&scratch.qkv[size_t(m) * width + head * K], past, next.keys == past.keys ? Past{} : next,
                scratch.scores.data(), &scratch.heads[(size_t(m) * s.heads + head) * K]);
+      past = next;
     }
 }
 

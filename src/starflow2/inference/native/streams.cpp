@@ -6,6 +6,7 @@
 // Letters: M new positions, P images, N latents, D latent dim, E language width, C flow width, K head dim.
 
 #include "layers.h"
+#include "pixels.h"
 
 namespace {
 
@@ -43,17 +44,13 @@ struct Block {
 struct Model {
   int latents, dim, vocab;
   float clip;
+  Memory memory;
   Stack language;
   Block deep;
   std::vector<Block> shallow;
   Linear context, adapter_in, adapter_out, visual, text, logits;
   std::vector<int> near;  // (N + 1, 5): a latent, those left, above left, above and above right of it; N for none
 };
-
-Linear linear_of(Tensors& t, int outputs, int inputs, bool has_bias = true) {
-  const float* w = t.take();
-  return Linear(w, has_bias ? t.take() : nullptr, outputs, inputs);
-}
 
 // inputs: of the projection, whose bias is part of what is added to it
 Block block_of(Tensors& t, const int32_t* sizes, const Model& m, int inputs) {
@@ -376,7 +373,7 @@ extern "C" {
 void* starflow_create(const int32_t* sizes, int shallow, const int32_t* reversed, const int32_t* near, float clip,
                       const float* const* tensors) {
   Model* m = new Model{};
-  Tensors t{tensors};
+  Tensors t{tensors, m->memory};
   m->latents = sizes[0], m->dim = sizes[1], m->vocab = sizes[2], m->clip = clip;
   m->near.assign(near, near + (m->latents + 1) * 5);
   m->language = stack_of(t, sizes + 8, true);
@@ -428,6 +425,26 @@ void starflow_logits(const void* model, const Lanes* lanes, const int64_t* which
   linear(m.text, g.data(), h.data(), count);
   for (int k = 0; k < count; k++) add(&h[k * E], lanes->h + which[k] * E, E);
   linear(m.logits, h.data(), logits, count);
+}
+
+// sizes: rows and columns of latents, their dim, side of the square that a position of the last layer draws, width of the
+// features; then six of each stack (`stack_of`): of features, of pixels. channels: after each upsampling; tensors: as
+// `pixels.py` lists them.
+void* starflow_decoder_create(const int32_t* sizes, int upsamples, const int32_t* channels,
+                              const float* const* tensors) {
+  Decoder* decoder = new Decoder{};
+  Tensors t{tensors, decoder->memory};
+  decoder_of(t, sizes, upsamples, channels, *decoder);
+  return decoder;
+}
+
+void starflow_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder); }
+
+// Latents (count, N, D) -> images (count, 3, height, width) in [-1, 1]
+void starflow_decode(const void* decoder, const float* x, float* images, int count) {
+  const Decoder& d = *static_cast<const Decoder*>(decoder);
+  const size_t side = size_t(d.step) << d.upsamples.size(), image = 3 * d.rows * d.columns * side * side;
+  for (int i = 0; i < count; i++) decode(d, x + size_t(i) * d.rows * d.columns * d.dim, images + i * image);
 }
 
 }  // extern "C"
