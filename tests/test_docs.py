@@ -13,7 +13,8 @@ from page_references import broken_commands, broken_references
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-TRUE_TODAY = [page for page in PAGES if page.name != "LOG.md"]  # the log tells what was called how when it was written
+# the log tells what was called how when it was written; api.md is there after `make docs`, which copies docstrings
+TRUE_TODAY = [page for page in PAGES if page.name not in ("LOG.md", "api.md")]
 
 
 def test_the_example_of_the_flow_page_runs_in_twelve_lines():
