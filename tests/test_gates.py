@@ -464,6 +464,7 @@ def test_a_session_goes_on_outside_of_the_settings_it_was_begun_under(model):
     plain = model.session(seed=2).add(WORDS)
     with torch.inference_mode():
         session = model.session(seed=2).add(WORDS)
+        assert not model.session().add(WORDS).draw().picture.x.is_inference()  # which no gradient could follow later
     assert torch.equal(session.draw().picture.x, plain.draw().picture.x)
     assert session.add(photo()).fork().write(tokens=2) == plain.add(photo()).write(tokens=2)
 

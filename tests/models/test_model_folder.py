@@ -21,6 +21,7 @@ from starflow2.core.folders import WAITING, whole
 from starflow2.errors import CheckpointError, ConfigError
 from starflow2.models.checkpoint import load_components, load_words, save_components
 from starflow2.models.components import Components
+from starflow2.nn import StackConfig
 from starflow2.pipeline import StarFlow2
 
 MAY_DIFFER = {
@@ -242,6 +243,11 @@ def test_a_config_with_a_number_that_cannot_be_is_refused_before_anything_is_bui
         except Exception as error:
             other.append((place, error))
     assert not other and taken <= MAY_DIFFER, (other, taken - MAY_DIFFER)
+
+
+def test_layers_are_counted_before_one_is_built():
+    with pytest.raises(ConfigError, match=r"depth is 5,?000; expected at least 0 and at most 4,?096"):
+        StackConfig(width=8, depth=5000)
 
 
 def test_a_folder_does_not_decide_what_is_imported(folder, tmp_path, monkeypatch):
