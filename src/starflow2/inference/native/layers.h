@@ -214,6 +214,8 @@ struct Past {
   int count;
 };
 
+constexpr int AHEAD = 48;  // positions that are asked for before they are needed; from there the processor goes on itself
+
 // Ask for a row of K floats to be brought near while something else is computed.
 template <int K>
 void fetch(const float* row) {
@@ -226,12 +228,12 @@ template <int K>
 void attend(const float* query, const Past& past, const Past& next, float* scores, float* out) {
   constexpr int PARTS = K / FLOATS;
   const float *keys = past.keys, *values = past.values;
-  const int count = past.count;
+  const int count = past.count, ahead = std::min(next.count, AHEAD);
   const Vec scale = all(1.0f / std::sqrt(float(K)));
   Vec q[PARTS];
   for (int i = 0; i < PARTS; i++) q[i] = load(query + i * FLOATS) * scale;
   for (int j = 0; j < count; j++) {
-    if (j < next.count) fetch<K>(next.keys + j * K);
+    if (j < ahead) fetch<K>(next.keys + j * K);
     Vec products = q[0] * load(keys + j * K);
     for (int i = 1; i < PARTS; i++) products = multiply_add(q[i], load(keys + j * K + i * FLOATS), products);
     scores[j] = sum(products);
@@ -248,7 +250,7 @@ void attend(const float* query, const Past& past, const Past& next, float* score
   }
   Vec even[PARTS] = {}, odd[PARTS] = {};  // two sums: the next need not wait for the last
   for (int j = 0; j < count; j += 2) {
-    if (j < next.count) fetch<K>(next.values + j * K), fetch<K>(next.values + (j + 1) * K);
+    if (j < ahead) fetch<K>(next.values + j * K), fetch<K>(next.values + (j + 1) * K);
     for (int i = 0; i < PARTS; i++) {
       even[i] = multiply_add(all(scores[j]), load(values + j * K + i * FLOATS), even[i]);
       if (j + 1 < count) odd[i] = multiply_add(all(scores[j + 1]), load(values + (j + 1) * K + i * FLOATS), odd[i]);
