@@ -100,7 +100,7 @@ site: docs ## the documentation as a site in site/, built and checked without a 
 release: setup ## both wheels into dist/, checked, installed elsewhere and drawn with; nothing is uploaded
 	$(WHEELS) PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python scripts/release.py dist
 
-lmms: ## .venv-lmms: lmms-eval, which cannot live beside our pins, with the plug-in; then its tests, some minutes
+lmms: ## .venv-lmms: lmms-eval, which cannot live beside our pins, with the plug-in; then its tests, ten minutes
 	test -x .venv-lmms/bin/python || $(PYTHON) -m venv .venv-lmms
 	.venv-lmms/bin/python -m pip install -q -c constraints-lmms.txt uv
 	$(WHEELS) .venv-lmms/bin/uv pip install --python .venv-lmms/bin/python -q --compile-bytecode $(BACKEND) -c constraints-lmms.txt lmms-eval pytest pytest-timeout filelock rich -e .
