@@ -40,10 +40,9 @@ from starflow2.models.sequence import Cursor
 
 __all__ = ["Engine", "RowMark", "RowState"]
 
-ALONE = 16  # latents that are drawn in one step of a row that draws alone
-STRIDE = 8  # likewise of rows that draw while none writes
+STRIDE = 8  # latents that are drawn in one step while no row writes
 PASS = 512  # positions that are read in one pass, but for a row that has more
-BESIDE = 4  # likewise beside rows that write, which wait meanwhile: docs/choices.md#steps-of-several-latents
+BESIDE = 4  # and beside rows that write, which wait meanwhile: docs/choices.md#steps-of-several-latents
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,7 +380,7 @@ class Engine:
             pairs = [pair for _, _, reply in drawing if (pair := reply.pair) is not None]
             self.backend.arrange(pairs, [state.lane for _, state, _ in writing])
             events += self._write(writing) if writing else []
-            events += self._draw(drawing, BESIDE if writing else STRIDE if len(drawing) > 1 else ALONE)
+            events += self._draw(drawing, BESIDE if writing else STRIDE)
             return events + self._render()
 
     def _doing(self, what: str) -> list[tuple[int, _Row, _Reply]]:

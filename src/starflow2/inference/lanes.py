@@ -150,7 +150,7 @@ class Lanes:
 
     def open(self) -> int:
         if len(self.slot_of) == self.slots:
-            self.expect(max(1, self.slots // 2))
+            self.expect(max(1, self.slots // 4))
         lane, used = next(self._numbers), set(self.slot_of.values())
         slot = next(s for s in range(self.slots) if s not in used)
         self.slot_of[lane], self._reserved[lane] = slot, 0
