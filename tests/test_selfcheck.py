@@ -231,14 +231,15 @@ def test_a_rewind_that_leaves_something_after_it_is_caught(joined, monkeypatch):
 
 
 def test_an_image_that_is_encoded_again_is_counted(joined, monkeypatch):
-    right = Engine._pixels
+    right = Engine._decoded
 
-    def again(self, x):
-        image = right(self, x)
-        self.sampler.noisy(image[None], torch.tensor([0.1]))
-        return image
+    def again(self, pictures):
+        images = right(self, pictures)
+        for image in images:
+            self.sampler.noisy(image.image[None], torch.tensor([0.1]))
+        return images
 
-    monkeypatch.setattr(Engine, "_pixels", again)
+    monkeypatch.setattr(Engine, "_decoded", again)
     assert selfcheck._encodings(joined) == 2
     monkeypatch.setattr(Sampler, "noisy", lambda self, images, levels: joined.x[:1].to(self.dtype))
     with pytest.raises(DataError, match="ran the encoder 0 times"):

@@ -88,8 +88,8 @@ def _record(kind: type[T], line: Placed[JsonObject]) -> T:
     try:
         return from_dict(kind, _filled(kind, line.value))
     except ConfigError as error:
-        said = str(error).removeprefix(kind.__name__).lstrip(".: ")  # the reader of a file does not know our classes
-        raise DataError(f"{line.where}: {said}") from error
+        fault = str(error).removeprefix(kind.__name__).lstrip(".: ")  # the reader of a file does not know our classes
+        raise DataError(f"{line.where}: {fault}") from error
 
 
 def _filled(kind: Any, value: Any) -> Any:

@@ -19,7 +19,7 @@ from starflow2.evals.story import RUNGS
 from starflow2.evals.suite import Report
 from starflow2.evals.tries import CHECKED, PASSED, SELF_CHECK
 
-__all__ = ["headings", "ledger_record", "lines", "notes", "table", "title"]
+__all__ = ["NAMES", "headings", "ledger_record", "lines", "notes", "table", "title"]
 
 HEADINGS = ("measure", "ID", "CG", "gap", "floor", "ceiling")
 GENEVAL_HEADINGS = ("category", "ID", "CG", "gap", "floor", "ceiling", "ID strict", "CG strict")
