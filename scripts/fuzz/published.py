@@ -113,7 +113,7 @@ def _text(kind: str, rng: random.Random) -> tuple[bytes, bool]:
         if rng.random() < 0.3:
             at = rng.randrange(len(lines))
             lines[at] = spoiled_json(lines[at], rng).replace(b"\n", b" ")
-            return b"\n".join(lines), True
+            return b"\n".join(lines), bool(lines[at].strip())  # an empty line is one question less
         return rng.choice([b"\n", b"\r\n", b"\n\n"]).join(lines), False
     tree = copy.deepcopy(TREES["result" if kind == "report" else kind])
     if rng.random() < 0.3:

@@ -356,7 +356,7 @@ def _loaded(rng: random.Random, bench: Bench) -> Case:
     if option == "device_map" and (is_number(value) or not value):
         value = "x"
     name: Any = rng.choice([str(bench.folder), *ALIENS])
-    is_right = name == str(bench.folder) and (value is None or option == "revision")
+    is_right = isinstance(name, str) and name == str(bench.folder) and (value is None or option == "revision")
     loaders = (hf.StarFlow2ForMultimodalLM, hf.StarFlow2Processor)
     loader = rng.choice(loaders) if option == "revision" else loaders[0]
     return Case(

@@ -161,5 +161,8 @@ def test_help_shows_options_defaults_and_comments_of_the_source(monkeypatch):
 
 def test_an_option_given_twice_is_refused_in_either_spelling():
     with pytest.raises(UsageError, match="--prior-scale is given 2 times"):
-        refuse_repeated(["x", "--prior-scale", "1", "--prior_scale=2"], "program")
-    refuse_repeated(["x", "x", "--", "--one", "1"], "program")
+        refuse_repeated(["x", "--prior-scale", "1", "--prior_scale=2"], "program", Command)
+    for short in ("-n", "-n2"):
+        with pytest.raises(UsageError, match="--count is given 2 times"):
+            refuse_repeated(["x", "--count=1", short, "2"], "program", Command)
+    refuse_repeated(["x", "x", "-", "-", "--", "--one", "1", "-n", "2"], "program", Command)

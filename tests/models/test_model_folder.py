@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from starflow2.models.checkpoint import load_components, load_words, save_compon
 from starflow2.models.components import Components
 from starflow2.nn import StackConfig
 from starflow2.pipeline import StarFlow2
+from starflow2.training.recipes import nano_model
 
 MAY_DIFFER = {
     *("guidance", "edit_guidance", "prior_scale", "max_prompt_tokens", "max_positions", "latent_penalty", "clip"),
@@ -248,6 +250,12 @@ def test_a_config_with_a_number_that_cannot_be_is_refused_before_anything_is_bui
 def test_layers_are_counted_before_one_is_built():
     with pytest.raises(ConfigError, match=r"depth is 5,?000; expected at least 0 and at most 4,?096"):
         StackConfig(width=8, depth=5000)
+
+
+def test_special_tokens_lie_within_the_vocabulary():
+    vlm = nano_model().vlm
+    with pytest.raises(ConfigError, match="special has the id 512; expected ids below vocab, which is 512"):
+        replace(vlm, special=replace(vlm.special, end=512))
 
 
 def test_a_folder_does_not_decide_what_is_imported(folder, tmp_path, monkeypatch):

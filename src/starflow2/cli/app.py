@@ -147,7 +147,7 @@ def _run(kind: type[Command], arguments: list[str]) -> int:
         if kind is Train and others:
             print(parse(Train, others, program)[0].stage_help())
         return 0
-    refuse_repeated(arguments, program)
+    refuse_repeated(arguments, program, kind)
     parsed, unknown = parse(kind, arguments, program)
     return parsed.run(unknown)
 

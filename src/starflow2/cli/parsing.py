@@ -95,10 +95,11 @@ def help_text(kind: type[T], program: str, default: T | None = None, fixed: Sequ
     return _parser(kind, program, default, fixed).format_help()
 
 
-def refuse_repeated(arguments: Sequence[str], program: str) -> None:
-    """Raise UsageError for an option given twice: only the last one would count, silently."""
-    names = [a.split("=")[0] for a in _hyphened(arguments) if a.startswith("--") and len(a) > 2]
-    for name in names:
+def refuse_repeated(arguments: Sequence[str], program: str, kind: type[Any]) -> None:
+    """Raise UsageError for an option of `kind` given twice, by either name: only the last would count, silently."""
+    whole = {setting.option.short: setting.flag for setting in _settings(kind, None) if setting.option.short}
+    names = [whole.get(a[:2], a.split("=")[0]) for a in _hyphened(arguments) if a.startswith("-") and len(a) > 1]
+    for name in (name for name in names if name.startswith("--") and len(name) > 2):
         if names.count(name) > 1:
             raise UsageError(
                 f"{name} is given {names.count(name)} times; give it once, followed by all of its values. "

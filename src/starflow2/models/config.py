@@ -155,6 +155,8 @@ class LanguageConfig(Config):
             _check_multiple("width", self.width, "heads", self.heads)
         _check_multiple("heads", self.heads, "kv_heads", self.kv_heads)
         _check_multiple("vision_width", self.vision_width, "vision_heads", self.vision_heads)
+        if (largest := max(vars(self.special).values())) >= self.vocab:
+            raise ConfigError(f"special has the id {largest}; expected ids below vocab, which is {self.vocab}.")
         if min(self.image_size, self.vision_window or self.image_size) < 2 * self.vision_patch:
             raise ConfigError(
                 f"image_size is {self.image_size} and vision_window {self.vision_window}; expected two patches of "
