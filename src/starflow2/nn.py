@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from starflow2.core.fields import Config, Count, Depth, Size, described, of_kind
+from starflow2.core.fields import Config, Depth, Size, described, of_kind
 from starflow2.core.tiles import RotatedHeads, Tile, TiledAttention, is_tiled, tiles_of
 from starflow2.errors import ConfigError, ShapeError
 
@@ -439,7 +439,7 @@ class StackConfig(Config):
     width: Size
     depth: Depth
     head_dim: Size = 64
-    mlp_ratio: Count = 4
+    mlp_ratio: Size = 4
     activation: Activation = "gelu"
     rope: bool = True  # three-axis rotary positions on queries and keys
     final_norm: bool = True  # RMS norm after the last layer

@@ -250,6 +250,8 @@ def test_a_config_with_a_number_that_cannot_be_is_refused_before_anything_is_bui
 def test_layers_are_counted_before_one_is_built():
     with pytest.raises(ConfigError, match=r"depth is 5,?000; expected at least 0 and at most 4,?096"):
         StackConfig(width=8, depth=5000)
+    with pytest.raises(ConfigError, match="mlp_ratio is 100000000000; expected"):
+        StackConfig(width=8, depth=1, mlp_ratio=10**11)
 
 
 def test_special_tokens_lie_within_the_vocabulary():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import cast
 
-from starflow2.core.fields import Config, Count, Depth, Extent, Natural, Positive, Size, Weight
+from starflow2.core.fields import Config, Depth, Extent, Natural, Positive, Size, Weight
 from starflow2.errors import ConfigError
 from starflow2.flow import FlowConfig
 from starflow2.flow.affine import Schedule
@@ -265,7 +265,7 @@ class SelfCheckConfig(Config):
 
     shows: str = ""  # does an image show what the words ask for?
     done: str = ""  # of an image that follows another: was it done, and nothing else changed?
-    tries: Count = 4  # images of one request, of which the model keeps the one that it confirms
+    tries: Size = 4  # images of one request, of which the model keeps the one that it confirms
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -362,7 +362,7 @@ class JointsConfig(Config):
     # Our additions, off in the paper:
     adapter_stencil: bool = False  # the adapter also reads the latents left of and above the target
     # Side (odd) of the window of previous-image latents, centred on the target, that the flow also reads; 0: none
-    reference: Natural = 0
+    reference: Extent = 0
     words: bool = False  # the flow also reads the embedding of each text token beside its state
 
     def __post_init__(self) -> None:
