@@ -117,6 +117,8 @@ def _may_be(argument: str, value: object, right: object) -> bool:
         return True
     if argument == "progress":
         return callable(value)
+    if argument == "prompts" and isinstance(value, list | tuple):
+        return all(isinstance(item, str) for item in value)
     if isinstance(value, list | tuple | Tensor) and isinstance(right, list | tuple):
         return True
     if argument == "config":

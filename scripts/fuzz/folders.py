@@ -139,7 +139,7 @@ def _config_text(whole: bytes, rng: random.Random) -> tuple[str, bytes, bool]:
     if kind == "missing":
         if isinstance(holder, dict):
             del holder[key]
-        return "missing", json.dumps(tree).encode(), isinstance(holder, dict)
+        return "missing", json.dumps(tree).encode(), isinstance(holder, dict) and not path.startswith("digests")
     if kind == "extra":
         inner = tree["model"]
         inner[rng.choice(["wdith", "\x1b]0;owned\x07", "", "a" * 1000])] = 1

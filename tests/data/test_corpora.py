@@ -109,7 +109,7 @@ def test_the_wording_of_an_edit_is_picked_by_its_id_and_every_wording_is_used():
     wordings = ["a", "b", "c"]
     rows = [
         {"omni_edit_id": f"task_{i}", "src_img": image, "edited_img": image, "edited_prompt_list": wordings}
-        for i in range(60)
+        for i in (*range(60), "\ud800")  # half of a surrogate pair, as JSON may hold it
     ]
     picked = [to_dialogue("omniedit", Sample("f", str(i), row)).turns[0].user[1] for i, row in enumerate(rows)]
     assert picked == [to_dialogue("omniedit", Sample("f", "", row)).turns[0].user[1] for row in rows]

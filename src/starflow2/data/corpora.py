@@ -158,7 +158,7 @@ def _omniedit(record: Record) -> JsonObject:
     if not any(wordings):
         raise Broken("empty text", "edited_prompt_list holds no words")
     wordings = [words for words in wordings if words]
-    words = wordings[zlib.crc32(str(record.values.get("omni_edit_id")).encode()) % len(wordings)]
+    words = wordings[zlib.crc32(str(record.values.get("omni_edit_id")).encode(errors="replace")) % len(wordings)]
     user = (record.picture("src_img"), words)
     return conversation("edit", (user, [record.picture("edited_img")]))
 

@@ -208,7 +208,8 @@ def density(
     >>> numbers.log_prob(torch.zeros(3, 2)).shape, numbers.sample(4).shape
     (torch.Size([3]), torch.Size([4, 2]))
     """
-    axes = tuple(whole(axis, "shape", AXIS) for axis in (shape if isinstance(shape, Sequence) else (shape,)))
+    sizes = shape if isinstance(shape, Sequence) and not isinstance(shape, bytes | bytearray | str) else (shape,)
+    axes = tuple(whole(axis, "shape", AXIS) for axis in sizes)
     blocks, seed = whole(blocks, "blocks", Range(least=1, most=256)), whole(seed, "seed", SEEDS)
     if spacing is not None:
         spacing = number(spacing, "spacing", Range(least=0))
