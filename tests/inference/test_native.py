@@ -28,10 +28,8 @@ from starflow2.inference.lean import LeanBackend
 from starflow2.inference.native import NativeBackend, Unavailable, build, native_backend
 from starflow2.inference.packed import pack
 from starflow2.inference.sampler import Sampler
-from starflow2.models.checkpoint import load_components
 from starflow2.models.components import Components
 from starflow2.models.components import build as build_components
-from starflow2.models.hub import NANO
 from starflow2.models.sequence import Cursor
 from starflow2.world.captions import caption_task
 from starflow2.world.detector import detect
@@ -40,20 +38,6 @@ SOURCE = Path(build.__file__).parent
 LEVEL = 0.5
 CLOSE, CLOSE_PIXELS = 2e-3, 1e-3  # of a trained flow in float32
 CAPTIONS = ("two red hearts", "a blue circle above a green square", "a small yellow star", "a red circle")
-
-
-@pytest.fixture(scope="module")
-def nano() -> Components:
-    return load_components(NANO)
-
-
-@pytest.fixture(scope="module")
-def native(nano: Components) -> NativeBackend:
-    backend, reason = native_backend(pack(nano.pretzel))
-    if backend is None and reason.startswith("no C++ compiler"):
-        pytest.skip(reason)
-    assert backend is not None, reason
-    return backend
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,11 @@ import torch
 from helpers import wake
 from model_cases import tiny_components
 from starflow2.inference.backend import decoded_one_by_one
-from starflow2.inference.native import NativeBackend, Unavailable, native_backend
+from starflow2.inference.native import NativeBackend, Unavailable
 from starflow2.inference.native.pixels import CompiledDecoder, fae_of
 from starflow2.inference.packed import pack
-from starflow2.models.checkpoint import load_components
-from starflow2.models.components import Components
 from starflow2.models.config import FaeConfig
 from starflow2.models.fae import Fae, FaeCodec
-from starflow2.models.hub import NANO
 from starflow2.nn import StackConfig
 
 CLOSE = 1e-5  # of a pixel in float32
@@ -28,20 +25,6 @@ CFG = FaeConfig(
     feature_dim=24, latent_dim=5, grid=(4, 4), image_size=32, encoder_width=32, encoder_heads=2,
     feature_decoder=SMALL, pixel_decoder=replace(SMALL, width=48),
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def nano() -> Components:
-    return load_components(NANO)
-
-
-@pytest.fixture(scope="module")
-def native(nano: Components) -> NativeBackend:
-    backend, reason = native_backend(pack(nano.pretzel))
-    if backend is None and reason.startswith("no C++ compiler"):
-        pytest.skip(reason)
-    assert backend is not None, reason
-    return backend
 
 
 def latents(count: int, n: int = 64, dim: int = 16) -> torch.Tensor:
