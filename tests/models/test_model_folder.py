@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from crashes import crashes
 from model_cases import tiny_components
-from starflow2.core.folders import WAITING, whole
+from starflow2.core.folders import WAITING, replacing_content, whole
 from starflow2.errors import CheckpointError, ConfigError
 from starflow2.models.checkpoint import load_components, load_words, save_components
 from starflow2.models.components import Components
@@ -30,6 +32,7 @@ MAY_DIFFER = {
     *("guidance", "edit_guidance", "prior_scale", "max_prompt_tokens", "max_positions", "latent_penalty", "clip"),
     *("noise_min", "noise_max", "max_share", "kl_weight", "feature_weight", "edge_weight", "rope_theta"),
 }  # numbers of a config that no tensor shows
+READERS = ("models/checkpoint.py", "core/files.py")
 FILES = ("model.safetensors", "vlm/model.safetensors", "features/model.safetensors")
 
 
@@ -95,6 +98,56 @@ def test_who_reads_while_others_save_always_finds_one_whole_model(folder):
         assert is_same(read, one) or is_same(read, other)
         found += 1
     assert found
+
+
+class At:
+    """Does something once while it is entered: when the n-th function of the files that read models is first called."""
+
+    def __init__(self, number: int, act: Callable[[], object]) -> None:
+        self.left, self.act, self.known = number, act, set[str]()
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> None:
+        name = frame.f_code.co_qualname
+        if event == "call" and name not in self.known and frame.f_code.co_filename.endswith(READERS):
+            self.known.add(name)
+            self.left -= 1
+            if not self.left:
+                self.act()
+
+    def __enter__(self) -> At:
+        sys.setprofile(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+
+def end_save(folder: Path) -> None:
+    """Put a waiting content in place, as the next save does before it writes; that one fails."""
+    with contextlib.suppress(ZeroDivisionError), replacing_content(folder, CheckpointError, "saving"):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("load", [load_components, load_words])
+def test_a_save_that_ends_at_any_moment_of_a_reading_is_read_whole(saved, folder, tmp_path, load):
+    old = save_components(tiny_components(scale=0.2), tmp_path / "old")
+    number, is_over = 0, False
+    while not is_over:
+        number += 1
+        shutil.rmtree(folder)
+        shutil.copytree(old, folder)
+        shutil.copytree(saved, folder / WAITING)
+        with At(number, lambda: end_save(folder)) as ended:
+            read = load(folder)
+        is_over = ended.left > 0
+        assert load is load_words or is_same(read, load_components(saved))
+    assert number > 5
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(folder):
+    (folder / "vlm" / "model.safetensors").unlink()
+    (folder / "vlm" / "model.safetensors").symlink_to(folder / "vlm" / "model.safetensors")
+    assert "vlm" in refusal(folder)
 
 
 def test_a_second_saver_is_told_who_saves(folder):

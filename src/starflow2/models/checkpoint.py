@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -149,16 +149,23 @@ def load_components(
     meanwhile is read again.
     """
     folder = Path(folder)
+    return _settled(folder, lambda: _load_once(folder, device, waiting))
+
+
+def _settled(folder: Path, read: Callable[[], Components]) -> Components:
+    """Call `read`, again where somebody saved to `folder` meanwhile. Raises CheckpointError, also for an OSError."""
     for tries_left in reversed(range(READINGS)):
         before = stamp(folder)
         try:
-            components = _load_once(folder, device, waiting)
-        except (CheckpointError, ConfigError):
-            if not tries_left or stamp(folder) == before:
-                raise
-        else:
-            if not tries_left or stamp(folder) == before:
-                return components
+            components = read()
+        except (CheckpointError, ConfigError, OSError) as error:
+            if tries_left and stamp(folder) != before:
+                continue
+            if isinstance(error, OSError):
+                raise CheckpointError(f"cannot load {folder}: {_first_line(error)}.") from error
+            raise
+        if not tries_left or stamp(folder) == before:
+            return components
     raise AssertionError("the last try returns or raises")
 
 
@@ -351,7 +358,12 @@ def _load_backbone(backbone: Backbone, folder: Path, dtype: torch.dtype = torch.
 
 def load_words(folder: str | Path) -> Components:
     """Tokenizer, vocabulary and sizes of a model folder, without any module. Raises CheckpointError."""
-    source = whole(Path(folder))
+    folder = Path(folder)
+    return _settled(folder, lambda: _load_words_once(folder))
+
+
+def _load_words_once(folder: Path) -> Components:
+    source = whole(folder)
     config = read_config(source)
     words = Components(config.model, _tokenizer(source / "tokenizer.json", config.model), modules={})
     words.vocabulary = _lexicon(source / "lexicon.txt")
