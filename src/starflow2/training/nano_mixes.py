@@ -48,18 +48,18 @@ NANO_END = StageConfig(  # without the distance to the flow of t2i: docs/choices
     keep_as="nano-heldout",
 )
 
-_PLACES_EARLY = TalkConfig(  # places of lone objects, before sides are asked for
-    picture=0.29, places=0.3, sides=0.12, details=0.07, pictures=0.04, choice=0.08, reading=0.03, game=0.01, check=0.06
+_SIDES = TalkConfig(  # where a thing is, then, of two, on which side: learnt from much of it, late, and all at once
+    picture=0.14, places=0.12, sides=0.5, details=0.06, pictures=0.02, choice=0.07, reading=0.02, game=0.01, check=0.06
 )
-_PLACES = TalkConfig(  # with NANO_TALK, 1,600 steps taught letters and no places
-    picture=0.2, places=0.1, sides=0.3, details=0.08, pictures=0.04, choice=0.1, reading=0.04, game=0.01, check=0.13
+_PLACES = TalkConfig(  # of everything again; docs/LOG.md says how sides were learnt
+    picture=0.2, places=0.07, sides=0.3, details=0.08, pictures=0.05, choice=0.11, reading=0.04, game=0.01, check=0.14
 )
 _COUNTED = replace(NANO_DRAWINGS, counting=0.26, placed=0.04, sized=0.02)  # counts are what a new stage forgets first
 GROWN: dict[str, dict[str, object]] = {  # by stage, where recipe nano-grown is not nano
     "vlm": {
-        "steps": 2200,
-        "optim": OptimConfig(lr=1.4e-3, matrix_lr=2.8e-3, decay_share=0.4),
-        "warmup_talk": WarmupTalkConfig(steps=600, mix=_PLACES_EARLY),
+        "steps": 3800,
+        "optim": OptimConfig(lr=2e-3, matrix_lr=4e-3, decay_share=0.2),
+        "warmup_talk": WarmupTalkConfig(steps=3000, mix=_SIDES),
         "talk": _PLACES,
     },
     "adapter": {"steps": 400},

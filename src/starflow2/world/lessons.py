@@ -247,8 +247,9 @@ LESSONS: Final[Mapping[str, tuple[_Ask, ...]]] = MappingProxyType(
             _Teacher.is_beside,
             _Teacher.is_beside,
             _Teacher.which_side,
+            _Teacher.which_side,
+            _Teacher.which_side,
             _Teacher.what_is_beside,
-            _Teacher.is_at,
         ),
         "details": (
             _Teacher.how_many,
@@ -260,7 +261,7 @@ LESSONS: Final[Mapping[str, tuple[_Ask, ...]]] = MappingProxyType(
     }
 )
 _COUNTS: Final[Mapping[str, tuple[float, ...]]] = MappingProxyType(  # shares of images with one to four objects
-    {"places": (0.6, 0.2, 0.1, 0.1), "sides": (0.0, 0.65, 0.2, 0.15), "details": (0.0, 0.25, 0.35, 0.4)}
+    {"places": (0.6, 0.2, 0.1, 0.1), "sides": (0.0, 0.8, 0.12, 0.08), "details": (0.0, 0.25, 0.35, 0.4)}
 )
 
 
