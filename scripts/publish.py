@@ -47,6 +47,7 @@ PARTS: Final[Mapping[str, tuple[str, ...]]] = {
     "edit": ("id", "cg", "paraphrase", "plain"),
     "story": ("id", "cg", "paraphrase", "plain"),
 }
+COMMAND: Final = "starflow2 train nano"
 PAGES: Final = ("README.md", "docs/*.md")
 
 
@@ -59,6 +60,8 @@ class Publisher:
     assets: Path = ASSETS
     images: int = COUNT  # of each kind, by which far images are told
     quick: bool = False  # dev split, one item in eight, no ledger: to try the whole way
+    command: str = COMMAND  # that made the run
+    how: str = ""  # the run was made, in a sentence, where it is not that command from the start
 
     @property
     def models(self) -> list[str]:
@@ -125,7 +128,7 @@ class Publisher:
         _write(self.root / RESULTS / "tables.md", "\n".join(tables) + "\n")
 
     def _card(self, name: str) -> dict[str, object]:
-        made = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "command": "starflow2 train nano"}
+        made = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "command": self.command}
         return {"made": made | {"minutes": minutes_of(self.run)}} | {
             f"w_{suite}": headlines(self._report(name, suite)) for suite in SUITES if self.report(name, suite).is_file()
         }
@@ -134,7 +137,9 @@ class Publisher:
         yield from (f"# {name}", "")
         yield from (_WHAT[name], "")
         yield from (_WORLD, "", "## How it was made", "")
-        yield f"One run of `{card['made']['command']}`, commit {card['made']['commit']}, from the start as published."
+        made = card["made"]
+        how = self.how or "from the start as published."
+        yield f"One run of `{made['command']}`, commit {made['commit']}, {how}"
         yield from ("", "| stage | minutes |", "|---|---|")
         yield from (f"| {stage} | {minutes:.0f} |" for stage, minutes in card["made"]["minutes"].items())
         yield from ("", "## Scores", "")
@@ -252,15 +257,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("--only", nargs="+", choices=list(steps_of(Publisher(Path()))), help="steps; by default all")
+    parser.add_argument("--command", default=COMMAND, help="that made the run (default: %(default)s)")
+    parser.add_argument("--how", default="", help="how the run went, if not from the start as published")
     parser.add_argument("--quick", action="store_true", help="scores of one item in eight of dev, without a ledger")
     args = parser.parse_args(argv)
     if not args.run.is_dir():
         parser.error(f"{args.run} is no folder; expected that of a finished run")
-    found = [
-        step()
-        for name, step in steps_of(Publisher(args.run.resolve(), quick=args.quick)).items()
-        if args.only is None or name in args.only
-    ]
+    publisher = Publisher(args.run.resolve(), quick=args.quick, command=args.command, how=args.how)
+    found = [step() for name, step in steps_of(publisher).items() if args.only is None or name in args.only]
     return int(found[-1] is False)
 
 

@@ -48,7 +48,7 @@ NANO_END = StageConfig(  # without the distance to the flow of t2i: docs/choices
     keep_as="nano-heldout",
 )
 
-_SIDES = TalkConfig(  # where a thing is, then, of two, on which side: learnt from much of it, late, and all at once
+_SIDES = TalkConfig(  # where a thing is and, of two, on which side: learnt from much of it, late, and all at once
     picture=0.14, places=0.12, sides=0.5, details=0.06, pictures=0.02, choice=0.07, reading=0.02, game=0.01, check=0.06
 )
 _PLACES = TalkConfig(  # of everything again; docs/LOG.md says how sides were learnt

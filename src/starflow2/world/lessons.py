@@ -43,6 +43,7 @@ __all__ = ["LESSONS", "lesson", "lesson_words"]
 
 Asked = tuple[str, str]  # question, answer
 
+LEVEL_SHARE: Final = 0.75  # of questions about sides, at least: left and right are learnt long after above and below
 _TURNS: Final = 5  # questions about one image
 _FORMS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -66,10 +67,10 @@ _SIDES: Final[Mapping[str, tuple[Relation, Relation]]] = MappingProxyType(
 )
 _SPOKEN: Final[Mapping[Relation, tuple[str, ...]]] = MappingProxyType(
     {
-        "left of": ("left of", "to the left of"),
-        "right of": ("right of", "to the right of"),
-        "above": ("above", "over"),
-        "below": ("below", "under"),
+        "left of": ("left of", "to the left of", "on the left side of"),
+        "right of": ("right of", "to the right of", "on the right side of"),
+        "above": ("above", "over", "on top of"),
+        "below": ("below", "under", "beneath"),
     }
 )
 
@@ -137,8 +138,11 @@ class _Teacher:
 
     def _two(self) -> tuple[SceneObject, str, SceneObject, str, Relation] | None:
         """Two objects with names and the only relation of the first to the second, whose opposite may be said, too."""
+        is_level = chance(self.rng, LEVEL_SHARE)
         for a, b in shuffled(self.rng, list(itertools.permutations(self.objects, 2))):
             found, names = sorted(relations(a, b)), (self.namer.name(a), self.namer.name(b))
+            if is_level and not {"left of", "right of"}.intersection(found):
+                continue
             if len(found) == 1 and names[0] is not None and names[1] is not None:
                 sides = (found[0], OPPOSITES[found[0]])
                 if a.shape == b.shape or all(self.guard.allows_fact(a.shape, side, b.shape) for side in sides):
