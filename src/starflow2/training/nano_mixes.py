@@ -48,23 +48,16 @@ NANO_END = StageConfig(  # without the distance to the flow of t2i: docs/choices
     keep_as="nano-heldout",
 )
 
-_SIDES = TalkConfig(  # where a thing is and, of two, on which side: learnt from much of it, late, and all at once
-    picture=0.14, places=0.12, sides=0.5, details=0.06, pictures=0.02, choice=0.07, reading=0.02, game=0.01, check=0.06
-)
-_PLACES = TalkConfig(  # of everything again; docs/LOG.md says how sides were learnt
-    picture=0.2, places=0.07, sides=0.3, details=0.08, pictures=0.05, choice=0.11, reading=0.04, game=0.01, check=0.14
-)
 _COUNTED = replace(NANO_DRAWINGS, counting=0.26, placed=0.04, sized=0.02)  # counts are what a new stage forgets first
 GROWN: dict[str, dict[str, object]] = {  # by stage, where recipe nano-grown is not nano
     "vlm": {
-        "steps": 3800,
-        "optim": OptimConfig(lr=2e-3, matrix_lr=4e-3, decay_share=0.2),
-        "warmup_talk": WarmupTalkConfig(steps=3000, mix=_SIDES),
-        "talk": _PLACES,
+        "steps": 1600,
+        "optim": OptimConfig(lr=1e-3, matrix_lr=2e-3, decay_share=0.4),
+        "warmup_talk": WarmupTalkConfig(steps=300, mix=NANO_TALK_EARLY),
     },
     "adapter": {"steps": 400},
     "joint": {
-        "steps": 2000,
+        "steps": 2600,
         "optim": OptimConfig(lr=1.2e-3, matrix_lr=1.8e-3, decay_share=0.8),
         "kl_to_t2i": 0.0,
         "hidden_latents_share": 0.3,
@@ -73,5 +66,5 @@ GROWN: dict[str, dict[str, object]] = {  # by stage, where recipe nano-grown is 
         "captions": _COUNTED,
         "keep_as": "nano-heldout",
     },
-    "final": {"steps": 500, "captions": _COUNTED},
+    "final": {"captions": _COUNTED},
 }

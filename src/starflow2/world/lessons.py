@@ -43,7 +43,6 @@ __all__ = ["LESSONS", "lesson", "lesson_words"]
 
 Asked = tuple[str, str]  # question, answer
 
-LEVEL_SHARE: Final = 0.75  # of questions about sides, at least: left and right are learnt long after above and below
 _TURNS: Final = 5  # questions about one image
 _FORMS: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -67,10 +66,10 @@ _SIDES: Final[Mapping[str, tuple[Relation, Relation]]] = MappingProxyType(
 )
 _SPOKEN: Final[Mapping[Relation, tuple[str, ...]]] = MappingProxyType(
     {
-        "left of": ("left of", "to the left of", "on the left side of"),
-        "right of": ("right of", "to the right of", "on the right side of"),
-        "above": ("above", "over", "on top of"),
-        "below": ("below", "under", "beneath"),
+        "left of": ("left of", "to the left of"),
+        "right of": ("right of", "to the right of"),
+        "above": ("above", "over"),
+        "below": ("below", "under"),
     }
 )
 
@@ -138,11 +137,8 @@ class _Teacher:
 
     def _two(self) -> tuple[SceneObject, str, SceneObject, str, Relation] | None:
         """Two objects with names and the only relation of the first to the second, whose opposite may be said, too."""
-        is_level = chance(self.rng, LEVEL_SHARE)
         for a, b in shuffled(self.rng, list(itertools.permutations(self.objects, 2))):
             found, names = sorted(relations(a, b)), (self.namer.name(a), self.namer.name(b))
-            if is_level and not {"left of", "right of"}.intersection(found):
-                continue
             if len(found) == 1 and names[0] is not None and names[1] is not None:
                 sides = (found[0], OPPOSITES[found[0]])
                 if a.shape == b.shape or all(self.guard.allows_fact(a.shape, side, b.shape) for side in sides):
@@ -251,9 +247,8 @@ LESSONS: Final[Mapping[str, tuple[_Ask, ...]]] = MappingProxyType(
             _Teacher.is_beside,
             _Teacher.is_beside,
             _Teacher.which_side,
-            _Teacher.which_side,
-            _Teacher.which_side,
             _Teacher.what_is_beside,
+            _Teacher.is_at,
         ),
         "details": (
             _Teacher.how_many,
@@ -265,7 +260,7 @@ LESSONS: Final[Mapping[str, tuple[_Ask, ...]]] = MappingProxyType(
     }
 )
 _COUNTS: Final[Mapping[str, tuple[float, ...]]] = MappingProxyType(  # shares of images with one to four objects
-    {"places": (0.6, 0.2, 0.1, 0.1), "sides": (0.0, 0.8, 0.12, 0.08), "details": (0.0, 0.25, 0.35, 0.4)}
+    {"places": (0.6, 0.2, 0.1, 0.1), "sides": (0.0, 0.65, 0.2, 0.15), "details": (0.0, 0.25, 0.35, 0.4)}
 )
 
 
