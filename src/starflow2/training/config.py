@@ -109,6 +109,7 @@ class TalkConfig(_Shares):
     reading: Weight = MIX["reading"]
     game: Weight = MIX["game"]
     check: Weight = MIX["check"]
+    halves: Weight = MIX["halves"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -190,11 +190,12 @@ def nano() -> RunConfig:
 
 
 def nano_grown() -> RunConfig:
-    """`nano` from the weights of version 0, in three and a half hours of a core; docs/training.md#nano.
+    """`nano` from the weights of version 0, in an hour and a half of two quiet cores; docs/training.md#nano.
 
     `scripts/grow_nano.py` makes the folder to start in: there, features, fae and t2i count as finished. The language
-    model learns on at half its rate; the flow and the joints then follow it in `joint`, which has no reference, at a
-    rate at which they forget little, with a quarter of the drawings for counting, which is forgotten first.
+    model learns to see columns (docs/choices.md#columns) and learns on; the flow and the joints then follow it in
+    `joint`, which has no reference, at a rate at which they forget little, with a quarter of the drawings for counting,
+    which is forgotten first. This run has not been made yet.
     """
     run = nano()
     stages = [s for s in run.stages if s.name != "end"]  # which lets go of a flow that joint does not hold on to here

@@ -59,6 +59,7 @@ MIX: Final[Mapping[str, float]] = MappingProxyType(
         "reading": 0.05,  # colours, counts and places bound to objects by words: what a drawer must read
         "game": 0.02,
         "check": 0.12,  # whether a picture shows a caption, or a request was done
+        "halves": 0.0,  # left or right of one thing: some hundred steps of nothing else, early in stage vlm
     }
 )
 READ_MIX: Final[Mapping[str, float]] = MappingProxyType(  # families of captions to be read

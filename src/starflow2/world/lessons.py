@@ -1,8 +1,9 @@
 """Questions that teach places, sides, counts and comparisons from the easy end.
 
 The questions of `questions` choose a wrong answer as near to the truth as can be, which is no start for learning.
-Lessons begin with places of the 3 x 3 grid, mostly of a lone object; then sides, asked from both ends; then counting by
-kind, and which object is the green or the larger one. `conversations` mixes them, a stage of training by its step.
+Lessons begin with the halves of the picture, by which a model first sees columns; then places of the 3 x 3 grid, mostly
+of a lone object; then sides, asked from both ends; then counting by kind, and which object is the green or the larger
+one. `conversations` mixes them, a stage of training by its step.
 Nothing that is said combines what `splits` withholds. Our choice: docs/choices.md#world.
 """
 
@@ -126,6 +127,16 @@ class _Teacher:
             return None
         form, answer = pick(self.rng, asked)
         return self._say(form, a=name), answer
+
+    def across(self) -> Asked | None:
+        """Left or right; top or bottom only of what is in the middle column: columns are not learnt by themselves."""
+        found = self._somewhere()
+        if found is None:
+            return None
+        _, name, (row, column) = found
+        if column != 1:
+            return self._say("left or right", a=name), ("left", "right")[column // 2]
+        return (self._say("top or bottom", a=name), ("top", "bottom")[row // 2]) if row != 1 else None
 
     def what_is_at(self) -> Asked | None:
         found = self._somewhere()
@@ -257,10 +268,12 @@ LESSONS: Final[Mapping[str, tuple[_Ask, ...]]] = MappingProxyType(
             _Teacher.which_is,
             _Teacher.larger,
         ),
+        "halves": (_Teacher.across,),
     }
 )
 _COUNTS: Final[Mapping[str, tuple[float, ...]]] = MappingProxyType(  # shares of images with one to four objects
     {"places": (0.6, 0.2, 0.1, 0.1), "sides": (0.0, 0.65, 0.2, 0.15), "details": (0.0, 0.25, 0.35, 0.4)}
+    | {"halves": (1.0, 0.0, 0.0, 0.0)}
 )
 
 
