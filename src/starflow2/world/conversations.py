@@ -1,9 +1,9 @@
 """Training conversations for the language model and its adapter: about images, or about words alone.
 
-`understanding_dialogue` mixes kinds by `MIX`: one image with several turns, lessons about places, sides and details,
-several images, lettered options, a caption that has to be read for its answers, a rule game in words, and checks of
-pictures. Everything is a pure function of seed and index
-and combines nothing that `splits.WITHHELD` reserves. No answer is an image: drawing is not trained here.
+`understanding_dialogue` mixes kinds by `MIX`: one image with several turns, lessons about halves, places, sides and
+details, several images, lettered options, a caption that has to be read for its answers, a rule game in words, and
+checks of pictures. Everything is a pure function of seed and index and combines nothing that `splits.WITHHELD`
+reserves. No answer is an image: drawing is not trained here.
 Our choice: docs/choices.md#world.
 """
 
@@ -59,7 +59,7 @@ MIX: Final[Mapping[str, float]] = MappingProxyType(
         "reading": 0.05,  # colours, counts and places bound to objects by words: what a drawer must read
         "game": 0.02,
         "check": 0.12,  # whether a picture shows a caption, or a request was done
-        "halves": 0.0,  # left or right of one thing: some hundred steps of nothing else, early in stage vlm
+        "halves": 0.0,  # left or right of one thing: columns are learnt from much of it, early in stage vlm
     }
 )
 READ_MIX: Final[Mapping[str, float]] = MappingProxyType(  # families of captions to be read

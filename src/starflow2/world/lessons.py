@@ -115,28 +115,28 @@ class _Teacher:
             row, column = pick(self.rng, others)
         return self._say("is at", a=name, place=PLACES[row][column]), yes_or_no(is_yes)
 
-    def half(self) -> Asked | None:
-        """Left or right, top or bottom."""
+    def _halves(self) -> list[tuple[str, str, str]]:
+        """Questions in which half an object is, as form, name and answer; left or right before top or bottom."""
         found = self._somewhere()
         if found is None:
-            return None
+            return []
         _, name, (row, column) = found
-        asked = [("left or right", ("left", "right")[column // 2])] if column != 1 else []
-        asked += [("top or bottom", ("top", "bottom")[row // 2])] if row != 1 else []
-        if not asked:
-            return None
-        form, answer = pick(self.rng, asked)
-        return self._say(form, a=name), answer
+        level = [("left or right", name, ("left", "right")[column // 2])] if column != 1 else []
+        upright = [("top or bottom", name, ("top", "bottom")[row // 2])] if row != 1 else []
+        return level + upright
+
+    def half(self) -> Asked | None:
+        """Left or right, top or bottom."""
+        asked = self._halves()
+        return self._ask_half(*pick(self.rng, asked)) if asked else None
 
     def across(self) -> Asked | None:
         """Left or right; top or bottom only of what is in the middle column: columns are not learnt by themselves."""
-        found = self._somewhere()
-        if found is None:
-            return None
-        _, name, (row, column) = found
-        if column != 1:
-            return self._say("left or right", a=name), ("left", "right")[column // 2]
-        return (self._say("top or bottom", a=name), ("top", "bottom")[row // 2]) if row != 1 else None
+        asked = self._halves()
+        return self._ask_half(*asked[0]) if asked else None
+
+    def _ask_half(self, form: str, name: str, answer: str) -> Asked:
+        return self._say(form, a=name), answer
 
     def what_is_at(self) -> Asked | None:
         found = self._somewhere()
@@ -272,8 +272,12 @@ LESSONS: Final[Mapping[str, tuple[_Ask, ...]]] = MappingProxyType(
     }
 )
 _COUNTS: Final[Mapping[str, tuple[float, ...]]] = MappingProxyType(  # shares of images with one to four objects
-    {"places": (0.6, 0.2, 0.1, 0.1), "sides": (0.0, 0.65, 0.2, 0.15), "details": (0.0, 0.25, 0.35, 0.4)}
-    | {"halves": (1.0, 0.0, 0.0, 0.0)}
+    {
+        "places": (0.6, 0.2, 0.1, 0.1),
+        "sides": (0.0, 0.65, 0.2, 0.15),
+        "details": (0.0, 0.25, 0.35, 0.4),
+        "halves": (1.0, 0.0, 0.0, 0.0),
+    }
 )
 
 
