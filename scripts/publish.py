@@ -137,11 +137,10 @@ class Publisher:
         yield from (f"# {name}", "")
         yield from (_WHAT[name], "")
         yield from (_WORLD, "", "## How it was made", "")
-        made = card["made"]
-        how = self.how or "from the start as published."
+        made, how = card["made"], self.how or "from the start as published."
         yield f"One run of `{made['command']}`, commit {made['commit']}, {how}"
         yield from ("", "| stage | minutes |", "|---|---|")
-        yield from (f"| {stage} | {minutes:.0f} |" for stage, minutes in card["made"]["minutes"].items())
+        yield from (f"| {stage} | {minutes:.0f} |" for stage, minutes in made["minutes"].items())
         yield from ("", "## Scores", "")
         for suite in SUITES:
             if self.report(name, suite).is_file():

@@ -55,6 +55,18 @@ def test_models_of_a_run_replace_the_shipped_ones_whole(tmp_path, capsys):
     assert "nano-heldout stays as it is" in capsys.readouterr().out and publisher.models == ["nano"]
 
 
+def test_a_card_says_by_which_command_and_how_a_run_was_made(tmp_path):
+    (tmp_path / "assets" / "nano").mkdir(parents=True)
+    (tmp_path / "assets" / "nano" / "config.json").write_text("{}")
+    (tmp_path / "docs" / "results").mkdir(parents=True)
+    Publisher(
+        tmp_path, tmp_path, tmp_path / "assets", command="starflow2 train nano-grown", how="resumed twice."
+    ).card()
+    card = (tmp_path / "assets" / "nano" / "card.md").read_text()
+    assert "One run of `starflow2 train nano-grown`, commit " in card and "resumed twice." in card
+    assert "from the start" not in card
+
+
 def test_a_run_that_is_not_there_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["no/such/run"])
