@@ -6,7 +6,7 @@ import pytest
 
 from starflow2.errors import PromptError
 from starflow2.models.prompts import check_words, normalized
-from starflow2.models.wording import hint, respelled
+from starflow2.models.wording import contradiction, hint, respelled
 from starflow2.pipeline import StarFlow2
 
 
@@ -88,3 +88,34 @@ def test_signs_that_do_not_print_are_shown_by_their_code(nano):
 def test_a_text_without_words_is_empty(nano, text):
     with pytest.raises(PromptError, match="empty"):
         check_words(nano, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a red blue circle", "red blue circle"),
+        ("a star and two big tiny green hearts", "large small hearts"),
+        ("show two three crosses", "two three crosses"),
+        ("make the circle a yellow small green square", "yellow green square"),
+        ("is there a Red-Blue star?", "red blue star"),
+    ],
+)
+def test_two_things_that_one_object_cannot_be_are_refused(nano, text, words):
+    with pytest.raises(PromptError, match=f"'{words}' says two things of one object"):
+        check_words(nano, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a red red circle",
+        "is the red, blue or green circle larger?",
+        "a star that is purple as well as a circle in yellow, gray background",
+        "a red circle and a blue square",
+        "two circles, three stars",
+        "turn the red star blue",
+    ],
+)
+def test_words_about_several_objects_exclude_nothing(nano, text):
+    assert contradiction(text) == ""
+    check_words(nano, text)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from starflow2.core.text import clean, shown
 from starflow2.errors import PromptError
 from starflow2.models.components import Components
-from starflow2.models.wording import hint, respelled, words_of
+from starflow2.models.wording import contradiction, hint, respelled, words_of
 
 __all__ = ["check_words", "listed_prompts", "normalized", "unknown_words"]
 
@@ -29,7 +29,10 @@ def listed_prompts(prompts: object) -> list[str]:
 
 
 def check_words(components: Components, text: str) -> None:
-    """Raise PromptError for a text without words, with too many tokens, hidden signs or words it never learned."""
+    """Raise PromptError for a text without words, with too many tokens, hidden signs or words it never learned.
+
+    For a model with a fixed vocabulary, whose objects have one colour each, also for a "red blue circle".
+    """
     read = normalized(components, text)
     if len(read) > MAX_CHARACTERS:
         raise PromptError(f"the prompt has {len(read)} characters; expected at most {MAX_CHARACTERS}.")
@@ -46,6 +49,10 @@ def check_words(components: Components, text: str) -> None:
         raise PromptError(
             f"this model never learnt {listed}.{hints} "
             f"It knows {len(components.vocabulary)} words: shapes, colours, sizes, places, counts."
+        )
+    if components.vocabulary and (words := contradiction(read)):
+        raise PromptError(
+            f"{words!r} says two things of one object that exclude each other; say one of them, or name two objects."
         )
 
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from starflow2.errors import nearest
 
-__all__ = ["classes_of", "hint", "kinds_of_words", "plural_of", "respelled", "words_of"]
+__all__ = ["classes_of", "contradiction", "hint", "kinds_of_words", "plural_of", "respelled", "words_of"]
 
 
 def plural_of(shape: str) -> str:
@@ -153,6 +153,28 @@ def kinds_of_words(text: str) -> list[str]:
     ['<numbers>', '<colours>', '<shapes>s', 'and', 'a', 'odd', '<shapes>']
     """
     return [_KINDS.get(word, word) for word in words_of(text)]
+
+
+def contradiction(text: str) -> str:
+    """The first words of a text that give one object two colours, sizes or numbers; "" where none do.
+
+    Only words that stand directly before a shape are looked at, without a comma between them.
+
+    >>> contradiction("a star and a small red blue circle"), contradiction("a blue star, red background")
+    ('red blue circle', '')
+    """
+    pieces = re.findall(r"[^\s.,;:!?]+|[.,;:!?]", text.lower())
+    described: dict[str, list[str]] = {}  # by kind, the words since the last one that does not describe an object
+    for piece in pieces:
+        kind = "<numbers>" if piece == "one" else _KINDS.get(piece, "")
+        if kind in ("<colours>", "<sizes>", "<numbers>"):
+            described.setdefault(kind, []).append(piece)
+            continue
+        apart = [words for words in described.values() if len(set(words)) > 1]
+        if apart and kind.startswith("<shapes>"):
+            return " ".join([*dict.fromkeys(apart[0]), piece])
+        described = {}
+    return ""
 
 
 def hint(word: str, vocabulary: Collection[str]) -> str:
