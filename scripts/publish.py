@@ -1,6 +1,7 @@
 """Make the models of a finished run the shipped ones, and renew everything in the repository that depends on them.
 
     make publish RUN=runs/nano                # everything, about an hour and a half on two cores
+    python scripts/publish.py runs/nano --jobs 2             # two reports at a time, one process a core
     python scripts/publish.py runs/nano --only model lock examples    # some of the steps
 
 model: copy the run's nano and nano-heldout into the package, with the log densities of drawn images measured on each.
@@ -21,6 +22,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,6 +64,7 @@ class Publisher:
     quick: bool = False  # dev split, one item in eight, no ledger: to try the whole way
     command: str = COMMAND  # that made the run
     how: str = ""  # the run was made, in a sentence, where it is not that command from the start
+    jobs: int = 1  # reports that are made side by side
 
     @property
     def models(self) -> list[str]:
@@ -95,14 +98,19 @@ class Publisher:
         write_json(fresh, path)
 
     def scores(self) -> None:
-        for name in self.models:
-            digest = weights_digest(load_components(self.assets / name))
-            for suite in SUITES:
-                report = self.report(name, suite)
-                if report.is_file() and read_json(report).get("weights") == digest:
-                    continue
-                report.parent.mkdir(parents=True, exist_ok=True)
-                self._starflow2("eval", "world", *self._eval_options(name, suite))
+        digests = {name: weights_digest(load_components(self.assets / name)) for name in self.models}
+        missing = [
+            (name, suite)
+            for suite in SUITES
+            for name, digest in digests.items()
+            if not (self.report(name, suite).is_file() and read_json(self.report(name, suite)).get("weights") == digest)
+        ]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(lambda pair: self._score(*pair), missing))
+
+    def _score(self, name: str, suite: str) -> None:
+        self.report(name, suite).parent.mkdir(parents=True, exist_ok=True)
+        self._starflow2("eval", "world", *self._eval_options(name, suite))
 
     def _eval_options(self, name: str, suite: str) -> list[str]:
         parts = ["--part", *PARTS[suite]] if suite in PARTS else []
@@ -259,10 +267,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--command", default=COMMAND, help="that made the run (default: %(default)s)")
     parser.add_argument("--how", default="", help="how the run went, if not from the start as published")
     parser.add_argument("--quick", action="store_true", help="scores of one item in eight of dev, without a ledger")
+    parser.add_argument("--jobs", type=int, default=1, help="reports made side by side, one a core (default: 1)")
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}; expected 1 or more")
     if not args.run.is_dir():
         parser.error(f"{args.run} is no folder; expected that of a finished run")
-    publisher = Publisher(args.run.resolve(), quick=args.quick, command=args.command, how=args.how)
+    publisher = Publisher(args.run.resolve(), quick=args.quick, command=args.command, how=args.how, jobs=args.jobs)
     found = [step() for name, step in steps_of(publisher).items() if args.only is None or name in args.only]
     return int(found[-1] is False)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Barrier
+from typing import ClassVar
 
 import pytest
 from publish import Publisher, headlines, main, markdown_of, minutes_of, pages_with
 
 from model_cases import STAGES, tiny_components
+from starflow2.evals.report import write_json
 from starflow2.evals.statistics import Score, Scores
 from starflow2.evals.suite import Report
-from starflow2.models.checkpoint import load_components, save_components
+from starflow2.models.checkpoint import load_components, save_components, weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,6 +68,33 @@ def test_a_card_says_by_which_command_and_how_a_run_was_made(tmp_path):
     card = (tmp_path / "assets" / "nano" / "card.md").read_text()
     assert "One run of `starflow2 train nano-grown`, commit " in card and "resumed twice." in card
     assert "from the start" not in card
+
+
+class Asked(Publisher):
+    """Writes down what it would run, and waits until as many are running."""
+
+    meeting = Barrier(2)
+    asked: ClassVar[list[tuple[str, ...]]] = []
+
+    def _starflow2(self, *words: str) -> None:
+        self.meeting.wait(timeout=20)
+        self.asked.append(words)
+
+
+def test_reports_that_are_missing_are_made_side_by_side(tmp_path, monkeypatch):
+    assets = tmp_path / "assets"
+    save_components(tiny_components(STAGES), assets / "nano")
+    publisher = Asked(tmp_path, tmp_path, assets, jobs=2)
+    monkeypatch.setattr("publish.SUITES", ("mme", "gqa", "mcq"))
+    write_json({"weights": weights_digest(load_components(assets / "nano"))}, publisher.report("nano", "gqa"))
+    publisher.scores()
+    assert {words[3] for words in publisher.asked} == {"mme", "mcq"} and all("test" in w for w in publisher.asked)
+
+
+def test_a_number_of_jobs_below_one_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--jobs", "0"])
+    assert "--jobs is 0" in capsys.readouterr().err
 
 
 def test_a_run_that_is_not_there_is_refused(capsys):
