@@ -64,9 +64,7 @@ def seen(file: str, *shows: GenEvalObject) -> str:
 def test_the_first_lines_of_the_readme_draw_what_they_say(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(python_blocks(ROOT / "README.md")[0], {})
-    assert {str(seed): seen(f"hearts-{seed}.png", shown("two pink hearts")) for seed in range(4)} == dict.fromkeys(
-        "0123", ""
-    )
+    assert {i: seen(f"hearts-{i}.png", shown("two pink hearts")) for i in range(4)} == dict.fromkeys(range(4), "")
     assert not seen("star.png", shown("a red star")) and not seen("blue.png", shown("a blue star"))
     assert capsys.readouterr().out.strip() == "blue"
 
