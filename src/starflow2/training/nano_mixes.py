@@ -62,7 +62,7 @@ GROWN: dict[str, dict[str, object]] = {  # by stage, where recipe nano-grown is 
     },
     "adapter": {"steps": 400},
     "joint": {
-        "steps": 4000,
+        "steps": 3400,
         "optim": OptimConfig(lr=1.2e-3, matrix_lr=1.8e-3, decay_share=0.8),
         "kl_to_t2i": 0.0,
         "hidden_latents_share": 0.3,
