@@ -71,5 +71,5 @@ GROWN: dict[str, dict[str, object]] = {  # by stage, where recipe nano-grown is 
         "captions": _COUNTED,
         "keep_as": "nano-heldout",
     },
-    "final": {"steps": 800, "captions": _COUNTED},
+    "final": {"steps": 500, "captions": _COUNTED},
 }
