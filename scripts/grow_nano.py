@@ -14,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from starflow2.core.json_reader import JsonObject
 from starflow2.core.serialize import to_dict
 from starflow2.models.hub import NANO
 from starflow2.training.recipes import find
@@ -31,21 +32,21 @@ def main(folder: str, recipe: str = "nano-grown") -> None:
         sys.exit(f"no way to start recipe {recipe!r}; expected {' or '.join(KEPT)}.")
     if target.exists():
         sys.exit(f"{target} exists; give the folder of a new run.")
-    shutil.copytree(NANO, target)
-    if recipe == "nano-final":
-        _rename(shutil.copytree(NANO, target.parent / "nano-heldout"), "nano-heldout")
-    config = json.loads((target / "config.json").read_text("utf-8"))
-    config["stages"] = KEPT[recipe]
-    config["model"]["far_nats"] = None  # measured anew when the run is over
     asked = find(recipe).model.self_check
-    config["model"]["self_check"] = None if asked is None else to_dict(asked)
-    (target / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    check: JsonObject = {"self_check": None if asked is None else to_dict(asked)}
+    shutil.copytree(NANO, target)
+    _change(target, {"stages": KEPT[recipe]}, check | {"far_nats": None})  # far_nats: measured when the run is over
+    if recipe == "nano-final":
+        heldout = shutil.copytree(NANO, target.parent / "nano-heldout")
+        _change(heldout, {}, check | {"name": "nano-heldout"})
 
 
-def _rename(model: Path, name: str) -> None:
-    config = json.loads((model / "config.json").read_text("utf-8"))
-    config["model"]["name"] = name
-    (model / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+def _change(folder: Path, config: JsonObject, model: JsonObject) -> None:
+    """Replace entries of a model folder's config, and of the sizes of the model in it."""
+    path = folder / "config.json"
+    found = json.loads(path.read_text("utf-8"))
+    found = found | config | {"model": found["model"] | model}
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

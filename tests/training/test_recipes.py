@@ -16,6 +16,7 @@ from starflow2.errors import ConfigError, TrainingError
 from starflow2.flow.noise import NoiseEmbedding
 from starflow2.models.checkpoint import read_config, save_components
 from starflow2.models.components import Components, build
+from starflow2.models.config import SelfCheckConfig
 from starflow2.models.fae import Fae
 from starflow2.models.summary import describe
 from starflow2.training.config import CorpusConfig, RunConfig
@@ -157,12 +158,13 @@ def test_nano_is_trained_on_from_the_shipped_weights(tmp_path) -> None:
         grow_nano(str(tmp_path / "other"), "nano")
 
 
-def test_the_last_stage_of_nano_reads_only_words_that_the_language_model_has_learnt(tmp_path) -> None:
+def test_the_last_stages_of_nano_read_only_words_that_the_language_model_has_learnt(tmp_path) -> None:
     grow_nano(str(tmp_path), "nano-final")
     run = nano_final()
-    assert unfinished_stages(run, tmp_path) == ["final"]
+    assert unfinished_stages(run, tmp_path) == ["end", "final"]
+    assert [s.keep_as for s in run.stages[-2:]] == ["", "nano"] and run.stages[-1].everything
     assert read_config(tmp_path / "nano-heldout").model.name == "nano-heldout"
     known = set((tmp_path / "model" / "lexicon.txt").read_text("utf-8").split())
-    components = start_stage(run, "final", tmp_path, "cpu")
-    assert components.vocabulary == known and components.cfg.self_check is None
+    components = start_stage(run, "end", tmp_path, "cpu")
+    assert components.vocabulary == known and components.cfg.self_check == SelfCheckConfig()
     assert Documents.of(components, lambda i: Dialogue((), "none")).vocabulary == known

@@ -14,7 +14,7 @@ from starflow2.training.config import (
     WarmupTalkConfig,
 )
 
-__all__ = ["GROWN", "NANO_DRAWINGS", "NANO_END", "NANO_TALK", "NANO_TALK_EARLY"]
+__all__ = ["ENDED", "GROWN", "NANO_DRAWINGS", "NANO_END", "NANO_TALK", "NANO_TALK_EARLY"]
 
 NANO_TALK_EARLY = TalkConfig(  # what an image shows, places of lone objects, letters with two options
     picture=0.56, places=0.14, sides=0.03, details=0.05, pictures=0.05, choice=0.06, reading=0.03, game=0.02, check=0.06
@@ -72,4 +72,27 @@ GROWN: dict[str, dict[str, object]] = {  # by stage, where recipe nano-grown is 
         "keep_as": "nano-heldout",
     },
     "final": {"steps": 500, "captions": _COUNTED},
+}
+
+_PLAIN_DRAWINGS = replace(  # GenEval's families: what version 0 draws, before it learns the others
+    NANO_DRAWINGS, two_object=0.25, counting=0.2, color_attr=0.22, position=0.17, mixed=0.04, many=0.02, placed=0.02
+)
+_FIRST_PROMPTS = replace(  # a newcomer asks for places in the picture, several kinds with their counts, three objects
+    NANO_DRAWINGS, counting=0.18, position=0.15, color_attr=0.15, mixed=0.1, many=0.06, placed=0.08, sized=0.03
+)
+_MOSTLY_DRAWN = MixConfig(understand=0.05, check=0.0, draw=0.65, edit=0.18, chain=0.02, beginning=0.05, story=0.05)
+ENDED: dict[str, dict[str, object]] = {  # by stage, where recipe nano-final is not nano
+    "end": {
+        "steps": 560,
+        "optim": OptimConfig(lr=5e-4, matrix_lr=7.5e-4, decay_share=1.0),
+        "mix": _MOSTLY_DRAWN,
+        "captions": _PLAIN_DRAWINGS,
+        "keep_as": "",  # nano-heldout stays version 0, which draws what is held out no worse: docs/LOG.md
+    },
+    "final": {
+        "steps": 1100,
+        "optim": OptimConfig(lr=6e-4, matrix_lr=9e-4, decay_share=1.0),
+        "mix": _MOSTLY_DRAWN,
+        "captions": _FIRST_PROMPTS,
+    },
 }
