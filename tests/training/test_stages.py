@@ -21,7 +21,7 @@ from run_cases import RUN, TRAINED, modules_of, same, with_stage
 from starflow2.core.dialogue import Dialogue, Turn
 from starflow2.errors import ConfigError, TrainingError
 from starflow2.flow import Context
-from starflow2.models.checkpoint import load_components, save_components
+from starflow2.models.checkpoint import load_components, read_config, save_components
 from starflow2.models.components import Components
 from starflow2.models.context import drawing_context
 from starflow2.models.sequence import IGNORE
@@ -456,3 +456,29 @@ def test_a_model_is_kept_under_the_name_of_its_stage_and_a_run_goes_on_where_it_
     names = [stage.name for stage in nano().stages]
     assert unfinished_stages(nano(), tmp_path) == [name for name in names if name not in STAGES[:2]]
     assert unfinished_stages(nano(), tmp_path / "elsewhere") == names
+
+
+def test_a_model_is_kept_as_the_mean_with_an_earlier_one(tmp_path):
+    run = with_stage(steps=2, keep_as="both", mean_with="before")
+    save_components(tiny_components(STAGES[:3]), tmp_path / "model")
+    save_components(tiny_components(STAGES[:3], scale=0.02).named("before"), tmp_path / "before")
+    fit(run, "t2i", tmp_path)
+    after, before, both = (dict(load_components(tmp_path / n).named_parameters()) for n in ("model", "before", "both"))
+    moved = [name for name in both if not torch.equal(before[name], after[name])]
+    assert any(name.startswith("flow.") for name in moved) and read_config(tmp_path / "both").model.name == "both"
+    for name, mean in both.items():
+        assert torch.equal(mean, ((before[name].double() + after[name].double()) / 2).float()), name
+
+
+def test_a_mean_without_its_other_model_is_refused_before_training(tmp_path):
+    save_components(tiny_components(STAGES[:3]), tmp_path / "model")
+    run = with_stage(steps=2, keep_as="both", mean_with="before")
+    with pytest.raises(TrainingError, match=r"keeps the mean with before, but there is no .*before; put that model"):
+        fit(run, "t2i", tmp_path)
+    other = replace(run.model, flow=replace(run.model.flow, latent_penalty=0.5))
+    save_components(Components(other, tiny_tokenizer()), tmp_path / "before")
+    with pytest.raises(TrainingError, match="another flow"):
+        fit(run, "t2i", tmp_path)
+    assert not (tmp_path / "metrics-t2i.jsonl").exists()
+    with pytest.raises(ConfigError, match="mean_with is 'before' without keep_as"):
+        with_stage(mean_with="before")

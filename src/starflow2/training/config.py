@@ -224,6 +224,9 @@ class StageConfig(Config):
     task: str = ""  # module:Class of your own Task in place of the stage's: another loss, other data; "": its own
     everything: bool = False  # train on what dev and test hold out as well (final)
     keep_as: str = ""  # name under which the model is kept in the run's folder after this stage; "": it is not
+    mean_with: str = (
+        ""  # a model in the folder: the mean of its weights and this stage's is kept; "": these alone
+    )
     accumulate: Count = 1  # microbatches of a step in every process; of a mixture, as many as its size needs
     # layers whose activations are recomputed in the backward pass: of what trains, or of the language model as well
     checkpoint_activations: Literal["none", "trained", "all"] = "none"
@@ -232,6 +235,8 @@ class StageConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.mean_with and not self.keep_as:
+            raise ConfigError(f"mean_with is {self.mean_with!r} without keep_as; expected both, or neither.")
         if self.codec_weight < 0 or (self.codec_weight and self.name != "t2i"):
             raise ConfigError(
                 f"codec_weight is {self.codec_weight} in stage {self.name}; expected 0, or more in stage t2i, the only "

@@ -24,6 +24,7 @@ from starflow2.training.checkpoint import CheckpointStore, Resume, Saved, store_
 from starflow2.training.config import Precision, RunConfig, StageConfig
 from starflow2.training.datasets import check_source
 from starflow2.training.evaluation import Evaluate, Evaluator
+from starflow2.training.kept import check_kept, keep_model
 from starflow2.training.loader import Feed, feed_for
 from starflow2.training.metrics import Log, MetricsWriter, SpeedMeter, StepReport, peak_flops
 from starflow2.training.mixture_check import check_mixture
@@ -63,6 +64,7 @@ def fit(
     check_source(run.model, stage)
     check_start(run, stage_name, folder)
     check_mixture(stage)
+    check_kept(run.model, stage, folder)
     group = Distributed.from_environment(device, stage.shard)
     check_batch_divides(stage, group)
     with run_lock(folder, group, f"training stage {stage_name}"):
@@ -80,8 +82,7 @@ def fit(
         with trainer.state.averaged_weights(), group.unsharded(components):
             if group.is_first:
                 save_components(components, folder / "model")
-                if stage.keep_as:
-                    save_components(components.named(stage.keep_as), folder / stage.keep_as)
+                keep_model(components, stage, folder)
         group.barrier()
     return folder / "model"
 

@@ -94,5 +94,6 @@ ENDED: dict[str, dict[str, object]] = {  # by stage, where recipe nano-final is 
         "optim": OptimConfig(lr=6e-4, matrix_lr=9e-4, decay_share=1.0),
         "mix": _MOSTLY_DRAWN,
         "captions": _FIRST_PROMPTS,
+        "mean_with": "nano-heldout",  # which takes back what the stage makes worse: docs/LOG.md
     },
 }

@@ -25,7 +25,7 @@ from starflow2.world.conversations import understanding_dialogue, understanding_
 from starflow2.world.edits import edit_task
 from starflow2.world.stories import story_dialogue, story_task
 
-__all__ = ["check_start", "start_stage", "unfinished_stages"]
+__all__ = ["check_same_sizes", "check_start", "start_stage", "unfinished_stages"]
 
 TOKENIZER_ITEMS = 250  # of each kind of the drawn world, that a new tokenizer is trained on; 2000 make no shorter texts
 MIXTURE_ITEMS = 20_000  # of a mixture, likewise
@@ -87,7 +87,7 @@ def _load(run: RunConfig, stage: str, folder: Path, device: str, left_in_files: 
     if isinstance(run.model.features, ExtractorConfig):
         find_object(run.model.features.extractor, "features.extractor")
     components = load_components(folder / "model", device, left_in_files)
-    _check_same_sizes(components.cfg, run.model)
+    check_same_sizes(components.cfg, run.model)
     names: list[str] = [s.name for s in run.stages]
     missing = [name for name in names[: names.index(stage)] if name not in components.finished_stages]
     if missing:
@@ -135,7 +135,8 @@ def _tokenizer_texts(seed: int, index: int) -> Iterator[str]:
         yield from (part for turn in dialogue.turns for part in (*turn.user, *turn.assistant) if isinstance(part, str))
 
 
-def _check_same_sizes(saved: ModelConfig, wanted: ModelConfig) -> None:
+def check_same_sizes(saved: ModelConfig, wanted: ModelConfig) -> None:
+    """Raise TrainingError where a model of a run's folder has other sizes than the recipe."""
     old, new = to_dict(saved), to_dict(wanted)
     differ = [k for k in old if old[k] != new.get(k) and k not in SAMPLING]
     if differ:
