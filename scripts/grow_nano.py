@@ -1,10 +1,10 @@
-"""Make the folder that recipe nano-grown or nano-final starts in: the shipped weights, with stages that are finished.
+"""Make the folder that recipe nano-grown or nano-final starts in: nano-heldout, with stages that are finished.
 
     python scripts/grow_nano.py runs/grown && starflow2 train nano-grown -o runs/grown
     python scripts/grow_nano.py runs/final nano-final && starflow2 train nano-final -o runs/final
 
 The model of nano-grown learns the sentences of its self-check from stage vlm on, so they are written into its config.
-For nano-final the shipped weights are kept as FOLDER/nano-heldout as well: after them nothing is held out any more.
+For nano-final nano-heldout is kept beside it: what is held out is seen in the last stage.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 
 from starflow2.core.json_reader import JsonObject
 from starflow2.core.serialize import to_dict
-from starflow2.models.hub import NANO
+from starflow2.models.hub import find_model
 from starflow2.training.recipes import find
 
+START = find_model("nano-heldout")  # version 0, which has seen nothing that is held out
 KEPT = {  # stages that are not trained again, by recipe
     "nano-grown": ["features", "fae", "t2i"],
     "nano-final": ["features", "fae", "vlm", "t2i", "adapter", "joint"],
@@ -34,10 +35,10 @@ def main(folder: str, recipe: str = "nano-grown") -> None:
         sys.exit(f"{target} exists; give the folder of a new run.")
     asked = find(recipe).model.self_check
     check: JsonObject = {"self_check": None if asked is None else to_dict(asked)}
-    shutil.copytree(NANO, target)
+    shutil.copytree(START, target)
     _change(target, {"stages": KEPT[recipe]}, check | {"far_nats": None})  # far_nats: measured when the run is over
     if recipe == "nano-final":
-        heldout = shutil.copytree(NANO, target.parent / "nano-heldout")
+        heldout = shutil.copytree(START, target.parent / "nano-heldout")
         _change(heldout, {}, check | {"name": "nano-heldout"})
 
 

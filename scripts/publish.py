@@ -8,7 +8,7 @@ model: copy the run's nano and nano-heldout into the package, with the log densi
 lock: write worldbench.lock for today's suites. scores: score both models on every suite's test split, one line each in
 docs/results/ledger.jsonl and one report in docs/results/MODEL. card: card.json and card.md of both models, and
 docs/results/tables.md. run: the run's metrics, into docs/results/run. claims: what claims.md is written from, and it.
-pages: what-to-say.md and the sheet of the demo. examples: do every example of the pages; say which no longer hold, on
+pages: what-to-say.md and README's sheet. examples: do every example of the pages; say which no longer hold, on
 which pages they stand, and with which seed each would.
 
 Every step can be repeated; `scores` goes on where it stopped. Exits with 1 if an example does not hold.
@@ -50,6 +50,7 @@ PARTS: Final[Mapping[str, tuple[str, ...]]] = {
     "story": ("id", "cg", "paraphrase", "plain"),
 }
 COMMAND: Final = "starflow2 train nano"
+SHOWN: Final = ("two_object", "counting", "position", "color_attr")  # on README's sheet
 PAGES: Final = ("README.md", "docs/*.md")
 
 
@@ -170,9 +171,11 @@ class Publisher:
 
     def pages(self) -> None:
         self._starflow2("words", "--output", "docs/what-to-say.md")
-        demo = self.root / "out" / "demo"
-        self._starflow2("demo", "--output", str(demo))
-        shutil.copy(demo / "sheet.png", self.root / "docs" / "images" / "sheet.png")
+        drawn = self.root / "out" / "sheet"
+        drawn.mkdir(parents=True, exist_ok=True)
+        (drawn / "prompts.txt").write_text("\n".join(sheet_prompts()) + "\n", encoding="utf-8")
+        self._starflow2("generate", "--prompts", str(drawn / "prompts.txt"), "--output", f"{drawn}/")
+        shutil.copy(drawn / "sheet.png", self.root / "docs" / "images" / "sheet.png")
 
     def examples(self) -> bool:
         """Do every example; True if all hold."""
@@ -223,6 +226,12 @@ def markdown_of(report: Report) -> Iterator[str]:
     yield from (f"### {grid.title}", "", f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}")
     yield from (f"| {' | '.join(row)} |" for row in lines(report))
     yield from ("", " ".join(notes(report)), "")
+
+
+def sheet_prompts() -> list[str]:
+    """The first eight prompts of four kinds of W-GenEval's test split, of which README's sheet is drawn."""
+    items = geneval.captioned_scenes("test", "id")
+    return [item.prompt for family in SHOWN for item in [i for i in items if i.family == family][:8]]
 
 
 def pages_with(root: Path, *texts: str) -> list[str]:

@@ -113,8 +113,8 @@ def test_a_question_without_a_place_for_the_words_is_refused():
 
 
 def test_nano_finds_the_right_one_of_four_tries_by_asking_itself():
-    """On two prompts that nano often draws wrong, the judge finds more right images among those that it confirms."""
-    nano = StarFlow2.from_pretrained("nano")
+    """On two prompts that it often draws wrong, the judge finds more right images among those that it confirms."""
+    nano = StarFlow2.from_pretrained("nano-heldout")
     wanted = ("a red circle and a blue square", "a red circle left of a blue square")
     prompts = [p for p in FIRST_PROMPTS if p.text in wanted]
     right: dict[int, int] = {}

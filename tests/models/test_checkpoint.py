@@ -18,10 +18,10 @@ from model_cases import STAGES, tiny_components, tiny_model, tiny_tokenizer
 from starflow2.errors import CheckpointError, ConfigError, StarFlowError
 from starflow2.inference.config import DrawConfig
 from starflow2.models import checkpoint
-from starflow2.models.checkpoint import load_components, save_components
+from starflow2.models.checkpoint import load_components, read_config, save_components
 from starflow2.models.components import Components
 from starflow2.models.config_file import FORMAT
-from starflow2.models.hub import NANO
+from starflow2.models.hub import NANO, SHIPPED, find_model
 from starflow2.pipeline import StarFlow2
 from starflow2.training.datasets import to_images
 from starflow2.world.captions import caption_task
@@ -32,6 +32,13 @@ FILES = ("model.safetensors", "vlm/model.safetensors", "features/model.safetenso
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_components(tiny_components(), tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_shipped_model_is_found_by_its_name_and_checks_its_images(name: str) -> None:
+    model = read_config(find_model(name)).model
+    assert model.name == name and model.self_check is not None and model.self_check.tries == 4
+    assert model.far_nats is not None
 
 
 @pytest.fixture
@@ -333,7 +340,7 @@ def test_a_model_from_before_the_window_reads_the_same_place_or_nothing(tmp_path
 
 def test_the_shipped_model_is_joint_and_keeps_every_value_when_it_is_saved_again(tmp_path):
     config = json.loads((NANO / "config.json").read_text())
-    assert config["format"] == FORMAT and tuple(config["stages"]) == STAGES
+    assert config["format"] == FORMAT and tuple(config["stages"]) == (*STAGES, "end", "final")
     assert any(name.startswith("joints.") for name in load_file(NANO / "model.safetensors"))
     assert_kept(load_components(NANO), tmp_path)
 

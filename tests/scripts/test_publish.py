@@ -8,7 +8,7 @@ from threading import Barrier
 from typing import ClassVar
 
 import pytest
-from publish import Publisher, headlines, main, markdown_of, minutes_of, pages_with
+from publish import Publisher, headlines, main, markdown_of, minutes_of, pages_with, sheet_prompts
 
 from model_cases import STAGES, tiny_components
 from starflow2.evals.report import write_json
@@ -40,6 +40,11 @@ def test_a_report_becomes_a_table_and_headlines():
     assert text.startswith("### W-MME-p") and "| total of 1,200 | 900 [850, 950] |" in text and "Ceiling" in text
     assert headlines(report)["id"] == {"total": [900.0, 850.0, 950.0]}
     assert headlines(report)["floor id"]["coin"] == [450]
+
+
+def test_the_sheet_shows_eight_prompts_of_four_kinds():
+    prompts = sheet_prompts()
+    assert len(prompts) == len(set(prompts)) == 32 and all(prompts)
 
 
 def test_pages_with_an_example_are_found():

@@ -17,7 +17,7 @@ from starflow2.errors import CheckpointError, ConfigError, DeviceError, nearest
 __all__ = ["ASSETS", "NANO", "SHIPPED", "find_model", "pick_device", "shipped"]
 
 ASSETS = Path(__file__).parent.parent / "assets"
-SHIPPED = ("nano", "nano-heldout")  # the second is kept beside it once a run has made both
+SHIPPED = ("nano", "nano-heldout")  # the second is for measuring: nothing held out was trained on
 
 
 def _nano() -> Path:
@@ -66,7 +66,7 @@ def _installed_nano() -> Path:
     return NANO
 
 
-def shipped(name: str, assets: Path = ASSETS) -> Path | None:
+def shipped(name: str) -> Path | None:
     """The folder of a model that comes with the code, None for any other name.
 
     "nano/" means nano where there is no folder of that name. Raises CheckpointError where nano's weights are missing.
@@ -79,7 +79,8 @@ def shipped(name: str, assets: Path = ASSETS) -> Path | None:
         return None
     if plain == "nano":
         return _installed_nano()
-    return assets / plain if (assets / plain / "config.json").is_file() else None
+    beside = NANO.parent / plain
+    return beside if (beside / "config.json").is_file() else None
 
 
 def find_model(name: str | Path, **hub: Any) -> Path:
