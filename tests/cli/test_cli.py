@@ -516,6 +516,15 @@ def test_a_full_test_run_without_a_ledger_writes_nothing_and_says_so(scored, cap
     assert set(Path().rglob("*")) == before
 
 
+@pytest.mark.parametrize("stages", [(), ("final",)])
+def test_a_model_that_has_seen_what_is_held_out_is_told_from_one_that_has_not(
+    scored, model, stages, capsys, monkeypatch
+):
+    monkeypatch.setattr(model.components, "finished_stages", (*model.components.finished_stages, *stages))
+    assert main(["eval", "world", "--quick"]) == 0
+    assert ("has seen what is held out" in capsys.readouterr().err) == bool(stages)
+
+
 @pytest.mark.parametrize("argv", [["world"], ["world", "--split", "test", "--quick"], ["fae", "--split", "test"]])
 def test_a_ledger_is_for_full_test_runs_only(argv, capsys):
     assert "--ledger records full test runs" in refused(capsys, "eval", *argv, "--ledger", "ledger.jsonl")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+from starflow2.cli.notes import note
 from starflow2.cli.options import (
     PROGRAM,
     Device,
@@ -125,6 +126,8 @@ class Eval:
             report = self._score(model, step)
         report = replace(report, model=model.components.cfg.name, weights=weights_digest(model.components))
         console().print(table(report))
+        if "final" in model.components.finished_stages:
+            note("CG: the last stage of this model has seen what is held out; of nano-heldout none has.")
         if self.json is not None:
             write_json(report.to_json(), self.json)
         if self.ledger is not None:

@@ -224,9 +224,7 @@ class StageConfig(Config):
     task: str = ""  # module:Class of your own Task in place of the stage's: another loss, other data; "": its own
     everything: bool = False  # train on what dev and test hold out as well (final)
     keep_as: str = ""  # name under which the model is kept in the run's folder after this stage; "": it is not
-    mean_with: str = (
-        ""  # a model in the folder: the mean of its weights and this stage's is kept; "": these alone
-    )
+    mean_with: str = ""  # a model in the folder: the mean of its weights and this stage's is kept; "": these alone
     accumulate: Count = 1  # microbatches of a step in every process; of a mixture, as many as its size needs
     # layers whose activations are recomputed in the backward pass: of what trains, or of the language model as well
     checkpoint_activations: Literal["none", "trained", "all"] = "none"
