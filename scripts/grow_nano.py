@@ -36,7 +36,7 @@ def main(folder: str, recipe: str = "nano-grown") -> None:
     asked = find(recipe).model.self_check
     check: JsonObject = {"self_check": None if asked is None else to_dict(asked)}
     shutil.copytree(START, target)
-    _change(target, {"stages": KEPT[recipe]}, check | {"far_nats": None})  # far_nats: measured when the run is over
+    _change(target, {"stages": KEPT[recipe]}, check | {"name": "nano", "far_nats": None})  # measured when it is over
     if recipe == "nano-final":
         heldout = shutil.copytree(START, target.parent / "nano-heldout")
         _change(heldout, {}, check | {"name": "nano-heldout"})
