@@ -14,6 +14,7 @@ from model_cases import STAGES, tiny_folder, tiny_run
 from run_cases import RUN, curve, lines, with_optim, with_stage
 from starflow2.errors import ConfigError, TrainingError
 from starflow2.models.checkpoint import load_components
+from starflow2.training import checkpoint
 from starflow2.training.checkpoint import Resume, store_for
 from starflow2.training.config import OptimConfig, RunConfig, ShardConfig
 from starflow2.training.loop import fit
@@ -97,6 +98,24 @@ def test_a_run_goes_from_copies_to_shards_and_back_with_its_optimiser(tmp_path):
     assert steps_kept(tmp_path / "mixed", stage="joint") == [2, 4, 6]
     one, other = (load_components(tmp_path / name / "model").state_dict() for name in ("mixed", "plain"))
     assert all(torch.allclose(one[k], other[k], atol=1e-4) for k in one)
+
+
+@pytest.mark.usefixtures("_alone")
+def test_a_checkpoint_whose_removal_a_kill_interrupts_is_cleared_by_the_next_save(tmp_path, monkeypatch):
+    folder, shards = tiny_folder(tmp_path, STAGES[:5]), tmp_path / "state-joint"
+    fit(joint_run(2, shard=SHARD), "joint", folder)
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if (path / "settings.json").is_file():
+            (path / "settings.json").unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("starflow2.training.checkpoint.shutil.rmtree", killed)
+        checkpoint._remove(shards / "2")
+    assert [p.name for p in shards.iterdir()] == [".2.old"] and not (shards / ".2.old" / "settings.json").exists()
+    fit(joint_run(4, shard=SHARD), "joint", folder)
+    assert [p.name for p in shards.iterdir()] == ["4"]
 
 
 @pytest.mark.usefixtures("_alone")

@@ -279,7 +279,7 @@ class ShardStore(CheckpointStore):
         with replacing(new / SETTINGS) as temp:
             text = json.dumps({**settings, "index": index_digest(new)}, indent=1) + "\n"
             temp.write_text(text, encoding="utf-8")
-        left = [path for path in self.shards.glob(".[0-9]*.new") if path != new]
+        left = [path for path in self.shards.glob(".[0-9]*.*") if path != new]
         new.rename(done)
         flush_folder(self.shards)
         for path in left:
@@ -304,8 +304,13 @@ def _staying(steps: Iterable[int], stage: StageConfig) -> set[int]:
 
 
 def _remove(path: Path) -> None:
+    """Remove a checkpoint; a folder under a name that the next save clears, should a kill come in the middle."""
     if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+        hidden = path if path.name.startswith(".") else path.with_name(f".{path.name}.old")
+        if hidden != path:
+            shutil.rmtree(hidden, ignore_errors=True)
+            path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 
