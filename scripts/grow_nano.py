@@ -14,7 +14,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from starflow2.core.json_reader import JsonObject
 from starflow2.core.serialize import to_dict
 from starflow2.models.hub import find_model
 from starflow2.training.recipes import find
@@ -33,21 +32,16 @@ def main(folder: str, recipe: str = "nano-grown") -> None:
         sys.exit(f"no way to start recipe {recipe!r}; expected {' or '.join(KEPT)}.")
     if target.exists():
         sys.exit(f"{target} exists; give the folder of a new run.")
-    asked = find(recipe).model.self_check
-    check: JsonObject = {"self_check": None if asked is None else to_dict(asked)}
     shutil.copytree(START, target)
-    _change(target, {"stages": KEPT[recipe]}, check | {"name": "nano", "far_nats": None})  # measured when it is over
     if recipe == "nano-final":
-        heldout = shutil.copytree(START, target.parent / "nano-heldout")
-        _change(heldout, {}, check | {"name": "nano-heldout"})
-
-
-def _change(folder: Path, config: JsonObject, model: JsonObject) -> None:
-    """Replace entries of a model folder's config, and of the sizes of the model in it."""
-    path = folder / "config.json"
-    found = json.loads(path.read_text("utf-8"))
-    found = found | config | {"model": found["model"] | model}
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        shutil.copytree(START, target.parent / "nano-heldout")
+    asked = find(recipe).model.self_check
+    config = json.loads((target / "config.json").read_text("utf-8"))
+    config["stages"] = KEPT[recipe]
+    config["model"]["name"] = "nano"
+    config["model"]["far_nats"] = None  # measured anew when the run is over
+    config["model"]["self_check"] = None if asked is None else to_dict(asked)
+    (target / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

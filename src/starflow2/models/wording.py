@@ -90,6 +90,11 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\s.,;:!?]+", text.lower())
 
 
+def _pieces(text: str) -> list[str]:
+    """The words and the punctuation of a text."""
+    return re.findall(r"[^\s.,;:!?]+|[.,;:!?]", text)
+
+
 def respelled(text: str, vocabulary: Collection[str]) -> str:
     """The text in lower case, with unknown words replaced by known ones that mean the same.
 
@@ -102,7 +107,7 @@ def respelled(text: str, vocabulary: Collection[str]) -> str:
     text = text.lower().translate(_MARKS)
     for pattern, meaning in _PHRASES:
         text = pattern.sub(partial(_meant, meaning=meaning, vocabulary=vocabulary), text)
-    pieces = re.findall(r"[^\s.,;:!?]+|[.,;:!?]", text)
+    pieces = _pieces(text)
     words: list[str] = []
     for piece in pieces:
         if re.fullmatch(r"[.,;:!?]", piece):
@@ -163,7 +168,7 @@ def contradiction(text: str) -> str:
     >>> contradiction("a star and a small red blue circle"), contradiction("a blue star, red background")
     ('red blue circle', '')
     """
-    pieces = re.findall(r"[^\s.,;:!?]+|[.,;:!?]", text.lower())
+    pieces = _pieces(text.lower())
     described: dict[str, list[str]] = {}  # by kind, the words since the last one that does not describe an object
     for piece in pieces:
         kind = "<numbers>" if piece == "one" else _KINDS.get(piece, "")

@@ -1,7 +1,7 @@
 """Models that a run keeps beside folder/model: as a stage left them, or averaged with an earlier one.
 
 The mean of the weights before and after a short stage, as in WiSE-FT (Wortsman et al. 2022), keeps most of what the
-stage taught and most of what it made worse; our choice: docs/choices.md#the-mean-of-two-models.
+stage taught and takes back most of what it made worse; our choice: docs/choices.md#the-mean-of-two-models.
 """
 
 from __future__ import annotations

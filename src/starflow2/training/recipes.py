@@ -203,7 +203,7 @@ def nano_grown() -> RunConfig:
 
 
 def nano_final() -> RunConfig:
-    """The weights of version 0 with stages end and final alone: a quarter of an hour of two quiet cores.
+    """The weights of version 0 with stages end and final alone: eighteen minutes of two quiet cores.
 
     `scripts/grow_nano.py FOLDER nano-final` makes the folder to start in. The language model stays as it is, so it
     reads no new words, and checks an image by questions that it knows, about one object after the other. What is held
