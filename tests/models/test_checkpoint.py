@@ -41,6 +41,13 @@ def test_each_shipped_model_is_found_by_its_name_and_checks_its_images(name: str
     assert model.far_nats is not None
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_where_only_the_code_is_installed_the_package_of_weights_is_named(name: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("starflow2.models.hub.NANO", tmp_path / "model")
+    with pytest.raises(CheckpointError, match=f"the weights of {name} are a package of their own: pip install"):
+        find_model(name)
+
+
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
     """A copy that a test may break."""

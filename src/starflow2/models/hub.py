@@ -59,17 +59,10 @@ def pick_device(name: str | int | torch.device | None = "auto") -> torch.device:
         raise DeviceError(f"device is {str(name)!r}: {str(error).splitlines()[0]}") from error
 
 
-def _installed_nano() -> Path:
-    """The folder of nano. Raises CheckpointError where only the code is installed."""
-    if not NANO.is_dir():
-        raise CheckpointError("the weights of nano are a package of their own: pip install starflow2-nano.")
-    return NANO
-
-
 def shipped(name: str) -> Path | None:
     """The folder of a model that comes with the code, None for any other name.
 
-    "nano/" means nano where there is no folder of that name. Raises CheckpointError where nano's weights are missing.
+    "nano/" means nano where there is no folder of that name. Raises CheckpointError where its weights are missing.
 
     >>> shipped("nano") == NANO, shipped("elsewhere/nano")
     (True, None)
@@ -77,10 +70,10 @@ def shipped(name: str) -> Path | None:
     plain = name.removesuffix("/")
     if plain not in SHIPPED or (plain != name and Path(name).exists()):
         return None
-    if plain == "nano":
-        return _installed_nano()
-    beside = NANO.parent / plain
-    return beside if (beside / "config.json").is_file() else None
+    folder = NANO if plain == "nano" else NANO.parent / plain
+    if not folder.is_dir():
+        raise CheckpointError(f"the weights of {plain} are a package of their own: pip install starflow2-nano.")
+    return folder
 
 
 def find_model(name: str | Path, **hub: Any) -> Path:
